@@ -1,0 +1,77 @@
+"""Adapts segmentation networks to unlabelled domains with DANN, tracked in MLflow.
+
+Public names load on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dann_experiments.adaptation.dann import DANNMethod, LambdaZero, SourceOnly
+    from dann_experiments.adaptation.domain_classifier import DomainClassifier
+    from dann_experiments.adaptation.gradient_reversal import GradientReversal
+    from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
+    from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler, LinearScheduler
+    from dann_experiments.config import Config, InputError, load_config
+    from dann_experiments.jobs.adapt import adapt
+    from dann_experiments.jobs.evaluate import evaluate
+    from dann_experiments.jobs.pretrain import pretrain
+    from dann_experiments.jobs.result import RunResult
+    from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
+
+__version__ = "0.1.0"
+_HOMES = {
+    "DANNMethod": "adaptation.dann",
+    "LambdaZero": "adaptation.dann",
+    "SourceOnly": "adaptation.dann",
+    "DomainClassifier": "adaptation.domain_classifier",
+    "GradientReversal": "adaptation.gradient_reversal",
+    "DomainAdaptationMethod": "adaptation.method",
+    "MethodLoss": "adaptation.method",
+    "Progress": "adaptation.method",
+    "StepOutputs": "adaptation.method",
+    "ConstantScheduler": "adaptation.schedules",
+    "DANNScheduler": "adaptation.schedules",
+    "LambdaScheduler": "adaptation.schedules",
+    "LinearScheduler": "adaptation.schedules",
+    "Config": "config",
+    "InputError": "config",
+    "load_config": "config",
+    "RunResult": "jobs.result",
+    "DomainAdaptationMonitorCallback": "training.monitor",
+}
+_JOBS = ("adapt", "evaluate", "pretrain")
+
+__all__ = [
+    "Config",
+    "ConstantScheduler",
+    "DANNMethod",
+    "DANNScheduler",
+    "DomainAdaptationMethod",
+    "DomainAdaptationMonitorCallback",
+    "DomainClassifier",
+    "GradientReversal",
+    "InputError",
+    "LambdaScheduler",
+    "LambdaZero",
+    "LinearScheduler",
+    "MethodLoss",
+    "Progress",
+    "RunResult",
+    "SourceOnly",
+    "StepOutputs",
+    "adapt",
+    "evaluate",
+    "load_config",
+    "pretrain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _JOBS:
+        return getattr(importlib.import_module(f"{__name__}.jobs.{name}"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,183 @@
+"""The command line: `python -m dann_experiments {pretrain,adapt,evaluate,layers,config}`.
+
+`--config recipes/x.yaml` gives the settings, `--any.dotted.key value` changes one. The undotted flags are short names of
+the settings that are changed most; they are also the declared parameters of the MLproject file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dann_experiments.config import Config, InputError, config_to_yaml, load_config
+from dann_experiments.config.parsing import help_text
+
+DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "recipes" / "digits.yaml"
+SHORT_NAMES = {
+    "source_checkpoint": "domain_adaptation.pretrained_checkpoint.path",
+    "gamma": "domain_adaptation.method.lambda_schedule.gamma",
+    "hidden_size": "domain_adaptation.method.hidden_size",
+    "discriminator_lr": "domain_adaptation.method.discriminator_lr",
+    "feature_layer": "domain_adaptation.method.feature_layer",
+    "max_epochs": "trainer.max_epochs",
+    "seed": "seed",
+}
+COMMANDS = {
+    "pretrain": "train a source model on labelled source images",
+    "adapt": "adapt a source model to the unlabelled target domain (pretrains first where needed)",
+    "evaluate": "score a model on every labelled val and test set",
+    "layers": "list the layers whose features can be aligned",
+    "config": "print the resolved settings as YAML",
+}
+NOT_GIVEN = ("", "None")  # how MLflow spells an optional parameter that was left out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 = done, 2 = something the user can mend, told in one message."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _argument_parser()
+    known, rest = parser.parse_known_args(arguments)
+    if known.command is None:
+        parser.print_help()
+        return 2
+    try:
+        if known.help:
+            print(_command_help(parser, known.command))
+            return 0
+        config = load_config(known.config or DEFAULT_CONFIG, _overrides(known, rest))
+        return _run(known, config)
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(known: argparse.Namespace, config: Config) -> int:
+    if known.command == "config":
+        print(config_to_yaml(config), end="")
+        return 0
+    _quiet_libraries()
+    if known.command == "layers":
+        _print_layers(config, known.all)
+        return 0
+    from dann_experiments import jobs
+
+    result = {"pretrain": jobs.pretrain, "adapt": jobs.adapt, "evaluate": jobs.evaluate}[known.command](config)
+    _print_result(result)
+    return 0
+
+
+def _argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dann_experiments",
+        description="Adapt segmentation networks to unlabelled domains with DANN, tracked in MLflow.",
+        epilog="COMMAND --help lists every setting. Settings: any --dotted.key value, for example --trainer.max_epochs 5.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=purpose, description=purpose.capitalize() + ".", add_help=False, allow_abbrev=False,
+            usage=f"python -m dann_experiments {name} [--config FILE] [--SHORT VALUE ...] [--DOTTED.KEY VALUE ...]",
+        )  # fmt: skip
+        command.add_argument("-h", "--help", action="store_true", help="show this and every setting")
+        command.add_argument("--config", metavar="FILE", help="YAML file of settings (default: recipes/digits.yaml)")
+        for short, key in SHORT_NAMES.items():
+            command.add_argument(f"--{short}", metavar="VALUE", help=f"short for --{_long_name(short, name)}")
+        if name == "layers":
+            command.add_argument("--all", action="store_true", help="list every layer, not only the useful ones")
+    return parser
+
+
+def _command_help(parser: argparse.ArgumentParser, command: str) -> str:
+    action = next(item for item in parser._actions if isinstance(item, argparse._SubParsersAction))
+    settings = help_text()
+    return f"{action.choices[command].format_help()}\nSettings (in a YAML file, or as --dotted.key value):\n{settings}"
+
+
+def _long_name(short: str, command: str) -> str:
+    """`max_epochs` means the epochs of the job that is run."""
+    return "pretraining.max_epochs" if short == "max_epochs" and command == "pretrain" else SHORT_NAMES[short]
+
+
+def _overrides(known: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    for short in SHORT_NAMES:
+        value = getattr(known, short)
+        if value is not None and value not in NOT_GIVEN:
+            overrides[_long_name(short, known.command)] = value
+    if SHORT_NAMES["feature_layer"] in overrides:  # the short name moves the tap, captured layers included
+        overrides["domain_adaptation.feature_layers"] = None
+    return overrides | _dotted(rest)
+
+
+def _dotted(rest: Sequence[str]) -> dict[str, str]:
+    overrides: dict[str, str] = {}
+    tokens = list(rest)
+    while tokens:
+        token = tokens.pop(0)
+        if not token.startswith("--"):
+            raise InputError(f"{token!r} stands alone; give settings as --dotted.key value.")
+        key, equals, value = token[2:].partition("=")
+        if not equals:
+            if not tokens:
+                raise InputError(f"--{key} has no value; give --{key} VALUE (--help lists all settings).")
+            value = tokens.pop(0)
+        overrides[key] = value
+    return overrides
+
+
+def _quiet_libraries() -> None:
+    """Our own messages in full, the libraries' only where they matter to the user."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(show_path=False, show_time=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("dann_experiments").setLevel(logging.INFO)
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+
+
+def _print_layers(config: Config, every: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dann_experiments.jobs import setup
+    from dann_experiments.models.taps import list_layers
+
+    network = setup.make_network(config, with_weights=False)
+    table = Table("layer", "channels", "stride", "useful", title=f"{config.model.arch}, {config.model.encoder_name}")
+    for layer in list_layers(network, config.model.in_channels, config.data.crop_size or 64):
+        if layer.useful or every:
+            table.add_row(layer.name, str(layer.channels), f"{layer.stride:g}", "yes" if layer.useful else "")
+    Console().print(table)
+    print("stride: input pixels a position. Give one or several as domain_adaptation.method.feature_layer.")
+
+
+def _print_result(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = [name for name in result.metrics if name.startswith("iou/")]
+    table = Table("", *names, title=f"{result.job} run {result.run_id}")
+    rows: Mapping[str, Mapping[str, float]] = {"before": result.baseline, "after": result.metrics}
+    for label, metrics in rows.items():
+        if metrics:
+            table.add_row(label, *(f"{metrics[name]:.3f}" if name in metrics else "" for name in names))
+    Console().print(table)
+    if result.artifacts:
+        print(f"Pictures, model, checkpoints: {result.artifacts}")
+    print(f"Look at it: mlflow ui --backend-store-uri {shlex.quote(result.tracking_uri)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Makes the method that the settings name: the one place that knows the methods by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dann_experiments.adaptation.dann import DANNMethod, LambdaZero, SourceOnly
+from dann_experiments.adaptation.method import DomainAdaptationMethod
+from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler, LinearScheduler
+from dann_experiments.config.errors import InputError
+
+METHODS: dict[str, type[DomainAdaptationMethod]] = {"dann": DANNMethod, "lambda_zero": LambdaZero, "source_only": SourceOnly}
+
+
+def build_schedule(kind: str, gamma: float) -> LambdaScheduler:
+    """`dann`, `linear` or `constant`; gamma is used by the first alone."""
+    if kind == "dann":
+        return DANNScheduler(gamma)
+    return LinearScheduler() if kind == "linear" else ConstantScheduler()
+
+
+def build_method(
+    name: str,
+    feature_layer: Sequence[str],
+    channels: Mapping[str, int],
+    given_channels: int | Sequence[int] | None,
+    schedule: LambdaScheduler,
+    **arguments: Any,
+) -> DomainAdaptationMethod:
+    """A built-in method. `channels`: layer -> channels as read from the network, which `given_channels` must equal."""
+    if name == "source_only":
+        return SourceOnly()
+    actual = [channels[layer] for layer in feature_layer]
+    if given_channels is not None:
+        given = [given_channels] if isinstance(given_channels, int) else list(given_channels)
+        if given != actual:
+            raise InputError(
+                f"domain_adaptation.method.in_channels is {given_channels}, but {list(feature_layer)} has {actual} "
+                f"channels; give {actual[0] if len(actual) == 1 else actual}, or null to read it from the network."
+            )
+    method = METHODS[name]
+    return method(list(feature_layer), actual, lambda_schedule=schedule, **arguments)  # pyright: ignore[reportCallIssue]
+
+
+def load_own_method(class_path: str, init_args: Mapping[str, Any], channels: Mapping[str, int]) -> DomainAdaptationMethod:
+    """A user's method, `package.module.Class(**init_args)`; refused unless it is a DomainAdaptationMethod.
+
+    A constructor that has a parameter `channels` is given layer -> channels of the captured layers.
+    """
+    module_name, _, class_name = class_path.rpartition(".")
+    where = f"domain_adaptation.method.class_path is {class_path!r}"
+    try:
+        method = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{where}, which cannot be imported ({error}); is its package installed?") from None
+    if not (isinstance(method, type) and issubclass(method, DomainAdaptationMethod)):
+        raise InputError(f"{where}, which is no subclass of dann_experiments.DomainAdaptationMethod.")
+    arguments = dict(init_args)
+    if "channels" in method.__init__.__code__.co_varnames[: method.__init__.__code__.co_argcount]:
+        arguments.setdefault("channels", dict(channels))
+    try:
+        return method(**arguments)
+    except TypeError as error:
+        raise InputError(f"{where}, whose constructor refuses init_args {dict(init_args)}: {error}") from None

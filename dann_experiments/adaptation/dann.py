@@ -1,0 +1,113 @@
+"""DANN (Ganin & Lempitsky 2015), its lambda = 0 control, and training on the source alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dann_experiments.adaptation.domain_classifier import SOURCE, TARGET, DomainClassifier
+from dann_experiments.adaptation.gradient_reversal import GradientReversal
+from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
+from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler
+
+
+class DANNMethod(DomainAdaptationMethod):
+    """Domain-adversarial training: a classifier a layer learns the domain, the network learns to confuse it.
+
+    lambda acts once, in the reversal: the network feels -lambda times the gradient of the domain loss, the classifiers
+    its plain gradient at every lambda, 0 included. The domain loss is the mean of the two domains' cross-entropies, so
+    batches of unequal size weigh equally; with several layers, the mean over layers.
+
+    `in_channels`: channels at the layer, or one number a layer. `lambda_da` scales the schedule; with `lambda_schedule`
+    None it is lambda itself. `step_mode`: p = epoch / max_epochs, or batch / all batches.
+    """
+
+    def __init__(
+        self,
+        feature_layer: str | Sequence[str],
+        in_channels: int | Sequence[int],
+        classifier: Literal["pooled", "pixel"] = "pooled",
+        hidden_size: int = 1024,
+        discriminator_lr: float = 1e-4,
+        lambda_da: float = 1.0,
+        lambda_schedule: LambdaScheduler | None = DANNScheduler(),
+        step_mode: Literal["epoch", "batch"] = "epoch",
+    ) -> None:
+        super().__init__()
+        self.feature_layers = (feature_layer,) if isinstance(feature_layer, str) else tuple(feature_layer)
+        channels = [in_channels] if isinstance(in_channels, int) else list(in_channels)
+        if len(channels) != len(self.feature_layers):
+            raise ValueError(f"in_channels has {len(channels)} values for {len(self.feature_layers)} feature layers")
+        if step_mode not in ("epoch", "batch"):
+            raise ValueError(f"step_mode is {step_mode!r}; give 'epoch' or 'batch'")
+        if lambda_da < 0:
+            raise ValueError(f"lambda_da is {lambda_da}; it must not be negative")
+        self.classifiers = nn.ModuleList(DomainClassifier(count, hidden_size, classifier) for count in channels)
+        self.reversal = GradientReversal()
+        self.discriminator_lr = discriminator_lr
+        self.lambda_da = lambda_da
+        self.schedule = ConstantScheduler() if lambda_schedule is None else lambda_schedule
+        self.step_mode = step_mode
+
+    def lambda_at(self, progress: Progress) -> float:
+        """lambda for this step."""
+        if self.step_mode == "epoch":
+            return self.lambda_da * self.schedule.get_lambda(progress.epoch, progress.max_epochs)
+        return self.lambda_da * self.schedule.get_lambda(progress.step, progress.total_steps)
+
+    def loss(self, outputs: StepOutputs, progress: Progress) -> MethodLoss:
+        lambda_now = self.lambda_at(progress)
+        losses, accuracies, metrics = [], [], {}
+        for layer, classifier in zip(self.feature_layers, self.classifiers, strict=True):
+            loss, accuracy = self._layer_loss(classifier, layer, outputs, lambda_now)
+            losses.append(loss)
+            accuracies.append(accuracy)
+            if len(self.feature_layers) > 1:
+                metrics[f"da_layer/{layer}/domain_loss"] = loss.detach()
+                metrics[f"da_layer/{layer}/domain_acc"] = accuracy
+        domain_loss = torch.stack(losses).mean()
+        metrics["da/domain_loss"] = domain_loss.detach()
+        metrics["da/domain_acc"] = torch.stack(accuracies).mean()
+        metrics["da/lambda"] = lambda_now
+        return MethodLoss(domain_loss, domain_loss.detach(), lambda_now, metrics)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The classifiers, in a group of their own with `discriminator_lr`."""
+        return [{"params": list(self.classifiers.parameters()), "lr": self.discriminator_lr, "name": "discriminator"}]
+
+    def _layer_loss(
+        self, classifier: nn.Module, layer: str, outputs: StepOutputs, lambda_now: float
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(classifier, DomainClassifier)
+        sides: Mapping[int, tuple[Tensor, Tensor | None]] = {
+            SOURCE: (outputs.source_features[layer], outputs.source_valid),
+            TARGET: (outputs.target_features[layer], None),
+        }
+        losses, accuracies = [], []
+        for domain, (features, valid) in sides.items():
+            loss, accuracy = classifier.domain_loss(self.reversal(features, lambda_now), domain, valid)
+            losses.append(loss)
+            accuracies.append(accuracy)
+        return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+
+
+class LambdaZero(DANNMethod):
+    """The control: DANN's forwards, steps and classifiers with lambda 0, so the network feels no domain loss.
+
+    What it gains over source-only comes from more training and from target images in BatchNorm, not from the adversary.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "lambda_da": 0.0})
+
+
+class SourceOnly(DomainAdaptationMethod):
+    """No adaptation: the segmentation loss of the source alone; target images are not forwarded."""
+
+    uses_target = False
+
+    def loss(self, outputs: StepOutputs, progress: Progress) -> MethodLoss:
+        return MethodLoss(None, None, 0.0)

@@ -1,0 +1,67 @@
+"""The domain classifier: an MLP with two hidden layers on pooled features, or the same at every position.
+
+Letters: N images, C channels, H x W positions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SOURCE, TARGET = 0, 1  # domain labels
+
+
+class DomainClassifier(nn.Module):
+    """Source or target? Logits of two classes (0 source, 1 target) from features (N, C, H, W).
+
+    `pooled` (default): global average pooling, then the MLP; logits (N, 2). `pixel`: the same MLP as 1 x 1 convolutions;
+    logits (N, 2, H, W). `valid` (N, h, w), 1 where a pixel counts, leaves pixels out of the pooling or of the loss.
+    """
+
+    def __init__(self, in_channels: int, hidden_size: int = 1024, kind: Literal["pooled", "pixel"] = "pooled") -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.kind = kind
+        # one module for both kinds: a pooled map is a map of one position
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, hidden_size, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden_size, hidden_size, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden_size, 2, 1),
+        )
+
+    def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
+        if features.ndim == 2:  # features that are pooled already
+            features = features[:, :, None, None]
+        if self.kind == "pixel":
+            return self.layers(features)
+        return self.layers(masked_mean(features, valid)).flatten(1)
+
+    def domain_loss(self, features: Tensor, domain: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy and accuracy (0..1) on features that all come from `domain`."""
+        logits = self(features, valid)
+        labels = torch.full(logits.shape[:1] + logits.shape[2:], domain, device=logits.device)
+        losses = functional.cross_entropy(logits.float(), labels, reduction="none")
+        right = (logits.argmax(1) == labels).float().detach()
+        if self.kind == "pooled" or valid is None:
+            return losses.mean(), right.mean()
+        weights = resize_valid(valid, features)
+        total = weights.sum().clamp_min(1e-6)
+        return (losses * weights).sum() / total, (right * weights).sum() / total
+
+
+def masked_mean(features: Tensor, valid: Tensor | None) -> Tensor:
+    """Average over positions (N, C, 1, 1); with `valid` (N, h, w), weighted by the valid share of each position."""
+    if valid is None:
+        return features.mean((2, 3), keepdim=True)
+    weights = resize_valid(valid, features)[:, None]
+    return (features * weights).sum((2, 3), keepdim=True) / weights.sum((2, 3), keepdim=True).clamp_min(1e-6)
+
+
+def resize_valid(valid: Tensor, features: Tensor) -> Tensor:
+    """Share of valid pixels behind each position of `features`: (N, h, w) -> (N, H, W), 0..1."""
+    return functional.adaptive_avg_pool2d(valid[:, None].to(features.dtype), features.shape[2:])[:, 0]

@@ -1,0 +1,205 @@
+"""YAML files and dotted overrides in, a checked `Config` out. The only file that knows jsonargparse."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.config.schema import Config
+from dann_experiments.config.target_dialect import translate
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: `1e-4` is a number (PyYAML alone reads it as a string)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|nan))$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read `file` (YAML), put `overrides` (dotted name -> value) on top, check everything.
+
+    Override values may be Python values or the strings a command line gives (`"1e-4"`, `"[encoder, decoder]"`).
+    Raises InputError naming the key, the value and the way out.
+    """
+    settings = _read_yaml(file) if file is not None else {}
+    for key, value in (overrides or {}).items():
+        _set_dotted(settings, key, _scalar(value))
+    settings = translate(settings)
+    _refuse_unknown_keys(settings)
+    return _build(settings)
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values (lists, numbers, strings), ready for YAML."""
+    return _plain(dataclasses.asdict(config))
+
+
+def config_to_yaml(config: Config) -> str:
+    """A YAML text that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, width=120)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted name -> value for every setting."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}{key}.", inner)
+        else:
+            flat[prefix[:-1]] = value
+
+    walk("", config_to_dict(config))
+    return flat
+
+
+def replace(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """`config` with some settings changed, checked again."""
+    settings = config_to_dict(config)
+    for key, value in overrides.items():
+        _set_dotted(settings, key, value)
+    _refuse_unknown_keys(settings)
+    return _build(settings)
+
+
+def known_keys() -> list[str]:
+    """Every dotted name a user may set."""
+    return list(_field_types(Config))
+
+
+def help_text() -> str:
+    """All settings with types, defaults and help, generated from the dataclasses."""
+    return _parser().format_help()
+
+
+def _read_yaml(file: str | Path) -> dict[str, Any]:
+    path = Path(file).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"config file {path} does not exist; recipes/ holds some to start from.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} cannot be read: {error}") from None
+    try:
+        settings = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader: builds plain values only)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise InputError(f"config file {path} holds {type(settings).__name__}; give a mapping of settings.")
+    return settings
+
+
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.load(value, _Loader)  # noqa: S506
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return value
+
+
+def _set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
+    *groups, name = key.split(".")
+    node = settings
+    for group in groups:
+        inner = node.get(group)
+        node[group] = node = dict(inner) if isinstance(inner, dict) else {}
+    node[name] = value
+
+
+def _refuse_unknown_keys(settings: Mapping[str, Any]) -> None:
+    known = _field_types(Config)
+    groups = {key.rpartition(".")[0] for key in known} | {"domain_adaptation"}
+
+    def walk(node: Mapping[str, Any], prefix: str) -> None:
+        for name, value in node.items():
+            key = f"{prefix}{name}"
+            if key in groups:
+                if value is not None and not isinstance(value, Mapping):
+                    raise InputError(f"{key} is {value!r}; it is a group of settings, give a mapping.")
+                walk(value or {}, f"{key}.")
+            elif key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+                same_name = [other for other in known if other.rpartition(".")[2] == str(name).rpartition(".")[2]]
+                raise InputError(f"unknown setting {key!r}; did you mean {(same_name or nearest)[0]!r}?")
+
+    walk(settings, "")
+
+
+def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    types: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            types |= _field_types(typing.cast(type, hints[field.name]), f"{prefix}{field.name}.")
+        else:
+            types[f"{prefix}{field.name}"] = hints[field.name]
+    return types
+
+
+def _parser():
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, prog="settings", usage="")
+    parser.add_class_arguments(Config, nested_key=None)
+    return parser
+
+
+def _build(settings: dict[str, Any]) -> Config:
+    from jsonargparse import ArgumentError
+
+    parser = _parser()
+    try:
+        parsed = parser.parse_object(_without_empty_groups(settings), defaults=True)
+        return Config(**vars(parser.instantiate_classes(parsed)))
+    except InputError:
+        raise
+    except (ArgumentError, TypeError, ValueError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise InputError(_readable(str(error), settings)) from None
+
+
+def _without_empty_groups(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _readable(message: str, settings: dict[str, Any]) -> str:
+    found = re.search(r'[Kk]ey "([^"]+)"', message)
+    reason = " ".join(message.split())
+    if not found:
+        return reason
+    key = found.group(1)
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else value
+    wanted = _field_types(Config).get(key)
+    name = getattr(wanted, "__name__", None) if isinstance(wanted, type) else None
+    name = name or str(wanted).replace("typing.", "").replace("Literal", "one of ")
+    return f"{key} is {value!r}, but must be {name}." if wanted is not None else f"{key} is {value!r}: {reason}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value

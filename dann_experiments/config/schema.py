@@ -1,0 +1,417 @@
+"""Every setting there is: frozen dataclasses whose field docstrings are the help texts.
+
+A setting has one dotted name everywhere (YAML, flag, sweep space, MLflow parameter), for example
+`domain_adaptation.method.hidden_size`. Settings that must agree are compared here, once, in `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dann_experiments.config.errors import InputError
+
+Arch = Literal[
+    "unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus", "pan", "upernet",
+    "segformer", "dpt",
+]  # fmt: skip
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+TARGET_LABEL_METRICS = ("iou/target", "class_iou/target", "loss/val_target", "iou/gap")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network, under the names of `segmentation_models_pytorch.create_model`; null = the network's own default."""
+
+    arch: Arch = "unet"
+    """Architecture."""
+    encoder_name: str = "resnet34"
+    """Encoder, one of segmentation-models-pytorch's (`tu-NAME` for any of timm's)."""
+    encoder_weights: str | None = "imagenet"
+    """Weights the encoder starts with (downloaded when first used); null = random."""
+    in_channels: int = 3
+    """Bands of the images."""
+    classes: int = 2
+    """Number of classes, background included."""
+    encoder_depth: int | None = None
+    """Number of encoder stages."""
+    encoder_output_stride: int | None = None
+    """Output stride of a dilated encoder (deeplabv3, deeplabv3plus, pan)."""
+    encoder_output_indices: list[int] | None = None
+    """Encoder blocks whose features are used (dpt)."""
+    decoder_channels: int | list[int] | None = None
+    """Channels of the decoder, or of each decoder block."""
+    decoder_use_norm: bool | str | dict[str, Any] | None = None
+    """Normalisation in the decoder: batchnorm, groupnorm, layernorm, instancenorm, inplace, identity."""
+    decoder_attention_type: str | None = None
+    """Attention in the decoder blocks (unet, unetplusplus): scse."""
+    decoder_interpolation: str | None = None
+    """Interpolation in the decoder: nearest, bilinear, bicubic, area."""
+    decoder_pab_channels: int | None = None
+    """Channels of the position attention block (manet)."""
+    decoder_pyramid_channels: int | None = None
+    """Channels of the feature pyramid (fpn)."""
+    decoder_segmentation_channels: int | None = None
+    """Channels of the segmentation branches (fpn, segformer)."""
+    decoder_merge_policy: str | None = None
+    """How pyramid levels are merged (fpn): add or cat."""
+    decoder_dropout: float | None = None
+    """Dropout in the decoder (fpn), 0 to 1."""
+    decoder_atrous_rates: list[int] | None = None
+    """Dilation rates of the ASPP module (deeplabv3, deeplabv3plus)."""
+    decoder_aspp_separable: bool | None = None
+    """Separable convolutions in the ASPP module (deeplabv3, deeplabv3plus)."""
+    decoder_aspp_dropout: float | None = None
+    """Dropout of the ASPP module (deeplabv3, deeplabv3plus), 0 to 1."""
+    decoder_readout: str | None = None
+    """What becomes of the prefix tokens (dpt): ignore, add, cat."""
+    decoder_intermediate_channels: list[int] | None = None
+    """Channels of the reassembled features (dpt)."""
+    decoder_fusion_channels: int | None = None
+    """Channels of the fusion blocks (dpt)."""
+    psp_out_channels: int | None = None
+    """Channels of the pyramid pooling module (pspnet)."""
+    psp_dropout: float | None = None
+    """Dropout of the pyramid pooling module (pspnet), 0 to 1."""
+    upsampling: int | None = None
+    """Factor by which the segmentation head enlarges its map."""
+
+    def network_arguments(self) -> dict[str, Any]:
+        """The constructor arguments that were set, beside the five that every network takes."""
+        common = {"arch", "encoder_name", "encoder_weights", "in_channels", "classes"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in common and value is not None}
+
+    def __post_init__(self) -> None:
+        _at_least("model.in_channels", self.in_channels, 1)
+        _at_least("model.classes", self.classes, 2)
+
+
+@dataclass(frozen=True)
+class DomainDataConfig:
+    """The images of one domain. Each list names CSV manifests or folders (see data.root)."""
+
+    name: str | None = None
+    """What runs call this domain; null = from its first training list."""
+    train: list[str] = field(default_factory=list)
+    """Training images; the target's need no masks, and masks given there are not read."""
+    val: list[str] = field(default_factory=list)
+    """Validation images, scored each epoch where they have masks."""
+    test: list[str] = field(default_factory=list)
+    """Held-out images, scored once after training."""
+    batch_size: int = 8
+    """Images a training step."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.source.batch_size and data.target.batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True)
+class EmbeddedDataConfig:
+    """Digits on photographs, made from installed packages: a real data set for trying things out."""
+
+    name: Literal["digits", "digits_classes"] | None = None
+    """digits: stroke or background; digits_classes: which digit; null = none, your own data."""
+    seed: int = 0
+    """Which digits and photograph areas fall into which set."""
+    folder: str | None = None
+    """Where it is built once; null = the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and masks of both domains, and how they are read."""
+
+    embedded: EmbeddedDataConfig = field(default_factory=EmbeddedDataConfig)
+    root: str | None = None
+    """Folder that the lists are relative to; null = the embedded data if there is one, else the current folder.
+    An entry of a list is a CSV manifest (columns image and mask; paths relative to the manifest; mask absent where there
+    is none) or a folder with images/ and masks/ of equal stems."""
+    source: DomainDataConfig = field(default_factory=DomainDataConfig)
+    target: DomainDataConfig = field(default_factory=DomainDataConfig)
+    class_names: list[str] | None = None
+    """Names of the classes, index = id in the masks; null = class_0, class_1, ..."""
+    ignore_index: int = 255
+    """Mask value that counts nowhere: not in the losses, not in the metrics."""
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    """Mean a band, of images scaled to 0..1; the default is ImageNet's."""
+    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    """Standard deviation a band, of images scaled to 0..1; the default is ImageNet's."""
+    crop_size: int | None = None
+    """Training takes random crops of this many pixels square; null = whole images, all of one size."""
+    eval_batch_size: int | None = None
+    """Images a validation step; null = the training batch."""
+    num_workers: int = 0
+    """Processes that load each domain's training images; 0 = the training process (best for small images)."""
+    keep_in_memory: bool = True
+    """Decode each image once and keep it, instead of decoding it again each epoch."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.num_workers", self.num_workers, 0)
+        if self.crop_size is not None:
+            _at_least("data.crop_size", self.crop_size, 8)
+        if self.eval_batch_size is not None:
+            _at_least("data.eval_batch_size", self.eval_batch_size, 1)
+        if len(self.mean) != len(self.std):
+            raise InputError(f"data.mean has {len(self.mean)} values, data.std {len(self.std)}; give one a band to both.")
+        if any(value <= 0 for value in self.std):
+            raise InputError(f"data.std is {self.std}; every value must be above 0.")
+        if not 0 <= self.ignore_index <= 255:
+            raise InputError(f"data.ignore_index is {self.ignore_index}; masks are 8 bit, so give a value from 0 to 255.")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How lambda grows while training runs."""
+
+    kind: Literal["dann", "linear", "constant"] = "dann"
+    """dann: 2 / (1 + exp(-gamma p)) - 1 (Ganin & Lempitsky 2015); linear: p; constant: 1. p runs from 0 to 1."""
+    gamma: float = 10.0
+    """Steepness of `dann`; 10 is the paper's value."""
+
+    def __post_init__(self) -> None:
+        _above("domain_adaptation.method.lambda_schedule.gamma", self.gamma, 0)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The adaptation method."""
+
+    name: Literal["dann", "lambda_zero", "source_only"] = "dann"
+    """dann: adversarial; lambda_zero: the control, the same training with lambda 0 (target images forwarded, the network
+    feels no domain loss); source_only: the target is not looked at."""
+    class_path: str | None = None
+    """Your own method instead: `package.module.Class`, an installed subclass of DomainAdaptationMethod."""
+    init_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of your own method's constructor."""
+    feature_layer: str | list[str] = "encoder"
+    """Layer, or layers, whose features are aligned; `layers` lists them."""
+    in_channels: int | list[int] | None = None
+    """Channels at that layer (one number a layer); null = read from the network."""
+    classifier: Literal["pooled", "pixel"] = "pooled"
+    """pooled: one domain decision an image, after global average pooling; pixel: one a position (1 x 1 convolutions)."""
+    hidden_size: int = 1024
+    """Width of the domain classifier's two hidden layers."""
+    discriminator_lr: float = 1e-4
+    """Learning rate of the domain classifier."""
+    lambda_da: float = 1.0
+    """Factor on the schedule: the largest lambda. With lambda_schedule null, lambda itself."""
+    lambda_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    step_mode: Literal["epoch", "batch"] = "epoch"
+    """When lambda moves: once an epoch or every batch."""
+
+    @property
+    def layers(self) -> list[str]:
+        """`feature_layer` as a list."""
+        return [self.feature_layer] if isinstance(self.feature_layer, str) else list(self.feature_layer)
+
+    def __post_init__(self) -> None:
+        _at_least("domain_adaptation.method.hidden_size", self.hidden_size, 1)
+        _above("domain_adaptation.method.discriminator_lr", self.discriminator_lr, 0)
+        if not 0 <= self.lambda_da < float("inf"):
+            raise InputError(f"domain_adaptation.method.lambda_da is {self.lambda_da}; give a number from 0 up.")
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise InputError(f"domain_adaptation.method.feature_layer is {self.feature_layer!r}; name each layer once.")
+        if self.in_channels is not None:
+            given = [self.in_channels] if isinstance(self.in_channels, int) else self.in_channels
+            if len(given) != len(self.layers):
+                raise InputError(
+                    f"domain_adaptation.method.in_channels has {len(given)} values for {len(self.layers)} feature "
+                    "layers; give one a layer, or null to read them from the network."
+                )
+        if self.init_args and self.class_path is None:
+            raise InputError(
+                "domain_adaptation.method.init_args has no effect without class_path; remove it or name your class."
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The source model that adaptation starts from."""
+
+    path: str | None = None
+    """A file, a folder, runs:/ID[/path] or models:/NAME@ALIAS; null = the newest finished pretraining run of the same
+    model and source data, or a new one."""
+    source_format: Literal["auto", "pytorch_lightning", "pytorch", "smp"] = "auto"
+    """pytorch_lightning: .ckpt; pytorch: a plain state dict; smp: a save_pretrained folder; auto: told from the file."""
+    strict_loading: bool = True
+    """Refuse a checkpoint that lacks weights or brings others; false loads what fits and says what did not."""
+
+
+@dataclass(frozen=True)
+class DomainAdaptationConfig:
+    """What adapts the network to the target domain."""
+
+    feature_layers: list[str] | None = None
+    """Layers captured; null = those that method.feature_layer names."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    batchnorm: Literal["separate", "joint"] = "separate"
+    """separate: each domain is forwarded by itself, so BatchNorm normalises each with its own batch statistics; joint: one
+    forward of both together up to the tapped layer, with the statistics of the mixture."""
+    pretrained_checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers captured, in the order given."""
+        return self.method.layers if self.feature_layers is None else list(self.feature_layers)
+
+    def __post_init__(self) -> None:
+        missing = [layer for layer in self.method.layers if layer not in self.layers]
+        if missing:
+            raise InputError(
+                f"domain_adaptation.method.feature_layer is {self.method.feature_layer!r}, but feature_layers captures "
+                f"only {self.layers}; add {missing} there, or leave feature_layers out."
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The network's optimizer; the domain classifier shares its kind, with its own learning rate."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """Kind."""
+    lr: float = 1e-3
+    """Learning rate of the network."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the moments (adam, adamw); 0.5 for the first is usual in adversarial training."""
+    momentum: float = 0.9
+    """Momentum (sgd)."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    schedule: Literal["constant", "annealed", "one_cycle", "cosine"] = "constant"
+    """Course of the learning rates over the run. annealed: divided by (1 + 10 p)^0.75 (Ganin & Lempitsky 2015, section 4);
+    one_cycle: up and down again (Smith 2018); cosine: down to 0."""
+
+    def __post_init__(self) -> None:
+        _above("optimizer.lr", self.lr, 0)
+        if self.weight_decay < 0:
+            raise InputError(f"optimizer.weight_decay is {self.weight_decay}; give a number from 0 up.")
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """How the source model is trained where none is given."""
+
+    max_epochs: int = 20
+    """Passes over the source's training images."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("pretraining.max_epochs", self.max_epochs, 1)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Lightning's trainer, under its own names."""
+
+    max_epochs: int = 20
+    """Epochs of adaptation. An epoch is one pass over the larger training set; the smaller one starts again."""
+    accelerator: str = "auto"
+    """cpu, gpu, mps or auto."""
+    precision: str = "32-true"
+    """Lightning's precision: 32-true, bf16-mixed, 16-mixed."""
+    gradient_clip_val: float | None = None
+    """Largest norm of the gradient; null = not clipped."""
+    deterministic: bool = True
+    """Use only deterministic algorithms, so that equal runs give equal numbers."""
+    limit_train_batches: int | None = None
+    """At most so many steps an epoch; null = all."""
+    enable_progress_bar: bool = True
+    """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        _at_least("trainer.max_epochs", self.max_epochs, 1)
+        if self.limit_train_batches is not None:
+            _at_least("trainer.limit_train_batches", self.limit_train_batches, 1)
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is watched, and which weights a run ends with."""
+
+    metric: str | None = "iou/source_val"
+    """Metric that chooses checkpoints/best; null = no best. iou/target_val needs target labels: the run says so in a tag."""
+    mode: Literal["max", "min"] = "max"
+    """Whether more or less of it is better."""
+    final_model: Literal["last", "best"] = "last"
+    """The weights that become the run's model and are scored on the test lists."""
+    log_every_n_epochs: int = 1
+    """Log the validation of every so many epochs (and of the last)."""
+    forgetting_threshold: float = 0.05
+    """Warn when iou/source_val falls by more than this below the warm start's."""
+
+    @property
+    def uses_target_labels(self) -> bool:
+        """Whether the metric that chooses is computed from target labels."""
+        return self.metric is not None and self.metric.startswith(TARGET_LABEL_METRICS)
+
+    def __post_init__(self) -> None:
+        _at_least("monitor.log_every_n_epochs", self.log_every_n_epochs, 1)
+        if self.metric is None and self.final_model == "best":
+            raise InputError("monitor.final_model is 'best', but monitor.metric is null; name the metric that chooses.")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where MLflow keeps the run."""
+
+    uri: str | None = None
+    """Tracking store; null = MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
+    experiment: str = "dann"
+    """Experiment's name."""
+    run_name: str | None = None
+    """Run's name; null = one that says the method."""
+    folder: str = "outputs"
+    """Where a run keeps its files until the store has them."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything one run needs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    domain_adaptation: DomainAdaptationConfig = field(default_factory=DomainAdaptationConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    seed: int = 0
+    """Seed of everything random: weights, order of images, dropout."""
+    threads: int | None = None
+    """CPU threads; null = torch's choice. The last digits of a result depend on it."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """One name a class."""
+        return self.data.class_names or [f"class_{index}" for index in range(self.model.classes)]
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) != self.model.classes:
+            raise InputError(
+                f"data.class_names has {len(self.class_names)} names, but model.classes is {self.model.classes}; "
+                "give one name a class."
+            )
+        if len(set(self.class_names)) != len(self.class_names):
+            raise InputError(f"data.class_names is {self.class_names}; give each class a name of its own.")
+        if len(self.data.mean) != self.model.in_channels:
+            raise InputError(
+                f"data.mean has {len(self.data.mean)} values, but model.in_channels is {self.model.in_channels}; "
+                "give data.mean and data.std one value a band."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; give a whole number from 0 to 4294967295.")
+        if self.threads is not None:
+            _at_least("threads", self.threads, 1)
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise InputError(f"{key} is {value}; give a number of at least {least}.")
+
+
+def _above(key: str, value: float, bound: float) -> None:
+    if not bound < value < float("inf"):
+        raise InputError(f"{key} is {value}; give a number above {bound}.")

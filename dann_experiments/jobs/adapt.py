@@ -1,0 +1,71 @@
+"""The main job: adapts a source model to the unlabelled target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from dann_experiments.config import Config, replace
+from dann_experiments.jobs import setup
+from dann_experiments.jobs.result import RunResult
+from dann_experiments.jobs.source_model import find_or_make_source_model, load_source_model
+from dann_experiments.jobs.training import describe_run, final_metrics, train
+from dann_experiments.tracking.run import tracked_run
+from dann_experiments.tracking.store import local_artifact_folder, open_store, without_secrets
+
+
+def method_name(config: Config) -> str:
+    """What the run is called after: dann, lambda_zero, source_only, or the class of a user's own method."""
+    method = config.domain_adaptation.method
+    return method.name if method.class_path is None else method.class_path.rpartition(".")[2]
+
+
+def adapt(config: Config, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
+    """Adapt the source model to the target by the method of `domain_adaptation`, tracked as one MLflow run.
+
+    The source model is `pretrained_checkpoint.path`, else the newest finished pretraining run of the same network and
+    source data, else it is trained first, as a run of its own. `callbacks` join Lightning's (sweeps prune by one).
+    Raises InputError for what the user can mend, before a run is started.
+    """
+    store = open_store(config.tracking.uri, config.tracking.experiment)
+    with setup.seeded(config):
+        data = setup.load_data(config)
+        network = setup.make_network(config, with_weights=False)
+        setup.check_data(config, data, network)
+        taps = setup.make_taps(config, network)
+        setup.make_method(config, taps)  # refuse a wrong method before hours of pretraining
+        source_model = find_or_make_source_model(config, store, data)
+        source_run_id = load_source_model(config, network, source_model)
+        config = replace(config, {"domain_adaptation.pretrained_checkpoint.path": source_model})
+        setup.reseed(config)  # the same numbers whether the source model was just trained or found
+        method = setup.make_method(config, taps)
+        tags = {
+            "dann.job": "adapt",
+            "dann.method": method_name(config),
+            "dann.source": setup.domain_name(config, "source"),
+            "dann.target": setup.domain_name(config, "target"),
+            "dann.source_digest": setup.source_digest(config, data),
+            "dann.selected_with_target_labels": str(config.monitor.uses_target_labels).lower(),
+            "seed": config.seed,
+        }
+        if source_run_id is not None:
+            tags["dann.source_run_id"] = source_run_id
+        name = config.tracking.run_name or f"{method_name(config)} seed {config.seed}"
+        with tracked_run(store, name, tags, Path(config.tracking.folder), use_claimed=True) as run:
+            describe_run(run, config, data)
+            outcome = train(
+                config, run, network, method, taps, data, config.trainer.max_epochs, config.optimizer, callbacks
+            )
+    folder = local_artifact_folder(store, run.run_id)
+    return RunResult(
+        job="adapt",
+        run_id=run.run_id,
+        experiment_id=store.experiment_id,
+        tracking_uri=without_secrets(store.uri),
+        metrics=final_metrics(outcome.after, config.class_names),
+        baseline=final_metrics(outcome.before, config.class_names),
+        source_run_id=source_run_id,
+        artifacts=None if folder is None else str(folder),
+    )

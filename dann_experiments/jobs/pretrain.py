@@ -1,0 +1,61 @@
+"""Trains the source model: the network on labelled source images, nothing of the target but its validation scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from dann_experiments.adaptation.dann import SourceOnly
+from dann_experiments.config import Config
+from dann_experiments.jobs import setup
+from dann_experiments.jobs.result import RunResult
+from dann_experiments.jobs.training import describe_run, final_metrics, train
+from dann_experiments.tracking.run import tracked_run
+from dann_experiments.tracking.store import Store, local_artifact_folder, open_store, without_secrets
+
+SETS = ("source_train", "source_val", "source_test", "target_val", "target_test")
+
+
+def pretrain(config: Config, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
+    """Train on the source alone, by the settings under `pretraining`; the run's model is what `adapt` starts from."""
+    store = open_store(config.tracking.uri, config.tracking.experiment)
+    return pretrain_with(config, store, use_claimed=True, callbacks=callbacks)
+
+
+def pretrain_with(
+    config: Config, store: Store, use_claimed: bool, callbacks: Sequence[pl.Callback] = ()
+) -> RunResult:
+    """`pretrain` in an open store; `use_claimed`: whether it is the main job of an `mlflow run`."""
+    with setup.seeded(config):
+        data = setup.load_data(config, SETS)
+        network = setup.make_network(config)
+        setup.check_data(config, data, network)
+        tags = {
+            "dann.job": "pretrain",
+            "dann.method": "source_only",
+            "dann.source": setup.domain_name(config, "source"),
+            "dann.target": setup.domain_name(config, "target"),
+            "dann.source_digest": setup.source_digest(config, data),
+            "dann.selected_with_target_labels": str(config.monitor.uses_target_labels).lower(),
+            "seed": config.seed,
+        }
+        name = config.tracking.run_name if use_claimed else None
+        with tracked_run(store, name or f"pretrain seed {config.seed}", tags, Path(config.tracking.folder), use_claimed) as run:
+            describe_run(run, config, data)
+            setup.reseed(config)
+            outcome = train(
+                config, run, network, SourceOnly(), [], data, config.pretraining.max_epochs, config.pretraining.optimizer,
+                callbacks,
+            )  # fmt: skip
+    folder = local_artifact_folder(store, run.run_id)
+    return RunResult(
+        job="pretrain",
+        run_id=run.run_id,
+        experiment_id=store.experiment_id,
+        tracking_uri=without_secrets(store.uri),
+        metrics=final_metrics(outcome.after, config.class_names),
+        baseline=final_metrics(outcome.before, config.class_names),
+        artifacts=None if folder is None else str(folder),
+    )

@@ -1,0 +1,263 @@
+"""Trains one network in one tracked run: what `pretrain` and `adapt` have in common."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.utilities import CombinedLoader
+from torch import nn
+
+from dann_experiments.adaptation.method import DomainAdaptationMethod
+from dann_experiments.config import Config, config_to_yaml, flatten
+from dann_experiments.config.schema import OptimizerConfig
+from dann_experiments.data.dataset import SegmentationDataset, eval_loader, train_loader
+from dann_experiments.data.samples import content_digest
+from dann_experiments.jobs import setup
+from dann_experiments.jobs.setup import Data
+from dann_experiments.models.files import save_model
+from dann_experiments.models.taps import Tap
+from dann_experiments.tracking.figures import display_image, draw_confusion, draw_curves, draw_predictions
+from dann_experiments.tracking.run import RunLogger, TrackedRun
+from dann_experiments.training.module import AdaptationModule
+from dann_experiments.training.monitor import DOMAINS, DomainAdaptationMonitorCallback, RatesAndTimes
+from dann_experiments.training.scores import Scores, metric_name, predict_images, score_set
+
+log = logging.getLogger(__name__)
+PICTURES = 6  # images a domain in the prediction figures
+CURVES = ("iou/source_val", "iou/target_val", "da/domain_acc", "da/lambda")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training gave: scores by set name, before the first step and of the final model."""
+
+    before: Mapping[str, Scores]
+    after: Mapping[str, Scores]
+    final_step: int
+
+
+class _CurveKeeper(RunLogger):
+    """The run's logger, which also keeps the few series that the curves figure shows."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        super().__init__(run)
+        self.series: dict[str, list[tuple[int, float]]] = {}
+
+    def log_metrics(self, metrics, step=None) -> None:
+        super().log_metrics(metrics, step)
+        for name in CURVES:
+            if name in metrics:
+                self.series.setdefault(name, []).append((step or 0, metrics[name]))
+
+
+class _EpochLines(pl.Callback):
+    """Progress where there is no terminal to draw a bar on: a line an epoch."""
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        shown = [f"{name} {float(trainer.callback_metrics[name]):.3f}" for name in CURVES[:2] if name in trainer.callback_metrics]
+        if not trainer.sanity_checking:
+            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  " + "  ".join(shown), flush=True)
+
+
+def describe_run(run: TrackedRun, config: Config, data: Data) -> None:
+    """Params, `config.yaml` and data sets: what the run was given."""
+    run.log_params(flatten(config))
+    (run.folder / "config.yaml").write_text(config_to_yaml(config))
+    for name, dataset in data.sets.items():
+        domain, split = name.split("_")
+        entries = ", ".join(getattr(getattr(config.data, domain), split))
+        masks = "with masks" if dataset.has_masks else "no masks"
+        run.log_input(
+            f"{setup.domain_name(config, domain)} {split}", content_digest(dataset.samples), f"{domain} {split}", entries,
+            f'{{"images": {len(dataset)}, "masks": "{masks}"}}',
+        )  # fmt: skip
+
+
+def train(
+    config: Config,
+    run: TrackedRun,
+    network: nn.Module,
+    method: DomainAdaptationMethod,
+    taps: Sequence[Tap],
+    data: Data,
+    max_epochs: int,
+    optimizer: OptimizerConfig,
+    callbacks: Sequence[pl.Callback] = (),
+) -> Outcome:
+    """Train, choose the final weights, score them, leave checkpoints, model, figures and tables in the run's folder."""
+    module = AdaptationModule(
+        network, method, taps, setup.optimizer_maker(optimizer), optimizer.schedule, config.data.ignore_index,
+        config.domain_adaptation.batchnorm,
+    )  # fmt: skip
+    monitor = DomainAdaptationMonitorCallback(
+        config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
+        config.monitor.forgetting_threshold, config.data.ignore_index,
+    )  # fmt: skip
+    pictures = {domain: _Pictures(data.labelled(f"{domain}_val")) for domain in DOMAINS}
+    for album in pictures.values():
+        album.add("before", network)
+    logger = _CurveKeeper(run)
+    trainer = _trainer(config, run.folder, logger, max_epochs, [monitor, RatesAndTimes(), *callbacks])
+    trainer.fit(module, _train_loader(config, data), _val_loaders(config, data))
+    if config.monitor.final_model == "best":
+        best = torch.load(run.folder / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
+        module.load_state_dict(best["state_dict"])
+    network.to(trainer.strategy.root_device)
+    outcome = Outcome(
+        before={f"{domain}_val": scores for domain, scores in monitor.baseline.items()},
+        after=_final_scores(config, network, data, monitor),
+        final_step=trainer.global_step,
+    )
+    for album in pictures.values():
+        album.add("after", network)
+    network.cpu()
+    _write_results(config, run, network, outcome, pictures, logger.series)
+    return outcome
+
+
+def final_metrics(scores: Mapping[str, Scores], class_names: Sequence[str]) -> dict[str, float]:
+    """Scores by set name under the names of a run."""
+    return {key: value for name, found in scores.items() for key, value in found.metrics(name, class_names).items()}
+
+
+def _trainer(
+    config: Config, folder: Path, logger: RunLogger, max_epochs: int, callbacks: Sequence[pl.Callback]
+) -> pl.Trainer:
+    checkpoints = folder / "checkpoints"
+    keepers = [ModelCheckpoint(checkpoints, filename="last", enable_version_counter=False)]
+    if config.monitor.metric is not None:
+        best = ModelCheckpoint(
+            checkpoints, filename="best", monitor=config.monitor.metric, mode=config.monitor.mode, enable_version_counter=False
+        )
+        keepers.append(best)
+    on_terminal = config.trainer.enable_progress_bar and sys.stdout.isatty()
+    bars: list[pl.Callback] = []
+    if config.trainer.enable_progress_bar:
+        bars = [RichProgressBar()] if on_terminal else [_EpochLines()]
+    return pl.Trainer(
+        max_epochs=max_epochs,
+        accelerator=config.trainer.accelerator,
+        devices=1,
+        precision=config.trainer.precision,  # pyright: ignore[reportArgumentType]
+        gradient_clip_val=config.trainer.gradient_clip_val,
+        deterministic="warn" if config.trainer.deterministic else False,
+        limit_train_batches=config.trainer.limit_train_batches,
+        num_sanity_val_steps=-1,  # the whole of validation: the warm start's own scores
+        logger=logger,
+        callbacks=[*callbacks, *bars, *keepers],
+        enable_progress_bar=on_terminal,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        default_root_dir=str(folder),
+    )
+
+
+def _train_loader(config: Config, data: Data) -> CombinedLoader:
+    loaders = {}
+    for offset, domain in enumerate(DOMAINS):  # each domain has its own order
+        dataset = data.get(f"{domain}_train")
+        if dataset is not None:
+            batch_size = getattr(config.data, domain).batch_size
+            seed = config.seed + offset * 2**32
+            loaders[domain] = train_loader(dataset, batch_size, f"data.{domain}.train", seed, config.data.num_workers)
+    return CombinedLoader(loaders, mode="max_size_cycle")
+
+
+def _val_loaders(config: Config, data: Data) -> list:
+    loaders = []
+    for domain in DOMAINS:
+        dataset = data.labelled(f"{domain}_val")
+        if dataset is not None:
+            loaders.append(_eval_loader(config, dataset, domain))
+        elif domain == "source":
+            return []
+    return loaders
+
+
+def _eval_loader(config: Config, dataset: SegmentationDataset, domain: str):
+    return eval_loader(dataset, config.data.eval_batch_size or getattr(config.data, domain).batch_size)
+
+
+def _final_scores(
+    config: Config, network: nn.Module, data: Data, monitor: DomainAdaptationMonitorCallback
+) -> dict[str, Scores]:
+    """Validation scores of the final model (from the last validation if those are its weights) and test scores."""
+    scores: dict[str, Scores] = {}
+    if config.monitor.final_model == "last":
+        scores = {f"{domain}_val": found for domain, found in monitor.latest.items()}
+    for split in ("val", "test"):
+        for domain in DOMAINS:
+            name = f"{domain}_{split}"
+            dataset = data.labelled(name)
+            if dataset is not None and name not in scores:
+                loader = _eval_loader(config, dataset, domain)
+                scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
+    return scores
+
+
+class _Pictures:
+    """A few images of a set with predictions at several times."""
+
+    def __init__(self, dataset: SegmentationDataset | None) -> None:
+        count = 0 if dataset is None else min(PICTURES, len(dataset))
+        # spread over the set, so that a manifest sorted by scene shows more than one
+        indices = [int(index) for index in np.linspace(0, len(dataset) - 1, count)] if dataset is not None else []
+        items = [dataset[index] for index in indices] if dataset is not None else []
+        self.images = [display_image(dataset.read(index)[0]) for index in indices] if dataset is not None else []
+        self.truth = [item["mask"].numpy() for item in items]
+        self.predictions: dict[str, list[np.ndarray]] = {}
+        self._inputs = [item["image"] for item in items]
+
+    def add(self, when: str, network: nn.Module) -> None:
+        """Predict all pictures with the network as it is now."""
+        self.predictions[when] = predict_images(network, self._inputs)
+
+
+def _write_results(
+    config: Config,
+    run: TrackedRun,
+    network: nn.Module,
+    outcome: Outcome,
+    pictures: Mapping[str, _Pictures],
+    series: Mapping[str, Sequence[tuple[int, float]]],
+) -> None:
+    names = config.class_names
+    tests = {key: found for key, found in outcome.after.items() if key.endswith("_test")}
+    if config.monitor.final_model == "best":
+        tests = dict(outcome.after)  # the chosen weights' scores close every series
+    run.log_metrics(final_metrics(tests, names), step=outcome.final_step)
+    save_model(run.folder / "model", network, config.model.arch, setup.model_arguments(config), setup.model_facts(config))
+    figures = run.folder / "figures"
+    for domain, album in pictures.items():
+        if album.images:
+            path = figures / f"predictions_{domain}.png"
+            draw_predictions(path, album.images, album.truth, album.predictions, names, f"{domain} validation images")
+    for name, scores in outcome.after.items():
+        title = f"{name.replace('_', ' ')}: mean IoU {scores.iou:.3f}"
+        draw_confusion(figures / f"confusion_{name}.png", scores.confusion, names, title)
+    if series:
+        history = {name: [(step, float(value)) for step, value in points] for name, points in series.items()}
+        draw_curves(figures / "curves.png", history, f"run {run.run_id[:8]}")
+    _write_class_table(run.folder / "tables" / "class_iou.csv", outcome, names)
+
+
+def _write_class_table(path: Path, outcome: Outcome, class_names: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["set", "class", "iou_before", "iou_after"])
+        for name, scores in outcome.after.items():
+            before = outcome.before.get(name)
+            for index, label in enumerate(class_names):
+                earlier = "" if before is None else f"{before.class_iou[index]:.6f}"
+                writer.writerow([name, metric_name(label), earlier, f"{scores.class_iou[index]:.6f}"])
+            writer.writerow([name, "mean", "" if before is None else f"{before.iou:.6f}", f"{scores.iou:.6f}"])

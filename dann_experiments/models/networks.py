@@ -1,0 +1,72 @@
+"""Builds segmentation-models-pytorch networks and turns their refusals into readable errors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dann_experiments.config.errors import InputError
+
+
+def build_network(
+    arch: str, encoder_name: str, encoder_weights: str | None, in_channels: int, classes: int, arguments: Mapping[str, Any]
+) -> nn.Module:
+    """`smp.create_model` with `arguments` for the network's own constructor; the output is logits (N, classes, H, W).
+
+    Raises InputError for an encoder or an argument that this network does not take.
+    """
+    import segmentation_models_pytorch as smp
+
+    constructor = smp.MODEL_ARCHITECTURES_MAPPING[arch.lower()]
+    accepted = set(inspect.signature(constructor.__init__).parameters) - {"self", "kwargs"}
+    for name, value in arguments.items():
+        if name not in accepted:
+            raise InputError(f"model.{name} is {value!r}, but {arch} takes no {name}; it takes {sorted(accepted)}.")
+    try:
+        return smp.create_model(
+            arch, encoder_name, encoder_weights=encoder_weights, in_channels=in_channels, classes=classes, **arguments
+        )
+    except KeyError as error:
+        raise InputError(f"model: {error.args[0] if error.args else error}") from None
+    except (ValueError, TypeError, RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"model: {arch} with encoder {encoder_name!r} refuses these settings: {error}") from None
+    except OSError as error:
+        raise InputError(
+            f"model.encoder_weights is {encoder_weights!r}, but these weights cannot be loaded ({_first_line(error)}); "
+            "give null to start from random weights."
+        ) from None
+    except Exception as error:  # the hub clients raise classes of their own when there is no network
+        if encoder_weights is None:
+            raise
+        raise InputError(
+            f"model.encoder_weights is {encoder_weights!r}, but these weights cannot be loaded ({_first_line(error)}); "
+            "give null to start from random weights."
+        ) from None
+
+
+def output_stride(network: nn.Module) -> int:
+    """The number that image sides must be divisible by (1 where the network takes any size)."""
+    if not getattr(network, "requires_divisible_input_shape", True):
+        return 1
+    return int(getattr(getattr(network, "encoder", None), "output_stride", 1))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def logits_of_any_size(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits (N, K, H, W) of images (N, B, H, W) whose sides need not be divisible by the network's stride.
+
+    Such images are enlarged at the right and lower edge by repeating the edge, and the logits cut back.
+    """
+    height, width = images.shape[-2:]
+    stride = output_stride(network)
+    padding = (0, -width % stride, 0, -height % stride)
+    if any(padding):
+        images = functional.pad(images, padding, mode="replicate")
+    return network(images)[..., :height, :width]

@@ -1,0 +1,186 @@
+"""One job, one MLflow run: tags, params, data sets, metrics, artifacts, and a status that is true."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import logging
+import shutil
+import signal
+import subprocess
+import threading
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+
+from dann_experiments.tracking.sender import MetricSender
+from dann_experiments.tracking.store import Store
+
+log = logging.getLogger(__name__)
+PARAMS_A_REQUEST = 100  # MLflow's limit
+PARAM_PREFIX = "cfg."  # `mlflow run` logs its own raw strings under the plain names, and params cannot change
+
+
+class RunKilled(BaseException):
+    """SIGINT or SIGTERM arrived. Not an Exception, so that no handler on the way up takes it for an error."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@dataclass
+class TrackedRun:
+    """A run that is open for writing. `folder` is uploaded as the run's artifacts when it closes."""
+
+    store: Store
+    run_id: str
+    folder: Path
+    sender: MetricSender
+    final_metrics: dict[str, float] = field(default_factory=dict)
+
+    def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
+        """Queue metrics; see MetricSender."""
+        self.sender.put(values, step)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log settings under the prefix `cfg.`."""
+        from mlflow.entities import Param
+
+        entries = [Param(PARAM_PREFIX + key, str(value)[:6000]) for key, value in params.items()]
+        for start in range(0, len(entries), PARAMS_A_REQUEST):
+            self.store.client.log_batch(self.run_id, params=entries[start : start + PARAMS_A_REQUEST])
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags."""
+        from mlflow.entities import RunTag
+
+        self.store.client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+    def log_input(self, name: str, digest: str, context: str, source: str, profile: str) -> None:
+        """Log a data set the run read: MLflow shows name, digest and context (such as `source train`)."""
+        import json
+
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": source}), profile=profile
+        )
+        self.store.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    def lightning_logger(self) -> RunLogger:
+        """A logger for Lightning's trainer that writes into this run."""
+        return RunLogger(self)
+
+
+class RunLogger(Logger):
+    """Lightning's view of a TrackedRun. The run is closed by its context, not by the trainer."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        super().__init__()
+        self._run = run
+
+    @property
+    def name(self) -> str:
+        return "mlflow"
+
+    @property
+    def version(self) -> str:
+        return self._run.run_id
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self._run.log_metrics(metrics, step=0 if step is None else step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The run has its params already."""
+
+
+@contextlib.contextmanager
+def tracked_run(store: Store, run_name: str, tags: Mapping[str, Any], folder: Path, use_claimed: bool) -> Iterator[TrackedRun]:
+    """Open a run (the one of `mlflow run` where there is one and `use_claimed`), and close it with a true status.
+
+    FINISHED at the end of the block, FAILED with `traceback.txt` as artifact when it raises, KILLED on SIGINT and
+    SIGTERM (then KeyboardInterrupt or SystemExit(143) goes on). Metrics and artifacts are sent in every case.
+    """
+    all_tags = {**_provenance(), **tags, "mlflow.runName": run_name}
+    if use_claimed and store.claimed_run_id:
+        run_id = store.claimed_run_id
+    else:
+        run_id = store.client.create_run(store.experiment_id, run_name=run_name).info.run_id
+    run_folder = folder / run_id
+    run_folder.mkdir(parents=True, exist_ok=True)
+    sender = MetricSender(store.client, run_id, run_folder / "unsent_metrics.jsonl")
+    run = TrackedRun(store, run_id, run_folder, sender)
+    try:
+        with _signals_raise():
+            run.set_tags(all_tags)
+            yield run
+            _close(run, "FINISHED")
+    except RunKilled as killed:
+        log.warning("%s: the run is being closed as KILLED.", killed)
+        _close(run, "KILLED")
+        if killed.signum == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + killed.signum) from None
+    except KeyboardInterrupt:
+        _close(run, "KILLED")
+        raise
+    except BaseException:
+        (run_folder / "traceback.txt").write_text(traceback.format_exc())
+        _close(run, "FAILED")
+        raise
+
+
+def _close(run: TrackedRun, status: str) -> None:
+    unsent = run.sender.close()
+    try:
+        run.store.client.log_artifacts(run.run_id, str(run.folder))
+        run.store.client.set_terminated(run.run_id, status)
+    except Exception as error:
+        log.error("The tracking store did not take the run's end (%s); its files are in %s.", error, run.folder)
+        return
+    if not unsent:
+        shutil.rmtree(run.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGINT and SIGTERM raise RunKilled in the block; only the main thread can do that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def raise_killed(signum: int, frame: FrameType | None) -> None:
+        for number in previous:  # closing the run must not be cut short by a second Ctrl-C
+            signal.signal(number, signal.SIG_IGN)
+        raise RunKilled(signum)
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, raise_killed)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _provenance() -> dict[str, str]:
+    """Who and which code: user, commit, and whether the working tree differs from it."""
+    tags = {"mlflow.source.type": "PROJECT"}
+    with contextlib.suppress(Exception):  # no user database entry (containers) is no reason to fail
+        tags["mlflow.user"] = getpass.getuser()
+    project = Path(__file__).resolve().parents[2]
+    if (project / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            git = ["git", "-C", str(project)]
+            commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20)
+            status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=20)
+            tags["mlflow.source.git.commit"] = commit.stdout.strip()
+            tags["git.dirty"] = str(bool(status.stdout.strip())).lower()
+    return tags

@@ -1,0 +1,116 @@
+"""Opens the MLflow tracking store that settings or environment name, and says so when it does not answer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from dann_experiments.config.errors import InputError
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+ANSWER_SECONDS = 10.0
+# A store that is away is retried by our sender; MLflow's own long retries would only hide it.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open tracking store."""
+
+    uri: str
+    client: Any
+    experiment_id: str
+    claimed_run_id: str | None
+    """The run that `mlflow run` made for this process, to be used by its main job."""
+
+
+def open_store(uri: str | None, experiment: str) -> Store:
+    """The store at `uri`, else at MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, with its experiment made if new.
+
+    Under `mlflow run` (MLFLOW_RUN_ID set) the store, experiment and run are those it made; the variable is removed, so
+    that further runs of this process, and its children, are runs of their own. Raises InputError if nothing answers.
+    """
+    claimed = os.environ.pop("MLFLOW_RUN_ID", None)
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = (from_environment if claimed else None) or uri or from_environment or DEFAULT_URI
+    _check_answers(uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    for name in ("alembic", "mlflow.store.db.utils"):  # one line for each of dozens of migrations of a new store
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        with _only_one_opens(uri):
+            mlflow.set_tracking_uri(uri)
+            client = mlflow.MlflowClient(tracking_uri=uri)
+            if claimed:
+                experiment_id = client.get_run(claimed).info.experiment_id
+            else:
+                known = client.get_experiment_by_name(experiment)
+                if known is not None and known.lifecycle_stage != "active":
+                    raise InputError(f"tracking.experiment is {experiment!r}, which was deleted; restore it or name another.")
+                experiment_id = client.create_experiment(experiment) if known is None else known.experiment_id
+    except MlflowException as error:
+        raise InputError(f"tracking.uri is {without_secrets(uri)!r}, which cannot be used: {error.message}") from None
+    return Store(uri, client, experiment_id, claimed)
+
+
+def without_secrets(uri: str) -> str:
+    """`uri` with any `user:password@` left out."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def local_artifact_folder(store: Store, run_id: str) -> Path | None:
+    """Where the run's artifacts lie on this machine; None if the store keeps them elsewhere."""
+    uri = store.client.get_run(run_id).info.artifact_uri
+    parts = urlsplit(uri)
+    if parts.scheme == "file":
+        from mlflow.utils.file_utils import local_file_uri_to_path
+
+        return Path(local_file_uri_to_path(uri))
+    return Path(uri) if parts.scheme == "" else None
+
+
+def _check_answers(uri: str) -> None:
+    scheme = urlsplit(uri).scheme
+    shown = without_secrets(uri)
+    if scheme in ("http", "https"):
+        try:
+            urllib.request.urlopen(shown.rstrip("/") + "/health", timeout=ANSWER_SECONDS)  # noqa: S310
+        except urllib.error.HTTPError:
+            pass  # it answers: a proxy may want a login that MLflow's own client has
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise InputError(
+                f"tracking.uri is {shown!r}, but no server answers there ({reason}); start one with "
+                "`make ui`, or set tracking.uri to sqlite:///mlflow.db."
+            ) from None
+    elif scheme == "sqlite":
+        folder = Path(uri.removeprefix("sqlite:///")).expanduser().resolve().parent
+        if not folder.is_dir():
+            raise InputError(f"tracking.uri is {shown!r}, but folder {folder} does not exist; make it or choose another.")
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"tracking.uri is {shown!r}, but folder {folder} cannot be written to; choose another.")
+    elif scheme not in ("postgresql", "mysql", "mssql", "postgresql+psycopg2", "mysql+pymysql"):
+        raise InputError(f"tracking.uri is {shown!r}; give sqlite:///FILE, http://HOST:PORT or a database's address.")
+
+
+def _only_one_opens(uri: str):
+    """Several processes that open a new sqlite file at once crash in its migration: let one do it."""
+    import contextlib
+
+    if not uri.startswith("sqlite:///"):
+        return contextlib.nullcontext()
+    from filelock import FileLock
+
+    return FileLock(uri.removeprefix("sqlite:///") + ".lock")

@@ -1,0 +1,102 @@
+"""The training step: source through the whole network, target up to the tapped layers, one backward for both losses.
+
+Metrics logged at step i belong to the weights after i optimizer steps, so the first training step is step 0, and the
+validation that follows k steps stands at step k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dann_experiments.adaptation.method import DomainAdaptationMethod, Progress, StepOutputs
+from dann_experiments.models.networks import logits_of_any_size
+from dann_experiments.models.taps import Tap, check_joint, forward_joint, forward_to_taps, forward_with_taps
+from dann_experiments.training.optimizers import build_scheduler
+from dann_experiments.training.scores import segmentation_loss
+
+
+class AdaptationModule(pl.LightningModule):
+    """A network, the method that adapts it, and the optimizer over both.
+
+    Training batches are {"source": {"image", "mask"}, "target": {"image"}}; "target" is not needed by methods that do
+    not use it. Validation loader 0 is the source's, 1 the target's; a validation step returns {"logits", "labels"}.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        method: DomainAdaptationMethod,
+        taps: Sequence[Tap],
+        make_optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+        lr_schedule: str = "constant",
+        ignore_index: int = 255,
+        batchnorm: Literal["separate", "joint"] = "separate",
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.method = method
+        self.taps = [tap for tap in taps if tap.name in method.feature_layers]
+        self.make_optimizer = make_optimizer
+        self.lr_schedule = lr_schedule
+        self.ignore_index = ignore_index
+        self.batchnorm = batchnorm
+        if batchnorm == "joint" and method.uses_target:
+            check_joint(self.taps)
+
+    def progress(self) -> Progress:
+        """Where training stands now."""
+        max_epochs = self.trainer.max_epochs or 1
+        total_steps = max(int(self.trainer.estimated_stepping_batches), 1)
+        return Progress(self.trainer.current_epoch, max_epochs, self.trainer.global_step, total_steps)
+
+    def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
+        outputs = self.step_outputs(batch)
+        segmentation = segmentation_loss(outputs.source_logits, outputs.source_labels, self.ignore_index)
+        share = self.method.loss(outputs, self.progress())
+        metrics: dict[str, Any] = {"loss/train_seg": segmentation.detach(), "loss/train_total": segmentation.detach()}
+        if share.value is not None:
+            metrics["loss/train_da"] = share.value
+            metrics["loss/train_total"] = segmentation.detach() + share.weight * share.value
+        for logger in self.loggers:
+            logger.log_metrics({**metrics, **share.metrics}, step=self.trainer.global_step)
+        return segmentation if share.differentiated is None else segmentation + share.differentiated
+
+    def step_outputs(self, batch: dict[str, dict[str, Tensor]]) -> StepOutputs:
+        """The forwards of one training step."""
+        images, labels = batch["source"]["image"], batch["source"]["mask"]
+        target_features: dict[str, Tensor] = {}
+        if self.method.uses_target and self.batchnorm == "joint":
+            logits, source_features, target_features = forward_joint(
+                self.network, images, batch["target"]["image"], self.taps
+            )
+        else:
+            logits, source_features = forward_with_taps(self.network, images, self.taps)
+            if self.method.uses_target:
+                target_features = forward_to_taps(self.network, batch["target"]["image"], self.taps)
+        valid = (labels != self.ignore_index).to(images.dtype)
+        return StepOutputs(logits, labels, valid, source_features, target_features)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        return {"logits": logits_of_any_size(self.network, batch["image"]), "labels": batch["mask"]}
+
+    def configure_optimizers(self) -> Any:
+        groups: list[dict[str, Any]] = [{"params": list(self.network.parameters()), "name": "network"}]
+        optimizer = self.make_optimizer(groups + self.method.param_groups())
+        scheduler = build_scheduler(optimizer, self.lr_schedule, self.progress().total_steps)
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        self.method.on_train_start(self.network)
+
+    def on_train_epoch_start(self) -> None:
+        self.method.on_epoch_start(self.progress())
+
+    def on_train_end(self) -> None:
+        self.method.on_train_end(self.network)
