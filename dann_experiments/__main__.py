@@ -1,4 +1,4 @@
-"""The command line: `python -m dann_experiments {pretrain,adapt,evaluate,layers,config}`.
+"""The command line: `python -m dann_experiments {pretrain,adapt,evaluate,runs,layers,config}`.
 
 `--config recipes/x.yaml` gives the settings, `--any.dotted.key value` changes one. The undotted flags are short names of
 the settings that are changed most; they are also the declared parameters of the MLproject file.
@@ -32,6 +32,7 @@ COMMANDS = {
     "pretrain": "train a source model on labelled source images",
     "adapt": "adapt a source model to the unlabelled target domain (pretrains first where needed)",
     "evaluate": "score a model on every labelled val and test set",
+    "runs": "show the newest runs of an experiment side by side",
     "layers": "list the layers whose features can be aligned",
     "config": "print the resolved settings as YAML",
 }
@@ -67,6 +68,9 @@ def _run(known: argparse.Namespace, config: Config) -> int:
     if known.command == "layers":
         _print_layers(config, known.all)
         return 0
+    if known.command == "runs":
+        _print_overview(config)
+        return 0
     from dann_experiments import jobs
 
     result = {"pretrain": jobs.pretrain, "adapt": jobs.adapt, "evaluate": jobs.evaluate}[known.command](config)
@@ -89,7 +93,7 @@ def _argument_parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         command.add_argument("-h", "--help", action="store_true", help="show this and every setting")
         command.add_argument("--config", metavar="FILE", help="YAML file of settings (default: recipes/digits.yaml)")
-        for short, key in SHORT_NAMES.items():
+        for short in SHORT_NAMES:
             command.add_argument(f"--{short}", metavar="VALUE", help=f"short for --{_long_name(short, name)}")
         if name == "layers":
             command.add_argument("--all", action="store_true", help="list every layer, not only the useful ones")
@@ -176,7 +180,36 @@ def _print_result(result: Any) -> None:
     Console().print(table)
     if result.artifacts:
         print(f"Pictures, model, checkpoints: {result.artifacts}")
-    print(f"Look at it: mlflow ui --backend-store-uri {shlex.quote(result.tracking_uri)}")
+    print(f"Look at it: {_ui_command(result.tracking_uri)}")
+
+
+def _print_overview(config: Config) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dann_experiments.jobs.overview import overview
+
+    found = overview(config)
+    scores = [name for name in found.table.columns if name.startswith("iou/")]
+    table = Table("", *scores, "run", title=f"experiment {config.tracking.experiment}")
+    for arm in found.table.index:
+        values = [float(found.table.at[arm, name]) for name in scores]  # pyright: ignore[reportArgumentType]
+        table.add_row(
+            str(arm), *("" if v != v else f"{v:.3f}" for v in values), str(found.table.at[arm, "run_id"])[:8]
+        )  # NaN: no such set
+    Console().print(table)
+    print("One seed each: docs/reading-a-run.md says what such a difference is worth.")
+    for arm, folder in found.artifacts.items():
+        print(f"Pictures, {arm}: {Path(folder) / 'figures'}")
+    print(
+        "MLflow UI: make ui, then http://127.0.0.1:5000/#/experiments/"
+        + f"{found.experiment_id}/runs?compareRunsMode=CHART"
+    )
+
+
+def _ui_command(uri: str) -> str:
+    """How to open the MLflow UI on a store: its own address if it is a server."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 if __name__ == "__main__":

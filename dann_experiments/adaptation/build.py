@@ -11,7 +11,11 @@ from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler, LinearScheduler
 from dann_experiments.config.errors import InputError
 
-METHODS: dict[str, type[DomainAdaptationMethod]] = {"dann": DANNMethod, "lambda_zero": LambdaZero, "source_only": SourceOnly}
+METHODS: dict[str, type[DomainAdaptationMethod]] = {
+    "dann": DANNMethod,
+    "lambda_zero": LambdaZero,
+    "source_only": SourceOnly,
+}
 
 
 def build_schedule(kind: str, gamma: float) -> LambdaScheduler:
@@ -44,7 +48,9 @@ def build_method(
     return method(list(feature_layer), actual, lambda_schedule=schedule, **arguments)  # pyright: ignore[reportCallIssue]
 
 
-def load_own_method(class_path: str, init_args: Mapping[str, Any], channels: Mapping[str, int]) -> DomainAdaptationMethod:
+def load_own_method(
+    class_path: str, init_args: Mapping[str, Any], channels: Mapping[str, int]
+) -> DomainAdaptationMethod:
     """A user's method, `package.module.Class(**init_args)`; refused unless it is a DomainAdaptationMethod.
 
     A constructor that has a parameter `channels` is given layer -> channels of the captured layers.

@@ -47,9 +47,10 @@ class DomainClassifier(nn.Module):
         labels = torch.full(logits.shape[:1] + logits.shape[2:], domain, device=logits.device)
         losses = functional.cross_entropy(logits.float(), labels, reduction="none")
         right = (logits.argmax(1) == labels).float().detach()
-        if self.kind == "pooled" or valid is None:
+        if valid is None:
             return losses.mean(), right.mean()
-        weights = resize_valid(valid, features)
+        # pooled: an image without a single valid pixel has no features to judge
+        weights = (valid > 0).any(2).any(1).float() if self.kind == "pooled" else resize_valid(valid, features)
         total = weights.sum().clamp_min(1e-6)
         return (losses * weights).sum() / total, (right * weights).sum() / total
 
@@ -64,4 +65,6 @@ def masked_mean(features: Tensor, valid: Tensor | None) -> Tensor:
 
 def resize_valid(valid: Tensor, features: Tensor) -> Tensor:
     """Share of valid pixels behind each position of `features`: (N, h, w) -> (N, H, W), 0..1."""
-    return functional.adaptive_avg_pool2d(valid[:, None].to(features.dtype), features.shape[2:])[:, 0]
+    return functional.adaptive_avg_pool2d(valid[:, None].to(features.dtype), (features.shape[2], features.shape[3]))[
+        :, 0
+    ]

@@ -4,4 +4,13 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.config.parsing import config_to_dict, config_to_yaml, flatten, known_keys, load_config, replace
 from dann_experiments.config.schema import Config
 
-__all__ = ["Config", "InputError", "config_to_dict", "config_to_yaml", "flatten", "known_keys", "load_config", "replace"]
+__all__ = [
+    "Config",
+    "InputError",
+    "config_to_dict",
+    "config_to_yaml",
+    "flatten",
+    "known_keys",
+    "load_config",
+    "replace",
+]

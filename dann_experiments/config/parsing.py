@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import typing
 from collections.abc import Mapping
@@ -142,6 +143,7 @@ def _refuse_unknown_keys(settings: Mapping[str, Any]) -> None:
     walk(settings, "")
 
 
+@functools.cache
 def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     types: dict[str, Any] = {}
@@ -153,6 +155,7 @@ def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
     return types
 
 
+@functools.cache  # building it reads every docstring
 def _parser():
     from jsonargparse import ArgumentParser, set_parsing_settings
 

@@ -81,7 +81,9 @@ class ModelConfig:
     def network_arguments(self) -> dict[str, Any]:
         """The constructor arguments that were set, beside the five that every network takes."""
         common = {"arch", "encoder_name", "encoder_weights", "in_channels", "classes"}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in common and value is not None}
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in common and value is not None
+        }
 
     def __post_init__(self) -> None:
         _at_least("model.in_channels", self.in_channels, 1)
@@ -154,11 +156,15 @@ class DataConfig:
         if self.eval_batch_size is not None:
             _at_least("data.eval_batch_size", self.eval_batch_size, 1)
         if len(self.mean) != len(self.std):
-            raise InputError(f"data.mean has {len(self.mean)} values, data.std {len(self.std)}; give one a band to both.")
+            raise InputError(
+                f"data.mean has {len(self.mean)} values, data.std {len(self.std)}; give one a band to both."
+            )
         if any(value <= 0 for value in self.std):
             raise InputError(f"data.std is {self.std}; every value must be above 0.")
         if not 0 <= self.ignore_index <= 255:
-            raise InputError(f"data.ignore_index is {self.ignore_index}; masks are 8 bit, so give a value from 0 to 255.")
+            raise InputError(
+                f"data.ignore_index is {self.ignore_index}; masks are 8 bit, so give a value from 0 to 255."
+            )
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,11 @@ def _schedule(value: Any) -> Any:
     """`null` means no schedule, that is lambda_da itself."""
     if value is None:
         return {"kind": "constant"}
-    return _select(value, "domain_adaptation.method.lambda_schedule", SCHEDULES, "kind") if isinstance(value, dict) else value
+    return (
+        _select(value, "domain_adaptation.method.lambda_schedule", SCHEDULES, "kind")
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _read_callbacks(settings: dict[str, Any], callbacks: Any, where: str) -> None:

@@ -135,7 +135,9 @@ def check_files(dataset: SegmentationDataset, name: str, stride: int = 1, for_tr
             )
 
 
-def train_loader(dataset: SegmentationDataset, batch_size: int, name: str, seed: int, num_workers: int = 0) -> DataLoader:
+def train_loader(
+    dataset: SegmentationDataset, batch_size: int, name: str, seed: int, num_workers: int = 0
+) -> DataLoader:
     """Shuffled full batches; a set smaller than one batch is one smaller batch, and says so.
 
     The order depends on `seed` alone, whatever else draws random numbers.

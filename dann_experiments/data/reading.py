@@ -58,6 +58,8 @@ def _open(path: Path, palette_to: str | None) -> np.ndarray:
                 if palette_to is not None and image.mode in ("P", "1", "LA", "CMYK", "YCbCr"):
                     return np.asarray(image.convert(palette_to))
                 array = np.asarray(image)
-                return array.astype(np.uint16) if image.mode == "I" and array.min() >= 0 and array.max() < 65536 else array
+                return (
+                    array.astype(np.uint16) if image.mode == "I" and array.min() >= 0 and array.max() < 65536 else array
+                )
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from None

@@ -24,7 +24,9 @@ def evaluate(config: Config) -> RunResult:
     """IoU a class and confusion matrix of the model at `pretrained_checkpoint.path` on the val and test lists."""
     path = config.domain_adaptation.pretrained_checkpoint.path
     if path is None:
-        raise InputError("evaluate needs a model: give source_checkpoint (a file, a folder, runs:/ID or models:/NAME@ALIAS).")
+        raise InputError(
+            "evaluate needs a model: give source_checkpoint (a file, a folder, runs:/ID or models:/NAME@ALIAS)."
+        )
     store = open_store(config.tracking.uri, config.tracking.experiment)
     with setup.seeded(config):
         data = setup.load_data(config, SETS)

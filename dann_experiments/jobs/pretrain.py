@@ -24,9 +24,7 @@ def pretrain(config: Config, callbacks: Sequence[pl.Callback] = ()) -> RunResult
     return pretrain_with(config, store, use_claimed=True, callbacks=callbacks)
 
 
-def pretrain_with(
-    config: Config, store: Store, use_claimed: bool, callbacks: Sequence[pl.Callback] = ()
-) -> RunResult:
+def pretrain_with(config: Config, store: Store, use_claimed: bool, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
     """`pretrain` in an open store; `use_claimed`: whether it is the main job of an `mlflow run`."""
     with setup.seeded(config):
         data = setup.load_data(config, SETS)
@@ -42,7 +40,9 @@ def pretrain_with(
             "seed": config.seed,
         }
         name = config.tracking.run_name if use_claimed else None
-        with tracked_run(store, name or f"pretrain seed {config.seed}", tags, Path(config.tracking.folder), use_claimed) as run:
+        with tracked_run(
+            store, name or f"pretrain seed {config.seed}", tags, Path(config.tracking.folder), use_claimed
+        ) as run:
             describe_run(run, config, data)
             setup.reseed(config)
             outcome = train(

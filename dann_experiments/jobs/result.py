@@ -43,4 +43,6 @@ class RunResult:
             for name in sorted(client.get_run(self.run_id).data.metrics)
             for point in client.get_metric_history(self.run_id, name)
         ]
-        return pd.DataFrame(rows, columns=["metric", "step", "value"]).sort_values(["metric", "step"], ignore_index=True)
+        return pd.DataFrame(rows, columns=["metric", "step", "value"]).sort_values(
+            ["metric", "step"], ignore_index=True
+        )

@@ -25,7 +25,7 @@ from dann_experiments.data.dataset import SegmentationDataset, check_files
 from dann_experiments.data.digits import build_digits
 from dann_experiments.data.samples import content_digest, find_samples
 from dann_experiments.models.networks import build_network, output_stride
-from dann_experiments.models.taps import Tap, resolve_taps
+from dann_experiments.models.taps import Tap, check_joint, resolve_taps
 from dann_experiments.training.optimizers import build_optimizer
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,9 @@ def load_data(config: Config, names: tuple[str, ...] = SETS) -> Data:
 def check_data(config: Config, data: Data, network: nn.Module) -> None:
     """Read the files before anything trains; raises InputError for the first that is wrong, and for a useless monitor."""
     for name, dataset in data.sets.items():
-        check_files(dataset, f"data.{name.replace('_', '.')}", output_stride(network), for_training=name.endswith("train"))
+        check_files(
+            dataset, f"data.{name.replace('_', '.')}", output_stride(network), for_training=name.endswith("train")
+        )
     metric = config.monitor.metric
     if metric is None:
         return
@@ -135,7 +137,10 @@ def make_taps(config: Config, network: nn.Module) -> list[Tap]:
     if config.domain_adaptation.method.name == "source_only" and config.domain_adaptation.method.class_path is None:
         return []
     size = config.data.crop_size or 64
-    return resolve_taps(network, config.domain_adaptation.layers, config.model.in_channels, size)
+    taps = resolve_taps(network, config.domain_adaptation.layers, config.model.in_channels, size)
+    if config.domain_adaptation.batchnorm == "joint":
+        check_joint([tap for tap in taps if tap.name in config.domain_adaptation.method.layers])
+    return taps
 
 
 def make_method(config: Config, taps: list[Tap]) -> DomainAdaptationMethod:
@@ -143,7 +148,14 @@ def make_method(config: Config, taps: list[Tap]) -> DomainAdaptationMethod:
     method = config.domain_adaptation.method
     channels = {tap.name: tap.channels for tap in taps}
     if method.class_path is not None:
-        return load_own_method(method.class_path, method.init_args, channels)
+        own = load_own_method(method.class_path, method.init_args, channels)
+        missing = [layer for layer in own.feature_layers if layer not in channels]
+        if missing:
+            raise InputError(
+                f"domain_adaptation.feature_layers captures {list(channels)}, but {method.class_path} needs {missing}; "
+                "add them to domain_adaptation.feature_layers."
+            )
+        return own
     if method.name == "lambda_zero":
         log.info("lambda_zero: lambda is 0 throughout; lambda_da and lambda_schedule have no effect.")
     return build_method(

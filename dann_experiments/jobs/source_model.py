@@ -34,7 +34,9 @@ def find_or_make_source_model(config: Config, store: Store, data: Data) -> str:
 def newest_pretraining(store: Store, digest: str) -> str | None:
     """The id of the newest finished pretraining run with this digest, in any experiment of the store."""
     experiments = [experiment.experiment_id for experiment in store.client.search_experiments()]
-    wanted = f"tags.`dann.job` = 'pretrain' and tags.`dann.source_digest` = '{digest}' and attributes.status = 'FINISHED'"
+    wanted = (
+        f"tags.`dann.job` = 'pretrain' and tags.`dann.source_digest` = '{digest}' and attributes.status = 'FINISHED'"
+    )
     runs = store.client.search_runs(experiments, wanted, max_results=1, order_by=["attributes.start_time DESC"])
     return runs[0].info.run_id if runs else None
 

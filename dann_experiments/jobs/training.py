@@ -63,7 +63,11 @@ class _EpochLines(pl.Callback):
     """Progress where there is no terminal to draw a bar on: a line an epoch."""
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shown = [f"{name} {float(trainer.callback_metrics[name]):.3f}" for name in CURVES[:2] if name in trainer.callback_metrics]
+        shown = [
+            f"{name} {float(trainer.callback_metrics[name]):.3f}"
+            for name in CURVES[:2]
+            if name in trainer.callback_metrics
+        ]
         if not trainer.sanity_checking:
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  " + "  ".join(shown), flush=True)
 
@@ -136,7 +140,11 @@ def _trainer(
     keepers = [ModelCheckpoint(checkpoints, filename="last", enable_version_counter=False)]
     if config.monitor.metric is not None:
         best = ModelCheckpoint(
-            checkpoints, filename="best", monitor=config.monitor.metric, mode=config.monitor.mode, enable_version_counter=False
+            checkpoints,
+            filename="best",
+            monitor=config.monitor.metric,
+            mode=config.monitor.mode,
+            enable_version_counter=False,
         )
         keepers.append(best)
     on_terminal = config.trainer.enable_progress_bar and sys.stdout.isatty()
@@ -235,7 +243,9 @@ def _write_results(
     if config.monitor.final_model == "best":
         tests = dict(outcome.after)  # the chosen weights' scores close every series
     run.log_metrics(final_metrics(tests, names), step=outcome.final_step)
-    save_model(run.folder / "model", network, config.model.arch, setup.model_arguments(config), setup.model_facts(config))
+    save_model(
+        run.folder / "model", network, config.model.arch, setup.model_arguments(config), setup.model_facts(config)
+    )
     figures = run.folder / "figures"
     for domain, album in pictures.items():
         if album.images:

@@ -22,7 +22,9 @@ SourceFormat = Literal["auto", "pytorch_lightning", "pytorch", "smp"]
 WEIGHTS_NAME = "model.safetensors"
 
 
-def save_model(folder: str | Path, network: nn.Module, arch: str, arguments: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def save_model(
+    folder: str | Path, network: nn.Module, arch: str, arguments: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
     """Write `network` into `folder`; `arguments` are those of `smp.create_model`, `facts` what else a user needs."""
     from safetensors.torch import save_file
 
@@ -100,9 +102,13 @@ def _load_tensors(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds here; each means: not a file of tensors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         kind = "holds more than tensors and plain values" if zipfile.is_zipfile(path) else "is no checkpoint"
-        raise InputError(f"checkpoint {path} {kind}; it was not loaded, as that could run foreign code ({reason}).") from None
+        raise InputError(
+            f"checkpoint {path} {kind}; it was not loaded, as that could run foreign code ({reason})."
+        ) from None
     if not isinstance(content, dict):
-        raise InputError(f"checkpoint {path} holds {type(content).__name__}; give a state dict or a Lightning checkpoint.")
+        raise InputError(
+            f"checkpoint {path} holds {type(content).__name__}; give a state dict or a Lightning checkpoint."
+        )
     return content
 
 
@@ -115,8 +121,14 @@ def _plain_state(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _without_prefix(weights: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Tensor]:
     """Checkpoints of training wrappers name the network's weights `network.encoder...`; take those, drop the prefix."""
-    candidates: Sequence[str] = ["", *{name[: name.index(key)] for name in weights for key in [_first_part(wanted)] if key in name}]
-    best = max(candidates, key=lambda prefix: sum(name.startswith(prefix) and name[len(prefix) :] in wanted for name in weights))
+    candidates: Sequence[str] = [
+        "",
+        *{name[: name.index(key)] for name in weights for key in [_first_part(wanted)] if key in name},
+    ]
+    best = max(
+        candidates,
+        key=lambda prefix: sum(name.startswith(prefix) and name[len(prefix) :] in wanted for name in weights),
+    )
     return {name[len(best) :]: tensor for name, tensor in weights.items() if name.startswith(best)}
 
 

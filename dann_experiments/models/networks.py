@@ -13,7 +13,12 @@ from dann_experiments.config.errors import InputError
 
 
 def build_network(
-    arch: str, encoder_name: str, encoder_weights: str | None, in_channels: int, classes: int, arguments: Mapping[str, Any]
+    arch: str,
+    encoder_name: str,
+    encoder_weights: str | None,
+    in_channels: int,
+    classes: int,
+    arguments: Mapping[str, Any],
 ) -> nn.Module:
     """`smp.create_model` with `arguments` for the network's own constructor; the output is logits (N, classes, H, W).
 

@@ -1,13 +1,14 @@
 """Feature taps: which layers there are, what they give, and forwards that record or stop at them.
 
 A tap is the dotted name of a module. A module that returns several maps (an SMP `encoder`) means its deepest non-empty
-one; `NAME.K` picks map K of such a module where no module has that name. N images, C channels, H x W positions.
+one; `NAME.K` picks map K of such a module where no module has that name. Of a module that runs several times in one
+forward (a shared ReLU) the first call counts, everywhere. N images, C channels, H x W positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,11 +97,11 @@ def resolve_taps(network: nn.Module, layers: Sequence[str], in_channels: int, si
 
     def record(name: str, index: int | None):
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if name in outputs:
+                return
             outputs[name] = output
-            try:
+            with suppress(TypeError, IndexError):
                 versions[name] = (output[index] if index is not None else deepest_map(output))._version
-            except (TypeError, IndexError):
-                pass
 
         return hook
 
@@ -127,15 +128,17 @@ def list_layers(network: nn.Module, in_channels: int, size: int = 64) -> list[La
     """Every layer that can be tapped, in the order of the forward pass; `size` is the side of the blank image used."""
     maps: list[tuple[str, Tensor]] = []
     encoder_maps: list[Tensor] = []
+    seen: set[str] = set()
 
     def record(name: str):
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if name in seen:
+                return
+            seen.add(name)
             if name == "encoder" and isinstance(output, (list, tuple)):
                 encoder_maps.extend(output)
-            try:
+            with suppress(TypeError):
                 maps.append((name, deepest_map(output)))
-            except TypeError:
-                pass
 
         return hook
 
@@ -148,12 +151,11 @@ def list_layers(network: nn.Module, in_channels: int, size: int = 64) -> list[La
     stages = {id(item): index for index, item in enumerate(encoder_maps) if _is_map(item) and index > 0}
     named: dict[int, str] = {}  # the outermost module that gives exactly a stage's map stands for the stage
     for name, features in maps:
-        if id(features) in stages and name != "encoder":
+        outermost = name.count(".") <= named.get(id(features), name).count(".")
+        if id(features) in stages and name.startswith("encoder.") and outermost:
             named[id(features)] = name
     useful = {"encoder", "decoder", *named.values()}
-    layers = [
-        LayerInfo(name, features.shape[1], size / features.shape[2], name in useful) for name, features in maps
-    ]
+    layers = [LayerInfo(name, features.shape[1], size / features.shape[2], name in useful) for name, features in maps]
     unnamed = [
         LayerInfo(f"encoder.{index}", features.shape[1], size / features.shape[2], True)
         for index, features in enumerate(encoder_maps)
@@ -226,6 +228,8 @@ def check_joint(taps: Sequence[Tap]) -> None:
 def _recording(network: nn.Module, taps: Sequence[Tap], features: dict[str, Tensor], stop: bool) -> Iterator[None]:
     def hook_for(tap: Tap):
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if tap.name in features:
+                return
             picked = tap.pick(output)
             features[tap.name] = picked.clone() if tap.copy else picked
             if stop and len(features) == len(taps):

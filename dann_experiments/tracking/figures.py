@@ -9,7 +9,19 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-COLOURS = ("#f2f2f2", "#d1495b", "#00798c", "#edae49", "#66a182", "#2e4057", "#8d96a3", "#a05195", "#ff7c43", "#4f9d69", "#b5838d")
+COLOURS = (
+    "#f2f2f2",
+    "#d1495b",
+    "#00798c",
+    "#edae49",
+    "#66a182",
+    "#2e4057",
+    "#8d96a3",
+    "#a05195",
+    "#ff7c43",
+    "#4f9d69",
+    "#b5838d",
+)
 IGNORED_COLOUR = "#000000"
 
 

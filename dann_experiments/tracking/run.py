@@ -101,7 +101,9 @@ class RunLogger(Logger):
 
 
 @contextlib.contextmanager
-def tracked_run(store: Store, run_name: str, tags: Mapping[str, Any], folder: Path, use_claimed: bool) -> Iterator[TrackedRun]:
+def tracked_run(
+    store: Store, run_name: str, tags: Mapping[str, Any], folder: Path, use_claimed: bool
+) -> Iterator[TrackedRun]:
     """Open a run (the one of `mlflow run` where there is one and `use_claimed`), and close it with a true status.
 
     FINISHED at the end of the block, FAILED with `traceback.txt` as artifact when it raises, KILLED on SIGINT and
@@ -180,7 +182,9 @@ def _provenance() -> dict[str, str]:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             git = ["git", "-C", str(project)]
             commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20)
-            status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=20)
+            status = subprocess.run(
+                [*git, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=20
+            )
             tags["mlflow.source.git.commit"] = commit.stdout.strip()
             tags["git.dirty"] = str(bool(status.stdout.strip())).lower()
     return tags

@@ -55,7 +55,13 @@ class MetricSender:
             self._spool.parent.mkdir(parents=True, exist_ok=True)
             with open(self._spool, "a", encoding="utf-8") as file:
                 for name, value, timestamp, step in left:
-                    line = {"run_id": self._run_id, "key": name, "value": float(value), "timestamp": timestamp, "step": step}
+                    line = {
+                        "run_id": self._run_id,
+                        "key": name,
+                        "value": float(value),
+                        "timestamp": timestamp,
+                        "step": step,
+                    }
                     file.write(json.dumps(line) + "\n")
             log.warning("The tracking store did not take %d metrics; they are kept in %s.", len(left), self._spool)
         return len(left)

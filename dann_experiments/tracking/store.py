@@ -18,6 +18,7 @@ ANSWER_SECONDS = 10.0
 # A store that is away is retried by our sender; MLflow's own long retries would only hide it.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def open_store(uri: str | None, experiment: str) -> Store:
     """
     claimed = os.environ.pop("MLFLOW_RUN_ID", None)
     from_environment = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = (from_environment if claimed else None) or uri or from_environment or DEFAULT_URI
+    uri = _absolute((from_environment if claimed else None) or uri or from_environment or DEFAULT_URI)
     _check_answers(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -55,7 +56,9 @@ def open_store(uri: str | None, experiment: str) -> Store:
             else:
                 known = client.get_experiment_by_name(experiment)
                 if known is not None and known.lifecycle_stage != "active":
-                    raise InputError(f"tracking.experiment is {experiment!r}, which was deleted; restore it or name another.")
+                    raise InputError(
+                        f"tracking.experiment is {experiment!r}, which was deleted; restore it or name another."
+                    )
                 experiment_id = client.create_experiment(experiment) if known is None else known.experiment_id
     except MlflowException as error:
         raise InputError(f"tracking.uri is {without_secrets(uri)!r}, which cannot be used: {error.message}") from None
@@ -81,6 +84,13 @@ def local_artifact_folder(store: Store, run_id: str) -> Path | None:
     return Path(uri) if parts.scheme == "" else None
 
 
+def _absolute(uri: str) -> str:
+    """A sqlite file by its whole path: MLflow keeps stores open by their address, whatever the current folder is."""
+    if not uri.startswith("sqlite:///") or uri.startswith("sqlite:////"):
+        return uri
+    return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().resolve()}"
+
+
 def _check_answers(uri: str) -> None:
     scheme = urlsplit(uri).scheme
     shown = without_secrets(uri)
@@ -98,7 +108,9 @@ def _check_answers(uri: str) -> None:
     elif scheme == "sqlite":
         folder = Path(uri.removeprefix("sqlite:///")).expanduser().resolve().parent
         if not folder.is_dir():
-            raise InputError(f"tracking.uri is {shown!r}, but folder {folder} does not exist; make it or choose another.")
+            raise InputError(
+                f"tracking.uri is {shown!r}, but folder {folder} does not exist; make it or choose another."
+            )
         if not os.access(folder, os.W_OK):
             raise InputError(f"tracking.uri is {shown!r}, but folder {folder} cannot be written to; choose another.")
     elif scheme not in ("postgresql", "mysql", "mssql", "postgresql+psycopg2", "mysql+pymysql"):

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod, Progress, StepOutputs
 from dann_experiments.models.networks import logits_of_any_size
-from dann_experiments.models.taps import Tap, check_joint, forward_joint, forward_to_taps, forward_with_taps
+from dann_experiments.models.taps import Tap, forward_joint, forward_to_taps, forward_with_taps
 from dann_experiments.training.optimizers import build_scheduler
 from dann_experiments.training.scores import segmentation_loss
 
@@ -45,8 +45,6 @@ class AdaptationModule(pl.LightningModule):
         self.lr_schedule = lr_schedule
         self.ignore_index = ignore_index
         self.batchnorm = batchnorm
-        if batchnorm == "joint" and method.uses_target:
-            check_joint(self.taps)
 
     def progress(self) -> Progress:
         """Where training stands now."""
@@ -63,7 +61,8 @@ class AdaptationModule(pl.LightningModule):
             metrics["loss/train_da"] = share.value
             metrics["loss/train_total"] = segmentation.detach() + share.weight * share.value
         for logger in self.loggers:
-            logger.log_metrics({**metrics, **share.metrics}, step=self.trainer.global_step)
+            # tensors go as they are: a .item() here would wait for the device each step
+            logger.log_metrics(metrics | dict(share.metrics), step=self.trainer.global_step)  # pyright: ignore[reportArgumentType]
         return segmentation if share.differentiated is None else segmentation + share.differentiated
 
     def step_outputs(self, batch: dict[str, dict[str, Tensor]]) -> StepOutputs:

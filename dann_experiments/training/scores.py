@@ -86,16 +86,18 @@ class Scorer:
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: logits (N, K, H, W), labels (N, H, W)."""
         self._confusion.to(logits.device).update(logits.argmax(1), labels)
-        self._loss = self._loss + functional.cross_entropy(
-            logits.float(), labels, ignore_index=self.ignore_index, reduction="sum"
-        ).double()
+        self._loss = (
+            self._loss
+            + functional.cross_entropy(logits.float(), labels, ignore_index=self.ignore_index, reduction="sum").double()
+        )
         self._pixels = self._pixels + (labels != self.ignore_index).sum()
 
     def compute(self) -> Scores:
         """The scores of everything added."""
         pixels = float(self._pixels)
         return Scores(
-            confusion=self._confusion.compute().cpu().numpy(), loss=float(self._loss) / pixels if pixels else float("nan")
+            confusion=self._confusion.compute().cpu().numpy(),
+            loss=float(self._loss) / pixels if pixels else float("nan"),
         )
 
 

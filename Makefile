@@ -1,0 +1,52 @@
+# `make help` lists what there is. Everything runs in .venv, which is made when missing.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
+PROJECT_RUN := PATH="$(CURDIR)/$(BIN):$$PATH" mlflow run . --env-manager local --experiment-name digits
+
+.PHONY: help install demo test test-slow check ui clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 20
+
+install: .venv/installed  ## make .venv and install the project
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...'; exit 2; }
+	@echo "Installing into .venv (about 6 GB with torch; minutes the first time) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "Installing what the tests need ..."
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: .venv/installed  ## pretrain, control and DANN on the embedded digits; a table and pictures (minutes)
+	$(PROJECT_RUN) -e adapt -P domain_adaptation.method.name=lambda_zero
+	$(PROJECT_RUN) -e adapt
+	@$(BIN)/python -m dann_experiments runs --tracking.experiment digits
+
+test: .venv/installed-dev  ## every test that CI runs by default
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed-dev  ## the slow tests as well
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+check: .venv/installed-dev  ## lint, types, fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri "$$MLFLOW_TRACKING_URI" --host 127.0.0.1 --port 5000
+
+clean:  ## remove the environment, caches and everything runs left behind, the MLflow store included
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis mlruns mlartifacts outputs lightning_logs mlflow.db*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""What several tests need: small data sets on disk, small settings, a store of their own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# Each worker of pytest-xdist is one process a core: more threads would only fight for them.
+torch.set_num_threads(1)
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+
+
+def write_domain(
+    folder: Path, count: int, seed: int, inverted: bool = False, size: int = 32, masks: bool = True
+) -> Path:
+    """A folder pair images/ + masks/: bright squares on dark noise (or, inverted, dark on bright)."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    if masks:
+        (folder / "masks").mkdir()
+    for number in range(count):
+        image = rng.integers(0, 60, (size, size, 3)).astype(np.uint8)
+        mask = np.zeros((size, size), np.uint8)
+        side = size // 2 - 2
+        top, left = rng.integers(0, size - side, 2)
+        image[top : top + side, left : left + side] += 180
+        mask[top : top + side, left : left + side] = 1
+        Image.fromarray(255 - image if inverted else image).save(folder / "images" / f"{number}.png")
+        if masks:
+            Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with source/, source_val/, target/ (no masks), target_val/, target_test/ of 32 px squares."""
+    root = tmp_path_factory.mktemp("squares")
+    write_domain(root / "source", 10, seed=1)
+    write_domain(root / "source_val", 4, seed=2)
+    write_domain(root / "target", 13, seed=3, inverted=True, masks=False)
+    write_domain(root / "target_val", 5, seed=4, inverted=True)
+    write_domain(root / "target_test", 3, seed=5, inverted=True)
+    return root
+
+
+def small_settings(root: Path, **more: object) -> dict[str, object]:
+    """Dotted settings of a run of seconds on `squares`; `more` uses __ for the dots."""
+    settings: dict[str, object] = {
+        "model.arch": "unet",
+        "model.encoder_name": "resnet18",
+        "model.encoder_weights": None,
+        "model.encoder_depth": 3,
+        "model.decoder_channels": [16, 8, 8],
+        "data.root": str(root),
+        "data.class_names": ["ground", "square"],
+        "data.source.train": ["source"],
+        "data.source.val": ["source_val"],
+        "data.source.batch_size": 4,
+        "data.target.train": ["target"],
+        "data.target.val": ["target_val"],
+        "data.target.test": ["target_test"],
+        "data.target.batch_size": 3,
+        "domain_adaptation.method.hidden_size": 16,
+        "pretraining.max_epochs": 1,
+        "trainer.max_epochs": 2,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": False,
+        "threads": 1,
+    }
+    return settings | {key.replace("__", "."): value for key, value in more.items()}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, where a job makes its own sqlite store; no MLflow variables from outside."""
+    for name in [
+        name for name in os.environ if name.startswith("MLFLOW_") and name != "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
+    ]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,67 @@
+"""What the documentation shows is run."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import mlflow
+import nbformat
+import pytest
+from conftest import small_settings
+
+from dann_experiments import DomainAdaptationMethod, InputError, adapt, load_config
+
+PROJECT = Path(__file__).parents[1]
+
+
+def test_the_documented_method_adapts(workplace, squares, monkeypatch):
+    text = (PROJECT / "docs" / "your-own-method.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    (workplace / "my_methods.py").write_text(code.group(1))
+    monkeypatch.syspath_prepend(str(workplace))
+    settings = small_settings(
+        squares,
+        domain_adaptation__method__class_path="my_methods.MeanAlignment",
+        domain_adaptation__method__init_args={"weight": 0.1},
+    )
+    result = adapt(load_config(None, settings))
+    client = mlflow.MlflowClient(tracking_uri=result.tracking_uri)
+    assert len(client.get_metric_history(result.run_id, "da/mean_distance")) == 8
+    assert client.get_run(result.run_id).data.tags["dann.method"] == "MeanAlignment"
+    wrong = {**settings, "domain_adaptation.method.init_args": {"wait": 1}}
+    with pytest.raises(InputError, match="refuses init_args"):
+        adapt(load_config(None, wrong))
+    del sys.modules["my_methods"]
+
+
+class NeedsDecoder(DomainAdaptationMethod):
+    """A method that wants a layer which the settings do not capture."""
+
+    feature_layers = ("decoder",)
+
+    def loss(self, outputs, progress):
+        raise AssertionError("never reached")
+
+
+def test_a_method_that_needs_a_layer_nobody_captures_is_refused(workplace, squares):
+    settings = small_settings(squares, domain_adaptation__method__class_path=f"{__name__}.NeedsDecoder")
+    with pytest.raises(InputError, match=r"feature_layers .*decoder"):
+        adapt(load_config(None, settings))
+
+
+@pytest.mark.parametrize("notebook", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebooks_are_kept_without_outputs(notebook):
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs
+            assert cell.execution_count is None
+
+
+def test_files_and_links_that_the_documentation_names_exist():
+    for document in [PROJECT / "README.md", *PROJECT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"

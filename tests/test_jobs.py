@@ -1,0 +1,325 @@
+"""Whole runs on small pictures: what `adapt` leaves behind, and that three ways to start it give the same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import segmentation_models_pytorch as smp
+import torch
+import yaml
+from conftest import small_settings
+
+import dann_experiments
+from dann_experiments import InputError, RunResult, adapt, evaluate, load_config, pretrain
+from dann_experiments.data.reading import read_image
+
+PROJECT = Path(dann_experiments.__file__).parents[1]
+
+
+def client(result: RunResult | None = None) -> mlflow.MlflowClient:
+    """Of the store that `result` is in, else of the one in the current folder."""
+    return mlflow.MlflowClient(
+        tracking_uri=f"sqlite:///{Path('mlflow.db').resolve()}" if result is None else result.tracking_uri
+    )
+
+
+def steps(result: RunResult, metric: str) -> list[tuple[int, float]]:
+    return history(client(result), result.run_id, metric)
+
+
+def history(store: mlflow.MlflowClient, run_id: str, metric: str) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in store.get_metric_history(run_id, metric))
+
+
+@pytest.fixture(scope="module")
+def run(squares, tmp_path_factory) -> Iterator[RunResult]:
+    """One pretraining and one adaptation, shared by the tests that only look."""
+    with contextlib.chdir(tmp_path_factory.mktemp("run")):
+        yield adapt(load_config(None, small_settings(squares)))
+
+
+def test_a_run_shows_what_the_design_promises(run):
+    found = client(run).get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    # 13 target images in batches of 3 make 4 steps an epoch; the source's 2 batches start again
+    every_step = list(range(8))
+    for metric in (
+        "da/domain_loss",
+        "da/domain_acc",
+        "da/lambda",
+        "loss/train_seg",
+        "loss/train_da",
+        "loss/train_total",
+    ):
+        assert [step for step, _ in steps(run, metric)] == every_step, metric
+    each_epoch = (
+        "iou/source_val",
+        "iou/target_val",
+        "class_iou/target_val/square",
+        "class_iou/source_val/ground",
+        "iou/gap_source_minus_target",
+        "iou/source_drop_from_baseline",
+        "loss/val_source",
+        "loss/val_target",
+    )
+    for metric in each_epoch:
+        assert [step for step, _ in steps(run, metric)] == [0, 4, 8], metric
+    assert {"lr/network", "lr/discriminator", "time/epoch_seconds", "iou/target_test"} <= set(found.data.metrics)
+    assert found.data.params["cfg.domain_adaptation.method.hidden_size"] == "16"
+    tags = found.data.tags
+    assert tags["dann.job"] == "adapt"
+    assert tags["dann.method"] == "dann"
+    assert tags["dann.selected_with_target_labels"] == "false"
+    assert tags["seed"] == "0"
+    assert tags["git.dirty"] in ("true", "false")
+    assert tags["dann.source_run_id"] == run.source_run_id
+    contexts = {item.tags[0].value: item.dataset for item in found.inputs.dataset_inputs}
+    assert set(contexts) == {"source train", "source val", "target train", "target val", "target test"}
+    assert all(len(dataset.digest) == 32 for dataset in contexts.values())
+    files = {str(path.relative_to(run.artifacts)) for path in Path(run.artifacts).rglob("*") if path.is_file()}
+    assert files == {
+        "config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "model/config.json", "model/dann.json",
+        "model/model.safetensors", "figures/predictions_source.png", "figures/predictions_target.png",
+        "figures/confusion_source_val.png", "figures/confusion_target_val.png", "figures/confusion_target_test.png",
+        "figures/curves.png", "tables/class_iou.csv",
+    }  # fmt: skip
+    assert not Path("outputs", run.run_id).exists()
+
+
+def test_one_job_is_one_run_and_the_pretraining_is_one_of_its_own(run):
+    runs = client(run).search_runs([run.experiment_id])
+    assert sorted(item.data.tags["dann.job"] for item in runs) == ["adapt", "pretrain"]
+    assert run.source_run_id == next(item.info.run_id for item in runs if item.data.tags["dann.job"] == "pretrain")
+
+
+def test_lambda_as_logged_starts_at_zero_and_follows_the_epochs(run):
+    values = dict(steps(run, "da/lambda"))
+    assert values[0] == 0.0
+    assert values[7] == pytest.approx(2 / (1 + np.exp(-10 * 1 / 2)) - 1, abs=1e-6)
+
+
+def test_lambda_in_batch_mode_ends_one_step_before_the_last_progress(workplace, squares):
+    settings = small_settings(squares, domain_adaptation__method__step_mode="batch", trainer__max_epochs=1)
+    values = dict(steps(adapt(load_config(None, settings)), "da/lambda"))
+    assert values[0] == 0.0
+    assert values[3] == pytest.approx(2 / (1 + np.exp(-10 * 3 / 4)) - 1, abs=1e-6)
+
+
+def test_the_logged_total_holds_lambda_once(run):
+    logged = {
+        name: dict(steps(run, name)) for name in ("loss/train_total", "loss/train_seg", "loss/train_da", "da/lambda")
+    }
+    for step in range(8):
+        total = logged["loss/train_seg"][step] + logged["da/lambda"][step] * logged["loss/train_da"][step]
+        assert logged["loss/train_total"][step] == pytest.approx(total, rel=1e-5)
+
+
+def test_step_zero_shows_the_warm_start(run):
+    pretrained = client(run).get_run(run.source_run_id).data.metrics
+    assert dict(steps(run, "iou/target_val"))[0] == pretrained["iou/target_val"]
+    assert run.baseline["iou/source_val"] == pretrained["iou/source_val"]
+
+
+def test_the_model_loads_in_a_new_process_without_pickles_and_gives_the_same_logits(run, squares, workplace):
+    folder = Path(run.artifacts) / "model"
+    facts = json.loads((folder / "dann.json").read_text())
+    code = (
+        "import sys, numpy as np, torch, segmentation_models_pytorch as smp\n"
+        "import pickle; pickle.load = pickle.loads = pickle.Unpickler = None\n"
+        f"net = smp.from_pretrained({str(folder)!r}).eval()\n"
+        f"x = torch.load({str(folder)!r} + '/../x.pt', weights_only=True)\n"
+        if False
+        else "import sys, numpy as np, torch, segmentation_models_pytorch as smp\n"
+        f"net = smp.from_pretrained({str(folder)!r}).eval()\n"
+        "x = torch.from_numpy(np.load(sys.argv[1]))\n"
+        "with torch.no_grad(): np.save(sys.argv[2], net(x).numpy())\n"
+    )
+    image = torch.from_numpy(read_image(squares / "target_val" / "images" / "0.png", 3)).float() / 255
+    pixels = (image - torch.tensor(facts["mean"])[:, None, None]) / torch.tensor(facts["std"])[:, None, None]
+    np.save(workplace / "x.npy", pixels[None].numpy())
+    subprocess.run([sys.executable, "-c", code, "x.npy", "y.npy"], check=True, capture_output=True, cwd=workplace)
+    here = smp.from_pretrained(str(folder)).eval()
+    checkpoint = torch.load(Path(run.artifacts) / "checkpoints" / "last.ckpt", weights_only=True)
+    trained = {
+        name.removeprefix("network."): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith("network.")
+    }
+    here.load_state_dict(trained)
+    with torch.no_grad():
+        expected = here(pixels[None])
+    assert torch.allclose(torch.from_numpy(np.load(workplace / "y.npy")), expected, atol=1e-6)
+    assert facts["class_names"] == ["ground", "square"]
+
+
+def test_pretraining_is_found_again_unless_the_network_differs_and_the_config_artifact_gives_the_same_numbers(
+    workplace, squares
+):
+    first = adapt(load_config(None, small_settings(squares)))
+    again = adapt(load_config(Path(str(first.artifacts)) / "config.yaml"))
+    assert again.source_run_id == first.source_run_id
+    assert again.metrics == first.metrics
+    from_search = adapt(load_config(None, small_settings(squares)))
+    assert from_search.source_run_id == first.source_run_id
+    assert from_search.metrics == first.metrics
+    other = adapt(load_config(None, small_settings(squares, model__decoder_channels=[8, 8, 8])))
+    assert other.source_run_id != first.source_run_id
+
+
+def test_python_command_line_and_notebook_give_the_same_metrics_to_the_bit(workplace, squares):
+    """The notebook's call is load_config(file, overrides) -> adapt, in a kernel of its own."""
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    (workplace / "c.yaml").write_text(yaml.safe_dump(nested(small_settings(squares))))
+    source = pretrain(load_config("c.yaml"))
+    with_source = {"domain_adaptation.pretrained_checkpoint.path": source.model_uri}
+    here = adapt(load_config("c.yaml", with_source))
+    command = [
+        sys.executable,
+        "-m",
+        "dann_experiments",
+        "adapt",
+        "--config",
+        "c.yaml",
+        "--source_checkpoint",
+        source.model_uri,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    cells = [
+        "from dann_experiments import adapt, load_config",
+        f"result = adapt(load_config('c.yaml', {with_source}))",
+    ]
+    notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(workplace)}}).execute()
+    runs = client().search_runs([here.experiment_id], "tags.`dann.job` = 'adapt'")
+    assert len(runs) == 3
+    names = [name for name in runs[0].data.metrics if not name.startswith("time/")]
+    for name in names:
+        histories = [history(client(), item.info.run_id, name) for item in runs]
+        assert histories[0] == histories[1] == histories[2], name
+
+
+def nested(flat: dict[str, object]) -> dict[str, object]:
+    tree: dict[str, object] = {}
+    for key, value in flat.items():
+        *groups, name = key.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = value
+    return tree
+
+
+def test_lambda_zero_equals_dann_with_lambda_da_zero_to_the_bit(workplace, squares):
+    control = adapt(load_config(None, small_settings(squares, domain_adaptation__method__name="lambda_zero")))
+    dann = adapt(load_config(None, small_settings(squares, domain_adaptation__method__lambda_da=0.0)))
+    assert control.metrics == dann.metrics
+    assert {value for _, value in steps(control, "da/lambda")} == {0.0}
+
+
+def test_source_only_trains_as_many_steps_and_logs_no_domain_metrics(workplace, squares):
+    result = adapt(load_config(None, small_settings(squares, domain_adaptation__method__name="source_only")))
+    metrics = client().get_run(result.run_id).data.metrics
+    assert not [name for name in metrics if name.startswith("da/")]
+    assert [step for step, _ in steps(result, "loss/train_seg")] == list(range(8))
+
+
+def test_two_taps_log_their_own_numbers_and_the_mean_under_the_plain_names(workplace, squares):
+    settings = small_settings(squares, domain_adaptation__method__feature_layer=["encoder", "decoder"])
+    result = adapt(load_config(None, settings))
+    both = [dict(steps(result, f"da_layer/{layer}/domain_loss"))[3] for layer in ("encoder", "decoder")]
+    assert dict(steps(result, "da/domain_loss"))[3] == pytest.approx(np.mean(both), rel=1e-5)
+
+
+def test_the_best_checkpoint_by_a_target_metric_is_tagged_and_can_be_the_model(workplace, squares):
+    settings = small_settings(
+        squares, monitor__metric="iou/target_val", monitor__final_model="best", trainer__max_epochs=3
+    )
+    result = adapt(load_config(None, settings))
+    assert client().get_run(result.run_id).data.tags["dann.selected_with_target_labels"] == "true"
+    seen = [value for step, value in steps(result, "iou/target_val") if step > 0]
+    assert result.metrics["iou/target_val"] == pytest.approx(max(seen), abs=1e-9)
+
+
+def test_a_set_smaller_than_its_batch_trains_and_says_so(workplace, squares, caplog):
+    settings = small_settings(squares, data__source__batch_size=64, trainer__max_epochs=1)
+    result = adapt(load_config(None, settings))
+    assert "fewer than its batch size 64" in caplog.text
+    assert len(steps(result, "loss/train_seg")) == 4
+
+
+def test_training_masks_of_the_target_are_never_opened(workplace, squares, tmp_path):
+    from conftest import write_domain
+
+    write_domain(tmp_path / "labelled_target", 5, seed=9)
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    adapt(load_config(None, small_settings(squares, data__target__train=[str(tmp_path / "labelled_target")])))
+    assert [name for name in opened if "labelled_target/images" in name]
+    assert not [name for name in opened if "labelled_target/masks" in name]
+
+
+def test_training_that_raises_is_failed_with_its_traceback(workplace, squares):
+    class Bang(pl.Callback):
+        def on_train_batch_end(self, *args, **kwargs):
+            raise RuntimeError("bang at the end of a step")
+
+    with pytest.raises(RuntimeError, match="bang"):
+        adapt(load_config(None, small_settings(squares)), callbacks=[Bang()])
+    found = client().search_runs(["1"], "tags.`dann.job` = 'adapt'")[0]
+    assert found.info.status == "FAILED"
+    artifacts = Path(found.info.artifact_uri.removeprefix("file://"))
+    assert "bang at the end of a step" in (artifacts / "traceback.txt").read_text()
+    assert history(client(), found.info.run_id, "loss/train_seg")[0][0] == 0
+
+
+def test_evaluate_scores_a_run_s_model_to_the_same_numbers(run, squares, workplace):
+    settings = small_settings(
+        squares, domain_adaptation__pretrained_checkpoint__path=run.model_uri, tracking__uri=run.tracking_uri
+    )
+    result = evaluate(load_config(None, settings))
+    assert result.metrics == run.metrics
+    assert client(result).get_run(result.run_id).data.tags["dann.source_run_id"] == run.run_id
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"domain_adaptation__method__feature_layer": "encoder.layer9"}, "layers that do: ["),
+        ({"domain_adaptation__method__in_channels": 7}, "give 128, or null"),
+        ({"data__source__train": []}, "data.source.train is empty"),
+        ({"data__target__train": ["nowhere"]}, "nowhere, which does not exist"),
+        ({"monitor__metric": "iou/target_val", "data__target__val": []}, "needs labelled images in data.target.val"),
+        ({"model__psp_dropout": 0.1}, "unet takes no psp_dropout"),
+        ({"model__encoder_name": "resnet17"}, "resnet17"),
+        ({"tracking__uri": "http://127.0.0.1:9"}, "no server answers there"),
+        ({"tracking__uri": "sqlite:////nowhere/at/all.db"}, "does not exist"),
+        ({"domain_adaptation__pretrained_checkpoint__path": "none.ckpt"}, "none.ckpt, which does not exist"),
+        ({"domain_adaptation__pretrained_checkpoint__path": "runs:/abc"}, "tracking store does not give"),
+        ({"domain_adaptation__pretrained_checkpoint__path": "models:/no@champion"}, "tracking store does not give"),
+        ({"data__crop_size": 30, "model__arch": "fpn", "model__decoder_channels": None}, "needs a multiple of 8"),
+        ({"data__crop_size": 64}, "smaller than data.crop_size"),
+        ({"domain_adaptation__method__class_path": "no.such.Method"}, "cannot be imported"),
+        ({"domain_adaptation__method__class_path": "pathlib.Path"}, "no subclass of dann_experiments"),
+        (
+            {"domain_adaptation__batchnorm": "joint", "domain_adaptation__method__feature_layer": "decoder.blocks.0"},
+            "'joint'",
+        ),
+    ],
+)
+def test_wrong_input_is_refused_before_a_run_is_made(workplace, squares, settings, message):
+    with pytest.raises(InputError) as error:
+        adapt(load_config(None, small_settings(squares, **settings)))
+    assert message in str(error.value)
+    if Path("mlflow.db").exists():
+        assert not client().search_runs([item.experiment_id for item in client().search_experiments()])

@@ -1,0 +1,162 @@
+"""The shape of the project: imports point one way, versions agree, MLproject and the command line know each other."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dann_experiments.__main__ import SHORT_NAMES, _argument_parser, _overrides
+from dann_experiments.config import load_config
+
+PROJECT = Path(__file__).parents[1]
+LAYERS = ["config", "data", "models", "adaptation", "training", "tracking", "jobs", "__main__"]
+
+
+def imports_of(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_layer_imports_one_to_its_right(layer):
+    root = PROJECT / "dann_experiments"
+    files = [root / f"{layer}.py"] if layer == "__main__" else sorted((root / layer).rglob("*.py"))
+    assert files
+    right = LAYERS[LAYERS.index(layer) + 1 :]
+    for file in files:
+        for name in imports_of(file):
+            assert not name.startswith("sweeps"), f"{file} imports {name}"
+            for other in right:
+                assert not re.match(rf"dann_experiments\.{other}(\.|$)", name), f"{file} imports {name}"
+
+
+def test_only_config_knows_jsonargparse_and_only_tracking_and_jobs_know_mlflow():
+    for file in (PROJECT / "dann_experiments").rglob("*.py"):
+        folder = file.relative_to(PROJECT / "dann_experiments").parts[0]
+        names = {name.split(".")[0] for name in imports_of(file)}
+        assert "jsonargparse" not in names or file.name == "parsing.py", file
+        assert "mlflow" not in names or folder in ("tracking", "jobs"), file
+
+
+def pins(lines: list[str]) -> dict[str, str]:
+    found = {}
+    for line in lines:
+        name, _, version = line.partition("==")
+        assert version, f"{line} is not pinned"
+        found[re.sub(r"\[.*\]", "", name).strip().lower()] = version.strip()
+    return found
+
+
+def test_conda_yaml_pyproject_and_the_tested_versions_agree():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    wanted = pins(project["dependencies"])
+    conda = yaml.safe_load((PROJECT / "conda.yaml").read_text())["dependencies"]
+    assert pins(next(item["pip"] for item in conda if isinstance(item, dict))) == wanted
+    for name, version in (wanted | pins(project["optional-dependencies"]["dev"])).items():
+        assert importlib.metadata.version(name).partition("+")[0] == version, name
+    python = next(item.partition("=")[2] for item in conda if isinstance(item, str) and item.startswith("python="))
+    assert tuple(map(int, python.split(".")[:2])) >= (3, 11)
+
+
+def entry_points() -> dict:
+    return yaml.safe_load((PROJECT / "MLproject").read_text())["entry_points"]
+
+
+@pytest.mark.parametrize("name", ["main", "adapt", "pretrain", "evaluate"])
+def test_each_entry_point_uses_every_parameter_and_its_command_parses(name):
+    from mlflow.projects._project_spec import load_project
+
+    entry = load_project(str(PROJECT)).get_entry_point(name)
+    assert set(entry.parameters) == {"config", *SHORT_NAMES}
+    assert all(f"{{{parameter}}}" in entry.command for parameter in entry.parameters)
+    empty = shlex.split(entry.compute_command({}, None))
+    assert empty[:3] == ["python", "-m", "dann_experiments"]
+    known, rest = _argument_parser().parse_known_args(empty[3:])
+    assert known.command == ("adapt" if name == "main" else name)
+    assert _overrides(known, rest) == {}
+    values = {"gamma": "2.5", "hidden_size": "32", "discriminator_lr": "3e-4", "feature_layer": "decoder", "max_epochs": "3",
+              "seed": "7", "source_checkpoint": "my model; rm -rf /", "optimizer.lr": "1e-3"}  # fmt: skip
+    given = shlex.split(entry.compute_command(values, None))
+    known, rest = _argument_parser().parse_known_args(given[3:])
+    config = load_config(None, _overrides(known, rest))
+    method = config.domain_adaptation.method
+    assert (method.lambda_schedule.gamma, method.hidden_size, method.discriminator_lr) == (2.5, 32, 3e-4)
+    assert (method.feature_layer, config.domain_adaptation.layers) == ("decoder", ["decoder"])
+    assert (config.pretraining if name == "pretrain" else config.trainer).max_epochs == 3
+    assert (config.seed, config.optimizer.lr) == (7, 1e-3)
+    assert config.domain_adaptation.pretrained_checkpoint.path == "my model; rm -rf /"
+
+
+def test_the_entry_points_are_the_commands_of_the_program():
+    commands = _argument_parser()._subparsers._group_actions[0].choices  # pyright: ignore
+    for name in entry_points():
+        assert name == "main" or name in commands
+
+
+@pytest.mark.parametrize("recipe", sorted((PROJECT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_loads_and_says_how_to_run_it(recipe):
+    config = load_config(recipe)
+    assert config.data.source.train
+    header = "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"recipes/{recipe.name}" in header
+
+
+def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "dann_experiments", *arguments], capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapt", "--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
+        (["adapt", "--trainer.max_epochs"], "has no value"),
+        (["adapt", "stray"], "'stray' stands alone"),
+        (["adapt", "--config", "none.yaml"], "none.yaml does not exist"),
+        (["evaluate"], "evaluate needs a model"),
+        (["runs"], "has no finished adaptation run"),
+    ],
+)
+def test_wrong_words_on_the_command_line_end_with_code_2_and_one_message(arguments, message, workplace):
+    done = cli(*arguments, cwd=workplace)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_config_and_layers_teach(workplace):
+    assert "adapt" in cli("--help", cwd=workplace).stdout
+    text = cli("adapt", "--help", cwd=workplace).stdout
+    assert "--domain_adaptation.method.lambda_da" in text
+    assert "--gamma" in text
+    shown = cli("config", "--gamma", "3", cwd=workplace).stdout
+    assert yaml.safe_load(shown)["domain_adaptation"]["method"]["lambda_schedule"]["gamma"] == 3.0
+    (workplace / "unet.yaml").write_text("model: {arch: unet, encoder_name: resnet18, encoder_weights: null}\n")
+    layers = cli("layers", "--config", "unet.yaml", cwd=workplace)
+    assert re.search(r"encoder.layer4\D+512\D+32\D+yes", layers.stdout), layers.stdout + layers.stderr
+
+
+def test_files_of_the_project_name_no_machine_paths():
+    tracked = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True).stdout.split()
+    pattern = re.compile(r"/(wor[k]|roo[t]|home/[a-z]+)/")
+    for name in tracked:
+        path = PROJECT / name
+        if path.suffix in (".png", ".jpg") or not path.is_file():
+            continue
+        assert not pattern.search(path.read_text(errors="ignore")), name

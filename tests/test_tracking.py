@@ -1,0 +1,213 @@
+"""Stores, statuses and `mlflow run`, with real servers and real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from conftest import small_settings
+from test_jobs import nested
+
+from dann_experiments import adapt, load_config
+from dann_experiments.tracking.sender import MetricSender
+from dann_experiments.tracking.store import without_secrets
+
+PROJECT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[str]:
+    """A real MLflow server on loopback, with a store of its own; stopped by its process group."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/s.db", "--artifacts-destination", str(folder / "artifacts")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        assert process.stdout is not None
+        told = b""
+        for line in process.stdout:  # the server says when it listens, and its worker when it answers
+            told += line
+            if b"Uvicorn running" in told and b"Application startup complete" in told:
+                break
+        urllib.request.urlopen(f"{url}/health", timeout=60)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_run_on_a_server_holds_the_same_as_on_sqlite(server, workplace, squares):
+    result = adapt(load_config(None, small_settings(squares, tracking__uri=server)))
+    client = mlflow.MlflowClient(tracking_uri=server)
+    run = client.get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    for metric in (
+        "da/domain_loss",
+        "da/domain_acc",
+        "da/lambda",
+        "loss/train_seg",
+        "loss/train_da",
+        "loss/train_total",
+    ):
+        assert [point.step for point in client.get_metric_history(result.run_id, metric)] == list(range(8))
+    assert {item.path for item in client.list_artifacts(result.run_id)} == {
+        "config.yaml",
+        "checkpoints",
+        "model",
+        "figures",
+        "tables",
+    }
+    assert len(run.inputs.dataset_inputs) == 5
+    again = adapt(load_config(None, small_settings(squares, tracking__uri=server)))
+    assert again.source_run_id == result.source_run_id
+    assert again.metrics == result.metrics
+
+
+class Refusing:
+    """A store that refuses the first requests: the sender must keep what was not acknowledged."""
+
+    def __init__(self, refusals: int) -> None:
+        self.refusals = refusals
+        self.requests: list[int] = []
+        self.taken: list[tuple[str, float, int]] = []
+
+    def log_batch(self, run_id, metrics):
+        if self.refusals:
+            self.refusals -= 1
+            raise ConnectionError("away")
+        self.requests.append(len(metrics))
+        self.taken += [(metric.key, metric.value, metric.step) for metric in metrics]
+
+
+def test_the_sender_keeps_a_batch_until_it_is_acknowledged_and_sends_at_most_1000(tmp_path):
+    store = Refusing(refusals=2)
+    sender = MetricSender(store, "r", tmp_path / "unsent.jsonl")
+    for step in range(700):
+        sender.put({"a": step, "b": -step}, step)
+    assert sender.close() == 0
+    assert store.taken == [
+        (name, float(sign * step), step) for step in range(700) for name, sign in (("a", 1), ("b", -1))
+    ]
+    assert max(store.requests) <= 1000
+    assert len(store.requests) < 20
+    assert not (tmp_path / "unsent.jsonl").exists()
+
+
+def test_what_a_store_never_takes_is_kept_in_a_file(tmp_path):
+    sender = MetricSender(Refusing(refusals=10**9), "r", tmp_path / "unsent.jsonl")
+    sender.put({"a": 1.0, "b": 2.0}, 5)
+    assert sender.close(timeout=0.1) == 2
+    lines = [yaml.safe_load(line) for line in (tmp_path / "unsent.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["value"], line["step"]) for line in lines] == [("a", 1.0, 5), ("b", 2.0, 5)]
+
+
+def test_passwords_in_addresses_are_not_shown():
+    assert without_secrets("http://me:secret@host:5000/x") == "http://host:5000/x"
+    assert without_secrets("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
+
+
+def clean_environment(folder: Path) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    return environment
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_killed_run_is_killed_in_the_store_with_its_metrics_and_checkpoints(workplace, squares, signum, code):
+    settings = small_settings(squares, trainer__max_epochs=500, trainer__enable_progress_bar=True)
+    Path("c.yaml").write_text(yaml.safe_dump(nested(settings)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dann_experiments", "adapt", "--config", "c.yaml"],
+        env=clean_environment(workplace), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 3/500"):
+            process.send_signal(signum)
+            break
+    process.stdout.read()
+    assert process.wait() == code
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workplace}/mlflow.db")
+    run = client.search_runs(["1"], "tags.`dann.job` = 'adapt'")[0]
+    assert run.info.status == "KILLED"
+    assert len(client.get_metric_history(run.info.run_id, "loss/train_seg")) >= 12
+    assert [item.path for item in client.list_artifacts(run.info.run_id, "checkpoints")]
+
+
+def mlflow_run(
+    workplace: Path, *parameters: str, manager: str = "local", project: Path = PROJECT
+) -> subprocess.CompletedProcess:
+    arguments = [part for parameter in parameters for part in ("-P", parameter)]
+    command = [sys.executable, "-m", "mlflow", "run", str(project), "-e", "adapt", "--env-manager", manager, *arguments]
+    return subprocess.run(command, env=clean_environment(workplace), cwd=workplace, capture_output=True, text=True)
+
+
+def test_mlflow_run_adapts_in_its_own_run_and_pretrains_in_another(workplace, squares):
+    config = nested(small_settings(squares))
+    (workplace / "c d.yaml").write_text(
+        yaml.safe_dump(config)
+    )  # a blank in the path: parameters reach the shell quoted
+    done = mlflow_run(
+        workplace, f"config={workplace}/c d.yaml", "gamma=2.5", "max_epochs=1", f"tracking.folder={workplace}/out"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workplace}/mlflow.db")
+    runs = client.search_runs([item.experiment_id for item in client.search_experiments()])
+    assert sorted(run.data.tags["dann.job"] for run in runs) == ["adapt", "pretrain"]
+    assert all(run.info.status == "FINISHED" for run in runs)
+    adapted = next(run for run in runs if run.data.tags["dann.job"] == "adapt")
+    assert adapted.data.params["gamma"] == "2.5"  # the string as mlflow run logged it
+    assert adapted.data.params["cfg.domain_adaptation.method.lambda_schedule.gamma"] == "2.5"
+    assert adapted.data.params["cfg.trainer.max_epochs"] == "1"
+    assert adapted.data.tags["mlflow.project.entryPoint"] == "adapt"
+    assert "iou/target_val" in adapted.data.metrics
+
+
+def test_wrong_input_under_mlflow_run_leaves_no_run_running(workplace, squares):
+    (workplace / "c.yaml").write_text(yaml.safe_dump(nested(small_settings(squares))))
+    done = mlflow_run(workplace, f"config={workplace}/c.yaml", "feature_layer=encoder.layer9")
+    assert done.returncode != 0
+    assert "layers that do" in done.stderr + done.stdout
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workplace}/mlflow.db")
+    runs = client.search_runs([item.experiment_id for item in client.search_experiments()])
+    assert [run.info.status for run in runs] == ["FAILED"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("manager", ["uv", "virtualenv"])
+def test_mlflow_run_builds_its_environment_with(manager, workplace):
+    """The real MLproject with a stand-in requirement set: its commands start in the new environment."""
+    project = workplace / "project"
+    project.mkdir()
+    (project / "MLproject").write_text((PROJECT / "MLproject").read_text())
+    conda = yaml.safe_load((PROJECT / "conda.yaml").read_text())
+    python = next(item for item in conda["dependencies"] if isinstance(item, str) and item.startswith("python="))
+    conda["dependencies"] = [python, "pip", {"pip": ["pyyaml==6.0.3", "setuptools"]}]
+    (project / "conda.yaml").write_text(yaml.safe_dump(conda))
+    stand_in = project / "dann_experiments"
+    stand_in.mkdir()
+    (stand_in / "__main__.py").write_text(
+        "import sys, yaml, pathlib\n"
+        "pathlib.Path('seen.yaml').write_text(yaml.safe_dump({'argv': sys.argv[1:], 'python': sys.prefix}))\n"
+    )
+    done = mlflow_run(workplace, "gamma=2.5", "optimizer.lr=1e-3", manager=manager, project=project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = yaml.safe_load((project / "seen.yaml").read_text())
+    assert seen["python"] != sys.prefix
+    assert seen["argv"][0] == "adapt"
+    assert seen["argv"][seen["argv"].index("--gamma") + 1] == "2.5"
+    assert seen["argv"][-2:] == ["--optimizer.lr", "1e-3"]
