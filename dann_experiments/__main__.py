@@ -198,7 +198,7 @@ def _print_overview(config: Config) -> None:
             str(arm), *("" if v != v else f"{v:.3f}" for v in values), str(found.table.at[arm, "run_id"])[:8]
         )  # NaN: no such set
     Console().print(table)
-    print("One seed each: docs/reading-a-run.md says what such a difference is worth.")
+    print("One seed each: differences of a few points can be chance; the README shows several seeds.")
     for arm, folder in found.artifacts.items():
         print(f"Pictures, {arm}: {Path(folder) / 'figures'}")
     print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from pathlib import Path
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -171,3 +172,8 @@ def test_the_target_spelling_imports_nothing(tmp_path):
     import sys
 
     assert "antigravity" not in sys.modules
+
+
+def test_the_recipe_in_the_target_spelling_holds_the_same_settings_as_the_plain_one():
+    recipes = Path(__file__).parents[1] / "recipes"
+    assert load_config(recipes / "target_dialect.yaml") == load_config(recipes / "classic.yaml")

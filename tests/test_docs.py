@@ -65,3 +65,16 @@ def test_files_and_links_that_the_documentation_names_exist():
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_first_notebook_runs_on_a_tiny_setting(workplace, monkeypatch):
+    from nbclient import NotebookClient
+
+    (workplace / "recipes").symlink_to(PROJECT / "recipes")
+    monkeypatch.setenv("DANN_NOTEBOOK_TINY", "1")
+    notebook = nbformat.read(PROJECT / "notebooks" / "01_first_run.ipynb", as_version=4)
+    NotebookClient(
+        notebook, kernel_name="python3", timeout=600, resources={"metadata": {"path": str(workplace)}}
+    ).execute()
+    table = next(cell for cell in notebook.cells if "pd.DataFrame" in cell.source)
+    assert "lambda = 0 control" in table.outputs[0]["data"]["text/plain"]

@@ -75,9 +75,13 @@ def data_root(config: Config) -> Path:
         return Path(config.data.root).expanduser()
     if embedded.name is None:
         return Path.cwd()
+    return build_digits(embedded_folder(embedded.folder), embedded.seed, embedded.name)
+
+
+def embedded_folder(folder: str | None) -> Path:
+    """Where embedded data are built: `folder`, else the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dann_experiments"
-    root = Path(embedded.folder) if embedded.folder is not None else cache
-    return build_digits(root, embedded.seed, embedded.name)
+    return Path(folder).expanduser() if folder is not None else cache
 
 
 def load_data(config: Config, names: tuple[str, ...] = SETS) -> Data:
