@@ -116,16 +116,20 @@ def test_channels_of_each_layer_are_read_from_the_network(arch, encoder, channel
     assert [tap.channels for tap in resolve_taps(network, list(layers), 3)] == [it.channels for it in layers.values()]
 
 
-@pytest.mark.parametrize("kind", ["pooled", "pixel"])
+@pytest.mark.parametrize("kind", ["pooled", "pixel", "output"])
 @EACH_NETWORK
 def test_a_training_step_works_with_a_tap_at_every_useful_layer(arch, encoder, channels, kind):
     network, batch = network_of(arch, encoder).train(), make_batch()
     useful = useful_layers(network)
-    assert len(useful) >= 6
-    assert set(useful) >= {"encoder", "decoder"}
-    # the classifiers see no more of a layer than its channels, so few layers serve for the second kind
-    alone = useful if kind == "pooled" else [useful[2]]
-    for layers in [*([name] for name in alone), ["encoder", "decoder"]]:
+    assert len(useful) >= 7
+    assert set(useful) >= {"encoder", "decoder", "segmentation_head"}
+    # the classifiers see no more of a layer than its channels, so few layers serve for the other kinds
+    layer_lists = {
+        "pooled": [*([name] for name in useful if name != "segmentation_head"), ["encoder", "decoder"]],
+        "pixel": [[useful[2]], ["encoder", "decoder"]],
+        "output": [["segmentation_head"]],
+    }
+    for layers in layer_lists[kind]:
         network.zero_grad()
         module = make_module(network, layers, kind)
         optimizer = build_optimizer(
@@ -160,7 +164,7 @@ def test_target_features_are_those_that_the_whole_forward_would_give(arch, encod
 
 
 @EACH_NETWORK
-@pytest.mark.parametrize("layers", [["encoder"], ["encoder", "decoder"]], ids=str)
+@pytest.mark.parametrize("layers", [["encoder"], ["encoder", "decoder"], ["segmentation_head"]], ids=str)
 def test_in_eval_mode_a_joint_forward_gives_what_separate_forwards_give(arch, encoder, channels, layers):
     network, batch = network_of(arch, encoder), make_batch()
     taps = resolve_taps(network, layers, 3)
@@ -222,6 +226,15 @@ def test_with_joint_batchnorm_and_a_tap_at_the_decoder_the_head_runs_once_on_sou
     assert {name: len(features) for name, features in outputs.target_features.items()} == {"encoder": T, "decoder": T}
 
 
+def test_with_joint_batchnorm_and_a_tap_at_the_head_the_logits_are_those_of_the_source(unet):
+    module = make_module(unet, ["segmentation_head"], "output", batchnorm="joint")
+    with batches_seen(unet, "encoder", "decoder", "segmentation_head") as seen:
+        outputs = module.step_outputs(make_batch())
+    assert seen == {"encoder": [S + T], "decoder": [S + T], "segmentation_head": [S + T]}
+    assert torch.equal(outputs.source_logits, outputs.source_features["segmentation_head"])
+    assert len(outputs.target_features["segmentation_head"]) == T
+
+
 def test_joint_batchnorm_normalises_with_the_statistics_of_the_mixture(unet):
     norm, batch = unet.encoder.bn1, make_batch()
     images = torch.cat([batch["source"]["image"], batch["target"]["image"]])
@@ -233,14 +246,14 @@ def test_joint_batchnorm_normalises_with_the_statistics_of_the_mixture(unet):
     torch.testing.assert_close(norm.running_mean, norm.momentum * mixture, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("layer", ["decoder.blocks.0", "segmentation_head"])
+@pytest.mark.parametrize("layer", ["decoder.blocks.0", "segmentation_head.0"])
 def test_joint_batchnorm_is_refused_with_a_tap_where_the_domains_cannot_be_parted(unet, layer):
     with pytest.raises(InputError, match=f"batchnorm is 'joint'.*not with '{layer}'.*'separate'"):
         check_joint(resolve_taps(unet, ["encoder", layer], 3))
 
 
-@pytest.mark.parametrize("layers", [["encoder"], ["encoder.layer2", "encoder"], ["decoder"], ["encoder", "decoder"]])
-def test_joint_batchnorm_is_allowed_up_to_the_end_of_the_encoder_and_with_the_whole_decoder(unet, layers):
+@pytest.mark.parametrize("layers", [["encoder"], ["encoder.layer2"], ["decoder"], ["encoder", "segmentation_head"]])
+def test_joint_batchnorm_is_allowed_in_the_encoder_and_with_the_whole_decoder_or_head(unet, layers):
     check_joint(resolve_taps(unet, layers, 3))
 
 
@@ -399,7 +412,7 @@ def test_encoder_means_its_deepest_map_that_has_channels():
         deepest_map([torch.zeros(3), None])
 
 
-def test_useful_layers_of_a_unet_are_the_encoder_its_stages_and_the_decoder(unet):
+def test_useful_layers_of_a_unet_are_the_encoder_its_stages_the_decoder_and_the_head(unet):
     useful = [(it.name, it.channels, it.stride) for it in list_layers(unet, 3) if it.useful]
     assert useful == [
         ("encoder.relu", 64, 2),
@@ -409,6 +422,7 @@ def test_useful_layers_of_a_unet_are_the_encoder_its_stages_and_the_decoder(unet
         ("encoder.layer4", 512, 32),
         ("encoder", 512, 32),
         ("decoder", 16, 1),
+        ("segmentation_head", 2, 1),
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dann_experiments.adaptation.domain_classifier import SOURCE, TARGET, DomainClassifier
+from dann_experiments.adaptation.domain_classifier import SOURCE, TARGET, DomainClassifier, Kind
 from dann_experiments.adaptation.gradient_reversal import GradientReversal
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
 from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler
@@ -29,7 +29,7 @@ class DANNMethod(DomainAdaptationMethod):
         self,
         feature_layer: str | Sequence[str],
         in_channels: int | Sequence[int],
-        classifier: Literal["pooled", "pixel"] = "pooled",
+        classifier: Kind = "pooled",
         hidden_size: int = 1024,
         discriminator_lr: float = 1e-4,
         lambda_da: float = 1.0,

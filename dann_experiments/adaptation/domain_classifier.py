@@ -1,4 +1,4 @@
-"""The domain classifier: an MLP with two hidden layers on pooled features, or the same at every position.
+"""The domain classifier: an MLP on pooled features, the same at every position, or convolutions over predicted maps.
 
 Letters: N images, C channels, H x W positions.
 """
@@ -12,19 +12,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SOURCE, TARGET = 0, 1  # domain labels
+Kind = Literal["pooled", "pixel", "output"]
 
 
 class DomainClassifier(nn.Module):
     """Source or target? Logits of two classes (0 source, 1 target) from features (N, C, H, W).
 
-    `pooled` (default): global average pooling, then the MLP; logits (N, 2). `pixel`: the same MLP as 1 x 1 convolutions;
-    logits (N, 2, H, W). `valid` (N, h, w), 1 where a pixel counts, leaves pixels out of the pooling or of the loss.
+    `pooled` (default): global average pooling, then an MLP with two hidden layers; logits (N, 2). `pixel`: the same MLP as
+    1 x 1 convolutions; logits (N, 2, H, W). `output`: features are class logits of the network's output; a softmax, then
+    strided convolutions that see the shapes of the predicted map (Tsai et al. 2018, section 3.2); logits (N, 2, H/4, W/4).
+    `valid` (N, h, w), 1 where a pixel counts, leaves pixels out of the pooling or of the loss.
     """
 
-    def __init__(self, in_channels: int, hidden_size: int = 1024, kind: Literal["pooled", "pixel"] = "pooled") -> None:
+    def __init__(self, in_channels: int, hidden_size: int = 1024, kind: Kind = "pooled") -> None:
         super().__init__()
         self.in_channels = in_channels
         self.kind = kind
+        if kind == "output":
+            self.layers = nn.Sequential(
+                nn.Softmax(dim=1),
+                nn.Conv2d(in_channels, hidden_size, 4, stride=2, padding=1),
+                nn.LeakyReLU(0.2, inplace=True),
+                nn.Conv2d(hidden_size, hidden_size, 4, stride=2, padding=1),
+                nn.LeakyReLU(0.2, inplace=True),
+                nn.Conv2d(hidden_size, hidden_size, 3, padding=1),
+                nn.LeakyReLU(0.2, inplace=True),
+                nn.Conv2d(hidden_size, 2, 1),
+            )
+            return
         # one module for both kinds: a pooled map is a map of one position
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, hidden_size, 1),
@@ -37,7 +52,7 @@ class DomainClassifier(nn.Module):
     def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
         if features.ndim == 2:  # features that are pooled already
             features = features[:, :, None, None]
-        if self.kind == "pixel":
+        if self.kind != "pooled":
             return self.layers(features)
         return self.layers(masked_mean(features, valid)).flatten(1)
 
@@ -50,7 +65,7 @@ class DomainClassifier(nn.Module):
         if valid is None:
             return losses.mean(), right.mean()
         # pooled: an image without a single valid pixel has no features to judge
-        weights = (valid > 0).any(2).any(1).float() if self.kind == "pooled" else resize_valid(valid, features)
+        weights = (valid > 0).any(2).any(1).float() if self.kind == "pooled" else resize_valid(valid, logits)
         total = weights.sum().clamp_min(1e-6)
         return (losses * weights).sum() / total, (right * weights).sum() / total
 
@@ -63,8 +78,7 @@ def masked_mean(features: Tensor, valid: Tensor | None) -> Tensor:
     return (features * weights).sum((2, 3), keepdim=True) / weights.sum((2, 3), keepdim=True).clamp_min(1e-6)
 
 
-def resize_valid(valid: Tensor, features: Tensor) -> Tensor:
-    """Share of valid pixels behind each position of `features`: (N, h, w) -> (N, H, W), 0..1."""
-    return functional.adaptive_avg_pool2d(valid[:, None].to(features.dtype), (features.shape[2], features.shape[3]))[
-        :, 0
-    ]
+def resize_valid(valid: Tensor, like: Tensor) -> Tensor:
+    """Share of valid pixels behind each position of the map `like` (N, C, H, W): (N, h, w) -> (N, H, W), 0..1."""
+    size = (like.shape[2], like.shape[3])
+    return functional.adaptive_avg_pool2d(valid[:, None].to(like.dtype), size)[:, 0]

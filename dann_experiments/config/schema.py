@@ -195,10 +195,11 @@ class MethodConfig:
     """Layer, or layers, whose features are aligned; `layers` lists them."""
     in_channels: int | list[int] | None = None
     """Channels at that layer (one number a layer); null = read from the network."""
-    classifier: Literal["pooled", "pixel"] = "pooled"
-    """pooled: one domain decision an image, after global average pooling; pixel: one a position (1 x 1 convolutions)."""
+    classifier: Literal["pooled", "pixel", "output"] = "pooled"
+    """pooled: one domain decision an image, after global average pooling; pixel: one a position (1 x 1 convolutions); output:
+    strided convolutions over the predicted class map, which see shapes (for feature_layer segmentation_head)."""
     hidden_size: int = 1024
-    """Width of the domain classifier's two hidden layers."""
+    """Width of the domain classifier's hidden layers."""
     discriminator_lr: float = 1e-4
     """Learning rate of the domain classifier."""
     lambda_da: float = 1.0
@@ -219,6 +220,11 @@ class MethodConfig:
             raise InputError(f"domain_adaptation.method.lambda_da is {self.lambda_da}; give a number from 0 up.")
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise InputError(f"domain_adaptation.method.feature_layer is {self.feature_layer!r}; name each layer once.")
+        if self.classifier == "output" and self.layers != ["segmentation_head"]:
+            raise InputError(
+                "domain_adaptation.method.classifier is 'output', which judges the predicted class map: set feature_layer to "
+                f"segmentation_head (it is {self.feature_layer!r}), or choose pooled or pixel."
+            )
         if self.in_channels is not None:
             given = [self.in_channels] if isinstance(self.in_channels, int) else self.in_channels
             if len(given) != len(self.layers):

@@ -27,7 +27,7 @@ class LayerInfo:
     stride: float
     """Input pixels a position, along one side."""
     useful: bool
-    """Whole encoder, one of its stages, or decoder: where features of both domains are worth aligning."""
+    """Whole encoder, one of its stages, decoder or head: where features of both domains are worth aligning."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Tap:
     def pick(self, output: Any) -> Tensor:
         """The features (N, C, H, W) in the module's output."""
         return output[self.map_index] if self.map_index is not None else deepest_map(output)
+
+
+JOINT_CUTS = ("encoder", "decoder", "segmentation_head")
+"""Where a joint forward can part the domains, in the order of the forward pass."""
 
 
 class _AllTapsReached(Exception):
@@ -154,7 +158,7 @@ def list_layers(network: nn.Module, in_channels: int, size: int = 64) -> list[La
         outermost = name.count(".") <= named.get(id(features), name).count(".")
         if id(features) in stages and name.startswith("encoder.") and outermost:
             named[id(features)] = name
-    useful = {"encoder", "decoder", *named.values()}
+    useful = {*JOINT_CUTS, *named.values()}
     layers = [LayerInfo(name, features.shape[1], size / features.shape[2], name in useful) for name, features in maps]
     unnamed = [
         LayerInfo(f"encoder.{index}", features.shape[1], size / features.shape[2], True)
@@ -189,8 +193,8 @@ def forward_joint(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """One forward of both domains up to the last tap, the source alone from there on (S + T images, then S).
 
-    Taps must be `encoder`, inside it, or the whole `decoder`: elsewhere skip connections would meet with S + T and S
-    images (`check_joint` refuses that beforehand). Returns source logits, source features, target features.
+    Taps must be `encoder`, inside it, the whole `decoder` or the `segmentation_head`: elsewhere skip connections would
+    meet with S + T and S images (`check_joint` refuses that beforehand). Returns source logits, source features, target features.
     """
     count = len(source_images)
     total = count + len(target_images)
@@ -203,8 +207,9 @@ def forward_joint(
 
     with _recording(network, taps, features, stop=False):
         # registered after the recording hooks, so these see the same full output and cut it behind them
-        cut = network.get_submodule("decoder" if any(tap.module == "decoder" for tap in taps) else "encoder")
-        handle = cut.register_forward_hook(source_part)
+        tapped = {tap.module for tap in taps}
+        last = max((cut for cut in JOINT_CUTS if cut in tapped), key=JOINT_CUTS.index, default="encoder")
+        handle = network.get_submodule(last).register_forward_hook(source_part)
         try:
             logits = network(torch.cat([source_images, target_images]))
         finally:
@@ -217,10 +222,10 @@ def forward_joint(
 def check_joint(taps: Sequence[Tap]) -> None:
     """Refuse taps at which a joint forward cannot part the domains."""
     for tap in taps:
-        if tap.module.startswith("decoder.") or not tap.module.startswith(("encoder", "decoder")):
+        if tap.module not in JOINT_CUTS and not tap.module.startswith("encoder."):
             raise InputError(
-                f"domain_adaptation.batchnorm is 'joint', which works with layers up to the encoder's end or with the "
-                f"whole 'decoder', not with {tap.name!r}; tap one of those or set batchnorm to 'separate'."
+                "domain_adaptation.batchnorm is 'joint', which works with layers of the encoder, with the whole 'decoder' and "
+                f"with 'segmentation_head', not with {tap.name!r}; tap one of those or set batchnorm to 'separate'."
             )
 
 
