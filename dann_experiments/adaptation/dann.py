@@ -101,7 +101,8 @@ class LambdaZero(DANNMethod):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "lambda_da": 0.0})
+        super().__init__(*args, **kwargs)
+        self.lambda_da = 0.0
 
 
 class SourceOnly(DomainAdaptationMethod):

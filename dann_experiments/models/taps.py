@@ -92,7 +92,7 @@ def resolve_taps(network: nn.Module, layers: Sequence[str], in_channels: int, si
         parent, _, last = layer.rpartition(".")
         if layer in modules and layer:
             wanted[layer] = (layer, None)
-        elif parent in modules and last.isdigit():
+        elif parent in modules and last.isdigit() and int(last) > 0:  # map 0 of an encoder is the image itself
             wanted[layer] = (parent, int(last))
         else:
             raise _no_such_layer(network, layer, in_channels, size)

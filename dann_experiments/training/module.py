@@ -6,6 +6,7 @@ validation that follows k steps stands at step k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod, Progress, StepOutputs
 from dann_experiments.models.networks import logits_of_any_size
-from dann_experiments.models.taps import Tap, forward_joint, forward_to_taps, forward_with_taps
+from dann_experiments.models.taps import Tap, check_joint, forward_joint, forward_to_taps, forward_with_taps
 from dann_experiments.training.optimizers import build_scheduler
 from dann_experiments.training.scores import segmentation_loss
 
@@ -45,11 +46,15 @@ class AdaptationModule(pl.LightningModule):
         self.lr_schedule = lr_schedule
         self.ignore_index = ignore_index
         self.batchnorm = batchnorm
+        if batchnorm == "joint" and method.uses_target:
+            check_joint(self.taps)
 
     def progress(self) -> Progress:
         """Where training stands now."""
-        max_epochs = self.trainer.max_epochs or 1
         total_steps = max(int(self.trainer.estimated_stepping_batches), 1)
+        max_epochs = self.trainer.max_epochs or 1
+        if max_epochs < 0:  # a trainer that counts steps alone
+            max_epochs = math.ceil(total_steps / max(int(self.trainer.num_training_batches), 1))
         return Progress(self.trainer.current_epoch, max_epochs, self.trainer.global_step, total_steps)
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
