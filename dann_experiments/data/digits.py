@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+log = logging.getLogger(__name__)
 EmbeddedName = Literal["digits", "digits_classes"]
 
 SIZE = 32  # px, both sides: a 28 px digit with a margin of 2
@@ -49,6 +51,7 @@ def build_digits(root: str | Path, seed: int = 0, name: EmbeddedName = "digits")
     folder = Path(root).expanduser() / f"{name}-v{FORMAT}-seed{seed}"
     if (folder / "done.json").is_file():
         return folder
+    log.info("Building the data set %s in %s (once) ...", name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     half_built = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -86,7 +86,7 @@ def _from_manifest(path: Path, key: str, with_masks: bool) -> list[Sample]:
 
 def _from_folder(path: Path, key: str, with_masks: bool) -> list[Sample]:
     images = _by_stem(path / "images", key)
-    if not with_masks or not (path / "masks").is_dir():
+    if not images or not with_masks or not (path / "masks").is_dir():
         return [Sample(image, None) for _, image in sorted(images.items())]
     masks = _by_stem(path / "masks", key)
     for stem in images:

@@ -118,24 +118,24 @@ def tracked_run(
     run_folder.mkdir(parents=True, exist_ok=True)
     sender = MetricSender(store.client, run_id, run_folder / "unsent_metrics.jsonl")
     run = TrackedRun(store, run_id, run_folder, sender)
-    try:
-        with _signals_raise():
+    with _signals_raise():  # around the closing too: a second Ctrl-C must not cut it short
+        try:
             run.set_tags(all_tags)
             yield run
             _close(run, "FINISHED")
-    except RunKilled as killed:
-        log.warning("%s: the run is being closed as KILLED.", killed)
-        _close(run, "KILLED")
-        if killed.signum == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise SystemExit(128 + killed.signum) from None
-    except KeyboardInterrupt:
-        _close(run, "KILLED")
-        raise
-    except BaseException:
-        (run_folder / "traceback.txt").write_text(traceback.format_exc())
-        _close(run, "FAILED")
-        raise
+        except RunKilled as killed:
+            log.warning("%s: the run is being closed as KILLED.", killed)
+            _close(run, "KILLED")
+            if killed.signum == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + killed.signum) from None
+        except KeyboardInterrupt:
+            _close(run, "KILLED")
+            raise
+        except BaseException:
+            (run_folder / "traceback.txt").write_text(traceback.format_exc())
+            _close(run, "FAILED")
+            raise
 
 
 def _close(run: TrackedRun, status: str) -> None:

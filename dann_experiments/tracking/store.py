@@ -15,6 +15,7 @@ from dann_experiments.config.errors import InputError
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 ANSWER_SECONDS = 10.0
+EXPERIMENT_KIND = "mlflow.experimentKind"  # so that the UI opens on training runs and charts, not on its GenAI pages
 # A store that is away is retried by our sender; MLflow's own long retries would only hide it.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -53,6 +54,7 @@ def open_store(uri: str | None, experiment: str) -> Store:
             client = mlflow.MlflowClient(tracking_uri=uri)
             if claimed:
                 experiment_id = client.get_run(claimed).info.experiment_id
+                known = client.get_experiment(experiment_id)
             else:
                 known = client.get_experiment_by_name(experiment)
                 if known is not None and known.lifecycle_stage != "active":
@@ -60,6 +62,8 @@ def open_store(uri: str | None, experiment: str) -> Store:
                         f"tracking.experiment is {experiment!r}, which was deleted; restore it or name another."
                     )
                 experiment_id = client.create_experiment(experiment) if known is None else known.experiment_id
+            if known is None or EXPERIMENT_KIND not in known.tags:
+                client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development")
     except MlflowException as error:
         raise InputError(f"tracking.uri is {without_secrets(uri)!r}, which cannot be used: {error.message}") from None
     return Store(uri, client, experiment_id, claimed)

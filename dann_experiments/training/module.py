@@ -46,12 +46,15 @@ class AdaptationModule(pl.LightningModule):
         self.lr_schedule = lr_schedule
         self.ignore_index = ignore_index
         self.batchnorm = batchnorm
+        self._total_steps: int | None = None
         if batchnorm == "joint" and method.uses_target:
             check_joint(self.taps)
 
     def progress(self) -> Progress:
         """Where training stands now."""
-        total_steps = max(int(self.trainer.estimated_stepping_batches), 1)
+        if self._total_steps is None:  # asked once: Lightning goes through the loaders for it
+            self._total_steps = max(int(self.trainer.estimated_stepping_batches), 1)
+        total_steps = self._total_steps
         max_epochs = self.trainer.max_epochs or 1
         if max_epochs < 0:  # a trainer that counts steps alone
             max_epochs = math.ceil(total_steps / max(int(self.trainer.num_training_batches), 1))
