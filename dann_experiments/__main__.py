@@ -36,6 +36,10 @@ COMMANDS = {
     "layers": "list the layers whose features can be aligned",
     "config": "print the resolved settings as YAML",
 }
+WITHOUT_EFFECT = {
+    "pretrain": ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer"),
+    "evaluate": ("gamma", "hidden_size", "discriminator_lr", "feature_layer", "max_epochs"),
+}
 NOT_GIVEN = ("", "None")  # how MLflow spells an optional parameter that was left out
 
 
@@ -51,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known.help:
             print(_command_help(parser, known.command))
             return 0
-        config = load_config(known.config or DEFAULT_CONFIG, _overrides(known, rest))
+        config = load_config(
+            DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else known.config, _overrides(known, rest)
+        )
         return _run(known, config)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -65,6 +71,9 @@ def _run(known: argparse.Namespace, config: Config) -> int:
         print(config_to_yaml(config), end="")
         return 0
     _quiet_libraries()
+    for short in WITHOUT_EFFECT.get(known.command, ()):
+        if getattr(known, short) not in (None, *NOT_GIVEN):
+            logging.getLogger("dann_experiments").warning("--%s has no effect in %s.", short, known.command)
     if known.command == "layers":
         _print_layers(config, known.all)
         return 0
@@ -209,6 +218,9 @@ def _print_overview(config: Config) -> None:
 
 def _ui_command(uri: str) -> str:
     """How to open the MLflow UI on a store: its own address if it is a server."""
+    from dann_experiments.tracking.store import without_secrets
+
+    uri = without_secrets(uri)
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`"
 IGNORED = 255
 NOW = Progress(epoch=0, max_epochs=1, step=0, total_steps=1)
 LR, DISCRIMINATOR_LR = 0.1, 0.02
-EVERY_KIND = pytest.mark.parametrize("kind", ["pooled", "pixel", "output"])
+EVERY_KIND = pytest.mark.parametrize("kind", ["pooled", "pixel", "patch"])
 KINDS = pytest.mark.parametrize("kind", ["pooled", "pixel"])
 TAPS = pytest.mark.parametrize(
     "layers", [["encoder.0"], ["encoder"], ["decoder"], ["encoder", "decoder"], ["head"]], ids=str
@@ -319,7 +319,7 @@ def test_ignored_pixels_are_left_out_of_the_domain_loss(kind):
 
 
 def test_an_output_classifier_leaves_out_the_positions_whose_pixels_are_ignored():
-    classifier = DomainClassifier(3, 7, "output")
+    classifier = DomainClassifier(3, 7, "patch")
     logits = torch.randn(2, 3, 8, 8)
     valid = torch.ones(2, 8, 8)
     valid[:, :, 4:] = 0  # the right one of two columns of decisions

@@ -116,7 +116,7 @@ def test_channels_of_each_layer_are_read_from_the_network(arch, encoder, channel
     assert [tap.channels for tap in resolve_taps(network, list(layers), 3)] == [it.channels for it in layers.values()]
 
 
-@pytest.mark.parametrize("kind", ["pooled", "pixel", "output"])
+@pytest.mark.parametrize("kind", ["pooled", "pixel", "patch"])
 @EACH_NETWORK
 def test_a_training_step_works_with_a_tap_at_every_useful_layer(arch, encoder, channels, kind):
     network, batch = network_of(arch, encoder).train(), make_batch()
@@ -127,7 +127,7 @@ def test_a_training_step_works_with_a_tap_at_every_useful_layer(arch, encoder, c
     layer_lists = {
         "pooled": [*([name] for name in useful if name != "segmentation_head"), ["encoder", "decoder"]],
         "pixel": [[useful[2]], ["encoder", "decoder"]],
-        "output": [["segmentation_head"]],
+        "patch": [["segmentation_head"]],
     }
     for layers in layer_lists[kind]:
         network.zero_grad()
@@ -227,7 +227,7 @@ def test_with_joint_batchnorm_and_a_tap_at_the_decoder_the_head_runs_once_on_sou
 
 
 def test_with_joint_batchnorm_and_a_tap_at_the_head_the_logits_are_those_of_the_source(unet):
-    module = make_module(unet, ["segmentation_head"], "output", batchnorm="joint")
+    module = make_module(unet, ["segmentation_head"], "patch", batchnorm="joint")
     with batches_seen(unet, "encoder", "decoder", "segmentation_head") as seen:
         outputs = module.step_outputs(make_batch())
     assert seen == {"encoder": [S + T], "decoder": [S + T], "segmentation_head": [S + T]}

@@ -68,5 +68,5 @@ def load_own_method(
         arguments.setdefault("channels", dict(channels))
     try:
         return method(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"{where}, whose constructor refuses init_args {dict(init_args)}: {error}") from None

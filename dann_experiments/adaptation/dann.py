@@ -13,6 +13,8 @@ from dann_experiments.adaptation.gradient_reversal import GradientReversal
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
 from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler
 
+OUTPUT_LAYER = "segmentation_head"  # where features are class logits
+
 
 class DANNMethod(DomainAdaptationMethod):
     """Domain-adversarial training: a classifier a layer learns the domain, the network learns to confuse it.
@@ -45,7 +47,10 @@ class DANNMethod(DomainAdaptationMethod):
             raise ValueError(f"step_mode is {step_mode!r}; give 'epoch' or 'batch'")
         if lambda_da < 0:
             raise ValueError(f"lambda_da is {lambda_da}; it must not be negative")
-        self.classifiers = nn.ModuleList(DomainClassifier(count, hidden_size, classifier) for count in channels)
+        self.classifiers = nn.ModuleList(
+            DomainClassifier(count, hidden_size, classifier, on_logits=layer == OUTPUT_LAYER)
+            for layer, count in zip(self.feature_layers, channels, strict=True)
+        )
         self.reversal = GradientReversal()
         self.discriminator_lr = discriminator_lr
         self.lambda_da = lambda_da

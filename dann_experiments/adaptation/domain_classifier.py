@@ -1,4 +1,4 @@
-"""The domain classifier: an MLP on pooled features, the same at every position, or convolutions over predicted maps.
+"""The domain classifier: an MLP on pooled features, the same at every position, or convolutions over neighbourhoods.
 
 Letters: N images, C channels, H x W positions.
 """
@@ -12,25 +12,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SOURCE, TARGET = 0, 1  # domain labels
-Kind = Literal["pooled", "pixel", "output"]
+Kind = Literal["pooled", "pixel", "patch"]
 
 
 class DomainClassifier(nn.Module):
     """Source or target? Logits of two classes (0 source, 1 target) from features (N, C, H, W).
 
     `pooled` (default): global average pooling, then an MLP with two hidden layers; logits (N, 2). `pixel`: the same MLP as
-    1 x 1 convolutions; logits (N, 2, H, W). `output`: features are class logits of the network's output; a softmax, then
-    strided convolutions that see the shapes of the predicted map (Tsai et al. 2018, section 3.2); logits (N, 2, H/4, W/4).
+    1 x 1 convolutions; logits (N, 2, H, W). `patch`: strided convolutions that see shapes (as the discriminator of Tsai et
+    al. 2018, section 3.2); logits (N, 2, H/4, W/4). `on_logits`: the features are class logits; judge their softmax.
     `valid` (N, h, w), 1 where a pixel counts, leaves pixels out of the pooling or of the loss.
     """
 
-    def __init__(self, in_channels: int, hidden_size: int = 1024, kind: Kind = "pooled") -> None:
+    def __init__(
+        self, in_channels: int, hidden_size: int = 1024, kind: Kind = "pooled", on_logits: bool = False
+    ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.kind = kind
-        if kind == "output":
+        self.on_logits = on_logits
+        if kind == "patch":
             self.layers = nn.Sequential(
-                nn.Softmax(dim=1),
                 nn.Conv2d(in_channels, hidden_size, 4, stride=2, padding=1),
                 nn.LeakyReLU(0.2, inplace=True),
                 nn.Conv2d(hidden_size, hidden_size, 4, stride=2, padding=1),
@@ -52,6 +54,12 @@ class DomainClassifier(nn.Module):
     def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
         if features.ndim == 2:  # features that are pooled already
             features = features[:, :, None, None]
+        if self.on_logits:
+            features = features.softmax(1)
+        if self.kind == "patch":  # a map smaller than the convolutions is enlarged by repeating its edge
+            missing = [max(4 - side, 0) for side in features.shape[2:]]
+            if any(missing):
+                features = functional.pad(features, (0, missing[1], 0, missing[0]), mode="replicate")
         if self.kind != "pooled":
             return self.layers(features)
         return self.layers(masked_mean(features, valid)).flatten(1)

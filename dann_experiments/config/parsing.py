@@ -37,7 +37,7 @@ def load_config(file: str | Path | None = None, overrides: Mapping[str, Any] | N
     """
     settings = _read_yaml(file) if file is not None else {}
     for key, value in (overrides or {}).items():
-        _set_dotted(settings, key, _scalar(value))
+        _set_dotted(settings, key, _scalar(value, _field_types(Config).get(key)))
     settings = translate(settings)
     _refuse_unknown_keys(settings)
     return _build(settings)
@@ -106,8 +106,11 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
     return settings
 
 
-def _scalar(value: Any) -> Any:
+def _scalar(value: Any, wanted: Any) -> Any:
+    """What a command line's string means: YAML, but for texts, which stay as they are (a run may be called 2026)."""
     if not isinstance(value, str):
+        return value
+    if wanted is str or (wanted == str | None and value not in ("null", "~", "")):
         return value
     try:
         return yaml.load(value, _Loader)  # noqa: S506
@@ -126,7 +129,7 @@ def _set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
 
 def _refuse_unknown_keys(settings: Mapping[str, Any]) -> None:
     known = _field_types(Config)
-    groups = {key.rpartition(".")[0] for key in known} | {"domain_adaptation"}
+    groups = _groups()
 
     def walk(node: Mapping[str, Any], prefix: str) -> None:
         for name, value in node.items():
@@ -170,7 +173,7 @@ def _build(settings: dict[str, Any]) -> Config:
 
     parser = _parser()
     try:
-        parsed = parser.parse_object(_without_empty_groups(settings), defaults=True)
+        parsed = parser.parse_object(_without_empty_groups(settings, _groups()), defaults=True)
         return Config(**vars(parser.instantiate_classes(parsed)))
     except InputError:
         raise
@@ -183,8 +186,21 @@ def _build(settings: dict[str, Any]) -> Config:
         raise InputError(_readable(str(error), settings)) from None
 
 
-def _without_empty_groups(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if value is not None}
+def _without_empty_groups(settings: Mapping[str, Any], groups: set[str], prefix: str = "") -> dict[str, Any]:
+    """A group written without settings (`data:` alone, or null) means its defaults."""
+    kept = {}
+    for key, value in settings.items():
+        if f"{prefix}{key}" in groups:
+            if value is not None:
+                kept[key] = _without_empty_groups(value, groups, f"{prefix}{key}.")
+        else:
+            kept[key] = value
+    return kept
+
+
+def _groups() -> set[str]:
+    names = {key.rpartition(".")[0] for key in _field_types(Config)} - {""}
+    return names | {"domain_adaptation"}
 
 
 def _readable(message: str, settings: dict[str, Any]) -> str:

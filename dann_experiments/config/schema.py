@@ -195,9 +195,9 @@ class MethodConfig:
     """Layer, or layers, whose features are aligned; `layers` lists them."""
     in_channels: int | list[int] | None = None
     """Channels at that layer (one number a layer); null = read from the network."""
-    classifier: Literal["pooled", "pixel", "output"] = "pooled"
-    """pooled: one domain decision an image, after global average pooling; pixel: one a position (1 x 1 convolutions); output:
-    strided convolutions over the predicted class map, which see shapes (for feature_layer segmentation_head)."""
+    classifier: Literal["pooled", "pixel", "patch"] = "pooled"
+    """pooled: one domain decision an image, after global average pooling; pixel: one a position (1 x 1 convolutions); patch:
+    strided convolutions, which see shapes; at feature_layer segmentation_head they judge the predicted class map."""
     hidden_size: int = 1024
     """Width of the domain classifier's hidden layers."""
     discriminator_lr: float = 1e-4
@@ -220,11 +220,6 @@ class MethodConfig:
             raise InputError(f"domain_adaptation.method.lambda_da is {self.lambda_da}; give a number from 0 up.")
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise InputError(f"domain_adaptation.method.feature_layer is {self.feature_layer!r}; name each layer once.")
-        if self.classifier == "output" and self.layers != ["segmentation_head"]:
-            raise InputError(
-                "domain_adaptation.method.classifier is 'output', which judges the predicted class map: set feature_layer to "
-                f"segmentation_head (it is {self.feature_layer!r}), or choose pooled or pixel."
-            )
         if self.in_channels is not None:
             given = [self.in_channels] if isinstance(self.in_channels, int) else self.in_channels
             if len(given) != len(self.layers):
@@ -297,8 +292,12 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _above("optimizer.lr", self.lr, 0)
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < float("inf"):
             raise InputError(f"optimizer.weight_decay is {self.weight_decay}; give a number from 0 up.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optimizer.betas is {list(self.betas)}; give two numbers from 0 to below 1.")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"optimizer.momentum is {self.momentum}; give a number from 0 to below 1.")
 
 
 @dataclass(frozen=True)
@@ -319,14 +318,14 @@ class TrainerConfig:
 
     max_epochs: int = 20
     """Epochs of adaptation. An epoch is one pass over the larger training set; the smaller one starts again."""
-    accelerator: str = "auto"
-    """cpu, gpu, mps or auto."""
-    precision: str = "32-true"
-    """Lightning's precision: 32-true, bf16-mixed, 16-mixed."""
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """Where to train; auto takes what there is."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Lightning's precision."""
     gradient_clip_val: float | None = None
-    """Largest norm of the gradient; null = not clipped."""
+    """Largest gradient norm of the network, and of the domain classifiers, each by itself; null = not clipped."""
     deterministic: bool = True
-    """Use only deterministic algorithms, so that equal runs give equal numbers."""
+    """Deterministic algorithms wherever torch has them (on a CPU: always; on a GPU it warns where it has none)."""
     limit_train_batches: int | None = None
     """At most so many steps an epoch; null = all."""
     enable_progress_bar: bool = True
@@ -334,6 +333,8 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _at_least("trainer.max_epochs", self.max_epochs, 1)
+        if self.gradient_clip_val is not None:
+            _above("trainer.gradient_clip_val", self.gradient_clip_val, 0)
         if self.limit_train_batches is not None:
             _at_least("trainer.limit_train_batches", self.limit_train_batches, 1)
 
@@ -344,14 +345,22 @@ class MonitorConfig:
 
     metric: str | None = "iou/source_val"
     """Metric that chooses checkpoints/best; null = no best. iou/target_val needs target labels: the run says so in a tag."""
-    mode: Literal["max", "min"] = "max"
-    """Whether more or less of it is better."""
+    mode: Literal["max", "min"] | None = None
+    """Whether more or less of it is better; null = less of a loss, a gap or a drop, more of all else."""
     final_model: Literal["last", "best"] = "last"
     """The weights that become the run's model and are scored on the test lists."""
     log_every_n_epochs: int = 1
     """Log the validation of every so many epochs (and of the last)."""
     forgetting_threshold: float = 0.05
     """Warn when iou/source_val falls by more than this below the warm start's."""
+
+    @property
+    def direction(self) -> Literal["max", "min"]:
+        """`mode`, or what the metric's name says."""
+        falling = self.metric is not None and (
+            self.metric.startswith("loss/") or "gap" in self.metric or "drop" in self.metric
+        )
+        return self.mode or ("min" if falling else "max")
 
     @property
     def uses_target_labels(self) -> bool:

@@ -15,12 +15,15 @@ Image.MAX_IMAGE_PIXELS = None  # aerial mosaics are larger than Pillow's guard a
 
 def read_image(path: Path, bands: int) -> np.ndarray:
     """(bands, H, W) uint8 or uint16. Raises InputError for an unreadable file or another number of bands."""
-    array = _open(path, "RGB" if bands == 3 else None)
+    array = _open(path, "RGB" if bands == 3 else "L" if bands == 1 else None)
     array = array[:, :, None] if array.ndim == 2 else array
     if array.shape[2] == 1 and bands == 3:
         array = array.repeat(3, axis=2)  # a grey picture among colour ones
     if array.shape[2] != bands:
-        raise InputError(f"image {path} has {array.shape[2]} bands, but model.in_channels is {bands}.")
+        raise InputError(
+            f"image {path} has {array.shape[2]} bands, but model.in_channels is {bands}; set model.in_channels to "
+            f"{array.shape[2]}, with as many values in data.mean and data.std, or give images of {bands} bands."
+        )
     if array.dtype not in (np.uint8, np.uint16):
         raise InputError(f"image {path} holds {array.dtype} values; 8 and 16 bit unsigned images are read.")
     return np.ascontiguousarray(array.transpose(2, 0, 1))
@@ -31,6 +34,8 @@ def read_mask(path: Path, num_classes: int, ignore_index: int) -> np.ndarray:
     array = _open(path, None)
     if array.ndim != 2:
         raise InputError(f"mask {path} has {array.shape[2]} bands; masks hold one class id a pixel.")
+    if array.dtype.kind == "f" and not np.array_equal(array, np.round(array)):  # NaN is unequal to itself
+        raise InputError(f"mask {path} holds values that are no whole numbers; masks hold one class id a pixel.")
     ids = np.unique(array)
     wrong = [int(value) for value in ids if not (0 <= value < num_classes or value == ignore_index)]
     if wrong:
@@ -58,6 +63,7 @@ def _open(path: Path, palette_to: str | None) -> np.ndarray:
                 if palette_to is not None and image.mode in ("P", "1", "LA", "CMYK", "YCbCr"):
                     return np.asarray(image.convert(palette_to))
                 array = np.asarray(image)
+                array = array.astype(array.dtype.newbyteorder("="), copy=False)
                 return (
                     array.astype(np.uint16) if image.mode == "I" and array.min() >= 0 and array.max() < 65536 else array
                 )

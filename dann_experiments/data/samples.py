@@ -70,13 +70,17 @@ def _from_manifest(path: Path, key: str, with_masks: bool) -> list[Sample]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            header = reader.fieldnames or []
+            header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             if "image" not in header:
-                raise InputError(f"{key}: manifest {path} has columns {list(header)}; it needs one called image.")
+                raise InputError(f"{key}: manifest {path} has columns {header}; it needs one called image.")
+            if with_masks and len(header) > 1 and "mask" not in header:
+                raise InputError(
+                    f"{key}: manifest {path} has columns {header}; the one with the masks must be called mask."
+                )
             samples = []
-            for number, row in enumerate(reader, start=2):
+            for row in reader:
                 if not row["image"]:
-                    raise InputError(f"{key}: manifest {path}, line {number}: the image is empty.")
+                    raise InputError(f"{key}: manifest {path}, line {reader.line_num}: the image is empty.")
                 mask = row.get("mask") if with_masks else None
                 samples.append(Sample(_beside(path, row["image"]), _beside(path, mask) if mask else None))
             return samples
@@ -111,5 +115,5 @@ def _by_stem(folder: Path, key: str) -> dict[str, Path]:
 
 
 def _beside(manifest: Path, name: str) -> Path:
-    path = Path(name.strip()).expanduser()
+    path = Path(name.strip())
     return path if path.is_absolute() else manifest.parent / path

@@ -10,10 +10,14 @@ import pytorch_lightning as pl
 from dann_experiments.config import Config, replace
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.result import RunResult
-from dann_experiments.jobs.source_model import find_or_make_source_model, load_source_model
+from dann_experiments.jobs.source_model import (
+    chosen_by_target_labels,
+    find_or_make_source_model,
+    load_source_model,
+)
 from dann_experiments.jobs.training import describe_run, final_metrics, train
 from dann_experiments.tracking.run import tracked_run
-from dann_experiments.tracking.store import local_artifact_folder, open_store, without_secrets
+from dann_experiments.tracking.store import local_artifact_folder, open_store
 
 
 def method_name(config: Config) -> str:
@@ -27,7 +31,8 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
 
     The source model is `pretrained_checkpoint.path`, else the newest finished pretraining run of the same network and
     source data, else it is trained first, as a run of its own. `callbacks` join Lightning's (sweeps prune by one).
-    Raises InputError for what the user can mend, before a run is started.
+    Raises InputError for what the user can mend, before a run is started where it can be seen before (all files, if
+    `data.keep_in_memory`).
     """
     store = open_store(config.tracking.uri, config.tracking.experiment)
     with setup.seeded(config):
@@ -37,7 +42,7 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
         taps = setup.make_taps(config, network)
         setup.make_method(config, taps)  # refuse a wrong method before hours of pretraining
         source_model = find_or_make_source_model(config, store, data)
-        source_run_id = load_source_model(config, network, source_model)
+        source_run_id = load_source_model(config, network, source_model, store)
         config = replace(config, {"domain_adaptation.pretrained_checkpoint.path": source_model})
         setup.reseed(config)  # the same numbers whether the source model was just trained or found
         method = setup.make_method(config, taps)
@@ -47,13 +52,15 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
             "dann.source": setup.domain_name(config, "source"),
             "dann.target": setup.domain_name(config, "target"),
             "dann.source_digest": setup.source_digest(config, data),
-            "dann.selected_with_target_labels": str(config.monitor.uses_target_labels).lower(),
+            "dann.selected_with_target_labels": str(
+                config.monitor.uses_target_labels or chosen_by_target_labels(store, source_run_id)
+            ).lower(),
             "seed": config.seed,
         }
         if source_run_id is not None:
             tags["dann.source_run_id"] = source_run_id
-        name = config.tracking.run_name or f"{method_name(config)} seed {config.seed}"
-        with tracked_run(store, name, tags, Path(config.tracking.folder), use_claimed=True) as run:
+        name, folder = f"{method_name(config)} seed {config.seed}", Path(config.tracking.folder)
+        with tracked_run(store, config.tracking.run_name, name, tags, folder, use_claimed=True) as run:
             describe_run(run, config, data)
             outcome = train(
                 config, run, network, method, taps, data, config.trainer.max_epochs, config.optimizer, callbacks
@@ -63,7 +70,7 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
         job="adapt",
         run_id=run.run_id,
         experiment_id=store.experiment_id,
-        tracking_uri=without_secrets(store.uri),
+        tracking_uri=store.uri,
         metrics=final_metrics(outcome.after, config.class_names),
         baseline=final_metrics(outcome.before, config.class_names),
         source_run_id=source_run_id,

@@ -10,11 +10,11 @@ from dann_experiments.config import Config, InputError
 from dann_experiments.data.dataset import eval_loader
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.result import RunResult
-from dann_experiments.jobs.source_model import load_source_model
+from dann_experiments.jobs.source_model import chosen_by_target_labels, load_source_model
 from dann_experiments.jobs.training import describe_run, final_metrics
 from dann_experiments.tracking.figures import draw_confusion
 from dann_experiments.tracking.run import tracked_run
-from dann_experiments.tracking.store import local_artifact_folder, open_store, without_secrets
+from dann_experiments.tracking.store import local_artifact_folder, open_store
 from dann_experiments.training.scores import score_set
 
 SETS = ("source_val", "source_test", "target_val", "target_test")
@@ -34,19 +34,19 @@ def evaluate(config: Config) -> RunResult:
         if not labelled:
             raise InputError("evaluate needs labelled images in data.source or data.target, under val or test.")
         network = setup.make_network(config, with_weights=False)
-        model_run_id = load_source_model(config, network, path)
+        model_run_id = load_source_model(config, network, path, store)
         network.to("cuda" if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu") else "cpu")
         tags = {
             "dann.job": "evaluate",
             "dann.source": setup.domain_name(config, "source"),
             "dann.target": setup.domain_name(config, "target"),
-            "dann.selected_with_target_labels": "false",
+            "dann.selected_with_target_labels": str(chosen_by_target_labels(store, model_run_id)).lower(),
             "seed": config.seed,
         }
         if model_run_id is not None:
             tags["dann.source_run_id"] = model_run_id
-        name = config.tracking.run_name or "evaluate"
-        with tracked_run(store, name, tags, Path(config.tracking.folder), use_claimed=True) as run:
+        folder = Path(config.tracking.folder)
+        with tracked_run(store, config.tracking.run_name, "evaluate", tags, folder, use_claimed=True) as run:
             describe_run(run, config, data)
             scores = {}
             for set_name, dataset in labelled.items():
@@ -59,6 +59,6 @@ def evaluate(config: Config) -> RunResult:
             run.log_metrics(metrics, step=0)
     folder = local_artifact_folder(store, run.run_id)
     return RunResult(
-        job="evaluate", run_id=run.run_id, experiment_id=store.experiment_id, tracking_uri=without_secrets(store.uri),
+        job="evaluate", run_id=run.run_id, experiment_id=store.experiment_id, tracking_uri=store.uri,
         metrics=metrics, source_run_id=model_run_id, artifacts=None if folder is None else str(folder),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dann_experiments.config import Config, InputError
 from dann_experiments.tracking.store import local_artifact_folder, open_store
@@ -37,13 +37,15 @@ def overview(config: Config) -> Overview:
             f"experiment {config.tracking.experiment!r} has no finished adaptation run; make one (`adapt`), or give "
             "--tracking.experiment."
         )
-    source_run_id = runs[0].data.tags.get("dann.source_run_id")
     arms = {}
     for run in runs:
-        if run.data.tags.get("dann.source_run_id") == source_run_id:
+        if _basis(run) == _basis(runs[0]):
             arms.setdefault(run.data.tags["dann.method"], run)
+    source_run_id = runs[0].data.tags.get("dann.source_run_id")
     if source_run_id is not None and "source_only" not in arms:
-        arms["source_only"] = store.client.get_run(source_run_id)
+        source = store.client.get_run(source_run_id)
+        if source.data.tags.get("dann.job") == "pretrain":
+            arms["source_only"] = source
     rows = {}
     order = [*[name for name in ROW_NAMES if name in arms], *[name for name in arms if name not in ROW_NAMES]]
     for method in order:
@@ -59,6 +61,12 @@ def overview(config: Config) -> Overview:
     folders = {arm: local_artifact_folder(store, str(row["run_id"])) for arm, row in rows.items()}
     artifacts = {arm: str(folder) for arm, folder in folders.items() if folder is not None}
     return Overview(table.reindex(columns=["run_id", "seed", *scores_in_order]), artifacts, store.experiment_id)
+
+
+def _basis(run: Any) -> tuple[str | None, frozenset[tuple[str, str]]]:
+    """What runs must share to stand in one table: the source model and every data set."""
+    sets = frozenset((item.tags[0].value, item.dataset.digest) for item in run.inputs.dataset_inputs)
+    return run.data.params.get("cfg.domain_adaptation.pretrained_checkpoint.path"), sets
 
 
 def _is_score(metric: str) -> bool:

@@ -13,7 +13,7 @@ from dann_experiments.jobs import setup
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.training import describe_run, final_metrics, train
 from dann_experiments.tracking.run import tracked_run
-from dann_experiments.tracking.store import Store, local_artifact_folder, open_store, without_secrets
+from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
 
 SETS = ("source_train", "source_val", "source_test", "target_val", "target_test")
 
@@ -40,9 +40,8 @@ def pretrain_with(config: Config, store: Store, use_claimed: bool, callbacks: Se
             "seed": config.seed,
         }
         name = config.tracking.run_name if use_claimed else None
-        with tracked_run(
-            store, name or f"pretrain seed {config.seed}", tags, Path(config.tracking.folder), use_claimed
-        ) as run:
+        folder = Path(config.tracking.folder)
+        with tracked_run(store, name, f"pretrain seed {config.seed}", tags, folder, use_claimed) as run:
             describe_run(run, config, data)
             setup.reseed(config)
             outcome = train(
@@ -54,7 +53,7 @@ def pretrain_with(config: Config, store: Store, use_claimed: bool, callbacks: Se
         job="pretrain",
         run_id=run.run_id,
         experiment_id=store.experiment_id,
-        tracking_uri=without_secrets(store.uri),
+        tracking_uri=store.uri,
         metrics=final_metrics(outcome.after, config.class_names),
         baseline=final_metrics(outcome.before, config.class_names),
         artifacts=None if folder is None else str(folder),

@@ -17,7 +17,8 @@ class RunResult:
     job: str
     run_id: str
     experiment_id: str
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)
+    """The store's address, a password in it included; not shown in repr."""
     metrics: Mapping[str, float]
     """Final values: validation of both domains, and the test lists where there are any."""
     baseline: Mapping[str, float] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import nn
@@ -26,17 +28,24 @@ from dann_experiments.data.digits import build_digits
 from dann_experiments.data.samples import content_digest, find_samples
 from dann_experiments.models.networks import build_network, output_stride
 from dann_experiments.models.taps import Tap, check_joint, resolve_taps
+from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.optimizers import build_optimizer
+from dann_experiments.training.scores import metric_name
 
 log = logging.getLogger(__name__)
 SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Data:
     """The data sets of a job by name (`source_train`, ...); one that is not given is absent."""
 
     sets: Mapping[str, SegmentationDataset]
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """Of each set, over the bytes of its files."""
+        return {name: content_digest(dataset.samples) for name, dataset in self.sets.items()}
 
     def get(self, name: str) -> SegmentationDataset | None:
         """The set, None if it is not given."""
@@ -115,16 +124,66 @@ def check_data(config: Config, data: Data, network: nn.Module) -> None:
         check_files(
             dataset, f"data.{name.replace('_', '.')}", output_stride(network), for_training=name.endswith("train")
         )
-    metric = config.monitor.metric
-    if metric is None:
+    _check_classes(config, data)
+    if data.labelled("target_val") is not None and data.labelled("source_val") is None:
+        raise InputError(
+            "data.target.val has masks, but data.source.val is empty; give source images to validate on too."
+        )
+    if config.monitor.metric is not None:
+        _check_monitor(config, data)
+    accelerator = config.trainer.accelerator
+    missing = {"gpu": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(accelerator):
+        raise InputError(
+            f"trainer.accelerator is {accelerator!r}, but there is none on this machine; give cpu or auto."
+        )
+
+
+def _check_classes(config: Config, data: Data) -> None:
+    """Masks of 0 and 255 would train on nothing: 255 is ignored by default."""
+    dataset = data.labelled("source_train")
+    if dataset is None or not config.data.keep_in_memory:
         return
-    needed = [f"{domain}_val" for domain in ("source", "target") if domain in metric] or ["source_val"]
-    for name in needed:
-        if data.labelled(name) is None:
+    found: set[int] = set()
+    for index in range(len(dataset)):
+        mask = dataset.read(index)[1]
+        assert mask is not None
+        found |= set(np.unique(mask).tolist())
+    classes = sorted(found - {config.data.ignore_index})
+    names = config.class_names
+    if len(classes) < 2:
+        raise InputError(
+            f"data.source.train: the masks hold the ids {sorted(found)}, of which {config.data.ignore_index} is ignored "
+            f"(data.ignore_index); that leaves {len(classes)} class to learn. Write the classes as 0 to {len(names) - 1}."
+        )
+    absent = [name for index, name in enumerate(names) if index not in classes]
+    if absent:
+        log.warning("data.source.train: no mask holds the classes %s.", absent)
+
+
+def _check_monitor(config: Config, data: Data) -> None:
+    metric = config.monitor.metric
+    assert metric is not None
+    known = ["iou/gap_source_minus_target", "iou/source_drop_from_baseline"]
+    for domain in ("source", "target"):
+        known += [f"iou/{domain}_val", f"loss/val_{domain}"]
+        known += [f"class_iou/{domain}_val/{metric_name(name)}" for name in config.class_names]
+    if metric not in known:
+        raise InputError(f"monitor.metric is {metric!r}; it is one of {known}.")
+    for domain in ("source", "target"):
+        if domain in metric and data.labelled(f"{domain}_val") is None:
             raise InputError(
-                f"monitor.metric is {metric!r}, which needs labelled images in data.{name.replace('_', '.')}; give them, "
-                "choose another metric, or null to keep the last checkpoint alone."
+                f"monitor.metric is {metric!r}, which needs labelled images in data.{domain}.val; give them, choose another "
+                "metric, or null to keep the last checkpoint alone."
             )
+
+
+def public_settings(config: Config) -> Config:
+    """The settings as a run may show them: without a password in the tracking store's address."""
+    if config.tracking.uri is None:
+        return config
+    tracking = dataclasses.replace(config.tracking, uri=without_secrets(config.tracking.uri))
+    return dataclasses.replace(config, tracking=tracking)
 
 
 def make_network(config: Config, with_weights: bool = True) -> nn.Module:
@@ -213,7 +272,7 @@ def source_digest(config: Config, data: Data) -> str:
         "model": dataclasses.asdict(config.model),
         "classes": config.class_names,
         "reading": reading,
-        "source": content_digest(data.sets["source_train"].samples),
+        "source": data.digests["source_train"],
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 

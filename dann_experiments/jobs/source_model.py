@@ -41,11 +41,18 @@ def newest_pretraining(store: Store, digest: str) -> str | None:
     return runs[0].info.run_id if runs else None
 
 
-def load_source_model(config: Config, network: nn.Module, path: str) -> str | None:
+def chosen_by_target_labels(store: Store, source_run_id: str | None) -> bool:
+    """Whether the run that a model comes from chose by target labels: what is made from it then did so too."""
+    if source_run_id is None:
+        return False
+    return store.client.get_run(source_run_id).data.tags.get("dann.selected_with_target_labels") == "true"
+
+
+def load_source_model(config: Config, network: nn.Module, path: str, store: Store) -> str | None:
     """Load the checkpoint at `path` (file, folder, runs:/, models:/) into `network`; the id of the run that made it."""
     settings = config.domain_adaptation.pretrained_checkpoint
     with tempfile.TemporaryDirectory() as folder:
-        local, run_id = fetch(path, Path(folder))
+        local, run_id = fetch(path, Path(folder), store)
         weights = read_weights(local, settings.source_format)
     left_out = load_into(network, weights, settings.strict_loading, path)
     for problem in left_out:
@@ -53,7 +60,7 @@ def load_source_model(config: Config, network: nn.Module, path: str) -> str | No
     return run_id
 
 
-def fetch(path: str, folder: Path) -> tuple[Path, str | None]:
+def fetch(path: str, folder: Path, store: Store) -> tuple[Path, str | None]:
     """A local copy of a checkpoint, and the run it belongs to if the store says so."""
     if not path.startswith(("runs:/", "models:/")):
         return Path(path).expanduser(), None
@@ -65,21 +72,19 @@ def fetch(path: str, folder: Path) -> tuple[Path, str | None]:
         if path.startswith("runs:/"):
             run_id, _, inside = path.removeprefix("runs:/").partition("/")
             path = f"runs:/{run_id}/{inside or 'model'}"
-            mlflow.MlflowClient().get_run(run_id)
+            store.client.get_run(run_id)
         else:
-            run_id = _registered_run(path)
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=path, dst_path=str(folder))), run_id
+            run_id = _registered_run(path, store)
+        local = mlflow.artifacts.download_artifacts(artifact_uri=path, dst_path=str(folder), tracking_uri=store.uri)
+        return Path(local), run_id
     except (MlflowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{key} is {path!r}, which the tracking store does not give: {reason}") from None
 
 
-def _registered_run(path: str) -> str | None:
-    import mlflow
-
+def _registered_run(path: str, store: Store) -> str | None:
     name, at, alias = path.removeprefix("models:/").partition("@")
-    client = mlflow.MlflowClient()
     if at:
-        return client.get_model_version_by_alias(name, alias).run_id
+        return store.client.get_model_version_by_alias(name, alias).run_id
     name, _, version = name.partition("/")
-    return client.get_model_version(name, version).run_id
+    return store.client.get_model_version(name, version).run_id

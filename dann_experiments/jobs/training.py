@@ -17,10 +17,9 @@ from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod
-from dann_experiments.config import Config, config_to_yaml, flatten
+from dann_experiments.config import Config, InputError, config_to_yaml, flatten
 from dann_experiments.config.schema import OptimizerConfig
 from dann_experiments.data.dataset import SegmentationDataset, eval_loader, train_loader
-from dann_experiments.data.samples import content_digest
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.setup import Data
 from dann_experiments.models.files import save_model
@@ -28,7 +27,12 @@ from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.figures import display_image, draw_confusion, draw_curves, draw_predictions
 from dann_experiments.tracking.run import RunLogger, TrackedRun
 from dann_experiments.training.module import AdaptationModule
-from dann_experiments.training.monitor import DOMAINS, DomainAdaptationMonitorCallback, RatesAndTimes
+from dann_experiments.training.monitor import (
+    DOMAINS,
+    DomainAdaptationMonitorCallback,
+    RatesAndTimes,
+    validation_metrics,
+)
 from dann_experiments.training.scores import Scores, metric_name, predict_images, score_set
 
 log = logging.getLogger(__name__)
@@ -74,6 +78,7 @@ class _EpochLines(pl.Callback):
 
 def describe_run(run: TrackedRun, config: Config, data: Data) -> None:
     """Params, `config.yaml` and data sets: what the run was given."""
+    config = setup.public_settings(config)
     run.log_params(flatten(config))
     (run.folder / "config.yaml").write_text(config_to_yaml(config))
     for name, dataset in data.sets.items():
@@ -81,7 +86,7 @@ def describe_run(run: TrackedRun, config: Config, data: Data) -> None:
         entries = ", ".join(getattr(getattr(config.data, domain), split))
         masks = "with masks" if dataset.has_masks else "no masks"
         run.log_input(
-            f"{setup.domain_name(config, domain)} {split}", content_digest(dataset.samples), f"{domain} {split}", entries,
+            f"{setup.domain_name(config, domain)} {split}", data.digests[name], f"{domain} {split}", entries,
             f'{{"images": {len(dataset)}, "masks": "{masks}"}}',
         )  # fmt: skip
 
@@ -106,12 +111,20 @@ def train(
         config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
         config.monitor.forgetting_threshold, config.data.ignore_index,
     )  # fmt: skip
-    pictures = {domain: _Pictures(data.labelled(f"{domain}_val")) for domain in DOMAINS}
+    pictures = {domain: _Pictures(data.get(f"{domain}_val") or data.get(f"{domain}_train")) for domain in DOMAINS}
     for album in pictures.values():
         album.add("before", network)
     logger = _CurveKeeper(run)
     trainer = _trainer(config, run.folder, logger, max_epochs, [monitor, RatesAndTimes(), *callbacks])
-    trainer.fit(module, _train_loader(config, data), _val_loaders(config, data))
+    try:
+        trainer.fit(module, _train_loader(config, data), _val_loaders(config, data))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            "a training batch of one image meets a BatchNorm on a map of one position, which has no variance; raise "
+            "data.source.batch_size and data.target.batch_size, or take larger images or crops."
+        ) from None
     if config.monitor.final_model == "best":
         best = torch.load(run.folder / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"])
@@ -143,7 +156,7 @@ def _trainer(
             checkpoints,
             filename="best",
             monitor=config.monitor.metric,
-            mode=config.monitor.mode,
+            mode=config.monitor.direction,
             enable_version_counter=False,
         )
         keepers.append(best)
@@ -221,7 +234,7 @@ class _Pictures:
         indices = [int(index) for index in np.linspace(0, len(dataset) - 1, count)] if dataset is not None else []
         items = [dataset[index] for index in indices] if dataset is not None else []
         self.images = [display_image(dataset.read(index)[0]) for index in indices] if dataset is not None else []
-        self.truth = [item["mask"].numpy() for item in items]
+        self.truth = [item["mask"].numpy() for item in items if "mask" in item]
         self.predictions: dict[str, list[np.ndarray]] = {}
         self._inputs = [item["image"] for item in items]
 
@@ -240,9 +253,11 @@ def _write_results(
 ) -> None:
     names = config.class_names
     tests = {key: found for key, found in outcome.after.items() if key.endswith("_test")}
-    if config.monitor.final_model == "best":
-        tests = dict(outcome.after)  # the chosen weights' scores close every series
     run.log_metrics(final_metrics(tests, names), step=outcome.final_step)
+    if config.monitor.final_model == "best":  # the chosen weights' scores close every series
+        latest = {domain: outcome.after[f"{domain}_val"] for domain in DOMAINS if f"{domain}_val" in outcome.after}
+        baseline = {domain: outcome.before[f"{domain}_val"] for domain in latest}
+        run.log_metrics(validation_metrics(latest, baseline, names), step=outcome.final_step)
     save_model(
         run.folder / "model", network, config.model.arch, setup.model_arguments(config), setup.model_facts(config)
     )
@@ -250,7 +265,7 @@ def _write_results(
     for domain, album in pictures.items():
         if album.images:
             path = figures / f"predictions_{domain}.png"
-            draw_predictions(path, album.images, album.truth, album.predictions, names, f"{domain} validation images")
+            draw_predictions(path, album.images, album.truth, album.predictions, names, f"{domain} images")
     for name, scores in outcome.after.items():
         title = f"{name.replace('_', ' ')}: mean IoU {scores.iou:.3f}"
         draw_confusion(figures / f"confusion_{name}.png", scores.confusion, names, title)

@@ -63,6 +63,10 @@ def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict
     if source_format == "auto":
         source_format = "pytorch_lightning" if "pytorch-lightning_version" in content else "pytorch"
     state = content.get("state_dict", content) if source_format == "pytorch_lightning" else _plain_state(content)
+    if not isinstance(state, dict):
+        raise InputError(
+            f"checkpoint {path} holds {type(state).__name__} as state_dict; give one of names and tensors."
+        )
     weights = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not weights:
         raise InputError(f"checkpoint {path} holds no tensors under {sorted(map(str, content))[:8]}.")
@@ -100,11 +104,12 @@ def _load_tensors(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here; each means: not a file of tensors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        kind = "holds more than tensors and plain values" if zipfile.is_zipfile(path) else "is no checkpoint"
-        raise InputError(
-            f"checkpoint {path} {kind}; it was not loaded, as that could run foreign code ({reason})."
-        ) from None
+        if zipfile.is_zipfile(path):
+            raise InputError(
+                f"checkpoint {path} holds more than tensors and plain values; it was not loaded, as that could run foreign "
+                "code. Save its state_dict alone."
+            ) from None
+        raise InputError(f"checkpoint {path} is no checkpoint that torch can read ({type(error).__name__}).") from None
     if not isinstance(content, dict):
         raise InputError(
             f"checkpoint {path} holds {type(content).__name__}; give a state dict or a Lightning checkpoint."

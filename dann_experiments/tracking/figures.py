@@ -50,10 +50,11 @@ def draw_predictions(
 ) -> None:
     """A row an image: image, truth, one column a prediction.
 
-    Images (H, W, 3) in 0..1; truth and predictions (H, W) class ids, ids outside the classes in black.
+    Images (H, W, 3) in 0..1; truth (may be empty) and predictions (H, W) class ids, ids outside the classes in black.
     """
     columns: dict[str, Sequence[np.ndarray]] = {"image": images}
-    for name, maps in {"truth": truth, **predictions}.items():
+    maps_by_name = {"truth": truth, **predictions} if truth else predictions
+    for name, maps in maps_by_name.items():
         columns[name] = [_paint(ids, len(class_names)) for ids in maps]
     rows = len(images)
     figure = Figure(figsize=(1.5 * len(columns) + 0.3, 1.5 * rows + 0.9), layout="constrained")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import getpass
 import logging
+import os
 import shutil
 import signal
 import subprocess
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pytorch_lightning.loggers import Logger
 
+from dann_experiments.config.errors import InputError
 from dann_experiments.tracking.sender import MetricSender
 from dann_experiments.tracking.store import Store
 
@@ -42,7 +44,6 @@ class TrackedRun:
     run_id: str
     folder: Path
     sender: MetricSender
-    final_metrics: dict[str, float] = field(default_factory=dict)
 
     def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
         """Queue metrics; see MetricSender."""
@@ -73,10 +74,6 @@ class TrackedRun:
         )
         self.store.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
-    def lightning_logger(self) -> RunLogger:
-        """A logger for Lightning's trainer that writes into this run."""
-        return RunLogger(self)
-
 
 class RunLogger(Logger):
     """Lightning's view of a TrackedRun. The run is closed by its context, not by the trainer."""
@@ -102,27 +99,39 @@ class RunLogger(Logger):
 
 @contextlib.contextmanager
 def tracked_run(
-    store: Store, run_name: str, tags: Mapping[str, Any], folder: Path, use_claimed: bool
+    store: Store, run_name: str | None, default_name: str, tags: Mapping[str, Any], folder: Path, use_claimed: bool
 ) -> Iterator[TrackedRun]:
     """Open a run (the one of `mlflow run` where there is one and `use_claimed`), and close it with a true status.
+
+    A claimed run keeps the name it has unless `run_name` is given; a new one is called `run_name` or `default_name`.
+    Raises InputError if nothing can be written to `folder`.
 
     FINISHED at the end of the block, FAILED with `traceback.txt` as artifact when it raises, KILLED on SIGINT and
     SIGTERM (then KeyboardInterrupt or SystemExit(143) goes on). Metrics and artifacts are sent in every case.
     """
-    all_tags = {**_provenance(), **tags, "mlflow.runName": run_name}
-    if use_claimed and store.claimed_run_id:
-        run_id = store.claimed_run_id
-    else:
-        run_id = store.client.create_run(store.experiment_id, run_name=run_name).info.run_id
-    run_folder = folder / run_id
-    run_folder.mkdir(parents=True, exist_ok=True)
-    sender = MetricSender(store.client, run_id, run_folder / "unsent_metrics.jsonl")
-    run = TrackedRun(store, run_id, run_folder, sender)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        raise InputError(
+            f"tracking.folder is {str(folder)!r}, where nothing can be written ({error}); choose another."
+        ) from None
+    claimed = store.claimed_run_id if use_claimed else None
     with _signals_raise():  # around the closing too: a second Ctrl-C must not cut it short
+        run_id = claimed or store.client.create_run(store.experiment_id).info.run_id
+        run_folder = folder / run_id
+        run = TrackedRun(
+            store, run_id, run_folder, MetricSender(store.client, run_id, run_folder / "unsent_metrics.jsonl")
+        )
         try:
-            run.set_tags(all_tags)
+            run_folder.mkdir(exist_ok=True)
+            if run_name is not None or claimed is None:  # `mlflow run --run-name` has named a claimed run
+                tags = {**tags, "mlflow.runName": run_name or default_name}
+            run.set_tags({**_provenance(), **({} if claimed else {"mlflow.source.type": "LOCAL"}), **tags})
             yield run
-            _close(run, "FINISHED")
+            if not _close(run, "FINISHED"):
+                raise OSError("the run's files could not be stored")
         except RunKilled as killed:
             log.warning("%s: the run is being closed as KILLED.", killed)
             _close(run, "KILLED")
@@ -133,21 +142,29 @@ def tracked_run(
             _close(run, "KILLED")
             raise
         except BaseException:
-            (run_folder / "traceback.txt").write_text(traceback.format_exc())
+            with contextlib.suppress(OSError):
+                (run_folder / "traceback.txt").write_text(traceback.format_exc())
             _close(run, "FAILED")
             raise
 
 
-def _close(run: TrackedRun, status: str) -> None:
+def _close(run: TrackedRun, status: str) -> bool:
+    """Send metrics and files and end the run; False, with the run FAILED, if the store did not take its files."""
     unsent = run.sender.close()
+    stored = False
     try:
         run.store.client.log_artifacts(run.run_id, str(run.folder))
-        run.store.client.set_terminated(run.run_id, status)
+        stored = True
     except Exception as error:
-        log.error("The tracking store did not take the run's end (%s); its files are in %s.", error, run.folder)
-        return
-    if not unsent:
+        log.error("The tracking store did not take the run's files (%s); they are in %s.", error, run.folder)
+    try:
+        run.store.client.set_terminated(run.run_id, status if stored or status == "KILLED" else "FAILED")
+    except Exception as error:
+        log.error("The tracking store did not take the run's end (%s): run %s.", error, run.run_id)
+        return False
+    if stored and not unsent:
         shutil.rmtree(run.folder, ignore_errors=True)
+    return stored
 
 
 @contextlib.contextmanager
@@ -174,7 +191,7 @@ def _signals_raise() -> Iterator[None]:
 
 def _provenance() -> dict[str, str]:
     """Who and which code: user, commit, and whether the working tree differs from it."""
-    tags = {"mlflow.source.type": "PROJECT"}
+    tags: dict[str, str] = {}
     with contextlib.suppress(Exception):  # no user database entry (containers) is no reason to fail
         tags["mlflow.user"] = getpass.getuser()
     project = Path(__file__).resolve().parents[2]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections import deque
@@ -17,6 +18,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 BATCH = 1000  # metrics a request, MLflow's limit
+VALID_NAME = re.compile(r"[\w\-. :/]+")
 PAUSE_SECONDS = 1.0  # between two sends while metrics keep coming
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 15.0
 
@@ -35,7 +37,12 @@ class MetricSender:
         self._thread.start()
 
     def put(self, values: Mapping[str, Any], step: int) -> None:
-        """Queue metrics of one step; returns at once."""
+        """Queue metrics of one step; returns at once. Raises ValueError for what MLflow would never take."""
+        for name, value in values.items():
+            if not VALID_NAME.fullmatch(name):
+                raise ValueError(f"metric {name!r}: MLflow takes letters, digits, and _ - . / : and blanks in a name")
+            if getattr(value, "shape", None) not in (None, ()) and value.shape.numel() != 1:
+                raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}; log one number")
         now = int(time.time() * 1000)
         with self._wake:
             self._pending.extend((name, value, now, step) for name, value in values.items())

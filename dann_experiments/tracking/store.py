@@ -45,12 +45,12 @@ def open_store(uri: str | None, experiment: str) -> Store:
     _check_answers(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     for name in ("alembic", "mlflow.store.db.utils"):  # one line for each of dozens of migrations of a new store
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         with _only_one_opens(uri):
-            mlflow.set_tracking_uri(uri)
             client = mlflow.MlflowClient(tracking_uri=uri)
             if claimed:
                 experiment_id = client.get_run(claimed).info.experiment_id
@@ -64,8 +64,11 @@ def open_store(uri: str | None, experiment: str) -> Store:
                 experiment_id = client.create_experiment(experiment) if known is None else known.experiment_id
             if known is None or EXPERIMENT_KIND not in known.tags:
                 client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development")
-    except MlflowException as error:
-        raise InputError(f"tracking.uri is {without_secrets(uri)!r}, which cannot be used: {error.message}") from None
+    except (MlflowException, SQLAlchemyError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"tracking.uri is {without_secrets(uri)!r}, which cannot be used: {without_secrets(reason)}"
+        ) from None
     return Store(uri, client, experiment_id, claimed)
 
 

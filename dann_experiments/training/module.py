@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod, Progress, StepOutputs
@@ -77,13 +78,13 @@ class AdaptationModule(pl.LightningModule):
         """The forwards of one training step."""
         images, labels = batch["source"]["image"], batch["source"]["mask"]
         target_features: dict[str, Tensor] = {}
-        if self.method.uses_target and self.batchnorm == "joint":
+        if self.method.uses_target and self.taps and self.batchnorm == "joint":
             logits, source_features, target_features = forward_joint(
                 self.network, images, batch["target"]["image"], self.taps
             )
         else:
             logits, source_features = forward_with_taps(self.network, images, self.taps)
-            if self.method.uses_target:
+            if self.method.uses_target and self.taps:  # without a tap nobody would see the target's features
                 target_features = forward_to_taps(self.network, batch["target"]["image"], self.taps)
         valid = (labels != self.ignore_index).to(images.dtype)
         return StepOutputs(logits, labels, valid, source_features, target_features)
@@ -98,6 +99,14 @@ class AdaptationModule(pl.LightningModule):
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip each group by itself: one norm over both would let the classifier's gradient scale the network's."""
+        if gradient_clip_val is not None:
+            for group in optimizer.param_groups:
+                clip_grad_norm_(group["params"], gradient_clip_val)
 
     def on_train_start(self) -> None:
         self.method.on_train_start(self.network)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -82,15 +82,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
 
     def metrics(self) -> dict[str, float]:
         """The last validation under the names that a run shows."""
-        values: dict[str, float] = {}
-        for domain, scores in self.latest.items():
-            values |= scores.metrics(f"{domain}_val", self.class_names)
-            values[f"loss/val_{domain}"] = scores.loss
-        if len(self.latest) == 2:
-            values["iou/gap_source_minus_target"] = self.latest["source"].iou - self.latest["target"].iou
-        if "source" in self.baseline:
-            values["iou/source_drop_from_baseline"] = self.baseline["source"].iou - self.latest["source"].iou
-        return values
+        return validation_metrics(self.latest, self.baseline, self.class_names)
 
     def _warn_of_forgetting(self) -> None:
         drop = self.metrics().get("iou/source_drop_from_baseline", 0.0)
@@ -101,6 +93,21 @@ class DomainAdaptationMonitorCallback(pl.Callback):
                 self.latest["source"].iou, drop, self.forgetting_threshold,
             )  # fmt: skip
         self._forgetting = drop > self.forgetting_threshold
+
+
+def validation_metrics(
+    latest: Mapping[str, Scores], baseline: Mapping[str, Scores], class_names: Sequence[str]
+) -> dict[str, float]:
+    """What a validation shows: scores of both domains, their gap, and the source's drop from its baseline."""
+    values: dict[str, float] = {}
+    for domain, scores in latest.items():
+        values |= scores.metrics(f"{domain}_val", class_names)
+        values[f"loss/val_{domain}"] = scores.loss
+    if len(latest) == 2:
+        values["iou/gap_source_minus_target"] = latest["source"].iou - latest["target"].iou
+    if "source" in baseline and "source" in latest:
+        values["iou/source_drop_from_baseline"] = baseline["source"].iou - latest["source"].iou
+    return values
 
 
 class RatesAndTimes(pl.Callback):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from conftest import small_settings
 
-from dann_experiments import DANNMethod, DomainClassifier, InputError, load_config
+from dann_experiments import DANNMethod, DomainClassifier
 from dann_experiments.adaptation.method import Progress
 from dann_experiments.models.taps import forward_joint, resolve_taps
 from dann_experiments.training.module import AdaptationModule
@@ -15,7 +14,7 @@ from dann_experiments.training.module import AdaptationModule
 
 def test_it_judges_class_probabilities_so_a_shift_of_all_logits_changes_nothing():
     torch.manual_seed(0)
-    classifier = DomainClassifier(3, 8, "output")
+    classifier = DomainClassifier(3, 8, "patch", on_logits=True)
     logits = torch.randn(2, 3, 32, 32)
     assert classifier(logits).shape == (2, 2, 8, 8)
     assert torch.allclose(classifier(logits), classifier(logits + 7.0), atol=1e-5)
@@ -29,8 +28,8 @@ def test_it_tells_apart_maps_that_differ_in_shape_alone():
     dots = bars.flatten()[torch.randperm(256)].view(16, 16)
     maps = [torch.stack([5 - 10 * shape, 10 * shape - 5])[None] for shape in (bars, dots)]
     accuracies = {}
-    for kind in ("pixel", "output"):
-        classifier = DomainClassifier(2, 16, kind)
+    for kind in ("pixel", "patch"):
+        classifier = DomainClassifier(2, 16, kind, on_logits=True)
         optimizer = torch.optim.Adam(classifier.parameters(), 1e-2)
         for _ in range(60):
             parts = [classifier.domain_loss(features, domain) for domain, features in enumerate(maps)]
@@ -38,7 +37,7 @@ def test_it_tells_apart_maps_that_differ_in_shape_alone():
             sum(loss for loss, _ in parts).backward()
             optimizer.step()
         accuracies[kind] = sum(float(accuracy) for _, accuracy in parts) / 2
-    assert accuracies["output"] > 0.95
+    assert accuracies["patch"] > 0.95
     assert accuracies["pixel"] < 0.6
 
 
@@ -48,7 +47,7 @@ def test_the_whole_network_feels_it_and_ignored_pixels_do_not_count(batchnorm):
     network = smp.Unet("resnet18", encoder_weights=None, encoder_depth=2, decoder_channels=[8, 8], classes=3)
     taps = resolve_taps(network, ["segmentation_head"], 3)
     assert (taps[0].channels, taps[0].stride) == (3, 1.0)
-    method = DANNMethod("segmentation_head", 3, classifier="output", hidden_size=8, lambda_schedule=None)
+    method = DANNMethod("segmentation_head", 3, classifier="patch", hidden_size=8, lambda_schedule=None)
     module = AdaptationModule(network, method, taps, lambda groups: torch.optim.Adam(groups, 1e-3), batchnorm=batchnorm)
     batch = {
         "source": {"image": torch.randn(2, 3, 32, 32), "mask": torch.full((2, 32, 32), 255)},
@@ -76,7 +75,10 @@ def test_a_joint_forward_at_the_head_gives_the_source_s_logits_alone():
     assert source_features["encoder"].shape[0] == 2
 
 
-def test_it_is_refused_anywhere_but_at_the_network_s_output(squares):
-    settings = small_settings(squares, domain_adaptation__method__classifier="output")
-    with pytest.raises(InputError, match="set feature_layer to segmentation_head"):
-        load_config(None, settings)
+def test_at_other_layers_it_judges_the_features_themselves_however_small_the_map():
+    torch.manual_seed(0)
+    method = DANNMethod("encoder", 3, classifier="patch", hidden_size=8)
+    assert not method.classifiers[0].on_logits
+    features = torch.randn(2, 3, 1, 1)
+    assert not torch.allclose(method.classifiers[0](features), method.classifiers[0](features + 7.0))
+    assert DANNMethod("segmentation_head", 3, classifier="patch", hidden_size=8).classifiers[0].on_logits
