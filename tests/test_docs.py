@@ -78,3 +78,8 @@ def test_the_first_notebook_runs_on_a_tiny_setting(workplace, monkeypatch):
     ).execute()
     table = next(cell for cell in notebook.cells if "pd.DataFrame" in cell.source)
     assert "lambda = 0 control" in table.outputs[0]["data"]["text/plain"]
+
+
+def test_no_placeholder_is_left_in_what_people_read():
+    for document in [PROJECT / "README.md", *PROJECT.glob("docs/**/*.md"), *PROJECT.glob("recipes/*.yaml")]:
+        assert not re.search(r"@[A-Z_]+@", document.read_text()), document.name
