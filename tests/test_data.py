@@ -161,8 +161,34 @@ def manifest_of_missing_files(root: Path) -> str:
     return "elsewhere/masks/none.png of image"
 
 
-BREAKS = [empty_images, missing_mask, damaged_image, not_an_image, other_size, class_outside, four_bands, colour_mask,
-          unequal_images, no_masks_at_all, manifest_without_images, manifest_of_missing_files]  # fmt: skip
+def masks_of_0_and_255(root: Path) -> str:
+    for file in (root / "source" / "masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(file)) * 255).save(file)
+    return "hold the ids [0, 255], of which 255 is ignored"
+
+
+def other_column_name(root: Path) -> str:
+    (root / "source").rename(root / "elsewhere")
+    (root / "source").write_text("image, label\nelsewhere/images/0.png,elsewhere/masks/0.png\n")
+    return "the one with the masks must be called mask"
+
+
+BREAKS = [
+    masks_of_0_and_255,
+    other_column_name,
+    empty_images,
+    missing_mask,
+    damaged_image,
+    not_an_image,
+    other_size,
+    class_outside,
+    four_bands,
+    colour_mask,
+    unequal_images,
+    no_masks_at_all,
+    manifest_without_images,
+    manifest_of_missing_files,
+]
 
 
 @pytest.mark.parametrize("damage", BREAKS, ids=lambda damage: damage.__name__)

@@ -62,7 +62,8 @@ def test_notebooks_are_kept_without_outputs(notebook):
 
 def test_files_and_links_that_the_documentation_names_exist():
     for document in [PROJECT / "README.md", *PROJECT.glob("docs/**/*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+        text = document.read_text()
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text) + re.findall(r'src="([^"]+)"', text):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
 

@@ -309,6 +309,9 @@ def test_evaluate_scores_a_run_s_model_to_the_same_numbers(run, squares, workpla
         ({"domain_adaptation__pretrained_checkpoint__path": "models:/no@champion"}, "tracking store does not give"),
         ({"data__crop_size": 30, "model__arch": "fpn", "model__decoder_channels": None}, "needs a multiple of 8"),
         ({"data__crop_size": 64}, "smaller than data.crop_size"),
+        ({"monitor__metric": "foo"}, "it is one of ['iou/gap_source_minus_target'"),
+        ({"tracking__folder": __file__}, "where nothing can be written"),
+        ({"tracking__uri": f"sqlite:///{__file__}"}, "which cannot be used"),
         ({"domain_adaptation__method__class_path": "no.such.Method"}, "cannot be imported"),
         ({"domain_adaptation__method__class_path": "pathlib.Path"}, "no subclass of dann_experiments"),
         (
@@ -323,3 +326,51 @@ def test_wrong_input_is_refused_before_a_run_is_made(workplace, squares, setting
     assert message in str(error.value)
     if Path("mlflow.db").exists():
         assert not client().search_runs([item.experiment_id for item in client().search_experiments()])
+
+
+def test_what_starts_from_a_model_chosen_by_target_labels_is_tagged_too(workplace, squares):
+    chosen = small_settings(squares, monitor__metric="iou/target_val", monitor__final_model="best")
+    source = pretrain(load_config(None, chosen))
+    result = adapt(load_config(None, small_settings(squares)))
+    assert result.source_run_id == source.run_id
+    assert client().get_run(result.run_id).data.tags["dann.selected_with_target_labels"] == "true"
+
+
+def test_without_target_labels_the_pictures_show_the_target_all_the_same(workplace, squares):
+    result = adapt(load_config(None, small_settings(squares, data__target__val=[], data__target__test=[])))
+    assert "iou/target_val" not in result.metrics
+    assert (Path(str(result.artifacts)) / "figures" / "predictions_target.png").is_file()
+
+
+def test_clipping_is_a_group_s_own_so_the_control_does_not_feel_its_classifier(workplace, squares):
+    losses = set()
+    for hidden_size in (16, 64):
+        settings = small_settings(
+            squares,
+            domain_adaptation__method__name="lambda_zero",
+            domain_adaptation__method__hidden_size=hidden_size,
+            trainer__gradient_clip_val=0.05,
+            trainer__max_epochs=1,
+            optimizer__name="sgd",
+        )
+        losses.add(steps(adapt(load_config(None, settings)), "loss/val_source")[-1][1])
+    assert len(losses) == 1
+
+
+def test_a_run_table_shows_runs_of_one_source_model_and_the_same_data_alone(workplace, squares):
+    from dann_experiments.jobs.overview import overview
+
+    adapt(
+        load_config(None, small_settings(squares, domain_adaptation__method__name="lambda_zero", data__target__val=[]))
+    )
+    config = load_config(None, small_settings(squares))
+    assert list(overview(config).table.index) == ["source only", "lambda = 0 control"]
+    adapt(config)
+    assert list(overview(config).table.index) == ["source only", "DANN"]
+
+
+def test_passwords_of_the_store_reach_neither_params_nor_config_yaml():
+    from dann_experiments.jobs.setup import public_settings
+
+    config = load_config(None, {"tracking.uri": "http://me:secret@127.0.0.1:5000"})
+    assert "secret" not in str(public_settings(config))
