@@ -211,3 +211,26 @@ def test_mlflow_run_builds_its_environment_with(manager, workplace):
     assert seen["argv"][0] == "adapt"
     assert seen["argv"][seen["argv"].index("--gamma") + 1] == "2.5"
     assert seen["argv"][-2:] == ["--optimizer.lr", "1e-3"]
+
+
+def test_runs_that_bring_the_same_new_data_set_at_once_are_all_logged(workplace):
+    """MLflow refuses all but one of simultaneous first uses of a data set: each run must end with its input."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from dann_experiments.tracking.run import tracked_run
+    from dann_experiments.tracking.store import open_store
+
+    store = open_store(None, "inputs")
+
+    def one_run(number: int) -> str:
+        with tracked_run(store, None, f"run {number}", {}, workplace / "out", use_claimed=False) as run:
+            for data_set in range(5):
+                run.log_input(f"set {data_set}", "0" * 32, "source train", "nowhere", "{}")
+            return run.run_id
+
+    with ThreadPoolExecutor(6) as pool:
+        run_ids = list(pool.map(one_run, range(6)))
+    for run_id in run_ids:
+        run = store.client.get_run(run_id)
+        assert run.info.status == "FINISHED"
+        assert len(run.inputs.dataset_inputs) == 5

@@ -68,11 +68,20 @@ class TrackedRun:
         import json
 
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         dataset = Dataset(
             name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": source}), profile=profile
         )
-        self.store.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+        entry = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+        for attempts_left in (2, 1, 0):
+            try:
+                self.store.client.log_inputs(self.run_id, entry)
+                return
+            except MlflowException:
+                # two runs that bring the same new data set at once: MLflow refuses the second, and takes it when asked again
+                if not attempts_left:
+                    raise
 
 
 class RunLogger(Logger):
