@@ -123,6 +123,7 @@ def clean_environment(folder: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    environment["MLFLOW_ENV_ROOT"] = f"{folder}/envs"  # each test builds its environments anew
     return environment
 
 
