@@ -56,6 +56,13 @@ def test_a_crop_cuts_image_and_mask_at_the_same_place(tmp_path):
         assert torch.equal(bright, item["mask"] == 1)
 
 
+def test_a_cropped_item_is_shown_as_the_file_holds_it_at_the_place_of_the_crop(squares):
+    whole = dataset(squares / "source")
+    assert np.array_equal(whole.as_stored(whole[2]), whole.read(2)[0])
+    cropped = dataset(squares / "source", crop_size=16)
+    assert cropped.as_stored(cropped[2]).shape == (3, 16, 16)
+
+
 def test_the_order_of_training_images_depends_on_the_seed_alone(squares):
     def order(seed: int) -> list[int]:
         loader = train_loader(dataset(squares / "source"), 4, "source", seed)

@@ -80,6 +80,12 @@ class SegmentationDataset(Dataset):
             item["mask"] = torch.from_numpy(mask.astype(np.int64))
         return item
 
+    def as_stored(self, item: dict[str, Tensor]) -> np.ndarray:
+        """An item's image as its file holds it (B, H, W), cropped where the item is: scaling and normalisation undone."""
+        dtype = self.read(int(item["index"]))[0].dtype
+        pixels = (item["image"] * self.std + self.mean) * float(np.iinfo(dtype).max)
+        return pixels.round().numpy().astype(dtype)
+
     def _crop(self, image: np.ndarray, mask: np.ndarray | None, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         size = self.crop_size
         assert size is not None

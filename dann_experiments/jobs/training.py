@@ -233,7 +233,7 @@ class _Pictures:
         # spread over the set, so that a manifest sorted by scene shows more than one
         indices = [int(index) for index in np.linspace(0, len(dataset) - 1, count)] if dataset is not None else []
         items = [dataset[index] for index in indices] if dataset is not None else []
-        self.images = [display_image(dataset.read(index)[0]) for index in indices] if dataset is not None else []
+        self.images = [display_image(dataset.as_stored(item)) for item in items] if dataset is not None else []
         self.truth = [item["mask"].numpy() for item in items if "mask" in item]
         self.predictions: dict[str, list[np.ndarray]] = {}
         self._inputs = [item["image"] for item in items]
