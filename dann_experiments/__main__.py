@@ -8,26 +8,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dann_experiments.command_line import DEFAULT_CONFIG, NOT_GIVEN, SHORT_NAMES, dotted, quiet_libraries, ui_command
 from dann_experiments.config import Config, InputError, config_to_yaml, load_config
 from dann_experiments.config.parsing import help_text
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "recipes" / "digits.yaml"
-SHORT_NAMES = {
-    "source_checkpoint": "domain_adaptation.pretrained_checkpoint.path",
-    "gamma": "domain_adaptation.method.lambda_schedule.gamma",
-    "hidden_size": "domain_adaptation.method.hidden_size",
-    "discriminator_lr": "domain_adaptation.method.discriminator_lr",
-    "feature_layer": "domain_adaptation.method.feature_layer",
-    "max_epochs": "trainer.max_epochs",
-    "seed": "seed",
-}
 COMMANDS = {
     "pretrain": "train a source model on labelled source images",
     "adapt": "adapt a source model to the unlabelled target domain (pretrains first where needed)",
@@ -40,7 +29,6 @@ WITHOUT_EFFECT = {
     "pretrain": ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer"),
     "evaluate": ("gamma", "hidden_size", "discriminator_lr", "feature_layer", "max_epochs"),
 }
-NOT_GIVEN = ("", "None")  # how MLflow spells an optional parameter that was left out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +58,7 @@ def _run(known: argparse.Namespace, config: Config) -> int:
     if known.command == "config":
         print(config_to_yaml(config), end="")
         return 0
-    _quiet_libraries()
+    quiet_libraries()
     for short in WITHOUT_EFFECT.get(known.command, ()):
         if getattr(known, short) not in (None, *NOT_GIVEN):
             logging.getLogger("dann_experiments").warning("--%s has no effect in %s.", short, known.command)
@@ -128,36 +116,7 @@ def _overrides(known: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]
             overrides[_long_name(short, known.command)] = value
     if SHORT_NAMES["feature_layer"] in overrides:  # the short name moves the tap, captured layers included
         overrides["domain_adaptation.feature_layers"] = None
-    return overrides | _dotted(rest)
-
-
-def _dotted(rest: Sequence[str]) -> dict[str, str]:
-    overrides: dict[str, str] = {}
-    tokens = list(rest)
-    while tokens:
-        token = tokens.pop(0)
-        if not token.startswith("--"):
-            raise InputError(f"{token!r} stands alone; give settings as --dotted.key value.")
-        key, equals, value = token[2:].partition("=")
-        if not equals:
-            if not tokens:
-                raise InputError(f"--{key} has no value; give --{key} VALUE (--help lists all settings).")
-            value = tokens.pop(0)
-        overrides[key] = value
-    return overrides
-
-
-def _quiet_libraries() -> None:
-    """Our own messages in full, the libraries' only where they matter to the user."""
-    from rich.logging import RichHandler
-
-    handler = RichHandler(show_path=False, show_time=False, markup=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("dann_experiments").setLevel(logging.INFO)
-    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    return overrides | dotted(rest)
 
 
 def _print_layers(config: Config, every: bool) -> None:
@@ -189,7 +148,7 @@ def _print_result(result: Any) -> None:
     Console().print(table)
     if result.artifacts:
         print(f"Pictures, model, checkpoints: {result.artifacts}")
-    print(f"Look at it: {_ui_command(result.tracking_uri)}")
+    print(f"Look at it: {ui_command(result.tracking_uri)}")
 
 
 def _print_overview(config: Config) -> None:
@@ -214,14 +173,6 @@ def _print_overview(config: Config) -> None:
         "MLflow UI: make ui, then http://127.0.0.1:5000/#/experiments/"
         + f"{found.experiment_id}/runs?compareRunsMode=CHART"
     )
-
-
-def _ui_command(uri: str) -> str:
-    """How to open the MLflow UI on a store: its own address if it is a server."""
-    from dann_experiments.tracking.store import without_secrets
-
-    uri = without_secrets(uri)
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 if __name__ == "__main__":

@@ -7,15 +7,17 @@ import difflib
 import functools
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.schema import Config
 from dann_experiments.config.target_dialect import translate
+
+Settings = TypeVar("Settings")
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,16 +37,21 @@ def load_config(file: str | Path | None = None, overrides: Mapping[str, Any] | N
     Override values may be Python values or the strings a command line gives (`"1e-4"`, `"[encoder, decoder]"`).
     Raises InputError naming the key, the value and the way out.
     """
-    settings = _read_yaml(file) if file is not None else {}
-    for key, value in (overrides or {}).items():
-        _set_dotted(settings, key, _scalar(value, _field_types(Config).get(key)))
-    settings = translate(settings)
-    _refuse_unknown_keys(settings)
-    return _build(settings)
+    return _load(Config, file, overrides, translate)
 
 
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values (lists, numbers, strings), ready for YAML."""
+def load_settings(cls: type[Settings], file: str | Path | None, overrides: Mapping[str, Any]) -> Settings:
+    """What `load_config` does, for settings of another kind: any frozen dataclass whose fields have docstrings."""
+    return _load(cls, file, overrides)
+
+
+def config_from_dict(settings: Mapping[str, Any]) -> Config:
+    """The config that `config_to_dict` took apart, checked again."""
+    return _checked(Config, dict(settings))
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values (lists, numbers, strings), ready for YAML and JSON."""
     return _plain(dataclasses.asdict(config))
 
 
@@ -73,18 +80,39 @@ def replace(config: Config, overrides: Mapping[str, Any]) -> Config:
     settings = config_to_dict(config)
     for key, value in overrides.items():
         _set_dotted(settings, key, value)
-    _refuse_unknown_keys(settings)
-    return _build(settings)
+    return _checked(Config, settings)
 
 
-def known_keys() -> list[str]:
+def known_keys(cls: type = Config) -> list[str]:
     """Every dotted name a user may set."""
-    return list(_field_types(Config))
+    return list(_field_types(cls))
 
 
-def help_text() -> str:
+def help_text(cls: type = Config) -> str:
     """All settings with types, defaults and help, generated from the dataclasses."""
-    return _parser().format_help()
+    return _parser(cls).format_help()
+
+
+def scalar(text: Any, key: str) -> Any:
+    """What `text` means as the value of setting `key` on a command line; values that are no text stay as they are."""
+    return _scalar(text, _field_types(Config).get(key))
+
+
+def _load(
+    cls: type[Settings],
+    file: str | Path | None,
+    overrides: Mapping[str, Any] | None,
+    translated: Callable[[dict[str, Any]], dict[str, Any]] = lambda settings: settings,
+) -> Settings:
+    settings = _read_yaml(file) if file is not None else {}
+    for key, value in (overrides or {}).items():
+        _set_dotted(settings, key, _scalar(value, _field_types(cls).get(key)))
+    return _checked(cls, translated(settings))
+
+
+def _checked(cls: type[Settings], settings: dict[str, Any]) -> Settings:
+    _refuse_unknown_keys(cls, settings)
+    return _build(cls, settings)
 
 
 def _read_yaml(file: str | Path) -> dict[str, Any]:
@@ -127,9 +155,9 @@ def _set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
     node[name] = value
 
 
-def _refuse_unknown_keys(settings: Mapping[str, Any]) -> None:
-    known = _field_types(Config)
-    groups = _groups()
+def _refuse_unknown_keys(cls: type, settings: Mapping[str, Any]) -> None:
+    known = _field_types(cls)
+    groups = _groups(cls)
 
     def walk(node: Mapping[str, Any], prefix: str) -> None:
         for name, value in node.items():
@@ -159,22 +187,22 @@ def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 @functools.cache  # building it reads every docstring
-def _parser():
+def _parser(cls: type):
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False, prog="settings", usage="")
-    parser.add_class_arguments(Config, nested_key=None)
+    parser.add_class_arguments(cls, nested_key=None)
     return parser
 
 
-def _build(settings: dict[str, Any]) -> Config:
+def _build(cls: type[Settings], settings: dict[str, Any]) -> Settings:
     from jsonargparse import ArgumentError
 
-    parser = _parser()
+    parser = _parser(cls)
     try:
-        parsed = parser.parse_object(_without_empty_groups(settings, _groups()), defaults=True)
-        return Config(**vars(parser.instantiate_classes(parsed)))
+        parsed = parser.parse_object(_without_empty_groups(settings, _groups(cls)), defaults=True)
+        return cls(**vars(parser.instantiate_classes(parsed)))
     except InputError:
         raise
     except (ArgumentError, TypeError, ValueError) as error:
@@ -183,7 +211,7 @@ def _build(settings: dict[str, Any]) -> Config:
             cause = cause.__cause__ or cause.__context__
         if isinstance(cause, InputError):
             raise cause from None
-        raise InputError(_readable(str(error), settings)) from None
+        raise InputError(_readable(cls, str(error), settings)) from None
 
 
 def _without_empty_groups(settings: Mapping[str, Any], groups: set[str], prefix: str = "") -> dict[str, Any]:
@@ -198,12 +226,12 @@ def _without_empty_groups(settings: Mapping[str, Any], groups: set[str], prefix:
     return kept
 
 
-def _groups() -> set[str]:
-    names = {key.rpartition(".")[0] for key in _field_types(Config)} - {""}
-    return names | {"domain_adaptation"}
+def _groups(cls: type) -> set[str]:
+    parts = [key.split(".")[:-1] for key in _field_types(cls)]
+    return {".".join(names[:depth]) for names in parts for depth in range(1, len(names) + 1)}
 
 
-def _readable(message: str, settings: dict[str, Any]) -> str:
+def _readable(cls: type, message: str, settings: dict[str, Any]) -> str:
     found = re.search(r'[Kk]ey "([^"]+)"', message)
     reason = " ".join(message.split())
     if not found:
@@ -212,7 +240,7 @@ def _readable(message: str, settings: dict[str, Any]) -> str:
     value: Any = settings
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else value
-    wanted = _field_types(Config).get(key)
+    wanted = _field_types(cls).get(key)
     name = getattr(wanted, "__name__", None) if isinstance(wanted, type) else None
     name = name or str(wanted).replace("typing.", "").replace("Literal", "one of ")
     return f"{key} is {value!r}, but must be {name}." if wanted is not None else f"{key} is {value!r}: {reason}"

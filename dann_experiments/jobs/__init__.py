@@ -1,8 +1,8 @@
 """One function a job: `pretrain(config)`, `adapt(config)`, `evaluate(config)`, each one tracked run."""
 
-from dann_experiments.jobs.adapt import adapt
+from dann_experiments.jobs.adapt import adapt, prepare
 from dann_experiments.jobs.evaluate import evaluate
 from dann_experiments.jobs.pretrain import pretrain
 from dann_experiments.jobs.result import RunResult
 
-__all__ = ["RunResult", "adapt", "evaluate", "pretrain"]
+__all__ = ["RunResult", "adapt", "evaluate", "prepare", "pretrain"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
+from torch import nn
 
 from dann_experiments.config import Config, replace
 from dann_experiments.jobs import setup
@@ -16,8 +17,9 @@ from dann_experiments.jobs.source_model import (
     load_source_model,
 )
 from dann_experiments.jobs.training import describe_run, final_metrics, train
+from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.run import tracked_run
-from dann_experiments.tracking.store import local_artifact_folder, open_store
+from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
 
 
 def method_name(config: Config) -> str:
@@ -26,27 +28,30 @@ def method_name(config: Config) -> str:
     return method.name if method.class_path is None else method.class_path.rpartition(".")[2]
 
 
-def adapt(config: Config, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
+def prepare(config: Config, store: Store) -> Config:
+    """All that `adapt` does before it adapts: files, network and method are checked, and the source model is found or
+    trained. Returns the settings with that source model in `pretrained_checkpoint.path`; raises what `adapt` raises."""
+    with setup.seeded(config):
+        return _prepared(config, store)[0]
+
+
+def adapt(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[str, str] | None = None) -> RunResult:
     """Adapt the source model to the target by the method of `domain_adaptation`, tracked as one MLflow run.
 
     The source model is `pretrained_checkpoint.path`, else the newest finished pretraining run of the same network and
-    source data, else it is trained first, as a run of its own. `callbacks` join Lightning's (sweeps prune by one).
-    Raises InputError for what the user can mend, before a run is started where it can be seen before (all files, if
-    `data.keep_in_memory`).
+    source data, else it is trained first, as a run of its own. `callbacks` join Lightning's (sweeps prune by one); `tags`
+    are added to the run's own, or replace them. Raises InputError for what the user can mend, before a run is started
+    where it can be seen before (all files, if `data.keep_in_memory`).
     """
     store = open_store(config.tracking.uri, config.tracking.experiment)
     with setup.seeded(config):
-        data = setup.load_data(config)
-        network = setup.make_network(config, with_weights=False)
-        setup.check_data(config, data, network)
-        taps = setup.make_taps(config, network)
-        setup.make_method(config, taps)  # refuse a wrong method before hours of pretraining
-        source_model = find_or_make_source_model(config, store, data)
+        config, data, network, taps = _prepared(config, store)
+        source_model = config.domain_adaptation.pretrained_checkpoint.path
+        assert source_model is not None
         source_run_id = load_source_model(config, network, source_model, store)
-        config = replace(config, {"domain_adaptation.pretrained_checkpoint.path": source_model})
         setup.reseed(config)  # the same numbers whether the source model was just trained or found
         method = setup.make_method(config, taps)
-        tags = {
+        own_tags = {
             "dann.job": "adapt",
             "dann.method": method_name(config),
             "dann.source": setup.domain_name(config, "source"),
@@ -58,9 +63,10 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
             "seed": config.seed,
         }
         if source_run_id is not None:
-            tags["dann.source_run_id"] = source_run_id
+            own_tags["dann.source_run_id"] = source_run_id
         name, folder = f"{method_name(config)} seed {config.seed}", Path(config.tracking.folder)
-        with tracked_run(store, config.tracking.run_name, name, tags, folder, use_claimed=True) as run:
+        all_tags = {**own_tags, **(tags or {})}
+        with tracked_run(store, config.tracking.run_name, name, all_tags, folder, use_claimed=True) as run:
             describe_run(run, config, data)
             outcome = train(
                 config, run, network, method, taps, data, config.trainer.max_epochs, config.optimizer, callbacks
@@ -76,3 +82,14 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
         source_run_id=source_run_id,
         artifacts=None if folder is None else str(folder),
     )
+
+
+def _prepared(config: Config, store: Store) -> tuple[Config, setup.Data, nn.Module, list[Tap]]:
+    """Settings with their source model, data, the network without its weights, and its taps."""
+    data = setup.load_data(config)
+    network = setup.make_network(config, with_weights=False)
+    setup.check_data(config, data, network)
+    taps = setup.make_taps(config, network)
+    setup.make_method(config, taps)  # refuse a wrong method before hours of pretraining
+    source_model = find_or_make_source_model(config, store, data)
+    return replace(config, {"domain_adaptation.pretrained_checkpoint.path": source_model}), data, network, taps

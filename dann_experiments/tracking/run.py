@@ -36,6 +36,10 @@ class RunKilled(BaseException):
         self.signum = signum
 
 
+class EndedEarly(Exception):
+    """Raised inside a tracked run to end it in good order before its time (a pruned trial): FINISHED, not FAILED."""
+
+
 @dataclass
 class TrackedRun:
     """A run that is open for writing. `folder` is uploaded as the run's artifacts when it closes."""
@@ -115,8 +119,9 @@ def tracked_run(
     A claimed run keeps the name it has unless `run_name` is given; a new one is called `run_name` or `default_name`.
     Raises InputError if nothing can be written to `folder`.
 
-    FINISHED at the end of the block, FAILED with `traceback.txt` as artifact when it raises, KILLED on SIGINT and
-    SIGTERM (then KeyboardInterrupt or SystemExit(143) goes on). Metrics and artifacts are sent in every case.
+    FINISHED at the end of the block and on EndedEarly, FAILED with `traceback.txt` as artifact when it raises anything
+    else, KILLED on SIGINT and SIGTERM (then KeyboardInterrupt or SystemExit(143) goes on). Metrics and artifacts are
+    sent in every case.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,16 +133,22 @@ def tracked_run(
         ) from None
     claimed = store.claimed_run_id if use_claimed else None
     with _signals_raise():  # around the closing too: a second Ctrl-C must not cut it short
-        run_id = claimed or store.client.create_run(store.experiment_id).info.run_id
+        if run_name is not None or claimed is None:  # `mlflow run --run-name` has named a claimed run
+            tags = {**tags, "mlflow.runName": run_name or default_name}
+        tags = {**_provenance(), **({} if claimed else {"mlflow.source.type": "LOCAL"}), **tags}
+        if claimed is None:  # with its tags from the first moment, so that whoever looks for a killed one finds it
+            texts = {key: str(value) for key, value in tags.items()}
+            run_id = store.client.create_run(store.experiment_id, tags=texts).info.run_id
+        else:
+            run_id = claimed
         run_folder = folder / run_id
         run = TrackedRun(
             store, run_id, run_folder, MetricSender(store.client, run_id, run_folder / "unsent_metrics.jsonl")
         )
         try:
             run_folder.mkdir(exist_ok=True)
-            if run_name is not None or claimed is None:  # `mlflow run --run-name` has named a claimed run
-                tags = {**tags, "mlflow.runName": run_name or default_name}
-            run.set_tags({**_provenance(), **({} if claimed else {"mlflow.source.type": "LOCAL"}), **tags})
+            if claimed is not None:
+                run.set_tags(tags)
             yield run
             if not _close(run, "FINISHED"):
                 raise OSError("the run's files could not be stored")
@@ -149,6 +160,9 @@ def tracked_run(
             raise SystemExit(128 + killed.signum) from None
         except KeyboardInterrupt:
             _close(run, "KILLED")
+            raise
+        except EndedEarly:
+            _close(run, "FINISHED")
             raise
         except BaseException:
             with contextlib.suppress(OSError):

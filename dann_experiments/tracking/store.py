@@ -16,8 +16,9 @@ from dann_experiments.config.errors import InputError
 DEFAULT_URI = "sqlite:///mlflow.db"
 ANSWER_SECONDS = 10.0
 EXPERIMENT_KIND = "mlflow.experimentKind"  # so that the UI opens on training runs and charts, not on its GenAI pages
-# A store that is away is retried by our sender; MLflow's own long retries would only hide it.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+# A server that restarts is waited for: five tries with pauses of 0, 2, 4, 8 and 16 s. Metrics wait longer, in our sender.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 

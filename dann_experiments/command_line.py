@@ -1,0 +1,61 @@
+"""What the command lines of `dann_experiments` and `sweeps` have in common."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from dann_experiments.config import InputError
+
+DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "recipes" / "digits.yaml"
+SHORT_NAMES = {
+    "source_checkpoint": "domain_adaptation.pretrained_checkpoint.path",
+    "gamma": "domain_adaptation.method.lambda_schedule.gamma",
+    "hidden_size": "domain_adaptation.method.hidden_size",
+    "discriminator_lr": "domain_adaptation.method.discriminator_lr",
+    "feature_layer": "domain_adaptation.method.feature_layer",
+    "max_epochs": "trainer.max_epochs",
+    "seed": "seed",
+}
+NOT_GIVEN = ("", "None")  # how MLflow spells an optional parameter that was left out
+
+
+def dotted(rest: Sequence[str]) -> dict[str, str]:
+    """`--key value` and `--key=value` as a mapping; raises InputError for anything else."""
+    overrides: dict[str, str] = {}
+    tokens = list(rest)
+    while tokens:
+        token = tokens.pop(0)
+        if not token.startswith("--"):
+            raise InputError(f"{token!r} stands alone; give settings as --dotted.key value.")
+        key, equals, value = token[2:].partition("=")
+        if not equals:
+            if not tokens:
+                raise InputError(f"--{key} has no value; give --{key} VALUE (--help lists all settings).")
+            value = tokens.pop(0)
+        overrides[key] = value
+    return overrides
+
+
+def quiet_libraries() -> None:
+    """Our own messages in full, the libraries' only where they matter to the user."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(show_path=False, show_time=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("dann_experiments").setLevel(logging.INFO)
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+
+
+def ui_command(uri: str) -> str:
+    """How to open the MLflow UI on a store: its own address if it is a server."""
+    from dann_experiments.tracking.store import without_secrets
+
+    uri = without_secrets(uri)
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
