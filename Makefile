@@ -48,5 +48,5 @@ ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri "$$MLFLOW_TRACKING_URI" --host 127.0.0.1 --port 5000
 
 clean:  ## remove the environment, caches and everything runs left behind, the MLflow store included
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis mlruns mlartifacts outputs lightning_logs mlflow.db*
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis mlruns mlartifacts outputs studies lightning_logs mlflow.db*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -46,7 +46,8 @@ def quiet_libraries() -> None:
 
     handler = RichHandler(show_path=False, show_time=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("dann_experiments").setLevel(logging.INFO)
+    for name in ("dann_experiments", "sweeps"):
+        logging.getLogger(name).setLevel(logging.INFO)
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

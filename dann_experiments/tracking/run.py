@@ -93,7 +93,7 @@ class RunLogger(Logger):
 
     def __init__(self, run: TrackedRun) -> None:
         super().__init__()
-        self._run = run
+        self.run = run
 
     @property
     def name(self) -> str:
@@ -101,10 +101,10 @@ class RunLogger(Logger):
 
     @property
     def version(self) -> str:
-        return self._run.run_id
+        return self.run.run_id
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self._run.log_metrics(metrics, step=0 if step is None else step)
+        self.run.log_metrics(metrics, step=0 if step is None else step)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The run has its params already."""

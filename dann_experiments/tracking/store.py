@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from dann_experiments.config.errors import InputError
+from dann_experiments.config.errors import InputError, StoreAway
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 ANSWER_SECONDS = 10.0
@@ -109,7 +109,7 @@ def _check_answers(uri: str) -> None:
             pass  # it answers: a proxy may want a login that MLflow's own client has
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise InputError(
+            raise StoreAway(
                 f"tracking.uri is {shown!r}, but no server answers there ({reason}); start one with "
                 "`make ui`, or set tracking.uri to sqlite:///mlflow.db."
             ) from None

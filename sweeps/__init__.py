@@ -1,0 +1,1 @@
+"""Searches hyperparameters with Optuna: everything that starts many runs. `python -m sweeps --help`."""

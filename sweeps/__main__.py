@@ -1,0 +1,165 @@
+"""The command line: `python -m sweeps {run,resume,status,report,confirm}`.
+
+Flags without dots are settings of the sweep (`--n_trials 20`) or short names of settings of `adapt` (`--max_epochs 5`);
+any other setting of `adapt` is given by its dotted name (`--optimizer.lr 1e-3`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dann_experiments.command_line import DEFAULT_CONFIG, NOT_GIVEN, SHORT_NAMES, dotted, quiet_libraries, ui_command
+from dann_experiments.config import Config, InputError, load_config, replace
+from dann_experiments.config.parsing import help_text, known_keys, load_settings
+from sweeps.settings import SweepConfig
+
+DEFAULT_SPACE = Path(__file__).with_name("dann.yaml")
+COMMANDS = {
+    "run": "search: a new study, or the missing trials of one that exists",
+    "resume": "run the missing trials of a study, by what is stored with it",
+    "status": "how far a study is",
+    "report": "write the report of a study again",
+    "confirm": "run the best trials again over new seeds; the best mean wins and is registered",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 = done, 1 = the sweep failed, 2 = something the user can mend, told in one message."""
+    parser = _argument_parser()
+    known, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+    if known.command is None:
+        parser.print_help()
+        return 2
+    if known.help:
+        print(_command_help(parser, known.command))
+        return 0
+    quiet_libraries()
+    from sweeps.driver import SweepFailed
+
+    try:
+        given = {key: value for key, value in dotted(rest).items() if value not in NOT_GIVEN}
+        sweep_flags = {key: value for key, value in given.items() if key in known_keys(SweepConfig)}
+        settings = {SHORT_NAMES.get(key, key): value for key, value in given.items() if key not in sweep_flags}
+        _refuse_unknown_flags(settings)
+        if known.command == "run":
+            return _run(known, sweep_flags, settings)
+        return _of_a_study(known.command, sweep_flags, settings)
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except SweepFailed as error:
+        print(f"The sweep was stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped; `python -m sweeps resume` runs what is missing.", file=sys.stderr)
+        return 130
+
+
+def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
+    from sweeps.driver import run_sweep
+
+    space = DEFAULT_SPACE if known.space in (None, *NOT_GIVEN) else Path(known.space)
+    config_file = DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else Path(known.config)
+    config = load_config(config_file, settings)
+    defaults = {} if _names_a_study(space, sweep_flags) else {"study": f"{space.stem}-{config_file.stem}"}
+    sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
+    return _finish(run_sweep(sweep, config), sweep, config)
+
+
+def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str, Any]) -> int:
+    from sweeps import show
+    from sweeps.driver import resume_sweep
+
+    name = sweep_flags.pop("study", None)
+    if name is None:
+        raise InputError(f"{command} needs --study NAME; `ls studies` shows those with a journal file.")
+    unfit = [key for key in settings if not key.startswith("tracking.")]
+    if unfit:
+        raise InputError(f"--{unfit[0]} cannot be given to {command}: a study keeps the settings it was made with.")
+    config = load_config(None, settings)
+    storage = sweep_flags.pop("storage", None)
+    if command == "resume":
+        result = resume_sweep(name, storage, sweep_flags, config)
+        sweep = load_settings(SweepConfig, None, {**sweep_flags, "study": name, "storage": storage})
+        return _finish(result, sweep, config)
+    if command == "confirm":
+        from sweeps.confirm import confirm
+
+        show.confirmation(confirm(name, storage, sweep_flags, config))
+        return 0
+    if sweep_flags:
+        raise InputError(f"--{next(iter(sweep_flags))} has no effect in {command}; give --study and --storage.")
+    (show.status if command == "status" else show.report)(name, storage, config)
+    return 0
+
+
+def _finish(result: Any, sweep: SweepConfig, config: Config) -> int:
+    from sweeps import show
+
+    show.result(result, ui_command(result.tracking_uri))
+    if sweep.confirm_top:
+        from sweeps.confirm import confirm
+
+        flags = {"confirm_top": sweep.confirm_top, "confirm_seeds": sweep.confirm_seeds}
+        store = {
+            "tracking.uri": result.tracking_uri,
+            "tracking.experiment": result.experiment,
+            "tracking.run_name": None,
+        }
+        show.confirmation(confirm(result.study, sweep.storage, flags, replace(config, store)))
+    return 0
+
+
+def _names_a_study(space: Path, sweep_flags: Mapping[str, Any]) -> bool:
+    return "study" in sweep_flags or (space.exists() and load_settings(SweepConfig, space, {}).study is not None)
+
+
+def _refuse_unknown_flags(settings: Mapping[str, Any]) -> None:
+    import difflib
+
+    for key in settings:
+        if "." not in key and key not in known_keys():
+            nearest = difflib.get_close_matches(key, [*known_keys(SweepConfig), *SHORT_NAMES], n=1, cutoff=0.0)[0]
+            raise InputError(f"unknown flag --{key}; did you mean --{nearest}?")
+
+
+def _argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sweeps",
+        description="Search hyperparameters of domain adaptation with Optuna, every trial a run in MLflow.",
+        epilog="COMMAND --help lists every setting.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, purpose in COMMANDS.items():
+        usage = "--study NAME [--storage ADDRESS] [--SETTING VALUE ...]"
+        if name == "run":
+            usage = "[--space FILE] [--config FILE] [--SETTING VALUE ...] [--DOTTED.KEY VALUE ...]"
+        command = commands.add_parser(
+            name, help=purpose, description=purpose.capitalize() + ".", add_help=False, allow_abbrev=False,
+            usage=f"python -m sweeps {name} {usage}",
+        )  # fmt: skip
+        command.add_argument("-h", "--help", action="store_true", help="show this and every setting")
+        if name == "run":
+            command.add_argument("--space", metavar="FILE", help="YAML file of the search (default: sweeps/dann.yaml)")
+            command.add_argument("--config", metavar="FILE", help="settings of adapt (default: recipes/digits.yaml)")
+    return parser
+
+
+def _command_help(parser: argparse.ArgumentParser, command: str) -> str:
+    action = next(item for item in parser._actions if isinstance(item, argparse._SubParsersAction))
+    text = action.choices[command].format_help()
+    if command == "run":
+        short = "\n".join(f"  --{name:<18} short for --{key}" for name, key in SHORT_NAMES.items())
+        text += f"\nSettings of adapt by short names (`python -m dann_experiments adapt --help` has all):\n{short}\n"
+    if command not in ("status", "report"):
+        text += f"\nSettings of the sweep (in the space's YAML file, or as flags):\n{help_text(SweepConfig)}"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

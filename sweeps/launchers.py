@@ -1,0 +1,174 @@
+"""Starts workers and notices their end: processes of this machine, or tasks of a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import os
+import time
+from abc import ABC, abstractmethod
+from multiprocessing.connection import wait
+from typing import Any
+
+from dann_experiments.config import InputError
+from sweeps.worker import Task, process_main, work
+
+STOP_SECONDS = 90.0  # a run that is being closed may wait a minute for its store
+
+
+class Launcher(ABC):
+    """Workers of one sweep, each known by its token."""
+
+    @abstractmethod
+    def start(self, task: Task) -> None:
+        """Start a worker."""
+
+    @property
+    @abstractmethod
+    def alive(self) -> list[str]:
+        """Tokens of the workers that have not ended."""
+
+    @abstractmethod
+    def wait(self, seconds: float) -> dict[str, str | None]:
+        """Wait for at most `seconds`; the workers that ended since the last call, with what killed them (None = all well)."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End all workers: each closes its run first. Returns when they are gone."""
+
+
+class ProcessLauncher(Launcher):
+    """Spawned processes; with GPUs, each gets one of them."""
+
+    def __init__(self, gpus: list[str]) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._free_gpus = list(gpus)
+        self._gpu_of: dict[str, str] = {}
+        self._processes: dict[str, Any] = {}
+
+    def start(self, task: Task) -> None:
+        if self._free_gpus:
+            self._gpu_of[task.token] = self._free_gpus.pop(0)
+            task = dataclasses.replace(task, gpu=self._gpu_of[task.token])
+        process = self._context.Process(target=process_main, args=(task,), name=f"sweep {task.token}")
+        process.start()
+        self._processes[task.token] = process
+
+    @property
+    def alive(self) -> list[str]:
+        return list(self._processes)
+
+    def wait(self, seconds: float) -> dict[str, str | None]:
+        if not self._processes:
+            time.sleep(seconds)
+        wait([process.sentinel for process in self._processes.values()], seconds)
+        ended = {token: process for token, process in self._processes.items() if not process.is_alive()}
+        for token in ended:
+            del self._processes[token]
+            if token in self._gpu_of:
+                self._free_gpus.append(self._gpu_of.pop(token))
+        return {token: _how_it_ended(process.exitcode) for token, process in ended.items()}
+
+    def stop(self) -> None:
+        for process in self._processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        until = time.monotonic() + STOP_SECONDS
+        for process in self._processes.values():
+            process.join(max(0.0, until - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes.clear()
+
+
+def _how_it_ended(code: int | None) -> str | None:
+    import signal
+
+    if code == 0:
+        return None
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
+    return f"ended with code {code}"
+
+
+class RayLauncher(Launcher):
+    """Tasks of an existing Ray cluster, each with its share of cores and GPUs."""
+
+    def __init__(self, address: str, cpus: float, gpus: float) -> None:
+        """Join the cluster. Raises InputError where Ray is not installed, no cluster answers, or none could hold a trial."""
+        try:
+            import ray
+        except ImportError:
+            raise InputError(
+                "launcher is 'ray', but Ray is not installed; install it on every machine: pip install '.[ray]'."
+            ) from None
+        self._ray = ray
+        self._joined = not ray.is_initialized()
+        if self._joined:
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            except Exception as error:  # a ConnectionError, a ValueError or a RuntimeError, by what is wrong
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(
+                    f"ray_address is {address!r}, where no Ray cluster answers ({reason}); start one with `ray start "
+                    "--head` on the first machine and `ray start --address=HOST:6379` on the others."
+                ) from None
+        there = ray.cluster_resources()
+        for name, wanted in (("CPU", cpus), ("GPU", gpus)):
+            if (
+                wanted
+                and max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0) < wanted
+            ):
+                self.close()
+                raise InputError(
+                    f"{name.lower()}s_per_trial is {wanted}, but no machine of the cluster has so many (all together "
+                    f"{there.get(name, 0):g}); give less."
+                )
+        self.capacity = int(min([there.get("CPU", 0) / cpus] + ([there.get("GPU", 0) / gpus] if gpus else [])))
+        self._work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(work)
+        self._tasks: dict[str, Any] = {}
+
+    def start(self, task: Task) -> None:
+        self._tasks[task.token] = self._work.remote(task)
+
+    @property
+    def alive(self) -> list[str]:
+        return list(self._tasks)
+
+    def wait(self, seconds: float) -> dict[str, str | None]:
+        if not self._tasks:
+            time.sleep(seconds)
+            return {}
+        done, _ = self._ray.wait(list(self._tasks.values()), num_returns=1, timeout=seconds)
+        ended: dict[str, str | None] = {}
+        for token, reference in list(self._tasks.items()):
+            if reference in done:
+                del self._tasks[token]
+                try:
+                    self._ray.get(reference)
+                    ended[token] = None
+                except Exception as error:  # of Ray (its worker or machine died) or of the worker itself
+                    ended[token] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return ended
+
+    def stop(self) -> None:
+        for reference in self._tasks.values():
+            with contextlib.suppress(Exception):  # it may have ended meanwhile
+                self._ray.cancel(reference, force=False)
+        if self._tasks:
+            _, left = self._ray.wait(list(self._tasks.values()), num_returns=len(self._tasks), timeout=STOP_SECONDS)
+            for reference in left:
+                with contextlib.suppress(Exception):
+                    self._ray.cancel(reference, force=True)
+        self._tasks.clear()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the cluster, if this launcher joined it."""
+        if self._joined and self._ray.is_initialized():
+            self._ray.shutdown()

@@ -1,0 +1,138 @@
+"""One trial: values drawn, one `adapt`, its score told to the study. An error fails the trial and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from dann_experiments.config import Config, InputError, flatten, replace
+from dann_experiments.config.errors import StoreAway
+from dann_experiments.jobs import RunResult, adapt
+from sweeps.pruning import Pruned, PruningCallback
+from sweeps.settings import SweepConfig
+from sweeps.space import Space, settings_of
+from sweeps.study import Sweep, build_pruner, build_sampler
+
+log = logging.getLogger(__name__)
+KNOWN_EACH_EPOCH = ("iou/", "class_iou/", "loss/val_")  # what validation scores: only these can be pruned by
+LOGGED_EACH_STEP = ("da/", "da_layer/", "loss/train_")
+
+
+def check_objective(sweep: SweepConfig, config: Config) -> None:
+    """Refuse an objective that no run logs; raises InputError."""
+    name = sweep.objective
+    scores = ["iou/gap_source_minus_target", "iou/source_drop_from_baseline"]
+    for domain in ("source", "target"):
+        if not getattr(config.data, domain).val:
+            continue
+        scores += [f"iou/{domain}_val", f"loss/val_{domain}"]
+        scores += [f"class_iou/{domain}_val/{label}" for label in config.class_names]
+    own_method = config.domain_adaptation.method.class_path is not None
+    if name in scores or name.startswith(LOGGED_EACH_STEP) or (own_method and not name.startswith(KNOWN_EACH_EPOCH)):
+        return
+    raise InputError(
+        f"objective is {name!r}, which these runs do not log; validation gives {scores}, each step da/domain_loss, "
+        "da/domain_acc, loss/train_seg, loss/train_da and loss/train_total."
+    )
+
+
+def run_tags(sweep: SweepConfig, name: str, trial: FrozenTrial, sweep_run_id: str) -> dict[str, str]:
+    """What ties a run to its trial, its study and the sweep's run."""
+    tags = {
+        "dann.job": "trial",
+        "dann.study": name,
+        "dann.trial": str(trial.number),
+        "dann.role": trial.user_attrs["role"],
+        "dann.sweep_run_id": sweep_run_id,
+    }
+    if sweep.uses_target_labels:
+        tags["dann.selected_with_target_labels"] = "true"
+    if trial.user_attrs.get("retry_of") is not None:
+        tags["dann.retry_of"] = str(trial.user_attrs["retry_of"])
+    if sweep.nested:
+        tags["mlflow.parentRunId"] = sweep_run_id
+    return tags
+
+
+def trial_config(base: Config, overrides: Mapping[str, Any], point: Mapping[str, Any]) -> Config:
+    """The settings of a trial: the sweep's, the slot's own, and the values drawn."""
+    return replace(base, {**settings_of(point), **overrides})
+
+
+def run_trial(
+    study: Sweep, space: Space, sweep: SweepConfig, base: Config, slot: FrozenTrial, sweep_run_id: str
+) -> None:
+    """Run one claimed trial and tell its end. Raises only what ends the whole worker (SIGINT, SIGTERM)."""
+    started = time.monotonic()
+    sampler = build_sampler(sweep, space.conditional, slot.number, sweep.n_trials or 1)
+    optuna_study = study.for_sampling(sampler, build_pruner(sweep.pruner, base.trainer.max_epochs))
+    trial = optuna.Trial(optuna_study, slot._trial_id)
+    reference = bool(slot.user_attrs["reference"])
+    state, value = TrialState.FAIL, None
+    try:
+        point = {} if reference else space.suggest(trial)
+        name = f"{study.name} trial {slot.number}"
+        config = trial_config(base, {**slot.user_attrs["overrides"], "tracking.run_name": name}, point)
+        study.note(slot, seed=config.seed, sampler_seed=sweep.sampler_seed, point=settings_of(point))
+        may_prune = slot.user_attrs["role"] == "search" and sweep.pruner != "none"
+        callback = PruningCallback(trial, sweep.objective, may_prune)
+        result = adapt(config, [callback], run_tags(sweep, study.name, slot, sweep_run_id))
+        study.note(slot, scores=_scores(result.metrics), run_id=result.run_id)
+        value = _objective_value(result, sweep.objective)
+        state = TrialState.COMPLETE
+    except Pruned:
+        state = TrialState.PRUNED
+    except (StoreAway, optuna.exceptions.UpdateFinishedTrialError):
+        raise
+    except Exception as error:
+        log.error("trial %d failed: %s", slot.number, traceback.format_exc())
+        study.note(slot, error=_reason(error))
+        _free_memory()
+    study.note(slot, seconds=round(time.monotonic() - started, 2))
+    optuna_study.tell(trial, value, state, skip_if_finished=True)
+
+
+def _objective_value(result: RunResult, objective: str) -> float:
+    """The final model's score; of what is logged along the way, the mean over the last tenth of the steps."""
+    if objective in result.metrics:
+        return float(result.metrics[objective])
+    history = result.history()
+    found = history[history["metric"] == objective]
+    if found.empty:
+        raise InputError(f"objective is {objective!r}, which run {result.run_id} did not log.")
+    values: Sequence[float] = found["value"].tolist()
+    value = sum(values[-max(1, len(values) // 10) :]) / max(1, len(values) // 10)
+    if value != value:
+        raise FloatingPointError(f"{objective} is not a number")
+    return value
+
+
+def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if name.startswith("iou/")}
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500]
+
+
+def _free_memory() -> None:
+    """After an error (out of memory above all) the next trial must find the memory free."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def settings_key(config: Config) -> dict[str, Any]:
+    """What makes two sweeps' settings the same: all but where runs are kept."""
+    return {key: value for key, value in flatten(config).items() if not key.startswith("tracking.")}
