@@ -335,7 +335,7 @@ def _more(sweep: SweepConfig, slots: list[Slot], present: int, wanted: int) -> l
 
 
 def _stored_settings(sweep: SweepConfig, n_trials: int) -> dict[str, Any]:
-    hidden = ("space", "study", "storage", "objective", "n_trials", "ray_address")
+    hidden = ("space", "study", "storage", "objective", "n_trials", "timeout", "confirm_top", "ray_address")
     return {key: value for key, value in config_to_dict(sweep).items() if key not in hidden} | {"n_trials": n_trials}
 
 

