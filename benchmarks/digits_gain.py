@@ -19,6 +19,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from pages import put
+
 PROJECT = Path(__file__).resolve().parents[1]
 ARMS = ("source only", "control", "DANN")
 SCORES = {"val": "iou/target_val", "test": "iou/target_test", "source": "iou/source_val"}
@@ -121,10 +123,7 @@ def main() -> None:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        page = PROJECT / "docs" / "results.md"
-        start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
-        before, _, rest = page.read_text().partition(start)
-        page.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+        put("results.md", name, text)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,19 @@ any other setting of `adapt` is given by its dotted name (`--optimizer.lr 1e-3`)
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dann_experiments.command_line import DEFAULT_CONFIG, NOT_GIVEN, SHORT_NAMES, dotted, quiet_libraries, ui_command
-from dann_experiments.config import Config, InputError, load_config, replace
+from dann_experiments.config import InputError, load_config
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from sweeps.settings import SweepConfig
+
+if TYPE_CHECKING:
+    from sweeps.driver import SweepResult
 
 DEFAULT_SPACE = Path(__file__).with_name("dann.yaml")
 COMMANDS = {
@@ -55,19 +59,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"The sweep was stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped; `python -m sweeps resume` runs what is missing.", file=sys.stderr)
+        print("Stopped; `python -m sweeps resume --study NAME` runs what is missing.", file=sys.stderr)
         return 130
 
 
 def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
+    from dann_experiments.tracking.store import without_secrets
     from sweeps.driver import run_sweep
 
     space = DEFAULT_SPACE if known.space in (None, *NOT_GIVEN) else Path(known.space)
     config_file = DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else Path(known.config)
+    if not space.expanduser().exists():
+        raise InputError(f"space file {space} does not exist; sweeps/ holds some to start from.")
     config = load_config(config_file, settings)
     defaults = {} if _names_a_study(space, sweep_flags) else {"study": f"{space.stem}-{config_file.stem}"}
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
-    return _finish(run_sweep(sweep, config), sweep, config)
+    storage = sweep.storage or ""
+    if "MLFLOW_RUN_ID" in os.environ and without_secrets(storage) != storage:
+        print(
+            "Warning: `mlflow run` has stored the parameter `storage`, password included, with its run; keep passwords in "
+            "~/.pgpass or PGPASSWORD.",
+            file=sys.stderr,
+        )
+    return _finish(run_sweep(sweep, config))
 
 
 def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str, Any]) -> int:
@@ -80,37 +94,34 @@ def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str
     unfit = [key for key in settings if not key.startswith("tracking.")]
     if unfit:
         raise InputError(f"--{unfit[0]} cannot be given to {command}: a study keeps the settings it was made with.")
-    config = load_config(None, settings)
     storage = sweep_flags.pop("storage", None)
     if command == "resume":
-        result = resume_sweep(name, storage, sweep_flags, config)
-        sweep = load_settings(SweepConfig, None, {**sweep_flags, "study": name, "storage": storage})
-        return _finish(result, sweep, config)
+        if "space" in sweep_flags:
+            sweep_flags["space"] = load_settings(SweepConfig, Path(sweep_flags["space"]), {}).space
+        return _finish(resume_sweep(name, storage, sweep_flags, settings))
     if command == "confirm":
         from sweeps.confirm import confirm
 
-        show.confirmation(confirm(name, storage, sweep_flags, config))
+        show.confirmation(confirm(name, storage, sweep_flags, settings))
         return 0
     if sweep_flags:
         raise InputError(f"--{next(iter(sweep_flags))} has no effect in {command}; give --study and --storage.")
-    (show.status if command == "status" else show.report)(name, storage, config)
+    if command == "status":
+        show.status(name, storage)
+    else:
+        show.report(name, storage, settings)
     return 0
 
 
-def _finish(result: Any, sweep: SweepConfig, config: Config) -> int:
+def _finish(result: SweepResult) -> int:
     from sweeps import show
 
     show.result(result, ui_command(result.tracking_uri))
-    if sweep.confirm_top:
+    if result.settings.confirm_top:
         from sweeps.confirm import confirm
 
-        flags = {"confirm_top": sweep.confirm_top, "confirm_seeds": sweep.confirm_seeds}
-        store = {
-            "tracking.uri": result.tracking_uri,
-            "tracking.experiment": result.experiment,
-            "tracking.run_name": None,
-        }
-        show.confirmation(confirm(result.study, sweep.storage, flags, replace(config, store)))
+        place = {"tracking.uri": result.tracking_uri, "tracking.experiment": result.experiment}
+        show.confirmation(confirm(result.study, result.settings.storage, {}, place))
     return 0
 
 

@@ -10,19 +10,43 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from dann_experiments.config import Config, InputError, config_to_dict, config_to_yaml
-from dann_experiments.config.parsing import load_settings
+from dann_experiments.config import InputError, config_to_yaml
 from dann_experiments.tracking.store import Store, open_store
-from sweeps.driver import drive, find_study, in_store, only_driver
-from sweeps.report import baselines, config_of, label, top_trials, trials_table
-from sweeps.settings import SweepConfig
-from sweeps.study import DEFINITION, SETTINGS, Slot, Sweep, open_storage, storage_address
+from sweeps.crew import crew_for
+from sweeps.definition import store_settings, stored_settings
+from sweeps.driver import check_launcher, drive, find_study, in_store, only_driver, study_config
+from sweeps.reaping import reap_at_start
+from sweeps.report import baselines, config_of, label, markdown, number, top_trials, trials_table
+from sweeps.settings import RAY_ONLY, SweepConfig
+from sweeps.study import (
+    DEFINITION,
+    SETTINGS,
+    SOURCE_ONLY,
+    TRACKING,
+    Slot,
+    Sweep,
+    is_journal,
+    open_storage,
+    storage_address,
+    superseded,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ALIAS = "champion"
 DEFAULT_TOP = 3
+EFFECTIVE = {
+    "confirm_top",
+    "confirm_seeds",
+    "model_name",
+    "workers",
+    "launcher",
+    *RAY_ONLY,
+    "timeout",
+    "max_failures",
+    "nested",
+}
 
 
 @dataclass(frozen=True)
@@ -42,117 +66,163 @@ class Confirmation:
     folder: Path
 
 
-def confirm(name: str, storage: str | None, overrides: Mapping[str, Any], config: Config) -> Confirmation:
+def confirm(
+    name: str,
+    storage: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    tracking: Mapping[str, Any] | None = None,
+) -> Confirmation:
     """Run the best `confirm_top` trials and the control over `confirm_seeds` seeds that chose nothing; runs that exist are
-    not run again. Raises InputError where the study has no complete trial."""
+    not run again. `overrides`: settings of EFFECTIVE, `tracking` (dotted `tracking.*`): where the study's runs are. Raises
+    InputError where the study has no complete trial."""
     address = storage_address(storage, name)
     parent = find_study(name, address)
-    definition = parent.attribute(DEFINITION)
-    stored = {**parent.attribute(SETTINGS), "objective": definition["objective"], "pruner": "none"}
-    sweep = load_settings(SweepConfig, None, {**stored, "confirm_top": DEFAULT_TOP, **overrides, "study": name})
+    overrides = dict(overrides or {})
+    without_effect = [key for key in overrides if key not in EFFECTIVE]
+    if without_effect:
+        raise InputError(f"{without_effect[0]} has no effect in confirm; give some of {sorted(EFFECTIVE)}.")
+    top = parent.attribute(SETTINGS).get("confirm_top") or DEFAULT_TOP
+    sweep = stored_settings(parent, {"confirm_top": top, **overrides, "pruner": "none", "storage": storage})
+    check_launcher(sweep, address)
     candidates = top_trials(parent, sweep.confirm_top)
     if not candidates:
         raise InputError(f"study {name!r} has no complete trial to confirm; `python -m sweeps status --study {name}`.")
-    known = [trial for trial in baselines(parent) if trial.number not in {found.number for found in candidates}]
-    first_seed = definition["config"]["seed"] + 1
-    slots = [
-        Slot(
-            "confirm",
-            _all_settings(parent, trial) | {"seed": first_seed + index},
-            reference=True,
-            candidate=trial.number,
-        )
-        for trial in [*candidates, *known]
-        for index in range(sweep.confirm_seeds)
-    ]
-    with only_driver(address, name):
+    first = parent.attribute(DEFINITION)["config"]["seed"] + 1
+    contest = _Contest(parent, candidates, range(first, first + sweep.confirm_seeds))
+    config = study_config(parent, tracking or {})
+    with only_driver(address, name), crew_for(sweep, config) as crew:
         store = open_store(config.tracking.uri, config.tracking.experiment)
+        check_launcher(sweep, address, store)
         config = in_store(config, store)
-        study_name = f"{name}-confirm"
-        again = open_storage(address)
-        study = Sweep.find(again, study_name) or Sweep.create(again, study_name, parent.maximizes)
-        study.set_attribute(DEFINITION, definition)
-        present = {(t.user_attrs["candidate"], t.user_attrs["overrides"]["seed"]) for t in study.counted()}
-        study.add([slot for slot in slots if (slot.candidate, slot.overrides["seed"]) not in present])
-        settings = {key: value for key, value in config_to_dict(sweep).items() if key in stored}
-        study.set_attribute(SETTINGS, settings | {"n_trials": len(study.counted())})
+        study = _confirming_study(contest, sweep, address, store)
 
         def report(confirmed: Sweep, store: Store, folder: Path) -> None:
-            table = summary(parent, confirmed)
+            table = contest.table(confirmed)
             trials_table(confirmed).to_csv(folder / "trials.csv", index=False)
             table.to_csv(folder / "confirm.csv", index=False)
             if len(table):
-                (folder / "report.md").write_text(_text(parent, confirmed, table))
+                (folder / "report.md").write_text(_text(parent, table))
+            winner = contest.winner(confirmed)
+            if winner is not None:
+                (folder / "best_config.yaml").write_text(config_to_yaml(config_of(parent, winner)))
 
-        result = drive(study, sweep, config, store, address, report)
-        table = summary(parent, study)
-        ranked = (
-            [number for number in table["trial"].tolist() if _role(parent, number) != "control"] if len(table) else []
-        )
-        winner = ranked[0] if ranked else None
-        model = None
-        if winner is not None:
-            model = _register(store, sweep.model_name or name, parent, study, winner)
-            best = next(trial for trial in parent.trials() if trial.number == winner)
-            (result.folder / "best_config.yaml").write_text(config_to_yaml(config_of(parent, best)))
+        result = drive(study, sweep, config, store, address, crew, report)
+        table, winner = contest.table(study), contest.winner(study)
+        model = None if winner is None else _register(store, sweep.model_name or name, contest, study, winner)
     return Confirmation(
-        study_name, definition["objective"], table, winner, _beats_control(parent, table, winner), model, result.folder
+        study.name,
+        sweep.objective,
+        table,
+        None if winner is None else winner.number,
+        contest.beats_control(table, winner),
+        model,
+        result.folder,
     )
 
 
-def summary(parent: Sweep, study: Sweep) -> pd.DataFrame:
-    """A row each candidate with at least one complete run, best mean first."""
-    import pandas as pd
-
-    objective = parent.attribute(DEFINITION)["objective"]
-    rows = []
-    for trial in parent.trials():
-        runs = _runs_of(study, trial.number)
-        if not runs:
-            continue
-        row: dict[str, Any] = {"trial": trial.number, "settings": label(trial), "seeds": len(runs)}
-        columns = {objective: [run.value for run in runs]}
-        for metric in ("iou/source_val", "iou/target_test"):
-            columns[metric] = [run.user_attrs.get("scores", {}).get(metric) for run in runs]
-        for metric, values in columns.items():
-            given = [float(value) for value in values if value is not None]
-            if given:
-                row[f"{metric} mean"] = statistics.fmean(given)
-                row[f"{metric} sd"] = statistics.stdev(given) if len(given) > 1 else float("nan")
-                row[f"{metric} values"] = " ".join(f"{value:.4f}" for value in given)
-        row["chosen by"] = trial.value
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    if not rows:
-        return table
-    return table.sort_values(f"{objective} mean", ascending=not parent.maximizes, ignore_index=True)
+def _confirming_study(contest: _Contest, sweep: SweepConfig, address: str, store: Store) -> Sweep:
+    """The study of the confirming runs, with all that are missing put in."""
+    parent, storage = contest.parent, open_storage(address)
+    name = f"{parent.name}-confirm"
+    study = Sweep.find(storage, name) or Sweep.create(storage, name, parent.maximizes)
+    for attribute in (DEFINITION, TRACKING):
+        study.set_attribute(attribute, parent.attribute(attribute))
+    reap_at_start(study, store, is_journal(address))
+    present = {
+        (t.user_attrs["candidate"], t.user_attrs["overrides"]["seed"]) for t in study.counted() if not _failed(t)
+    }
+    study.add([slot for slot in contest.slots() if (slot.candidate, slot.overrides["seed"]) not in present])
+    store_settings(study, sweep, len(study.counted()))
+    return study
 
 
-def _runs_of(study: Sweep, candidate: int) -> list[FrozenTrial]:
-    return [t for t in study.trials(TrialState.COMPLETE) if t.user_attrs.get("candidate") == candidate]
+@dataclass(frozen=True)
+class _Contest:
+    """Candidates, the recipe and the control over the same new seeds."""
+
+    parent: Sweep
+    candidates: Sequence[FrozenTrial]
+    seeds: Sequence[int]
+
+    def trials(self) -> list[FrozenTrial]:
+        """The candidates, then the known trials that are none."""
+        numbers = {trial.number for trial in self.candidates}
+        return [*self.candidates, *(trial for trial in baselines(self.parent) if trial.number not in numbers)]
+
+    def slots(self) -> list[Slot]:
+        """A run of each by each seed."""
+        return [
+            Slot(
+                "confirm",
+                {**(trial.user_attrs.get("point") or {}), **trial.user_attrs["overrides"], "seed": seed},
+                reference=True,
+                candidate=trial.number,
+            )
+            for trial in self.trials()
+            for seed in self.seeds
+        ]
+
+    def runs(self, study: Sweep, trial: FrozenTrial) -> list[FrozenTrial]:
+        """The complete runs of one of them by these seeds."""
+        return [
+            run
+            for run in study.trials(TrialState.COMPLETE)
+            if run.user_attrs.get("candidate") == trial.number and run.user_attrs["overrides"]["seed"] in self.seeds
+        ]
+
+    def table(self, study: Sweep) -> pd.DataFrame:
+        """A row each with at least one complete run, best mean first."""
+        import pandas as pd
+
+        objective = self.parent.attribute(DEFINITION)["objective"]
+        rows = []
+        for trial in self.trials():
+            runs = self.runs(study, trial)
+            if not runs:
+                continue
+            row: dict[str, Any] = {"trial": trial.number, "settings": label(trial), "seeds": len(runs)}
+            columns = {objective: [run.value for run in runs]}
+            for metric in ("iou/source_val", "iou/target_test"):
+                columns[metric] = [run.user_attrs.get("scores", {}).get(metric) for run in runs]
+            for metric, values in columns.items():
+                given = [float(value) for value in values if value is not None]
+                if given:
+                    row[f"{metric} mean"] = statistics.fmean(given)
+                    row[f"{metric} sd"] = statistics.stdev(given) if len(given) > 1 else float("nan")
+                    row[f"{metric} values"] = " ".join(f"{value:.4f}" for value in given)
+            row["chosen by"] = trial.value
+            rows.append(row)
+        table = pd.DataFrame(rows)
+        if not rows:
+            return table
+        return table.sort_values(f"{objective} mean", ascending=not self.parent.maximizes, ignore_index=True)
+
+    def winner(self, study: Sweep) -> FrozenTrial | None:
+        """The candidate (or recipe) with the best mean, once all have run; one that failed by a seed cannot win."""
+        if any(not trial.state.is_finished() or superseded(trial) for trial in study.counted()):
+            return None
+        entered = [trial for trial in self.trials() if trial.user_attrs["role"] != "control"]
+        whole = [trial for trial in entered if len(self.runs(study, trial)) == len(self.seeds)]
+        return max(whole, key=lambda trial: statistics.fmean(map(study.rank, self.runs(study, trial))), default=None)
+
+    def beats_control(self, table: pd.DataFrame, winner: FrozenTrial | None) -> bool | None:
+        """Whether the winner's mean is better than the control's; None if one of them is missing."""
+        order = table["trial"].tolist() if len(table) else []
+        control = [trial.number for trial in self.trials() if trial.user_attrs["role"] == "control"]
+        if winner is None or not control or control[0] not in order:
+            return None
+        return order.index(winner.number) < order.index(control[0])
 
 
-def _role(parent: Sweep, number: int) -> str:
-    return next(trial.user_attrs["role"] for trial in parent.trials() if trial.number == number)
+def _failed(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL and not superseded(trial)
 
 
-def _all_settings(parent: Sweep, trial: FrozenTrial) -> dict[str, Any]:
-    return {**(trial.user_attrs.get("point") or {}), **trial.user_attrs["overrides"]}
-
-
-def _beats_control(parent: Sweep, table: pd.DataFrame, winner: int | None) -> bool | None:
-    control = [number for number in table["trial"].tolist() if _role(parent, number) == "control"] if len(table) else []
-    if winner is None or not control:
-        return None
-    order = table["trial"].tolist()
-    return order.index(winner) < order.index(control[0])
-
-
-def _register(store: Store, name: str, parent: Sweep, study: Sweep, winner: int) -> str | None:
+def _register(store: Store, name: str, contest: _Contest, study: Sweep, winner: FrozenTrial) -> str:
     """Register the model of the winner's run with the median score (a typical one, not the luckiest)."""
     from mlflow.exceptions import MlflowException
 
-    runs = sorted(_runs_of(study, winner), key=parent.rank)
+    runs = sorted(contest.runs(study, winner), key=study.rank)
     typical = runs[(len(runs) - 1) // 2]
     run_id = typical.user_attrs["run_id"]
     try:
@@ -161,34 +231,40 @@ def _register(store: Store, name: str, parent: Sweep, study: Sweep, winner: int)
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = f"{store.client.get_run(run_id).info.artifact_uri}/model"
-    objective = parent.attribute(DEFINITION)["objective"]
+    objective = study.attribute(DEFINITION)["objective"]
     description = (
-        f"Trial {winner} of study {parent.name}, confirmed over {len(runs)} seeds; the run with the median {objective}, "
-        f"{typical.value:.4f}."
+        f"Trial {winner.number} of study {contest.parent.name}, confirmed over {len(runs)} seeds; the run with the median "
+        f"{objective}, {typical.value:.4f}."
     )
     version = store.client.create_model_version(name, source, run_id=run_id, description=description)
     store.client.set_registered_model_alias(name, ALIAS, version.version)
     return f"models:/{name}@{ALIAS}"
 
 
-def _text(parent: Sweep, study: Sweep, table: pd.DataFrame) -> str:
+def _source_line(parent: Sweep) -> str:
+    source = parent.attribute(SOURCE_ONLY)
+    if source is None:
+        return ""
+    return (
+        "The source model, not adapted: " + ", ".join(f"`{k}` {number(v)}" for k, v in source["scores"].items()) + "."
+    )
+
+
+def _text(parent: Sweep, table: pd.DataFrame) -> str:
     objective = parent.attribute(DEFINITION)["objective"]
-    head = [str(name) for name in table.columns]
-    cells: Sequence[Sequence[str]] = [
-        [f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in table.values.tolist()
-    ]
-    rows = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *cells)]
     first = table["trial"].tolist()[0]
-    note = "The control has the best mean: no adaptation here beats it." if _role(parent, first) == "control" else ""
+    control = [trial.number for trial in baselines(parent) if trial.user_attrs["role"] == "control"]
+    note = "The control has the best mean: no adaptation here beats it." if first in control else ""
     return "\n".join(
         [
             f"# Study {parent.name}, confirmed",
             "",
-            "Each candidate again over seeds that chose nothing, from the same source model; ordered by the mean of "
-            f"`{objective}`. `chosen by` is the single value that put it into the list. Standard deviations are over the seeds.",
+            f"Each candidate again over seeds that chose nothing; ordered by the mean of `{objective}`. `chosen by` is the "
+            "single value that put it into the list. Standard deviations are over the seeds.",
             note,
+            _source_line(parent),
             "",
-            *rows,
+            *markdown(table),
             "",
         ]
     )

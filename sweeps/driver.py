@@ -4,61 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import os
+import shutil
 import tempfile
-import time
-import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from dann_experiments.config import Config, InputError, config_to_dict, flatten, replace
-from dann_experiments.config.parsing import config_from_dict, load_settings
-from dann_experiments.jobs import prepare
+from dann_experiments.config import Config, InputError, config_to_dict, replace
+from dann_experiments.config.parsing import config_from_dict
+from dann_experiments.jobs import evaluate, prepare
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, open_store, without_secrets
-from sweeps.launchers import Launcher, ProcessLauncher, RayLauncher
-from sweeps.objective import check_objective
-from sweeps.progress import Progress
-from sweeps.reaping import Watch, reap_at_start, reap_dead_workers
+from sweeps.crew import Crew, SweepFailed, crew_for, keep_going, with_threads
+from sweeps.definition import describe, missing_slots, refuse_changes, slots_of, store_settings, stored_settings
+from sweeps.objective import check_objective, scores_of
+from sweeps.reaping import close_runs, reap_at_start
 from sweeps.report import baselines, links, top_trials, write_report
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, read_space
 from sweeps.study import (
     DEFINITION,
-    HALT,
     SETTINGS,
+    SOURCE_ONLY,
+    SWEEP_RUNS,
+    TRACKING,
     Slot,
     Sweep,
     is_journal,
     open_storage,
-    process_name,
     storage_address,
     study_folder,
 )
-from sweeps.worker import Task
 
-if TYPE_CHECKING:
-    from dann_experiments.tracking.run import TrackedRun
-
+__all__ = ["SweepFailed", "SweepResult", "drive", "find_study", "resume_sweep", "run_sweep", "study_config"]
 log = logging.getLogger(__name__)
-DEFAULT_TRIALS = 20
-MOST_DEFAULT_WORKERS = 4
-POLL_SECONDS = 1.0
-DEATHS_IN_A_ROW = 3  # workers that die without finishing a trial: something is wrong with all of them
 SOURCE_KEYS = ("model.", "data.", "domain_adaptation.pretrained_checkpoint.")  # searched, they change the source model
-PATH = "domain_adaptation.pretrained_checkpoint.path"
-CONTROL = {"domain_adaptation.method.name": "lambda_zero"}
-
-
-class SweepFailed(RuntimeError):
-    """The sweep was stopped because nothing works; the message names the common cause."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +51,13 @@ class SweepResult:
 
     sweep: Sweep
     """The study."""
+    settings: SweepConfig
     best: FrozenTrial | None
     """The best complete trial; None if there is none."""
     run_id: str
     """The sweep's own run."""
     experiment: str
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)  # it may hold a password
     folder: Path
     """report.md, trials.csv, best_config.yaml, figures/, logs/."""
     links: Mapping[str, str]
@@ -86,56 +71,44 @@ class SweepResult:
 
 def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     """Run a new study, or the missing trials of one that exists. Raises InputError, with nothing started, for what the
-    user can mend; SweepFailed when `max_failures` trials failed in a row."""
+    user can mend; SweepFailed when `max_failures` trials failed in a row, or all."""
     if sweep.study is None:
         raise InputError("study has no name; give one.")
-    check_objective(sweep, config)
     space = read_space(sweep.space, config)
-    _slots(sweep, space, config)  # refuse what has no grid before anything is opened
+    check_objective(sweep, config)
+    slots_of(sweep, space, config)  # refuse what has no grid before anything is opened
     address = storage_address(sweep.storage, sweep.study)
-    _check_launcher(sweep, address)
-    with only_driver(address, sweep.study):
+    check_launcher(sweep, address)
+    with only_driver(address, sweep.study), crew_for(sweep, config) as crew:
         storage = open_storage(address)
         store = open_store(config.tracking.uri, config.tracking.experiment)
+        check_launcher(sweep, address, store)
         config = in_store(config, store)
         study = Sweep.find(storage, sweep.study)
-        slots = _slots(sweep, space, config)
-        if study is None:
-            shared = not any(parameter.key.startswith(SOURCE_KEYS) for parameter in space.parameters)
-            prepared = prepare(config, store)
-            if not slots[0].point:
-                log.info("The settings' own values are not in the space: the sampler does not see their trial.")
-            study = Sweep.create(storage, sweep.study, sweep.maximizes)
-            _describe(study, sweep, space, _with_threads(prepared if shared else config, sweep), len(slots))
-            study.add(slots)
+        if study is not None and study.attribute(DEFINITION) is None and study.trials():
+            raise InputError(f"study {study.name!r} was not made by this program; give another name.")
+        slots = slots_of(sweep, space, config)
+        if study is None or study.attribute(DEFINITION) is None:  # the latter: its driver died while it made it
+            study = study or Sweep.create(storage, sweep.study, sweep.maximizes)
+            _begin(study, sweep, space, config, store, slots)
         else:
-            _refuse_changes(study, sweep, space, config)
-            present = len(study.counted())
-            wanted = sweep.n_trials or present
-            if wanted < present:
-                log.warning("study %r has %d trials in all already; n_trials %d is less.", study.name, present, wanted)
-            study.add(_more(sweep, slots, present, wanted))
-            study.set_attribute(SETTINGS, _stored_settings(sweep, max(present, wanted)))
-            log.info("study %r exists: running what is missing of its %d trials.", study.name, max(present, wanted))
-        return drive(study, sweep, config, store, address)
+            refuse_changes(study, sweep, space, config)
+            _go_on(study, sweep, slots, store, address)
+        base = replace(study_config(study, {}), {"tracking": config_to_dict(config)["tracking"]})
+        return drive(study, sweep, base, store, address, crew)
 
 
-def resume_sweep(study_name: str, storage: str | None, overrides: Mapping[str, Any], config: Config) -> SweepResult:
+def resume_sweep(
+    name: str,
+    storage: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    tracking: Mapping[str, Any] | None = None,
+) -> SweepResult:
     """Run the missing trials of a study by what is stored with it. `overrides` change how (workers, timeout, launcher,
-    n_trials ...), `config` gives the tracking store where it was named."""
-    address = storage_address(storage, study_name)
-    study = find_study(study_name, address)
-    stored = load_settings(
-        SweepConfig, None, {**study.attribute(SETTINGS), "objective": study.attribute(DEFINITION)["objective"]}
-    )
-    sweep = load_settings(
-        SweepConfig, None, {**config_to_dict(stored), **overrides, "study": study_name, "storage": storage}
-    )
-    definition = study.attribute(DEFINITION)
-    base = replace(config_from_dict(definition["config"]), {"tracking": config_to_dict(config)["tracking"]})
-    if sweep.objective != definition["objective"]:
-        _refuse(study, {"objective": (definition["objective"], sweep.objective)})
-    return run_sweep(_with_space(sweep, definition["space"]), base)
+    n_trials ...), `tracking` (dotted `tracking.*`) where its runs are. Raises what `run_sweep` raises."""
+    study = find_study(name, storage_address(storage, name))
+    sweep = stored_settings(study, {**(overrides or {}), "storage": storage})
+    return run_sweep(sweep, study_config(study, tracking or {}))
 
 
 def find_study(name: str, address: str) -> Sweep:
@@ -148,12 +121,19 @@ def find_study(name: str, address: str) -> Sweep:
     return study
 
 
+def study_config(study: Sweep, tracking: Mapping[str, Any]) -> Config:
+    """The settings of a study, with the tracking store that its runs are in, `tracking` (dotted `tracking.*`) on top."""
+    place = {f"tracking.{key}": value for key, value in (study.attribute(TRACKING) or {}).items()}
+    return replace(config_from_dict(study.attribute(DEFINITION)["config"]), {**place, **tracking})
+
+
 def drive(
     study: Sweep,
     sweep: SweepConfig,
     config: Config,
     store: Store,
     address: str,
+    crew: Crew,
     report: Callable[[Sweep, Store, Path], None] = write_report,
 ) -> SweepResult:
     """Keep workers going until no trial is left, in the sweep's own run; the report is written however it ends."""
@@ -162,16 +142,16 @@ def drive(
     tags = {
         "dann.job": "sweep",
         "dann.study": study.name,
-        "dann.driver": process_name(),
         "dann.objective": sweep.objective,
         "dann.selected_with_target_labels": str(sweep.uses_target_labels).lower(),
     }
-    reap_at_start(study, store, is_journal(address))
+    close_runs(study, store)
     runs = Path(config.tracking.folder)
     with tracked_run(store, config.tracking.run_name, f"sweep {study.name}", tags, runs, use_claimed=True) as run:
+        study.set_attribute(SWEEP_RUNS, [*(study.attribute(SWEEP_RUNS) or []), run.run_id])
         run.log_params({f"sweep.{key}": value for key, value in study.attribute(SETTINGS).items()})
         try:
-            _keep_going(study, sweep, config, store, address, run)
+            keep_going(study, sweep, config, store, address, run, crew)
         finally:
             report(study, store, folder)
             _into_run(folder, run.folder)
@@ -180,99 +160,54 @@ def drive(
                 run.log_metrics({f"best/{sweep.objective}": best.value}, step=len(study.counted()))
     shown = [*baselines(study), *top_trials(study)]
     pages = links(store, study, list({trial.number: trial for trial in shown}.values()))
-    return SweepResult(study, best, run.run_id, config.tracking.experiment, store.uri, folder, pages)
+    return SweepResult(study, sweep, best, run.run_id, config.tracking.experiment, store.uri, folder, pages)
 
 
-def _keep_going(study: Sweep, sweep: SweepConfig, config: Config, store: Store, address: str, run: TrackedRun) -> None:
-    study.set_attribute(HALT, None)
-    launcher, count = _launcher(sweep, config)
-    deadline = None if sweep.timeout is None else time.time() + sweep.timeout
-    started = {trial.number for trial in study.trials() if trial.state.is_finished()}
-    watch, deaths, finished = Watch(study, store), 0, len(started)
-    try:
-        with Progress(study, count, deadline) as progress:
-            while True:
-                for token, reason in launcher.wait(POLL_SECONDS).items():
-                    how = f"its worker was {reason}" if reason else "its worker ended"
-                    reap_dead_workers(study, store, [token], how)
-                    deaths = deaths + 1 if reason else 0
-                    if reason:
-                        log.warning("worker %s: %s", token, reason)
-                watch.look()
-                progress.update()
-                counts = study.counts()
-                now_finished = sum(counts[state] for state in ("complete", "pruned", "fail"))
-                if now_finished > finished:
-                    deaths, finished = 0, now_finished
-                    _log_counts(run, study, sweep, counts)
-                cause = _hopeless(study, started, sweep.max_failures)
-                if cause is None and deaths > DEATHS_IN_A_ROW:
-                    logs = study_folder(study.name) / "logs"
-                    cause = (
-                        f"{deaths} workers in a row died without finishing a trial; the newest file in {logs} says more"
-                    )
-                if cause is not None:
-                    study.set_attribute(HALT, cause)
-                    raise SweepFailed(cause)
-                over = deadline is not None and time.time() >= deadline
-                open_trials = counts["running"] + (0 if over else counts["waiting"])
-                if not open_trials and not launcher.alive:
-                    break
-                for _ in range(0 if over else min(count, open_trials) - len(launcher.alive)):
-                    launcher.start(_task(study, config, store, address, run.run_id, deadline))
-            if over and counts["waiting"]:
-                log.warning("timeout: %d trials have not been run; `resume` runs them.", counts["waiting"])
-    finally:
-        tokens = launcher.alive
-        launcher.stop()
-        reap_dead_workers(study, store, tokens, "stopped with its worker")
+def _begin(study: Sweep, sweep: SweepConfig, space: Space, config: Config, store: Store, slots: list[Slot]) -> None:
+    """Make the source model and the study's trials."""
+    shared = not any(parameter.key.startswith(SOURCE_KEYS) for parameter in space.parameters)
+    prepared = prepare(config, store)
+    if slots and slots[0].reference:
+        log.info(
+            "The settings' own values are not in the space: their trial is shown, and the sampler does not see it."
+        )
+    study.set_attribute(SOURCE_ONLY, _score_source_model(prepared, study.name) if shared else None)
+    _free_gpu_memory()  # all of it is the workers'
+    experiment = config.tracking.experiment
+    secret = without_secrets(store.uri) != store.uri
+    study.set_attribute(TRACKING, {"uri": None if secret else store.uri, "experiment": experiment})
+    describe(study, sweep, space, with_threads(prepared if shared else config, sweep), len(slots))
+    study.add(slots)
 
 
-def _task(study: Sweep, config: Config, store: Store, address: str, sweep_run_id: str, deadline: float | None) -> Task:
-    token = uuid.uuid4().hex[:8]
-    tracking = config_to_dict(config)["tracking"] | {"uri": store.uri}
-    logs = str((study_folder(study.name) / "logs" / f"worker-{token}.log").resolve())
-    return Task(address, study.name, tracking, sweep_run_id, token, os.getcwd(), logs, deadline)
+def _go_on(study: Sweep, sweep: SweepConfig, slots: list[Slot], store: Store, address: str) -> None:
+    """Put in what is missing of a study that exists."""
+    place = study.attribute(TRACKING) or {}
+    if place.get("uri") not in (None, store.uri):
+        log.warning("The study's earlier runs are in %s, this driver's go elsewhere.", place["uri"])
+    reap_at_start(study, store, is_journal(address))
+    present = len(study.counted())
+    wanted = sweep.n_trials or study.attribute(SETTINGS)["n_trials"]
+    if wanted < present:
+        log.warning("study %r has %d trials in all already; n_trials %d is less.", study.name, present, wanted)
+    store_settings(study, sweep, max(present, wanted))
+    study.add(missing_slots(sweep, slots, present, wanted))
+    log.info("study %r exists: running what is missing of its %d trials.", study.name, max(present, wanted))
 
 
-def _launcher(sweep: SweepConfig, config: Config) -> tuple[Launcher, int]:
-    if sweep.launcher == "ray":
-        launcher = RayLauncher(sweep.ray_address, sweep.cpus_per_trial, sweep.gpus_per_trial)
-        return launcher, sweep.workers or max(1, launcher.capacity)
-    gpus = _gpus(config)
-    return ProcessLauncher(gpus), _worker_count(sweep, gpus)
+def _score_source_model(config: Config, study: str) -> dict[str, Any] | None:
+    """Scores and run of the model that all trials start from, not adapted; None without labelled images."""
+    if not (config.data.source.val or config.data.source.test or config.data.target.test):
+        return None
+    result = evaluate(replace(config, {"tracking.run_name": f"{study} source model"}), {"dann.study": study})
+    return {"scores": scores_of(result.metrics), "run_id": result.run_id}
 
 
-def _gpus(config: Config) -> list[str]:
-    """The GPUs that trials may use, as CUDA_VISIBLE_DEVICES names them."""
+def _free_gpu_memory() -> None:
     import torch
 
-    if config.trainer.accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-
-
-def _worker_count(sweep: SweepConfig, gpus: list[str]) -> int:
-    if sweep.workers is not None:
-        return sweep.workers
-    return len(gpus) or min(_cores(), MOST_DEFAULT_WORKERS)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _with_threads(config: Config, sweep: SweepConfig) -> Config:
-    """The cores shared among the workers. Stored with the study: the last digits of a result depend on it."""
-    if sweep.launcher == "ray":
-        share = max(1, int(sweep.cpus_per_trial))
-    else:
-        share = max(1, _cores() // _worker_count(sweep, _gpus(config)))
-    if config.threads is not None and config.threads <= share:
-        return config
-    log.info("threads: %d for each trial, so that the workers share the cores.", share)
-    return replace(config, {"threads": share})
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def in_store(config: Config, store: Store) -> Config:
@@ -281,11 +216,19 @@ def in_store(config: Config, store: Store) -> Config:
     return replace(config, {"tracking.uri": store.uri, "tracking.experiment": name})
 
 
-def _check_launcher(sweep: SweepConfig, address: str) -> None:
-    if sweep.launcher == "ray" and (is_journal(address) or address.startswith("sqlite")):
+def check_launcher(sweep: SweepConfig, address: str, store: Store | None = None) -> None:
+    """Refuse a cluster whose machines could not share the study or the tracking store."""
+    if sweep.launcher != "ray":
+        return
+    if is_journal(address) or address.startswith("sqlite"):
         raise InputError(
             f"launcher is 'ray', but storage is {without_secrets(address)!r}, which other machines cannot share; give a "
-            "server's address, such as postgresql://USER:PASSWORD@HOST/DATABASE."
+            "server's address, such as postgresql://USER@HOST/DATABASE."
+        )
+    if store is not None and store.uri.startswith("sqlite"):
+        raise InputError(
+            f"launcher is 'ray', but tracking.uri is {store.uri!r}, which other machines cannot share; give a server's "
+            "address, such as http://HOST:5000."
         )
 
 
@@ -295,127 +238,25 @@ def only_driver(address: str, study: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     if is_journal(address):
-        path = Path(address).expanduser().with_suffix(".driver")
+        path = Path(address).expanduser().parent / f"{study}.driver"
         path.parent.mkdir(parents=True, exist_ok=True)
     else:
         digest = hashlib.blake2b(f"{address} {study}".encode(), digest_size=8).hexdigest()
         path = Path(tempfile.gettempdir()) / f"dann-sweep-{digest}.driver"
+    lock = FileLock(path)
     try:
-        with FileLock(path, timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
         raise InputError(
             f"study {study!r} is being run by another process of this machine; wait for it or stop it."
         ) from None
-
-
-# what a study is, and whether it still is
-
-
-def _slots(sweep: SweepConfig, space: Space, config: Config) -> list[Slot]:
-    """All trials of the budget: the recipe's own values, the control, and those that the search will fill."""
-    point = space.values_of(config)
-    known = [Slot("recipe", {}, point) if point is not None else Slot("recipe", {}, reference=True)]
-    if point is None:
-        log.info(
-            "The settings' own values are not in the space: their trial is shown, and the sampler does not see it."
-        )
-    known.append(Slot("control", CONTROL, reference=True))
-    if sweep.sampler == "grid":
-        points = [found for found in space.grid() if found != point]
-        return [*known, *(Slot("search", {}, found) for found in points)][: sweep.n_trials]
-    total = sweep.n_trials or DEFAULT_TRIALS
-    return [*known, *(Slot("search", {}) for _ in range(total - len(known)))][:total]
-
-
-def _more(sweep: SweepConfig, slots: list[Slot], present: int, wanted: int) -> list[Slot]:
-    if wanted <= present:
-        return []
-    return slots[present:wanted] if sweep.sampler == "grid" else [Slot("search", {}) for _ in range(wanted - present)]
-
-
-def _stored_settings(sweep: SweepConfig, n_trials: int) -> dict[str, Any]:
-    hidden = ("space", "study", "storage", "objective", "n_trials", "timeout", "confirm_top", "ray_address")
-    return {key: value for key, value in config_to_dict(sweep).items() if key not in hidden} | {"n_trials": n_trials}
-
-
-def _describe(study: Sweep, sweep: SweepConfig, space: Space, config: Config, n_trials: int) -> None:
-    settings = config_to_dict(config)
-    del settings["tracking"]
-    study.set_attribute(
-        DEFINITION,
-        {
-            "space": space.described(),
-            "objective": sweep.objective,
-            "direction": "maximize" if sweep.maximizes else "minimize",
-            "config": settings,
-        },
-    )
-    study.set_attribute(SETTINGS, _stored_settings(sweep, n_trials))
-
-
-def _refuse_changes(study: Sweep, sweep: SweepConfig, space: Space, config: Config) -> None:
-    """A study is one question; another space, objective or base is another study."""
-    definition = study.attribute(DEFINITION)
-    if definition is None:
-        raise InputError(f"study {study.name!r} was not made by this program; give another name.")
-    changes: dict[str, tuple[Any, Any]] = {}
-    direction = "maximize" if sweep.maximizes else "minimize"
-    for key, new in (("objective", sweep.objective), ("direction", direction)):
-        if definition[key] != new:
-            changes[key] = (definition[key], new)
-    before, after = definition["space"], json.loads(json.dumps(space.described()))
-    for key in {**before, **after}:
-        if before.get(key) != after.get(key):
-            changes[f"space: {key}"] = (before.get(key, "not searched"), after.get(key, "not searched"))
-    old, new = flatten(config_from_dict(definition["config"])), flatten(config)
-    for key in {**old, **new}:
-        ours = key.startswith("tracking.") or key == "threads" or (key == PATH and new.get(key) is None)
-        if not ours and old.get(key) != new.get(key):
-            changes[key] = (old.get(key), new.get(key))
-    if changes:
-        _refuse(study, changes)
-
-
-def _refuse(study: Sweep, changes: Mapping[str, tuple[Any, Any]]) -> None:
-    shown = "; ".join(f"{key}: {old!r} in the study, now {new!r}" for key, (old, new) in changes.items())
-    raise InputError(
-        f"study {study.name!r} asks something else ({shown}); go back to its settings or name a new study."
-    )
-
-
-def _with_space(sweep: SweepConfig, space: Mapping[str, Any]) -> SweepConfig:
-    plain = {key: {name: value for name, value in entry.items() if value is not None} for key, entry in space.items()}
-    return load_settings(SweepConfig, None, {**config_to_dict(sweep), "space": plain})
-
-
-# watching
-
-
-def _hopeless(study: Sweep, before: set[int], max_failures: int) -> str | None:
-    """Why the sweep should stop: the last `max_failures` trials failed."""
-    ended = [t for t in study.counted() if t.state.is_finished() and t.number not in before and t.datetime_complete]
-    ended.sort(key=lambda trial: trial.datetime_complete or 0)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    last = ended[-max_failures:]
-    if len(last) < max_failures or any(trial.state != TrialState.FAIL for trial in last):
-        return None
-    reasons = Counter(str(trial.user_attrs.get("error", "unknown")) for trial in last)
-    reason, count = reasons.most_common(1)[0]
-    return f"the last {max_failures} trials failed, {count} of them with: {reason}"
-
-
-def _log_counts(run: TrackedRun, study: Sweep, sweep: SweepConfig, counts: Mapping[str, int]) -> None:
-    done = counts["complete"] + counts["pruned"] + counts["fail"]
-    values: dict[str, float] = {f"trials/{state}": counts[state] for state in ("complete", "pruned", "fail")}
-    best = study.best()
-    if best is not None and best.value is not None:
-        values[f"best/{sweep.objective}"] = best.value
-    run.log_metrics(values, step=done)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _into_run(folder: Path, run_folder: Path) -> None:
-    import shutil
-
     for item in folder.iterdir():
         if item.is_dir():
             shutil.copytree(item, run_folder / item.name, dirs_exist_ok=True)

@@ -6,15 +6,18 @@ import contextlib
 import dataclasses
 import logging
 import multiprocessing
-import os
+import signal
+import socket
 import time
 from abc import ABC, abstractmethod
 from multiprocessing.connection import wait
 from typing import Any
 
 from dann_experiments.config import InputError
+from dann_experiments.tracking.store import without_secrets
 from sweeps.worker import Task, process_main, work
 
+REACH_SECONDS = 10.0
 STOP_SECONDS = 90.0  # a run that is being closed may wait a minute for its store
 
 
@@ -38,19 +41,24 @@ class Launcher(ABC):
     def stop(self) -> None:
         """End all workers: each closes its run first. Returns when they are gone."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the launcher holds itself; no worker is left then."""
+
 
 class ProcessLauncher(Launcher):
-    """Spawned processes; with GPUs, each gets one of them."""
+    """Spawned processes; with GPUs, each gets the one that fewest others have."""
 
     def __init__(self, gpus: list[str]) -> None:
         self._context = multiprocessing.get_context("spawn")
-        self._free_gpus = list(gpus)
+        self._gpus = gpus
         self._gpu_of: dict[str, str] = {}
         self._processes: dict[str, Any] = {}
 
     def start(self, task: Task) -> None:
-        if self._free_gpus:
-            self._gpu_of[task.token] = self._free_gpus.pop(0)
+        if self._gpus:
+            taken = list(self._gpu_of.values())
+            self._gpu_of[task.token] = min(self._gpus, key=taken.count)
             task = dataclasses.replace(task, gpu=self._gpu_of[task.token])
         process = self._context.Process(target=process_main, args=(task,), name=f"sweep {task.token}")
         process.start()
@@ -67,8 +75,7 @@ class ProcessLauncher(Launcher):
         ended = {token: process for token, process in self._processes.items() if not process.is_alive()}
         for token in ended:
             del self._processes[token]
-            if token in self._gpu_of:
-                self._free_gpus.append(self._gpu_of.pop(token))
+            self._gpu_of.pop(token, None)
         return {token: _how_it_ended(process.exitcode) for token, process in ended.items()}
 
     def stop(self) -> None:
@@ -83,16 +90,24 @@ class ProcessLauncher(Launcher):
                 process.join()
         self._processes.clear()
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 def _how_it_ended(code: int | None) -> str | None:
-    import signal
-
     if code == 0:
         return None
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         return f"killed by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
     return f"ended with code {code}"
+
+
+def _check_reachable(address: str) -> None:
+    """Raises OSError if nobody listens at HOST:PORT; other addresses (auto, ray://...) are Ray's to judge."""
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
 
 
 class RayLauncher(Launcher):
@@ -109,9 +124,11 @@ class RayLauncher(Launcher):
         self._ray = ray
         self._joined = not ray.is_initialized()
         if self._joined:
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            on_sigterm = signal.getsignal(signal.SIGTERM)
             try:
+                _check_reachable(address)  # Ray itself would try for minutes
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own, which exits with another code
             except Exception as error:  # a ConnectionError, a ValueError or a RuntimeError, by what is wrong
                 reason = " ".join(str(error).split())[:300]
                 raise InputError(
@@ -130,11 +147,12 @@ class RayLauncher(Launcher):
                     f"{there.get(name, 0):g}); give less."
                 )
         self.capacity = int(min([there.get("CPU", 0) / cpus] + ([there.get("GPU", 0) / gpus] if gpus else [])))
+        self._hide_gpus = not gpus  # a task that asked for none would see those of all others
         self._work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(work)
         self._tasks: dict[str, Any] = {}
 
     def start(self, task: Task) -> None:
-        self._tasks[task.token] = self._work.remote(task)
+        self._tasks[task.token] = self._work.remote(dataclasses.replace(task, gpu="") if self._hide_gpus else task)
 
     @property
     def alive(self) -> list[str]:
@@ -153,7 +171,7 @@ class RayLauncher(Launcher):
                     self._ray.get(reference)
                     ended[token] = None
                 except Exception as error:  # of Ray (its worker or machine died) or of the worker itself
-                    ended[token] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    ended[token] = f"{type(error).__name__}: {without_secrets(' '.join(str(error).split()))[:300]}"
         return ended
 
     def stop(self) -> None:
@@ -166,7 +184,6 @@ class RayLauncher(Launcher):
                 with contextlib.suppress(Exception):
                     self._ray.cancel(reference, force=True)
         self._tasks.clear()
-        self.close()
 
     def close(self) -> None:
         """Leave the cluster, if this launcher joined it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -11,35 +12,34 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from dann_experiments.config import Config, InputError, flatten, replace
+from dann_experiments.config import Config, InputError, replace
 from dann_experiments.config.errors import StoreAway
-from dann_experiments.jobs import RunResult, adapt
+from dann_experiments.jobs import RunResult, adapt, setup
+from dann_experiments.tracking.store import without_secrets
 from sweeps.pruning import Pruned, PruningCallback
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, settings_of
-from sweeps.study import Sweep, build_pruner, build_sampler
+from sweeps.study import STORAGE_ERRORS, Sweep, build_pruner, build_sampler
 
 log = logging.getLogger(__name__)
-KNOWN_EACH_EPOCH = ("iou/", "class_iou/", "loss/val_")  # what validation scores: only these can be pruned by
-LOGGED_EACH_STEP = ("da/", "da_layer/", "loss/train_")
+EACH_STEP = ("da/domain_loss", "da/domain_acc", "loss/train_seg", "loss/train_da", "loss/train_total")
+VALIDATED = ("iou/", "class_iou/", "loss/val_")  # beginnings of the names that validation gives
 
 
 def check_objective(sweep: SweepConfig, config: Config) -> None:
-    """Refuse an objective that no run logs; raises InputError."""
+    """Refuse an objective that no run logs; raises InputError. Warns where it cannot be pruned by."""
     name = sweep.objective
-    scores = ["iou/gap_source_minus_target", "iou/source_drop_from_baseline"]
-    for domain in ("source", "target"):
-        if not getattr(config.data, domain).val:
-            continue
-        scores += [f"iou/{domain}_val", f"loss/val_{domain}"]
-        scores += [f"class_iou/{domain}_val/{label}" for label in config.class_names]
-    own_method = config.domain_adaptation.method.class_path is not None
-    if name in scores or name.startswith(LOGGED_EACH_STEP) or (own_method and not name.startswith(KNOWN_EACH_EPOCH)):
+    known = setup.validation_metrics(config)
+    own_method = config.domain_adaptation.method.class_path is not None and not name.startswith(VALIDATED)
+    if name in known:
+        setup.check_labels(config, "objective", name)
         return
-    raise InputError(
-        f"objective is {name!r}, which these runs do not log; validation gives {scores}, each step da/domain_loss, "
-        "da/domain_acc, loss/train_seg, loss/train_da and loss/train_total."
-    )
+    if name not in EACH_STEP and not name.startswith("da_layer/") and not own_method:
+        raise InputError(
+            f"objective is {name!r}, which these runs do not log; validation gives {known}, each step {list(EACH_STEP)}."
+        )
+    if sweep.pruner != "none":
+        log.warning("pruner %s has no effect: %s is not scored by validation.", sweep.pruner, name)
 
 
 def run_tags(sweep: SweepConfig, name: str, trial: FrozenTrial, sweep_run_id: str) -> dict[str, str]:
@@ -83,17 +83,17 @@ def run_trial(
         may_prune = slot.user_attrs["role"] == "search" and sweep.pruner != "none"
         callback = PruningCallback(trial, sweep.objective, may_prune)
         result = adapt(config, [callback], run_tags(sweep, study.name, slot, sweep_run_id))
-        study.note(slot, scores=_scores(result.metrics), run_id=result.run_id)
+        study.note(slot, scores=scores_of(result.metrics), run_id=result.run_id)
         value = _objective_value(result, sweep.objective)
         state = TrialState.COMPLETE
     except Pruned:
         state = TrialState.PRUNED
-    except (StoreAway, optuna.exceptions.UpdateFinishedTrialError):
+    except (StoreAway, optuna.exceptions.UpdateFinishedTrialError, *STORAGE_ERRORS):
         raise
     except Exception as error:
-        log.error("trial %d failed: %s", slot.number, traceback.format_exc())
+        log.error("trial %d failed: %s", slot.number, without_secrets(traceback.format_exc()))
         study.note(slot, error=_reason(error))
-        _free_memory()
+    _free_memory()  # not in the handler above, where the traceback still holds what the trial held
     study.note(slot, seconds=round(time.monotonic() - started, 2))
     optuna_study.tell(trial, value, state, skip_if_finished=True)
 
@@ -101,29 +101,32 @@ def run_trial(
 def _objective_value(result: RunResult, objective: str) -> float:
     """The final model's score; of what is logged along the way, the mean over the last tenth of the steps."""
     if objective in result.metrics:
-        return float(result.metrics[objective])
-    history = result.history()
-    found = history[history["metric"] == objective]
-    if found.empty:
-        raise InputError(f"objective is {objective!r}, which run {result.run_id} did not log.")
-    values: Sequence[float] = found["value"].tolist()
-    value = sum(values[-max(1, len(values) // 10) :]) / max(1, len(values) // 10)
-    if value != value:
-        raise FloatingPointError(f"{objective} is not a number")
+        value = float(result.metrics[objective])
+    else:
+        history = result.history()
+        found = history[history["metric"] == objective]
+        if found.empty:
+            raise InputError(f"objective is {objective!r}, which run {result.run_id} did not log.")
+        values: Sequence[float] = found["value"].tolist()
+        last = values[-max(1, len(values) // 10) :]
+        value = sum(last) / len(last)
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{objective} is {value}")
     return value
 
 
-def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
+def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What is stored of a run's metrics: its IoU values."""
     return {name: float(value) for name, value in metrics.items() if name.startswith("iou/")}
 
 
 def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = without_secrets(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:500]
 
 
 def _free_memory() -> None:
-    """After an error (out of memory above all) the next trial must find the memory free."""
+    """After an error (out of memory above all) and after any end, the next trial must find the memory free."""
     import gc
 
     import torch
@@ -131,8 +134,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def settings_key(config: Config) -> dict[str, Any]:
-    """What makes two sweeps' settings the same: all but where runs are kept."""
-    return {key: value for key, value in flatten(config).items() if not key.startswith("tracking.")}

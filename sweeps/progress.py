@@ -8,7 +8,7 @@ from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.study import Sweep
+from sweeps.study import Sweep, superseded
 
 
 class Progress:
@@ -86,7 +86,7 @@ def describe_end(trial: FrozenTrial) -> str:
         return f"done{role}: {trial.value:.4f}"
     if trial.state == TrialState.PRUNED:
         return f"pruned after epoch {trial.user_attrs.get('epochs')}"
-    if trial.user_attrs.get("superseded"):
+    if superseded(trial):
         return f"put in again{role}: {trial.user_attrs.get('error')}"
     return f"FAILED{role}: {trial.user_attrs.get('error')}"
 

@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterable
 
+from mlflow.exceptions import MlflowException
 from optuna.trial import TrialState
 
-from dann_experiments.tracking.store import Store
-from sweeps.study import Sweep, is_elsewhere, live_process, stale_trials
+from dann_experiments.tracking.processes import is_elsewhere, live_process
+from dann_experiments.tracking.store import Store, without_secrets
+from sweeps.study import SWEEP_RUNS, Sweep, stale_trials
 
+log = logging.getLogger(__name__)
 ORPHAN_SECONDS = 30.0  # workers see their driver's end at once and close their runs
 UNNAMED_SECONDS = 10.0  # longest time between claiming a trial and storing who did
 
 
-def reap_at_start(study: Sweep, store: Store, one_machine: bool) -> int:
-    """End what earlier drivers left; returns how many trials were put in again. The caller is the study's only driver on
-    this machine; `one_machine`: in the world (its storage is a file)."""
-    count = 0
+def reap_at_start(study: Sweep, store: Store, one_machine: bool) -> None:
+    """End what earlier drivers left, and put their trials in again. The caller is the study's only driver on this machine;
+    `one_machine`: in the world (its storage is a file)."""
     for trial in study.trials(TrialState.RUNNING):
         worker = study.worker_of(trial)
         if worker is not None:
             if is_elsewhere(worker[1]) and not one_machine:
                 continue  # alive or not: its heartbeat tells
             _end_orphan(worker[1])
-        count += study.give_back(trial, "its worker died, and its driver too")
-    study.repair()
+        study.give_back(trial, "its worker died, and its driver too")
+    study.put_in_again()
+    if one_machine:  # wherever the earlier drivers were (a container's host name changes), they are gone
+        for run_id in study.attribute(SWEEP_RUNS) or []:
+            with contextlib.suppress(Exception):  # deleted, or in another store
+                if store.client.get_run(run_id).info.status == "RUNNING":
+                    _close(store, run_id)
     close_runs(study, store)
-    return count
 
 
 def reap_dead_workers(study: Sweep, store: Store, tokens: Iterable[str], reason: str) -> None:
-    """Give back the running trials of workers that ended, and close their runs."""
+    """Give back the running trials of workers that ended, put them in again, and close their runs."""
     ended = set(tokens)
     for trial in study.trials(TrialState.RUNNING):
         worker = study.worker_of(trial)
         if worker is not None and worker[0] in ended:
             study.give_back(trial, reason)
+    study.put_in_again()
     close_runs(study, store)
+
+
+def give_back_unnamed(study: Sweep) -> None:
+    """Give back trials whose worker died between claiming and saying so. For when no worker of the study is left."""
+    for trial in study.trials(TrialState.RUNNING):
+        if study.worker_of(trial) is None:
+            study.give_back(trial, "its worker died while claiming it")
+    study.put_in_again()
 
 
 class Watch:
@@ -57,25 +73,35 @@ class Watch:
                 self._unnamed.pop(trial.number, None)
             elif now - self._unnamed.setdefault(trial.number, now) > UNNAMED_SECONDS:
                 gone.append((trial, "its worker died while claiming it"))
-        if [True for trial, reason in gone if self._study.give_back(trial, reason)]:
+        given_back = [trial.number for trial, reason in gone if self._study.give_back(trial, reason)]
+        self._study.put_in_again()
+        if given_back:
             close_runs(self._study, self._store)
 
 
 def close_runs(study: Sweep, store: Store) -> None:
-    """Close as KILLED the study's runs that are open without anybody left to write them."""
-    escaped = study.name.replace("'", "")
-    wanted = f"tags.`dann.study` = '{escaped}' and attributes.status = 'RUNNING'"
+    """Close as KILLED the runs that are open without anybody left to write them: of the study's trials that have ended, and
+    of processes of this machine that are gone (an earlier driver, a pretraining). A store that does not answer is left
+    alone: the next call finds them again."""
     finished = {trial.number for trial in study.trials() if trial.state.is_finished()}
-    for run in store.client.search_runs([store.experiment_id], wanted, max_results=1000):
-        tags = run.data.tags
-        if tags.get("dann.job") == "sweep":
-            driver = tags.get("dann.driver", "")
-            over = not is_elsewhere(driver) and live_process(driver) is None if driver else True
-        else:
-            over = int(tags.get("dann.trial", -1)) in finished
-        if over:
-            store.client.set_tag(run.info.run_id, "dann.closed_by", "sweep: its process was gone")
-            store.client.set_terminated(run.info.run_id, "KILLED")
+    sweep_runs = study.attribute(SWEEP_RUNS) or []
+    try:
+        for run in store.client.search_runs([store.experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
+            tags = run.data.tags
+            process = tags.get("dann.process")
+            gone = process is not None and not is_elsewhere(process) and live_process(process) is None
+            own = tags.get("dann.job") == "trial" and tags.get("dann.sweep_run_id") in sweep_runs
+            if gone or (own and int(tags["dann.trial"]) in finished):
+                _close(store, run.info.run_id)
+    except MlflowException as error:
+        log.warning(
+            "The tracking store does not answer (%s); runs are closed later.", without_secrets(str(error))[:200]
+        )
+
+
+def _close(store: Store, run_id: str) -> None:
+    store.client.set_tag(run_id, "dann.closed_by", "sweep: its process was gone")
+    store.client.set_terminated(run_id, "KILLED")
 
 
 def _end_orphan(process_name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.config.schema import TARGET_LABEL_METRICS
 from dann_experiments.tracking.store import Store
 from sweeps.objective import trial_config
-from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep
+from sweeps.study import DEFINITION, HALT, SETTINGS, SOURCE_ONLY, Sweep, superseded
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 FIGURES = {
@@ -34,6 +37,7 @@ FIGURES = {
 }
 MOST_IN_CONTOUR = 5  # its panels grow with the square of the parameters
 TOP = 5
+SCORES = ("iou/source_val", "iou/target_val", "iou/source_test", "iou/target_test")
 
 
 def trials_table(study: Sweep) -> pd.DataFrame:
@@ -47,7 +51,7 @@ def trials_table(study: Sweep) -> pd.DataFrame:
             {
                 "trial": trial.number,
                 "role": known.get("role"),
-                "state": "superseded" if known.get("superseded") else trial.state.name.lower(),
+                "state": "superseded" if superseded(trial) else trial.state.name.lower(),
                 study.attribute(DEFINITION)["objective"]: trial.value if trial.state == TrialState.COMPLETE else None,
                 "last_report": trial.intermediate_values.get(trial.last_step) if trial.last_step else None,
                 "epochs": known.get("epochs"),
@@ -99,9 +103,9 @@ def write_report(study: Sweep, store: Store, folder: Path) -> None:
 def write_figures(study: Sweep, folder: Path) -> dict[str, str]:
     """PNG files, and study.html with all figures to explore; returns those that could not be drawn, and why."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = _short_names(study)
     objective = study.attribute(DEFINITION)["objective"]
     missing: dict[str, str] = {}
+    drawn = _short_names(study)
     parts: list[str] = []
     import plotly.io
     from matplotlib import pyplot as plt
@@ -124,6 +128,9 @@ def write_figures(study: Sweep, folder: Path) -> dict[str, str]:
                     figure.set_size_inches(3.2 * max(2, len(ranked)), 3.2 * (len(wanted.get("params", [])) or 1) + 1)
                 elif name == "parallel_coordinates":
                     figure.set_size_inches(max(7.0, 2.2 * len(ranked)), 5)
+                _tidy(figure)
+                if name == "history":
+                    _draw_references(figure.axes[0], study)
                 figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
                 interactive = getattr(optuna.visualization, function)(drawn, **wanted)
             parts.append(plotly.io.to_html(interactive, include_plotlyjs=not parts, full_html=False))
@@ -138,6 +145,30 @@ def write_figures(study: Sweep, folder: Path) -> dict[str, str]:
         )
         (folder / "study.html").write_text(page, encoding="utf-8")
     return missing
+
+
+def _tidy(figure: Figure) -> None:
+    """Words on an axis side by side, and no labels between the powers of ten."""
+    from matplotlib.ticker import NullFormatter
+
+    figure.canvas.draw()
+    for axes in figure.axes:
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if any(len(text.get_text()) > 6 and text.get_text()[0].isalpha() for text in axes.get_xticklabels()):
+            axes.tick_params(axis="x", rotation=20)
+
+
+def _draw_references(axes: Axes, study: Sweep) -> None:
+    """The control and the source model as lines: what the search must beat."""
+    objective, source = study.attribute(DEFINITION)["objective"], study.attribute(SOURCE_ONLY)
+    control = next((trial for trial in baselines(study) if trial.user_attrs["role"] == "control"), None)
+    levels = {"lambda = 0 control": None if control is None else control.value}
+    if source is not None:
+        levels["source only"] = source["scores"].get(objective)
+    for (name, value), style in zip(levels.items(), ("--", ":"), strict=False):
+        if value is not None:
+            axes.axhline(value, color="black", linestyle=style, label=f"{name} {value:.3f}")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
 
 
 def _for_contour(drawn: optuna.Study, names: Sequence[str]) -> list[str]:
@@ -163,11 +194,12 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 def _short_names(study: Sweep) -> optuna.Study:
     """A copy of the search in memory, under names that fit on an axis."""
-    found = [t for t in study.trials() if not t.user_attrs.get("reference") and not t.user_attrs.get("superseded")]
+    shown = {trial.number for trial in study.counted() if not trial.user_attrs.get("reference")}
     names = short_names(list(study.attribute(DEFINITION)["space"]))
     copy = optuna.create_study(direction="maximize" if study.maximizes else "minimize")
-    for trial in found:
-        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+    for trial in study.trials():
+        if trial.number not in shown or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+            copy.add_trial(optuna.create_trial(state=TrialState.FAIL))  # not drawn, but the others keep their numbers
             continue
         copy.add_trial(
             optuna.create_trial(
@@ -214,15 +246,13 @@ def label(trial: FrozenTrial) -> str:
 def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> str:
     definition, settings = study.attribute(DEFINITION), study.attribute(SETTINGS)
     objective, counts = definition["objective"], study.counts()
-    names = short_names(list(definition["space"]))
     best, control = study.best(), next((t for t in baselines(study) if t.user_attrs["role"] == "control"), None)
     lines = [f"# Sweep {study.name}", ""]
     ended = ", ".join(f"{counts[state]} {state}" for state in ("complete", "pruned", "fail", "running", "waiting"))
     lines += [
         f"{sum(counts.values())} trials: {ended}. {definition['direction'].capitalize()} `{objective}`; sampler "
         f"{settings['sampler']} (seed {settings['sampler_seed']}), pruner {settings['pruner']}; "
-        f"{_epochs_share(study, definition):.0%} of the epochs of {sum(counts.values()) - counts['waiting']} whole trials "
-        "were trained.",
+        f"{_epochs_share(study, definition):.0%} of the epochs that the complete and pruned trials have in full were trained.",
         "",
     ]
     if study.attribute(HALT):
@@ -237,8 +267,8 @@ def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> str:
     if best is not None:
         lines += [_verdict(study, best, control, objective), ""]
     shown = {trial.number: trial for trial in [*baselines(study), *top_trials(study)]}
-    lines += ["## Best trials beside the known ones", "", *_table(list(shown.values()), objective, names, study), ""]
-    lines += ["## All trials", "", *_table(study.counted(), objective, names, study), ""]
+    lines += ["## Best trials beside the known ones", "", *markdown(comparison(study, list(shown.values()))), ""]
+    lines += ["## All trials", "", *markdown(comparison(study, study.counted())), ""]
     failed = [trial for trial in study.counted() if trial.state == TrialState.FAIL]
     if failed:
         lines += ["## Failed", "", *(f"- trial {t.number}: {t.user_attrs.get('error')}" for t in failed), ""]
@@ -273,37 +303,41 @@ def _epochs_share(study: Sweep, definition: Mapping[str, Any]) -> float:
     return trained / whole if whole else 0.0
 
 
-def _table(trials: Sequence[FrozenTrial], objective: str, names: Mapping[str, str], study: Sweep) -> list[str]:
+def comparison(study: Sweep, trials: Sequence[FrozenTrial]) -> pd.DataFrame:
+    """The source model as it was, if it was scored, and `trials`: scores, values of the searched settings (short names),
+    run. Columns without any value are left out."""
     import pandas as pd
 
+    definition, source = study.attribute(DEFINITION), study.attribute(SOURCE_ONLY)
+    objective, names = definition["objective"], short_names(list(definition["space"]))
+    scores = [objective, *(name for name in SCORES if name != objective)]
     rows = []
+    if source is not None:
+        found = {name: source["scores"].get(name) for name in scores}
+        rows.append({"": "source only", "state": "not adapted", **found, "run": source["run_id"][:8]})
     for trial in trials:
         known = trial.user_attrs
-        scores = known.get("scores", {})
-        value = trial.value if trial.state == TrialState.COMPLETE else None
-        row = {"": label(trial), "state": trial.state.name.lower(), objective: _number(value)}
-        for name in ("iou/source_val", "iou/target_val", "iou/source_test", "iou/target_test"):
-            if name != objective:
-                row[name] = _number(scores.get(name))
+        found = {name: known.get("scores", {}).get(name) for name in scores}
+        found[objective] = trial.value if trial.state == TrialState.COMPLETE else None
         point = point_of(study, trial)
-        row |= {short: _number(point.get(key)) for key, short in names.items()}
-        row["run"] = str(known.get("run_id", ""))[:8]
-        rows.append(row)
-    if not rows:
+        values = {short: point.get(key) for key, short in names.items()}
+        row = {"": label(trial), "state": trial.state.name.lower(), **found, **values}
+        rows.append({**row, "run": str(known.get("run_id", ""))[:8]})
+    return pd.DataFrame(rows, dtype=object).dropna(axis="columns", how="all")
+
+
+def markdown(table: pd.DataFrame) -> list[str]:
+    """The table as lines of Markdown."""
+    if not len(table):
         return ["none"]
-    table = pd.DataFrame(rows)
-    table = table[[name for name in table.columns if name in ("", "state") or any(table[name] != "")]]
     head = [str(name) for name in table.columns]
+    cells = [[number(cell) for cell in row] for row in table.values.tolist()]
     return [
-        _row(head),
-        _row(["---"] * len(head)),
-        *(_row([str(cell) for cell in row]) for row in table.values.tolist()),
+        "| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in (head, ["---"] * len(head), *cells)
     ]
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def number(value: Any) -> str:
+    """A cell: four digits of a fraction, nothing for what is missing."""
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if missing else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,20 +10,24 @@ from typing import Any, Literal
 from dann_experiments.config import InputError
 from dann_experiments.config.schema import TARGET_LABEL_METRICS, MonitorConfig
 
+QUESTION = ("space", "objective", "direction", "sampler", "sampler_seed", "pruner")  # another one is another study
+RAY_ONLY = ("ray_address", "cpus_per_trial", "gpus_per_trial")
+
 
 @dataclass(frozen=True)
 class SweepConfig:
     """A search over settings of `adapt`. Written in a YAML file (`--space FILE`); each can be given as a flag as well."""
 
     space: dict[str, Any] = field(default_factory=dict)
-    """What is searched: dotted setting -> {type: float, low, high, log, step}, {type: int, low, high, log, step},
-    {type: categorical, choices}, each with an optional `when: {other.setting: value}`; `auto` for
-    domain_adaptation.method.feature_layer means all useful layers of the network."""
+    """What is searched (in the file alone; the flag --space names the file): dotted setting -> {type: float, low, high, log,
+    step}, {type: int, low, high, log, step}, {type: categorical, choices}, each with an optional
+    `when: {other.setting: value}`; `auto` for domain_adaptation.method.feature_layer means all useful layers of the
+    network."""
     study: str | None = None
     """Name of the study; null = from the names of the space's and the config's files. A study that exists is continued."""
     storage: str | None = None
-    """Where the study is kept: a journal file, or an address like postgresql://... or sqlite:///FILE; null = the journal
-    file studies/STUDY.journal."""
+    """Where the study is kept: a journal file, or an address like postgresql://USER@HOST/DATABASE or sqlite:///FILE; null =
+    the journal file studies/STUDY/journal.log. A password is best left to ~/.pgpass."""
     n_trials: int | None = None
     """Trials in all, the recipe's own values and the lambda = 0 control among them; null = 20, or the whole grid."""
     timeout: float | None = None
@@ -81,10 +86,16 @@ class SweepConfig:
         for key in ("confirm_top", "gpus_per_trial", "sampler_seed"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise InputError(f"{key} is {getattr(self, key)}; give a number from 0 up.")
-        if self.timeout is not None and self.timeout <= 0:
+        if self.timeout is not None and not self.timeout > 0:
             raise InputError(f"timeout is {self.timeout}; give seconds above 0.")
         if not 0 < self.cpus_per_trial < float("inf"):
             raise InputError(f"cpus_per_trial is {self.cpus_per_trial}; give a number above 0.")
+        if self.launcher == "processes":
+            for setting in dataclasses.fields(self):
+                if setting.name in RAY_ONLY and getattr(self, setting.name) != setting.default:
+                    raise InputError(
+                        f"{setting.name} has no effect with launcher: processes; remove it, or set launcher: ray."
+                    )
         for key in ("study", "model_name"):
             value = getattr(self, key)
             if value is not None and not re.fullmatch(r"[\w][\w .+-]{0,99}", value):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from dann_experiments.config import Config
 from dann_experiments.config.schema import TARGET_LABEL_METRICS
 from dann_experiments.tracking.store import open_store
-from sweeps.driver import SweepResult, find_study
+from sweeps.driver import SweepResult, find_study, study_config
 from sweeps.progress import describe_end
-from sweeps.report import baselines, label, point_of, short_names, top_trials, write_report
-from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep, is_journal, storage_address, study_folder
+from sweeps.report import baselines, comparison, number, top_trials, write_report
+from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep, flags_of, is_journal, storage_address, study_folder
 
 if TYPE_CHECKING:
     from sweeps.confirm import Confirmation
@@ -26,38 +26,34 @@ def result(ended: SweepResult, store: str) -> None:
     print(", ".join(f"{counts[state]} {state}" for state in ("complete", "pruned", "fail", "waiting") if counts[state]))
     print(f"Report, figures, best_config.yaml, trials.csv: {ended.folder}")
     for what, page in ended.links.items():
-        print(f"MLflow, {what}: {store if store.startswith('http') else 'http://127.0.0.1:5000/'}{page}")
+        print(f"MLflow, {what}: {store.rstrip('/') if store.startswith('http') else 'http://127.0.0.1:5000'}/{page}")
     if not store.startswith("http"):
         print(f"  after: {store}")
     if ended.best is not None:
-        print(
-            f"Next: python -m sweeps confirm --study '{ended.study}'   (the best again over new seeds; its mean counts)"
-        )
+        flags = flags_of(ended.study, ended.settings.storage)
+        print(f"Next: python -m sweeps confirm {flags}   (the best again over new seeds; the best mean wins)")
 
 
 def print_table(study: Sweep) -> None:
-    """The best trials beside the known ones."""
-    definition = study.attribute(DEFINITION)
-    objective, names = definition["objective"], short_names(list(definition["space"]))
+    """The best trials beside the known ones and the source model."""
     shown = {trial.number: trial for trial in [*baselines(study), *top_trials(study)]}
-    scores = [name for name in ("iou/source_val", "iou/target_test") if name != objective]
+    found = comparison(study, sorted(shown.values(), key=study.rank, reverse=True)).drop(
+        columns=["state"], errors="ignore"
+    )
     table = Table(title=f"study {study.name}")
-    for name in ("trial", objective, *scores, *names.values(), "run"):
-        table.add_column(name.replace("_", "\n_").replace("/", "/\n"), overflow="fold", min_width=5)
-    for trial in sorted(shown.values(), key=study.rank, reverse=True):
-        found = trial.user_attrs.get("scores", {})
-        cells = [_score(trial.value), *(_score(found.get(name)) for name in scores)]
-        point = point_of(study, trial)
-        cells += [f"{value:.3g}" if isinstance(value := point.get(key), float) else _text(value) for key in names]
-        table.add_row(label(trial).removeprefix("trial "), *cells, str(trial.user_attrs.get("run_id", ""))[:8])
+    for name in found.columns:
+        table.add_column(str(name).replace("_", "\n_").replace("/", "/\n"), overflow="fold", min_width=5)
+    for row in found.values.tolist():
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else number(cell) for cell in row))
     Console().print(table)
+    objective = study.attribute(DEFINITION)["objective"]
     if str(objective).startswith(TARGET_LABEL_METRICS):
         print(
             f"Chosen by {objective}, which uses target labels: the best of many is flattered; iou/target_test is not."
         )
 
 
-def status(name: str, storage: str | None, config: Config) -> None:
+def status(name: str, storage: str | None) -> None:
     """How far a study is, trial by trial."""
     address = storage_address(storage, name)
     study = find_study(name, address)
@@ -79,14 +75,15 @@ def status(name: str, storage: str | None, config: Config) -> None:
                 f"  trial {trial.number} running: epoch {known.get('epochs', 0)} done{score}, run {known.get('run_id')}"
             )
     if counts["waiting"]:
-        print(f"{counts['waiting']} waiting; `python -m sweeps resume --study '{name}'` runs them.")
+        print(f"{counts['waiting']} waiting; `python -m sweeps resume {flags_of(name, storage)}` runs them.")
     if is_journal(address):
         print(f"To watch: optuna-dashboard '{address}'")
 
 
-def report(name: str, storage: str | None, config: Config) -> None:
-    """Write the report again and show its table."""
+def report(name: str, storage: str | None, tracking: Mapping[str, Any]) -> None:
+    """Write the report again and show its table. `tracking`: dotted `tracking.*`, where its runs are if not where stored."""
     study = find_study(name, storage_address(storage, name))
+    config = study_config(study, tracking)
     folder = study_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     write_report(study, open_store(config.tracking.uri, config.tracking.experiment), folder)
@@ -109,6 +106,10 @@ def confirmation(found: Confirmation) -> None:
     Console().print(table)
     if found.beats_control is False:
         print("The lambda = 0 control has the better mean: what was found does not beat it.")
+    if found.winner is None:
+        print(
+            "No winner yet: some runs are missing (the same command runs them), or each candidate failed by some seed."
+        )
     if found.model is not None:
         print(f"Winner: trial {found.winner}; its model (the run with the median score) is {found.model}")
     print(f"Tables, best_config.yaml: {found.folder}")
@@ -116,7 +117,3 @@ def confirmation(found: Confirmation) -> None:
 
 def _score(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)

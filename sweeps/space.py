@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import optuna
@@ -18,7 +19,7 @@ import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import nn
 
-from dann_experiments.config import Config, InputError, flatten, known_keys, replace
+from dann_experiments.config import Config, InputError, config_to_dict, known_keys, replace
 from dann_experiments.config.parsing import scalar
 from dann_experiments.jobs import setup
 from dann_experiments.models.taps import list_layers
@@ -29,6 +30,7 @@ NOT_SEARCHED = {
     "pretraining.": "the source model is trained once and shared by all trials",
     "tracking.": "it says where runs are kept, not what they do",
     "seed": "a seed that was chosen is luck; `confirm` runs the best trials over several",
+    "data.num_workers": "it changes no result",
     "threads": "it changes the last digits alone",
     "trainer.enable_progress_bar": "it changes no result",
     "data.embedded.folder": "it changes no result",
@@ -70,8 +72,12 @@ class Parameter:
         assert isinstance(found, (FloatDistribution, IntDistribution))
         if found.step is None or found.log:
             raise InputError(f"space: {self.key} has no grid; give it a step, or choices, for sampler grid.")
-        count = math.floor((found.high - found.low) / found.step + 1e-9) + 1
-        return [found.low + index * found.step for index in range(count)]
+        if isinstance(found, IntDistribution):
+            return list(range(found.low, found.high + 1, found.step))
+        low, high, step = (
+            Decimal(str(value)) for value in (found.low, found.high, found.step)
+        )  # 0.3, not 0.30000000000000004
+        return [float(low + index * step) for index in range(int((high - low) / step) + 1)]
 
 
 @dataclass(frozen=True)
@@ -109,12 +115,12 @@ class Space:
 
     def values_of(self, config: Config) -> dict[str, Label] | None:
         """The point that these settings are; None if it is not in the space."""
-        settings = _settings(config)
+        settings = config_to_dict(config)
         chosen: dict[str, Label] = {}
         for parameter in self.parameters:
             if not parameter.active(chosen):
                 continue
-            value = label_of(settings[parameter.key])
+            value = label_of(_found(settings, parameter.key))
             distribution = parameter.distribution
             if isinstance(distribution, CategoricalDistribution):
                 # True == 1 in Python, but not in a configuration
@@ -328,8 +334,15 @@ def _check_ends(parameter: Parameter, space: Space, config: Config) -> None:
     for key, values in parameter.when.items():
         allowed = by_key[key].ends()
         for value in values:
-            if isinstance(by_key[key].distribution, CategoricalDistribution) and value not in allowed:
-                raise InputError(f"space: {parameter.key} wants {key} = {value!r}, which is none of {allowed}.")
+            found = by_key[key].distribution
+            fits = value in allowed
+            if not isinstance(found, CategoricalDistribution):
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                fits = number and found._contains(found.to_internal_repr(value))
+            if not fits:
+                raise InputError(
+                    f"space: {parameter.key} wants {key} = {value!r}, which is none of its values ({allowed})."
+                )
     for given in parents(parameter) if parameter.when else iter([{}]):
         for value in parameter.ends():
             error = _refused(config, {**given, parameter.key: value})
@@ -348,6 +361,8 @@ def _suggest(trial: optuna.Trial, parameter: Parameter) -> Label:
     return trial.suggest_float(parameter.key, found.low, found.high, step=found.step, log=found.log)
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """Dotted name -> value, with the arguments of an own method one by one and as a whole."""
-    return {**flatten(config), "domain_adaptation.method.init_args": config.domain_adaptation.method.init_args}
+def _found(settings: Any, key: str) -> Any:
+    """The value at a dotted name; None where it is not given (an argument of a user's own method)."""
+    for name in key.split("."):
+        settings = settings.get(name) if isinstance(settings, Mapping) else None
+    return settings

@@ -1,24 +1,26 @@
 """The study: what is stored of a sweep, and the trials as slots that workers claim.
 
 All trials of the budget are put into the study at the start, waiting. A worker claims one, draws its values and runs it.
-So the number of trials is exact however many workers, machines or drivers there are, and what is missing after a crash is
-what still waits. A trial whose worker died is marked as superseded and put in again: it counts once.
+So the number of trials is exact however many workers there are, and what is missing after a crash is what still waits. A
+trial whose worker died is ended with the mark that it shall run again; the driver, and nobody else, puts it in again, so
+that it counts once whoever dies in between.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
+import re
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 import optuna
+import sqlalchemy.exc
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -28,12 +30,17 @@ from dann_experiments.tracking.store import without_secrets
 from sweeps.settings import SweepConfig
 from sweeps.space import Label
 
-if TYPE_CHECKING:
-    import psutil
-
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 ATTEMPTS = 2  # a trial whose worker died is run once more
 DEFINITION, SETTINGS, HALT = "dann.definition", "dann.settings", "dann.halt"
+SOURCE_ONLY, TRACKING, SWEEP_RUNS = "dann.source_only", "dann.tracking", "dann.sweep_runs"
+AGAIN = "again"  # of a trial that ended for no fault of its settings: the attempt that shall follow
+# of a database that is away for a moment
+STORAGE_ERRORS = (
+    optuna.exceptions.StorageInternalError,
+    sqlalchemy.exc.OperationalError,
+    sqlalchemy.exc.InterfaceError,
+)
 Role = Literal["recipe", "control", "search", "confirm"]
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -60,6 +67,11 @@ def storage_address(storage: str | None, study: str) -> str:
     return storage if storage is not None else str(study_folder(study) / "journal.log")
 
 
+def flags_of(study: str, storage: str | None) -> str:
+    """The flags that name a study on the command line."""
+    return f"--study '{study}'" + ("" if storage is None else f" --storage '{without_secrets(storage)}'")
+
+
 def study_folder(study: str) -> Path:
     """Where a study's files are: its journal (by default), the workers' logs, the report."""
     return Path("studies") / study
@@ -68,6 +80,12 @@ def study_folder(study: str) -> Path:
 def is_journal(address: str) -> bool:
     """Whether it is a file; else it is a database's address."""
     return "://" not in address
+
+
+def sqlite_file(address: str) -> str | None:
+    """The file of an address sqlite:///FILE; None of any other."""
+    found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^:?]+)(\?.*)?", address)
+    return None if found is None else found.group(1)
 
 
 def open_storage(address: str) -> BaseStorage:
@@ -84,7 +102,8 @@ def open_storage(address: str) -> BaseStorage:
             raise InputError(f"storage is {shown!r}, which cannot be written ({error}); choose another.") from None
         except Exception as error:  # Optuna raises whatever the broken line makes of its parser
             raise InputError(f"storage is {shown!r}, which is no journal file of Optuna: {error}") from None
-    if urlsplit(address).scheme.partition("+")[0] not in ("sqlite", "postgresql", "mysql"):
+    known = urlsplit(address).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql")
+    if not known or (address.startswith("sqlite") and not sqlite_file(address)):
         raise InputError(
             f"storage is {shown!r}; give a journal file's path, sqlite:///FILE, postgresql://... or mysql://..."
         )
@@ -150,7 +169,9 @@ class Sweep:
 
     def counted(self) -> list[FrozenTrial]:
         """The trials of the budget: all but those that were put in again."""
-        return [trial for trial in self.trials() if not trial.user_attrs.get("superseded")]
+        trials = self.trials()
+        followed = {trial.user_attrs.get("retry_of") for trial in trials}
+        return [trial for trial in trials if trial.number not in followed]
 
     def add(self, slots: Sequence[Slot]) -> None:
         """Put trials in, waiting."""
@@ -180,12 +201,12 @@ class Sweep:
 
     def _one_at_a_time(self) -> contextlib.AbstractContextManager[Any]:
         """Journals and servers change a trial's state atomically; sqlite, which has no row locks, does not."""
-        url = str(getattr(getattr(self.storage, "_backend", None), "url", ""))
-        if not url.startswith("sqlite:///"):
+        file = sqlite_file(str(getattr(getattr(self.storage, "_backend", None), "url", "")))
+        if file is None:
             return contextlib.nullcontext()
         from filelock import FileLock
 
-        return FileLock(url.removeprefix("sqlite:///") + ".claim.lock")
+        return FileLock(file + ".claim.lock")
 
     def worker_of(self, trial: FrozenTrial) -> tuple[str, str] | None:
         """Token and process of the worker that claimed it; None in the moment before it is stored."""
@@ -198,30 +219,25 @@ class Sweep:
             self.storage.set_trial_user_attr(trial._trial_id, name, value)
 
     def give_back(self, trial: FrozenTrial, reason: str, stopped: bool = False) -> bool:
-        """End a trial that nobody runs any more, and put it in again: always if it was `stopped`, else (its worker died)
-        as long as it has attempts left. False if somebody else has ended it."""
+        """End a trial that nobody runs any more, to be put in again: always if it was `stopped`, else (its worker died) as
+        long as it has attempts left. False if somebody else has ended it."""
         trial = self.storage.get_trial(trial._trial_id)
         attempt = int(trial.user_attrs.get("attempt", 1))
-        again = stopped or attempt < ATTEMPTS
+        marks: dict[str, Any] = {"error": reason}
+        if stopped or attempt < ATTEMPTS:
+            marks[AGAIN] = attempt if stopped else attempt + 1
         with self._one_at_a_time():
             try:
-                self.note(trial, error=reason, **({"superseded": True} if again else {}))
-                if not self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL):
-                    return False
+                self.note(trial, **marks)
+                return self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             except optuna.exceptions.UpdateFinishedTrialError:
                 return False
-        if again:
-            self.add([_again(trial, attempt if stopped else attempt + 1)])
-        return True
 
-    def repair(self) -> None:
-        """Put in again what was marked as superseded by a process that died before it could do so."""
-        trials = self.trials()
-        done = {trial.user_attrs.get("retry_of") for trial in trials}
-        for trial in trials:
-            if trial.user_attrs.get("superseded") and trial.state == TrialState.FAIL and trial.number not in done:
-                stopped = str(trial.user_attrs.get("error", "")).startswith("stopped")
-                self.add([_again(trial, int(trial.user_attrs["attempt"]) + (not stopped))])
+    def put_in_again(self) -> int:
+        """Put in what was given back and not put in yet; how many. For the study's driver alone: two would do it twice."""
+        waiting = [trial for trial in self.counted() if superseded(trial)]
+        self.add([_again(trial) for trial in waiting])
+        return len(waiting)
 
     def for_sampling(self, sampler: optuna.samplers.BaseSampler, pruner: optuna.pruners.BasePruner) -> optuna.Study:
         """The study as samplers and pruners see it: without the references."""
@@ -240,14 +256,19 @@ class Sweep:
 
     def counts(self) -> Counter[str]:
         """How many trials of the budget are complete, pruned, failed, running, waiting."""
-        return Counter(trial.state.name.lower() for trial in self.counted())
+        return Counter("waiting" if superseded(trial) else trial.state.name.lower() for trial in self.counted())
 
 
-def _again(trial: FrozenTrial, attempt: int) -> Slot:
+def superseded(trial: FrozenTrial) -> bool:
+    """Whether it ended for no fault of its settings and another trial takes its place."""
+    return trial.state == TrialState.FAIL and AGAIN in trial.user_attrs
+
+
+def _again(trial: FrozenTrial) -> Slot:
     known = trial.user_attrs
     point = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     return Slot(
-        known["role"], known["overrides"], point, known["reference"], known.get("candidate"), attempt, trial.number
+        known["role"], known["overrides"], point, known["reference"], known.get("candidate"), known[AGAIN], trial.number
     )
 
 
@@ -268,38 +289,29 @@ class _WithoutReferences:
         return [trial for trial in found if not trial.user_attrs.get("reference")]
 
 
-def process_name() -> str:
-    """This process, in a way that no later one has: host, id, and when it started."""
-    import psutil
-
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
-
-
-def live_process(name: str) -> psutil.Process | None:
-    """The process of that name if it lives on this machine."""
-    import psutil
-
-    host, pid, started = name.rsplit(":", 2)
-    if host == socket.gethostname():
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(int(pid))
-            if abs(process.create_time() - float(started)) < 1 and process.status() != psutil.STATUS_ZOMBIE:
-                return process
-    return None
-
-
-def is_elsewhere(name: str) -> bool:
-    """Whether the process of that name is another machine's."""
-    return name.rsplit(":", 2)[0] != socket.gethostname()
-
-
 @contextlib.contextmanager
 def heartbeats(storage: BaseStorage, trial: FrozenTrial) -> Iterator[None]:
-    """Tell a database all the while that the trial is being run."""
-    from optuna.storages._heartbeat import get_heartbeat_thread
-
-    with get_heartbeat_thread(trial._trial_id, storage):
+    """Tell a database all the while that the trial is being run. (Optuna's own thread ends for good at the first beat that
+    a restarting server does not take.)"""
+    if not isinstance(storage, optuna.storages._CachedStorage):
         yield
+        return
+    over = threading.Event()
+
+    def beat() -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                storage.record_heartbeat(trial._trial_id)
+            if over.wait(HEARTBEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def stale_trials(sweep: Sweep) -> list[FrozenTrial]:
@@ -320,14 +332,26 @@ def build_sampler(
         warnings.simplefilter("ignore")  # Optuna calls `group` and QMC experimental
         if sweep.sampler == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
-        if sweep.sampler == "qmc":  # one scrambled sequence for all, which the study counts along
-            return optuna.samplers.QMCSampler(
-                scramble=True, seed=sweep.sampler_seed, warn_independent_sampling=False,
+        if sweep.sampler == "qmc":  # one scrambled sequence for all
+            return _QMCSampler(
+                trial_number, scramble=True, seed=sweep.sampler_seed, warn_independent_sampling=False,
                 independent_sampler=optuna.samplers.RandomSampler(seed=seed),
             )  # fmt: skip
         if sweep.sampler in ("random", "grid"):  # the points of a grid are given with the slots
             return optuna.samplers.RandomSampler(seed=seed)
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, group=conditional)
+
+
+class _QMCSampler(optuna.samplers.QMCSampler):
+    """Takes the point of the sequence that has the trial's number. Optuna counts in the study, where two workers that ask
+    at once get the same point."""
+
+    def __init__(self, trial_number: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._trial_number = trial_number
+
+    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, Any]) -> int:
+        return self._trial_number
 
 
 def build_pruner(name: str, max_epochs: int) -> optuna.pruners.BasePruner:

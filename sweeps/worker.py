@@ -9,21 +9,22 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-STORE_PATIENCE_SECONDS, STORE_PAUSE_SECONDS = 600.0, 5.0  # a tracking server that restarts is waited for
+PATIENCE_SECONDS, PAUSE_SECONDS = 600.0, 5.0  # a tracking server or database that restarts is waited for
 
 
 @dataclass(frozen=True)
 class Task:
     """What a worker must be told; everything else stands in the study."""
 
-    storage: str
+    storage: str = field(repr=False)  # it may hold a password
     study: str
-    tracking: dict[str, Any]
+    tracking: dict[str, Any] = field(repr=False)
     """`tracking.*` of the settings, with the store's real address (the study does not hold it: it may have a password)."""
     sweep_run_id: str
     token: str
@@ -39,8 +40,6 @@ class Task:
 
 def process_main(task: Task) -> None:
     """A worker as a process of its own: with a log file, ending with its driver."""
-    if task.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = task.gpu
     os.environ.pop("MLFLOW_RUN_ID", None)
     if task.log_file is not None:
         Path(task.log_file).parent.mkdir(parents=True, exist_ok=True)
@@ -50,11 +49,19 @@ def process_main(task: Task) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver stops its workers itself
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_the_driver, daemon=True).start()
-    work(task)
+    try:
+        work(task)
+    except Exception:
+        from dann_experiments.tracking.store import without_secrets
+
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
+        sys.exit(1)
 
 
 def work(task: Task) -> None:
     """Claim and run trials until none waits, the time is over or the study is halted."""
+    if task.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = task.gpu
     os.chdir(task.folder)
     from optuna.exceptions import UpdateFinishedTrialError
 
@@ -62,12 +69,14 @@ def work(task: Task) -> None:
     from dann_experiments.config import replace
     from dann_experiments.config.errors import StoreAway
     from dann_experiments.config.parsing import config_from_dict, load_settings
+    from dann_experiments.tracking.processes import process_name
     from sweeps.objective import run_trial
     from sweeps.settings import SweepConfig
     from sweeps.space import read_stored
-    from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep, heartbeats, open_storage, process_name
+    from sweeps.study import DEFINITION, HALT, SETTINGS, STORAGE_ERRORS, Sweep, heartbeats, open_storage
 
     quiet_libraries()
+    log = logging.getLogger(__name__)
     study = Sweep(open_storage(task.storage), task.study)
     definition, settings = study.attribute(DEFINITION), study.attribute(SETTINGS)
     sweep = load_settings(SweepConfig, None, {**settings, "objective": definition["objective"]})
@@ -75,24 +84,33 @@ def work(task: Task) -> None:
     base = replace(base, {f"tracking.{key}": value for key, value in task.tracking.items()})
     space = read_stored(definition["space"])
     me, answered = process_name(), time.monotonic()
-    while not study.attribute(HALT) and (task.deadline is None or time.time() < task.deadline):
-        trial = study.claim(me, task.token)
-        if trial is None:
-            return
-        logging.getLogger(__name__).info("trial %d", trial.number)
+    trial, why = None, ""  # a trial that is held after an error, to be given back
+    while True:
         try:
+            if trial is not None:
+                study.give_back(trial, why, stopped=True)
+                trial = None
+            if study.attribute(HALT) or (task.deadline is not None and time.time() >= task.deadline):
+                return
+            trial = study.claim(me, task.token)
+            if trial is None:
+                return
+            log.info("trial %d", trial.number)
             with heartbeats(study.storage, trial):
                 run_trial(study, space, sweep, base, trial, task.sweep_run_id)
-            answered = time.monotonic()
-        except StoreAway as error:
-            study.give_back(trial, f"stopped: {error}", stopped=True)
-            if time.monotonic() - answered > STORE_PATIENCE_SECONDS:
+            trial, answered = None, time.monotonic()
+        except (StoreAway, *STORAGE_ERRORS) as error:
+            why = f"stopped: {type(error).__name__}"
+            if time.monotonic() - answered > PATIENCE_SECONDS:
                 raise
-            time.sleep(STORE_PAUSE_SECONDS)
+            log.warning("%s: waiting for the store", why)
+            time.sleep(PAUSE_SECONDS)
         except UpdateFinishedTrialError:  # it was slow to show life and others gave it back
-            logging.getLogger(__name__).warning("trial %d was given back meanwhile", trial.number)
+            log.warning("a trial was given back meanwhile")
+            trial = None
         except (KeyboardInterrupt, SystemExit):  # its run is closed as KILLED by now
-            study.give_back(trial, "stopped", stopped=True)
+            if trial is not None:
+                study.give_back(trial, "stopped", stopped=True)
             raise
 
 

@@ -68,17 +68,30 @@ def test_files_and_links_that_the_documentation_names_exist():
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def test_the_first_notebook_runs_on_a_tiny_setting(workplace, monkeypatch):
+def run_notebook(name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> nbformat.NotebookNode:
+    """The notebook after it ran in `workplace`, in its short form."""
     from nbclient import NotebookClient
 
     (workplace / "recipes").symlink_to(PROJECT / "recipes")
     monkeypatch.setenv("DANN_NOTEBOOK_TINY", "1")
-    notebook = nbformat.read(PROJECT / "notebooks" / "01_first_run.ipynb", as_version=4)
-    NotebookClient(
-        notebook, kernel_name="python3", timeout=600, resources={"metadata": {"path": str(workplace)}}
-    ).execute()
+    notebook = nbformat.read(PROJECT / "notebooks" / name, as_version=4)
+    resources = {"metadata": {"path": str(workplace)}}
+    NotebookClient(notebook, kernel_name="python3", timeout=600, resources=resources).execute()
+    return notebook
+
+
+def test_the_first_notebook_runs_on_a_tiny_setting(workplace, monkeypatch):
+    notebook = run_notebook("01_first_run.ipynb", workplace, monkeypatch)
     table = next(cell for cell in notebook.cells if "pd.DataFrame" in cell.source)
     assert "lambda = 0 control" in table.outputs[0]["data"]["text/plain"]
+
+
+@pytest.mark.slow
+def test_the_sweep_notebook_makes_loads_and_reads_a_study(workplace, monkeypatch):
+    notebook = run_notebook("02_sweep.ipynb", workplace, monkeypatch)
+    both = next(cell for cell in notebook.cells if "trials.join" in cell.source)
+    assert "FINISHED" in both.outputs[-1]["data"]["text/plain"]
+    assert "against the control" in notebook.cells[-1].outputs[0]["text"]
 
 
 def test_no_placeholder_is_left_in_what_people_read():

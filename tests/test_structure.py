@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from dann_experiments.__main__ import _argument_parser, _overrides
-from dann_experiments.command_line import SHORT_NAMES
+from dann_experiments.command_line import NOT_GIVEN, SHORT_NAMES, dotted
 from dann_experiments.config import load_config
+from dann_experiments.config.parsing import known_keys
+from sweeps.settings import SweepConfig
 
 PROJECT = Path(__file__).parents[1]
 LAYERS = ["config", "data", "models", "adaptation", "training", "tracking", "jobs", "command_line", "__main__"]
@@ -102,10 +104,23 @@ def test_each_entry_point_uses_every_parameter_and_its_command_parses(name):
     assert config.domain_adaptation.pretrained_checkpoint.path == "my model; rm -rf /"
 
 
-def test_the_entry_points_are_the_commands_of_the_program():
+def test_the_entry_points_are_the_commands_of_the_programs():
     commands = _argument_parser()._subparsers._group_actions[0].choices  # pyright: ignore
-    for name in entry_points():
-        assert name == "main" or name in commands
+    assert set(entry_points()) <= {"main", "sweep", *commands}
+
+
+def test_the_sweep_entry_point_uses_every_parameter_and_its_command_parses():
+    from mlflow.projects._project_spec import load_project
+
+    entry = load_project(str(PROJECT)).get_entry_point("sweep")
+    assert set(entry.parameters) <= {"config", "space", *known_keys(SweepConfig), *SHORT_NAMES}
+    assert all(f"{{{parameter}}}" in entry.command for parameter in entry.parameters)
+    empty = shlex.split(entry.compute_command({}, None))
+    assert empty[:4] == ["python", "-m", "sweeps", "run"]
+    assert {value for value in dotted(empty[4:]).values() if value not in NOT_GIVEN} == set()
+    values = {"n_trials": "3", "study": "my study; rm -rf /", "objective": "loss/val_source", "optimizer.lr": "1e-3"}
+    given = dotted(shlex.split(entry.compute_command(values, None))[4:])
+    assert {key: value for key, value in given.items() if value not in NOT_GIVEN} == values
 
 
 @pytest.mark.parametrize("recipe", sorted((PROJECT / "recipes").glob("*.yaml")), ids=lambda path: path.name)

@@ -97,6 +97,10 @@ REFUSED = {
          "optimizer.momentum": {"type": "float", "low": 0, "high": 0.9, "when": {"optimizer.name": "adamw"}}},
         "adamw",
     ),
+    "a parent's number out of its range": (
+        {f"{METHOD}.hidden_size": {"type": "int", "low": 32, "high": 64}, GAMMA: {**FLOAT, "when": {f"{METHOD}.hidden_size": 9}}},
+        "hidden_size = 9",
+    ),
     "a ring": (
         {GAMMA: {**FLOAT, "when": {"optimizer.lr": 1}}, "optimizer.lr": {**FLOAT, "when": {GAMMA: 1}}},
         "ring",
@@ -129,6 +133,13 @@ def test_a_wrong_space_is_refused_with_its_key(case):
         (["--storage", "postgresql://me:hidden@127.0.0.1:1/none"], "postgresql://127.0.0.1:1/none"),
         (["--launcher", "ray"], "other machines cannot share"),
         (["--sampler", "grid"], "has no grid"),
+        (["--timeout", ".nan"], "timeout is nan"),
+        (["--storage", "sqlite://"], "storage is 'sqlite://'"),
+        (["--gpus_per_trial", "0.5"], "gpus_per_trial has no effect"),
+        (
+            ["--launcher", "ray", "--storage", "postgresql://127.0.0.1/x", "--ray_address", "127.0.0.1:1"],
+            "no Ray cluster answers",
+        ),
     ],
 )
 def test_wrong_words_end_with_code_2_and_nothing_started(arguments, message, workplace, capsys):
@@ -141,11 +152,20 @@ def test_wrong_words_end_with_code_2_and_nothing_started(arguments, message, wor
     assert not list(workplace.glob("studies/*/journal.log"))
 
 
-def test_a_metric_that_no_run_logs_is_no_objective():
-    for name in ("iou/target_val", "class_iou/target_val/square", "loss/val_source", "da/domain_acc"):
-        check_objective(load_settings(SweepConfig, None, {"objective": name}), BASE)
-    with pytest.raises(InputError, match="iou/tarket"):
-        check_objective(load_settings(SweepConfig, None, {"objective": "iou/tarket_val"}), BASE)
+def test_a_metric_that_no_run_logs_is_no_objective(squares):
+    config = load_config(None, small_settings(squares, data__class_names=["ground (any)", "square"]))
+    good = ("iou/target_val", "class_iou/target_val/ground _any_", "loss/val_source", "da/domain_acc")
+    for name in good:
+        check_objective(load_settings(SweepConfig, None, {"objective": name}), config)
+    for name in ("iou/tarket_val", "class_iou/target_val/ground (any)", "da/domain_accuracy", "loss/train_x"):
+        with pytest.raises(InputError, match="do not log"):
+            check_objective(load_settings(SweepConfig, None, {"objective": name}), config)
+    (squares / "bare").mkdir()
+    (squares / "bare" / "images").symlink_to(squares / "target_val" / "images")
+    unlabelled = replace(config, {"data.target.val": ["bare"]})
+    for name in ("iou/target_val", "iou/gap_source_minus_target"):
+        with pytest.raises(InputError, match=r"labelled images in data\.target\.val"):
+            check_objective(load_settings(SweepConfig, None, {"objective": name}), unlabelled)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +193,14 @@ def test_a_conditional_setting_is_drawn_only_where_its_parent_wants_it():
 def test_a_grid_is_every_point_once():
     points = list(space_of(CONDITIONAL).grid())
     assert len(points) == len({tuple(sorted(point.items())) for point in points}) == 3 * (1 + 4)
+
+
+def test_the_points_of_a_grid_are_values_of_the_space():
+    space = space_of({f"{METHOD}.lambda_da": {"type": "float", "low": 0.1, "high": 0.7, "step": 0.1}})
+    points = [point[f"{METHOD}.lambda_da"] for point in space.grid()]
+    assert points == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    distribution = space.parameters[0].distribution
+    assert all(distribution._contains(point) for point in points)
 
 
 def test_a_stored_space_is_read_back_to_the_same():

@@ -13,9 +13,10 @@ import pytest
 from optuna.trial import TrialState
 
 from dann_experiments.config.parsing import load_settings
+from dann_experiments.tracking.processes import live_process, process_name
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, read_stored
-from sweeps.study import Slot, Sweep, build_pruner, build_sampler, live_process, open_storage, process_name
+from sweeps.study import AGAIN, Slot, Sweep, build_pruner, build_sampler, open_storage
 
 SPACE: Space = read_stored(
     {
@@ -65,12 +66,14 @@ def test_a_trial_whose_worker_died_is_run_once_more_with_its_values_and_counts_o
     x = trial.suggest_float("x", 0, 1)
     assert study.give_back(first, "its worker died")
     assert not study.give_back(first, "found dead by another")
+    study.put_in_again()
     assert [t.number for t in study.counted()] == [1]
     again = study.claim("host:2:0", "t2")
     assert again is not None
     assert again.system_attrs["fixed_params"] == {"x": x}
     assert (again.user_attrs["overrides"], again.user_attrs["retry_of"]) == ({"trainer.max_epochs": 3}, 0)
     assert study.give_back(again, "its worker died again")
+    study.put_in_again()
     assert [(t.number, t.state) for t in study.counted()] == [(1, TrialState.FAIL)]
     assert not study.trials(TrialState.RUNNING, TrialState.WAITING)
 
@@ -81,6 +84,7 @@ def test_a_trial_that_was_stopped_is_always_put_in_again(address):
         trial = study.claim("host:1:0", "t")
         assert trial is not None
         study.give_back(trial, "stopped", stopped=True)
+        study.put_in_again()
     assert [t.state for t in study.counted()] == [TrialState.WAITING]
     assert study.counted()[0].user_attrs["reference"] is True
 
@@ -89,11 +93,23 @@ def test_what_a_dead_process_did_not_put_in_again_is_put_in_once(address):
     study = new_study(address, [Slot("search", {})])
     trial = study.claim("host:1:0", "t")
     assert trial is not None
-    study.note(trial, error="its worker died", superseded=True)
-    study.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)  # and here that process died as well
+    assert study.give_back(trial, "its worker died")  # and here that process died as well
+    assert [t.number for t in study.counted()] == [0]
+    assert study.counts() == {"waiting": 1}
     for _ in range(2):
-        study.repair()
+        study.put_in_again()
         assert [(t.number, t.user_attrs["attempt"]) for t in study.counted()] == [(1, 2)]
+
+
+def test_a_trial_that_ends_while_it_is_given_back_counts_as_it_ended(address):
+    study = new_study(address, [Slot("search", {})])
+    trial = study.claim("host:1:0", "t")
+    assert trial is not None
+    study.note(trial, **{AGAIN: 2})  # another process is about to end it ...
+    study.storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [0.5])  # ... but its worker is quicker
+    assert not study.give_back(trial, "its heartbeat stopped")
+    assert study.put_in_again() == 0
+    assert [t.state for t in study.counted()] == [TrialState.COMPLETE]
 
 
 def finish(study: Sweep, sampler, value: float | None = None) -> dict:

@@ -23,7 +23,7 @@ from mlflow.entities import Run
 from dann_experiments import adapt, load_config
 from dann_experiments.config import config_to_yaml
 from sweeps.__main__ import main
-from sweeps.study import Sweep, open_storage
+from sweeps.study import SOURCE_ONLY, Sweep, open_storage, superseded
 
 PROJECT = Path(__file__).parents[1]
 METHOD = "domain_adaptation.method"
@@ -163,6 +163,16 @@ def test_the_source_model_is_trained_once_for_all(place):
     assert starts == {f"runs:/{runs_of(place, 'pretrain')[0].info.run_id}/model"}
 
 
+def test_the_source_model_is_scored_once_as_it_was(place):
+    source = study_in(place).attribute(SOURCE_ONLY)
+    client = mlflow.MlflowClient(f"sqlite:///{place / 'mlflow.db'}")
+    pretraining = client.get_run(runs_of(place, "pretrain")[0].info.run_id).data.metrics
+    for name in ("iou/source_val", "iou/target_val", "iou/target_test"):
+        assert source["scores"][name] == pytest.approx(pretraining[name], abs=1e-6)
+    assert client.get_run(source["run_id"]).data.tags["dann.study"] == "s"
+    assert "source only" in (place / "studies" / "s" / "report.md").read_text()
+
+
 def test_the_first_trials_are_the_recipe_and_the_control(place):
     recipe, control = study_in(place).trials()[:2]
     assert (recipe.user_attrs["role"], control.user_attrs["role"]) == ("recipe", "control")
@@ -209,6 +219,10 @@ def test_status_and_report_read_the_study(place, said):
     assert "needs --study" in said(place, "resume", code=2)
     assert "has no effect in status" in said(place, "status", "--study", "s", "--workers", "2", code=2)
     assert "cannot be given to resume" in said(place, "resume", "--study", "s", "--optimizer.lr", "1", code=2)
+    assert "objective: 'iou/target_val'" in said(
+        place, "resume", "--study", "s", "--objective", "loss/val_source", code=2
+    )
+    assert "sampler has no effect" in said(place, "confirm", "--study", "s", "--sampler", "gp", code=2)
 
 
 def test_the_same_command_again_runs_nothing_and_more_trials_run_the_difference(place, said):
@@ -224,6 +238,7 @@ def test_the_same_command_again_runs_nothing_and_more_trials_run_the_difference(
         (["--objective", "iou/source_val"], "objective: 'iou/target_val' in the study, now 'iou/source_val'"),
         (["--direction", "minimize"], "direction"),
         (["--optimizer.lr", "0.5"], "optimizer.lr: 0.001 in the study, now 0.5"),
+        (["--sampler", "random"], "sampler: 'tpe' in the study, now 'random'"),
     ],
 )
 def test_a_study_that_asks_something_else_is_not_continued(place, words, message, said):
@@ -301,10 +316,10 @@ def test_a_killed_worker_costs_no_trial(tmp_path):
     check_ended(place, 5)
     study = study_in(place)
     assert len(study.trials()) == 6
-    superseded = [trial for trial in study.trials() if trial.user_attrs.get("superseded")]
-    assert [trial.state.name for trial in superseded] == ["FAIL"]
+    gone = [trial for trial in study.trials() if superseded(trial)]
+    assert len(gone) == 1
     statuses = {run.data.tags["dann.trial"]: run.info.status for run in runs_of(place, "trial")}
-    assert statuses[str(superseded[0].number)] == "KILLED"
+    assert statuses[str(gone[0].number)] == "KILLED"
 
 
 @pytest.mark.slow

@@ -117,6 +117,12 @@ def test_what_a_store_never_takes_is_kept_in_a_file(tmp_path):
 def test_passwords_in_addresses_are_not_shown():
     assert without_secrets("http://me:secret@host:5000/x") == "http://host:5000/x"
     assert without_secrets("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
+    message = (
+        "API request to http://me:se/c#r@et@host:5000/api failed; postgresql://host/db?user=me&password=secret&x=1 too"
+    )
+    assert without_secrets(message) == (
+        "API request to http://host:5000/api failed; postgresql://host/db?user=***&password=***&x=1 too"
+    )
 
 
 def clean_environment(folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,8 +21,11 @@ from dann_experiments.training.scores import score_set
 SETS = ("source_val", "source_test", "target_val", "target_test")
 
 
-def evaluate(config: Config) -> RunResult:
-    """IoU a class and confusion matrix of the model at `pretrained_checkpoint.path` on the val and test lists."""
+def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult:
+    """IoU a class and confusion matrix of the model at `pretrained_checkpoint.path` on the val and test lists.
+
+    `tags` are added to the run's own, or replace them. Raises InputError without a model or without labelled images.
+    """
     path = config.domain_adaptation.pretrained_checkpoint.path
     if path is None:
         raise InputError(
@@ -36,7 +40,7 @@ def evaluate(config: Config) -> RunResult:
         network = setup.make_network(config, with_weights=False)
         model_run_id = load_source_model(config, network, path, store)
         network.to("cuda" if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu") else "cpu")
-        tags = {
+        own_tags = {
             "dann.job": "evaluate",
             "dann.source": setup.domain_name(config, "source"),
             "dann.target": setup.domain_name(config, "target"),
@@ -44,9 +48,10 @@ def evaluate(config: Config) -> RunResult:
             "seed": config.seed,
         }
         if model_run_id is not None:
-            tags["dann.source_run_id"] = model_run_id
+            own_tags["dann.source_run_id"] = model_run_id
+        all_tags = {**own_tags, **(tags or {})}
         folder = Path(config.tracking.folder)
-        with tracked_run(store, config.tracking.run_name, "evaluate", tags, folder, use_claimed=True) as run:
+        with tracked_run(store, config.tracking.run_name, "evaluate", all_tags, folder, use_claimed=True) as run:
             describe_run(run, config, data)
             scores = {}
             for set_name, dataset in labelled.items():

@@ -164,17 +164,35 @@ def _check_classes(config: Config, data: Data) -> None:
 def _check_monitor(config: Config, data: Data) -> None:
     metric = config.monitor.metric
     assert metric is not None
+    known = validation_metrics(config)
+    if metric not in known:
+        raise InputError(f"monitor.metric is {metric!r}; it is one of {known}.")
+    _refuse_unlabelled(
+        data, "monitor.metric", metric, "choose another metric, or null to keep the last checkpoint alone"
+    )
+
+
+def validation_metrics(config: Config) -> list[str]:
+    """The names of all that validation scores where both domains have labelled images for it."""
     known = ["iou/gap_source_minus_target", "iou/source_drop_from_baseline"]
     for domain in ("source", "target"):
         known += [f"iou/{domain}_val", f"loss/val_{domain}"]
         known += [f"class_iou/{domain}_val/{metric_name(name)}" for name in config.class_names]
-    if metric not in known:
-        raise InputError(f"monitor.metric is {metric!r}; it is one of {known}.")
+    return known
+
+
+def check_labels(config: Config, key: str, metric: str) -> None:
+    """Refuse setting `key` = `metric` (one of `validation_metrics`) where the labels that it needs are not there."""
+    names = tuple(f"{domain}_val" for domain in ("source", "target") if domain in metric)
+    lazy = dataclasses.replace(config, data=dataclasses.replace(config.data, keep_in_memory=False))
+    _refuse_unlabelled(load_data(lazy, names), key, metric, "or choose another metric")
+
+
+def _refuse_unlabelled(data: Data, key: str, metric: str, way_out: str) -> None:
     for domain in ("source", "target"):
         if domain in metric and data.labelled(f"{domain}_val") is None:
             raise InputError(
-                f"monitor.metric is {metric!r}, which needs labelled images in data.{domain}.val; give them, choose another "
-                "metric, or null to keep the last checkpoint alone."
+                f"{key} is {metric!r}, which needs labelled images in data.{domain}.val; give them, {way_out}."
             )
 
 

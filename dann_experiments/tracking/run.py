@@ -20,8 +20,9 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.tracking.processes import process_name
 from dann_experiments.tracking.sender import MetricSender
-from dann_experiments.tracking.store import Store
+from dann_experiments.tracking.store import Store, without_secrets
 
 log = logging.getLogger(__name__)
 PARAMS_A_REQUEST = 100  # MLflow's limit
@@ -166,7 +167,7 @@ def tracked_run(
             raise
         except BaseException:
             with contextlib.suppress(OSError):
-                (run_folder / "traceback.txt").write_text(traceback.format_exc())
+                (run_folder / "traceback.txt").write_text(without_secrets(traceback.format_exc()))
             _close(run, "FAILED")
             raise
 
@@ -179,11 +180,13 @@ def _close(run: TrackedRun, status: str) -> bool:
         run.store.client.log_artifacts(run.run_id, str(run.folder))
         stored = True
     except Exception as error:
-        log.error("The tracking store did not take the run's files (%s); they are in %s.", error, run.folder)
+        shown = without_secrets(str(error))
+        log.error("The tracking store did not take the run's files (%s); they are in %s.", shown, run.folder)
     try:
         run.store.client.set_terminated(run.run_id, status if stored or status == "KILLED" else "FAILED")
     except Exception as error:
-        log.error("The tracking store did not take the run's end (%s): run %s.", error, run.run_id)
+        shown = without_secrets(str(error))
+        log.error("The tracking store did not take the run's end (%s): run %s.", shown, run.run_id)
         return False
     if stored and not unsent:
         shutil.rmtree(run.folder, ignore_errors=True)
@@ -213,8 +216,8 @@ def _signals_raise() -> Iterator[None]:
 
 
 def _provenance() -> dict[str, str]:
-    """Who and which code: user, commit, and whether the working tree differs from it."""
-    tags: dict[str, str] = {}
+    """Who, which process and which code: user, commit, and whether the working tree differs from it."""
+    tags: dict[str, str] = {"dann.process": process_name()}
     with contextlib.suppress(Exception):  # no user database entry (containers) is no reason to fail
         tags["mlflow.user"] = getpass.getuser()
     project = Path(__file__).resolve().parents[2]

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dann_experiments.tracking.store import without_secrets
+
 log = logging.getLogger(__name__)
 BATCH = 1000  # metrics a request, MLflow's limit
 VALID_NAME = re.compile(r"[\w\-. :/]+")
@@ -102,4 +104,4 @@ class MetricSender:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return without_secrets((str(error).splitlines() or [type(error).__name__])[0])[:200]

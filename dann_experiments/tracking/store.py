@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from dann_experiments.config.errors import InputError, StoreAway
 
@@ -27,8 +28,8 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 class Store:
     """An open tracking store."""
 
-    uri: str
-    client: Any
+    uri: str = field(repr=False)  # it may hold a password
+    client: Any = field(repr=False)
     experiment_id: str
     claimed_run_id: str | None
     """The run that `mlflow run` made for this process, to be used by its main job."""
@@ -73,12 +74,10 @@ def open_store(uri: str | None, experiment: str) -> Store:
     return Store(uri, client, experiment_id, claimed)
 
 
-def without_secrets(uri: str) -> str:
-    """`uri` with any `user:password@` left out."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+def without_secrets(text: str) -> str:
+    """`text` (an address, a message, a traceback) with any `user:password@` and `password=...` in addresses left out."""
+    text = re.sub(r"(?<=://)[^\s'\"<>]*@", "", text)  # up to the last @: a password may hold any sign
+    return re.sub(r"(?<=[?&])((?:user|password|passwd|pwd|token)=)[^&\s'\"<>]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 def local_artifact_folder(store: Store, run_id: str) -> Path | None:

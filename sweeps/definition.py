@@ -1,0 +1,108 @@
+"""What a study is: its question (space, objective, settings that are not searched), stored with it, and its trials."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from dann_experiments.config import Config, InputError, config_to_dict, flatten
+from dann_experiments.config.parsing import config_from_dict, load_settings
+from sweeps.settings import QUESTION, RAY_ONLY, SweepConfig
+from sweeps.space import Space
+from sweeps.study import DEFINITION, SETTINGS, Slot, Sweep
+
+log = logging.getLogger(__name__)
+DEFAULT_TRIALS = 20
+PATH = "domain_adaptation.pretrained_checkpoint.path"
+CONTROL = {
+    "domain_adaptation.method.name": "lambda_zero",
+    "domain_adaptation.method.class_path": None,  # of a method of the user's own, too
+    "domain_adaptation.method.init_args": {},
+}
+NOT_STORED = ("space", "study", "storage", "objective", "direction", "n_trials", "timeout")  # with the settings
+
+
+def slots_of(sweep: SweepConfig, space: Space, config: Config) -> list[Slot]:
+    """All trials of the budget: the recipe's own values, the control, and those that the search will fill. Raises
+    InputError where the sampler is `grid` and the space has none."""
+    point = space.values_of(config)
+    known = [Slot("recipe", {}, point) if point is not None else Slot("recipe", {}, reference=True)]
+    known.append(Slot("control", CONTROL, reference=True))
+    if sweep.sampler == "grid":
+        points = (found for found in space.grid() if found != point)
+        slots = itertools.chain(known, (Slot("search", {}, found) for found in points))
+        return list(itertools.islice(slots, sweep.n_trials))
+    total = sweep.n_trials or DEFAULT_TRIALS
+    return [*known, *(Slot("search", {}) for _ in range(total - len(known)))][:total]
+
+
+def missing_slots(sweep: SweepConfig, slots: list[Slot], present: int, wanted: int) -> list[Slot]:
+    """What a study of `present` trials lacks for `wanted`."""
+    drawn = 0 if sweep.sampler == "grid" else max(0, wanted - len(slots))
+    return [*slots, *(Slot("search", {}) for _ in range(drawn))][present:wanted]
+
+
+def describe(study: Sweep, sweep: SweepConfig, space: Space, config: Config, n_trials: int) -> None:
+    """Store the question with a new study."""
+    settings = config_to_dict(config)
+    del settings["tracking"]
+    store_settings(study, sweep, n_trials)
+    study.set_attribute(  # last: a study that has it is whole
+        DEFINITION,
+        {
+            "space": space.described(),
+            "objective": sweep.objective,
+            "direction": "maximize" if sweep.maximizes else "minimize",
+            "config": settings,
+        },
+    )
+
+
+def store_settings(study: Sweep, sweep: SweepConfig, n_trials: int) -> None:
+    """Store how the study is run, for those who run it on."""
+    kept = {key: value for key, value in config_to_dict(sweep).items() if key not in NOT_STORED}
+    study.set_attribute(SETTINGS, kept | {"n_trials": n_trials})
+
+
+def stored_settings(study: Sweep, overrides: Mapping[str, Any]) -> SweepConfig:
+    """The settings that are stored with a study, `overrides` on top."""
+    definition, stored = study.attribute(DEFINITION), dict(study.attribute(SETTINGS))
+    if overrides.get("launcher") == "processes":
+        stored = {key: value for key, value in stored.items() if key not in RAY_ONLY}
+    plain = {  # null stands for what is not given there
+        key: {name: value for name, value in entry.items() if value is not None}
+        for key, entry in definition["space"].items()
+    }
+    question = {"space": plain, "objective": definition["objective"], "direction": definition["direction"]}
+    return load_settings(SweepConfig, None, {**stored, **question, "study": study.name, **overrides})
+
+
+def refuse_changes(study: Sweep, sweep: SweepConfig, space: Space, config: Config) -> None:
+    """A study is one question; another space, objective, sampler or base is another study. Raises InputError with the
+    differences."""
+    definition, settings = study.attribute(DEFINITION), study.attribute(SETTINGS)
+    changes: dict[str, tuple[Any, Any]] = {}
+    direction = "maximize" if sweep.maximizes else "minimize"
+    asked = {"objective": sweep.objective, "direction": direction}
+    asked |= {key: getattr(sweep, key) for key in QUESTION if key in settings}
+    for key, new in asked.items():
+        old = definition[key] if key in definition else settings[key]
+        if old != new:
+            changes[key] = (old, new)
+    before, after = definition["space"], json.loads(json.dumps(space.described()))
+    for key in {**before, **after}:
+        if before.get(key) != after.get(key):
+            changes[f"space: {key}"] = (before.get(key, "not searched"), after.get(key, "not searched"))
+    old, new = flatten(config_from_dict(definition["config"])), flatten(config)
+    for key in {**old, **new}:
+        ours = key.startswith("tracking.") or key == "threads" or (key == PATH and new.get(key) is None)
+        if not ours and old.get(key) != new.get(key):
+            changes[key] = (old.get(key), new.get(key))
+    if changes:
+        shown = "; ".join(f"{key}: {old!r} in the study, now {new!r}" for key, (old, new) in changes.items())
+        raise InputError(
+            f"study {study.name!r} asks something else ({shown}); go back to its settings or name a new study."
+        )
