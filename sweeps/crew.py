@@ -166,10 +166,10 @@ class _Shift:
         if done <= self.finished:
             return
         self.finished = done
-        values: dict[str, float] = {f"trials/{state}": counts[state] for state in ("complete", "pruned", "fail")}
+        values: dict[str, float] = {f"sweep/{state}": counts[state] for state in ("complete", "pruned", "fail")}
         best = self.study.best()
         if best is not None and best.value is not None:
-            values[f"best/{self.sweep.objective}"] = best.value
+            values["sweep/best"] = best.value
         self.run.log_metrics(values, step=done)
 
     def _end(self, counts: Mapping[str, int], late: bool) -> None:

@@ -157,7 +157,7 @@ def drive(
             _into_run(folder, run.folder)
             best = study.best()
             if best is not None:
-                run.log_metrics({f"best/{sweep.objective}": best.value}, step=len(study.counted()))
+                run.log_metrics({"sweep/best": best.value}, step=len(study.counted()))
     shown = [*baselines(study), *top_trials(study)]
     pages = links(store, study, list({trial.number: trial for trial in shown}.values()))
     return SweepResult(study, sweep, best, run.run_id, config.tracking.experiment, store.uri, folder, pages)

@@ -308,6 +308,7 @@ def test_timeout_starts_no_further_trial_and_resume_runs_those_that_are_missing(
     assert parents <= {run.info.run_id for run in runs_of(place, "sweep")}
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_trial(tmp_path):
     place = make_place(tmp_path)
     process = sweeps(place, *run_words(place, "--n_trials", "5", "--workers", "2"))
