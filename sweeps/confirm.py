@@ -16,7 +16,7 @@ from sweeps.crew import crew_for
 from sweeps.definition import store_settings, stored_settings
 from sweeps.driver import check_launcher, drive, find_study, in_store, only_driver, study_config
 from sweeps.reaping import reap_at_start
-from sweeps.report import baselines, config_of, label, markdown, number, top_trials, trials_table
+from sweeps.report import baselines, config_of, label, markdown, number, top_trials, write_trials
 from sweeps.settings import RAY_ONLY, SweepConfig
 from sweeps.study import (
     DEFINITION,
@@ -98,7 +98,7 @@ def confirm(
 
         def report(confirmed: Sweep, store: Store, folder: Path) -> None:
             table = contest.table(confirmed)
-            trials_table(confirmed).to_csv(folder / "trials.csv", index=False)
+            write_trials(confirmed, folder / "trials.csv")
             table.to_csv(folder / "confirm.csv", index=False)
             if len(table):
                 (folder / "report.md").write_text(_text(parent, table))

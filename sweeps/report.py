@@ -58,7 +58,7 @@ def trials_table(study: Sweep) -> pd.DataFrame:
                 "seconds": known.get("seconds"),
                 "seed": known.get("seed"),
                 "sampler_seed": known.get("sampler_seed"),
-                **{f"{name}": value for name, value in known.get("scores", {}).items()},
+                **known.get("scores", {}),
                 **(known.get("point") or trial.params),
                 "candidate": known.get("candidate"),
                 "attempt": known.get("attempt"),
@@ -69,6 +69,11 @@ def trials_table(study: Sweep) -> pd.DataFrame:
         )
     table = pd.DataFrame(rows)
     return table.dropna(axis="columns", how="all") if len(table) else table
+
+
+def write_trials(study: Sweep, path: Path) -> None:
+    """The table as CSV; whole numbers stay whole where some are missing."""
+    trials_table(study).convert_dtypes().to_csv(path, index=False)
 
 
 def config_of(study: Sweep, trial: FrozenTrial) -> Config:
@@ -87,7 +92,7 @@ def point_of(study: Sweep, trial: FrozenTrial) -> dict[str, Any]:
 
 def write_report(study: Sweep, store: Store, folder: Path) -> None:
     """Write everything into `folder`; what cannot be drawn yet is left out and named."""
-    trials_table(study).to_csv(folder / "trials.csv", index=False)
+    write_trials(study, folder / "trials.csv")
     best = study.best()
     if best is not None:
         header = (
@@ -154,7 +159,9 @@ def _tidy(figure: Figure) -> None:
     figure.canvas.draw()
     for axes in figure.axes:
         axes.xaxis.set_minor_formatter(NullFormatter())
-        if any(len(text.get_text()) > 6 and text.get_text()[0].isalpha() for text in axes.get_xticklabels()):
+        if any(
+            len(text.get_text()) > 6 and text.get_text().strip("'")[:1].isalpha() for text in axes.get_xticklabels()
+        ):
             axes.tick_params(axis="x", rotation=20)
 
 
@@ -323,7 +330,8 @@ def comparison(study: Sweep, trials: Sequence[FrozenTrial]) -> pd.DataFrame:
         values = {short: point.get(key) for key, short in names.items()}
         row = {"": label(trial), "state": trial.state.name.lower(), **found, **values}
         rows.append({**row, "run": str(known.get("run_id", ""))[:8]})
-    return pd.DataFrame(rows, dtype=object).dropna(axis="columns", how="all")
+    columns = ["", "state", *scores, *names.values(), "run"]
+    return pd.DataFrame(rows, columns=columns, dtype=object).dropna(axis="columns", how="all")
 
 
 def markdown(table: pd.DataFrame) -> list[str]:
@@ -337,7 +345,7 @@ def markdown(table: pd.DataFrame) -> list[str]:
     ]
 
 
-def number(value: Any) -> str:
-    """A cell: four digits of a fraction, nothing for what is missing."""
+def number(value: Any, digits: int = 4) -> str:
+    """A cell: so many digits of a fraction, nothing for what is missing."""
     missing = value is None or (isinstance(value, float) and math.isnan(value))
-    return "" if missing else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if missing else f"{value:.{digits}g}" if isinstance(value, float) else str(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +18,8 @@ from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep, flags_of, is_journal
 
 if TYPE_CHECKING:
     from sweeps.confirm import Confirmation
+
+NAMES_WIDTH, CELL_WIDTH = 20, 10
 
 
 def result(ended: SweepResult, store: str) -> None:
@@ -35,17 +38,21 @@ def result(ended: SweepResult, store: str) -> None:
 
 
 def print_table(study: Sweep) -> None:
-    """The best trials beside the known ones and the source model."""
-    shown = {trial.number: trial for trial in [*baselines(study), *top_trials(study)]}
-    found = comparison(study, sorted(shown.values(), key=study.rank, reverse=True)).drop(
-        columns=["state"], errors="ignore"
-    )
-    table = Table(title=f"study {study.name}")
+    """The best trials beside the known ones and the source model, a column each, as many as the terminal holds."""
+    console, known = Console(), baselines(study)
+    best = top_trials(study, max(1, (console.width - NAMES_WIDTH) // CELL_WIDTH - len(known) - 1))
+    shown = {trial.number: trial for trial in [*best, *known]}
+    found = comparison(study, sorted(shown.values(), key=study.rank, reverse=True)).set_index("").T
+    table = Table(title=f"study {study.name}", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("trial", no_wrap=True)
     for name in found.columns:
-        table.add_column(str(name).replace("_", "\n_").replace("/", "/\n"), overflow="fold", min_width=5)
-    for row in found.values.tolist():
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else number(cell) for cell in row))
-    Console().print(table)
+        heading = (
+            str(name).removeprefix("trial ").replace(" (", "\n").replace("source only", "source\nonly").rstrip(")")
+        )
+        table.add_column(heading, justify="right", overflow="fold")
+    for name, row in found.drop(index="state").iterrows():
+        table.add_row(str(name), *(number(cell, digits=3) for cell in row))
+    console.print(table)
     objective = study.attribute(DEFINITION)["objective"]
     if str(objective).startswith(TARGET_LABEL_METRICS):
         print(

@@ -306,6 +306,8 @@ def _refused(config: Config, chosen: Mapping[str, Label]) -> InputError | None:
         setup.make_method(changed, setup.make_taps(changed, _network(changed)))
     except InputError as error:
         return error
+    except RuntimeError as error:  # memory, above all
+        return InputError(f"it cannot be built: {' '.join(str(error).split())[:200]}")
     return None
 
 

@@ -119,6 +119,8 @@ def open_storage(address: str) -> BaseStorage:
             )
     except Exception as error:  # SQLAlchemy's, the driver's, or an ImportError when the driver is not installed
         reason = without_secrets((str(error).splitlines() or [type(error).__name__])[0])
+        if isinstance(error, ImportError):
+            reason = f"its driver is not installed ({reason}); for PostgreSQL: pip install '.[postgresql]'"
         raise InputError(f"storage is {shown!r}, which cannot be used: {reason}") from None
     return optuna.storages.get_storage(backend)
 

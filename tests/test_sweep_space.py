@@ -85,6 +85,9 @@ REFUSED = {
     "the other end": ({"optimizer.momentum": {"type": "float", "low": 0.5, "high": 1.0}}, "optimizer.momentum = 1.0"),
     "fractions of a whole number": ({f"{METHOD}.hidden_size": {"type": "float", "low": 1.5, "high": 8.5}}, "hidden_size"),
     "a choice that is none": ({f"{METHOD}.classifier": {"type": "categorical", "choices": ["pooled", "voxel"]}}, "'voxel'"),
+    "a width that no memory holds": (
+        {f"{METHOD}.hidden_size": {"type": "int", "low": 8, "high": 2**30, "log": True}}, "1073741824 is refused",
+    ),
     "a layer that is not there": ({FEATURE_LAYER: {"type": "categorical", "choices": ["encoder.layer9"]}}, "encoder.layer9"),
     "auto elsewhere": ({f"{METHOD}.classifier": "auto"}, "auto"),
     "choices twice": ({FEATURE_LAYER: {"type": "categorical", "choices": ["encoder", "encoder"]}}, "once"),

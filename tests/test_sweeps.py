@@ -212,6 +212,16 @@ def test_the_best_config_gives_the_same_value_again(place, monkeypatch):
     assert result.metrics["iou/target_val"] == best.value
 
 
+def test_any_trial_runs_again_to_the_same_numbers_from_the_settings_its_run_has(place, monkeypatch):
+    trial = next(
+        t for t in reversed(study_in(place).trials()) if t.state.name == "COMPLETE" and not t.user_attrs["reference"]
+    )
+    client = mlflow.MlflowClient(f"sqlite:///{place / 'mlflow.db'}")
+    monkeypatch.chdir(place)
+    file = client.download_artifacts(trial.user_attrs["run_id"], "config.yaml", str(place))
+    assert adapt(load_config(file)).metrics["iou/target_val"] == trial.value
+
+
 def test_status_and_report_read_the_study(place, said):
     assert "12 trials" in said(place, "status", "--study", "s")
     assert "best_config.yaml" in said(place, "report", "--study", "s")

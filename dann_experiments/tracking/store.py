@@ -120,7 +120,7 @@ def _check_answers(uri: str) -> None:
             )
         if not os.access(folder, os.W_OK):
             raise InputError(f"tracking.uri is {shown!r}, but folder {folder} cannot be written to; choose another.")
-    elif scheme not in ("postgresql", "mysql", "mssql", "postgresql+psycopg2", "mysql+pymysql"):
+    elif scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql"):
         raise InputError(f"tracking.uri is {shown!r}; give sqlite:///FILE, http://HOST:PORT or a database's address.")
 
 
