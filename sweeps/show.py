@@ -104,12 +104,11 @@ def confirmation(found: Confirmation) -> None:
         print("No confirming run is complete.")
         return
     means = [str(name) for name in found.table.columns if str(name).endswith(" mean")]
-    table = Table(
-        "", "seeds", *(name.removesuffix(" mean") for name in means), "chosen by", title=f"study {found.study}"
-    )
+    headings = [name.removesuffix(" mean").replace("/", "/\n") for name in means]
+    table = Table("", "seeds", *headings, "chosen by", title=f"study {found.study}", box=box.SIMPLE)
     for row in found.table.to_dict("records"):
-        cells = [f"{row[name]:.4f} ± {row[name.removesuffix('mean') + 'sd']:.4f}" for name in means]
-        table.add_row(str(row["settings"]), str(row["seeds"]), *cells, _score(row["chosen by"]))
+        cells = [f"{row[name]:.3f} ± {row[name.removesuffix('mean') + 'sd']:.3f}" for name in means]
+        table.add_row(str(row["settings"]), str(row["seeds"]), *cells, number(row["chosen by"]))
     Console().print(table)
     if found.beats_control is False:
         print("The lambda = 0 control has the better mean: what was found does not beat it.")
@@ -120,7 +119,3 @@ def confirmation(found: Confirmation) -> None:
     if found.model is not None:
         print(f"Winner: trial {found.winner}; its model (the run with the median score) is {found.model}")
     print(f"Tables, best_config.yaml: {found.folder}")
-
-
-def _score(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

