@@ -140,7 +140,7 @@ def test_a_database_that_crashes_and_comes_back_costs_no_trial(tmp_path, postgre
     assert socket_folder is not None, options
     pg_ctl(postgresql, "-m", "immediate", "stop")
     time.sleep(8)  # the outage itself, nothing is waited for
-    pg_ctl(postgresql, "-w", "-l", str(tmp_path / "pg.log"), "-o", f'-h "" -k {socket_folder.group(1)}', "start")
+    pg_ctl(postgresql, "-w", "-l", str(postgresql.log), "-o", f'-h "" -k {socket_folder.group(1)}', "start")
     said = finish(process)
     assert "does not answer" in said
     study = Sweep(open_storage(address), "s")
