@@ -97,12 +97,22 @@ def test_a_ray_node_that_dies_costs_no_trial(tmp_path, server, database):
     from ray.cluster_utils import Cluster
 
     place = make_place(tmp_path / "place", tracking__uri=server)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
     try:
-        second = cluster.add_node(num_cpus=1)
+        second = cluster.add_node(num_cpus=1, num_gpus=1)  # Ray counts GPUs, whether or not they are there
         cluster.wait_for_nodes()
         words = run_words(
-            place, "--n_trials", "6", "--launcher", "ray", "--storage", database, "--ray_address", cluster.address
+            place,
+            "--n_trials",
+            "6",
+            "--launcher",
+            "ray",
+            "--storage",
+            database,
+            "--ray_address",
+            cluster.address,
+            "--gpus_per_trial",
+            "0.5",
         )
         process = sweeps(place, *words)
 
