@@ -20,11 +20,16 @@ class Progress:
         self._live = None
         if sys.stdout.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, TextColumn
+            from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as RichProgress
 
             self._live = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"), console=Console()
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[line]}"),
+                console=Console(),
             )
             self._task = self._live.add_task(study.name, line="", total=len(study.counted()))
 
