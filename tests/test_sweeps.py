@@ -212,13 +212,13 @@ def test_the_best_config_gives_the_same_value_again(place, monkeypatch):
     assert result.metrics["iou/target_val"] == best.value
 
 
-def test_any_trial_runs_again_to_the_same_numbers_from_the_settings_its_run_has(place, monkeypatch):
+def test_any_trial_runs_again_to_the_same_numbers_from_the_settings_its_run_has(place, tmp_path, monkeypatch):
     trial = next(
         t for t in reversed(study_in(place).trials()) if t.state.name == "COMPLETE" and not t.user_attrs["reference"]
     )
     client = mlflow.MlflowClient(f"sqlite:///{place / 'mlflow.db'}")
     monkeypatch.chdir(place)
-    file = client.download_artifacts(trial.user_attrs["run_id"], "config.yaml", str(place))
+    file = client.download_artifacts(trial.user_attrs["run_id"], "config.yaml", str(tmp_path))
     assert adapt(load_config(file)).metrics["iou/target_val"] == trial.value
 
 
