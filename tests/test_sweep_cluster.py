@@ -115,9 +115,10 @@ def test_a_ray_node_that_dies_costs_no_trial(tmp_path, server, database):
             "0.5",
         )
         process = sweeps(place, *words)
+        storage = open_storage(database)  # once: each open one holds connections of the server's few
 
         def two_running() -> bool:
-            trials = Sweep(open_storage(database), "s").trials()
+            trials = Sweep(storage, "s").trials()
             return sum(t.state.name == "RUNNING" and "run_id" in t.user_attrs for t in trials) == 2
 
         until(two_running, process)
@@ -125,7 +126,7 @@ def test_a_ray_node_that_dies_costs_no_trial(tmp_path, server, database):
         finish(process)
     finally:
         cluster.shutdown()
-    study = Sweep(open_storage(database), "s")
+    study = Sweep(storage, "s")
     assert len(study.counted()) == 6
     assert len([trial for trial in study.trials() if superseded(trial)]) == 1
     assert all(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.counted())
@@ -139,9 +140,10 @@ def test_a_ray_node_that_dies_costs_no_trial(tmp_path, server, database):
 def test_a_database_that_crashes_and_comes_back_costs_no_trial(tmp_path, postgresql):
     place, address = make_place(tmp_path / "place"), postgresql.get_uri()
     process = sweeps(place, *run_words(place, "--n_trials", "5", "--workers", "2", "--storage", address))
+    storage = open_storage(address)
 
     def in_a_run() -> bool:
-        trials = Sweep(open_storage(address), "s").trials()
+        trials = Sweep(storage, "s").trials()
         return any(t.state.name == "RUNNING" and "epochs" in t.user_attrs for t in trials)
 
     until(in_a_run, process)
@@ -153,7 +155,7 @@ def test_a_database_that_crashes_and_comes_back_costs_no_trial(tmp_path, postgre
     pg_ctl(postgresql, "-w", "-l", str(postgresql.log), "-o", f'-h "" -k {socket_folder.group(1)}', "start")
     said = finish(process)
     assert "does not answer" in said
-    study = Sweep(open_storage(address), "s")
+    study = Sweep(storage, "s")
     assert len(study.counted()) == 5
     assert all(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.counted())
     runs = [*runs_of(place, "trial"), *runs_of(place, "sweep")]
