@@ -1,4 +1,4 @@
-"""The command line: `python -m dann_experiments {pretrain,adapt,evaluate,runs,layers,config}`.
+"""The command line: `python -m dann_experiments COMMAND`.
 
 `--config recipes/x.yaml` gives the settings, `--any.dotted.key value` changes one. The undotted flags are short names of
 the settings that are changed most; they are also the declared parameters of the MLproject file.
@@ -18,6 +18,7 @@ from dann_experiments.config import Config, InputError, config_to_yaml, load_con
 from dann_experiments.config.parsing import help_text
 
 COMMANDS = {
+    "check-data": "read all data once: every problem by file name, then counts, class shares and band statistics",
     "pretrain": "train a source model on labelled source images",
     "adapt": "adapt a source model to the unlabelled target domain (pretrains first where needed)",
     "evaluate": "score a model on every labelled val and test set",
@@ -27,6 +28,7 @@ COMMANDS = {
 }
 WITHOUT_EFFECT = {
     "pretrain": ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer"),
+    "check-data": ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer", "max_epochs"),
     "evaluate": ("gamma", "hidden_size", "discriminator_lr", "feature_layer", "max_epochs"),
 }
 
@@ -70,6 +72,8 @@ def _run(known: argparse.Namespace, config: Config) -> int:
         return 0
     from dann_experiments import jobs
 
+    if known.command == "check-data":
+        return _print_data_report(jobs.check_data(config))
     result = {"pretrain": jobs.pretrain, "adapt": jobs.adapt, "evaluate": jobs.evaluate}[known.command](config)
     _print_result(result)
     return 0
@@ -149,6 +153,30 @@ def _print_result(result: Any) -> None:
     if result.artifacts:
         print(f"Pictures, model, checkpoints: {result.artifacts}")
     print(f"Look at it: {ui_command(result.tracking_uri)}")
+
+
+def _print_data_report(report: Any) -> int:
+    """The report on the terminal; exit code 2 if there are problems."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for title, frame in (("sets (class shares of labelled pixels)", report.counts), ("bands, as stored", report.bands)):
+        table = Table("", *map(str, frame.columns), title=title)
+        for label, row in zip(frame.index, frame.to_numpy(), strict=True):
+            shown = " ".join(map(str, label)) if isinstance(label, tuple) else str(label)
+            table.add_row(
+                shown, *("" if value != value else f"{value:.4g}" if value % 1 else f"{value:.0f}" for value in row)
+            )
+        if len(frame):
+            console.print(table)
+    if report.problems:
+        print(f"Error: {len(report.problems)} problems with the data:", file=sys.stderr)
+        for problem in report.problems:
+            print(f"  - {problem}", file=sys.stderr)
+        return 2
+    print(f"Nothing is wrong with the data. Tables and figure: run {report.run_id}.")
+    return 0
 
 
 def _print_overview(config: Config) -> None:

@@ -31,6 +31,7 @@ NOT_SEARCHED = {
     "tracking.": "it says where runs are kept, not what they do",
     "seed": "a seed that was chosen is luck; `confirm` runs the best trials over several",
     "data.num_workers": "it changes no result",
+    "data.memory_gb": "it changes no result",
     "threads": "it changes the last digits alone",
     "trainer.enable_progress_bar": "it changes no result",
     "data.embedded.folder": "it changes no result",

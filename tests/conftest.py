@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from PIL import Image
+from rasterio.errors import NotGeoreferencedWarning
 
 # Each worker of pytest-xdist is one process a core: more threads would only fight for them.
 torch.set_num_threads(1)
@@ -34,6 +37,18 @@ def write_domain(
         if masks:
             Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
     return folder
+
+
+def write_raster(path: Path, values: np.ndarray, **profile: object) -> Path:
+    """A GeoTIFF of bands (B, H, W); `profile` are rasterio's own words (crs, transform, nodata, ...)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, height, width = values.shape
+    settings = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": values.dtype, **profile}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(path, "w", photometric="MINISBLACK", **settings) as file:
+            file.write(values)
+    return path
 
 
 @pytest.fixture(scope="session")

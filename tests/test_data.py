@@ -9,19 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_settings, write_domain
+from conftest import small_settings, write_domain, write_raster
 from PIL import Image
 
 from dann_experiments import InputError, adapt, load_config
 from dann_experiments.__main__ import main
-from dann_experiments.data.dataset import SegmentationDataset, train_loader
-from dann_experiments.data.reading import read_image, read_mask
+from dann_experiments.data.dataset import Memory, SegmentationDataset, train_loader
+from dann_experiments.data.labels import LabelMap, read_mask
+from dann_experiments.data.reading import Normalisation, Reading, read_pixels
 from dann_experiments.data.samples import Sample, content_digest, find_samples
 
 
 def dataset(folder: Path, **more) -> SegmentationDataset:
     samples = find_samples([str(folder)], folder, "data.source.train")
-    return SegmentationDataset(samples, num_classes=2, mean=[0.5] * 3, std=[0.25] * 3, **more)
+    normalisation = Normalisation((0.0,) * 3, (1.0,) * 3, (0.5,) * 3, (0.25,) * 3)
+    return SegmentationDataset(samples, LabelMap(2), normalisation, training=True, **more)
 
 
 def test_pixels_are_scaled_to_0_1_and_normalised_and_labels_are_ids(squares):
@@ -35,14 +37,14 @@ def test_pixels_are_scaled_to_0_1_and_normalised_and_labels_are_ids(squares):
 def test_grey_palette_and_16_bit_images_are_read(tmp_path):
     grey = np.arange(16, dtype=np.uint8).reshape(4, 4)
     Image.fromarray(grey).save(tmp_path / "grey.png")
-    assert np.array_equal(read_image(tmp_path / "grey.png", 3), np.stack([grey] * 3))
-    assert read_image(tmp_path / "grey.png", 1).shape == (1, 4, 4)
+    assert np.array_equal(read_pixels(tmp_path / "grey.png", 3, Reading()).values, np.stack([grey] * 3))
+    assert read_pixels(tmp_path / "grey.png", 1, Reading()).values.shape == (1, 4, 4)
     Image.fromarray(grey.astype(np.uint16) * 1000).save(tmp_path / "deep.tif")
-    assert read_image(tmp_path / "deep.tif", 1).max() == 15000
+    assert read_pixels(tmp_path / "deep.tif", 1, Reading()).values.max() == 15000
     palette = Image.fromarray(grey % 2).convert("P")
     palette.putpalette([0, 0, 0, 255, 0, 0])
     palette.save(tmp_path / "mask.png")
-    assert set(np.unique(read_mask(tmp_path / "mask.png", 2, 255))) == {0, 1}
+    assert set(np.unique(read_mask(tmp_path / "mask.png", LabelMap(2)))) == {0, 1}
 
 
 def test_a_crop_cuts_image_and_mask_at_the_same_place(tmp_path):
@@ -58,9 +60,9 @@ def test_a_crop_cuts_image_and_mask_at_the_same_place(tmp_path):
 
 def test_a_cropped_item_is_shown_as_the_file_holds_it_at_the_place_of_the_crop(squares):
     whole = dataset(squares / "source")
-    assert np.array_equal(whole.as_stored(whole[2]), whole.read(2)[0])
+    assert np.allclose(whole.picture(whole[2]), whole.read(2)[0] / 255, atol=1e-6)
     cropped = dataset(squares / "source", crop_size=16)
-    assert cropped.as_stored(cropped[2]).shape == (3, 16, 16)
+    assert cropped.picture(cropped[2]).shape == (3, 16, 16)
 
 
 def test_the_order_of_training_images_depends_on_the_seed_alone(squares):
@@ -77,7 +79,7 @@ def test_the_order_of_training_images_depends_on_the_seed_alone(squares):
 
 def test_a_decoded_image_is_kept_and_read_once(tmp_path):
     write_domain(tmp_path, 1, seed=0)
-    kept, fresh = dataset(tmp_path), dataset(tmp_path, keep_in_memory=False)
+    kept, fresh = dataset(tmp_path, memory=Memory(1)), dataset(tmp_path)
     before = kept[0]["image"]
     fresh[0]
     (tmp_path / "images" / "0.png").unlink()
@@ -137,8 +139,9 @@ def class_outside(root: Path) -> str:
 
 
 def four_bands(root: Path) -> str:
-    Image.fromarray(np.zeros((32, 32, 4), np.uint8)).save(root / "target" / "images" / "1.png")
-    return "target/images/1.png has 4 bands, but model.in_channels is 3"
+    write_raster(root / "target" / "images" / "1.tif", np.zeros((4, 32, 32), np.uint8))
+    (root / "target" / "images" / "1.png").unlink()
+    return "target/images/1.tif has 4 bands, but model.in_channels is 3"
 
 
 def colour_mask(root: Path) -> str:

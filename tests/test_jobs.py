@@ -20,7 +20,7 @@ from conftest import small_settings
 
 import dann_experiments
 from dann_experiments import InputError, RunResult, adapt, evaluate, load_config, pretrain
-from dann_experiments.data.reading import read_image
+from dann_experiments.data.reading import Reading, read_pixels
 
 PROJECT = Path(dann_experiments.__file__).parents[1]
 
@@ -143,8 +143,11 @@ def test_the_model_loads_in_a_new_process_without_pickles_and_gives_the_same_log
         "x = torch.from_numpy(np.load(sys.argv[1]))\n"
         "with torch.no_grad(): np.save(sys.argv[2], net(x).numpy())\n"
     )
-    image = torch.from_numpy(read_image(squares / "target_val" / "images" / "0.png", 3)).float() / 255
-    pixels = (image - torch.tensor(facts["mean"])[:, None, None]) / torch.tensor(facts["std"])[:, None, None]
+    image = torch.from_numpy(read_pixels(squares / "target_val" / "images" / "0.png", 3, Reading()).values).float()
+    reading = {key: torch.tensor(value)[:, None, None] for key, value in
+               facts["reading"]["target"].items() if key in ("low", "high", "mean", "std")}  # fmt: skip
+    scaled = (image - reading["low"]) / (reading["high"] - reading["low"])
+    pixels = (scaled - reading["mean"]) / reading["std"]
     np.save(workplace / "x.npy", pixels[None].numpy())
     subprocess.run([sys.executable, "-c", code, "x.npy", "y.npy"], check=True, capture_output=True, cwd=workplace)
     here = smp.from_pretrained(str(folder)).eval()

@@ -89,7 +89,7 @@ class DANNMethod(DomainAdaptationMethod):
         assert isinstance(classifier, DomainClassifier)
         sides: Mapping[int, tuple[Tensor, Tensor | None]] = {
             SOURCE: (outputs.source_features[layer], outputs.source_valid),
-            TARGET: (outputs.target_features[layer], None),
+            TARGET: (outputs.target_features[layer], outputs.target_valid),
         }
         losses, accuracies = [], []
         for domain, (features, valid) in sides.items():

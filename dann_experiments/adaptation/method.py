@@ -42,6 +42,8 @@ class StepOutputs:
     """Layer name -> (S, C, H, W)."""
     target_features: Mapping[str, Tensor]
     """Layer name -> (T, C, H, W); empty for a method that does not use the target."""
+    target_valid: Tensor | None = None
+    """(T, h, w), 1 where the target image has data, 0 at nodata; None = everywhere."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.presets import IGNORED, filled
 
 Arch = Literal[
     "unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus", "pan", "upernet",
@@ -90,23 +91,95 @@ class ModelConfig:
         _at_least("model.classes", self.classes, 2)
 
 
+Entry = str | dict[str, Any]
+
+
 @dataclass(frozen=True)
 class DomainDataConfig:
-    """The images of one domain. Each list names CSV manifests or folders (see data.root)."""
+    """The images of one domain, and how their files are read. Settings a preset brings are used where yours are unset."""
 
     name: str | None = None
-    """What runs call this domain; null = from its first training list."""
-    train: list[str] = field(default_factory=list)
-    """Training images; the target's need no masks, and masks given there are not read."""
-    val: list[str] = field(default_factory=list)
+    """What runs call this domain; null = from its preset or its first training entry."""
+    preset: str | None = None
+    """A known data set: loveda, potsdam, vaihingen, openearthmap, inria, landcoverai, cityscapes, gta5."""
+    scene: str | None = None
+    """Part of the preset's data set (LoveDA: Urban or Rural; Inria: a city; OpenEarthMap: a region); null = its default."""
+    root: str | None = None
+    """Folder that this domain's entries are relative to; null = data.root."""
+    train: list[Entry] = field(default_factory=list)
+    """Training images; the target's need no masks, and masks given there are not read. An entry is a CSV manifest (columns
+    image, mask, split; paths relative to it), a folder with images/ and masks/ of equal stems, a glob pattern, a list file
+    (.txt, a path a line), an image file, or a mapping {images: ..., masks: ...} of folders, patterns, list files or files;
+    patterns are paired by what their wildcards stand for. The mapping also takes names: (a list, or a file of names, to
+    keep) and region: [left, top, right, bottom] in pixels of the file."""
+    val: list[Entry] = field(default_factory=list)
     """Validation images, scored each epoch where they have masks."""
-    test: list[str] = field(default_factory=list)
+    test: list[Entry] = field(default_factory=list)
     """Held-out images, scored once after training."""
+    bands: list[int] | None = None
+    """Bands to read, in this order, counted from 1; null = all."""
+    scale: Literal["type", "percentiles"] | list[float] = "type"
+    """What becomes 0..1: type = the range of 8 or 16 bit; percentiles = the 2nd to 98th of the training windows, a band;
+    [LOW, HIGH] = this range (float, signed and 12 bit images)."""
+    nodata: Literal["file"] | float | list[float] = "file"
+    """Pixels whose bands all hold this value (or one of these) count nowhere; file = the file's own nodata value, mask or
+    alpha band; [] = none. NaN in any band always is nodata."""
+    ignore_values: list[int] = field(default_factory=list)
+    """Mask values that count nowhere, beside data.ignore_index."""
+    value_map: dict[int, str] | None = None
+    """Mask value -> class name; null = the values are class ids. A name that is not in data.class_names counts nowhere."""
+    color_map: dict[str, str] | None = None
+    """"RED,GREEN,BLUE" -> class name, for masks in colours."""
+    pixel_size: float | None = None
+    """Resample to pixels of this size (units of the CRS), so that two sensors meet; null = the files' own pixels."""
+    file_pixel_size: float | None = None
+    """Size of the files' pixels where they are not georeferenced."""
+    augmentation: Literal["none", "light", "strong"] = "none"
+    """Of training images. light: flips and quarter turns; strong: also scale, colour and blur."""
     batch_size: int = 8
     """Images a training step."""
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names that the label map gives, in the order of the ids, each once; None without a map."""
+        named = self.value_map if self.value_map is not None else self.color_map
+        if named is None:
+            return None
+        ordered = [name for _, name in sorted(named.items())] if named is self.value_map else list(named.values())
+        return [name for name in dict.fromkeys(ordered) if name != IGNORED]
+
+    @property
+    def colours(self) -> dict[tuple[int, int, int], str] | None:
+        """`color_map` with its keys as (red, green, blue)."""
+        return None if self.color_map is None else {_colour(key): name for key, name in self.color_map.items()}
+
+    @property
+    def nodata_values(self) -> Literal["file"] | tuple[float, ...]:
+        """`nodata` as values, or file."""
+        if self.nodata == "file":
+            return "file"
+        return tuple(self.nodata) if isinstance(self.nodata, list) else (float(self.nodata),)
+
     def __post_init__(self) -> None:
         _at_least("data.source.batch_size and data.target.batch_size", self.batch_size, 1)
+        if self.value_map is not None and self.color_map is not None:
+            raise InputError("value_map and color_map are both given (data.source, data.target); keep one.")
+        if self.value_map is not None and not self.value_map:
+            raise InputError("value_map is empty; name the values, or null to take them as class ids.")
+        _ = self.colours
+        if self.bands is not None and (not self.bands or min(self.bands) < 1):
+            raise InputError(f"bands is {self.bands}; name bands counted from 1.")
+        if isinstance(self.scale, list) and (len(self.scale) != 2 or not self.scale[0] < self.scale[1]):
+            raise InputError(f"scale is {self.scale}; give [LOW, HIGH] with LOW below HIGH, type, or percentiles.")
+        for key in ("pixel_size", "file_pixel_size"):
+            value = getattr(self, key)
+            if value is not None:
+                _above(f"data.source.{key} and data.target.{key}", value, 0)
+        if self.file_pixel_size is not None and self.pixel_size is None:
+            raise InputError("file_pixel_size has no effect without pixel_size, the size to resample to; remove it.")
+        for split in ("train", "val", "test"):
+            for entry in getattr(self, split):
+                _check_entry(split, entry)
 
 
 @dataclass(frozen=True)
@@ -127,32 +200,54 @@ class DataConfig:
 
     embedded: EmbeddedDataConfig = field(default_factory=EmbeddedDataConfig)
     root: str | None = None
-    """Folder that the lists are relative to; null = the embedded data if there is one, else the current folder.
-    An entry of a list is a CSV manifest (columns image and mask; paths relative to the manifest; mask absent where there
-    is none) or a folder with images/ and masks/ of equal stems."""
+    """Folder that the entries are relative to; null = the embedded data if there is one, else the current folder."""
     source: DomainDataConfig = field(default_factory=DomainDataConfig)
     target: DomainDataConfig = field(default_factory=DomainDataConfig)
     class_names: list[str] | None = None
-    """Names of the classes, index = id in the masks; null = class_0, class_1, ..."""
+    """Names of the network's classes, index = class id. They are the common language of both domains: each domain's value_map
+    or color_map says which of its labels is which. null = the source's map in the order of its ids, else class_0, ..."""
     ignore_index: int = 255
     """Mask value that counts nowhere: not in the losses, not in the metrics."""
+    normalization: Literal["fixed", "domain"] = "fixed"
+    """fixed: by mean and std below; domain: each domain by its own mean and standard deviation a band, computed once over
+    its training windows and kept with the model."""
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
-    """Mean a band, of images scaled to 0..1; the default is ImageNet's."""
+    """Mean a band, of images scaled to 0..1, for normalization fixed; the default is ImageNet's."""
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
     """Standard deviation a band, of images scaled to 0..1; the default is ImageNet's."""
+    window_size: int | None = None
+    """Images are cut into windows of this many pixels square, each one item of an epoch, and only windows are read; null =
+    whole images, but windows of 1024 from images above 2048 x 2048 pixels."""
+    windows: Literal["grid", "random"] = "grid"
+    """Where training windows lie: side by side, or drawn once at random places (by the seed)."""
+    window_count: int | None = None
+    """How many random windows a domain has; null = as many as the grid."""
     crop_size: int | None = None
-    """Training takes random crops of this many pixels square; null = whole images, all of one size."""
+    """Training takes a random crop of this many pixels square of each item, another each epoch; null = whole items."""
     eval_batch_size: int | None = None
     """Images a validation step; null = the training batch."""
     num_workers: int = 0
     """Processes that load each domain's training images; 0 = the training process (best for small images)."""
-    keep_in_memory: bool = True
-    """Decode each image once and keep it, instead of decoding it again each epoch."""
+    memory_gb: float = 4.0
+    """Decoded images are kept up to this many gigabytes, all sets together, and not decoded again; 0 = none are kept."""
 
     def __post_init__(self) -> None:
         _at_least("data.num_workers", self.num_workers, 0)
-        if self.crop_size is not None:
-            _at_least("data.crop_size", self.crop_size, 8)
+        for key in ("crop_size", "window_size"):
+            value = getattr(self, key)
+            if value is not None:
+                _at_least(f"data.{key}", value, 8)
+        if self.window_count is not None:
+            _at_least("data.window_count", self.window_count, 1)
+            if self.windows == "grid":
+                raise InputError("data.window_count has no effect with data.windows grid; remove it, or set random.")
+        if self.crop_size is not None and self.window_size is not None and self.crop_size > self.window_size:
+            raise InputError(
+                f"data.crop_size is {self.crop_size}, larger than data.window_size {self.window_size}; crops are cut from "
+                "windows."
+            )
+        if not 0 <= self.memory_gb < float("inf"):
+            raise InputError(f"data.memory_gb is {self.memory_gb}; give a number of at least 0.")
         if self.eval_batch_size is not None:
             _at_least("data.eval_batch_size", self.eval_batch_size, 1)
         if len(self.mean) != len(self.std):
@@ -407,20 +502,30 @@ class Config:
     @property
     def class_names(self) -> list[str]:
         """One name a class."""
-        return self.data.class_names or [f"class_{index}" for index in range(self.model.classes)]
+        named = self.data.class_names or filled(self.data.source).class_names
+        return named or [f"class_{index}" for index in range(self.model.classes)]
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.model.classes:
+            where = "data.class_names" if self.data.class_names else "the label map of data.source"
             raise InputError(
-                f"data.class_names has {len(self.class_names)} names, but model.classes is {self.model.classes}; "
-                "give one name a class."
+                f"{where} has {len(self.class_names)} names, but model.classes is {self.model.classes}; give one name a "
+                f"class (they are {self.class_names})."
             )
+        filled(self.data.target)  # a preset that is none is refused here
+        for domain in ("source", "target"):
+            bands = filled(getattr(self.data, domain)).bands
+            if bands is not None and len(bands) != self.model.in_channels:
+                raise InputError(
+                    f"data.{domain}.bands names {len(bands)} bands, but model.in_channels is {self.model.in_channels}; "
+                    "they must agree."
+                )
         if len(set(self.class_names)) != len(self.class_names):
             raise InputError(f"data.class_names is {self.class_names}; give each class a name of its own.")
-        if len(self.data.mean) != self.model.in_channels:
+        if self.data.normalization == "fixed" and len(self.data.mean) != self.model.in_channels:
             raise InputError(
                 f"data.mean has {len(self.data.mean)} values, but model.in_channels is {self.model.in_channels}; "
-                "give data.mean and data.std one value a band."
+                "give data.mean and data.std one value a band, or set data.normalization to domain."
             )
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; give a whole number from 0 to 4294967295.")
@@ -436,3 +541,38 @@ def _at_least(key: str, value: float, least: float) -> None:
 def _above(key: str, value: float, bound: float) -> None:
     if not bound < value < float("inf"):
         raise InputError(f"{key} is {value}; give a number above {bound}.")
+
+
+def _colour(text: str) -> tuple[int, int, int]:
+    try:
+        red, green, blue = (int(part) for part in str(text).split(","))
+    except ValueError:
+        raise InputError(f'color_map has the key {text!r}; give colours as "RED,GREEN,BLUE".') from None
+    if not all(0 <= part <= 255 for part in (red, green, blue)):
+        raise InputError(f"color_map has the key {text!r}; red, green and blue go from 0 to 255.")
+    return red, green, blue
+
+
+def _check_entry(split: str, entry: Any) -> None:
+    if isinstance(entry, str):
+        return
+    unknown = sorted(set(entry) - {"images", "masks", "names", "region"})
+    if unknown or "images" not in entry:
+        raise InputError(
+            f"{split} has the entry {entry}; a mapping takes images (needed), masks, names and region"
+            + (f", not {unknown[0]}." if unknown else ".")
+        )
+    for key in ("images", "masks", "names"):
+        value = entry.get(key)
+        texts = value if isinstance(value, list) else [value]
+        if value is not None and not (texts and all(isinstance(text, (str, int)) for text in texts)):
+            raise InputError(
+                f"{split} has the entry {entry}, whose {key} is {value!r}; give a path, a pattern or a list."
+            )
+    region = entry.get("region")
+    if region is not None:
+        whole = isinstance(region, list) and len(region) == 4 and all(type(side) is int for side in region)
+        if not whole or not (0 <= region[0] < region[2] and 0 <= region[1] < region[3]):
+            raise InputError(
+                f"{split} has the entry {entry}, whose region is {region!r}; give [left, top, right, bottom] in pixels."
+            )

@@ -1,129 +1,278 @@
-"""Samples as tensors, and the loaders that training and validation draw from."""
+"""Samples as tensors: windows of images with their masks, and the loaders that training and validation draw from."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.data.reading import image_size, read_image, read_mask
+from dann_experiments.data.augmentation import Strength, augmented
+from dann_experiments.data.labels import LabelMap, read_mask
+from dann_experiments.data.reading import (
+    Header,
+    Normalisation,
+    Reading,
+    Window,
+    check_type,
+    chosen_bands,
+    for_type,
+    read_header,
+    read_pixels,
+)
 from dann_experiments.data.samples import Sample
+from dann_experiments.data.windows import Piece, at_random, default_size, grid
 
 log = logging.getLogger(__name__)
+Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]  # image (B, h, w) as stored, mask (h, w), valid (h, w)
+
+
+class Memory:
+    """How much decoded data may still be kept, shared by the sets of a job."""
+
+    def __init__(self, gigabytes: float) -> None:
+        self.bytes_left = gigabytes * 1e9
+
+    def take(self, arrays: Arrays) -> bool:
+        """Whether these arrays may be kept; if so they are counted."""
+        size = sum(array.nbytes for array in arrays if array is not None)
+        if size > self.bytes_left:
+            return False
+        self.bytes_left -= size
+        return True
 
 
 class SegmentationDataset(Dataset):
-    """Items {"image": (B, H, W) float32, "index": i} and, where there are masks, "mask": (H, W) int64 class ids.
+    """Items {"image": (B, h, w) float32, "index": i}, with "mask" (h, w) int64 class ids where there are masks, and "valid"
+    (h, w) float32, 0 at nodata, where an image of the set may lack data.
 
-    Images are scaled to 0..1 by their type's range, then (x - mean) / std. With `crop_size`, an item is a random crop
-    drawn from torch's random state; a smaller image is refused. `keep_in_memory`: each file is decoded once.
+    An item is a window of an image (`window_size`, see `windows.py`), or an image. Pixels without data are 0 in the image (the
+    mean) and `ignore_index` in the mask. A training set (`training`) draws a crop and an augmentation for each item from
+    torch's random state, or from the seed that comes with the index as (index, seed); its windows may lie at random places.
+    Raises InputError for a file that is no image, and for one whose bands or type do not fit.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        num_classes: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        ignore_index: int = 255,
+        labels: LabelMap,
+        normalisation: Normalisation,
+        reading: Reading | None = None,
+        training: bool = False,
         crop_size: int | None = None,
-        keep_in_memory: bool = True,
+        window_size: int | None = None,
+        random_windows: bool = False,
+        window_count: int | None = None,
+        augmentation: Strength = "none",
+        seed: int = 0,
+        memory: Memory | None = None,
+        headers: Sequence[Header] | None = None,
     ) -> None:
         self.samples = list(samples)
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
-        self.crop_size = crop_size
-        self.mean = torch.tensor(list(mean), dtype=torch.float32)[:, None, None]
-        self.std = torch.tensor(list(std), dtype=torch.float32)[:, None, None]
-        self._kept: dict[int, tuple[np.ndarray, np.ndarray | None]] | None = {} if keep_in_memory else None
+        self.labels = labels
+        self.normalisation = normalisation
+        self.reading = reading or Reading()
+        self.training = training
+        self.crop_size = crop_size if training else None
+        self.augmentation: Strength = augmentation if training else "none"
+        self.memory = memory or Memory(0)
+        self.headers = list(headers or ())
+        if headers is None:
+            self.headers = [checked_header(sample, self.reading, self.in_channels) for sample in self.samples]
+        self.may_lack_data = any(self.reading.may_lack_data(header) for header in self.headers)
+        self.pieces = self._cut(window_size, random_windows and training, window_count, seed)
+        self._kept: dict[Piece, Arrays] = {}
+        self.class_pixels: np.ndarray | None = None
+        """(256,) pixels of each id in the masks, from `fill`; None until then, or where not all masks were read."""
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.pieces)
+
+    @property
+    def in_channels(self) -> int:
+        """Bands of an item."""
+        return len(self.normalisation.mean)
 
     @property
     def has_masks(self) -> bool:
         """Whether the items bring masks."""
         return bool(self.samples) and self.samples[0].mask is not None
 
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The image (B, H, W) as stored in the file, and its mask (H, W)."""
-        if self._kept is not None and index in self._kept:
-            return self._kept[index]
-        sample = self.samples[index]
-        image = read_image(sample.image, len(self.mean))
+    @property
+    def all_kept(self) -> bool:
+        """Whether every item is in memory."""
+        return len(self._kept) == len(set(self.pieces))
+
+    def read(self, index: int) -> Arrays:
+        """Image (B, h, w) as stored in the file, mask (h, w) and validity (h, w; None = all valid) of an item."""
+        piece = self.pieces[index]
+        if piece in self._kept:
+            return self._kept[piece]
+        sample = self.samples[piece.sample]
+        image, valid = read_pixels(sample.image, self.in_channels, self.reading, piece.window)
         mask = None
         if sample.mask is not None:
-            mask = read_mask(sample.mask, self.num_classes, self.ignore_index)
-            if mask.shape != image.shape[1:]:
-                raise InputError(
-                    f"image {sample.image} is {image.shape[1]} x {image.shape[2]} pixels, its mask {sample.mask} "
-                    f"{mask.shape[0]} x {mask.shape[1]}; they must be of one size."
-                )
-        if self._kept is not None:
-            self._kept[index] = (image, mask)
-        return image, mask
+            factor = self.reading.factor(self.headers[piece.sample], sample.image)
+            mask = read_mask(sample.mask, self.labels, piece.window, factor)
+            if piece.counted_rows or piece.counted_columns or valid is not None:
+                mask[: piece.counted_rows] = self.labels.ignore_index
+                mask[:, : piece.counted_columns] = self.labels.ignore_index
+                if valid is not None:
+                    mask[~valid] = self.labels.ignore_index
+        arrays = (image, mask, valid)
+        if self.memory.take(arrays):
+            self._kept[piece] = arrays
+        return arrays
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image, mask = self.read(index)
+    def fill(self) -> Iterator[int]:
+        """Read what can be kept in memory and what must be known before training: the masks, and which windows hold no data
+        (a training set drops them). Yields the number of items done after each; raises InputError for a bad file."""
+        pixels = np.zeros(256, np.int64)
+        complete, kept = True, []
+        for index, piece in enumerate(self.pieces):
+            lacking = self.reading.may_lack_data(self.headers[piece.sample])
+            if self.memory.bytes_left > 0 or (self.training and lacking):
+                _, mask, valid = self.read(index)
+                if mask is not None:
+                    pixels += np.bincount(mask.ravel(), minlength=256)
+                if not self.training or valid is None or valid.any():
+                    kept.append(piece)
+                else:
+                    self._kept.pop(piece, None)
+            else:
+                complete = False
+                kept.append(piece)
+            yield index + 1
+        if not kept and self.pieces:
+            raise InputError(
+                f"image {self.samples[0].image} and the others of its set hold no data: every pixel is nodata (nodata is "
+                f"{self.reading.nodata}; data.source.nodata, data.target.nodata)."
+            )
+        self.pieces = kept
+        self.class_pixels = pixels if complete and self.has_masks else None
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
+        if isinstance(index, tuple):
+            index, seed = index
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self._item(index, self.augmentation)
+        return self._item(index, "none")
+
+    def picture(self, item: dict[str, Tensor]) -> np.ndarray:
+        """An item's image (B, h, w) in 0..1: normalisation undone."""
+        mean, std = (np.array(side)[:, None, None] for side in (self.normalisation.mean, self.normalisation.std))
+        return np.clip(item["image"].numpy() * std + mean, 0, 1)
+
+    def normalisation_of(self, sample: int) -> Normalisation:
+        """With the range of the sample's own type where that counts."""
+        return for_type(self.normalisation, self.reading, self.headers[sample].dtype)
+
+    def _item(self, index: int, augmentation: Strength) -> dict[str, Tensor]:
+        arrays = self.read(index)
         if self.crop_size is not None:
-            image, mask = self._crop(image, mask, index)
-        scale = 255.0 if image.dtype == np.uint8 else 65535.0
-        pixels = torch.from_numpy(image.astype(np.float32)).div_(scale).sub_(self.mean).div_(self.std)
-        item = {"image": pixels, "index": torch.tensor(index)}
-        if mask is not None:
-            item["mask"] = torch.from_numpy(mask.astype(np.int64))
+            arrays = self._crop(arrays, index)
+        values, mask, valid = arrays
+        normalisation = self.normalisation_of(self.pieces[index].sample)
+        labels = None if mask is None else torch.from_numpy(mask.astype(np.int64))
+        known = None if valid is None else torch.from_numpy(valid)
+        if augmentation == "none":
+            image = torch.from_numpy(normalisation(values, valid))
+        else:
+            scaled = normalisation.scaled(values)
+            if valid is not None:  # NaN would spread in a blur
+                scaled[:, ~valid] = np.array(normalisation.mean, np.float32)[:, None]
+            changed, labels, known = augmented(torch.from_numpy(scaled), labels, known, augmentation)
+            image = self._normalised(changed, known)
+        item = {"image": image, "index": torch.tensor(index)}
+        if labels is not None:
+            item["mask"] = labels
+        if self.may_lack_data:
+            item["valid"] = torch.ones(image.shape[1:]) if known is None else known.float()
         return item
 
-    def as_stored(self, item: dict[str, Tensor]) -> np.ndarray:
-        """An item's image as its file holds it (B, H, W), cropped where the item is: scaling and normalisation undone."""
-        dtype = self.read(int(item["index"]))[0].dtype
-        pixels = (item["image"] * self.std + self.mean) * float(np.iinfo(dtype).max)
-        return pixels.round().numpy().astype(dtype)
+    def _normalised(self, image: Tensor, valid: Tensor | None) -> Tensor:
+        mean = torch.tensor(self.normalisation.mean)[:, None, None]
+        std = torch.tensor(self.normalisation.std)[:, None, None]
+        image = (image - mean) / std
+        return image if valid is None else image * valid
 
-    def _crop(self, image: np.ndarray, mask: np.ndarray | None, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def _crop(self, arrays: Arrays, index: int) -> Arrays:
         size = self.crop_size
         assert size is not None
-        height, width = image.shape[1:]
+        height, width = arrays[0].shape[1:]
         if height < size or width < size:
             raise InputError(
-                f"image {self.samples[index].image} is {height} x {width} pixels, smaller than data.crop_size {size}."
+                f"image {self.samples[self.pieces[index].sample].image} is {height} x {width} pixels, smaller than "
+                f"data.crop_size {size}."
             )
         top = int(torch.randint(height - size + 1, ()))
         left = int(torch.randint(width - size + 1, ()))
         window = (slice(top, top + size), slice(left, left + size))
-        return image[:, *window], None if mask is None else mask[window]
+        image, mask, valid = arrays
+        return image[:, *window], None if mask is None else mask[window], None if valid is None else valid[window]
+
+    def _cut(self, window_size: int | None, at_random_places: bool, count: int | None, seed: int) -> list[Piece]:
+        areas = []
+        for number, (sample, header) in enumerate(zip(self.samples, self.headers, strict=True)):
+            area = self._area(sample, header)
+            areas.append((number, area, default_size(area.height, area.width, window_size, self.crop_size)))
+        if at_random_places:
+            return at_random(areas, count, seed)
+        return [piece for area in areas for piece in grid(*area)]
+
+    def _area(self, sample: Sample, header: Header) -> Window:
+        """The part of an image that belongs to the set, on the working grid."""
+        height, width = self.reading.grid_size(header, sample.image)
+        if sample.region is None:
+            return Window(0, 0, height, width)
+        left, top, right, bottom = sample.region
+        if right > header.width or bottom > header.height:
+            raise InputError(
+                f"image {sample.image} is {header.width} pixels wide and {header.height} high; its region "
+                f"{list(sample.region)} (left, top, right, bottom) goes beyond."
+            )
+        factor = self.reading.factor(header, sample.image)
+        first_row, first_column = round(top / factor), round(left / factor)
+        rows = max(min(round(bottom / factor), height) - first_row, 1)
+        return Window(first_row, first_column, rows, max(min(round(right / factor), width) - first_column, 1))
 
 
-def check_files(dataset: SegmentationDataset, name: str, stride: int = 1, for_training: bool = True) -> None:
-    """Read every image (its header alone if images are not kept in memory) and mask before anything trains.
+def checked_header(sample: Sample, reading: Reading, in_channels: int) -> Header:
+    """The image's header; raises InputError for bands or a type that do not fit, a mask of another size, or no image."""
+    header = read_header(sample.image)
+    chosen_bands(sample.image, header, reading, in_channels)
+    check_type(sample.image, header, reading)
+    if sample.mask is not None:
+        mask = read_header(sample.mask)
+        if (mask.height, mask.width) != (header.height, header.width):
+            raise InputError(
+                f"image {sample.image} is {header.height} x {header.width} pixels, its mask {sample.mask} "
+                f"{mask.height} x {mask.width}; they must be of one size."
+            )
+    return header
 
-    Raises InputError for the first bad one. Training images must be larger than the crop or, without crops, all of one
-    size; crop or images must be divisible by `stride`.
+
+def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> None:
+    """Refuse training items that cannot be put into batches of a network of this stride.
+
+    Items must be larger than the crop or, without crops, all of one size; crop or items must be divisible by `stride`.
     """
     sizes: dict[tuple[int, int], Path] = {}
-    for index, sample in enumerate(dataset.samples):
-        if dataset._kept is not None:
-            image, _ = dataset.read(index)  # decoded once, here
-            size = (image.shape[1], image.shape[2])
-        else:
-            size = image_size(sample.image)
-            if sample.mask is not None:
-                dataset.read(index)
-        sizes.setdefault(size, sample.image)
-        if for_training and dataset.crop_size is not None and min(size) < dataset.crop_size:
-            raise InputError(
-                f"{name}: image {sample.image} is {size[0]} x {size[1]} pixels, smaller than data.crop_size "
-                f"{dataset.crop_size}; give a smaller one."
-            )
-    if not for_training:
-        return
+    for piece in dataset.pieces:
+        sizes.setdefault((piece.window.height, piece.window.width), dataset.samples[piece.sample].image)
     if dataset.crop_size is not None:
+        for size, path in sizes.items():
+            if min(size) < dataset.crop_size:
+                raise InputError(
+                    f"{name}: image {path} is {size[0]} x {size[1]} pixels, smaller than data.crop_size "
+                    f"{dataset.crop_size}; give a smaller one."
+                )
         if dataset.crop_size % stride:
             raise InputError(f"data.crop_size is {dataset.crop_size}; this network needs a multiple of {stride}.")
         return
@@ -141,12 +290,43 @@ def check_files(dataset: SegmentationDataset, name: str, stride: int = 1, for_tr
             )
 
 
+class _SeededOrder(RandomSampler):
+    """A random order, each index with a seed for its crop and augmentation: the same numbers whatever the workers."""
+
+    def __init__(self, dataset: SegmentationDataset, generator: torch.Generator, seed: int) -> None:
+        super().__init__(dataset, generator=generator)
+        self._seeds = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        seeds = torch.randint(2**62, (len(self),), generator=self._seeds).tolist()
+        return iter(zip(super().__iter__(), seeds, strict=True))
+
+
+class _EqualSizes(Sampler[list[int]]):
+    """Every item once, in order, in batches of neighbours of one size."""
+
+    def __init__(self, dataset: SegmentationDataset, batch_size: int) -> None:
+        self._batches: list[list[int]] = []
+        size = None
+        for index, piece in enumerate(dataset.pieces):
+            if piece.window[2:] != size or len(self._batches[-1]) == batch_size:
+                self._batches.append([])
+            size = piece.window[2:]
+            self._batches[-1].append(index)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)
+
+
 def train_loader(
     dataset: SegmentationDataset, batch_size: int, name: str, seed: int, num_workers: int = 0
 ) -> DataLoader:
     """Shuffled full batches; a set smaller than one batch is one smaller batch, and says so.
 
-    The order depends on `seed` alone, whatever else draws random numbers.
+    Order, crops and augmentations depend on `seed` alone, whatever else draws random numbers, and on no number of workers.
     """
     if len(dataset) < batch_size:
         log.warning(
@@ -156,12 +336,11 @@ def train_loader(
         batch_size = len(dataset)
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(
-        dataset, batch_size, shuffle=True, drop_last=True, num_workers=num_workers, generator=generator,
-        persistent_workers=num_workers > 0,
+        dataset, batch_size, sampler=_SeededOrder(dataset, generator, seed), drop_last=True, num_workers=num_workers,
+        generator=generator, persistent_workers=num_workers > 0,
     )  # fmt: skip
 
 
 def eval_loader(dataset: SegmentationDataset, batch_size: int) -> DataLoader:
-    """Every image once, in order; one at a time where their sizes differ."""
-    one_size = len({image_size(sample.image) for sample in dataset.samples}) == 1
-    return DataLoader(dataset, batch_size if one_size else 1, shuffle=False)
+    """Every item once, in order; neighbours of one size together."""
+    return DataLoader(dataset, batch_sampler=_EqualSizes(dataset, batch_size))

@@ -1,71 +1,357 @@
-"""Reads one image or mask file into an array, or says which file is wrong and why."""
+"""How the files of one domain become numbers: bands, scale, nodata, resolution. Windows are read, never a large raster whole.
+
+Letters: B bands, h x w pixels of a window. Every window is one of the *working grid*: the file's own pixels, or, where
+`pixel_size` asks for it, the grid that they are resampled to.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from dann_experiments.config.errors import InputError
 
-Image.MAX_IMAGE_PIXELS = None  # aerial mosaics are larger than Pillow's guard against decompression bombs
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
+DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP", "GIF", "JP2OpenJPEG", "VRT")  # of GDAL's many
+CACHE_MB = 128  # of decoded blocks that GDAL keeps; its own default is a share of the machine's memory
+TYPE_RANGES = {"uint8": 255.0, "uint16": 65535.0}
 
 
-def read_image(path: Path, bands: int) -> np.ndarray:
-    """(bands, H, W) uint8 or uint16. Raises InputError for an unreadable file or another number of bands."""
-    array = _open(path, "RGB" if bands == 3 else "L" if bands == 1 else None)
-    array = array[:, :, None] if array.ndim == 2 else array
-    if array.shape[2] == 1 and bands == 3:
-        array = array.repeat(3, axis=2)  # a grey picture among colour ones
-    if array.shape[2] != bands:
-        raise InputError(
-            f"image {path} has {array.shape[2]} bands, but model.in_channels is {bands}; set model.in_channels to "
-            f"{array.shape[2]}, with as many values in data.mean and data.std, or give images of {bands} bands."
-        )
-    if array.dtype not in (np.uint8, np.uint16):
-        raise InputError(f"image {path} holds {array.dtype} values; 8 and 16 bit unsigned images are read.")
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
+class Window(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
 
 
-def read_mask(path: Path, num_classes: int, ignore_index: int) -> np.ndarray:
-    """(H, W) uint8 of class ids. Raises InputError naming file and id for an id that is no class and not ignored."""
-    array = _open(path, None)
-    if array.ndim != 2:
-        raise InputError(f"mask {path} has {array.shape[2]} bands; masks hold one class id a pixel.")
-    if array.dtype.kind == "f" and not np.array_equal(array, np.round(array)):  # NaN is unequal to itself
-        raise InputError(f"mask {path} holds values that are no whole numbers; masks hold one class id a pixel.")
-    ids = np.unique(array)
-    wrong = [int(value) for value in ids if not (0 <= value < num_classes or value == ignore_index)]
-    if wrong:
-        raise InputError(
-            f"mask {path} holds id {wrong[0]}, but classes go from 0 to {num_classes - 1} (model.classes) and "
-            f"{ignore_index} is ignored (data.ignore_index)."
-        )
-    return array.astype(np.uint8)
+@dataclass(frozen=True)
+class Header:
+    """What a raster says of itself before a pixel is read."""
+
+    height: int
+    width: int
+    bands: int
+    """Without an alpha band."""
+    dtype: str
+    nodata: tuple[float | None, ...]
+    """The file's own nodata value, a band."""
+    masked: bool
+    """Whether an alpha band or an internal mask says which pixels hold data."""
+    pixel_size: float | None
+    """Side of a pixel in units of the file's CRS; None = not georeferenced."""
+    palette: bool
+    """One band of indices into a colour table."""
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the file's header alone."""
+@dataclass(frozen=True)
+class Reading:
+    """How the images of one domain are read."""
+
+    bands: tuple[int, ...] | None = None
+    """Which bands in which order, from 1; None = all."""
+    scale: Literal["type", "percentiles"] | tuple[float, float] = "type"
+    """What becomes 0..1: the type's range, the 2nd to 98th percentile of the training windows a band, or a range."""
+    nodata: Literal["file"] | tuple[float, ...] = "file"
+    """Values that mean "no data": the file's own (value, mask or alpha), or these. NaN always does."""
+    pixel_size: float | None = None
+    """Side of a pixel of the working grid; None = the file's pixels."""
+    file_pixel_size: float | None = None
+    """Side of the files' pixels, same unit; None = from their georeference."""
+
+    def factor(self, header: Header, path: Path) -> float:
+        """File pixels a pixel of the working grid, along a side."""
+        if self.pixel_size is None:
+            return 1.0
+        own = self.file_pixel_size or header.pixel_size
+        if own is None:
+            raise InputError(
+                f"image {path} has no georeference that tells its pixel size, but pixel_size is {self.pixel_size}; give "
+                "file_pixel_size, the side of its pixels."
+            )
+        return self.pixel_size / own
+
+    def grid_size(self, header: Header, path: Path) -> tuple[int, int]:
+        """(height, width) of the working grid."""
+        factor = self.factor(header, path)
+        return max(round(header.height / factor), 1), max(round(header.width / factor), 1)
+
+    def may_lack_data(self, header: Header) -> bool:
+        """Whether pixels without data are possible, so that validity has to be read."""
+        if header.dtype.startswith("float"):
+            return True
+        if self.nodata == "file":
+            return header.masked or any(value is not None for value in header.nodata)
+        return bool(self.nodata)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """From stored values to what the network sees: (value - low) / (high - low), within 0..1, then (x - mean) / std.
+
+    One number a band in each.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """(B, h, w) float32 in 0..1 from stored values; NaN stays NaN."""
+        low, high = (np.array(side, np.float32)[:, None, None] for side in (self.low, self.high))
+        result = values.astype(np.float32)
+        result -= low
+        result /= high - low
+        return np.clip(result, 0.0, 1.0, out=result)
+
+    def __call__(self, values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+        """(B, h, w) float32 for the network; pixels that are not `valid` (h, w) become 0, the mean."""
+        result = self.scaled(values)
+        result -= np.array(self.mean, np.float32)[:, None, None]
+        result /= np.array(self.std, np.float32)[:, None, None]
+        if valid is not None:
+            result[:, ~valid] = 0.0
+        return result
+
+
+def for_type(normalisation: Normalisation, reading: Reading, dtype: str) -> Normalisation:
+    """With the range of 8 or 16 bit as low and high, where `scale` says that the file's type tells it."""
+    if reading.scale != "type":
+        return normalisation
+    bands = len(normalisation.mean)
+    return dataclasses.replace(normalisation, low=(0.0,) * bands, high=(TYPE_RANGES[dtype],) * bands)
+
+
+def reading_facts(reading: Reading, normalisation: Normalisation) -> dict[str, Any]:
+    """Both as plain values, to be kept with a model."""
+    return dataclasses.asdict(reading) | dataclasses.asdict(normalisation)
+
+
+def reading_from_facts(facts: Mapping[str, Any]) -> tuple[Reading, Normalisation]:
+    """What `reading_facts` took apart. Raises InputError for anything else."""
+
+    def made(cls: Any) -> Any:
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{
+            name: tuple(value) if isinstance(value, list) else value for name, value in facts.items() if name in names
+        })  # fmt: skip
+
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from None
+        return made(Reading), made(Normalisation)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"the model's notes on how its images are read cannot be used: {error}") from None
 
 
-def _open(path: Path, palette_to: str | None) -> np.ndarray:
+class Pixels(NamedTuple):
+    """What a window holds."""
+
+    values: np.ndarray
+    """(B, h, w) as stored."""
+    valid: np.ndarray | None
+    """(h, w) bool, True where there is data; None = everywhere."""
+
+
+def read_header(path: Path) -> Header:
+    """Size, bands, type, nodata and resolution, without reading pixels. Raises InputError for what is no image."""
+    with open_raster(path) as file:
+        if file.driver == "PNG":  # GDAL fills what a cut off PNG lacks without a word
+            from PIL import Image
+
+            try:
+                with Image.open(path) as image:
+                    image.verify()
+            except Exception as error:  # Pillow raises many kinds for broken files
+                raise InputError(f"{path} cannot be read as an image: {error}") from None
+        return _header(file)
+
+
+def read_pixels(path: Path, in_channels: int, reading: Reading, window: Window | None = None) -> Pixels:
+    """A window of the working grid (None = all of it) with the bands that `reading` chooses.
+
+    Raises InputError for an unreadable file, for bands that are not there, and for another number of them than
+    `in_channels`. One grey band among colour images is repeated to three; a palette becomes its colours.
+    """
+    with open_raster(path) as file:
+        header = _header(file)
+        chosen = chosen_bands(path, header, reading, in_channels)
+        height, width = reading.grid_size(header, path)
+        window = window or Window(0, 0, height, width)
+        factor = reading.factor(header, path)
+        values = _read(file, chosen, window, factor, header, smooth=True)
+        valid = _valid(file, header, chosen, reading, window, factor, values)
+        if header.palette and in_channels == 3 and reading.bands is None:
+            table = np.zeros((256, 3), np.uint8)
+            for index, colour in file.colormap(1).items():
+                table[index] = colour[:3]
+            values = table[values[0]].transpose(2, 0, 1)
+        elif len(chosen) == 1 and in_channels == 3 and reading.bands is None:
+            values = values.repeat(3, axis=0)
+    return Pixels(np.ascontiguousarray(values), valid)
+
+
+def read_labels(
+    path: Path, window: Window | None = None, factor: float = 1.0
+) -> tuple[np.ndarray, dict[int, Any] | None]:
+    """(bands, h, w) of a mask as stored, and its colour table if it has one. `factor`: file pixels a pixel of the working
+    grid, of which the nearest is taken."""
+    with open_raster(path) as file:
+        header = _header(file)
+        whole = Window(0, 0, max(round(header.height / factor), 1), max(round(header.width / factor), 1))
+        values = _read(file, list(range(1, header.bands + 1)), window or whole, factor, header, smooth=False)
+        return values, file.colormap(1) if header.palette else None
+
+
+def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int) -> list[int]:
+    """Indices from 1 of the bands to read; raises InputError where they are not there or not `in_channels` many."""
+    chosen = list(reading.bands or range(1, header.bands + 1))
+    if max(chosen) > header.bands:
+        raise InputError(
+            f"image {path} has {header.bands} bands, but bands is {chosen}; choose from 1 to {header.bands}."
+        )
+    if reading.bands is None and header.bands == 1 and in_channels == 3:
+        return chosen
+    if len(chosen) != in_channels:
+        raise InputError(
+            f"image {path} has {len(chosen)} bands, but model.in_channels is {in_channels}; choose {in_channels} of them "
+            f"with bands (data.source.bands, data.target.bands), or set model.in_channels to {len(chosen)}."
+        )
+    return chosen
+
+
+def check_type(path: Path, header: Header, reading: Reading) -> None:
+    """Raises InputError for values whose range nobody said, and for types that hold no image."""
+    if np.dtype(header.dtype).kind not in "uif":
+        raise InputError(f"image {path} holds {header.dtype} values; whole and floating point numbers are read.")
+    if reading.scale == "type" and header.dtype not in TYPE_RANGES:
+        raise InputError(
+            f"image {path} holds {header.dtype} values, whose range is not known; set scale (data.source.scale, "
+            "data.target.scale) to [LOW, HIGH] or percentiles."
+        )
+
+
+@contextlib.contextmanager
+def open_raster(path: Path) -> Iterator[DatasetReader]:
+    """A raster open for reading; whatever goes wrong in the block is an InputError that names the file."""
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if palette_to is not None and image.mode in ("P", "1", "LA", "CMYK", "YCbCr"):
-                    return np.asarray(image.convert(palette_to))
-                array = np.asarray(image)
-                array = array.astype(array.dtype.newbyteorder("="), copy=False)
-                return (
-                    array.astype(np.uint16) if image.mode == "I" and array.min() >= 0 and array.max() < 65536 else array
-                )
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from None
+        with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE_MB, GDAL_ERROR_ON_LIBJPEG_WARNING=True):
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.open(path) as file:
+                if file.driver not in DRIVERS or file.count == 0:
+                    raise InputError(f"{path} cannot be read as an image: {file.driver} files are not read.")
+                yield file
+    except InputError:
+        raise
+    except (RasterioError, OSError, ValueError, TypeError, UnicodeError, MemoryError, OverflowError) as error:
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise InputError(f"{path} cannot be read as an image: {reason}") from None
+
+
+def _header(file: DatasetReader) -> Header:
+    from rasterio.enums import ColorInterp, MaskFlags
+
+    alpha = file.count > 1 and file.colorinterp[-1] == ColorInterp.alpha
+    flags = file.mask_flag_enums[0]
+    transform = file.transform
+    georeferenced = file.crs is not None or not transform.is_identity
+    return Header(
+        height=file.height,
+        width=file.width,
+        bands=file.count - alpha,
+        dtype=file.dtypes[0],
+        nodata=tuple(file.nodatavals[: file.count - alpha]),
+        masked=alpha or (MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags),
+        pixel_size=float(abs(transform.a * transform.e - transform.b * transform.d) ** 0.5) if georeferenced else None,
+        palette=file.count - alpha == 1 and file.colorinterp[0] == ColorInterp.palette,
+    )
+
+
+def _read(
+    file: DatasetReader, bands: Sequence[int], window: Window, factor: float, header: Header, smooth: bool
+) -> np.ndarray:
+    from rasterio.enums import Resampling
+    from rasterio.windows import Window as FileWindow
+
+    if factor == 1.0:
+        return file.read(list(bands), window=FileWindow(window.left, window.top, window.width, window.height))  # pyright: ignore[reportCallIssue]
+    left, top = window.left * factor, window.top * factor
+    width = min(window.width * factor, header.width - left)
+    height = min(window.height * factor, header.height - top)
+    way = Resampling.nearest
+    if smooth and not header.palette:
+        way = Resampling.average if factor > 1 else Resampling.bilinear
+    return file.read(
+        list(bands),
+        window=FileWindow(left, top, width, height),  # pyright: ignore[reportCallIssue]
+        out_shape=(len(bands), window.height, window.width),
+        resampling=way,
+    )
+
+
+def _valid(
+    file: DatasetReader, header: Header, bands: Sequence[int], reading: Reading, window: Window, factor: float,
+    values: np.ndarray,
+) -> np.ndarray | None:  # fmt: skip
+    """Where there is data: not where a band is NaN or infinite, nor where every band holds a nodata value."""
+    if not reading.may_lack_data(header):
+        return None
+    from rasterio.windows import Window as FileWindow
+
+    if factor == 1.0:
+        own, around = values, window
+    else:  # validity of the file's pixels: a resampled one is valid only if all that it is made of are
+        top, left = max(int(window.top * factor) - 1, 0), max(int(window.left * factor) - 1, 0)
+        bottom = min(int(np.ceil((window.top + window.height) * factor)) + 1, header.height)
+        right = min(int(np.ceil((window.left + window.width) * factor)) + 1, header.width)
+        around = Window(top, left, bottom - top, right - left)
+        own = _read(file, bands, around, 1.0, header, smooth=False)
+    valid = np.ones(own.shape[1:], bool)
+    if own.dtype.kind == "f":
+        valid &= np.isfinite(own).all(0)
+    if reading.nodata == "file":
+        if header.masked:
+            box = FileWindow(around.left, around.top, around.width, around.height)  # pyright: ignore[reportCallIssue]
+            valid &= file.dataset_mask(window=box) > 0
+        given = [header.nodata[band - 1] for band in bands]
+        if all(value is not None for value in given):
+            valid &= ~np.all([band == value for band, value in zip(own, given, strict=True)], axis=0)
+    elif reading.nodata:
+        valid &= ~np.isin(own, [value for value in reading.nodata if value == value]).all(0)
+    if factor != 1.0:
+        valid = _all_valid(valid, around, window, factor)
+    return None if valid.all() else valid
+
+
+def _all_valid(valid: np.ndarray, around: Window, window: Window, factor: float) -> np.ndarray:
+    """(h, w) of the working grid: True where every file pixel behind it, its neighbours included, is valid."""
+    missing = np.zeros((valid.shape[0] + 1, valid.shape[1] + 1), np.int64)
+    missing[1:, 1:] = (~valid).cumsum(0).cumsum(1)
+
+    def bounds(start: int, count: int, offset: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        first = np.floor((start + np.arange(count)) * factor).astype(int) - 1 - offset
+        last = np.ceil((start + np.arange(count) + 1) * factor).astype(int) + 1 - offset
+        return np.clip(first, 0, size), np.clip(last, 0, size)
+
+    rows, bottom = bounds(window.top, window.height, around.top, valid.shape[0])
+    columns, right = bounds(window.left, window.width, around.left, valid.shape[1])
+    count = (
+        missing[np.ix_(bottom, right)]
+        - missing[np.ix_(rows, right)]
+        - missing[np.ix_(bottom, columns)]
+        + missing[np.ix_(rows, columns)]
+    )
+    return count == 0

@@ -1,16 +1,22 @@
-"""Finds images and masks: CSV manifests and folder pairs in, checked lists of files out."""
+"""Finds images and masks: manifests, folders, patterns and lists in, checked lists of files out."""
 
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dann_experiments.config.errors import InputError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+log = logging.getLogger(__name__)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".vrt")
+Key = tuple[str, ...]  # what an image and its mask have in common
 
 
 @dataclass(frozen=True)
@@ -19,87 +25,279 @@ class Sample:
 
     image: Path
     mask: Path | None
+    region: tuple[int, int, int, int] | None = None
+    """(left, top, right, bottom) in pixels of the file: the part that belongs to the set; None = all."""
 
 
-def find_samples(entries: Sequence[str], root: Path, key: str, masks: str = "if present") -> list[Sample]:
+def refuse(message: str) -> None:
+    """The default of what is done about a problem: InputError. `check-data` collects instead."""
+    raise InputError(message)
+
+
+def find_samples(
+    entries: Sequence[Any], root: Path, key: str, masks: str = "if present", report: Callable[[str], None] = refuse
+) -> list[Sample]:
     """All samples that `entries` name, in a fixed order.
 
-    An entry is a CSV manifest (columns `image` and optionally `mask`, paths relative to the manifest) or a folder with
-    `images/` and optionally `masks/` of equal stems; both relative to `root`. `masks`: "required", "if present" or "no"
-    (masks are then not even looked for). `key` names the setting in errors. Raises InputError for what is missing.
+    An entry is one of those of `data.source.train` (see its help), relative to `root`. A manifest with a column `split`
+    gives the rows whose split is the last part of `key`. `masks`: "required", "if present" or "no" (masks are then not
+    even looked for). `key` names the setting in messages. What is missing goes to `report`, one message each (InputError
+    by default), and the sample is left out.
     """
     samples: list[Sample] = []
     for entry in entries:
-        path = Path(entry).expanduser()
-        path = path if path.is_absolute() else root / path
-        if path.is_dir():
-            found = _from_folder(path, key, with_masks=masks != "no")
-        elif path.is_file():
-            found = _from_manifest(path, key, with_masks=masks != "no")
-        else:
-            raise InputError(f"{key} names {path}, which does not exist; give a CSV manifest or a folder with images/.")
+        try:
+            if isinstance(entry, Mapping):
+                found = _from_mapping(entry, root, key, masks, report)
+            else:
+                found = _from_text(str(entry), root, key, masks, report)
+        except InputError as error:
+            report(str(error))
+            continue
         if not found:
-            raise InputError(f"{key} names {path}, which holds no images.")
+            report(f"{key} names {_shown(entry, root)}, which holds no images.")
         samples += found
+    good = []
     for sample in samples:
         if not sample.image.is_file():
-            raise InputError(f"{key}: image {sample.image} does not exist.")
-        if sample.mask is not None and not sample.mask.is_file():
-            raise InputError(f"{key}: mask {sample.mask} of image {sample.image} does not exist.")
-        if sample.mask is None and masks == "required":
-            raise InputError(f"{key}: image {sample.image} has no mask, but this set needs one for each image.")
-    if any(sample.mask is None for sample in samples) and any(sample.mask is not None for sample in samples):
-        without = next(sample.image for sample in samples if sample.mask is None)
-        raise InputError(f"{key}: image {without} has no mask, but others of this set have; give all or none.")
-    return samples
+            report(f"{key}: image {sample.image} does not exist.")
+        elif sample.mask is not None and not sample.mask.is_file():
+            report(f"{key}: mask {sample.mask} of image {sample.image} does not exist.")
+        elif sample.mask is None and masks == "required":
+            report(f"{key}: image {sample.image} has no mask, but this set needs one for each image.")
+        else:
+            good.append(sample)
+    without = [sample for sample in good if sample.mask is None]
+    if without and len(without) < len(good):
+        report(f"{key}: image {without[0].image} has no mask, but others of this set have; give all or none.")
+        good = [sample for sample in good if sample.mask is not None]
+    return good
 
 
-def content_digest(samples: Sequence[Sample]) -> str:
+def content_digest(samples: Sequence[Sample], digest_of: Callable[[Path], bytes] | None = None) -> str:
     """32 hex digits over the bytes of all files in order: equal data, wherever it stands, has equal digests."""
+    digest_of = digest_of or file_digest
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
         for path in (sample.image, sample.mask):
             if path is not None:
-                with open(path, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+                digest.update(digest_of(path))
             digest.update(b"|")
+        if sample.region is not None:
+            digest.update(repr(sample.region).encode())
     return digest.hexdigest()
 
 
+def file_digest(path: Path) -> bytes:
+    """Digest of one file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
+
+
+def shared_images(
+    sets: Mapping[str, Sequence[Sample]], digest_of: Callable[[Path], bytes]
+) -> list[tuple[str, Path, str, Path]]:
+    """(set, image, other set, image) for each image, by its bytes, that stands in two sets which must not share any: train,
+    val and test of one domain, and anything of the other domain. Parts of one image that do not overlap may."""
+    found: list[tuple[str, Path, str, Path]] = []
+    seen: dict[bytes, list[tuple[str, Sample]]] = {}
+    for name, samples in sets.items():
+        for sample in samples:
+            same = seen.setdefault(digest_of(sample.image), [])
+            other = next(((its, one) for its, one in same if its != name and _overlap(one, sample)), None)
+            if other is not None:
+                found.append((name, sample.image, other[0], other[1].image))
+            same.append((name, sample))
+    return found
+
+
+def _overlap(one: Sample, other: Sample) -> bool:
+    if one.region is None or other.region is None:
+        return True
+    a, b = one.region, other.region
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[str], None]) -> list[Sample]:
+    path = _under(root, entry)
+    if path.is_dir():
+        return _from_folder(path, key, masks != "no", report)
+    if path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            return [Sample(path, None)]
+        if path.suffix.lower() == ".txt":
+            return [Sample(image, None) for image in _lines(path, key)]
+        return _from_manifest(path, key, with_masks=masks != "no")
+    if glob.has_magic(entry):
+        return [Sample(image, None) for image in _globbed(entry, root, key)]
+    raise InputError(
+        f"{key} names {path}, which does not exist; give a CSV manifest, a folder with images/, a pattern, a list (.txt) "
+        "or a mapping of images and masks."
+    )
+
+
+def _from_mapping(
+    entry: Mapping[str, Any], root: Path, key: str, masks: str, report: Callable[[str], None]
+) -> list[Sample]:
+    images = _located(entry["images"], root, key)
+    where = entry.get("masks") if masks != "no" else None
+    region = None if entry.get("region") is None else tuple(entry["region"])
+    if where is None:
+        pairs: Iterable[tuple[Key, Path, Path | None]] = [(name, image, None) for name, image in images.items()]
+    else:
+        pairs = _paired(images, _located(where, root, key), entry, key, report)
+    pairs = [pair for pair in pairs if pair[1].suffix.lower() in IMAGE_SUFFIXES or len(images) == 1]
+    if entry.get("names") is not None:
+        pairs = _named(pairs, entry["names"], root, key)
+    return [Sample(image, mask, region) for _, image, mask in pairs]  # pyright: ignore[reportArgumentType]
+
+
+def _located(where: Any, root: Path, key: str) -> dict[Key, Path]:
+    """The files that `where` (a folder, a pattern, a list file, a file, or a list of files) names, by what pairs them:
+    the texts of a pattern's wildcards, the place in a list, else the stem."""
+    if isinstance(where, list):
+        return {("#", str(number)): _under(root, str(name)) for number, name in enumerate(where)}
+    text = str(where)
+    path = _under(root, text)
+    if path.is_dir():
+        return {(stem,): file for stem, file in _by_stem(path, key).items()}
+    if path.is_file():
+        if path.suffix.lower() == ".txt":
+            return {("#", str(number)): file for number, file in enumerate(_lines(path, key))}
+        return {("#", "0"): path}
+    if glob.has_magic(text):
+        return {wildcards: file for file, wildcards in _globbed(text, root, key).items()}
+    raise InputError(f"{key} names {path}, which does not exist; give a folder, a pattern, a list (.txt) or a file.")
+
+
+def _paired(
+    images: Mapping[Key, Path],
+    masks: Mapping[Key, Path],
+    entry: Mapping[str, Any],
+    key: str,
+    report: Callable[[str], None],
+) -> list[tuple[Key, Path, Path | None]]:
+    if images and masks and len(next(iter(images))) != len(next(iter(masks))):
+        raise InputError(
+            f"{key}: images {entry['images']} and masks {entry['masks']} cannot be paired; give both as folders of equal "
+            "stems, as patterns with as many wildcards, or as lists of equal length."
+        )
+    for one, other, kind in ((images, masks, "image"), (masks, images, "mask")):
+        partner = "mask" if kind == "image" else "image"
+        for lonely in (name for name in one if name not in other):
+            report(
+                f"{key}: {kind} {one[lonely]} has no {partner} ({partner}s: {entry[f'{partner}s']}; they are paired by "
+                "stem, by what wildcards stand for, or by their place in a list)."
+            )
+    return [(name, image, masks[name]) for name, image in images.items() if name in masks]
+
+
+def _named(
+    pairs: Sequence[tuple[Key, Path, Path | None]], names: Any, root: Path, key: str
+) -> list[tuple[Key, Path, Path | None]]:
+    if isinstance(names, str):
+        path = _under(root, names)
+        if not path.is_file():
+            raise InputError(f"{key}: the file of names {path} does not exist.")
+        names = [line.as_posix() for line in _lines(path, key)]
+    wanted = {str(name).replace("\\", "/").rpartition("/")[2] for name in names}
+    kept, found = [], set()
+    for wildcards, image, mask in pairs:
+        mine = wanted & {image.name, image.stem, *wildcards}
+        if mine:
+            kept.append((wildcards, image, mask))
+            found |= mine
+    missing = sorted(wanted - found)
+    if missing and kept:
+        log.warning("%s: %d of %d names have no image, the first is %s.", key, len(missing), len(wanted), missing[0])
+    return kept
+
+
+def _globbed(pattern: str, root: Path, key: str) -> dict[Path, Key]:
+    """Image files that match, and the texts their wildcards stand for."""
+    expression = re.compile(_expression(pattern))
+    try:
+        found = sorted(glob.glob(pattern, root_dir=root, recursive=True))
+    except (OSError, ValueError, re.error) as error:
+        raise InputError(f"{key} names the pattern {pattern}, which cannot be searched for: {error}") from None
+    files: dict[Path, Key] = {}
+    for name in found:
+        path = _under(root, name)
+        match = expression.fullmatch(name.replace("\\", "/"))
+        if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and match:
+            files[path] = tuple(text or "" for text in match.groups())
+    if not files:
+        raise InputError(f"{key} names the pattern {root / pattern}, which matches no image.")
+    return files
+
+
+def _expression(pattern: str) -> str:
+    """The regular expression of a glob pattern, a group a wildcard."""
+    parts = []
+    for part in re.split(r"(\*\*/|\*|\?|\[[^\]]+\])", pattern.replace("\\", "/")):
+        if part == "**/":
+            parts.append("((?:.*/)?)")
+        elif part == "*":
+            parts.append("([^/]*)")
+        elif part == "?":
+            parts.append("([^/])")
+        elif part.startswith("[") and part.endswith("]"):
+            parts.append(f"({part.replace('[!', '[^', 1)})")
+        else:
+            parts.append(re.escape(part))
+    return "".join(parts)
+
+
+def _lines(path: Path, key: str) -> list[Path]:
+    """A path a line, relative to the list file."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{key}: list {path} cannot be read: {error}") from None
+    return [_beside(path, line) for line in lines if line.strip()]
+
+
 def _from_manifest(path: Path, key: str, with_masks: bool) -> list[Sample]:
+    split = key.rpartition(".")[2]
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             if "image" not in header:
                 raise InputError(f"{key}: manifest {path} has columns {header}; it needs one called image.")
-            if with_masks and len(header) > 1 and "mask" not in header:
+            if with_masks and set(header) - {"image", "split"} and "mask" not in header:
                 raise InputError(
                     f"{key}: manifest {path} has columns {header}; the one with the masks must be called mask."
                 )
-            samples = []
+            samples, splits = [], set()
             for row in reader:
-                if not row["image"]:
+                if not (row["image"] or "").strip():
                     raise InputError(f"{key}: manifest {path}, line {reader.line_num}: the image is empty.")
-                mask = row.get("mask") if with_masks else None
+                if "split" in header:
+                    splits.add((row["split"] or "").strip())
+                    if (row["split"] or "").strip() != split:
+                        continue
+                mask = (row.get("mask") or "").strip() if with_masks else ""
                 samples.append(Sample(_beside(path, row["image"]), _beside(path, mask) if mask else None))
+            if splits and not samples:
+                raise InputError(f"{key}: manifest {path} has no rows with split {split}; it has {sorted(splits)}.")
             return samples
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
         raise InputError(f"{key}: manifest {path} cannot be read: {error}") from None
 
 
-def _from_folder(path: Path, key: str, with_masks: bool) -> list[Sample]:
+def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
     images = _by_stem(path / "images", key)
     if not images or not with_masks or not (path / "masks").is_dir():
         return [Sample(image, None) for _, image in sorted(images.items())]
     masks = _by_stem(path / "masks", key)
     for stem in images:
         if stem not in masks:
-            raise InputError(f"{key}: image {images[stem]} has no mask of the same stem in {path / 'masks'}.")
+            report(f"{key}: image {images[stem]} has no mask of the same stem in {path / 'masks'}.")
     for stem in masks:
         if stem not in images:
-            raise InputError(f"{key}: mask {masks[stem]} has no image of the same stem in {path / 'images'}.")
-    return [Sample(image, masks[stem]) for stem, image in sorted(images.items())]
+            report(f"{key}: mask {masks[stem]} has no image of the same stem in {path / 'images'}.")
+    return [Sample(image, masks[stem]) for stem, image in sorted(images.items()) if stem in masks]
 
 
 def _by_stem(folder: Path, key: str) -> dict[str, Path]:
@@ -112,6 +310,18 @@ def _by_stem(folder: Path, key: str) -> dict[str, Path]:
                 raise InputError(f"{key}: {files[file.stem]} and {file} have the same stem; keep one.")
             files[file.stem] = file
     return files
+
+
+def _shown(entry: Any, root: Path) -> str:
+    return str(dict(entry)) if isinstance(entry, Mapping) else str(_under(root, str(entry)))
+
+
+def _under(root: Path, name: str) -> Path:
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~user of nobody
+        path = Path(name)
+    return path if path.is_absolute() else root / path
 
 
 def _beside(manifest: Path, name: str) -> Path:

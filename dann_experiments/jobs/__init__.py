@@ -1,8 +1,9 @@
-"""One function a job: `pretrain(config)`, `adapt(config)`, `evaluate(config)`, each one tracked run."""
+"""One function a job: `pretrain(config)`, `adapt(config)`, `evaluate(config)`, ..., each one tracked run."""
 
 from dann_experiments.jobs.adapt import adapt, prepare
+from dann_experiments.jobs.check_data import DataReport, check_data
 from dann_experiments.jobs.evaluate import evaluate
 from dann_experiments.jobs.pretrain import pretrain
 from dann_experiments.jobs.result import RunResult
 
-__all__ = ["RunResult", "adapt", "evaluate", "prepare", "pretrain"]
+__all__ = ["DataReport", "RunResult", "adapt", "check_data", "evaluate", "prepare", "pretrain"]

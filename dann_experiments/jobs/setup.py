@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,14 @@ from torch import nn
 from dann_experiments.adaptation.build import build_method, build_schedule, load_own_method
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.config import Config, InputError
-from dann_experiments.config.schema import OptimizerConfig
-from dann_experiments.data.dataset import SegmentationDataset, check_files
+from dann_experiments.config.presets import IGNORED, filled
+from dann_experiments.config.schema import DomainDataConfig, OptimizerConfig
+from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes, checked_header
 from dann_experiments.data.digits import build_digits
-from dann_experiments.data.samples import content_digest, find_samples
+from dann_experiments.data.labels import label_map
+from dann_experiments.data.reading import Header, Normalisation, Reading, reading_facts
+from dann_experiments.data.samples import Sample, content_digest, file_digest, find_samples, refuse, shared_images
+from dann_experiments.data.statistics import measure, normalisation_from
 from dann_experiments.models.networks import build_network, output_stride
 from dann_experiments.models.taps import Tap, check_joint, resolve_taps
 from dann_experiments.tracking.store import without_secrets
@@ -33,6 +38,7 @@ from dann_experiments.training.optimizers import build_optimizer
 from dann_experiments.training.scores import metric_name
 
 log = logging.getLogger(__name__)
+PROBLEMS_SHOWN = 20
 SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")
 
 
@@ -41,11 +47,18 @@ class Data:
     """The data sets of a job by name (`source_train`, ...); one that is not given is absent."""
 
     sets: Mapping[str, SegmentationDataset]
+    _digests: dict[Path, bytes] = dataclasses.field(default_factory=dict)
+
+    def digest_of(self, path: Path) -> bytes:
+        """Of one file's bytes, read once."""
+        if path not in self._digests:
+            self._digests[path] = file_digest(path)
+        return self._digests[path]
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
         """Of each set, over the bytes of its files."""
-        return {name: content_digest(dataset.samples) for name, dataset in self.sets.items()}
+        return {name: content_digest(dataset.samples, self.digest_of) for name, dataset in self.sets.items()}
 
     def get(self, name: str) -> SegmentationDataset | None:
         """The set, None if it is not given."""
@@ -94,37 +107,129 @@ def embedded_folder(folder: str | None) -> Path:
 
 
 def load_data(config: Config, names: tuple[str, ...] = SETS) -> Data:
-    """Find, check and (with `data.keep_in_memory`) decode the named sets. Target training masks are never looked for."""
-    root = data_root(config)
-    sets: dict[str, SegmentationDataset] = {}
+    """Find the named sets and look at every file's header: the fast part of `check-data`. Raises InputError for all that is
+    wrong at once. Target training masks are never looked for."""
+    memory, problems = Memory(config.data.memory_gb), Problems()
+    sets = {}
     for name in names:
-        domain, split = name.split("_")
-        entries = getattr(getattr(config.data, domain), split)
-        key = f"data.{domain}.{split}"
-        if not entries:
-            if split == "train":
-                raise InputError(f"{key} is empty; name a CSV manifest or a folder with images/ to train on.")
-            continue
-        masks = "no" if name == "target_train" else "if present" if name == "target_val" else "required"
-        sets[name] = SegmentationDataset(
-            find_samples(entries, root, key, masks),
-            num_classes=config.model.classes,
-            mean=config.data.mean,
-            std=config.data.std,
-            ignore_index=config.data.ignore_index,
-            crop_size=config.data.crop_size if split == "train" else None,
-            keep_in_memory=config.data.keep_in_memory,
-        )
+        found = find_set(config, name, problems.append)
+        if found is not None:
+            samples, headers = problems.good(config, name, found)
+            if not problems.texts:
+                sets[name] = as_dataset(config, name, samples, memory, headers)
+    problems.refuse()
     return Data(sets)
 
 
+class Problems:
+    """What is wrong with the files, collected."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def append(self, text: str) -> None:
+        """Note a problem, once."""
+        if text not in self.texts:
+            self.texts.append(text)
+
+    def good(self, config: Config, name: str, samples: Sequence[Sample]) -> tuple[list[Sample], list[Header]]:
+        """The samples whose headers are right, and these; what is wrong with the others is noted."""
+        reading = reading_of(filled(getattr(config.data, name.split("_")[0])))
+        kept, headers = [], []
+        for sample in samples:
+            try:
+                headers.append(checked_header(sample, reading, config.model.in_channels))
+                kept.append(sample)
+            except InputError as error:
+                self.append(str(error))
+        return kept, headers
+
+    def refuse(self) -> None:
+        """Raise InputError that lists the problems, if there are any."""
+        if len(self.texts) == 1:
+            raise InputError(self.texts[0])
+        if self.texts:
+            shown = "".join(f"\n  - {text}" for text in self.texts[:PROBLEMS_SHOWN])
+            more = len(self.texts) - PROBLEMS_SHOWN
+            raise InputError(
+                f"{len(self.texts)} problems with the data:{shown}"
+                + (f"\n  and {more} more; `check-data` lists all." if more > 0 else "")
+            )
+
+
+def find_set(config: Config, name: str, report: Callable[[str], None] = refuse) -> list[Sample] | None:
+    """The samples of one set, None if it is not given; a training set must be given."""
+    domain_name, split = name.split("_")
+    key = f"data.{domain_name}.{split}"
+    domain = filled(getattr(config.data, domain_name))
+    entries = getattr(domain, split)
+    if not entries:
+        if split == "train":
+            report(f"{key} is empty; name a CSV manifest or a folder with images/ to train on.")
+        return None
+    masks = "no" if name == "target_train" else "required" if name in ("source_train", "source_val") else "if present"
+    try:
+        return find_samples(entries, domain_root(config, domain), key, masks, report)
+    except InputError as error:
+        if getattr(config.data, domain_name).preset is None:
+            raise
+        raise InputError(f"{error} (preset {getattr(config.data, domain_name).preset})") from None
+
+
+def as_dataset(
+    config: Config, name: str, samples: Sequence[Sample], memory: Memory, headers: Sequence[Header] | None = None
+) -> SegmentationDataset:
+    """A set's samples, read as the settings say."""
+    domain_name, split = name.split("_")
+    data, domain = config.data, filled(getattr(config.data, domain_name))
+    return SegmentationDataset(
+        samples, label_map(config.class_names, data.ignore_index, domain.value_map, domain.colours, domain.ignore_values),
+        _fixed_normalisation(config, domain), reading_of(domain), split == "train", data.crop_size, data.window_size,
+        data.windows == "random", data.window_count, domain.augmentation, config.seed, memory, headers,
+    )  # fmt: skip
+
+
+def domain_root(config: Config, domain: DomainDataConfig) -> Path:
+    """The folder that a domain's entries are relative to."""
+    return data_root(config) if domain.root is None else Path(domain.root).expanduser()
+
+
+def reading_of(domain: DomainDataConfig) -> Reading:
+    """How a domain's files are read."""
+    return Reading(
+        None if domain.bands is None else tuple(domain.bands),
+        (domain.scale[0], domain.scale[1]) if isinstance(domain.scale, list) else domain.scale,
+        domain.nodata_values,
+        domain.pixel_size,
+        domain.file_pixel_size,
+    )
+
+
+def _fixed_normalisation(config: Config, domain: DomainDataConfig) -> Normalisation:
+    """What the settings alone say; `settle` puts in what has to be measured."""
+    bands = config.model.in_channels
+    low, high = domain.scale if isinstance(domain.scale, list) else (0.0, 1.0)
+    own = config.data.normalization == "domain"
+    mean, std = ([0.5] * bands, [0.25] * bands) if own else (config.data.mean, config.data.std)
+    return Normalisation((low,) * bands, (high,) * bands, tuple(mean), tuple(std))
+
+
 def check_data(config: Config, data: Data, network: nn.Module) -> None:
-    """Read the files before anything trains; raises InputError for the first that is wrong, and for a useless monitor."""
+    """Read the files before anything trains, as far as they fit in memory; raises InputError for the first that is wrong,
+    and for a useless monitor. Puts the measured normalisation into the sets."""
     for name, dataset in data.sets.items():
-        check_files(
-            dataset, f"data.{name.replace('_', '.')}", output_stride(network), for_training=name.endswith("train")
-        )
+        followed(config, dataset.fill(), len(dataset), f"reading data.{name.replace('_', '.')}")
+        if dataset.training:
+            check_sizes(dataset, f"data.{name.replace('_', '.')}", output_stride(network))
+    settle(config, data)
     _check_classes(config, data)
+    shared = shared_images({name: dataset.samples for name, dataset in data.sets.items()}, data.digest_of)
+    if shared:
+        name, image, other, _ = shared[0]
+        log.warning(
+            "%d images stand in two sets that should share none; the first is %s, in %s and %s. Scores on them say "
+            "little about new images; `check-data` lists all.", len(shared), image, name, other,
+        )  # fmt: skip
     if data.labelled("target_val") is not None and data.labelled("source_val") is None:
         raise InputError(
             "data.target.val has masks, but data.source.val is empty; give source images to validate on too."
@@ -139,22 +244,69 @@ def check_data(config: Config, data: Data, network: nn.Module) -> None:
         )
 
 
+def settle(config: Config, data: Data) -> None:
+    """Measure the normalisation of each domain where the settings ask for it: over its training windows, or over its other
+    images where it has none."""
+    for domain_name in ("source", "target"):
+        domain = filled(getattr(config.data, domain_name))
+        mine = [dataset for name, dataset in data.sets.items() if name.startswith(domain_name)]
+        own = config.data.normalization == "domain"
+        if not mine or not (own or domain.scale == "percentiles"):
+            continue
+        measured = data.get(f"{domain_name}_train") or _unread_train_set(config, domain_name) or mine[0]
+        *_, sums = followed(config, measure(measured), len(measured), f"measuring the bands of data.{domain_name}")
+        found = normalisation_from(sums.result(), measured.normalisation, domain.scale, measured.headers[0].dtype, own)
+        for dataset in mine:
+            dataset.normalisation = found
+
+
+def _unread_train_set(config: Config, domain_name: str) -> SegmentationDataset | None:
+    if not filled(getattr(config.data, domain_name)).train:
+        return None
+    name = f"{domain_name}_train"
+    return as_dataset(config, name, find_set(config, name) or [], Memory(0))
+
+
+def followed(config: Config, steps: Iterable[Any], count: int, what: str) -> list[Any]:
+    """The last of `steps`, in a list, after all of them; with a progress bar on a terminal where it takes long."""
+    from rich.progress import track
+
+    silent = not (config.trainer.enable_progress_bar and sys.stdout.isatty() and count > 200)
+    last: list[Any] = []
+    for step in track(steps, description=what, total=count, disable=silent, transient=True):
+        last = [step]
+    return last
+
+
 def _check_classes(config: Config, data: Data) -> None:
-    """Masks of 0 and 255 would train on nothing: 255 is ignored by default."""
-    dataset = data.labelled("source_train")
-    if dataset is None or not config.data.keep_in_memory:
-        return
-    found: set[int] = set()
-    for index in range(len(dataset)):
-        mask = dataset.read(index)[1]
-        assert mask is not None
-        found |= set(np.unique(mask).tolist())
-    classes = sorted(found - {config.data.ignore_index})
+    """Say which classes a side lacks; masks of 0 and 255 would train on nothing, as 255 is ignored by default."""
     names = config.class_names
+    for domain_name in ("source", "target"):
+        mapped = filled(getattr(config.data, domain_name)).class_names
+        if mapped is not None:
+            lacking = [name for name in names if name not in mapped]
+            more = [name for name in mapped if name not in names and name != IGNORED]
+            if lacking:
+                log.warning("data.%s: its label map has no class %s.", domain_name, lacking)
+            if more:
+                log.warning(
+                    "data.%s: its classes %s are none of data.class_names and count nowhere.", domain_name, more
+                )
+    dataset = data.labelled("source_train")
+    if dataset is not None and dataset.class_pixels is not None:
+        check_classes(config, dataset.class_pixels)
+
+
+def check_classes(config: Config, class_pixels: np.ndarray) -> None:
+    """Refuse source masks (256 counts of ids) that leave fewer than two classes; says which classes no mask holds."""
+    ignored, names = config.data.ignore_index, config.class_names
+    found = np.flatnonzero(class_pixels).tolist()
+    classes = [value for value in found if value != ignored]
     if len(classes) < 2:
         raise InputError(
-            f"data.source.train: the masks hold the ids {sorted(found)}, of which {config.data.ignore_index} is ignored "
-            f"(data.ignore_index); that leaves {len(classes)} class to learn. Write the classes as 0 to {len(names) - 1}."
+            f"data.source.train: the masks hold the ids {found}, of which {ignored} is ignored (data.ignore_index); that "
+            f"leaves {len(classes)} class to learn. Write the classes as 0 to {len(names) - 1}, or name the masks' values "
+            "in data.source.value_map."
         )
     absent = [name for index, name in enumerate(names) if index not in classes]
     if absent:
@@ -184,8 +336,7 @@ def validation_metrics(config: Config) -> list[str]:
 def check_labels(config: Config, key: str, metric: str) -> None:
     """Refuse setting `key` = `metric` (one of `validation_metrics`) where the labels that it needs are not there."""
     names = tuple(f"{domain}_val" for domain in ("source", "target") if domain in metric)
-    lazy = dataclasses.replace(config, data=dataclasses.replace(config.data, keep_in_memory=False))
-    _refuse_unlabelled(load_data(lazy, names), key, metric, "or choose another metric")
+    _refuse_unlabelled(load_data(config, names), key, metric, "or choose another metric")
 
 
 def _refuse_unlabelled(data: Data, key: str, metric: str, way_out: str) -> None:
@@ -271,25 +422,29 @@ def model_arguments(config: Config) -> dict[str, Any]:
     return {**common, **model.network_arguments()}
 
 
-def model_facts(config: Config) -> dict[str, Any]:
+def model_facts(config: Config, data: Data) -> dict[str, Any]:
     """What a user of the saved model needs beside its weights."""
-    data = config.data
     return {
         "class_names": config.class_names,
-        "ignore_index": data.ignore_index,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "image_scale": "0..1",
+        "ignore_index": config.data.ignore_index,
+        "reading": {
+            domain: reading_facts(dataset.reading, dataset.normalisation_of(0))
+            for domain in ("source", "target")
+            for dataset in [data.get(f"{domain}_train") or data.get(f"{domain}_val") or data.get(f"{domain}_test")]
+            if dataset is not None
+        },
     }
 
 
 def source_digest(config: Config, data: Data) -> str:
     """Equal for equal network settings, equal source training data and equal reading of it: 32 hex digits."""
-    reading = {key: getattr(config.data, key) for key in ("ignore_index", "mean", "std", "crop_size")}
+    kept = ("normalization", "mean", "std", "crop_size", "window_size", "windows", "window_count", "ignore_index")
+    unread = {"name", "preset", "scene", "root", "train", "val", "test", "batch_size"}
+    source = {key: value for key, value in dataclasses.asdict(filled(config.data.source)).items() if key not in unread}
     facts = {
         "model": dataclasses.asdict(config.model),
         "classes": config.class_names,
-        "reading": reading,
+        "reading": {key: getattr(config.data, key) for key in kept} | source,
         "source": data.digests["source_train"],
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
@@ -298,4 +453,7 @@ def source_digest(config: Config, data: Data) -> str:
 def domain_name(config: Config, domain: str) -> str:
     """What runs call a domain."""
     settings = getattr(config.data, domain)
-    return settings.name or (settings.train[0] if settings.train else domain)
+    if settings.name or settings.preset:
+        return settings.name or " ".join(filter(None, (settings.preset, settings.scene)))
+    first = settings.train[0] if settings.train else domain
+    return first if isinstance(first, str) else str(first["images"])

@@ -83,11 +83,11 @@ def describe_run(run: TrackedRun, config: Config, data: Data) -> None:
     (run.folder / "config.yaml").write_text(config_to_yaml(config))
     for name, dataset in data.sets.items():
         domain, split = name.split("_")
-        entries = ", ".join(getattr(getattr(config.data, domain), split))
+        entries = ", ".join(str(entry) for entry in getattr(getattr(config.data, domain), split)) or "of the preset"
         masks = "with masks" if dataset.has_masks else "no masks"
         run.log_input(
             f"{setup.domain_name(config, domain)} {split}", data.digests[name], f"{domain} {split}", entries,
-            f'{{"images": {len(dataset)}, "masks": "{masks}"}}',
+            f'{{"images": {len(dataset.samples)}, "windows": {len(dataset)}, "masks": "{masks}"}}',
         )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def train(
     for album in pictures.values():
         album.add("after", network)
     network.cpu()
-    _write_results(config, run, network, outcome, pictures, logger.series)
+    _write_results(config, run, network, data, outcome, pictures, logger.series)
     return outcome
 
 
@@ -233,7 +233,11 @@ class _Pictures:
         # spread over the set, so that a manifest sorted by scene shows more than one
         indices = [int(index) for index in np.linspace(0, len(dataset) - 1, count)] if dataset is not None else []
         items = [dataset[index] for index in indices] if dataset is not None else []
-        self.images = [display_image(dataset.as_stored(item)) for item in items] if dataset is not None else []
+        self.images = (
+            [display_image(dataset.picture(item), stretch=dataset.headers[0].dtype != "uint8") for item in items]
+            if dataset is not None
+            else []
+        )
         self.truth = [item["mask"].numpy() for item in items if "mask" in item]
         self.predictions: dict[str, list[np.ndarray]] = {}
         self._inputs = [item["image"] for item in items]
@@ -247,6 +251,7 @@ def _write_results(
     config: Config,
     run: TrackedRun,
     network: nn.Module,
+    data: Data,
     outcome: Outcome,
     pictures: Mapping[str, _Pictures],
     series: Mapping[str, Sequence[tuple[int, float]]],
@@ -259,7 +264,7 @@ def _write_results(
         baseline = {domain: outcome.before[f"{domain}_val"] for domain in latest}
         run.log_metrics(validation_metrics(latest, baseline, names), step=outcome.final_step)
     save_model(
-        run.folder / "model", network, config.model.arch, setup.model_arguments(config), setup.model_facts(config)
+        run.folder / "model", network, config.model.arch, setup.model_arguments(config), setup.model_facts(config, data)
     )
     figures = run.folder / "figures"
     for domain, album in pictures.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -23,6 +24,7 @@ COLOURS = (
     "#b5838d",
 )
 IGNORED_COLOUR = "#000000"
+DOMAIN_COLOURS = {"source": "#2e4057", "target": "#d1495b"}
 
 
 def class_colours(count: int) -> np.ndarray:
@@ -30,13 +32,16 @@ def class_colours(count: int) -> np.ndarray:
     return np.array([to_rgb(COLOURS[index % len(COLOURS)]) for index in range(count)])
 
 
-def display_image(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) in 0..1 from an image (B, H, W) as stored: the first three bands, the first alone if there are fewer."""
+def display_image(image: np.ndarray, stretch: bool = False) -> np.ndarray:
+    """(H, W, 3) in 0..1 from an image (B, H, W) in 0..1: the first three bands, the first alone if there are fewer.
+
+    `stretch`: from the 2nd to the 98th percentile, for sensors that use a small part of their range.
+    """
     bands = image[:3] if len(image) >= 3 else np.repeat(image[:1], 3, axis=0)
     pixels = bands.transpose(1, 2, 0).astype(np.float32)
-    if image.dtype == np.uint8:
-        return pixels / 255
-    low, high = np.percentile(pixels, (2, 98))  # 16 bit sensors use a small part of their range
+    if not stretch:
+        return pixels
+    low, high = np.percentile(pixels, (2, 98))
     return np.clip((pixels - low) / max(float(high - low), 1e-6), 0, 1)
 
 
@@ -75,30 +80,62 @@ def draw_predictions(
 
 
 def draw_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str], title: str) -> None:
-    """Confusion matrix (K, K) of pixel counts, rows = truth, each row as shares of its class."""
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    size = 2.2 + 0.55 * len(class_names)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    """Confusion matrix (K, K) of pixel counts, rows = truth: in each field its share of the true class (which colours it)
+    above its count. A class without truth has a grey row with counts alone."""
+    totals = confusion.sum(1, keepdims=True)
+    shares = np.ma.masked_where(np.broadcast_to(totals == 0, confusion.shape), confusion / np.maximum(totals, 1))
+    count = len(class_names)
+    size = max(0.62 * count, 1.7)
+    figure = Figure(figsize=(size + 2.6, size + 1.6), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row in range(len(class_names)):
-        for column in range(len(class_names)):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axis.text(column, row, f"{shares[row, column]:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    axis.set_xticks(range(len(class_names)), class_names, rotation=40, ha="right", fontsize=8)
-    axis.set_yticks(range(len(class_names)), class_names, fontsize=8)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel("truth")
+    colours = matplotlib.colormaps["Blues"].with_extremes(bad="#e4e4e4")
+    image = axis.imshow(shares, cmap=colours, vmin=0, vmax=1)
+    for row, column in np.ndindex(confusion.shape):
+        _write_field(axis, row, column, shares[row, column], int(confusion[row, column]))
+    names = [name if len(name) <= 22 else f"{name[:21]}…" for name in class_names]
+    # a class may be called $x$, which is no formula
+    axis.set_xticks(range(count), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False)
+    axis.set_yticks(range(count), names, fontsize=8, parse_math=False)
+    axis.set_xticks(np.arange(1, count) - 0.5, minor=True)
+    axis.set_yticks(np.arange(1, count) - 0.5, minor=True)
+    axis.grid(which="minor", color="#d5d5d5", linewidth=0.6)
+    axis.tick_params(which="minor", length=0)
+    axis.set_xlabel("predicted", fontsize=9)
+    axis.set_ylabel("truth", fontsize=9)
     axis.set_title(title, fontsize=10)
-    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
+    scale = figure.colorbar(image, ax=axis, shrink=0.8, aspect=30)
+    scale.set_label("share of the true class", fontsize=9)
+    scale.ax.tick_params(labelsize=8)
     _save(figure, path)
+
+
+def _write_field(axis, row: int, column: int, share, pixels: int) -> None:
+    if not pixels:  # most of a large matrix: what is left stands out
+        axis.text(column, row, "0", ha="center", va="center", color="#a0a0a0", fontsize=7)
+        return
+    colour = "white" if share is not np.ma.masked and share > 0.5 else "black"
+    if share is not np.ma.masked:
+        axis.text(column, row - 0.16, f"{share:.2f}", ha="center", va="center", color=colour, fontsize=9)
+    axis.text(column, row + 0.22, _short_count(pixels), ha="center", va="center", color=colour, fontsize=7)
+
+
+def _short_count(pixels: int) -> str:
+    """9999, 12.3k, 4.56M: at most four digits (the table has them all)."""
+    if pixels < 10_000:
+        return str(pixels)
+    short, letter = float(pixels), ""
+    for letter in "kMGT":
+        short /= 1000
+        if short < 999.5:
+            break
+    return f"{short:.3g}{letter}"
 
 
 def draw_curves(path: Path, history: Mapping[str, Sequence[tuple[int, float]]], title: str) -> None:
     """IoU of both domains, lambda and domain accuracy over the optimizer step; `history`: metric -> [(step, value)]."""
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
-    for name, colour in (("iou/source_val", "#2e4057"), ("iou/target_val", "#d1495b")):
+    for name, colour in (("iou/source_val", DOMAIN_COLOURS["source"]), ("iou/target_val", DOMAIN_COLOURS["target"])):
         _plot(above, history, name, colour, marker="o")
     above.set_ylabel("mean IoU")
     _plot(middle, history, "da/domain_acc", "#00798c", faint=True)
@@ -114,6 +151,70 @@ def draw_curves(path: Path, history: Mapping[str, Sequence[tuple[int, float]]], 
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, loc="best")
     figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def draw_domains(
+    path: Path,
+    class_pixels: Mapping[str, np.ndarray],
+    class_names: Sequence[str],
+    values: Mapping[str, np.ndarray],
+) -> None:
+    """Both domains side by side: class shares of each labelled set, and how the values of each band are spread.
+
+    `class_pixels`: set -> (K,) pixels of each class. `values`: source and target -> (B, n) values as stored.
+    """
+    bands = max(len(found) for found in values.values())
+    columns = min(bands, 4)
+    rows = -(-bands // columns)
+    figure = Figure(figsize=(10, 3.2 + 2.2 * rows), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[3.2, 2.2 * rows])
+    axis = above.subplots()
+    labelled = {name: pixels for name, pixels in class_pixels.items() if pixels.sum()}
+    width = 0.8 / max(len(labelled), 1)
+    for number, (name, pixels) in enumerate(labelled.items()):
+        shade = 0.45 + 0.55 * (number % 3 == 0) if len(labelled) > 2 else 1.0
+        colour = DOMAIN_COLOURS[name.split("_")[0]]
+        places = np.arange(len(class_names)) + width * (number - (len(labelled) - 1) / 2)
+        axis.bar(places, pixels / pixels.sum(), width * 0.94, color=colour, alpha=shade, label=name.replace("_", " "))
+    turned = len(class_names) > 8
+    axis.set_xticks(
+        range(len(class_names)),
+        class_names,
+        fontsize=8,
+        rotation=40 if turned else 0,
+        ha="right" if turned else "center",
+    )
+    axis.set_ylabel("share of labelled pixels")
+    if labelled:
+        axis.legend(fontsize=8)
+    else:
+        axis.text(0.5, 0.5, "no set has masks", transform=axis.transAxes, ha="center")
+    below.suptitle("values of the bands as stored (training images)", fontsize=10)
+    grid = below.subplots(rows, columns, squeeze=False)
+    for band in range(rows * columns):
+        axis = grid[band // columns][band % columns]
+        if band >= bands:
+            axis.set_axis_off()
+            continue
+        everything = np.concatenate([found[band] for found in values.values() if band < len(found)])
+        edges = np.linspace(*np.nanpercentile(everything, (0.5, 99.5)), 41)
+        if not edges[-1] > edges[0]:
+            edges = np.linspace(edges[0] - 0.5, edges[0] + 0.5, 41)
+        for domain, found in values.items():
+            axis.hist(
+                found[band],
+                edges,
+                density=True,
+                histtype="step",
+                linewidth=1.4,
+                color=DOMAIN_COLOURS[domain],
+                label=domain,
+            )
+        axis.set_title(f"band {band + 1}", fontsize=9)
+        axis.set_yticks([])
+        axis.tick_params(labelsize=7)
+    grid[0][0].legend(fontsize=8)
     _save(figure, path)
 
 

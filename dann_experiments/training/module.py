@@ -87,7 +87,8 @@ class AdaptationModule(pl.LightningModule):
             if self.method.uses_target and self.taps:  # without a tap nobody would see the target's features
                 target_features = forward_to_taps(self.network, batch["target"]["image"], self.taps)
         valid = (labels != self.ignore_index).to(images.dtype)
-        return StepOutputs(logits, labels, valid, source_features, target_features)
+        target_valid = batch["target"].get("valid") if target_features else None
+        return StepOutputs(logits, labels, valid, source_features, target_features, target_valid)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         return {"logits": logits_of_any_size(self.network, batch["image"]), "labels": batch["mask"]}

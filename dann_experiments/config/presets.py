@@ -1,0 +1,62 @@
+"""Known data sets: `dann_experiments/presets/*.yaml` say where their images and masks lie and what the labels mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dann_experiments.config.errors import InputError
+
+FOLDER = Path(__file__).resolve().parents[1] / "presets"
+KEYS = ("train", "val", "test", "value_map", "color_map", "ignore_values", "bands", "scale", "nodata")  # of a domain
+IGNORED = "ignored"  # a class name in a map that counts nowhere
+Domain = TypeVar("Domain")
+
+
+def preset_names() -> list[str]:
+    """The presets there are."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+@functools.cache
+def preset(name: str) -> dict[str, Any]:
+    """A preset as written. Raises InputError for a name that is none."""
+    if name not in preset_names():
+        raise InputError(f"preset is {name!r}; it is one of {preset_names()}.")
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def filled(domain: Domain) -> Domain:
+    """A domain's settings with what its preset says wherever they are unset (null, or an empty list)."""
+    settings: Any = domain
+    if settings.preset is None:
+        if settings.scene is not None:
+            raise InputError(f"scene is {settings.scene!r}, which has no effect without a preset; remove it.")
+        return domain
+    known = preset(settings.preset)
+    scene = settings.scene
+    if scene is not None and "scene" not in known:
+        raise InputError(f"scene is {scene!r}, but preset {settings.preset} has no scenes; remove it.")
+    scenes = known.get("scene", {})
+    scene = scene if scene is not None else scenes.get("default", "*")
+    scene = scenes.get("values", {}).get(scene, scene)
+    unset = {field.name: field.default for field in dataclasses.fields(settings)}
+    changes: dict[str, Any] = {}
+    for key in KEYS:
+        value = getattr(settings, key)
+        if key in known and (value == [] or value == unset[key]):
+            changes[key] = [_in_scene(entry, scene) for entry in known[key]] if key in KEYS[:3] else known[key]
+    if settings.value_map is not None or settings.color_map is not None:  # the user's own labels, whichever kind
+        changes.pop("value_map", None)
+        changes.pop("color_map", None)
+    return dataclasses.replace(settings, preset=None, scene=None, **changes)
+
+
+def _in_scene(entry: Any, scene: str) -> Any:
+    if isinstance(entry, dict):
+        return {key: _in_scene(value, scene) for key, value in entry.items()}
+    return entry.replace("{scene}", scene) if isinstance(entry, str) else entry

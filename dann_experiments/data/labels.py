@@ -1,0 +1,123 @@
+"""From what a mask file holds (ids or colours) to the class ids of the network, by class name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.data.reading import Window, read_labels
+
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """What the masks of one domain mean. Ids of the network go from 0 to `num_classes` - 1; `ignore_index` counts nowhere."""
+
+    num_classes: int
+    ignore_index: int = 255
+    ids: Mapping[int, int] | None = None
+    """Id in the file -> id of the network (or ignore_index); None = the same ids."""
+    colours: Mapping[Colour, int] | None = None
+    """Red, green, blue in the file -> id of the network (or ignore_index); instead of ids."""
+    ignored: frozenset[int] = frozenset()
+    """More ids of the file that count nowhere."""
+
+    def network_id(self, value: int) -> int | None:
+        """Id of the network for an id of the file; None = it is none."""
+        if value in self.ignored:
+            return self.ignore_index
+        if self.ids is not None and value in self.ids:
+            return self.ids[value]
+        if value == self.ignore_index or (self.ids is None and 0 <= value < self.num_classes):
+            return value
+        return None
+
+    def table(self) -> np.ndarray:
+        """(256,) id of the network for each 8 bit id; -1 where it is none."""
+        found = [self.network_id(value) for value in range(256)]
+        return np.array([-1 if value is None else value for value in found], np.int16)
+
+
+def label_map(
+    class_names: Sequence[str],
+    ignore_index: int,
+    value_map: Mapping[int, str] | None,
+    color_map: Mapping[Colour, str] | None,
+    ignore_values: Sequence[int],
+) -> LabelMap:
+    """The map of a domain whose ids or colours are named; a name that is no class of the network is ignored."""
+    index = {name: position for position, name in enumerate(class_names)}
+    return LabelMap(
+        len(class_names),
+        ignore_index,
+        None if value_map is None else {value: index.get(name, ignore_index) for value, name in value_map.items()},
+        None if color_map is None else {rgb: index.get(name, ignore_index) for rgb, name in color_map.items()},
+        frozenset(ignore_values),
+    )
+
+
+def read_mask(path: Path, labels: LabelMap, window: Window | None = None, factor: float = 1.0) -> np.ndarray:
+    """(h, w) uint8 of network ids. Raises InputError naming file and id (or colour) for what the map does not know."""
+    values, palette = read_labels(path, window, factor)
+    if labels.colours is not None:
+        return _from_colours(path, _colours(path, values, palette), labels)
+    if len(values) != 1:
+        raise InputError(
+            f"mask {path} has {len(values)} bands; masks hold one class id a pixel, or colours that color_map names."
+        )
+    array = values[0]
+    if array.dtype.kind == "f" and not np.array_equal(array, np.round(array)):  # NaN is unequal to itself
+        raise InputError(f"mask {path} holds values that are no whole numbers; masks hold one class id a pixel.")
+    if array.dtype == np.uint8:
+        mapped = labels.table()[array]
+        if mapped.min(initial=0) >= 0:
+            return mapped.astype(np.uint8)
+    ids, places = np.unique(array, return_inverse=True)
+    known = [labels.network_id(int(value)) for value in ids]
+    wrong = [int(value) for value, found in zip(ids, known, strict=True) if found is None]
+    if wrong:
+        raise InputError(f"mask {path} holds id {wrong[0]}, {_what_is_known(labels)}")
+    return np.array(known, np.uint8)[places].reshape(array.shape)
+
+
+def _what_is_known(labels: LabelMap) -> str:
+    if labels.ids is not None:
+        return f"but value_map knows {sorted(labels.ids)}; add it there, or to ignore_values."
+    return (
+        f"but classes go from 0 to {labels.num_classes - 1} (model.classes) and {labels.ignore_index} is ignored "
+        "(data.ignore_index); name other ids in value_map, or list them in ignore_values."
+    )
+
+
+def _colours(path: Path, values: np.ndarray, palette: Mapping[int, Sequence[int]] | None) -> np.ndarray:
+    """(h, w) int32, red * 65536 + green * 256 + blue."""
+    if palette is not None:
+        table = np.zeros((256, 3), np.int32)
+        for index, colour in palette.items():
+            table[index] = colour[:3]
+        bands = table[values[0]].transpose(2, 0, 1)
+    elif len(values) == 3 and values.dtype == np.uint8:
+        bands = values.astype(np.int32)
+    else:
+        raise InputError(
+            f"mask {path} has {len(values)} bands of {values.dtype}; with color_map, masks are 8 bit RGB or have a palette."
+        )
+    return (bands[0] << 16) | (bands[1] << 8) | bands[2]
+
+
+def _from_colours(path: Path, codes: np.ndarray, labels: LabelMap) -> np.ndarray:
+    assert labels.colours is not None
+    result = np.full(codes.shape, -1, np.int16)
+    for (red, green, blue), index in labels.colours.items():
+        result[codes == (red << 16 | green << 8 | blue)] = index
+    unknown = result < 0
+    if unknown.any():
+        code = int(codes[unknown][0])
+        colour = (code >> 16, code >> 8 & 255, code & 255)
+        raise InputError(f"mask {path} holds the colour {colour}, which color_map does not name; add it.")
+    return result.astype(np.uint8)

@@ -1,0 +1,102 @@
+"""Mean, standard deviation and percentiles of a domain's bands, over its training windows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.reading import TYPE_RANGES, Normalisation
+
+SAMPLED = 4096  # pixels a window that percentiles are taken from
+PERCENTILES = (2, 98)
+
+
+@dataclass(frozen=True)
+class BandStatistics:
+    """One number a band, of the values as stored, over the pixels that hold data."""
+
+    minimum: np.ndarray
+    maximum: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    low: np.ndarray
+    """2nd percentile."""
+    high: np.ndarray
+    """98th percentile."""
+    pixels: int
+    """Pixels that hold data."""
+    nodata: int
+    """Pixels that do not."""
+    drawn: np.ndarray
+    """(B, n) values drawn at random, for histograms."""
+
+
+class BandSums:
+    """Adds up windows; percentiles come from pixels drawn at random (fixed seed)."""
+
+    def __init__(self, bands: int) -> None:
+        self._rng = np.random.default_rng(0)
+        self._sum, self._squares = np.zeros(bands), np.zeros(bands)
+        self._minimum, self._maximum = np.full(bands, np.inf), np.full(bands, -np.inf)
+        self._drawn: list[np.ndarray] = []
+        self._pixels = self._nodata = 0
+
+    def add(self, values: np.ndarray, valid: np.ndarray | None) -> None:
+        """Add a window: values (B, h, w), valid (h, w) or None."""
+        pixels = (values.reshape(len(values), -1) if valid is None else values[:, valid]).astype(np.float64)
+        self._nodata += values[0].size - pixels.shape[1]
+        if not pixels.shape[1]:
+            return
+        self._pixels += pixels.shape[1]
+        self._sum += pixels.sum(1)
+        self._squares += (pixels**2).sum(1)
+        self._minimum = np.minimum(self._minimum, pixels.min(1))
+        self._maximum = np.maximum(self._maximum, pixels.max(1))
+        self._drawn.append(pixels[:, self._rng.integers(pixels.shape[1], size=min(SAMPLED, pixels.shape[1]))])
+
+    def result(self) -> BandStatistics:
+        """The statistics of all that was added; NaN where nothing was."""
+        count = max(self._pixels, 1)
+        mean = self._sum / count if self._pixels else np.full_like(self._sum, np.nan)
+        std = np.sqrt(np.maximum(self._squares / count - mean**2, 0))
+        drawn = np.concatenate(self._drawn, axis=1) if self._drawn else np.full((len(mean), 1), np.nan)
+        low, high = np.percentile(drawn, PERCENTILES, axis=1)
+        return BandStatistics(self._minimum, self._maximum, mean, std, low, high, self._pixels, self._nodata, drawn)
+
+
+def measure(dataset: SegmentationDataset) -> Iterator[BandSums]:
+    """Go through all items; yields the sums after each."""
+    sums = BandSums(dataset.in_channels)
+    for index in range(len(dataset)):
+        values, _, valid = dataset.read(index)
+        sums.add(values, valid)
+        yield sums
+
+
+def normalisation_from(
+    found: BandStatistics, given: Normalisation, scale: object, dtype: str, own: bool
+) -> Normalisation:
+    """`given` with the percentiles as range where `scale` says so, and (`own`) with the data's mean and deviation.
+
+    Mean and deviation are of the unclipped values, scaled; a band without any spread gets the deviation 1.
+    """
+    low, high = np.array(given.low), np.array(given.high)
+    if scale == "percentiles":
+        low, high = found.low, np.where(found.high > found.low, found.high, found.low + 1)
+    elif scale == "type":
+        low, high = np.zeros_like(low), np.full_like(high, TYPE_RANGES[dtype])
+    made = dataclasses.replace(given, low=_tuple(low), high=_tuple(high))
+    if not own:
+        return made
+    std = found.std / (high - low)
+    return dataclasses.replace(
+        made, mean=_tuple((found.mean - low) / (high - low)), std=_tuple(np.where(std > 1e-6, std, 1.0))
+    )
+
+
+def _tuple(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
