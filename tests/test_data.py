@@ -145,7 +145,9 @@ def four_bands(root: Path) -> str:
 
 
 def colour_mask(root: Path) -> str:
-    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(root / "source" / "masks" / "1.png")
+    Image.fromarray(np.arange(32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)).save(
+        root / "source" / "masks" / "1.png"
+    )
     return "source/masks/1.png has 3 bands; masks hold one class id a pixel"
 
 

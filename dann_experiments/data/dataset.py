@@ -293,11 +293,15 @@ def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> Non
 class _SeededOrder(RandomSampler):
     """A random order, each index with a seed for its crop and augmentation: the same numbers whatever the workers."""
 
-    def __init__(self, dataset: SegmentationDataset, generator: torch.Generator, seed: int) -> None:
-        super().__init__(dataset, generator=generator)
+    def __init__(self, dataset: SegmentationDataset, seed: int) -> None:
+        self._order = torch.Generator().manual_seed(seed)
         self._seeds = torch.Generator().manual_seed(seed)
+        super().__init__(dataset, generator=self._order)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # A loader that shares this generator draws a number here each epoch; drawing it ourselves keeps the order of
+        # the results in docs/results.md, and does not depend on the number of workers.
+        torch.empty((), dtype=torch.int64).random_(generator=self._order)
         seeds = torch.randint(2**62, (len(self),), generator=self._seeds).tolist()
         return iter(zip(super().__iter__(), seeds, strict=True))
 
@@ -334,10 +338,10 @@ def train_loader(
             name, len(dataset), batch_size, len(dataset),
         )  # fmt: skip
         batch_size = len(dataset)
-    generator = torch.Generator().manual_seed(seed)
     return DataLoader(
-        dataset, batch_size, sampler=_SeededOrder(dataset, generator, seed), drop_last=True, num_workers=num_workers,
-        generator=generator, persistent_workers=num_workers > 0,
+        dataset, batch_size, sampler=_SeededOrder(dataset, seed), drop_last=True, num_workers=num_workers,
+        generator=torch.Generator().manual_seed(seed),  # or the loader would draw from everybody's random state
+        persistent_workers=num_workers > 0,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.data.reading import Window, read_labels
+from dann_experiments.data.reading import Window, colours_of, read_labels
 
 Colour = tuple[int, int, int]
 
@@ -66,12 +66,14 @@ def read_mask(path: Path, labels: LabelMap, window: Window | None = None, factor
     values, palette = read_labels(path, window, factor)
     if labels.colours is not None:
         return _from_colours(path, _colours(path, values, palette), labels)
+    if len(values) == 3 and np.array_equal(values[0], values[1]) and np.array_equal(values[0], values[2]):
+        values = values[:1]  # ids written as grey colours
     if len(values) != 1:
         raise InputError(
             f"mask {path} has {len(values)} bands; masks hold one class id a pixel, or colours that color_map names."
         )
     array = values[0]
-    if array.dtype.kind == "f" and not np.array_equal(array, np.round(array)):  # NaN is unequal to itself
+    if array.dtype.kind not in "ui" and not (array.dtype.kind == "f" and (np.isfinite(array) & (array % 1 == 0)).all()):
         raise InputError(f"mask {path} holds values that are no whole numbers; masks hold one class id a pixel.")
     if array.dtype == np.uint8:
         mapped = labels.table()[array]
@@ -97,10 +99,7 @@ def _what_is_known(labels: LabelMap) -> str:
 def _colours(path: Path, values: np.ndarray, palette: Mapping[int, Sequence[int]] | None) -> np.ndarray:
     """(h, w) int32, red * 65536 + green * 256 + blue."""
     if palette is not None:
-        table = np.zeros((256, 3), np.int32)
-        for index, colour in palette.items():
-            table[index] = colour[:3]
-        bands = table[values[0]].transpose(2, 0, 1)
+        bands = colours_of(values[0], palette).astype(np.int32)
     elif len(values) == 3 and values.dtype == np.uint8:
         bands = values.astype(np.int32)
     else:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP", "GIF", "JP2OpenJPEG", "VRT")  # of GDAL's many
 CACHE_MB = 128  # of decoded blocks that GDAL keeps; its own default is a share of the machine's memory
+LARGEST_ENLARGEMENT = 100.0  # pixels of the working grid that one of the file may become, along a side
 TYPE_RANGES = {"uint8": 255.0, "uint16": 65535.0}
 
 
@@ -78,6 +79,11 @@ class Reading:
             raise InputError(
                 f"image {path} has no georeference that tells its pixel size, but pixel_size is {self.pixel_size}; give "
                 "file_pixel_size, the side of its pixels."
+            )
+        if self.pixel_size * LARGEST_ENLARGEMENT < own:
+            raise InputError(
+                f"image {path} has pixels of {own:g}, which pixel_size {self.pixel_size:g} would cut into more than "
+                f"{LARGEST_ENLARGEMENT:g} each along a side; give both in the same unit."
             )
         return self.pixel_size / own
 
@@ -191,10 +197,7 @@ def read_pixels(path: Path, in_channels: int, reading: Reading, window: Window |
         values = _read(file, chosen, window, factor, header, smooth=True)
         valid = _valid(file, header, chosen, reading, window, factor, values)
         if header.palette and in_channels == 3 and reading.bands is None:
-            table = np.zeros((256, 3), np.uint8)
-            for index, colour in file.colormap(1).items():
-                table[index] = colour[:3]
-            values = table[values[0]].transpose(2, 0, 1)
+            values = colours_of(values[0], file.colormap(1))
         elif len(chosen) == 1 and in_channels == 3 and reading.bands is None:
             values = values.repeat(3, axis=0)
     return Pixels(np.ascontiguousarray(values), valid)
@@ -210,6 +213,14 @@ def read_labels(
         whole = Window(0, 0, max(round(header.height / factor), 1), max(round(header.width / factor), 1))
         values = _read(file, list(range(1, header.bands + 1)), window or whole, factor, header, smooth=False)
         return values, file.colormap(1) if header.palette else None
+
+
+def colours_of(indices: np.ndarray, palette: Mapping[int, Sequence[int]]) -> np.ndarray:
+    """(3, h, w) uint8: what a palette's indices (h, w; 8 or 16 bit) stand for; black where it names none."""
+    table = np.zeros((max(256, *palette, int(indices.max(initial=0)) + 1) + 1, 3), np.uint8)
+    for index, colour in palette.items():
+        table[index] = colour[:3]
+    return table[indices].transpose(2, 0, 1)
 
 
 def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int) -> list[int]:
@@ -231,7 +242,7 @@ def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int)
 
 def check_type(path: Path, header: Header, reading: Reading) -> None:
     """Raises InputError for values whose range nobody said, and for types that hold no image."""
-    if np.dtype(header.dtype).kind not in "uif":
+    if not header.dtype.startswith(("uint", "int", "float")):  # GDAL has types that numpy lacks
         raise InputError(f"image {path} holds {header.dtype} values; whole and floating point numbers are read.")
     if reading.scale == "type" and header.dtype not in TYPE_RANGES:
         raise InputError(
@@ -244,6 +255,7 @@ def check_type(path: Path, header: Header, reading: Reading) -> None:
 def open_raster(path: Path) -> Iterator[DatasetReader]:
     """A raster open for reading; whatever goes wrong in the block is an InputError that names the file."""
     import rasterio
+    from rasterio._err import CPLE_BaseError
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
     try:
@@ -255,7 +267,16 @@ def open_raster(path: Path) -> Iterator[DatasetReader]:
                 yield file
     except InputError:
         raise
-    except (RasterioError, OSError, ValueError, TypeError, UnicodeError, MemoryError, OverflowError) as error:
+    except (
+        RasterioError,
+        CPLE_BaseError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        MemoryError,
+        OverflowError,
+    ) as error:
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split()) or type(cause).__name__
         raise InputError(f"{path} cannot be read as an image: {reason}") from None

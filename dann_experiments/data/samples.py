@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
-import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from typing import Any
 
 from dann_experiments.config.errors import InputError
 
-log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".vrt")
 Key = tuple[str, ...]  # what an image and its mask have in common
 
@@ -59,19 +58,21 @@ def find_samples(
         samples += found
     good = []
     for sample in samples:
-        if not sample.image.is_file():
-            report(f"{key}: image {sample.image} does not exist.")
-        elif sample.mask is not None and not sample.mask.is_file():
-            report(f"{key}: mask {sample.mask} of image {sample.image} does not exist.")
+        if not _is_file(sample.image):
+            report(f"{key}: image {sample.image} {_lacking(sample.image)}.")
+        elif sample.mask is not None and not _is_file(sample.mask):
+            report(f"{key}: mask {sample.mask} of image {sample.image} {_lacking(sample.mask)}.")
         elif sample.mask is None and masks == "required":
             report(f"{key}: image {sample.image} has no mask, but this set needs one for each image.")
         else:
             good.append(sample)
-    without = [sample for sample in good if sample.mask is None]
-    if without and len(without) < len(good):
-        report(f"{key}: image {without[0].image} has no mask, but others of this set have; give all or none.")
-        good = [sample for sample in good if sample.mask is not None]
-    return good
+    labelled = [sample for sample in good if sample.mask is not None]
+    if not labelled or len(labelled) == len(good):
+        return good
+    for sample in good:
+        if sample.mask is None:
+            report(f"{key}: image {sample.image} has no mask, but others of this set have; give all or none.")
+    return labelled
 
 
 def content_digest(samples: Sequence[Sample], digest_of: Callable[[Path], bytes] | None = None) -> str:
@@ -120,14 +121,14 @@ def _overlap(one: Sample, other: Sample) -> bool:
 
 def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[str], None]) -> list[Sample]:
     path = _under(root, entry)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _from_folder(path, key, masks != "no", report)
-    if path.is_file():
+    if _is_file(path):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             return [Sample(path, None)]
         if path.suffix.lower() == ".txt":
             return [Sample(image, None) for image in _lines(path, key)]
-        return _from_manifest(path, key, with_masks=masks != "no")
+        return _from_manifest(path, key, masks != "no", report)
     if glob.has_magic(entry):
         return [Sample(image, None) for image in _globbed(entry, root, key)]
     raise InputError(
@@ -139,29 +140,28 @@ def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[s
 def _from_mapping(
     entry: Mapping[str, Any], root: Path, key: str, masks: str, report: Callable[[str], None]
 ) -> list[Sample]:
-    images = _located(entry["images"], root, key)
+    images = _located(entry["images"], root, key, report)
+    named = entry.get("names") is not None
+    if named:
+        images = _named(images, entry["names"], root, key)
     where = entry.get("masks") if masks != "no" else None
     region = None if entry.get("region") is None else tuple(entry["region"])
-    if where is None:
-        pairs: Iterable[tuple[Key, Path, Path | None]] = [(name, image, None) for name, image in images.items()]
-    else:
-        pairs = _paired(images, _located(where, root, key), entry, key, report)
-    pairs = [pair for pair in pairs if pair[1].suffix.lower() in IMAGE_SUFFIXES or len(images) == 1]
-    if entry.get("names") is not None:
-        pairs = _named(pairs, entry["names"], root, key)
-    return [Sample(image, mask, region) for _, image, mask in pairs]  # pyright: ignore[reportArgumentType]
+    pairs: Iterable[tuple[Path, Path | None]] = [(image, None) for image in images.values()]
+    if where is not None:
+        pairs = _paired(images, _located(where, root, key, report), entry, key, report, all_masks=not named)
+    return [Sample(image, mask, region) for image, mask in pairs]  # pyright: ignore[reportArgumentType]
 
 
-def _located(where: Any, root: Path, key: str) -> dict[Key, Path]:
+def _located(where: Any, root: Path, key: str, report: Callable[[str], None]) -> dict[Key, Path]:
     """The files that `where` (a folder, a pattern, a list file, a file, or a list of files) names, by what pairs them:
     the texts of a pattern's wildcards, the place in a list, else the stem."""
     if isinstance(where, list):
         return {("#", str(number)): _under(root, str(name)) for number, name in enumerate(where)}
     text = str(where)
     path = _under(root, text)
-    if path.is_dir():
-        return {(stem,): file for stem, file in _by_stem(path, key).items()}
-    if path.is_file():
+    if os.path.isdir(path):
+        return {(stem,): file for stem, file in _by_stem(path, key, report).items()}
+    if _is_file(path):
         if path.suffix.lower() == ".txt":
             return {("#", str(number)): file for number, file in enumerate(_lines(path, key))}
         return {("#", "0"): path}
@@ -176,47 +176,39 @@ def _paired(
     entry: Mapping[str, Any],
     key: str,
     report: Callable[[str], None],
-) -> list[tuple[Key, Path, Path | None]]:
+    all_masks: bool,
+) -> list[tuple[Path, Path | None]]:
+    """Each image with its mask; lonely images are reported, and with `all_masks` lonely masks."""
     if images and masks and len(next(iter(images))) != len(next(iter(masks))):
         raise InputError(
             f"{key}: images {entry['images']} and masks {entry['masks']} cannot be paired; give both as folders of equal "
             "stems, as patterns with as many wildcards, or as lists of equal length."
         )
-    for one, other, kind in ((images, masks, "image"), (masks, images, "mask")):
+    for one, other, kind in ((images, masks, "image"), (masks if all_masks else {}, images, "mask")):
         partner = "mask" if kind == "image" else "image"
         for lonely in (name for name in one if name not in other):
             report(
                 f"{key}: {kind} {one[lonely]} has no {partner} ({partner}s: {entry[f'{partner}s']}; they are paired by "
                 "stem, by what wildcards stand for, or by their place in a list)."
             )
-    return [(name, image, masks[name]) for name, image in images.items() if name in masks]
+    return [(image, masks[name]) for name, image in images.items() if name in masks]
 
 
-def _named(
-    pairs: Sequence[tuple[Key, Path, Path | None]], names: Any, root: Path, key: str
-) -> list[tuple[Key, Path, Path | None]]:
+def _named(images: Mapping[Key, Path], names: Any, root: Path, key: str) -> dict[Key, Path]:
+    """The images whose file name, stem or wildcard text is listed."""
     if isinstance(names, str):
         path = _under(root, names)
-        if not path.is_file():
+        if not _is_file(path):
             raise InputError(f"{key}: the file of names {path} does not exist.")
         names = [line.as_posix() for line in _lines(path, key)]
     wanted = {str(name).replace("\\", "/").rpartition("/")[2] for name in names}
-    kept, found = [], set()
-    for wildcards, image, mask in pairs:
-        mine = wanted & {image.name, image.stem, *wildcards}
-        if mine:
-            kept.append((wildcards, image, mask))
-            found |= mine
-    missing = sorted(wanted - found)
-    if missing and kept:
-        log.warning("%s: %d of %d names have no image, the first is %s.", key, len(missing), len(wanted), missing[0])
-    return kept
+    return {wildcards: image for wildcards, image in images.items() if wanted & {image.name, image.stem, *wildcards}}
 
 
 def _globbed(pattern: str, root: Path, key: str) -> dict[Path, Key]:
     """Image files that match, and the texts their wildcards stand for."""
-    expression = re.compile(_expression(pattern))
     try:
+        expression = re.compile(_expression(pattern))
         found = sorted(glob.glob(pattern, root_dir=root, recursive=True))
     except (OSError, ValueError, re.error) as error:
         raise InputError(f"{key} names the pattern {pattern}, which cannot be searched for: {error}") from None
@@ -224,7 +216,7 @@ def _globbed(pattern: str, root: Path, key: str) -> dict[Path, Key]:
     for name in found:
         path = _under(root, name)
         match = expression.fullmatch(name.replace("\\", "/"))
-        if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and match:
+        if _is_file(path) and path.suffix.lower() in IMAGE_SUFFIXES and match:
             files[path] = tuple(text or "" for text in match.groups())
     if not files:
         raise InputError(f"{key} names the pattern {root / pattern}, which matches no image.")
@@ -257,12 +249,15 @@ def _lines(path: Path, key: str) -> list[Path]:
     return [_beside(path, line) for line in lines if line.strip()]
 
 
-def _from_manifest(path: Path, key: str, with_masks: bool) -> list[Sample]:
+def _from_manifest(path: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
     split = key.rpartition(".")[2]
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            twice = [name for number, name in enumerate(header) if name in header[:number]]
+            if twice:
+                raise InputError(f"{key}: manifest {path} has two columns called {twice[0]!r}; keep one.")
             if "image" not in header:
                 raise InputError(f"{key}: manifest {path} has columns {header}; it needs one called image.")
             if with_masks and set(header) - {"image", "split"} and "mask" not in header:
@@ -271,8 +266,13 @@ def _from_manifest(path: Path, key: str, with_masks: bool) -> list[Sample]:
                 )
             samples, splits = [], set()
             for row in reader:
+                surplus: Any = row.get(None)  # pyright: ignore[reportArgumentType, reportCallIssue]
+                if any(text.strip() for text in surplus or ()):
+                    report(f"{key}: manifest {path}, line {reader.line_num} has more fields than the header names.")
+                    continue
                 if not (row["image"] or "").strip():
-                    raise InputError(f"{key}: manifest {path}, line {reader.line_num}: the image is empty.")
+                    report(f"{key}: manifest {path}, line {reader.line_num}: the image is empty.")
+                    continue
                 if "split" in header:
                     splits.add((row["split"] or "").strip())
                     if (row["split"] or "").strip() != split:
@@ -287,10 +287,10 @@ def _from_manifest(path: Path, key: str, with_masks: bool) -> list[Sample]:
 
 
 def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
-    images = _by_stem(path / "images", key)
+    images = _by_stem(path / "images", key, report)
     if not images or not with_masks or not (path / "masks").is_dir():
         return [Sample(image, None) for _, image in sorted(images.items())]
-    masks = _by_stem(path / "masks", key)
+    masks = _by_stem(path / "masks", key, report)
     for stem in images:
         if stem not in masks:
             report(f"{key}: image {images[stem]} has no mask of the same stem in {path / 'masks'}.")
@@ -300,16 +300,29 @@ def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str],
     return [Sample(image, masks[stem]) for stem, image in sorted(images.items()) if stem in masks]
 
 
-def _by_stem(folder: Path, key: str) -> dict[str, Path]:
-    if not folder.is_dir():
+def _by_stem(folder: Path, key: str, report: Callable[[str], None]) -> dict[str, Path]:
+    if not os.path.isdir(folder):
         raise InputError(f"{key}: folder {folder} does not exist; put the images into {folder}.")
     files: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
+    try:
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{key}: folder {folder} cannot be read: {error}") from None
+    for file in found:
         if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
             if file.stem in files:
-                raise InputError(f"{key}: {files[file.stem]} and {file} have the same stem; keep one.")
-            files[file.stem] = file
+                report(f"{key}: {files[file.stem]} and {file} have the same stem; keep one.")
+            files.setdefault(file.stem, file)
     return files
+
+
+def _is_file(path: Path) -> bool:
+    """Never raises, as `Path.is_file` does for names that are too long and for folders that may not be entered."""
+    return os.path.isfile(path)
+
+
+def _lacking(path: Path) -> str:
+    return "is no file" if os.path.exists(path) else "does not exist"
 
 
 def _shown(entry: Any, root: Path) -> str:

@@ -61,11 +61,13 @@ class BandSums:
     def result(self) -> BandStatistics:
         """The statistics of all that was added; NaN where nothing was."""
         count = max(self._pixels, 1)
-        mean = self._sum / count if self._pixels else np.full_like(self._sum, np.nan)
+        unknown = np.full_like(self._sum, np.nan)
+        mean = self._sum / count if self._pixels else unknown
         std = np.sqrt(np.maximum(self._squares / count - mean**2, 0))
         drawn = np.concatenate(self._drawn, axis=1) if self._drawn else np.full((len(mean), 1), np.nan)
         low, high = np.percentile(drawn, PERCENTILES, axis=1)
-        return BandStatistics(self._minimum, self._maximum, mean, std, low, high, self._pixels, self._nodata, drawn)
+        minimum, maximum = (self._minimum, self._maximum) if self._pixels else (unknown, unknown)
+        return BandStatistics(minimum, maximum, mean, std, low, high, self._pixels, self._nodata, drawn)
 
 
 def measure(dataset: SegmentationDataset) -> Iterator[BandSums]:

@@ -168,12 +168,12 @@ def find_set(config: Config, name: str, report: Callable[[str], None] = refuse) 
             report(f"{key} is empty; name a CSV manifest or a folder with images/ to train on.")
         return None
     masks = "no" if name == "target_train" else "required" if name in ("source_train", "source_val") else "if present"
-    try:
-        return find_samples(entries, domain_root(config, domain), key, masks, report)
-    except InputError as error:
-        if getattr(config.data, domain_name).preset is None:
-            raise
-        raise InputError(f"{error} (preset {getattr(config.data, domain_name).preset})") from None
+    preset = getattr(config.data, domain_name).preset
+
+    def report_with_preset(text: str) -> None:
+        report(text if preset is None else f"{text} (preset {preset})")
+
+    return find_samples(entries, domain_root(config, domain), key, masks, report_with_preset)
 
 
 def as_dataset(
