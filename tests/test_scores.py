@@ -1,4 +1,4 @@
-"""Scores: IoU from one confusion matrix for the whole set, macro mean over the classes present, ignored pixels left out."""
+"""Scores: IoU, precision, recall and F1 from one confusion matrix for the whole set, macro means, ignored pixels left out."""
 
 import math
 
@@ -7,11 +7,19 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import jaccard_score
+from sklearn.metrics import accuracy_score, jaccard_score, precision_recall_fscore_support
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dann_experiments.training.scores import Scorer, metric_name, predict_images, score_set
+from dann_experiments.training.scores import (
+    Scorer,
+    Scores,
+    macro_mean,
+    metric_name,
+    predict_images,
+    row_shares,
+    score_set,
+)
 
 IGNORED = 255
 
@@ -164,3 +172,72 @@ def test_predictions_are_maps_of_class_ids_made_in_eval_mode():
     (prediction,) = predict_images(network, [image])
     assert prediction.tolist() == [[1, 0, 1], [0, 1, 0]]
     assert network.training
+
+
+# rows = truth: of 8 field, 6 found; of 4 wood, 1 found; no town, but 3 pixels called so; no lake at all
+HAND = Scores(np.array([[6, 1, 1, 0], [1, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]]), loss=0.0)
+NAN = math.nan
+
+
+def test_precision_recall_and_f1_of_a_matrix_worked_out_by_hand():
+    assert HAND.class_precision.tolist() == pytest.approx([6 / 7, 1 / 2, 0, NAN], nan_ok=True)
+    assert HAND.class_recall.tolist() == pytest.approx([6 / 8, 1 / 4, NAN, NAN], nan_ok=True)
+    assert HAND.class_f1.tolist() == pytest.approx([12 / 15, 2 / 6, 0, NAN], nan_ok=True)
+    assert HAND.accuracy == pytest.approx(7 / 12)
+    assert HAND.truth_pixels.tolist() == [8, 4, 0, 0]
+    assert HAND.predicted_pixels.tolist() == [7, 2, 3, 0]
+
+
+def test_a_class_never_predicted_has_no_precision_but_recall_and_f1_0():
+    scores = Scores(np.array([[5, 0], [2, 0]]), loss=0.0)
+    assert scores.class_precision.tolist() == pytest.approx([5 / 7, NAN], nan_ok=True)
+    assert scores.class_recall.tolist() == [1, 0]
+    assert scores.class_f1.tolist() == pytest.approx([10 / 12, 0])
+
+
+def test_evaluate_s_metrics_are_those_of_training_and_each_score_where_it_is_defined():
+    expected = HAND.metrics("target_test", ["field", "wood", "town/village", "lake"]) | {
+        "precision/target_test": (6 / 7 + 1 / 2 + 0) / 3,  # over the classes predicted
+        "precision/target_test/field": 6 / 7,
+        "precision/target_test/wood": 1 / 2,
+        "precision/target_test/town_village": 0,
+        "recall/target_test": (6 / 8 + 1 / 4) / 2,  # over the classes labelled
+        "recall/target_test/field": 6 / 8,
+        "recall/target_test/wood": 1 / 4,
+        "f1/target_test": (12 / 15 + 2 / 6 + 0) / 3,  # over both
+        "f1/target_test/field": 12 / 15,
+        "f1/target_test/wood": 2 / 6,
+        "f1/target_test/town_village": 0,
+        "accuracy/target_test": 7 / 12,
+    }
+    assert HAND.all_metrics("target_test", ["field", "wood", "town/village", "lake"]) == pytest.approx(expected)
+
+
+def test_each_row_of_the_normalised_matrix_is_shares_of_its_class():
+    assert row_shares(HAND.confusion)[:2].tolist() == [[6 / 8, 1 / 8, 1 / 8, 0], [1 / 4, 1 / 4, 2 / 4, 0]]
+    assert np.isnan(row_shares(HAND.confusion)[2:]).all()
+
+
+@settings(deadline=None)
+@given(maps_and_settings())
+def test_precision_recall_f1_and_accuracy_are_those_of_scikit_learn(drawn):
+    predictions, labels, classes, batch_size = drawn
+    labelled = labels != IGNORED
+    assume(labelled.any())
+    scores = score(predictions, labels, classes, batch_size=batch_size)
+    truth, predicted = labels[labelled], predictions[labelled]
+    expected = precision_recall_fscore_support(truth, predicted, labels=range(classes), zero_division=NAN)
+    for found, wanted in zip((scores.class_precision, scores.class_recall, scores.class_f1), expected[:3], strict=True):
+        assert found.tolist() == pytest.approx(wanted.tolist(), abs=1e-12, nan_ok=True)
+        assert macro_mean(found) == pytest.approx(np.nanmean(wanted), abs=1e-12)
+    assert scores.accuracy == pytest.approx(accuracy_score(truth, predicted), abs=1e-12)
+    assert scores.class_f1.tolist() == pytest.approx(
+        (2 * scores.class_iou / (1 + scores.class_iou)).tolist(), nan_ok=True
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_a_set_without_labelled_pixels_has_means_of_nan_and_no_class_scores():
+    found = Scorer(2, IGNORED).compute().all_metrics("source_val", ["ground", "house"])
+    assert set(found) == {f"{kind}/source_val" for kind in ("iou", "precision", "recall", "f1", "accuracy")}
+    assert all(math.isnan(value) for value in found.values())

@@ -73,7 +73,8 @@ def read_mask(path: Path, labels: LabelMap, window: Window | None = None, factor
             f"mask {path} has {len(values)} bands; masks hold one class id a pixel, or colours that color_map names."
         )
     array = values[0]
-    if array.dtype.kind not in "ui" and not (array.dtype.kind == "f" and (np.isfinite(array) & (array % 1 == 0)).all()):
+    whole = array.dtype.kind in "ui" or (array.dtype.kind == "f" and np.isfinite(array).all() and not (array % 1).any())
+    if not whole:
         raise InputError(f"mask {path} holds values that are no whole numbers; masks hold one class id a pixel.")
     if array.dtype == np.uint8:
         mapped = labels.table()[array]

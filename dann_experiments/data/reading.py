@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,13 @@ if TYPE_CHECKING:
 
 DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP", "GIF", "JP2OpenJPEG", "VRT")  # of GDAL's many
 CACHE_MB = 128  # of decoded blocks that GDAL keeps; its own default is a share of the machine's memory
+LARGEST_SIDE, MOST_PIXELS, MOST_BANDS = 10**7, 10**12, 4096  # a header that claims more is damaged
 LARGEST_ENLARGEMENT = 100.0  # pixels of the working grid that one of the file may become, along a side
+GDAL_OPTIONS = {
+    "GDAL_CACHEMAX": CACHE_MB,
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a cut off JPEG is an error, not a grey area
+    "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",  # side files are looked for by name; listing a large folder each time is slow
+}
 TYPE_RANGES = {"uint8": 255.0, "uint16": 65535.0}
 
 
@@ -210,9 +218,36 @@ def read_labels(
     grid, of which the nearest is taken."""
     with open_raster(path) as file:
         header = _header(file)
+        if header.bands > 4:
+            raise InputError(f"mask {path} has {header.bands} bands; masks hold one class id a pixel, or a colour.")
         whole = Window(0, 0, max(round(header.height / factor), 1), max(round(header.width / factor), 1))
         values = _read(file, list(range(1, header.bands + 1)), window or whole, factor, header, smooth=False)
         return values, file.colormap(1) if header.palette else None
+
+
+def check_deflated(path: Path) -> None:
+    """Raises InputError for a deflated TIFF that fails its own checksums. GDAL does not look at them: it reads whatever a
+    damaged stream gives."""
+    with open_raster(path) as file:
+        if file.driver != "GTiff" or file.profile.get("compress") != "deflate":
+            return
+        height, width = file.block_shapes[0]
+        places = [
+            f"{column}_{row}" for row in range(-(-file.height // height)) for column in range(-(-file.width // width))
+        ]
+        bands = [1] if file.profile.get("interleave") == "pixel" else file.indexes
+        with open(path, "rb") as stored:
+            for band, place in itertools.product(bands, places):
+                start, length = (file.get_tag_item(f"BLOCK_{key}_{place}", "TIFF", band) for key in ("OFFSET", "SIZE"))
+                if start is None or length is None:  # a sparse file leaves out blocks of zeros
+                    continue
+                stored.seek(int(start))
+                try:
+                    zlib.decompress(stored.read(int(length)))
+                except zlib.error as error:
+                    raise InputError(
+                        f"{path} cannot be read as an image: damaged after byte {start}: {error}"
+                    ) from None
 
 
 def colours_of(indices: np.ndarray, palette: Mapping[int, Sequence[int]]) -> np.ndarray:
@@ -259,7 +294,7 @@ def open_raster(path: Path) -> Iterator[DatasetReader]:
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
     try:
-        with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE_MB, GDAL_ERROR_ON_LIBJPEG_WARNING=True):
+        with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(path) as file:
                 if file.driver not in DRIVERS or file.count == 0:
@@ -285,6 +320,12 @@ def open_raster(path: Path) -> Iterator[DatasetReader]:
 def _header(file: DatasetReader) -> Header:
     from rasterio.enums import ColorInterp, MaskFlags
 
+    side, pixels = max(file.height, file.width), file.height * file.width
+    if side > LARGEST_SIDE or pixels > MOST_PIXELS or file.count > MOST_BANDS:
+        raise InputError(
+            f"{file.name} cannot be read as an image: it claims {file.count} bands of {file.height} x {file.width} pixels, "
+            "so its header is damaged."
+        )
     alpha = file.count > 1 and file.colorinterp[-1] == ColorInterp.alpha
     flags = file.mask_flag_enums[0]
     transform = file.transform

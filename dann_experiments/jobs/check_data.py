@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dann_experiments.config import Config, InputError, config_to_yaml, flatten
-from dann_experiments.data.dataset import Memory, SegmentationDataset
-from dann_experiments.data.samples import shared_images
+from dann_experiments.config.presets import filled
+from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes
+from dann_experiments.data.labels import label_map, read_mask
+from dann_experiments.data.reading import Header, Window, check_deflated, read_header
+from dann_experiments.data.samples import Sample, shared_images
 from dann_experiments.data.statistics import BandStatistics, BandSums
+from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs import setup
 from dann_experiments.tracking.figures import draw_domains
 from dann_experiments.tracking.run import tracked_run
@@ -43,8 +49,12 @@ class _Set:
     """What reading one set gave."""
 
     dataset: SegmentationDataset
+    """Its images in windows side by side, whatever training takes of them."""
+    windows: int
+    """Items of the set as the settings cut it."""
     sums: BandSums
     class_pixels: np.ndarray
+    """(256,) pixels of each id of the network."""
 
 
 def check_data(config: Config) -> DataReport:
@@ -66,20 +76,23 @@ def check_data(config: Config) -> DataReport:
         if found is None:
             continue
         samples[name], headers = problems.good(config, name, found)
-        if samples[name]:
-            sets[name] = _read(config, name, samples[name], headers, problems)
+        for sample in found:
+            if sample not in samples[name]:
+                _check_mask(config, name, sample, problems)
+        cut = _cut(config, name, samples[name], headers, problems)
+        if cut is not None:
+            sets[name] = _read(config, name, cut, problems)
     for name, image, other, twin in shared_images(samples, data.digest_of):
         problems.append(
             f"data.{name.replace('_', '.')}: image {image} holds the same bytes as {twin} of "
             f"data.{other.replace('_', '.')}; an image may stand in one set alone."
         )
-    for name in ("source_train",):
-        if name in sets:
-            try:
-                setup.check_classes(config, sets[name].class_pixels)
-            except InputError as error:
-                problems.append(str(error))
-    counts = pd.DataFrame({name: _counts(config, found) for name, found in sets.items()}).T
+    if "source_train" in sets and sets["source_train"].class_pixels.any():
+        try:
+            setup.check_classes(config, sets["source_train"].class_pixels)
+        except InputError as error:
+            problems.append(str(error))
+    counts = pd.DataFrame.from_dict({name: _counts(config, found) for name, found in sets.items()}, orient="index")
     statistics = {
         domain: sums.result() for domain in ("source", "target") if (sums := _sums_of(sets, domain)) is not None
     }
@@ -88,28 +101,90 @@ def check_data(config: Config) -> DataReport:
     return DataReport(problems.texts, counts, bands, run_id)
 
 
-def _read(config: Config, name: str, samples: Any, headers: Any, problems: setup.Problems) -> _Set:
-    """Every item of a set, read once; those that cannot be are noted and left out."""
-    try:
-        dataset = setup.as_dataset(config, name, samples, Memory(0), headers)
-    except InputError as error:  # a region beyond its image
-        problems.append(str(error))
-        dataset = setup.as_dataset(config, name, [], Memory(0), [])
-    found = _Set(dataset, BandSums(config.model.in_channels), np.zeros(256, np.int64))
+def _cut(
+    config: Config, name: str, samples: Sequence[Sample], headers: Sequence[Header], problems: setup.Problems
+) -> _Set | None:
+    """A set, not read yet, without the images that the settings do not fit; None if none is left."""
+    everything = dataclasses.replace(config, data=dataclasses.replace(config.data, windows="grid", window_count=None))
+    kept: list[tuple[Sample, Header]] = []
+    for sample, header in zip(samples, headers, strict=True):
+        try:
+            setup.as_dataset(everything, name, [sample], Memory(0), [header])
+            kept.append((sample, header))
+        except InputError as error:  # a region beyond its image, a pixel size that is not known
+            problems.append(str(error))
+            _check_mask(config, name, sample, problems)
+    if not kept:
+        return None
+    files = ([sample for sample, _ in kept], Memory(0), [header for _, header in kept])
+    as_trained = setup.as_dataset(config, name, *files)
+    if as_trained.training:
+        try:
+            check_sizes(as_trained, f"data.{name.replace('_', '.')}")
+        except InputError as error:
+            problems.append(str(error))
+    dataset = setup.as_dataset(everything, name, *files)
+    return _Set(dataset, len(as_trained), BandSums(config.model.in_channels), np.zeros(256, np.int64))
+
+
+def _read(config: Config, name: str, found: _Set, problems: setup.Problems) -> _Set:
+    """Every pixel of a set, read and counted once; an image is left at the first thing that is wrong with it."""
+    dataset, key = found.dataset, f"data.{name.replace('_', '.')}"
+    begun: set[Path] = set()
+    broken: set[int] = set()
 
     def steps():
-        for index in range(len(dataset)):
-            try:
-                values, mask, valid = dataset.read(index)
-                found.sums.add(values, valid)
-                if mask is not None:
-                    found.class_pixels += np.bincount(mask.ravel(), minlength=256)
-            except InputError as error:
-                problems.append(str(error))
+        for index, piece in enumerate(dataset.pieces):
+            if piece.sample not in broken:
+                try:
+                    sample = dataset.samples[piece.sample]
+                    for path in (sample.image, sample.mask):
+                        if path is not None and path not in begun:
+                            begun.add(path)
+                            check_deflated(path)
+                    values, mask, valid = dataset.read(index)
+                except InputError as error:
+                    broken.add(piece.sample)
+                    problems.append(str(error))
+                    _check_mask(config, name, dataset.samples[piece.sample], problems)
+                else:
+                    own = (slice(piece.counted_rows, None), slice(piece.counted_columns, None))
+                    found.sums.add(values[:, *own], None if valid is None else valid[own])
+                    if mask is not None:
+                        found.class_pixels += np.bincount(mask[own].ravel(), minlength=256)
             yield index
 
-    setup.followed(config, steps(), len(dataset), f"reading data.{name.replace('_', '.')}")
+    setup.followed(config, steps(), len(dataset), f"reading {key}")
+    if not broken and not found.sums.result().pixels:
+        problems.append(
+            f"{key}: image {dataset.samples[0].image} and the others of its set hold no data: every pixel is nodata "
+            f"(nodata is {dataset.reading.nodata}; data.source.nodata, data.target.nodata)."
+        )
     return found
+
+
+def _check_mask(config: Config, name: str, sample: Sample, problems: setup.Problems) -> None:
+    """Note what is wrong with the mask of an image that cannot be used itself."""
+    if sample.mask is None:
+        return
+    try:
+        header = read_header(sample.mask)
+        domain = filled(getattr(config.data, name.split("_")[0]))
+        labels = label_map(
+            config.class_names, config.data.ignore_index, domain.value_map, domain.colours, domain.ignore_values
+        )
+        size = default_size(header.height, header.width, None, None)
+        for piece in grid(0, Window(0, 0, header.height, header.width), size):
+            read_mask(sample.mask, labels, piece.window)
+    except InputError as error:
+        problems.append(str(error))
+
+
+def _labelled(config: Config, found: _Set) -> np.ndarray:
+    """(K,) pixels of each class."""
+    pixels = found.class_pixels.copy()
+    pixels[config.data.ignore_index] = 0
+    return pixels[: len(config.class_names)]
 
 
 def _counts(config: Config, found: _Set) -> dict[str, Any]:
@@ -117,11 +192,11 @@ def _counts(config: Config, found: _Set) -> dict[str, Any]:
     pixels = result.pixels + result.nodata
     row: dict[str, Any] = {
         "images": len(found.dataset.samples),
-        "windows": len(found.dataset),
+        "windows": found.windows,
         "pixels": pixels,
         "without data": result.nodata / max(pixels, 1),
     }
-    labelled = found.class_pixels[: len(config.class_names)]
+    labelled = _labelled(config, found)
     for name, count in zip(config.class_names, labelled, strict=True):
         row[name] = count / labelled.sum() if labelled.sum() else float("nan")
     if found.dataset.has_masks:
@@ -164,7 +239,7 @@ def _log(
         "dann.source": setup.domain_name(config, "source"),
         "dann.target": setup.domain_name(config, "target"),
     }
-    shares = {name: found.class_pixels[: len(config.class_names)] for name, found in sets.items()}
+    shares = {name: _labelled(config, found) for name, found in sets.items()}
     with tracked_run(
         store, config.tracking.run_name, "check-data", tags, Path(config.tracking.folder), use_claimed=True
     ) as run:

@@ -2,68 +2,275 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
-from dann_experiments.config import Config, InputError
-from dann_experiments.data.dataset import eval_loader
+from dann_experiments.config import Config, InputError, replace
+from dann_experiments.config.presets import filled
+from dann_experiments.config.schema import DomainDataConfig
+from dann_experiments.data.dataset import SegmentationDataset, eval_loader
+from dann_experiments.data.reading import Reading
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.result import RunResult
-from dann_experiments.jobs.source_model import chosen_by_target_labels, load_source_model
-from dann_experiments.jobs.training import describe_run, final_metrics
+from dann_experiments.jobs.source_model import chosen_by_target_labels, fetched, load_weights
+from dann_experiments.jobs.training import describe_run
+from dann_experiments.models.files import DOMAINS, ModelNotes, read_model_notes
 from dann_experiments.tracking.figures import draw_confusion
 from dann_experiments.tracking.run import tracked_run
-from dann_experiments.tracking.store import local_artifact_folder, open_store
-from dann_experiments.training.scores import score_set
+from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
+from dann_experiments.training.scores import Scores, macro_mean, row_shares, score_set
 
+log = logging.getLogger(__name__)
 SETS = ("source_val", "source_test", "target_val", "target_test")
 
 
 def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult:
-    """IoU a class and confusion matrix of the model at `pretrained_checkpoint.path` on the val and test lists.
+    """Score the model at `pretrained_checkpoint.path` on the labelled val and test lists: IoU, precision, recall and F1 a
+    class, pixel accuracy, confusion matrices, as metrics, tables and figures of a run of its own.
 
-    `tags` are added to the run's own, or replace them. Raises InputError without a model or without labelled images.
+    A saved model brings its own network, classes and normalisation, whatever `model` says; a checkpoint takes those of the
+    settings. `tags` are added to the run's own, or replace them. Raises InputError before a run is opened: without a model
+    or labelled images, for weights or classes that do not fit, and for files that cannot be read (masks that do not fit
+    into `data.memory_gb` are read while the run goes on).
     """
     path = config.domain_adaptation.pretrained_checkpoint.path
     if path is None:
         raise InputError(
             "evaluate needs a model: give source_checkpoint (a file, a folder, runs:/ID or models:/NAME@ALIAS)."
         )
+    device = _device(config)
     store = open_store(config.tracking.uri, config.tracking.experiment)
     with setup.seeded(config):
-        data = setup.load_data(config, SETS)
-        labelled = {name: dataset for name, dataset in data.sets.items() if dataset.has_masks}
-        if not labelled:
-            raise InputError("evaluate needs labelled images in data.source or data.target, under val or test.")
-        network = setup.make_network(config, with_weights=False)
-        model_run_id = load_source_model(config, network, path, store)
-        network.to("cuda" if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu") else "cpu")
-        own_tags = {
-            "dann.job": "evaluate",
-            "dann.source": setup.domain_name(config, "source"),
-            "dann.target": setup.domain_name(config, "target"),
-            "dann.selected_with_target_labels": str(chosen_by_target_labels(store, model_run_id)).lower(),
-            "seed": config.seed,
-        }
-        if model_run_id is not None:
-            own_tags["dann.source_run_id"] = model_run_id
-        all_tags = {**own_tags, **(tags or {})}
+        with fetched(path, store) as (local, model_run_id):
+            notes = read_model_notes(local, path)
+            if notes is not None:
+                config = _with_the_models_own(config, notes)
+            network = setup.make_network(config, with_weights=False)
+            load_weights(config, network, local, path)
+        data = _labelled(config)
+        _normalise(config, data, notes)
+        network.to(device)
+        all_tags = {**_tags(config, store, notes, model_run_id), **(tags or {})}
         folder = Path(config.tracking.folder)
         with tracked_run(store, config.tracking.run_name, "evaluate", all_tags, folder, use_claimed=True) as run:
             describe_run(run, config, data)
             scores = {}
-            for set_name, dataset in labelled.items():
+            for name, dataset in data.sets.items():
                 loader = eval_loader(dataset, config.data.eval_batch_size or config.data.source.batch_size)
-                scores[set_name] = found = score_set(network, loader, config.model.classes, config.data.ignore_index)
-                title = f"{set_name.replace('_', ' ')}: mean IoU {found.iou:.3f}"
-                path_of_figure = run.folder / "figures" / f"confusion_{set_name}.png"
-                draw_confusion(path_of_figure, found.confusion, config.class_names, title)
-            metrics = final_metrics(scores, config.class_names)
+                scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
+            names = config.class_names
+            metrics = {
+                key: value for name, found in scores.items() for key, value in found.all_metrics(name, names).items()
+            }
             run.log_metrics(metrics, step=0)
+            _write_results(run.folder, scores, names)
     folder = local_artifact_folder(store, run.run_id)
     return RunResult(
         job="evaluate", run_id=run.run_id, experiment_id=store.experiment_id, tracking_uri=store.uri,
         metrics=metrics, source_run_id=model_run_id, artifacts=None if folder is None else str(folder),
     )  # fmt: skip
+
+
+def _device(config: Config) -> torch.device:
+    wanted = config.trainer.accelerator
+    there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(wanted, True):
+        raise InputError(f"trainer.accelerator is {wanted!r}, but there is none on this machine; give cpu or auto.")
+    if wanted == "mps":
+        return torch.device("mps")
+    return torch.device("cuda" if wanted != "cpu" and there["gpu"] else "cpu")
+
+
+def _tags(config: Config, store: Store, notes: ModelNotes | None, model_run_id: str | None) -> dict[str, Any]:
+    readings = {} if notes is None else notes.readings
+    domains = _domains(config)
+    tags = {
+        "dann.job": "evaluate",
+        "dann.source": setup.domain_name(config, "source"),
+        "dann.target": setup.domain_name(config, "target"),
+        "dann.model": config.domain_adaptation.pretrained_checkpoint.path,
+        "dann.network_from": "settings" if notes is None else "model",
+        "dann.normalisation_from": ", ".join(
+            f"{domain}: {'model' if domain in readings else 'settings'}" for domain in domains
+        ),
+        "dann.selected_with_target_labels": str(chosen_by_target_labels(store, model_run_id)).lower(),
+        "seed": config.seed,
+    }
+    return tags if model_run_id is None else tags | {"dann.source_run_id": model_run_id}
+
+
+def _domains(config: Config) -> list[str]:
+    """Those with something to score."""
+    sides = {domain: _domain(config, domain) for domain in DOMAINS}
+    return [domain for domain, settings in sides.items() if settings.val or settings.test]
+
+
+def _domain(config: Config, domain: str) -> DomainDataConfig:
+    return filled(getattr(config.data, domain))
+
+
+def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
+    """The settings with the network, the classes and the reading that a saved model brings."""
+    changes: dict[str, Any] = {
+        "model": {"arch": notes.arch, "encoder_weights": None, **notes.arguments},
+        "data.class_names": _class_names(config, notes),
+    }
+    domains = _domains(config)
+    known = [domain for domain in domains if domain in notes.readings]
+    for domain in known:
+        changes |= _reading_changes(config, domain, notes.readings[domain][0])
+    if known and known == domains:  # only a record: `_normalise` puts the numbers in
+        found = {(made.mean, made.std) for _, made in (notes.readings[domain] for domain in known)}
+        mean, std = next(iter(found))
+        one = {"data.normalization": "fixed", "data.mean": list(mean), "data.std": list(std)}
+        changes |= one if len(found) == 1 else {"data.normalization": "domain"}
+    log.info(
+        "The network (%s, %s), its classes%s are the model's own.",
+        notes.arch, notes.arguments["encoder_name"], f" and the normalisation of {' and '.join(known)}" if known else "",
+    )  # fmt: skip
+    for domain in domains:
+        if domain not in known:
+            log.warning("The model does not say how %s images are normalised: they are as the settings say.", domain)
+    if notes.ignore_index not in (None, config.data.ignore_index):
+        log.warning(
+            "data.ignore_index is %d, but the model was trained with %d; pixels of %d are left out here.",
+            config.data.ignore_index, notes.ignore_index, config.data.ignore_index,
+        )  # fmt: skip
+    return replace(config, changes)
+
+
+def _class_names(config: Config, notes: ModelNotes) -> list[str] | None:
+    """The model's, after a check that the masks can be told in them; None = the settings name none either."""
+    source = filled(config.data.source).class_names
+    given = config.data.class_names or source
+    if notes.class_names is None:
+        return given
+    own = list(notes.class_names)
+    for domain in _domains(config):
+        mapped = _domain(config, domain).class_names
+        if mapped is not None:
+            _check_mapped(domain, mapped, own)
+        elif given is not None and given != own:
+            _check_unmapped(domain, given, "data.class_names" if config.data.class_names else "data.source", own)
+    if given is not None and given != own:
+        log.info("The model's classes are used, %s, not those of the settings, %s.", own, given)
+    return own
+
+
+def _check_mapped(domain: str, mapped: Sequence[str], own: Sequence[str]) -> None:
+    if not set(mapped) & set(own):
+        raise InputError(
+            f"data.{domain}: its label map names {list(mapped)}, but the model's classes are {list(own)}; name the masks' "
+            "values by the model's classes."
+        )
+    lacking = [name for name in own if name not in mapped]
+    more = [name for name in mapped if name not in own]
+    if lacking:
+        log.warning("data.%s: its label map has no class %s, which the model has.", domain, lacking)
+    if more:
+        log.warning("data.%s: its classes %s are none of the model's and count nowhere.", domain, more)
+
+
+def _check_unmapped(domain: str, given: Sequence[str], where: str, own: Sequence[str]) -> None:
+    """Masks of plain ids mean the classes in the order of the settings: refuse those that cannot be the model's."""
+    if len(given) != len(own):
+        problem = f"names {len(given)} classes, {list(given)}, but the model has {len(own)}, {list(own)}"
+    elif set(given) == set(own):
+        problem = f"has the model's classes in another order, {list(given)}, not {list(own)}"
+    else:
+        log.warning(
+            "data.%s: the plain ids of its masks are taken as the model's classes, %s, though %s names %s.",
+            domain, list(own), where, list(given),
+        )  # fmt: skip
+        return
+    raise InputError(
+        f"{where} {problem}, and the masks of data.{domain} hold plain ids; say in data.{domain}.value_map (or color_map) "
+        f"which of the model's classes they mean, or leave data.{domain}.val and data.{domain}.test empty."
+    )
+
+
+def _reading_changes(config: Config, domain: str, reading: Reading) -> dict[str, Any]:
+    """What the model knows of reading a domain: its scale in any case, the rest where the settings leave it unset."""
+    given = _domain(config, domain)
+    scale = list(reading.scale) if isinstance(reading.scale, tuple) else reading.scale
+    if given.scale not in ("type", scale):
+        log.warning(
+            "data.%s.scale is %s, but the model was trained with %s, which is used.", domain, given.scale, scale
+        )
+    changes: dict[str, Any] = {"scale": scale}
+    if given.bands is None and reading.bands is not None:
+        changes["bands"] = list(reading.bands)
+    if given.nodata == "file" and reading.nodata != "file":
+        changes["nodata"] = list(reading.nodata)
+    if given.pixel_size is None and reading.pixel_size is not None:
+        changes["pixel_size"] = reading.pixel_size
+    for key in set(changes) - {"scale"}:
+        log.info("data.%s.%s is the model's, %s.", domain, key, changes[key])
+    return {f"data.{domain}.{key}": value for key, value in changes.items()}
+
+
+def _labelled(config: Config) -> setup.Data:
+    """The sets with masks, read as far as they fit in memory. Raises InputError if there are none, or a file is bad."""
+    labelled: dict[str, SegmentationDataset] = {}
+    for name, dataset in setup.load_data(config, SETS).sets.items():
+        key = f"data.{name.replace('_', '.')}"
+        if not dataset.has_masks:
+            log.info("%s has no masks and is not scored.", key)
+            continue
+        deque(dataset.fill(), maxlen=0)
+        if dataset.class_pixels is not None and not np.delete(dataset.class_pixels, config.data.ignore_index).any():
+            raise InputError(
+                f"{key}: no pixel of its masks is of a class {config.class_names}: all are ignored (data.ignore_index "
+                f"{config.data.ignore_index}, ignore_values, or names in the label map that are no class)."
+            )
+        labelled[name] = dataset
+    if not labelled:
+        raise InputError("evaluate needs labelled images in data.source or data.target, under val or test.")
+    return setup.Data(labelled)
+
+
+def _normalise(config: Config, data: setup.Data, notes: ModelNotes | None) -> None:
+    """Put in the model's own normalisation of each domain; where it has none, the one of the settings."""
+    rest = {}
+    for name, dataset in data.sets.items():
+        domain = name.partition("_")[0]
+        if notes is not None and domain in notes.readings:
+            dataset.normalisation = notes.readings[domain][1]
+        else:
+            rest[name] = dataset
+    setup.settle(config, setup.Data(rest))
+
+
+def _write_results(folder: Path, scores: Mapping[str, Scores], class_names: Sequence[str]) -> None:
+    """Tables and figures, into the run's folder."""
+    tables = folder / "tables"
+    tables.mkdir(parents=True, exist_ok=True)
+    whole = [_score_table(name, found, class_names) for name, found in scores.items()]
+    pd.concat(whole).to_csv(tables / "scores.csv", index=False, float_format="%.6f")
+    for name, found in scores.items():
+        counts = pd.DataFrame(found.confusion, index=pd.Index(class_names, name="truth"), columns=list(class_names))
+        counts.to_csv(tables / f"confusion_{name}.csv")
+        shares = pd.DataFrame(row_shares(found.confusion), index=counts.index, columns=counts.columns)
+        shares.to_csv(tables / f"confusion_{name}_normalised.csv", float_format="%.6f")
+        title = f"{name.replace('_', ' ')}: mean IoU {found.iou:.3f}"
+        draw_confusion(folder / "figures" / f"confusion_{name}.png", found.confusion, class_names, title)
+
+
+def _score_table(name: str, scores: Scores, class_names: Sequence[str]) -> pd.DataFrame:
+    """A row a class, then `mean`; a score that is not defined is an empty field."""
+    columns = {
+        "iou": scores.class_iou, "precision": scores.class_precision, "recall": scores.class_recall, "f1": scores.class_f1,
+    }  # fmt: skip
+    pixels = {"truth_pixels": scores.truth_pixels, "predicted_pixels": scores.predicted_pixels}
+    table = pd.DataFrame({"set": name, "class": list(class_names), **columns, **pixels})
+    mean = pd.DataFrame(
+        {"set": [name], "class": ["mean"], **{key: [macro_mean(value)] for key, value in columns.items()}}
+    )
+    return pd.concat([table, mean]).astype(dict.fromkeys(pixels, "Int64"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -12,9 +14,10 @@ from dann_experiments.config import Config, InputError
 from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.jobs.setup import Data, source_digest
 from dann_experiments.models.files import load_into, read_weights
-from dann_experiments.tracking.store import Store
+from dann_experiments.tracking.store import Store, without_secrets
 
 log = logging.getLogger(__name__)
+CHECKPOINT_KEY = "domain_adaptation.pretrained_checkpoint.path"
 
 
 def find_or_make_source_model(config: Config, store: Store, data: Data) -> str:
@@ -50,41 +53,61 @@ def chosen_by_target_labels(store: Store, source_run_id: str | None) -> bool:
 
 def load_source_model(config: Config, network: nn.Module, path: str, store: Store) -> str | None:
     """Load the checkpoint at `path` (file, folder, runs:/, models:/) into `network`; the id of the run that made it."""
-    settings = config.domain_adaptation.pretrained_checkpoint
-    with tempfile.TemporaryDirectory() as folder:
-        local, run_id = fetch(path, Path(folder), store)
-        weights = read_weights(local, settings.source_format)
-    left_out = load_into(network, weights, settings.strict_loading, path)
-    for problem in left_out:
-        log.warning("checkpoint %s: %s", path, problem)
+    with fetched(path, store) as (local, run_id):
+        load_weights(config, network, local, path)
     return run_id
 
 
-def fetch(path: str, folder: Path, store: Store) -> tuple[Path, str | None]:
-    """A local copy of a checkpoint, and the run it belongs to if the store says so."""
+def load_weights(config: Config, network: nn.Module, local: Path, path: str) -> None:
+    """Load the weights in the file or folder `local`, which the settings call `path`, into `network`."""
+    settings = config.domain_adaptation.pretrained_checkpoint
+    left_out = load_into(network, read_weights(local, settings.source_format), settings.strict_loading, path)
+    for problem in left_out:
+        log.warning("checkpoint %s: %s", path, problem)
+
+
+@contextlib.contextmanager
+def fetched(path: str, store: Store, key: str = CHECKPOINT_KEY) -> Iterator[tuple[Path, str | None]]:
+    """`fetch`, with a folder for the copy that is gone after the block. Raises InputError if nothing is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        local, run_id = fetch(path, Path(folder), store, key)
+        if not local.exists():
+            raise InputError(
+                f"{key} is {path}, which does not exist; give a file, a folder, runs:/ID or models:/NAME@ALIAS."
+            )
+        yield local, run_id
+
+
+def fetch(path: str, folder: Path, store: Store, key: str = CHECKPOINT_KEY) -> tuple[Path, str | None]:
+    """A local copy of a model (file, folder, runs:/ID[/path], models:/NAME@ALIAS or /VERSION), and the run it belongs to if
+    the store says so. `key` names the setting in errors."""
     if not path.startswith(("runs:/", "models:/")):
         return Path(path).expanduser(), None
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    key = "domain_adaptation.pretrained_checkpoint.path"
+    given = path
     try:
         if path.startswith("runs:/"):
             run_id, _, inside = path.removeprefix("runs:/").partition("/")
             path = f"runs:/{run_id}/{inside or 'model'}"
             store.client.get_run(run_id)
         else:
-            run_id = _registered_run(path, store)
+            path, run_id = _registered(path, store)
         local = mlflow.artifacts.download_artifacts(artifact_uri=path, dst_path=str(folder), tracking_uri=store.uri)
         return Path(local), run_id
     except (MlflowException, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{key} is {path!r}, which the tracking store does not give: {reason}") from None
+        reason = without_secrets((str(error).splitlines() or [type(error).__name__])[0])
+        raise InputError(f"{key} is {given!r}, which the tracking store does not give: {reason}") from None
 
 
-def _registered_run(path: str, store: Store) -> str | None:
+def _registered(path: str, store: Store) -> tuple[str, str | None]:
+    """Where a registered model's files are, and its run. Asked of our own client: MLflow would look a `models:/` address up
+    in the registry of the process, which need not be that of the settings' store."""
     name, at, alias = path.removeprefix("models:/").partition("@")
     if at:
-        return store.client.get_model_version_by_alias(name, alias).run_id
-    name, _, version = name.partition("/")
-    return store.client.get_model_version(name, version).run_id
+        found = store.client.get_model_version_by_alias(name, alias)
+    else:
+        name, _, version = name.partition("/")
+        found = store.client.get_model_version(name, version)
+    return store.client.get_model_version_download_uri(found.name, found.version), found.run_id or None

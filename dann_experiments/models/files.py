@@ -2,14 +2,17 @@
 
 A saved model is a folder in segmentation-models-pytorch's own `save_pretrained` format (`config.json`,
 `model.safetensors`), so that `smp.from_pretrained(folder)` reads it, with `dann.json` beside it: class names, ids that are
-ignored, and the normalisation its images need.
+ignored, and how the images of each domain are read and normalised. `read_model_notes` reads both JSON files back.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +20,48 @@ import torch
 from torch import Tensor, nn
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.data.reading import Normalisation, Reading, reading_from_facts
+from dann_experiments.models.networks import build_network
 
 SourceFormat = Literal["auto", "pytorch_lightning", "pytorch", "smp"]
 WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+NOTES_NAME = "dann.json"
+DOMAINS = ("source", "target")
+BASIC_ARGUMENTS = ("encoder_name", "in_channels", "classes")
+# of config.json: what says nothing about the weights, and an activation at the end, since our networks give logits
+NO_ARGUMENTS = ("_model_class", "encoder_weights", "activation")
+
+
+@dataclass(frozen=True)
+class ModelNotes:
+    """What a saved model says of itself beside its weights."""
+
+    arch: str
+    """Key of `smp.MODEL_ARCHITECTURES_MAPPING`."""
+    arguments: Mapping[str, Any]
+    """Of `smp.create_model`: encoder_name, in_channels, classes and what else is not null."""
+    class_names: tuple[str, ...] | None = None
+    """One a class, index = class id; None where the model was saved by segmentation-models-pytorch alone."""
+    ignore_index: int | None = None
+    """Mask value that counted nowhere in training."""
+    readings: Mapping[str, tuple[Reading, Normalisation]] = field(default_factory=dict)
+    """By domain (source, target): how its images are read and normalised. One that training had no images of is absent."""
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, K of the logits."""
+        return self.arguments["classes"]
+
+    @property
+    def in_channels(self) -> int:
+        """Bands of its images."""
+        return self.arguments["in_channels"]
+
+    def build(self) -> nn.Module:
+        """The network without its weights (`load_into` brings them). Raises InputError if it cannot be built."""
+        own = {name: self.arguments[name] for name in self.arguments if name not in BASIC_ARGUMENTS}
+        return build_network(self.arch, self.arguments["encoder_name"], None, self.in_channels, self.classes, own)
 
 
 def save_model(
@@ -35,6 +77,39 @@ def save_model(
     config = {"_model_class": type(network).__name__, **arguments, "encoder_weights": None}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     (folder / "dann.json").write_text(json.dumps({"arch": arch, **facts}, indent=1) + "\n")
+
+
+def read_model_notes(path: str | Path, where: str | None = None) -> ModelNotes | None:
+    """What a saved model at `path` (its folder, or the weights in it) says of itself; None for a checkpoint without notes.
+
+    `where` names it in errors, if `path` is only a copy. A folder of `save_pretrained` without `dann.json` tells its network
+    alone. Models of before readings were kept have one mean and std for both domains. Raises InputError for notes that are
+    damaged, or that name what segmentation-models-pytorch does not have: they are never imported from.
+    """
+    path = Path(path).expanduser()
+    folder = path.parent if path.name == WEIGHTS_NAME and not path.is_dir() else path
+    where = where or str(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        if (folder / NOTES_NAME).is_file():
+            raise InputError(
+                f"model {where} has {NOTES_NAME} but no {CONFIG_NAME}; give the whole folder as it was saved."
+            )
+        return None
+    config = _read_json(folder / CONFIG_NAME, where)
+    has_notes = (folder / NOTES_NAME).is_file()
+    if not has_notes and "_model_class" not in config:  # another library's
+        return None
+    facts = _read_json(folder / NOTES_NAME, where) if has_notes else {"arch": config["_model_class"]}
+    check = _NoteChecker(where)
+    arch = check.arch(facts.get("arch"))
+    arguments = check.arguments(arch, config)
+    return ModelNotes(
+        arch,
+        arguments,
+        check.class_names(facts.get("class_names"), arguments["classes"]),
+        check.ignore_index(facts.get("ignore_index")),
+        check.readings(facts, arguments["in_channels"]),
+    )
 
 
 def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict[str, Tensor]:
@@ -139,3 +214,134 @@ def _without_prefix(weights: Mapping[str, Tensor], wanted: Mapping[str, Any]) ->
 
 def _first_part(wanted: Mapping[str, Any]) -> str:
     return next(iter(wanted)).split(".")[0] + "."
+
+
+def _read_json(file: Path, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"model {where}: its {file.name} cannot be read ({error}); give a model as it was saved."
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"model {where}: its {file.name} holds {type(content).__name__}; give a model as it was saved."
+        )
+    return content
+
+
+class _NoteChecker:
+    """Turns what a saved model says of itself into values that can be relied on; refuses the rest, naming the model."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def refused(self, key: str, value: Any, wanted: str, file: str = NOTES_NAME) -> InputError:
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+        return InputError(f"model {self.where}: {key} in its {file} is {shown}; it must be {wanted}.")
+
+    def arch(self, value: Any) -> str:
+        import segmentation_models_pytorch as smp
+
+        known = smp.MODEL_ARCHITECTURES_MAPPING
+        if not isinstance(value, str) or value.lower() not in known:
+            raise self.refused("arch", value, f"one of {sorted(known)}")
+        return value.lower()
+
+    def arguments(self, arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        import segmentation_models_pytorch as smp
+
+        found = {name: value for name, value in config.items() if name not in NO_ARGUMENTS and value is not None}
+        encoder = found.get("encoder_name")
+        # timm would ask a hub for a name with a colon (hf-hub:, local-dir:), which a file shall not bring about
+        if not isinstance(encoder, str) or ":" in encoder:
+            raise self.refused("encoder_name", encoder, "an encoder of segmentation-models-pytorch", CONFIG_NAME)
+        for name, least in (("in_channels", 1), ("classes", 2)):
+            if not _is_whole(found.get(name)) or found[name] < least:
+                raise self.refused(name, found.get(name), f"a whole number of at least {least}", CONFIG_NAME)
+        accepted = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[arch].__init__).parameters
+        for name in found:
+            if name not in accepted or name in ("self", "kwargs", "aux_params"):
+                raise self.refused(name, found[name], f"left out, as {arch} is built without it", CONFIG_NAME)
+        return found
+
+    def class_names(self, value: Any, classes: int) -> tuple[str, ...] | None:
+        if value is None:
+            return None
+        texts = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if not texts or not len(value) == len(set(value)) == classes:
+            raise self.refused("class_names", value, f"{classes} different names, one a class")
+        return tuple(value)
+
+    def ignore_index(self, value: Any) -> int | None:
+        if value is not None and not (_is_whole(value) and 0 <= value <= 255):
+            raise self.refused("ignore_index", value, "a whole number from 0 to 255")
+        return value
+
+    def readings(self, facts: Mapping[str, Any], bands: int) -> dict[str, tuple[Reading, Normalisation]]:
+        if "reading" in facts:
+            found = facts["reading"]
+            if not isinstance(found, dict):
+                raise self.refused("reading", found, "a mapping of source and target")
+            return {domain: self.reading(domain, found[domain], bands) for domain in DOMAINS if domain in found}
+        if "mean" not in facts and "std" not in facts:
+            return {}
+        older = {"low": [0.0] * bands, "high": [255.0] * bands, "mean": facts.get("mean"), "std": facts.get("std")}
+        return dict.fromkeys(DOMAINS, self.reading("", older, bands))
+
+    def reading(self, domain: str, facts: Any, bands: int) -> tuple[Reading, Normalisation]:
+        prefix = f"reading.{domain}." if domain else ""
+        try:
+            reading, normalisation = reading_from_facts(facts)
+        except InputError:
+            raise self.refused(prefix.rstrip("."), facts, "low, high, mean and std, each one number a band") from None
+        for key in ("low", "high", "mean", "std"):
+            value = getattr(normalisation, key)
+            if not _are_numbers(value, bands):
+                raise self.refused(prefix + key, value, f"{bands} numbers, one a band (in_channels)")
+        if min(normalisation.std) <= 0:
+            raise self.refused(f"{prefix}std", normalisation.std, "above 0 for each band")
+        if any(low >= high for low, high in zip(normalisation.low, normalisation.high, strict=True)):
+            raise self.refused(f"{prefix}high", normalisation.high, f"above low, {normalisation.low}")
+        wanted = {
+            "bands": (_are_bands(reading.bands, bands), f"null or {bands} band numbers counted from 1"),
+            "scale": (_is_scale(reading.scale), "type, percentiles or [LOW, HIGH]"),
+            "nodata": (_is_nodata(reading.nodata), "file or a list of numbers"),
+            "pixel_size": (_is_size(reading.pixel_size), "null or a number above 0"),
+            "file_pixel_size": (_is_size(reading.file_pixel_size), "null or a number above 0"),
+        }
+        for key, (right, what) in wanted.items():
+            if not right:
+                raise self.refused(prefix + key, getattr(reading, key), what)
+        return reading, normalisation
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, tuple) and len(value) == count and all(_is_number(one) for one in value)
+
+
+def _are_bands(value: Any, count: int) -> bool:
+    whole = isinstance(value, tuple) and all(_is_whole(one) and one >= 1 for one in value)
+    return value is None or (whole and len(value) == count)
+
+
+def _is_scale(value: Any) -> bool:
+    return value in ("type", "percentiles") or (_are_numbers(value, 2) and value[0] < value[1])
+
+
+def _is_nodata(value: Any) -> bool:
+    numbers = isinstance(value, tuple) and all(isinstance(one, float) or _is_whole(one) for one in value)  # NaN too
+    return value == "file" or numbers
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or (_is_number(value) and value > 0)

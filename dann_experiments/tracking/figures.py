@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ COLOURS = (
 )
 IGNORED_COLOUR = "#000000"
 DOMAIN_COLOURS = {"source": "#2e4057", "target": "#d1495b"}
+SPLIT_SHADES = {"train": 1.0, "val": 0.6, "test": 0.3}
 
 
 def class_colours(count: int) -> np.ndarray:
@@ -123,12 +125,8 @@ def _short_count(pixels: int) -> str:
     """9999, 12.3k, 4.56M: at most four digits (the table has them all)."""
     if pixels < 10_000:
         return str(pixels)
-    short, letter = float(pixels), ""
-    for letter in "kMGT":
-        short /= 1000
-        if short < 999.5:
-            break
-    return f"{short:.3g}{letter}"
+    thousands = min(int(math.log10(pixels * 1.0005) // 3), 4)  # 999,600 is 1M when three digits are left of it
+    return f"{pixels / 1000**thousands:.3g}{' kMGT'[thousands]}"
 
 
 def draw_curves(path: Path, history: Mapping[str, Sequence[tuple[int, float]]], title: str) -> None:
@@ -167,29 +165,9 @@ def draw_domains(
     bands = max(len(found) for found in values.values())
     columns = min(bands, 4)
     rows = -(-bands // columns)
-    figure = Figure(figsize=(10, 3.2 + 2.2 * rows), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[3.2, 2.2 * rows])
-    axis = above.subplots()
-    labelled = {name: pixels for name, pixels in class_pixels.items() if pixels.sum()}
-    width = 0.8 / max(len(labelled), 1)
-    for number, (name, pixels) in enumerate(labelled.items()):
-        shade = 0.45 + 0.55 * (number % 3 == 0) if len(labelled) > 2 else 1.0
-        colour = DOMAIN_COLOURS[name.split("_")[0]]
-        places = np.arange(len(class_names)) + width * (number - (len(labelled) - 1) / 2)
-        axis.bar(places, pixels / pixels.sum(), width * 0.94, color=colour, alpha=shade, label=name.replace("_", " "))
-    turned = len(class_names) > 8
-    axis.set_xticks(
-        range(len(class_names)),
-        class_names,
-        fontsize=8,
-        rotation=40 if turned else 0,
-        ha="right" if turned else "center",
-    )
-    axis.set_ylabel("share of labelled pixels")
-    if labelled:
-        axis.legend(fontsize=8)
-    else:
-        axis.text(0.5, 0.5, "no set has masks", transform=axis.transAxes, ha="center")
+    figure = Figure(figsize=(10, 3.6 + 2.2 * rows), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[3.6, 2.2 * rows + 0.4])  # pyright: ignore[reportGeneralTypeIssues]
+    _draw_shares(above, {name: pixels for name, pixels in class_pixels.items() if pixels.sum()}, class_names)
     below.suptitle("values of the bands as stored (training images)", fontsize=10)
     grid = below.subplots(rows, columns, squeeze=False)
     for band in range(rows * columns):
@@ -197,15 +175,12 @@ def draw_domains(
         if band >= bands:
             axis.set_axis_off()
             continue
-        everything = np.concatenate([found[band] for found in values.values() if band < len(found)])
-        edges = np.linspace(*np.nanpercentile(everything, (0.5, 99.5)), 41)
-        if not edges[-1] > edges[0]:
-            edges = np.linspace(edges[0] - 0.5, edges[0] + 0.5, 41)
+        edges = _histogram_edges(np.concatenate([found[band] for found in values.values()]))
         for domain, found in values.items():
             axis.hist(
                 found[band],
                 edges,
-                density=True,
+                weights=np.full(len(found[band]), 1 / len(found[band])),
                 histtype="step",
                 linewidth=1.4,
                 color=DOMAIN_COLOURS[domain],
@@ -214,8 +189,50 @@ def draw_domains(
         axis.set_title(f"band {band + 1}", fontsize=9)
         axis.set_yticks([])
         axis.tick_params(labelsize=7)
-    grid[0][0].legend(fontsize=8)
+        axis.locator_params(axis="x", nbins=5)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    below.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     _save(figure, path)
+
+
+def _draw_shares(figure, class_pixels: Mapping[str, np.ndarray], class_names: Sequence[str]) -> None:
+    axis = figure.subplots()
+    width = 0.8 / max(len(class_pixels), 1)
+    for number, (name, pixels) in enumerate(class_pixels.items()):
+        domain, split = name.split("_")
+        places = np.arange(len(class_names)) + width * (number - (len(class_pixels) - 1) / 2)
+        axis.bar(
+            places, pixels / pixels.sum(), width * 0.94, color=DOMAIN_COLOURS[domain], alpha=SPLIT_SHADES[split],
+            label=f"{domain} {split}",
+        )  # fmt: skip
+    turned = len(class_names) > 8 or len(class_names) * max(map(len, class_names)) > 80
+    axis.set_xticks(
+        range(len(class_names)),
+        class_names,
+        fontsize=8,
+        rotation=40 if turned else 0,
+        ha="right" if turned else "center",
+        rotation_mode="anchor" if turned else "default",
+    )
+    axis.set_xlim(-0.5, len(class_names) - 0.5)
+    axis.set_ylabel("share of labelled pixels", fontsize=9)
+    axis.tick_params(axis="y", labelsize=8)
+    without = [name for name in DOMAIN_COLOURS if not any(key.startswith(name) for key in class_pixels)]
+    missing = "".join(f"; no masks of the {name}" for name in without)
+    axis.set_title(f"classes{missing}", fontsize=10)
+    if class_pixels:
+        figure.legend(loc="outside lower center", ncols=len(class_pixels), fontsize=8, frameon=False)
+
+
+def _histogram_edges(values: np.ndarray) -> np.ndarray:
+    """About 40 bins over all but the outermost values; each holds as many whole numbers where the values are whole."""
+    low, high = np.nanpercentile(values, (0.5, 99.5))
+    if not high > low:
+        return np.linspace(low - 0.5, low + 0.5, 41)
+    if (values % 1 == 0).all():
+        step = max(round((high - low) / 40), 1)
+        return np.arange(np.floor(low) - 0.5, high + step, step)
+    return np.linspace(low, high, 41)
 
 
 def _plot(axis, history, name: str, colour: str, marker: str | None = None, faint: bool = False) -> None:

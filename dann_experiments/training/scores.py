@@ -1,4 +1,9 @@
-"""Scores of a labelled set: one confusion matrix for the whole set, IoU a class, their macro mean, mean loss.
+"""Scores of a labelled set: one confusion matrix for the whole set; IoU, precision, recall and F1 a class, their macro
+means, pixel accuracy, mean loss.
+
+A score that would be 0 / 0 is NaN, and no NaN enters a mean: the IoU and the F1 of a class neither labelled nor predicted, the
+precision of a class never predicted, the recall of a class without truth. So the mean precision is over the classes predicted,
+the mean recall over those labelled, IoU and F1 over both together.
 
 Letters: N images, K classes, H x W pixels.
 """
@@ -38,29 +43,83 @@ class Scores:
         """Macro mean over the classes present; NaN where no pixel is labelled."""
         return mean_iou(self.confusion)
 
+    @property
+    def class_precision(self) -> np.ndarray:
+        """(K,) share of the pixels predicted as a class that are of it; NaN for a class never predicted."""
+        return _ratio(np.diag(self.confusion), self.predicted_pixels)
+
+    @property
+    def class_recall(self) -> np.ndarray:
+        """(K,) share of a class's pixels that are predicted as it; NaN for a class without truth."""
+        return _ratio(np.diag(self.confusion), self.truth_pixels)
+
+    @property
+    def class_f1(self) -> np.ndarray:
+        """(K,) harmonic mean of precision and recall, 2 hits / (truth + predicted), which is Dice; NaN as for IoU, and 0
+        where precision or recall alone is NaN."""
+        return _ratio(2 * np.diag(self.confusion), self.truth_pixels + self.predicted_pixels)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the labelled pixels that are right; NaN where no pixel is labelled."""
+        return float(_ratio(np.trace(self.confusion), self.confusion.sum()))
+
+    @property
+    def truth_pixels(self) -> np.ndarray:
+        """(K,) labelled pixels of each class."""
+        return self.confusion.sum(1)
+
+    @property
+    def predicted_pixels(self) -> np.ndarray:
+        """(K,) pixels predicted as each class, where labelled."""
+        return self.confusion.sum(0)
+
     def metrics(self, name: str, class_names: Sequence[str]) -> dict[str, float]:
         """Under the names of a run: `iou/NAME` and `class_iou/NAME/CLASS` for the classes present."""
-        values = {f"iou/{name}": self.iou}
-        values |= {
-            f"class_iou/{name}/{metric_name(label)}": float(value)
-            for label, value in zip(class_names, self.class_iou, strict=True)
-            if not np.isnan(value)
-        }
-        return values
+        return {f"iou/{name}": self.iou} | _by_class("class_iou", name, class_names, self.class_iou)
+
+    def all_metrics(self, name: str, class_names: Sequence[str]) -> dict[str, float]:
+        """`metrics`, then `precision`, `recall`, `f1`: each /NAME (macro mean) and /NAME/CLASS where it is defined; and
+        `accuracy/NAME`."""
+        values = self.metrics(name, class_names)
+        for kind, scores in (("precision", self.class_precision), ("recall", self.class_recall), ("f1", self.class_f1)):
+            values |= {f"{kind}/{name}": macro_mean(scores)} | _by_class(kind, name, class_names, scores)
+        return values | {f"accuracy/{name}": self.accuracy}
 
 
 def class_iou(confusion: np.ndarray) -> np.ndarray:
     """(K,) IoU from pixel counts (K, K); NaN where a class has no pixel in truth and none in prediction."""
-    hits = np.diag(confusion).astype(np.float64)
-    union = confusion.sum(0) + confusion.sum(1) - hits
-    return np.where(union > 0, hits / np.maximum(union, 1), np.nan)
+    hits = np.diag(confusion)
+    return _ratio(hits, confusion.sum(0) + confusion.sum(1) - hits)
 
 
 def mean_iou(confusion: np.ndarray) -> float:
     """Macro mean of `class_iou` over the classes present in truth or prediction."""
+    return macro_mean(class_iou(confusion))
+
+
+def macro_mean(scores: np.ndarray) -> float:
+    """Mean of the scores (K,) that are defined; NaN if none is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # an empty set has no mean: NaN, as documented
-        return float(np.nanmean(class_iou(confusion)))
+        return float(np.nanmean(scores))
+
+
+def row_shares(confusion: np.ndarray) -> np.ndarray:
+    """(K, K) each row of pixel counts as shares of its class's truth; a row of NaN for a class without truth."""
+    return _ratio(confusion, confusion.sum(1, keepdims=True))
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+
+
+def _by_class(kind: str, name: str, class_names: Sequence[str], scores: np.ndarray) -> dict[str, float]:
+    return {
+        f"{kind}/{name}/{metric_name(label)}": float(value)
+        for label, value in zip(class_names, scores, strict=True)
+        if not np.isnan(value)
+    }
 
 
 def metric_name(label: str) -> str:
