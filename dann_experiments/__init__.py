@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
     from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler, LinearScheduler
     from dann_experiments.config import Config, InputError, load_config
+    from dann_experiments.config.prediction import PredictConfig
     from dann_experiments.jobs.adapt import adapt
+    from dann_experiments.jobs.check_data import DataReport, check_data
     from dann_experiments.jobs.evaluate import evaluate
+    from dann_experiments.jobs.predict import PredictResult, predict
     from dann_experiments.jobs.pretrain import pretrain
     from dann_experiments.jobs.result import RunResult
     from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
@@ -39,16 +42,20 @@ _HOMES = {
     "Config": "config",
     "InputError": "config",
     "load_config": "config",
+    "DataReport": "jobs.check_data",
+    "PredictConfig": "config.prediction",
+    "PredictResult": "jobs.predict",
     "RunResult": "jobs.result",
     "DomainAdaptationMonitorCallback": "training.monitor",
 }
-_JOBS = ("adapt", "evaluate", "pretrain")
+_JOBS = ("adapt", "check_data", "evaluate", "predict", "pretrain")
 
 __all__ = [
     "Config",
     "ConstantScheduler",
     "DANNMethod",
     "DANNScheduler",
+    "DataReport",
     "DomainAdaptationMethod",
     "DomainAdaptationMonitorCallback",
     "DomainClassifier",
@@ -58,13 +65,17 @@ __all__ = [
     "LambdaZero",
     "LinearScheduler",
     "MethodLoss",
+    "PredictConfig",
+    "PredictResult",
     "Progress",
     "RunResult",
     "SourceOnly",
     "StepOutputs",
     "adapt",
+    "check_data",
     "evaluate",
     "load_config",
+    "predict",
     "pretrain",
 ]
 

@@ -15,13 +15,15 @@ from typing import Any
 
 from dann_experiments.command_line import DEFAULT_CONFIG, NOT_GIVEN, SHORT_NAMES, dotted, quiet_libraries, ui_command
 from dann_experiments.config import Config, InputError, config_to_yaml, load_config
-from dann_experiments.config.parsing import help_text
+from dann_experiments.config.parsing import help_text, load_settings
+from dann_experiments.config.prediction import PredictConfig
 
 COMMANDS = {
     "check-data": "read all data once: every problem by file name, then counts, class shares and band statistics",
     "pretrain": "train a source model on labelled source images",
     "adapt": "adapt a source model to the unlabelled target domain (pretrains first where needed)",
     "evaluate": "score a model on every labelled val and test set",
+    "predict": "write the class map of a raster of any size, or of a folder of images",
     "runs": "show the newest runs of an experiment side by side",
     "layers": "list the layers whose features can be aligned",
     "config": "print the resolved settings as YAML",
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known.help:
             print(_command_help(parser, known.command))
             return 0
+        if known.command == "predict":
+            return _predict(known, rest)
         config = load_config(
             DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else known.config, _overrides(known, rest)
         )
@@ -93,6 +97,10 @@ def _argument_parser() -> argparse.ArgumentParser:
             usage=f"python -m dann_experiments {name} [--config FILE] [--SHORT VALUE ...] [--DOTTED.KEY VALUE ...]",
         )  # fmt: skip
         command.add_argument("-h", "--help", action="store_true", help="show this and every setting")
+        if name == "predict":
+            command.usage = "python -m dann_experiments predict --model MODEL --input FILE --output FILE [--KEY VALUE ...]"
+            command.add_argument("--config", metavar="FILE", help="settings of the network, for a checkpoint without them")
+            continue
         command.add_argument("--config", metavar="FILE", help="YAML file of settings (default: recipes/digits.yaml)")
         for short in SHORT_NAMES:
             command.add_argument(f"--{short}", metavar="VALUE", help=f"short for --{_long_name(short, name)}")
@@ -103,7 +111,7 @@ def _argument_parser() -> argparse.ArgumentParser:
 
 def _command_help(parser: argparse.ArgumentParser, command: str) -> str:
     action = next(item for item in parser._actions if isinstance(item, argparse._SubParsersAction))
-    settings = help_text()
+    settings = help_text(PredictConfig) if command == "predict" else help_text()
     return f"{action.choices[command].format_help()}\nSettings (in a YAML file, or as --dotted.key value):\n{settings}"
 
 
@@ -121,6 +129,23 @@ def _overrides(known: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]
     if SHORT_NAMES["feature_layer"] in overrides:  # the short name moves the tap, captured layers included
         overrides["domain_adaptation.feature_layers"] = None
     return overrides | dotted(rest)
+
+
+def _predict(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    given = {key: value for key, value in dotted(rest).items() if value not in NOT_GIVEN}
+    settings = load_settings(PredictConfig, None, given)
+    config = None if known.config in (None, *NOT_GIVEN) else load_config(known.config)
+    quiet_libraries()
+    from dann_experiments import jobs
+
+    result = jobs.predict(settings, config)
+    for output in result.outputs:
+        print(f"Written: {output}")
+    total = sum(result.class_pixels.values())
+    for name, pixels in result.class_pixels.items():
+        print(f"  {name}: {pixels / max(total, 1):.1%} of the pixels with data")
+    print(f"Preview and class shares: run {result.run_id}; {ui_command(result.tracking_uri)}")
+    return 0
 
 
 def _print_layers(config: Config, every: bool) -> None:
@@ -161,17 +186,23 @@ def _print_data_report(report: Any) -> int:
     from rich.table import Table
 
     console = Console()
-    for title, frame in (("sets (class shares of labelled pixels)", report.counts), ("bands, as stored", report.bands)):
-        table = Table("", *map(str, frame.columns), title=title)
+    tables = (("sets (class shares of labelled pixels)", report.counts.T), ("bands, as stored", report.bands))
+    for title, frame in tables:
+        if not frame.size:
+            continue
+        table = Table(title=title)
+        table.add_column("", overflow="fold")
+        for name in frame.columns:
+            table.add_column(str(name).replace("_", " "), justify="right")
         for label, row in zip(frame.index, frame.to_numpy(), strict=True):
             shown = " ".join(map(str, label)) if isinstance(label, tuple) else str(label)
             table.add_row(
                 shown, *("" if value != value else f"{value:.4g}" if value % 1 else f"{value:.0f}" for value in row)
             )
-        if len(frame):
-            console.print(table)
+        console.print(table)
     if report.problems:
-        print(f"Error: {len(report.problems)} problems with the data:", file=sys.stderr)
+        count = len(report.problems)
+        print(f"Error: {count} problem{'s' * (count > 1)} with the data:", file=sys.stderr)
         for problem in report.problems:
             print(f"  - {problem}", file=sys.stderr)
         return 2

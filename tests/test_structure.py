@@ -18,6 +18,7 @@ from dann_experiments.__main__ import _argument_parser, _overrides
 from dann_experiments.command_line import NOT_GIVEN, SHORT_NAMES, dotted
 from dann_experiments.config import load_config
 from dann_experiments.config.parsing import known_keys
+from dann_experiments.config.prediction import PredictConfig
 from sweeps.settings import SweepConfig
 
 PROJECT = Path(__file__).parents[1]
@@ -107,6 +108,21 @@ def test_each_entry_point_uses_every_parameter_and_its_command_parses(name):
 def test_the_entry_points_are_the_commands_of_the_programs():
     commands = _argument_parser()._subparsers._group_actions[0].choices  # pyright: ignore
     assert set(entry_points()) <= {"main", "sweep", *commands}
+
+
+def test_check_data_and_predict_use_every_parameter_and_their_commands_parse():
+    from mlflow.projects._project_spec import load_project
+
+    project = load_project(str(PROJECT))
+    entry = project.get_entry_point("predict")
+    assert set(entry.parameters) <= {"config", *known_keys(PredictConfig)}
+    given = {"model": "models:/a@champion", "input": "my scene.tif", "output": "map.tif", "tile_size": "256"}
+    known, rest = _argument_parser().parse_known_args(shlex.split(entry.compute_command(given, None))[3:])
+    assert known.command == "predict"
+    assert {key: value for key, value in dotted(rest).items() if value not in NOT_GIVEN} == given
+    entry = project.get_entry_point("check-data")
+    known, rest = _argument_parser().parse_known_args(shlex.split(entry.compute_command({"config": "a b"}, None))[3:])
+    assert (known.command, known.config, _overrides(known, rest)) == ("check-data", "a b", {})
 
 
 def test_the_sweep_entry_point_uses_every_parameter_and_its_command_parses():

@@ -3,7 +3,8 @@
 from dann_experiments.jobs.adapt import adapt, prepare
 from dann_experiments.jobs.check_data import DataReport, check_data
 from dann_experiments.jobs.evaluate import evaluate
+from dann_experiments.jobs.predict import PredictResult, predict
 from dann_experiments.jobs.pretrain import pretrain
 from dann_experiments.jobs.result import RunResult
 
-__all__ = ["DataReport", "RunResult", "adapt", "check_data", "evaluate", "prepare", "pretrain"]
+__all__ = ["DataReport", "PredictResult", "RunResult", "adapt", "check_data", "evaluate", "predict", "prepare", "pretrain"]

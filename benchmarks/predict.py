@@ -1,0 +1,178 @@
+"""What `predict` costs beside the network alone, and that its memory does not grow with the raster.
+
+    python benchmarks/predict.py [--write] [--speed-only]
+
+Whole predictions in a temporary folder with its own store; about 10 minutes on two idle cores, of which the 12,000 pixels
+square take most. --write puts the tables into docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import segmentation_models_pytorch as smp
+import torch
+from pages import circumstances, put
+from rasterio.windows import Window
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from dann_experiments.config.parsing import load_settings  # noqa: E402
+from dann_experiments.config.prediction import PredictConfig  # noqa: E402
+from dann_experiments.data.reading import Normalisation, Reading, reading_facts  # noqa: E402
+from dann_experiments.jobs.predict import predict  # noqa: E402
+from dann_experiments.models.files import save_model  # noqa: E402
+from dann_experiments.models.tiling import grid_stride, plan_tiles  # noqa: E402
+
+NETWORKS = {
+    "Unet resnet18": {"encoder_name": "resnet18"},
+    "Unet resnet18, 3 stages": {"encoder_name": "resnet18", "encoder_depth": 3, "decoder_channels": [16, 8, 8]},
+}
+CLASSES = 4
+SPEED_SIZE, ROUNDS = 2000, 3
+MEMORY_SIZES = (4000, 12_000)
+CHILD = "import sys; sys.path[:0] = {paths}; from predict import measured; measured({size})"
+
+
+def save_networks() -> None:
+    """Random weights: what they say does not matter here."""
+    normalisation = Normalisation((0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3)
+    for name, arguments in NETWORKS.items():
+        torch.manual_seed(0)
+        arguments = {**arguments, "in_channels": 3, "classes": CLASSES}
+        network = smp.create_model("unet", encoder_weights=None, **arguments)
+        facts = {
+            "class_names": [f"class_{index}" for index in range(CLASSES)],
+            "ignore_index": 255,
+            "reading": {"target": reading_facts(Reading(), normalisation)},
+        }
+        save_model(name, network, "unet", arguments, facts)
+
+
+def write_raster(size: int) -> None:
+    """A GeoTIFF of noise in 8 pixel patches, written strip by strip."""
+    rng = np.random.default_rng(0)
+    with rasterio.open(
+        f"{size}.tif", "w", driver="GTiff", height=size, width=size, count=3, dtype="uint8", tiled=True, blockxsize=512,
+        blockysize=512, compress="deflate", crs="EPSG:32633", transform=rasterio.Affine(0.5, 0, 5e5, 0, -0.5, 5e6),
+    ) as file:  # fmt: skip
+        for top in range(0, size, 512):
+            height = min(512, size - top)
+            patches = rng.integers(0, 256, (3, -(-height // 8), -(-size // 8)), dtype=np.uint8)
+            file.write(patches.repeat(8, 1).repeat(8, 2)[:, :height, :size], window=Window(0, top, size, height))  # pyright: ignore[reportCallIssue]
+
+
+def run(network: str, size: int) -> float:
+    """Pixels a second of a whole prediction: reading, forwarding, blending and writing, without loading the model."""
+    given = {
+        "model": network,
+        "input": f"{size}.tif",
+        "output": f"{size}_map.tif",
+        "overwrite": True,
+        "progress": False,
+    }
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return predict(load_settings(PredictConfig, None, given)).metrics["predict/pixels_per_second"]
+
+
+def bare_seconds(network: torch.nn.Module, size: int, device: torch.device) -> float:
+    """The forwards that a prediction takes, of the same number of tiles in the same batches, and nothing else."""
+    settings = PredictConfig(model="-", input="-", output="-")
+    plan = plan_tiles(size, size, settings.tile_size, settings.shared, grid_stride(network))
+    rows, columns = len(plan.rows.starts), len(plan.columns.starts)
+    batches = [min(settings.batch_size, columns - start) for start in range(0, columns, settings.batch_size)] * rows
+    images = torch.randn(settings.batch_size, 3, plan.rows.tile, plan.columns.tile, device=device)
+    network.eval().to(device)
+    with torch.inference_mode():
+        network(images)
+        start = time.perf_counter()
+        for batch in batches:
+            network(images[:batch])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def speed() -> str:
+    """Rounds of both, one after the other, so that what else the machine does meets both."""
+    write_raster(SPEED_SIZE)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for name, arguments in NETWORKS.items():
+        network = smp.create_model("unet", encoder_weights=None, in_channels=3, classes=CLASSES, **arguments)
+        run(name, SPEED_SIZE)  # whatever is imported or compiled at first use
+        whole, bare = [], []
+        for _ in range(ROUNDS):
+            whole.append(SPEED_SIZE**2 / run(name, SPEED_SIZE))
+            bare.append(bare_seconds(network, SPEED_SIZE, device))
+        ratios = [alone / all_of_it for alone, all_of_it in zip(bare, whole, strict=True)]
+        rows.append(
+            f"| {name} | {SPEED_SIZE**2 / statistics.median(whole) / 1e6:.2f} | {statistics.median(bare):.1f} | "
+            f"{statistics.median(whole):.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+        )
+        print(rows[-1], flush=True)
+    head = "| network | million pixels a second | bare forwards, s | predict, s | ratio (spread) |\n|---|---|---|---|---|\n"
+    return (
+        f"**predict against the bare network**, {SPEED_SIZE} x {SPEED_SIZE} pixels on {device.type}, median of {ROUNDS} "
+        "rounds\n\n" + head + "\n".join(rows)
+    )
+
+
+def measured(size: int) -> None:
+    """In a process of its own: predict, and print its peak memory (MB) and speed."""
+    import resource
+
+    pixels = run("Unet resnet18, 3 stages", size)
+    print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, pixels]))
+
+
+def memory() -> str:
+    """Peak resident memory of a process that predicts, a raster each."""
+    rows, peaks = [], []
+    for size in MEMORY_SIZES:
+        write_raster(size)
+        code = CHILD.format(paths=[str(PROJECT), str(PROJECT / "benchmarks")], size=size)
+        done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+        peak, pixels = json.loads(done.stdout.splitlines()[-1])
+        peaks.append(peak)
+        rows.append(f"| {size:,} x {size:,} | {peak:.0f} | {size**2 / pixels:.0f} |")
+        print(rows[-1], flush=True)
+        Path(f"{size}.tif").unlink()
+    head = "| raster | peak memory, MB | s |\n|---|---|---|\n"
+    grown = f"\n\n{MEMORY_SIZES[1]:,} pixels square take {100 * (peaks[1] / peaks[0] - 1):+.1f} % of the memory of "
+    return "**Memory**, Unet resnet18 of 3 stages\n\n" + head + "\n".join(rows) + grown + f"{MEMORY_SIZES[0]:,}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
+    parser.add_argument("--speed-only", action="store_true", help="leave the memory out")
+    arguments = parser.parse_args()
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        save_networks()
+        tables = [speed(), *([] if arguments.speed_only else [memory()])]
+    settings = PredictConfig(model="-", input="-", output="-")
+    where = circumstances("torch", "segmentation-models-pytorch", "rasterio")
+    text = "\n\n".join(tables) + (
+        f"\n\nTiles of {settings.tile_size} pixels that share {settings.shared}, batches of {settings.batch_size}. {where}"
+    )
+    print(text)
+    if arguments.write:
+        put("performance.md", "predict", text)
+
+
+if __name__ == "__main__":
+    main()

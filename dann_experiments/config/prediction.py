@@ -1,0 +1,61 @@
+"""Every setting of `predict`: which model, which images, where the maps go. The strings are their help texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.config.schema import TrackingConfig
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """A class map of a raster of any size, or of every image in a folder."""
+
+    model: str = ""
+    """The model: a folder, a file, runs:/ID[/path] or models:/NAME@ALIAS. A checkpoint without its network's settings
+    beside it needs them as a config (`--config`)."""
+    input: str = ""
+    """An image file, or a folder of them."""
+    output: str = ""
+    """Where the map goes: a .tif or .png file, or a folder if the input is one."""
+    domain: Literal["target", "source"] = "target"
+    """Whose images these are: the model knows how the bands, range and nodata of either are read."""
+    tile_size: int = 512
+    """Pixels along a side of what the network sees at a time; rounded up to what the network can take."""
+    overlap: int | None = None
+    """Pixels that neighbouring tiles share, at most half a tile; null = a quarter of a tile. 0 = no blending."""
+    batch_size: int = 4
+    """Tiles a forward."""
+    probabilities: bool = False
+    """Also write OUTPUT_probabilities.tif: a band a class, value / 254 = probability."""
+    overwrite: bool = False
+    """Replace an output that exists."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    progress: bool = True
+    """Show how far it is: a bar on a terminal, else a line every 10 %."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def shared(self) -> int:
+        """`overlap`, or what its null means."""
+        return self.tile_size // 4 if self.overlap is None else self.overlap
+
+    def __post_init__(self) -> None:
+        for key, what in (
+            ("model", "give a folder, a file, runs:/ID or models:/NAME@ALIAS"),
+            ("input", "give an image file or a folder of images"),
+            ("output", "give a .tif or .png file, or a folder if the input is one"),
+        ):
+            if not getattr(self, key):
+                raise InputError(f"{key} is not given; {what}.")
+        if self.tile_size < 16:
+            raise InputError(f"tile_size is {self.tile_size}; give at least 16 pixels.")
+        if not 0 <= self.shared <= self.tile_size // 2:
+            raise InputError(
+                f"overlap is {self.overlap}; give 0 to {self.tile_size // 2}, half of tile_size ({self.tile_size})."
+            )
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; give a number of at least 1.")

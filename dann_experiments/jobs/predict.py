@@ -1,0 +1,596 @@
+"""Makes class maps: of a raster of any size, or of every image in a folder, in a run of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import segmentation_models_pytorch as smp
+import torch
+import yaml
+from torch import Tensor, nn
+
+from dann_experiments.config import Config, InputError, config_to_dict, flatten
+from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.config.presets import filled
+from dann_experiments.data.reading import (
+    Header,
+    Normalisation,
+    Reading,
+    Window,
+    check_type,
+    chosen_bands,
+    for_type,
+    read_header,
+    read_pixels,
+    reading_from_facts,
+)
+from dann_experiments.data.samples import IMAGE_SUFFIXES
+from dann_experiments.data.writing import (
+    MAP_SUFFIXES,
+    NODATA,
+    TIFF_SUFFIXES,
+    Grid,
+    Legend,
+    PartialMap,
+    read_decimated,
+    read_grid,
+    read_tags,
+    write_map,
+    write_probabilities,
+)
+from dann_experiments.jobs import setup
+from dann_experiments.jobs.source_model import fetch
+from dann_experiments.models.files import WEIGHTS_NAME, load_into, read_weights
+from dann_experiments.models.networks import build_network
+from dann_experiments.models.tiling import Axis, Plan, Tiler, grid_stride, plan_tiles
+from dann_experiments.tracking.figures import class_colours, display_image
+from dann_experiments.tracking.run import RunKilled, TrackedRun, tracked_run
+from dann_experiments.tracking.store import Store, local_artifact_folder, open_store, without_secrets
+
+log = logging.getLogger(__name__)
+STRIP_BYTES = 32 * 2**20  # of the image that are read at a time
+PREVIEW_SIDE = 1000  # pixels
+PREVIEWS = 3  # at most so many maps are shown
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """A finished prediction."""
+
+    run_id: str
+    experiment_id: str
+    tracking_uri: str = field(repr=False)
+    """The store's address, a password in it included; not shown in repr."""
+    outputs: tuple[Path, ...]
+    """The maps, those found finished included."""
+    class_pixels: Mapping[str, int]
+    """Pixels a class, in the maps written by this run; those without data are not in it."""
+    metrics: Mapping[str, float]
+    source_run_id: str | None = None
+    """The run that made the model."""
+    artifacts: str | None = None
+    """Folder of the run's files, if it is on this machine."""
+    job: str = "predict"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with all that is needed to use it."""
+
+    network: nn.Module
+    class_names: Sequence[str]
+    in_channels: int
+    reading: Reading
+    normalisation: Normalisation
+    digest: str
+    """Equal for equal weights and settings."""
+    run_id: str | None
+    """The run that made it, where known."""
+
+
+class _Unreadable(InputError):
+    """The image turned out broken while it was read: what is done of its map is of no use."""
+
+
+def predict(settings: PredictConfig, config: Config | None = None) -> PredictResult:
+    """Write the class map of `settings.input` to `settings.output`; of a folder, a map an image.
+
+    `config` brings the network's settings for a checkpoint that has none beside it. Raises InputError for what the user
+    can mend, before a run is opened where it can be seen by then; of a folder's images the bad ones are named at the end.
+    """
+    work = _find_work(settings)
+    device = _device(settings.accelerator)
+    store = open_store(settings.tracking.uri, settings.tracking.experiment)
+    model = load_model(settings.model, settings.domain, config, store)
+    if len(work) == 1 and not Path(settings.input).expanduser().is_dir():
+        _Scene.open(*work[0], model, settings)  # so that a bad file is told before a run is opened
+    model.network.to(device)
+    for _, output in work:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    tags = {"dann.job": "predict", **({} if model.run_id is None else {"dann.source_run_id": model.run_id})}
+    folder = Path(settings.tracking.folder)
+    with tracked_run(store, settings.tracking.run_name, "predict", tags, folder, use_claimed=True) as run:
+        _describe(run, settings)
+        outcome = _predict_all(work, model, settings, device, run.run_id)
+        _write_results(run, model, outcome)
+        metrics = {"predict/maps": float(len(outcome.written)), "predict/pixels": float(outcome.pixels)}
+        if outcome.pixels:
+            metrics["predict/pixels_per_second"] = outcome.pixels / outcome.seconds
+        run.log_metrics(metrics, step=0)
+        if outcome.problems:
+            shown = "\n".join(outcome.problems[:20])
+            raise InputError(
+                f"{len(outcome.problems)} of {len(work)} images have no map; the others are done. Mend these and start "
+                f"again:\n{shown}"
+            )
+    artifacts = local_artifact_folder(store, run.run_id)
+    return PredictResult(
+        run.run_id, store.experiment_id, store.uri, tuple(output for _, output in work),
+        dict(zip(model.class_names, outcome.counts[:-1].tolist(), strict=True)), metrics, model.run_id,
+        None if artifacts is None else str(artifacts),
+    )  # fmt: skip
+
+
+def load_model(where: str, domain: str, config: Config | None, store: Store) -> Model:
+    """The model at `where` (folder, file, runs:/, models:/), to read images as those of `domain`.
+
+    The network is built from the settings kept with the model; a checkpoint without takes those of `config`. Raises
+    InputError where there is neither, and for weights that do not fit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        local, run_id = _fetched(where, Path(folder), store)
+        saved = _saved_settings(local)
+        if saved is not None:
+            network, names, in_channels, reading, normalisation = _from_saved(saved, where, domain)
+        elif config is not None:
+            network, names, in_channels, reading, normalisation = _from_config(config, domain)
+        else:
+            raise InputError(
+                f"model is {where!r}, which has no settings of its network beside it (config.json and dann.json); give them "
+                "with --config, for example the config.yaml of the run that made it, or name the run's model: runs:/ID."
+            )
+        # load_into would suggest strict_loading, which a finished model has no use for
+        problems = load_into(network, read_weights(local), strict=False, where=where)
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise InputError(f"model is {where!r}, whose weights do not fit its network ({shown}); give its own settings.")
+    if not 2 <= len(names) <= NODATA:
+        raise InputError(f"model is {where!r} with {len(names)} classes; maps hold 2 to {NODATA}.")
+    digest = hashlib.blake2b(json.dumps([type(network).__name__, list(names)]).encode(), digest_size=16)
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return Model(network, names, in_channels, reading, normalisation, digest.hexdigest(), run_id)
+
+
+def _fetched(where: str, folder: Path, store: Store) -> tuple[Path, str | None]:
+    try:
+        local, run_id = fetch(where, folder, store)
+    except InputError as error:
+        raise InputError(str(error).replace("domain_adaptation.pretrained_checkpoint.path", "model")) from None
+    if not local.exists():
+        raise InputError(
+            f"model is {where!r}, which does not exist; give a folder, a file, runs:/ID or models:/NAME@ALIAS."
+        )
+    return local, run_id
+
+
+def _saved_settings(local: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The two JSON files of a saved model: arguments of the network, and the rest; None if they are not there."""
+    folder = local if local.is_dir() else local.parent
+    files = [folder / "config.json", folder / "dann.json"]
+    if (local.is_file() and local.name != WEIGHTS_NAME) or not all(file.is_file() for file in files):
+        return None
+    try:
+        arguments, facts = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        arguments.pop("_model_class", None)
+        arguments.pop("encoder_weights", None)
+        names = facts["class_names"]
+        known = isinstance(facts["arch"], str) and facts["arch"].lower() in smp.MODEL_ARCHITECTURES_MAPPING
+        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        numbers = all(isinstance(arguments[key], int) for key in ("in_channels", "classes"))
+        if known and texts and numbers and isinstance(arguments["encoder_name"], str):
+            return arguments, facts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"the settings of model {folder} (config.json, dann.json) are not those of a saved model.")
+
+
+def _from_saved(
+    saved: tuple[dict[str, Any], dict[str, Any]], where: str, domain: str
+) -> tuple[nn.Module, Sequence[str], int, Reading, Normalisation]:
+    arguments, facts = dict(saved[0]), saved[1]
+    encoder, bands, classes = (arguments.pop(key) for key in ("encoder_name", "in_channels", "classes"))
+    if len(facts["class_names"]) != classes:
+        raise InputError(f"model is {where!r}: it has {classes} classes, but names {len(facts['class_names'])}.")
+    network = build_network(facts["arch"], encoder, None, bands, classes, arguments)
+    if "reading" not in facts:  # a model of before readings were kept: bands as they are, range by the type
+        reading, (mean, std) = Reading(), (facts.get("mean"), facts.get("std"))
+        if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == bands):
+            raise InputError(f"model is {where!r}: its dann.json does not say mean and std of its {bands} bands.")
+        normalisation = Normalisation((0.0,) * bands, (1.0,) * bands, tuple(mean), tuple(std))
+    elif domain not in facts["reading"]:
+        raise InputError(
+            f"domain is {domain!r}, but model {where} knows how to read images of {sorted(facts['reading'])} only."
+        )
+    else:
+        reading, normalisation = reading_from_facts(facts["reading"][domain])
+    return network, facts["class_names"], bands, reading, normalisation
+
+
+def _from_config(config: Config, domain: str) -> tuple[nn.Module, Sequence[str], int, Reading, Normalisation]:
+    network = setup.make_network(config, with_weights=False)
+    settings = filled(getattr(config.data, domain))
+    bands = config.model.in_channels
+    if config.data.normalization == "domain" or settings.scale == "percentiles":  # measured over the training images
+        data = setup.load_data(config, (f"{domain}_train",))
+        setup.settle(config, data)
+        dataset = data.sets[f"{domain}_train"]
+        return network, config.class_names, bands, dataset.reading, dataset.normalisation
+    low, high = settings.scale if isinstance(settings.scale, list) else (0.0, 1.0)
+    normalisation = Normalisation(
+        (low,) * bands, (high,) * bands, tuple(config.data.mean), tuple(config.data.std)
+    )  # fmt: skip
+    return network, config.class_names, bands, setup.reading_of(settings), normalisation
+
+
+def _device(accelerator: str) -> torch.device:
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise InputError("accelerator is 'gpu', but torch finds none here; give auto or cpu.")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _find_work(settings: PredictConfig) -> list[tuple[Path, Path]]:
+    """Pairs of image and map. Raises InputError for what is missing, would be overwritten or cannot be written."""
+    source, target = Path(settings.input).expanduser(), Path(settings.output).expanduser()
+    if not source.exists():
+        raise InputError(f"input is {source}, which does not exist; give an image file or a folder of images.")
+    if source.is_dir():
+        return _find_in_folder(source, target)
+    if target.suffix.lower() not in MAP_SUFFIXES:
+        raise InputError(
+            f"output is {target}; a class map is written as {', '.join(MAP_SUFFIXES)} (JPEG would change the classes)."
+        )
+    if target.is_dir() or (target.exists() and source.samefile(target)):
+        raise InputError(f"output is {target}, which is {'a folder' if target.is_dir() else 'the input'}; name a file.")
+    written = [target, *([_probabilities_path(target)] if settings.probabilities else [])]
+    for path in written:
+        if path.exists() and not settings.overwrite:
+            raise InputError(f"output {path} exists; name another, or set overwrite to true.")
+    _check_writable(target.parent)
+    return [(source, target)]
+
+
+def _find_in_folder(source: Path, target: Path) -> list[tuple[Path, Path]]:
+    if target.is_file() or target.suffix.lower() in MAP_SUFFIXES:
+        raise InputError(f"input {source} is a folder, but output is {target}; name a folder, for a map an image.")
+    if target.exists() and source.samefile(target):
+        raise InputError(f"output is {target}, the folder of the images; name another.")
+    images = sorted(
+        path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
+    if not images:
+        raise InputError(f"input folder {source} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+    pairs: dict[str, tuple[Path, Path]] = {}
+    for path in images:
+        suffix = path.suffix if path.suffix.lower() in TIFF_SUFFIXES else ".png"
+        if path.stem in pairs:
+            raise InputError(
+                f"input: {pairs[path.stem][0]} and {path} have the same stem, as their maps would; keep one."
+            )
+        pairs[path.stem] = (path, target / f"{path.stem}{suffix}")
+    _check_writable(target)
+    return list(pairs.values())
+
+
+def _check_writable(folder: Path) -> None:
+    """Tries the nearest folder there is: permissions alone do not tell (a read-only disk, or root)."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"output folder {there} cannot be written to ({error}); choose another output.") from None
+
+
+def _probabilities_path(output: Path) -> Path:
+    return output.with_name(f"{output.stem}_probabilities.tif")
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """One image that is to be mapped: all that its header tells."""
+
+    input: Path
+    output: Path
+    header: Header
+    bands: list[int]
+    grid: Grid
+    factor: float
+    """File pixels a pixel of the working grid."""
+    size: tuple[int, int]
+    """(height, width) of the working grid."""
+    plan: Plan
+    normalisation: Normalisation
+    facts: Mapping[str, Any]
+    """All that its map depends on."""
+
+    @classmethod
+    def open(cls, source: Path, output: Path, model: Model, settings: PredictConfig) -> _Scene:
+        """Raises InputError for an image that the model cannot take."""
+        header = read_header(source)
+        bands = chosen_bands(source, header, model.reading, model.in_channels)
+        check_type(source, header, model.reading)
+        height, width = model.reading.grid_size(header, source)
+        plan = plan_tiles(height, width, settings.tile_size, settings.shared, grid_stride(model.network))
+        status = source.stat()
+        # not the device: an interrupted map may be finished on another
+        facts = {
+            "model": model.digest, "input": str(source.resolve()), "input size": status.st_size,
+            "input time": status.st_mtime_ns, "reading": dataclasses.asdict(model.reading),
+            "normalisation": dataclasses.asdict(model.normalisation), "tile_size": settings.tile_size,
+            "overlap": settings.shared, "batch_size": settings.batch_size, "probabilities": settings.probabilities,
+        }  # fmt: skip
+        return cls(
+            source, output, header, bands, read_grid(source), model.reading.factor(header, source), (height, width), plan,
+            for_type(model.normalisation, model.reading, header.dtype), json.loads(json.dumps(facts)),
+        )  # fmt: skip
+
+    @property
+    def signature(self) -> str:
+        """32 hex digits of the facts."""
+        return hashlib.blake2b(json.dumps(self.facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    @property
+    def partial_folder(self) -> Path:
+        """Where what is done is kept until the map is whole."""
+        return self.output.with_name(self.output.name + ".partial")
+
+
+@dataclass
+class _Outcome:
+    """What all images together gave."""
+
+    counts: np.ndarray
+    """(K + 1,) pixels a class, those without data last."""
+    written: list[_Scene] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    pixels: int = 0
+    """Of the working grids, forwarded in this process."""
+    seconds: float = 0.0
+
+
+def _predict_all(
+    work: Sequence[tuple[Path, Path]], model: Model, settings: PredictConfig, device: torch.device, run_id: str
+) -> _Outcome:
+    outcome = _Outcome(np.zeros(len(model.class_names) + 1, np.int64))
+    start = time.perf_counter()
+    with _progress(len(work), settings.progress) as show:
+        for number, (source, output) in enumerate(work):
+            try:
+                scene = _Scene.open(source, output, model, settings)
+                if _is_finished(scene, settings):
+                    log.info("%s is finished already.", output)
+                else:
+                    for share in _predict_one(scene, model, settings, device, run_id, outcome):
+                        show(number + share, source.name)
+                    outcome.written.append(scene)
+            except InputError as error:
+                if len(work) == 1:
+                    raise
+                log.error("%s", error)
+                outcome.problems.append(str(error))
+            show(number + 1, source.name)
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def _is_finished(scene: _Scene, settings: PredictConfig) -> bool:
+    """Whether the map is there and made as it would be made now; one made otherwise is not touched."""
+    if settings.overwrite or not scene.output.exists():
+        return False
+    if read_tags(scene.output).get("dann_signature") != scene.signature:
+        raise InputError(
+            f"{scene.output} exists and is not what these settings would give; remove it, or set overwrite to true."
+        )
+    return True
+
+
+def _predict_one(
+    scene: _Scene, model: Model, settings: PredictConfig, device: torch.device, run_id: str, outcome: _Outcome
+) -> Iterator[float]:
+    """Forward what is not done yet, then write the map; yields the share of the image that is done."""
+    name, rows = scene.input.name, len(scene.plan.rows.starts)
+    tiler = Tiler(
+        model.network, scene.plan, len(model.class_names), settings.batch_size, device, settings.probabilities
+    )
+    with PartialMap(scene.partial_folder, scene.facts, settings.probabilities) as partial:
+        done, carry, reason = partial.start()
+        if reason is not None:
+            log.info("%s: starting anew, as %s: %s.", name, partial.folder, reason)
+        if carry is not None:
+            log.info("%s: going on after %d of %d rows of tiles.", name, done, rows)
+            tiler.carry.copy_(torch.from_numpy(carry))
+        read = _Strips(scene, model)
+        try:
+            for row in range(done, rows):
+                yield row / rows
+                for piece in tiler.row(row, read):
+                    partial.add(piece.ids, piece.probabilities)
+                    outcome.pixels += piece.window.height * piece.window.width
+                partial.checkpoint(row + 1, tiler.carry.cpu().numpy())
+        except (RunKilled, KeyboardInterrupt):
+            log.warning("What is done is kept in %s; the same command goes on from there.", partial.folder)
+            raise
+        except _Unreadable:
+            partial.remove()
+            raise
+        outcome.counts += _write(scene, model, settings, partial, run_id)
+        partial.remove()
+
+
+def _write(scene: _Scene, model: Model, settings: PredictConfig, partial: PartialMap, run_id: str) -> np.ndarray:
+    """Pixels a class, (K + 1,)."""
+    from dann_experiments import __version__
+
+    tags = {
+        "model": settings.model, "software": f"dann_experiments {__version__}", "dann_run_id": run_id,
+        "dann_signature": scene.signature,
+    }  # fmt: skip
+    names = model.class_names
+    legend = Legend(names, class_colours(len(names)), tags)
+    windows = list(scene.plan.pieces())
+    if settings.probabilities:  # the class map is the last: where it is, all is
+        path = _probabilities_path(scene.output)
+        write_probabilities(path, partial, windows, scene.size, scene.grid, scene.factor, legend)
+    if scene.grid.crs is not None and scene.output.suffix.lower() not in TIFF_SUFFIXES:
+        log.warning("%s is no GeoTIFF: where the image lies is not in it.", scene.output)
+    return write_map(scene.output, partial, windows, scene.size, scene.grid, scene.factor, legend)
+
+
+class _Strips:
+    """Gives tiles out of larger parts of the image, each read once: of as many rows as fit, or of part of a row of tiles.
+
+    The parts are the same for every process, so a resumed map is made of the same numbers even where reading resamples.
+    """
+
+    def __init__(self, scene: _Scene, model: Model) -> None:
+        self.scene = scene
+        self.model = model
+        rows, columns = scene.plan.rows, scene.plan.columns
+        pixel = model.in_channels * np.dtype(scene.header.dtype).itemsize
+        self._rows_a_part = self._fitting(rows, columns.length * pixel)
+        self._columns_a_part = len(columns.starts) if self._rows_a_part else self._fitting(columns, rows.tile * pixel)
+        self._part: tuple[Window, np.ndarray, np.ndarray | None] | None = None
+
+    def __call__(self, window: Window) -> tuple[Tensor, np.ndarray | None]:
+        """Normalised image (B, h, w) of a tile, and where it holds data."""
+        part, values, valid = self._holding(window)
+        top, left = window.top - part.top, window.left - part.left
+        box = (slice(top, top + window.height), slice(left, left + window.width))
+        inside = None if valid is None else valid[box]
+        return torch.from_numpy(self.scene.normalisation(values[:, *box], inside)), inside
+
+    @staticmethod
+    def _fitting(axis: Axis, line: int) -> int:
+        """How many tiles of the axis make a part; `line`: bytes of one row (or column) of pixels."""
+        return max((STRIP_BYTES // line - axis.tile) // axis.step + 1, 0)
+
+    def _holding(self, window: Window) -> tuple[Window, np.ndarray, np.ndarray | None]:
+        plan = self.scene.plan
+        rows = self._span(plan.rows, window.top, max(self._rows_a_part, 1))
+        columns = self._span(plan.columns, window.left, max(self._columns_a_part, 1))
+        part = Window(rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
+        if self._part is None or self._part[0] != part:
+            self._part = None  # the old part's memory is needed for the new one
+            try:
+                values, valid = read_pixels(self.scene.input, self.model.in_channels, self.model.reading, part)
+            except InputError as error:
+                raise _Unreadable(str(error)) from None
+            self._part = (part, values, valid)
+        return self._part
+
+    @staticmethod
+    def _span(axis: Axis, start: int, count: int) -> tuple[int, int]:
+        first = axis.starts.index(start) // count * count
+        return axis.starts[first], axis.inside(min(first + count - 1, axis.last))[1]
+
+
+@contextlib.contextmanager
+def _progress(count: int, shown: bool) -> Iterator[Callable[[float, str], None]]:
+    """A function (images done, the last one in part; name of the one in work) that shows how far all `count` are."""
+    if shown and sys.stdout.isatty():
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with bar:
+            task = bar.add_task("", total=count)
+            yield lambda done, name: bar.update(task, completed=done, description=name)
+        return
+    told = 0
+
+    def tell(done: float, name: str) -> None:
+        nonlocal told
+        tenths = int(10 * done / count + 1e-6)
+        if shown and tenths > told:
+            told = tenths
+            log.info("%d %% (%s)", 10 * tenths, name)
+
+    yield tell
+
+
+def _describe(run: TrackedRun, settings: PredictConfig) -> None:
+    """Params and `config.yaml`, without a password in the tracking store's address."""
+    uri = settings.tracking.uri
+    if uri is not None:
+        tracking = dataclasses.replace(settings.tracking, uri=without_secrets(uri))
+        settings = dataclasses.replace(settings, tracking=tracking)
+    plain: Any = settings
+    run.log_params(flatten(plain))
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(config_to_dict(settings), sort_keys=False, width=120))
+
+
+def _write_results(run: TrackedRun, model: Model, outcome: _Outcome) -> None:
+    """The table of classes and the preview, into the run's folder."""
+    path = run.folder / "tables" / "class_shares.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seen = max(int(outcome.counts[:-1].sum()), 1)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "pixels", "share"])
+        for name, pixels in zip(model.class_names, outcome.counts.tolist(), strict=False):
+            writer.writerow([name, pixels, f"{pixels / seen:.6f}"])
+        writer.writerow(["(no data)", int(outcome.counts[-1]), ""])
+    if outcome.written:
+        _draw_preview(run.folder / "figures" / "preview.png", outcome.written[:PREVIEWS], model)
+
+
+def _draw_preview(path: Path, scenes: Sequence[_Scene], model: Model) -> None:
+    """A row a map: the image beside it, both reduced to at most PREVIEW_SIDE pixels, and the legend."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    colours = np.concatenate([class_colours(len(model.class_names)), np.zeros((1, 3))])  # no data in black
+    figure = Figure(figsize=(12, 6 * len(scenes) + 0.8), layout="constrained")
+    axes = figure.subplots(len(scenes), 2, squeeze=False)
+    present: set[int] = set()
+    for row, scene in zip(axes, scenes, strict=True):
+        ids = read_decimated(scene.output, [1], PREVIEW_SIDE)[0]
+        present |= set(np.unique(ids).tolist()) - {NODATA}
+        row[0].imshow(_display(scene))
+        row[0].set_title(scene.input.name, fontsize=10)
+        row[1].imshow(colours[np.minimum(ids, len(model.class_names))], interpolation="nearest")
+        row[1].set_title(scene.output.name, fontsize=10)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    handles = [
+        Patch(facecolor=colours[index], edgecolor="#555555", label=model.class_names[index])
+        for index in sorted(present)[:24]
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 8) or 1, fontsize=9, frameon=False
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _display(scene: _Scene) -> np.ndarray:
+    """(h, w, 3) in 0..1 of the reduced image."""
+    values = read_decimated(scene.input, scene.bands, PREVIEW_SIDE)
+    if len(values) < len(scene.normalisation.low):  # one grey band among colour images
+        values = values.repeat(len(scene.normalisation.low), axis=0)
+    scaled = np.nan_to_num(scene.normalisation.scaled(values))
+    return display_image(scaled, stretch=scene.header.dtype != "uint8")
