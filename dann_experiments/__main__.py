@@ -98,8 +98,12 @@ def _argument_parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         command.add_argument("-h", "--help", action="store_true", help="show this and every setting")
         if name == "predict":
-            command.usage = "python -m dann_experiments predict --model MODEL --input FILE --output FILE [--KEY VALUE ...]"
-            command.add_argument("--config", metavar="FILE", help="settings of the network, for a checkpoint without them")
+            command.usage = (
+                "python -m dann_experiments predict --model MODEL --input FILE --output FILE [--KEY VALUE ...]"
+            )
+            command.add_argument(
+                "--config", metavar="FILE", help="settings of the network, for a checkpoint without them"
+            )
             continue
         command.add_argument("--config", metavar="FILE", help="YAML file of settings (default: recipes/digits.yaml)")
         for short in SHORT_NAMES:

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.parsing import config_from_dict
-from dann_experiments.jobs import evaluate, prepare
+from dann_experiments.jobs import evaluate, prepare, setup
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, open_store, without_secrets
 from sweeps.crew import Crew, SweepFailed, crew_for, keep_going, with_threads
@@ -75,6 +75,7 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     if sweep.study is None:
         raise InputError("study has no name; give one.")
     space = read_space(sweep.space, config)
+    setup.load_data(config)  # all that is wrong with the files, before a study is made
     check_objective(sweep, config)
     slots_of(sweep, space, config)  # refuse what has no grid before anything is opened
     address = storage_address(sweep.storage, sweep.study)

@@ -35,7 +35,7 @@ def test_the_bands_are_those_chosen_in_the_order_chosen(tmp_path):
     assert np.array_equal(read_pixels(file, 5, Reading()).values, values)
     with pytest.raises(InputError, match=r"a.tif has 5 bands, but bands is \[6\]; choose from 1 to 5"):
         read_pixels(file, 1, Reading(bands=(6,)))
-    with pytest.raises(InputError, match="has 5 bands, but model.in_channels is 3"):
+    with pytest.raises(InputError, match=r"has 5 bands, but model\.in_channels is 3"):
         read_pixels(file, 3, Reading())
 
 

@@ -105,7 +105,9 @@ def test_normalisation_is_measured_over_the_windows_where_there_is_data(tmp_path
     values[:, :10] = -9999
     given = Normalisation((0.0,) * 2, (4000.0,) * 2, (0.5,) * 2, (0.25,) * 2)
     image = write_raster(tmp_path / "a.tif", values, nodata=-9999)
-    windows = SegmentationDataset([Sample(image, None)], LabelMap(2), given, Reading(scale=(0.0, 4000.0)), window_size=32)
+    windows = SegmentationDataset(
+        [Sample(image, None)], LabelMap(2), given, Reading(scale=(0.0, 4000.0)), window_size=32
+    )
     *_, sums = measure(windows)
     found = sums.result()
     real = values[:, 10:].reshape(2, -1)

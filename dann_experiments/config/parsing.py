@@ -18,6 +18,7 @@ from dann_experiments.config.schema import Config
 from dann_experiments.config.target_dialect import translate
 
 Settings = TypeVar("Settings")
+MOST_VALUES = 100_000  # of a settings file, aliases counted wherever they stand
 
 
 class _Loader(yaml.SafeLoader):
@@ -127,11 +128,24 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
         settings = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader: builds plain values only)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if _count(settings, {}) > MOST_VALUES:
+        raise InputError(f"config file {path} grows too large by its aliases (*), or holds itself; write it out.")
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise InputError(f"config file {path} holds {type(settings).__name__}; give a mapping of settings.")
     return settings
+
+
+def _count(value: Any, known: dict[int, float]) -> float:
+    """How many values it holds; infinite if it holds itself."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")  # while it is being counted
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(item, known) for item in inner)
+    return known[id(value)]
 
 
 def _scalar(value: Any, wanted: Any) -> Any:
@@ -170,6 +184,12 @@ def _refuse_unknown_keys(cls: type, settings: Mapping[str, Any]) -> None:
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
                 same_name = [other for other in known if other.rpartition(".")[2] == str(name).rpartition(".")[2]]
                 raise InputError(f"unknown setting {key!r}; did you mean {(same_name or nearest)[0]!r}?")
+            elif value is None and type(None) not in typing.get_args(known[key]):
+                raise InputError(f"{key} is null, but needs a value; leave it out to get its default.")
+            elif any(
+                isinstance(item, int) and abs(item) >= 2**63 for item in (value if isinstance(value, list) else [value])
+            ):
+                raise InputError(f"{key} holds a whole number of more than 63 bit; give a smaller one.")
 
     walk(settings, "")
 
@@ -205,7 +225,7 @@ def _build(cls: type[Settings], settings: dict[str, Any]) -> Settings:
         return cls(**vars(parser.instantiate_classes(parsed)))
     except InputError:
         raise
-    except (ArgumentError, TypeError, ValueError) as error:
+    except (ArgumentError, TypeError, ValueError, OverflowError, RecursionError) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InputError):
             cause = cause.__cause__ or cause.__context__

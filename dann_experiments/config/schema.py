@@ -169,7 +169,9 @@ class DomainDataConfig:
         _ = self.colours
         if self.bands is not None and (not self.bands or min(self.bands) < 1):
             raise InputError(f"bands is {self.bands}; name bands counted from 1.")
-        if isinstance(self.scale, list) and (len(self.scale) != 2 or not self.scale[0] < self.scale[1]):
+        if isinstance(self.scale, list) and (
+            len(self.scale) != 2 or not -float("inf") < self.scale[0] < self.scale[1] < float("inf")
+        ):
             raise InputError(f"scale is {self.scale}; give [LOW, HIGH] with LOW below HIGH, type, or percentiles.")
         for key in ("pixel_size", "file_pixel_size"):
             value = getattr(self, key)
@@ -239,6 +241,8 @@ class DataConfig:
                 _at_least(f"data.{key}", value, 8)
         if self.window_count is not None:
             _at_least("data.window_count", self.window_count, 1)
+            if self.window_count > 10**7:
+                raise InputError(f"data.window_count is {self.window_count}; give at most 10000000.")
             if self.windows == "grid":
                 raise InputError("data.window_count has no effect with data.windows grid; remove it, or set random.")
         if self.crop_size is not None and self.window_size is not None and self.crop_size > self.window_size:
@@ -246,7 +250,7 @@ class DataConfig:
                 f"data.crop_size is {self.crop_size}, larger than data.window_size {self.window_size}; crops are cut from "
                 "windows."
             )
-        if not 0 <= self.memory_gb < float("inf"):
+        if not 0 <= self.memory_gb < 1e9:
             raise InputError(f"data.memory_gb is {self.memory_gb}; give a number of at least 0.")
         if self.eval_batch_size is not None:
             _at_least("data.eval_batch_size", self.eval_batch_size, 1)
@@ -254,8 +258,11 @@ class DataConfig:
             raise InputError(
                 f"data.mean has {len(self.mean)} values, data.std {len(self.std)}; give one a band to both."
             )
-        if any(value <= 0 for value in self.std):
-            raise InputError(f"data.std is {self.std}; every value must be above 0.")
+        for value in self.mean:
+            if not abs(value) < float("inf"):  # NaN fails too
+                raise InputError(f"data.mean is {self.mean}; give finite numbers.")
+        for value in self.std:
+            _above("data.std", value, 0)
         if not 0 <= self.ignore_index <= 255:
             raise InputError(
                 f"data.ignore_index is {self.ignore_index}; masks are 8 bit, so give a value from 0 to 255."

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from dann_experiments.config.errors import InputError
 
@@ -27,6 +28,7 @@ DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP", "GIF", "JP2OpenJPEG", "VRT")  
 CACHE_MB = 128  # of decoded blocks that GDAL keeps; its own default is a share of the machine's memory
 LARGEST_SIDE, MOST_PIXELS, MOST_BANDS = 10**7, 10**12, 4096  # a header that claims more is damaged
 LARGEST_ENLARGEMENT = 100.0  # pixels of the working grid that one of the file may become, along a side
+Image.MAX_IMAGE_PIXELS = None  # aerial mosaics are larger than Pillow's guard against decompression bombs
 GDAL_OPTIONS = {
     "GDAL_CACHEMAX": CACHE_MB,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a cut off JPEG is an error, not a grey area
@@ -180,8 +182,6 @@ def read_header(path: Path) -> Header:
     """Size, bands, type, nodata and resolution, without reading pixels. Raises InputError for what is no image."""
     with open_raster(path) as file:
         if file.driver == "PNG":  # GDAL fills what a cut off PNG lacks without a word
-            from PIL import Image
-
             try:
                 with Image.open(path) as image:
                     image.verify()

@@ -120,7 +120,7 @@ def _overlap(one: Sample, other: Sample) -> bool:
 
 
 def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[str], None]) -> list[Sample]:
-    path = _under(root, entry)
+    path = under(root, entry)
     if os.path.isdir(path):
         return _from_folder(path, key, masks != "no", report)
     if _is_file(path):
@@ -156,9 +156,9 @@ def _located(where: Any, root: Path, key: str, report: Callable[[str], None]) ->
     """The files that `where` (a folder, a pattern, a list file, a file, or a list of files) names, by what pairs them:
     the texts of a pattern's wildcards, the place in a list, else the stem."""
     if isinstance(where, list):
-        return {("#", str(number)): _under(root, str(name)) for number, name in enumerate(where)}
+        return {("#", str(number)): under(root, str(name)) for number, name in enumerate(where)}
     text = str(where)
-    path = _under(root, text)
+    path = under(root, text)
     if os.path.isdir(path):
         return {(stem,): file for stem, file in _by_stem(path, key, report).items()}
     if _is_file(path):
@@ -197,7 +197,7 @@ def _paired(
 def _named(images: Mapping[Key, Path], names: Any, root: Path, key: str) -> dict[Key, Path]:
     """The images whose file name, stem or wildcard text is listed."""
     if isinstance(names, str):
-        path = _under(root, names)
+        path = under(root, names)
         if not _is_file(path):
             raise InputError(f"{key}: the file of names {path} does not exist.")
         names = [line.as_posix() for line in _lines(path, key)]
@@ -214,7 +214,7 @@ def _globbed(pattern: str, root: Path, key: str) -> dict[Path, Key]:
         raise InputError(f"{key} names the pattern {pattern}, which cannot be searched for: {error}") from None
     files: dict[Path, Key] = {}
     for name in found:
-        path = _under(root, name)
+        path = under(root, name)
         match = expression.fullmatch(name.replace("\\", "/"))
         if _is_file(path) and path.suffix.lower() in IMAGE_SUFFIXES and match:
             files[path] = tuple(text or "" for text in match.groups())
@@ -326,10 +326,11 @@ def _lacking(path: Path) -> str:
 
 
 def _shown(entry: Any, root: Path) -> str:
-    return str(dict(entry)) if isinstance(entry, Mapping) else str(_under(root, str(entry)))
+    return str(dict(entry)) if isinstance(entry, Mapping) else str(under(root, str(entry)))
 
 
-def _under(root: Path, name: str) -> Path:
+def under(root: Path, name: str) -> Path:
+    """A path as a user writes it, `~` included, relative to `root`."""
     try:
         path = Path(name).expanduser()
     except RuntimeError:  # ~user of nobody

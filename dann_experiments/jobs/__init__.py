@@ -7,4 +7,14 @@ from dann_experiments.jobs.predict import PredictResult, predict
 from dann_experiments.jobs.pretrain import pretrain
 from dann_experiments.jobs.result import RunResult
 
-__all__ = ["DataReport", "PredictResult", "RunResult", "adapt", "check_data", "evaluate", "predict", "prepare", "pretrain"]
+__all__ = [
+    "DataReport",
+    "PredictResult",
+    "RunResult",
+    "adapt",
+    "check_data",
+    "evaluate",
+    "predict",
+    "prepare",
+    "pretrain",
+]

@@ -17,25 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import segmentation_models_pytorch as smp
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from dann_experiments.config import Config, InputError, config_to_dict, flatten
 from dann_experiments.config.prediction import PredictConfig
-from dann_experiments.config.presets import filled
 from dann_experiments.data.reading import (
     Header,
     Normalisation,
-    Reading,
     Window,
     check_type,
     chosen_bands,
     for_type,
     read_header,
     read_pixels,
-    reading_from_facts,
 )
 from dann_experiments.data.samples import IMAGE_SUFFIXES
 from dann_experiments.data.writing import (
@@ -51,14 +47,11 @@ from dann_experiments.data.writing import (
     write_map,
     write_probabilities,
 )
-from dann_experiments.jobs import setup
-from dann_experiments.jobs.source_model import fetch
-from dann_experiments.models.files import WEIGHTS_NAME, load_into, read_weights
-from dann_experiments.models.networks import build_network
+from dann_experiments.jobs.ready_model import Model, load_model
 from dann_experiments.models.tiling import Axis, Plan, Tiler, grid_stride, plan_tiles
 from dann_experiments.tracking.figures import class_colours, display_image
 from dann_experiments.tracking.run import RunKilled, TrackedRun, tracked_run
-from dann_experiments.tracking.store import Store, local_artifact_folder, open_store, without_secrets
+from dann_experiments.tracking.store import local_artifact_folder, open_store, without_secrets
 
 log = logging.getLogger(__name__)
 STRIP_BYTES = 32 * 2**20  # of the image that are read at a time
@@ -84,21 +77,6 @@ class PredictResult:
     artifacts: str | None = None
     """Folder of the run's files, if it is on this machine."""
     job: str = "predict"
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network with all that is needed to use it."""
-
-    network: nn.Module
-    class_names: Sequence[str]
-    in_channels: int
-    reading: Reading
-    normalisation: Normalisation
-    digest: str
-    """Equal for equal weights and settings."""
-    run_id: str | None
-    """The run that made it, where known."""
 
 
 class _Unreadable(InputError):
@@ -144,108 +122,6 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
     )  # fmt: skip
 
 
-def load_model(where: str, domain: str, config: Config | None, store: Store) -> Model:
-    """The model at `where` (folder, file, runs:/, models:/), to read images as those of `domain`.
-
-    The network is built from the settings kept with the model; a checkpoint without takes those of `config`. Raises
-    InputError where there is neither, and for weights that do not fit.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        local, run_id = _fetched(where, Path(folder), store)
-        saved = _saved_settings(local)
-        if saved is not None:
-            network, names, in_channels, reading, normalisation = _from_saved(saved, where, domain)
-        elif config is not None:
-            network, names, in_channels, reading, normalisation = _from_config(config, domain)
-        else:
-            raise InputError(
-                f"model is {where!r}, which has no settings of its network beside it (config.json and dann.json); give them "
-                "with --config, for example the config.yaml of the run that made it, or name the run's model: runs:/ID."
-            )
-        # load_into would suggest strict_loading, which a finished model has no use for
-        problems = load_into(network, read_weights(local), strict=False, where=where)
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise InputError(f"model is {where!r}, whose weights do not fit its network ({shown}); give its own settings.")
-    if not 2 <= len(names) <= NODATA:
-        raise InputError(f"model is {where!r} with {len(names)} classes; maps hold 2 to {NODATA}.")
-    digest = hashlib.blake2b(json.dumps([type(network).__name__, list(names)]).encode(), digest_size=16)
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return Model(network, names, in_channels, reading, normalisation, digest.hexdigest(), run_id)
-
-
-def _fetched(where: str, folder: Path, store: Store) -> tuple[Path, str | None]:
-    try:
-        local, run_id = fetch(where, folder, store)
-    except InputError as error:
-        raise InputError(str(error).replace("domain_adaptation.pretrained_checkpoint.path", "model")) from None
-    if not local.exists():
-        raise InputError(
-            f"model is {where!r}, which does not exist; give a folder, a file, runs:/ID or models:/NAME@ALIAS."
-        )
-    return local, run_id
-
-
-def _saved_settings(local: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The two JSON files of a saved model: arguments of the network, and the rest; None if they are not there."""
-    folder = local if local.is_dir() else local.parent
-    files = [folder / "config.json", folder / "dann.json"]
-    if (local.is_file() and local.name != WEIGHTS_NAME) or not all(file.is_file() for file in files):
-        return None
-    try:
-        arguments, facts = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-        arguments.pop("_model_class", None)
-        arguments.pop("encoder_weights", None)
-        names = facts["class_names"]
-        known = isinstance(facts["arch"], str) and facts["arch"].lower() in smp.MODEL_ARCHITECTURES_MAPPING
-        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        numbers = all(isinstance(arguments[key], int) for key in ("in_channels", "classes"))
-        if known and texts and numbers and isinstance(arguments["encoder_name"], str):
-            return arguments, facts
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise InputError(f"the settings of model {folder} (config.json, dann.json) are not those of a saved model.")
-
-
-def _from_saved(
-    saved: tuple[dict[str, Any], dict[str, Any]], where: str, domain: str
-) -> tuple[nn.Module, Sequence[str], int, Reading, Normalisation]:
-    arguments, facts = dict(saved[0]), saved[1]
-    encoder, bands, classes = (arguments.pop(key) for key in ("encoder_name", "in_channels", "classes"))
-    if len(facts["class_names"]) != classes:
-        raise InputError(f"model is {where!r}: it has {classes} classes, but names {len(facts['class_names'])}.")
-    network = build_network(facts["arch"], encoder, None, bands, classes, arguments)
-    if "reading" not in facts:  # a model of before readings were kept: bands as they are, range by the type
-        reading, (mean, std) = Reading(), (facts.get("mean"), facts.get("std"))
-        if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == bands):
-            raise InputError(f"model is {where!r}: its dann.json does not say mean and std of its {bands} bands.")
-        normalisation = Normalisation((0.0,) * bands, (1.0,) * bands, tuple(mean), tuple(std))
-    elif domain not in facts["reading"]:
-        raise InputError(
-            f"domain is {domain!r}, but model {where} knows how to read images of {sorted(facts['reading'])} only."
-        )
-    else:
-        reading, normalisation = reading_from_facts(facts["reading"][domain])
-    return network, facts["class_names"], bands, reading, normalisation
-
-
-def _from_config(config: Config, domain: str) -> tuple[nn.Module, Sequence[str], int, Reading, Normalisation]:
-    network = setup.make_network(config, with_weights=False)
-    settings = filled(getattr(config.data, domain))
-    bands = config.model.in_channels
-    if config.data.normalization == "domain" or settings.scale == "percentiles":  # measured over the training images
-        data = setup.load_data(config, (f"{domain}_train",))
-        setup.settle(config, data)
-        dataset = data.sets[f"{domain}_train"]
-        return network, config.class_names, bands, dataset.reading, dataset.normalisation
-    low, high = settings.scale if isinstance(settings.scale, list) else (0.0, 1.0)
-    normalisation = Normalisation(
-        (low,) * bands, (high,) * bands, tuple(config.data.mean), tuple(config.data.std)
-    )  # fmt: skip
-    return network, config.class_names, bands, setup.reading_of(settings), normalisation
-
-
 def _device(accelerator: str) -> torch.device:
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise InputError("accelerator is 'gpu', but torch finds none here; give auto or cpu.")
@@ -258,7 +134,13 @@ def _find_work(settings: PredictConfig) -> list[tuple[Path, Path]]:
     if not source.exists():
         raise InputError(f"input is {source}, which does not exist; give an image file or a folder of images.")
     if source.is_dir():
-        return _find_in_folder(source, target)
+        pairs = _find_in_folder(source, target)
+        taken = {output for _, output in pairs} & {_probabilities_path(output) for _, output in pairs}
+        if settings.probabilities and taken:
+            raise InputError(
+                f"output {taken.pop()} would be both a map and the probabilities of another; rename an image."
+            )
+        return pairs
     if target.suffix.lower() not in MAP_SUFFIXES:
         raise InputError(
             f"output is {target}; a class map is written as {', '.join(MAP_SUFFIXES)} (JPEG would change the classes)."

@@ -29,7 +29,15 @@ from dann_experiments.data.dataset import Memory, SegmentationDataset, check_siz
 from dann_experiments.data.digits import build_digits
 from dann_experiments.data.labels import label_map
 from dann_experiments.data.reading import Header, Normalisation, Reading, reading_facts
-from dann_experiments.data.samples import Sample, content_digest, file_digest, find_samples, refuse, shared_images
+from dann_experiments.data.samples import (
+    Sample,
+    content_digest,
+    file_digest,
+    find_samples,
+    refuse,
+    shared_images,
+    under,
+)
 from dann_experiments.data.statistics import measure, normalisation_from
 from dann_experiments.models.networks import build_network, output_stride
 from dann_experiments.models.taps import Tap, check_joint, resolve_taps
@@ -94,7 +102,7 @@ def data_root(config: Config) -> Path:
     """The folder that the data lists are relative to; builds the embedded data if it is asked for and not there yet."""
     embedded = config.data.embedded
     if config.data.root is not None:
-        return Path(config.data.root).expanduser()
+        return under(Path(), config.data.root)
     if embedded.name is None:
         return Path.cwd()
     return build_digits(embedded_folder(embedded.folder), embedded.seed, embedded.name)
@@ -103,7 +111,7 @@ def data_root(config: Config) -> Path:
 def embedded_folder(folder: str | None) -> Path:
     """Where embedded data are built: `folder`, else the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dann_experiments"
-    return Path(folder).expanduser() if folder is not None else cache
+    return under(Path(), folder) if folder is not None else cache
 
 
 def load_data(config: Config, names: tuple[str, ...] = SETS) -> Data:
@@ -115,8 +123,11 @@ def load_data(config: Config, names: tuple[str, ...] = SETS) -> Data:
         found = find_set(config, name, problems.append)
         if found is not None:
             samples, headers = problems.good(config, name, found)
-            if not problems.texts:
-                sets[name] = as_dataset(config, name, samples, memory, headers)
+            if samples:
+                try:
+                    sets[name] = as_dataset(config, name, samples, memory, headers)
+                except InputError as error:  # a region beyond its image, a pixel size that is not known
+                    problems.append(str(error))
     problems.refuse()
     return Data(sets)
 
@@ -184,14 +195,14 @@ def as_dataset(
     data, domain = config.data, filled(getattr(config.data, domain_name))
     return SegmentationDataset(
         samples, label_map(config.class_names, data.ignore_index, domain.value_map, domain.colours, domain.ignore_values),
-        _fixed_normalisation(config, domain), reading_of(domain), split == "train", data.crop_size, data.window_size,
+        fixed_normalisation(config, domain), reading_of(domain), split == "train", data.crop_size, data.window_size,
         data.windows == "random", data.window_count, domain.augmentation, config.seed, memory, headers,
     )  # fmt: skip
 
 
 def domain_root(config: Config, domain: DomainDataConfig) -> Path:
     """The folder that a domain's entries are relative to."""
-    return data_root(config) if domain.root is None else Path(domain.root).expanduser()
+    return data_root(config) if domain.root is None else under(Path(), domain.root)
 
 
 def reading_of(domain: DomainDataConfig) -> Reading:
@@ -205,7 +216,7 @@ def reading_of(domain: DomainDataConfig) -> Reading:
     )
 
 
-def _fixed_normalisation(config: Config, domain: DomainDataConfig) -> Normalisation:
+def fixed_normalisation(config: Config, domain: DomainDataConfig) -> Normalisation:
     """What the settings alone say; `settle` puts in what has to be measured."""
     bands = config.model.in_channels
     low, high = domain.scale if isinstance(domain.scale, list) else (0.0, 1.0)

@@ -1,0 +1,89 @@
+"""A trained model with all that is needed to use it on images: network, class names, reading, normalisation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from dann_experiments.config import Config, InputError
+from dann_experiments.config.presets import filled
+from dann_experiments.data.reading import Normalisation, Reading
+from dann_experiments.data.writing import NODATA
+from dann_experiments.jobs import setup
+from dann_experiments.jobs.source_model import fetched
+from dann_experiments.models.files import ModelNotes, load_into, read_model_notes, read_weights
+from dann_experiments.tracking.store import Store
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with all that is needed to use it."""
+
+    network: nn.Module
+    class_names: Sequence[str]
+    in_channels: int
+    reading: Reading
+    normalisation: Normalisation
+    digest: str
+    """Equal for equal weights and class names."""
+    run_id: str | None
+    """The run that made it, where known."""
+
+
+def load_model(where: str, domain: str, config: Config | None, store: Store) -> Model:
+    """The model at `where` (folder, file, runs:/, models:/), to read images as those of `domain`.
+
+    The network is built from the settings kept with the model; a checkpoint without takes those of `config`. Raises
+    InputError where there is neither, and for weights that do not fit.
+    """
+    with fetched(where, store, key="model") as (local, run_id):
+        notes = read_model_notes(local, where)
+        weights = read_weights(local)
+    if notes is not None and notes.class_names is not None:
+        network, names, in_channels = notes.build(), notes.class_names, notes.in_channels
+        reading, normalisation = _noted_reading(notes, where, domain)
+    elif config is not None:
+        network, names, in_channels = (
+            setup.make_network(config, with_weights=False),
+            config.class_names,
+            config.model.in_channels,
+        )
+        reading, normalisation = _reading_of_settings(config, domain)
+    else:
+        raise InputError(
+            f"model is {where!r}, which has no settings of its network beside it (config.json and dann.json); give them "
+            "with --config, for example the config.yaml of the run that made it, or name the run's model: runs:/ID."
+        )
+    # load_into would suggest strict_loading, which a finished model has no use for
+    problems = load_into(network, weights, strict=False, where=where)
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise InputError(f"model is {where!r}, whose weights do not fit its network ({shown}); give its own settings.")
+    if not 2 <= len(names) <= NODATA:
+        raise InputError(f"model is {where!r} with {len(names)} classes; maps hold 2 to {NODATA}.")
+    digest = hashlib.blake2b(json.dumps([type(network).__name__, list(names)]).encode(), digest_size=16)
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return Model(network, names, in_channels, reading, normalisation, digest.hexdigest(), run_id)
+
+
+def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading, Normalisation]:
+    if domain not in notes.readings:
+        raise InputError(
+            f"domain is {domain!r}, but model {where} knows how to read images of {sorted(notes.readings)} only."
+        )
+    return notes.readings[domain]
+
+
+def _reading_of_settings(config: Config, domain: str) -> tuple[Reading, Normalisation]:
+    settings = filled(getattr(config.data, domain))
+    if config.data.normalization == "domain" or settings.scale == "percentiles":  # measured over the training images
+        data = setup.load_data(config, (f"{domain}_train",))
+        setup.settle(config, data)
+        dataset = data.sets[f"{domain}_train"]
+        return dataset.reading, dataset.normalisation
+    return setup.reading_of(settings), setup.fixed_normalisation(config, settings)
