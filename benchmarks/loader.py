@@ -121,6 +121,12 @@ def main() -> None:
     parser.add_argument("--neon_trees", help="folder of the NEON tiles (see the recipe)")
     parser.add_argument("--write", action="store_true")
     known = parser.parse_args()
+    memory = ["| two rasters of | peak memory | seconds |", "|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:  # first: a child's peak starts at what its parent holds
+        for side in SIDES:
+            peak, seconds = peak_memory(Path(folder), side)
+            memory.append(f"| {side:,} x {side:,} pixels | {peak:,.0f} MB | {seconds:.0f} |")
+            print(memory[-1], flush=True)
     lines = ["| settings | loaders, images/s | training step, images/s | ratio |", "|---|---|---|---|"]
     for name, overrides in (("digits", {}), ("neon_trees", {"data.root": known.neon_trees})):
         if name == "neon_trees" and known.neon_trees is None:
@@ -128,12 +134,7 @@ def main() -> None:
         loading, training = rates(load_config(RECIPES / f"{name}.yaml", overrides))
         lines.append(f"| recipes/{name}.yaml | {loading:.0f} | {training:.0f} | {loading / training:.1f} |")
         print(lines[-1], flush=True)
-    lines += ["", "| two rasters of | peak memory | seconds |", "|---|---|---|"]
-    with tempfile.TemporaryDirectory() as folder:
-        for side in SIDES:
-            memory, seconds = peak_memory(Path(folder), side)
-            lines.append(f"| {side:,} x {side:,} pixels | {memory:,.0f} MB | {seconds:.0f} |")
-            print(lines[-1], flush=True)
+    lines += ["", *memory]
     lines += ["", circumstances("torch", "rasterio")]
     if known.write:
         put("performance.md", "loader", "\n".join(lines))

@@ -655,5 +655,4 @@ def test_memory_does_not_grow_with_the_raster(model):
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         peaks[size] = int(done.stdout.split("peak")[1])
-    print(peaks)
     assert peaks[4500] < 1.1 * peaks[1500]
