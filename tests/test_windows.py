@@ -96,7 +96,18 @@ def test_what_fits_in_memory_is_decoded_once_and_no_more_than_that_is_kept(tmp_p
             found[index]
     assert memory.bytes_left == 0
     assert len(reads) == 2 + 3 * 2  # two windows kept, two decoded each time
-    assert not found.all_kept
+    assert len(found._kept) == 2
+
+
+def test_what_does_not_fit_in_memory_is_not_decoded_ahead_for_nothing(tmp_path, monkeypatch):
+    reads = []
+    read_pixels = dataset_module.read_pixels
+    monkeypatch.setattr(dataset_module, "read_pixels", lambda *given: reads.append(given[-1]) or read_pixels(*given))
+    memory = Memory(2.5 * 32 * 32 / 1e9)
+    found = raster_set(tmp_path, np.ones((1, 96, 96), np.uint8), window_size=32, memory=memory)
+    list(found.fill())
+    assert len(found) == 9
+    assert len(reads) == 3  # two that are kept, and the one that showed that no more fits
 
 
 def test_normalisation_is_measured_over_the_windows_where_there_is_data(tmp_path):

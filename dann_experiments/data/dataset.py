@@ -37,11 +37,14 @@ class Memory:
 
     def __init__(self, gigabytes: float) -> None:
         self.bytes_left = gigabytes * 1e9
+        self.full = gigabytes <= 0
+        """Whether something had to be left out: reading ahead has no use any more."""
 
     def take(self, arrays: Arrays) -> bool:
         """Whether these arrays may be kept; if so they are counted."""
         size = sum(array.nbytes for array in arrays if array is not None)
         if size > self.bytes_left:
+            self.full = True
             return False
         self.bytes_left -= size
         return True
@@ -103,11 +106,6 @@ class SegmentationDataset(Dataset):
         """Whether the items bring masks."""
         return bool(self.samples) and self.samples[0].mask is not None
 
-    @property
-    def all_kept(self) -> bool:
-        """Whether every item is in memory."""
-        return len(self._kept) == len(set(self.pieces))
-
     def read(self, index: int) -> Arrays:
         """Image (B, h, w) as stored in the file, mask (h, w) and validity (h, w; None = all valid) of an item."""
         piece = self.pieces[index]
@@ -136,7 +134,7 @@ class SegmentationDataset(Dataset):
         complete, kept = True, []
         for index, piece in enumerate(self.pieces):
             lacking = self.reading.may_lack_data(self.headers[piece.sample])
-            if self.memory.bytes_left > 0 or (self.training and lacking):
+            if not self.memory.full or (self.training and lacking):
                 _, mask, valid = self.read(index)
                 if mask is not None:
                     pixels += np.bincount(mask.ravel(), minlength=256)
