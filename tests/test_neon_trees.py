@@ -59,6 +59,8 @@ def test_the_recipe_trains_adapts_and_maps_real_tiles(workplace):
     assert {"iou/source_val", "iou/target_val"} <= set(result.metrics)
     mosaic = workplace / "mosaic.tif"
     tile = np.asarray(Image.open(TREES / "source_yellowstone" / "images" / "yell_b.png")).transpose(2, 0, 1)
+    # a whole number of the network's strides: elsewhere its pooling would meet the copies differently
+    tile = tile[:, : tile.shape[1] // 16 * 16, : tile.shape[2] // 16 * 16]
     values = np.tile(tile, (1, 2, 2))
     transform = from_origin(541000, 4977000, 0.1, 0.1)
     with rasterio.open(
@@ -82,4 +84,4 @@ def test_the_recipe_trains_adapts_and_maps_real_tiles(workplace):
     away = 300  # from the seams of the mosaic, whose surroundings differ
     corner = np.s_[away : tile.shape[1] - away, away : tile.shape[2] - away]
     other = np.s_[tile.shape[1] + away : -away, tile.shape[2] + away : -away]
-    assert ids[corner].shape == ids[other].shape
+    assert (ids[corner] == ids[other]).mean() > 0.98  # the same pixels, other tiles
