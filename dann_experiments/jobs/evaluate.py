@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -224,7 +223,7 @@ def _labelled(config: Config) -> setup.Data:
         if not dataset.has_masks:
             log.info("%s has no masks and is not scored.", key)
             continue
-        deque(dataset.fill(), maxlen=0)
+        setup.followed(config, dataset.fill(), len(dataset), f"reading {key}")
         if dataset.class_pixels is not None and not np.delete(dataset.class_pixels, config.data.ignore_index).any():
             raise InputError(
                 f"{key}: no pixel of its masks is of a class {config.class_names}: all are ignored (data.ignore_index "

@@ -15,7 +15,7 @@ from dann_experiments.data.reading import Normalisation, Reading
 from dann_experiments.data.writing import NODATA
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.source_model import fetched
-from dann_experiments.models.files import ModelNotes, load_into, read_model_notes, read_weights
+from dann_experiments.models.files import ModelNotes, listed, load_into, read_model_notes, read_weights
 from dann_experiments.tracking.store import Store
 
 
@@ -61,8 +61,9 @@ def load_model(where: str, domain: str, config: Config | None, store: Store) -> 
     # load_into would suggest strict_loading, which a finished model has no use for
     problems = load_into(network, weights, strict=False, where=where)
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise InputError(f"model is {where!r}, whose weights do not fit its network ({shown}); give its own settings.")
+        raise InputError(
+            f"model is {where!r}, whose weights do not fit its network ({listed(problems)}); give its own settings."
+        )
     if not 2 <= len(names) <= NODATA:
         raise InputError(f"model is {where!r} with {len(names)} classes; maps hold 2 to {NODATA}.")
     digest = hashlib.blake2b(json.dumps([type(network).__name__, list(names)]).encode(), digest_size=16)

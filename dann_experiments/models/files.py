@@ -75,8 +75,8 @@ def save_model(
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
     save_file(state, folder / WEIGHTS_NAME)
     config = {"_model_class": type(network).__name__, **arguments, "encoder_weights": None}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (folder / "dann.json").write_text(json.dumps({"arch": arch, **facts}, indent=1) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
+    (folder / NOTES_NAME).write_text(json.dumps({"arch": arch, **facts}, indent=1) + "\n")
 
 
 def read_model_notes(path: str | Path, where: str | None = None) -> ModelNotes | None:
@@ -163,16 +163,20 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], strict: bool, w
         if name in found and found[name].shape != tensor.shape
     ]
     if problems and strict:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise InputError(
-            f"checkpoint {where} does not fit the network of `model` ({shown}). Give the checkpoint's own model settings, "
-            "or set domain_adaptation.pretrained_checkpoint.strict_loading to false to load what fits."
+            f"checkpoint {where} does not fit the network of `model` ({listed(problems)}). Give the checkpoint's own model "
+            "settings, or set domain_adaptation.pretrained_checkpoint.strict_loading to false to load what fits."
         )
     fitting = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
     if not fitting:
         raise InputError(f"checkpoint {where} has no weight in common with the network of `model`.")
     network.load_state_dict(fitting, strict=False)
     return problems
+
+
+def listed(problems: Sequence[str]) -> str:
+    """What `load_into` returned, in a sentence's length."""
+    return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
 
 
 def _load_tensors(path: Path) -> dict[str, Any]:
