@@ -9,7 +9,7 @@ import torch
 from conftest import small_settings, write_raster
 from rasterio.transform import from_origin
 
-from dann_experiments import adapt, load_config
+from dann_experiments import InputError, adapt, load_config
 from dann_experiments.adaptation.dann import DANNMethod
 from dann_experiments.adaptation.domain_classifier import DomainClassifier, masked_mean
 from dann_experiments.adaptation.method import Progress, StepOutputs
@@ -186,3 +186,17 @@ def test_a_set_smaller_than_one_batch_trains_in_smaller_batches(rasters, workpla
     assert "fewer than its batch size 500" in caplog.text
     run = mlflow.MlflowClient(tracking_uri=result.tracking_uri).get_run(result.run_id)
     assert "da/domain_loss" in run.data.metrics
+
+
+def test_images_of_two_types_are_not_measured_together(tmp_path):
+    for number, dtype in enumerate((np.uint8, np.uint16)):
+        values = np.random.default_rng(number).integers(1, 200, (3, 32, 32)).astype(dtype)
+        write_raster(tmp_path / "a" / "images" / f"{number}.tif", values)
+    write_raster(tmp_path / "a" / "masks" / "0.tif", np.eye(32, dtype=np.uint8)[None])
+    write_raster(tmp_path / "a" / "masks" / "1.tif", np.eye(32, dtype=np.uint8)[None])
+    given = {"data.source.val": [], "data.target.val": [], "data.target.test": [], "monitor.metric": None}
+    given |= {"data.source.train": ["a"], "data.target.train": ["a"]}
+    config = load_config(None, small_settings(tmp_path) | given | {"data.normalization": "domain"})
+    data = setup.load_data(config)
+    with pytest.raises(InputError, match=r"data\.source has images of uint16 and uint8"):
+        setup.check_data(config, data, setup.make_network(config))

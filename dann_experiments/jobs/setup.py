@@ -265,6 +265,12 @@ def settle(config: Config, data: Data) -> None:
         if not mine or not (own or domain.scale == "percentiles"):
             continue
         measured = data.get(f"{domain_name}_train") or _unread_train_set(config, domain_name) or mine[0]
+        types = sorted({header.dtype for header in measured.headers})
+        if len(types) > 1:  # the sums of such values would mean nothing
+            raise InputError(
+                f"data.{domain_name} has images of {' and '.join(types)}, whose bands cannot be measured together; convert "
+                "them to one type, or set data.normalization to fixed and scale to type or a range."
+            )
         *_, sums = followed(config, measure(measured), len(measured), f"measuring the bands of data.{domain_name}")
         found = normalisation_from(sums.result(), measured.normalisation, domain.scale, measured.headers[0].dtype, own)
         for dataset in mine:
