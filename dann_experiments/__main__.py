@@ -15,7 +15,8 @@ from typing import Any
 
 from dann_experiments.command_line import DEFAULT_CONFIG, NOT_GIVEN, SHORT_NAMES, dotted, quiet_libraries, ui_command
 from dann_experiments.config import Config, InputError, config_to_yaml, load_config
-from dann_experiments.config.parsing import help_text, load_settings
+from dann_experiments.config.comparison import CompareConfig
+from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
 
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
     "adapt": "adapt a source model to the unlabelled target domain (pretrains first where needed)",
     "evaluate": "score a model on every labelled val and test set",
     "predict": "write the class map of a raster of any size, or of a folder of images",
+    "compare": "did adaptation help? source only, control, DANN and oracle over several seeds; a verdict and a report",
     "runs": "show the newest runs of an experiment side by side",
     "layers": "list the layers whose features can be aligned",
     "config": "print the resolved settings as YAML",
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if known.command == "predict":
             return _predict(known, rest)
+        if known.command == "compare":
+            return _compare(known, rest)
         config = load_config(
             DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else known.config, _overrides(known, rest)
         )
@@ -108,6 +112,13 @@ def _argument_parser() -> argparse.ArgumentParser:
         command.add_argument("--config", metavar="FILE", help="YAML file of settings (default: recipes/digits.yaml)")
         for short in SHORT_NAMES:
             command.add_argument(f"--{short}", metavar="VALUE", help=f"short for --{_long_name(short, name)}")
+        if name == "compare":
+            command.add_argument(
+                "--arms", metavar="FILE", help="YAML file of arms (and seeds); default: the usual five"
+            )
+            command.add_argument(
+                "--runs", metavar="ID", nargs="*", help="compare these finished runs; nothing is trained"
+            )
         if name == "layers":
             command.add_argument("--all", action="store_true", help="list every layer, not only the useful ones")
     return parser
@@ -116,6 +127,8 @@ def _argument_parser() -> argparse.ArgumentParser:
 def _command_help(parser: argparse.ArgumentParser, command: str) -> str:
     action = next(item for item in parser._actions if isinstance(item, argparse._SubParsersAction))
     settings = help_text(PredictConfig) if command == "predict" else help_text()
+    if command == "compare":
+        settings = f"{help_text(CompareConfig)}\nSettings of the runs:\n{settings}"
     return f"{action.choices[command].format_help()}\nSettings (in a YAML file, or as --dotted.key value):\n{settings}"
 
 
@@ -150,6 +163,59 @@ def _predict(known: argparse.Namespace, rest: Sequence[str]) -> int:
         print(f"  {name}: {pixels / max(total, 1):.1%} of the pixels with data")
     print(f"Preview and class shares: run {result.run_id}; {ui_command(result.tracking_uri)}")
     return 0
+
+
+def _compare(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    given = dotted(rest)
+    keys = known_keys(CompareConfig)
+    own: dict[str, Any] = {key: value for key, value in given.items() if key in keys and value not in NOT_GIVEN}
+    runs = [run_id for text in known.runs or () for run_id in text.replace(",", " ").split() if run_id not in NOT_GIVEN]
+    if runs:
+        own["runs"] = runs
+    file = None if known.arms in (None, *NOT_GIVEN) else known.arms
+    settings = load_settings(CompareConfig, file, own)
+    overrides = _overrides(known, [])
+    overrides |= {key: value for key, value in given.items() if key not in keys}
+    config = load_config(DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else known.config, overrides)
+    quiet_libraries()
+    from dann_experiments.comparison.compare import ComparisonFailed, compare
+
+    try:
+        result = compare(config, settings)
+    except ComparisonFailed as error:
+        print(f"The comparison failed: {error}", file=sys.stderr)
+        return 1
+    _print_comparison(result)
+    return 0
+
+
+def _print_comparison(result: Any) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    scores = [name for name in result.table["metric"].unique() if name.startswith("iou/")]
+    comparison, table = result.comparison, result.table.set_index(["arm", "metric"])
+    shown = Table("", *scores, "seeds", title=f"{comparison.title}: IoU points, mean ± standard deviation")
+    for arm in comparison.arms:
+        cells, seeds = [], 0
+        for name in scores:
+            row = table.loc[(arm.name, name)] if (arm.name, name) in table.index else None
+            seeds = seeds if row is None else max(seeds, int(row["n"]))
+            spread = "" if row is None or row["std"] != row["std"] else f" ± {100 * row['std']:.1f}"
+            cells.append("" if row is None else f"{100 * row['mean']:.1f}{spread}")
+        shown.add_row(arm.name, *cells, str(seeds))
+    Console().print(shown)
+    for verdict in comparison.verdicts:
+        Console().print(f"[bold]{escape(f'{verdict.arm}: {verdict.outcome}.')}[/bold] {escape(verdict.reason)}")
+    if comparison.selection is not None:
+        print("\nTarget-free choice of an epoch, against iou/target_val (docs/selection.md):")
+        print(comparison.selection.round(3).to_string(index=False))
+    for note in comparison.notes:
+        print(f"Note: {note}")
+    if result.artifacts:
+        print(f"Report: {Path(result.artifacts) / 'report.html'}")
+    print(f"Run {result.run_id}; {ui_command(result.tracking_uri)}")
 
 
 def _print_layers(config: Config, every: bool) -> None:

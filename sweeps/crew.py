@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import Config, config_to_dict, replace
+from dann_experiments.tracking.processes import available_cores, default_workers, visible_gpus
 from dann_experiments.tracking.run import TrackedRun
 from dann_experiments.tracking.store import Store
 from sweeps.launchers import Launcher, ProcessLauncher, RayLauncher
@@ -24,7 +25,6 @@ from sweeps.study import HALT, STORAGE_ERRORS, Sweep, study_folder
 from sweeps.worker import PATIENCE_SECONDS, PAUSE_SECONDS, Task
 
 log = logging.getLogger(__name__)
-MOST_DEFAULT_WORKERS = 4
 POLL_SECONDS = 1.0
 IDLE_DEATHS = 3  # workers in a row that die before they claim a trial: something is wrong with all of them
 
@@ -49,7 +49,7 @@ def crew_for(sweep: SweepConfig, config: Config) -> Iterator[Crew]:
         launcher = RayLauncher(sweep.ray_address, sweep.cpus_per_trial, sweep.gpus_per_trial)
         crew = Crew(launcher, sweep.workers or max(1, launcher.capacity))
     else:
-        gpus = _gpus(config)
+        gpus = visible_gpus(config.trainer.accelerator)
         crew = Crew(ProcessLauncher(gpus), _worker_count(sweep, gpus))
     try:
         yield crew
@@ -62,7 +62,7 @@ def with_threads(config: Config, sweep: SweepConfig) -> Config:
     if sweep.launcher == "ray":
         share = max(1, int(sweep.cpus_per_trial))
     else:
-        share = max(1, _cores() // _worker_count(sweep, _gpus(config)))
+        share = max(1, available_cores() // _worker_count(sweep, visible_gpus(config.trainer.accelerator)))
     if config.threads is not None and config.threads <= share:
         return config
     log.info("threads: %d for each trial, so that the workers share the cores.", share)
@@ -75,8 +75,8 @@ def keep_going(
     """Run until no trial waits, or the time is over. Raises SweepFailed when it is hopeless."""
     study.set_attribute(HALT, None)
     threads = crew.count * (config.threads or 1)
-    if sweep.launcher == "processes" and threads > _cores():
-        log.warning("%d workers of %d threads each share %d cores.", crew.count, config.threads or 1, _cores())
+    if sweep.launcher == "processes" and threads > available_cores():
+        log.warning("%d workers of %d threads each share %d cores.", crew.count, config.threads or 1, available_cores())
     deadline = None if sweep.timeout is None else time.time() + sweep.timeout
     launcher, shift = crew.launcher, _Shift(study, sweep, config, store, address, run, crew, deadline)
     try:
@@ -198,21 +198,5 @@ def _reasons(trials: list[FrozenTrial]) -> Counter[str]:
     return Counter(str(trial.user_attrs.get("error", "unknown")) for trial in trials)
 
 
-def _gpus(config: Config) -> list[str]:
-    """The GPUs that trials may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    if config.trainer.accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-
-
 def _worker_count(sweep: SweepConfig, gpus: list[str]) -> int:
-    if sweep.workers is not None:
-        return sweep.workers
-    return len(gpus) or min(_cores(), MOST_DEFAULT_WORKERS)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return default_workers(gpus) if sweep.workers is None else sweep.workers

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 PATIENCE_SECONDS, PAUSE_SECONDS = 600.0, 5.0  # a tracking server or database that restarts is waited for
@@ -40,15 +35,9 @@ class Task:
 
 def process_main(task: Task) -> None:
     """A worker as a process of its own: with a log file, ending with its driver."""
-    os.environ.pop("MLFLOW_RUN_ID", None)
-    if task.log_file is not None:
-        Path(task.log_file).parent.mkdir(parents=True, exist_ok=True)
-        file = open(task.log_file, "a", buffering=1)  # noqa: SIM115  (open as long as the process)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver stops its workers itself
-    signal.signal(signal.SIGTERM, _leave)
-    threading.Thread(target=_end_with_the_driver, daemon=True).start()
+    from dann_experiments.tracking.processes import become_worker
+
+    become_worker(task.log_file)
     try:
         work(task)
     except Exception:
@@ -112,20 +101,3 @@ def work(task: Task) -> None:
             if trial is not None:
                 study.give_back(trial, "stopped", stopped=True)
             raise
-
-
-def _leave(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
-
-
-def _end_with_the_driver() -> None:
-    """A driver that was killed cannot stop its workers: they see its end themselves."""
-    import multiprocessing
-    from multiprocessing.connection import wait
-
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        with contextlib.suppress(Exception):
-            print("The driver is gone: stopping.", file=sys.stderr)
-        os.kill(os.getpid(), signal.SIGTERM)

@@ -18,7 +18,7 @@ from conftest import small_settings, squares_in, write_domain, write_raster
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
-from dann_experiments import InputError, RunResult, evaluate, load_config, pretrain
+from dann_experiments import InputError, RunResult, adapt, evaluate, load_config, pretrain
 from dann_experiments.data.reading import Normalisation, Reading, reading_facts
 from dann_experiments.jobs.source_model import fetched
 from dann_experiments.models.files import read_model_notes, save_model
@@ -538,3 +538,111 @@ def test_another_job_s_own_key_is_named_where_a_model_is_not_there(workplace):
     for path in ("none.pt", "runs:/0123456789abcdef0123456789abcdef", "models:/nobody/1"):
         with pytest.raises(InputError, match=f"^model is '?{path}'?, which "), fetched(path, store, key="model"):
             raise AssertionError("never reached")
+
+
+TARGET_STATISTICS = {"domain_adaptation__batchnorm": "target_stats", "data__target__train": ["target"]}
+
+
+def with_statistics_by_torch(trained: RunResult, images: Path, where: Path) -> Path:
+    """The trained model with the statistics that torch itself keeps of one batch of all `images` (8 bit)."""
+    network = smp.from_pretrained(str(folder_of(trained))).train()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    pixels = [torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255 for path in sorted(images.iterdir())]
+    mean, std = (torch.tensor(target_facts(trained)[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        network((torch.stack(pixels) - mean) / std)
+    network.save_pretrained(str(where))
+    return where
+
+
+def test_with_target_stats_the_model_is_scored_with_the_statistics_of_the_target_s_training_images(
+    trained, squares, workplace
+):
+    """In one batch of all 13 images every layer's statistics are torch's own."""
+    before = {path: path.read_bytes() for path in folder_of(trained).iterdir()}
+    result = scored(squares, trained, **TARGET_STATISTICS, data__target__batch_size=13)
+    model = with_statistics_by_torch(trained, squares / "target" / "images", workplace / "adabn")
+    notes = json.loads((folder_of(trained) / "dann.json").read_text())["reading"]
+    for name in ("source_val", "target_val", "target_test"):
+        facts = notes[name.split("_")[0]]
+        assert matrix(result, name) == counted(model, squares / name, 0, 255, facts["mean"], facts["std"]).tolist()
+    plain = scored(squares, trained)
+    assert matrix(result, "target_val") != matrix(plain, "target_val")
+    assert tags_of(result)["dann.batchnorm"] == "target_stats"
+    assert "dann.batchnorm" not in tags_of(plain)
+    assert {path: path.read_bytes() for path in folder_of(trained).iterdir()} == before
+    inputs = client(result).get_run(result.run_id).inputs.dataset_inputs
+    shown = {found.tags[0].value for found in inputs}
+    assert shown == {"source val", "target val", "target test", "target train"}
+    assert set(table_of(result, "scores")["set"]) == {"source_val", "target_val", "target_test"}
+
+
+def test_the_run_s_config_yaml_gives_the_same_numbers_with_target_stats(trained, squares, workplace):
+    result = scored(squares, trained, **TARGET_STATISTICS)
+    assert evaluate(load_config(Path(str(result.artifacts)) / "config.yaml")).metrics == result.metrics
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"data__crop_size": 16, "data__target__augmentation": "strong"},
+        {"data__eval_batch_size": 1},
+        {"seed": 7},
+        {"data__memory_gb": 0},
+    ],
+    ids=str,
+)
+def test_target_statistics_are_of_whole_images_as_they_are_whatever_training_would_draw(
+    trained, squares, workplace, more
+):
+    expected = scored(squares, trained, **TARGET_STATISTICS).metrics
+    assert scored(squares, trained, **TARGET_STATISTICS, **more).metrics == pytest.approx(expected, abs=1e-6)
+
+
+def test_masks_of_the_target_s_training_images_are_not_looked_for(trained, squares, workplace):
+    expected = scored(squares, trained, **TARGET_STATISTICS).metrics
+    shutil.copytree(squares / "target" / "images", workplace / "masked" / "images")
+    (workplace / "masked" / "masks").mkdir()
+    for path in (workplace / "masked" / "images").iterdir():
+        (workplace / "masked" / "masks" / path.name).write_text("no mask at all")
+    given = TARGET_STATISTICS | {"data__target__train": [str(workplace / "masked")]}
+    assert scored(squares, trained, **given).metrics == expected
+
+
+def test_target_stats_without_target_images_to_score_reads_them_as_the_model_does(trained, squares, workplace):
+    expected = scored(squares, trained, **TARGET_STATISTICS).metrics
+    less = {"data__target__val": [], "data__target__test": []}
+    result = scored(squares, trained, **TARGET_STATISTICS, **less)
+    assert result.metrics == {name: value for name, value in expected.items() if "source_val" in name}
+    assert tags_of(result)["dann.normalisation_from"] == "source: model, target: model"
+
+
+@pytest.mark.parametrize("value", ["joint", "source_only"])
+def test_other_values_of_batchnorm_change_nothing_in_evaluate(trained, squares, workplace, value):
+    more = TARGET_STATISTICS | {"domain_adaptation__batchnorm": value}
+    result = scored(squares, trained, **more)
+    assert result.metrics == scored(squares, trained).metrics
+    assert "dann.batchnorm" not in tags_of(result)
+
+
+def test_target_stats_without_training_images_or_without_batchnorm_is_refused_before_a_run(trained, squares, workplace):
+    with pytest.raises(InputError, match=r"data\.target\.train, but that is empty; name target images there"):
+        scored(squares, trained, domain_adaptation__batchnorm="target_stats")
+    arguments = {"encoder_name": "mit_b0", "in_channels": 3, "classes": 2, "decoder_use_norm": False}
+    save_model(workplace / "plain", smp.Unet(**arguments, encoder_weights=None), "unet", arguments, {})
+    runs = len(client(trained).search_runs(["1", "2", "3"]))
+    with pytest.raises(InputError, match="no BatchNorm with running statistics; set it to separate"):
+        scored(squares, trained, workplace / "plain", **TARGET_STATISTICS)
+    assert len(client(trained).search_runs(["1", "2", "3"])) == runs
+
+
+def test_a_model_adapted_with_target_stats_holds_them_and_evaluate_gives_its_run_s_numbers(squares, workplace):
+    settings = small_settings(squares, domain_adaptation__batchnorm="target_stats")
+    adapted = adapt(load_config(None, settings))
+    scores = ["iou/source_val", "iou/target_val", "iou/target_test"]
+    expected = [pytest.approx(adapted.metrics[name], abs=1e-6) for name in scores]
+    for more in ({}, TARGET_STATISTICS | {"data__target__batch_size": 3}):
+        result = scored(squares, adapted, **more)
+        assert [result.metrics[name] for name in scores] == expected

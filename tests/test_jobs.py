@@ -90,7 +90,7 @@ def test_a_run_shows_what_the_design_promises(run):
         "config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "model/config.json", "model/dann.json",
         "model/model.safetensors", "figures/predictions_source.png", "figures/predictions_target.png",
         "figures/confusion_source_val.png", "figures/confusion_target_val.png", "figures/confusion_target_test.png",
-        "figures/curves.png", "tables/class_iou.csv",
+        "figures/curves.png", "tables/class_iou.csv", "features.safetensors",
     }  # fmt: skip
     assert not Path("outputs", run.run_id).exists()
 

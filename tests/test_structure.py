@@ -22,7 +22,7 @@ from dann_experiments.config.prediction import PredictConfig
 from sweeps.settings import SweepConfig
 
 PROJECT = Path(__file__).parents[1]
-LAYERS = ["config", "data", "models", "adaptation", "training", "tracking", "jobs", "command_line", "__main__"]
+LAYERS = ["config", "data", "models", "adaptation", "training", "tracking", "jobs", "command_line", "comparison", "__main__"]
 
 
 def imports_of(file: Path) -> set[str]:

@@ -79,6 +79,14 @@ class DANNMethod(DomainAdaptationMethod):
         metrics["da/lambda"] = lambda_now
         return MethodLoss(domain_loss, domain_loss.detach(), lambda_now, metrics)
 
+    def domain_hits(self, features: Mapping[str, Tensor], domain: int, valid: Tensor | None) -> Mapping[str, Tensor]:
+        """The classifiers' right decisions on features that training has not seen."""
+        found = {}
+        for layer, classifier in zip(self.feature_layers, self.classifiers, strict=True):
+            assert isinstance(classifier, DomainClassifier)
+            found[layer] = classifier.hits(features[layer], domain, valid)
+        return found
+
     def param_groups(self) -> list[dict[str, Any]]:
         """The classifiers, in a group of their own with `discriminator_lr`."""
         return [{"params": list(self.classifiers.parameters()), "lr": self.discriminator_lr, "name": "discriminator"}]

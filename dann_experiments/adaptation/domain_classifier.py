@@ -72,10 +72,21 @@ class DomainClassifier(nn.Module):
         right = (logits.argmax(1) == labels).float().detach()
         if valid is None:
             return losses.mean(), right.mean()
-        # pooled: an image without a single valid pixel has no features to judge
-        weights = (valid > 0).any(2).any(1).float() if self.kind == "pooled" else resize_valid(valid, logits)
+        weights = self._weights(valid, logits)
         total = weights.sum().clamp_min(1e-6)
         return (losses * weights).sum() / total, (right * weights).sum() / total
+
+    def hits(self, features: Tensor, domain: int, valid: Tensor | None = None) -> Tensor:
+        """(2,) how many decisions on features of `domain` are right, and how many there are, each weighted by its valid share:
+        sums, so that the accuracy of a whole set can be taken from its batches."""
+        logits = self(features, valid)
+        right = (logits.argmax(1) == domain).double()
+        weights = torch.ones_like(right) if valid is None else self._weights(valid, logits).double()
+        return torch.stack([(right * weights).sum(), weights.sum()])
+
+    def _weights(self, valid: Tensor, logits: Tensor) -> Tensor:
+        # pooled: an image without a single valid pixel has no features to judge
+        return (valid > 0).any(2).any(1).float() if self.kind == "pooled" else resize_valid(valid, logits)
 
 
 def masked_mean(features: Tensor, valid: Tensor | None) -> Tensor:

@@ -75,6 +75,12 @@ class DomainAdaptationMethod(nn.Module, ABC):
     def loss(self, outputs: StepOutputs, progress: Progress) -> MethodLoss:
         """The method's loss for one step, on a graph that reaches the network through the features."""
 
+    def domain_hits(self, features: Mapping[str, Tensor], domain: int, valid: Tensor | None) -> Mapping[str, Tensor]:
+        """Called in validation, in eval mode, with the features of one batch of `domain` (0 source, 1 target): layer -> (2,)
+        right decisions of the method's domain classifier and all of them. `da/domain_acc_val` comes from their sums;
+        default: there is no such classifier."""
+        return {}
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of the method's own parameters; default: one group at the network's learning rate."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -205,6 +205,8 @@ class DataConfig:
     """Folder that the entries are relative to; null = the embedded data if there is one, else the current folder."""
     source: DomainDataConfig = field(default_factory=DomainDataConfig)
     target: DomainDataConfig = field(default_factory=DomainDataConfig)
+    oracle: list[Entry] = field(default_factory=list)
+    """Labelled training images of the target, for the oracle of `compare` and nothing else; [] = no oracle."""
     class_names: list[str] | None = None
     """Names of the network's classes, index = class id. They are the common language of both domains: each domain's value_map
     or color_map says which of its labels is which. null = the source's map in the order of its ids, else class_0, ..."""
@@ -235,6 +237,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least("data.num_workers", self.num_workers, 0)
+        for entry in self.oracle:
+            _check_entry("data.oracle", entry)
         for key in ("crop_size", "window_size"):
             value = getattr(self, key)
             if value is not None:
@@ -355,9 +359,11 @@ class DomainAdaptationConfig:
     feature_layers: list[str] | None = None
     """Layers captured; null = those that method.feature_layer names."""
     method: MethodConfig = field(default_factory=MethodConfig)
-    batchnorm: Literal["separate", "joint"] = "separate"
+    batchnorm: Literal["separate", "joint", "source_only", "target_stats"] = "separate"
     """separate: each domain is forwarded by itself, so BatchNorm normalises each with its own batch statistics; joint: one
-    forward of both together up to the tapped layer, with the statistics of the mixture."""
+    forward of both together up to the tapped layer, with the statistics of the mixture; source_only: as separate, but target
+    forwards do not move the running statistics; target_stats: as separate, but validation, tests and the model kept use
+    statistics of the target's training images (AdaBN, Li et al. 2018), in `evaluate` too."""
     pretrained_checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
@@ -446,7 +452,9 @@ class MonitorConfig:
     """What is watched, and which weights a run ends with."""
 
     metric: str | None = "iou/source_val"
-    """Metric that chooses checkpoints/best; null = no best. iou/target_val needs target labels: the run says so in a tag."""
+    """Metric that chooses checkpoints/best; null = no best. iou/target_val needs target labels: the run says so in a tag.
+    select/entropy, select/infomax, select/snd and select/bnm need none (docs/selection.md); with them an epoch counts only if
+    the source is within forgetting_threshold."""
     mode: Literal["max", "min"] | None = None
     """Whether more or less of it is better; null = less of a loss, a gap or a drop, more of all else."""
     final_model: Literal["last", "best"] = "last"
@@ -460,7 +468,7 @@ class MonitorConfig:
     def direction(self) -> Literal["max", "min"]:
         """`mode`, or what the metric's name says."""
         falling = self.metric is not None and (
-            self.metric.startswith("loss/") or "gap" in self.metric or "drop" in self.metric
+            self.metric.startswith(("loss/", "select/entropy")) or "gap" in self.metric or "drop" in self.metric
         )
         return self.mode or ("min" if falling else "max")
 

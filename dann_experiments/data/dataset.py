@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -161,6 +162,15 @@ class SegmentationDataset(Dataset):
                 torch.manual_seed(seed)
                 return self._item(index, self.augmentation)
         return self._item(index, "none")
+
+    def as_evaluated(self, most: int | None = None) -> SegmentationDataset:
+        """The same items, or `most` of them from all over the set, whole, in order and as they are: no crop, no augmentation,
+        no random draw. What is kept in memory is shared; the normalisation is the one of now."""
+        same = copy.copy(self)
+        same.training, same.crop_size, same.augmentation = False, None, "none"
+        if most is not None and most < len(self):
+            same.pieces = [self.pieces[int(index)] for index in np.linspace(0, len(self) - 1, most)]
+        return same
 
     def picture(self, item: dict[str, Tensor]) -> np.ndarray:
         """An item's image (B, h, w) in 0..1: normalisation undone."""

@@ -10,9 +10,11 @@ from torch import nn
 
 from dann_experiments.config import Config, replace
 from dann_experiments.jobs import setup
+from dann_experiments.jobs.alignment import Alignment
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.source_model import (
     chosen_by_target_labels,
+    digest_of_run,
     find_or_make_source_model,
     load_source_model,
 )
@@ -57,6 +59,9 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[s
             "dann.source": setup.domain_name(config, "source"),
             "dann.target": setup.domain_name(config, "target"),
             "dann.source_digest": setup.source_digest(config, data),
+            "dann.digest": setup.run_digest(
+                "adapt", config, data.digests, digest_of_run(store, source_run_id) or source_model
+            ),
             "dann.selected_with_target_labels": str(
                 config.monitor.uses_target_labels or chosen_by_target_labels(store, source_run_id)
             ).lower(),
@@ -68,16 +73,18 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[s
         all_tags = {**own_tags, **(tags or {})}
         with tracked_run(store, config.tracking.run_name, name, all_tags, folder, use_claimed=True) as run:
             describe_run(run, config, data)
+            used = [tap for tap in taps if tap.name in method.feature_layers]
             outcome = train(
-                config, run, network, method, taps, data, config.trainer.max_epochs, config.optimizer, callbacks
-            )
+                config, run, network, method, taps, data, config.trainer.max_epochs, config.optimizer, callbacks,
+                Alignment(config, data, network, used),
+            )  # fmt: skip
     folder = local_artifact_folder(store, run.run_id)
     return RunResult(
         job="adapt",
         run_id=run.run_id,
         experiment_id=store.experiment_id,
         tracking_uri=store.uri,
-        metrics=final_metrics(outcome.after, config.class_names),
+        metrics=outcome.metrics(config.class_names),
         baseline=final_metrics(outcome.before, config.class_names),
         source_run_id=source_run_id,
         artifacts=None if folder is None else str(folder),

@@ -20,6 +20,7 @@ from dann_experiments.jobs import setup
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.source_model import chosen_by_target_labels, fetched, load_weights
 from dann_experiments.jobs.training import describe_run
+from dann_experiments.models.batchnorm import has_batchnorm, statistics_loader, target_statistics
 from dann_experiments.models.files import DOMAINS, ModelNotes, read_model_notes
 from dann_experiments.tracking.figures import draw_confusion
 from dann_experiments.tracking.run import tracked_run
@@ -28,6 +29,7 @@ from dann_experiments.training.scores import Scores, macro_mean, row_shares, sco
 
 log = logging.getLogger(__name__)
 SETS = ("source_val", "source_test", "target_val", "target_test")
+STATISTICS_SET = "target_train"
 
 
 def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult:
@@ -35,14 +37,21 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
     class, pixel accuracy, confusion matrices, as metrics, tables and figures of a run of its own.
 
     A saved model brings its own network, classes and normalisation, whatever `model` says; a checkpoint takes those of the
-    settings. `tags` are added to the run's own, or replace them. Raises InputError before a run is opened: without a model
-    or labelled images, for weights or classes that do not fit, and for files that cannot be read (masks that do not fit
-    into `data.memory_gb` are read while the run goes on).
+    settings. With `domain_adaptation.batchnorm: target_stats` the BatchNorm statistics of what is scored are those of the
+    images in `data.target.train` (AdaBN; their masks are not looked for); its other values change nothing here. `tags` are
+    added to the run's own, or replace them. Raises InputError before a run is opened: without a model or labelled images, for
+    weights or classes that do not fit, for target statistics without images or without BatchNorm, and for files that cannot
+    be read (masks that do not fit into `data.memory_gb` are read while the run goes on).
     """
     path = config.domain_adaptation.pretrained_checkpoint.path
     if path is None:
         raise InputError(
             "evaluate needs a model: give source_checkpoint (a file, a folder, runs:/ID or models:/NAME@ALIAS)."
+        )
+    if _with_target_statistics(config) and not _domain(config, "target").train:
+        raise InputError(
+            "domain_adaptation.batchnorm is 'target_stats', which takes the statistics of the images in data.target.train, but "
+            "that is empty; name target images there (no masks needed), or set batchnorm to separate to score the model as it is."
         )
     device = _device(config)
     store = open_store(config.tracking.uri, config.tracking.experiment)
@@ -53,16 +62,25 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
                 config = _with_the_models_own(config, notes)
             network = setup.make_network(config, with_weights=False)
             load_weights(config, network, local, path)
-        data = _labelled(config)
+        if _with_target_statistics(config) and not has_batchnorm(network):
+            raise InputError(
+                "domain_adaptation.batchnorm is 'target_stats', but this network has no BatchNorm with running statistics; set "
+                "it to separate."
+            )
+        data = _data(config)
         _normalise(config, data, notes)
         network.to(device)
+        if _with_target_statistics(config):
+            # batches as in training, so that data.eval_batch_size changes no score
+            loader = statistics_loader(data.sets[STATISTICS_SET], config.data.target.batch_size)
+            target_statistics(network, loader)
         all_tags = {**_tags(config, store, notes, model_run_id), **(tags or {})}
         folder = Path(config.tracking.folder)
         with tracked_run(store, config.tracking.run_name, "evaluate", all_tags, folder, use_claimed=True) as run:
             describe_run(run, config, data)
             scores = {}
-            for name, dataset in data.sets.items():
-                loader = eval_loader(dataset, config.data.eval_batch_size or config.data.source.batch_size)
+            for name in [name for name in SETS if name in data.sets]:
+                loader = eval_loader(data.sets[name], config.data.eval_batch_size or config.data.source.batch_size)
                 scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
             names = config.class_names
             metrics = {
@@ -102,10 +120,23 @@ def _tags(config: Config, store: Store, notes: ModelNotes | None, model_run_id: 
         "dann.selected_with_target_labels": str(chosen_by_target_labels(store, model_run_id)).lower(),
         "seed": config.seed,
     }
+    if _with_target_statistics(config):
+        tags["dann.batchnorm"] = "target_stats"
     return tags if model_run_id is None else tags | {"dann.source_run_id": model_run_id}
 
 
+def _with_target_statistics(config: Config) -> bool:
+    return config.domain_adaptation.batchnorm == "target_stats"
+
+
 def _domains(config: Config) -> list[str]:
+    """Those whose images are read."""
+    domains = _scored_domains(config)
+    more = ["target"] if _with_target_statistics(config) and "target" not in domains else []
+    return domains + more
+
+
+def _scored_domains(config: Config) -> list[str]:
     """Those with something to score."""
     sides = {domain: _domain(config, domain) for domain in DOMAINS}
     return [domain for domain, settings in sides.items() if settings.val or settings.test]
@@ -152,7 +183,7 @@ def _class_names(config: Config, notes: ModelNotes) -> list[str] | None:
     if notes.class_names is None:
         return given
     own = list(notes.class_names)
-    for domain in _domains(config):
+    for domain in _scored_domains(config):
         mapped = _domain(config, domain).class_names
         if mapped is not None:
             _check_mapped(domain, mapped, own)
@@ -215,11 +246,18 @@ def _reading_changes(config: Config, domain: str, reading: Reading) -> dict[str,
     return {f"data.{domain}.{key}": value for key, value in changes.items()}
 
 
-def _labelled(config: Config) -> setup.Data:
-    """The sets with masks, read as far as they fit in memory. Raises InputError if there are none, or a file is bad."""
+def _data(config: Config) -> setup.Data:
+    """The sets with masks and, for target statistics, the target's training images, read as far as they fit in memory. Raises
+    InputError if no set has masks, or a file is bad."""
     labelled: dict[str, SegmentationDataset] = {}
-    for name, dataset in setup.load_data(config, SETS).sets.items():
+    more: dict[str, SegmentationDataset] = {}
+    names = (*SETS, STATISTICS_SET) if _with_target_statistics(config) else SETS
+    for name, dataset in setup.load_data(config, names).sets.items():
         key = f"data.{name.replace('_', '.')}"
+        if name == STATISTICS_SET:
+            setup.followed(config, dataset.fill(), len(dataset), f"reading {key}")
+            more[name] = dataset
+            continue
         if not dataset.has_masks:
             log.info("%s has no masks and is not scored.", key)
             continue
@@ -232,7 +270,7 @@ def _labelled(config: Config) -> setup.Data:
         labelled[name] = dataset
     if not labelled:
         raise InputError("evaluate needs labelled images in data.source or data.target, under val or test.")
-    return setup.Data(labelled)
+    return setup.Data(labelled | more)
 
 
 def _normalise(config: Config, data: setup.Data, notes: ModelNotes | None) -> None:

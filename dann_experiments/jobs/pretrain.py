@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 
 from dann_experiments.adaptation.dann import SourceOnly
-from dann_experiments.config import Config
+from dann_experiments.config import Config, replace
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.training import describe_run, final_metrics, train
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
+from dann_experiments.training.selection import PREFIX
 
+log = logging.getLogger(__name__)
 SETS = ("source_train", "source_val", "source_test", "target_val", "target_test")
 
 
-def pretrain(config: Config, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
-    """Train on the source alone, by the settings under `pretraining`; the run's model is what `adapt` starts from."""
+def pretrain(
+    config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[str, str] | None = None
+) -> RunResult:
+    """Train on the source alone, by the settings under `pretraining`; the run's model is what `adapt` starts from. `tags` are
+    added to the run's own, or replace them."""
     store = open_store(config.tracking.uri, config.tracking.experiment)
-    return pretrain_with(config, store, use_claimed=True, callbacks=callbacks)
+    return pretrain_with(config, store, use_claimed=True, callbacks=callbacks, more_tags=tags)
 
 
-def pretrain_with(config: Config, store: Store, use_claimed: bool, callbacks: Sequence[pl.Callback] = ()) -> RunResult:
+def pretrain_with(
+    config: Config,
+    store: Store,
+    use_claimed: bool,
+    callbacks: Sequence[pl.Callback] = (),
+    more_tags: Mapping[str, str] | None = None,
+) -> RunResult:
     """`pretrain` in an open store; `use_claimed`: whether it is the main job of an `mlflow run`."""
     with setup.seeded(config):
         data = setup.load_data(config, SETS)
+        digest = setup.run_digest("pretrain", config, data.digests)
+        if (config.monitor.metric or "").startswith(PREFIX) and data.get("target_val") is None:
+            log.info("Pretraining reads no target images: its best checkpoint is chosen by iou/source_val.")
+            config = replace(config, {"monitor.metric": "iou/source_val", "monitor.mode": None})
         network = setup.make_network(config)
         setup.check_data(config, data, network)
         tags = {
@@ -36,8 +52,10 @@ def pretrain_with(config: Config, store: Store, use_claimed: bool, callbacks: Se
             "dann.source": setup.domain_name(config, "source"),
             "dann.target": setup.domain_name(config, "target"),
             "dann.source_digest": setup.source_digest(config, data),
+            "dann.digest": digest,
             "dann.selected_with_target_labels": str(config.monitor.uses_target_labels).lower(),
             "seed": config.seed,
+            **(more_tags or {}),
         }
         name = config.tracking.run_name if use_claimed else None
         folder = Path(config.tracking.folder)
@@ -54,7 +72,7 @@ def pretrain_with(config: Config, store: Store, use_claimed: bool, callbacks: Se
         run_id=run.run_id,
         experiment_id=store.experiment_id,
         tracking_uri=store.uri,
-        metrics=final_metrics(outcome.after, config.class_names),
+        metrics=outcome.metrics(config.class_names),
         baseline=final_metrics(outcome.before, config.class_names),
         artifacts=None if folder is None else str(folder),
     )

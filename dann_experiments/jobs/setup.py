@@ -22,7 +22,7 @@ from torch import nn
 
 from dann_experiments.adaptation.build import build_method, build_schedule, load_own_method
 from dann_experiments.adaptation.method import DomainAdaptationMethod
-from dann_experiments.config import Config, InputError
+from dann_experiments.config import Config, InputError, config_to_dict
 from dann_experiments.config.presets import IGNORED, filled
 from dann_experiments.config.schema import DomainDataConfig, OptimizerConfig
 from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes, checked_header
@@ -39,14 +39,17 @@ from dann_experiments.data.samples import (
     under,
 )
 from dann_experiments.data.statistics import measure, normalisation_from
+from dann_experiments.models.batchnorm import has_batchnorm
 from dann_experiments.models.networks import build_network, output_stride
 from dann_experiments.models.taps import Tap, check_joint, resolve_taps
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.optimizers import build_optimizer
 from dann_experiments.training.scores import metric_name
+from dann_experiments.training.selection import SCORES
 
 log = logging.getLogger(__name__)
 PROBLEMS_SHOWN = 20
+MOST_STANDING_IN = 200  # training images that stand in for validation images that no domain has
 SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")
 
 
@@ -76,6 +79,15 @@ class Data:
         """The set if it is given and has masks."""
         found = self.sets.get(name)
         return found if found is not None and found.has_masks else None
+
+    def held_out(self, domain: str) -> SegmentationDataset | None:
+        """The domain's validation images, with or without masks. Where it has none: of its training images, as they are and
+        without masks, about as many as the other domain has to validate on."""
+        given, trained_on = self.get(f"{domain}_val"), self.get(f"{domain}_train")
+        if given is not None or trained_on is None:
+            return given
+        others = [dataset for name, dataset in self.sets.items() if name.endswith("_val")]
+        return trained_on.as_evaluated(max([len(dataset) for dataset in others], default=MOST_STANDING_IN))
 
 
 @contextlib.contextmanager
@@ -342,12 +354,12 @@ def _check_monitor(config: Config, data: Data) -> None:
 
 
 def validation_metrics(config: Config) -> list[str]:
-    """The names of all that validation scores where both domains have labelled images for it."""
+    """The names of all by which a checkpoint or a trial can be chosen, where both domains have labelled images."""
     known = ["iou/gap_source_minus_target", "iou/source_drop_from_baseline"]
     for domain in ("source", "target"):
         known += [f"iou/{domain}_val", f"loss/val_{domain}"]
         known += [f"class_iou/{domain}_val/{metric_name(name)}" for name in config.class_names]
-    return known
+    return known + list(SCORES)
 
 
 def check_labels(config: Config, key: str, metric: str) -> None:
@@ -387,7 +399,12 @@ def make_taps(config: Config, network: nn.Module) -> list[Tap]:
         return []
     size = config.data.crop_size or 64
     taps = resolve_taps(network, config.domain_adaptation.layers, config.model.in_channels, size)
-    if config.domain_adaptation.batchnorm == "joint":
+    batchnorm = config.domain_adaptation.batchnorm
+    if batchnorm in ("source_only", "target_stats") and not has_batchnorm(network):
+        raise InputError(
+            f"domain_adaptation.batchnorm is {batchnorm!r}, but this network has no BatchNorm; give separate."
+        )
+    if batchnorm == "joint":
         check_joint([tap for tap in taps if tap.name in config.domain_adaptation.method.layers])
     return taps
 
@@ -464,6 +481,28 @@ def source_digest(config: Config, data: Data) -> str:
         "reading": {key: getattr(config.data, key) for key in kept} | source,
         "source": data.digests["source_train"],
     }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def run_digest(job: str, config: Config, digests: Mapping[str, str], source_model: str | None = None) -> str:
+    """Equal for runs of `job` that give the same numbers: equal settings, equal data (`digests` of the sets it uses, by the
+    bytes of their files) and an equal source model (its run's own digest). Where results and files are kept, how fast the
+    data come and the number of threads do not count: 32 hex digits, tag `dann.digest` of a run."""
+    settings = config_to_dict(config)
+    del settings["tracking"], settings["threads"], settings["data"]["root"], settings["data"]["embedded"]
+    del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
+    del settings["data"]["oracle"]
+    settings["domain_adaptation"]["pretrained_checkpoint"]["path"] = source_model
+    for domain in ("source", "target"):
+        reading = dataclasses.asdict(filled(getattr(config.data, domain)))
+        for key in ("name", "preset", "scene", "root", "train", "val", "test"):  # the digests tell
+            del reading[key]
+        settings["data"][domain] = reading
+    if job == "pretrain":
+        del settings["domain_adaptation"], settings["optimizer"], settings["trainer"]["max_epochs"]
+    elif job == "adapt":
+        del settings["pretraining"]
+    facts = {"job": job, "settings": settings, "data": dict(digests)}
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 

@@ -51,6 +51,11 @@ def chosen_by_target_labels(store: Store, source_run_id: str | None) -> bool:
     return store.client.get_run(source_run_id).data.tags.get("dann.selected_with_target_labels") == "true"
 
 
+def digest_of_run(store: Store, run_id: str | None) -> str | None:
+    """The tag `dann.digest` of a run: what else has it gives the same numbers. None where there is no run or no tag."""
+    return None if run_id is None else store.client.get_run(run_id).data.tags.get("dann.digest")
+
+
 def load_source_model(config: Config, network: nn.Module, path: str, store: Store) -> str | None:
     """Load the checkpoint at `path` (file, folder, runs:/, models:/) into `network`; the id of the run that made it."""
     with fetched(path, store) as (local, run_id):

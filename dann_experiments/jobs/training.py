@@ -21,7 +21,9 @@ from dann_experiments.config import Config, InputError, config_to_yaml, flatten
 from dann_experiments.config.schema import OptimizerConfig
 from dann_experiments.data.dataset import SegmentationDataset, eval_loader, train_loader
 from dann_experiments.jobs import setup
+from dann_experiments.jobs.alignment import Alignment
 from dann_experiments.jobs.setup import Data
+from dann_experiments.models.batchnorm import statistics_loader
 from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.figures import display_image, draw_confusion, draw_curves, draw_predictions
@@ -31,13 +33,14 @@ from dann_experiments.training.monitor import (
     DOMAINS,
     DomainAdaptationMonitorCallback,
     RatesAndTimes,
-    validation_metrics,
+    TargetStatistics,
 )
 from dann_experiments.training.scores import Scores, metric_name, predict_images, score_set
+from dann_experiments.training.selection import KEPT
 
 log = logging.getLogger(__name__)
 PICTURES = 6  # images a domain in the prediction figures
-CURVES = ("iou/source_val", "iou/target_val", "da/domain_acc", "da/lambda")
+CURVES = ("iou/source_val", "iou/target_val", "da/domain_acc", "da/domain_acc_val", "da/lambda")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class Outcome:
     before: Mapping[str, Scores]
     after: Mapping[str, Scores]
     final_step: int
+    unlabelled: Mapping[str, float]
+    """Of the final model, without labels: `select/...` of the target, `da/domain_acc_val`, and what `alignment` measured."""
+
+    def metrics(self, class_names: Sequence[str]) -> dict[str, float]:
+        """Everything about the final model under the names of a run."""
+        return {**final_metrics(self.after, class_names), **self.unlabelled}
 
 
 class _CurveKeeper(RunLogger):
@@ -101,8 +110,10 @@ def train(
     max_epochs: int,
     optimizer: OptimizerConfig,
     callbacks: Sequence[pl.Callback] = (),
+    alignment: Alignment | None = None,
 ) -> Outcome:
-    """Train, choose the final weights, score them, leave checkpoints, model, figures and tables in the run's folder."""
+    """Train, choose the final weights, score them, leave checkpoints, model, figures and tables in the run's folder.
+    `alignment`: measures before and after training whether the domains can be told apart."""
     module = AdaptationModule(
         network, method, taps, setup.optimizer_maker(optimizer), optimizer.schedule, config.data.ignore_index,
         config.domain_adaptation.batchnorm,
@@ -111,13 +122,16 @@ def train(
         config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
         config.monitor.forgetting_threshold, config.data.ignore_index,
     )  # fmt: skip
-    pictures = {domain: _Pictures(data.get(f"{domain}_val") or data.get(f"{domain}_train")) for domain in DOMAINS}
+    pictures = {domain: Album(data.get(f"{domain}_val") or data.get(f"{domain}_train")) for domain in DOMAINS}
     for album in pictures.values():
         album.add("before", network)
-    logger = _CurveKeeper(run)
-    trainer = _trainer(config, run.folder, logger, max_epochs, [monitor, RatesAndTimes(), *callbacks])
+    logger, loaders = _CurveKeeper(run), _val_loaders(config, data)
+    own = [monitor, RatesAndTimes(), *_statistics_of_the_target(config, data)]
+    trainer = _trainer(config, run.folder, logger, max_epochs, [*own, *callbacks])
+    if alignment is not None:
+        alignment.measure("before", network, trainer.strategy.root_device)
     try:
-        trainer.fit(module, _train_loader(config, data), _val_loaders(config, data))
+        trainer.fit(module, _train_loader(config, data), loaders)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -128,11 +142,19 @@ def train(
     if config.monitor.final_model == "best":
         best = torch.load(run.folder / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"])
+        trainer.validate(module, loaders, verbose=False)  # the chosen weights' scores close every series
     network.to(trainer.strategy.root_device)
+    unlabelled = monitor.target_scores | monitor.domain_accuracy
+    if KEPT in monitor.metrics():
+        unlabelled[KEPT] = monitor.metrics()[KEPT]
+    if alignment is not None:
+        alignment.measure("after", network, trainer.strategy.root_device)
+        unlabelled |= alignment.finish(run, monitor.domain_accuracy.get("da/domain_acc_val"), trainer.global_step)
     outcome = Outcome(
         before={f"{domain}_val": scores for domain, scores in monitor.baseline.items()},
         after=_final_scores(config, network, data, monitor),
         final_step=trainer.global_step,
+        unlabelled=unlabelled,
     )
     for album in pictures.values():
         album.add("after", network)
@@ -194,14 +216,18 @@ def _train_loader(config: Config, data: Data) -> CombinedLoader:
 
 
 def _val_loaders(config: Config, data: Data) -> list:
-    loaders = []
-    for domain in DOMAINS:
-        dataset = data.labelled(f"{domain}_val")
-        if dataset is not None:
-            loaders.append(_eval_loader(config, dataset, domain))
-        elif domain == "source":
-            return []
-    return loaders
+    """The source's, which needs masks, and the target's, which does not; none without the source's."""
+    source, target = data.labelled("source_val"), data.held_out("target")
+    if source is None:
+        return []
+    loaders = [_eval_loader(config, source, "source")]
+    return loaders if target is None else [*loaders, _eval_loader(config, target, "target")]
+
+
+def _statistics_of_the_target(config: Config, data: Data) -> list[pl.Callback]:
+    if config.domain_adaptation.batchnorm != "target_stats" or data.get("target_train") is None:
+        return []
+    return [TargetStatistics(statistics_loader(data.sets["target_train"], config.data.target.batch_size))]
 
 
 def _eval_loader(config: Config, dataset: SegmentationDataset, domain: str):
@@ -211,25 +237,21 @@ def _eval_loader(config: Config, dataset: SegmentationDataset, domain: str):
 def _final_scores(
     config: Config, network: nn.Module, data: Data, monitor: DomainAdaptationMonitorCallback
 ) -> dict[str, Scores]:
-    """Validation scores of the final model (from the last validation if those are its weights) and test scores."""
-    scores: dict[str, Scores] = {}
-    if config.monitor.final_model == "last":
-        scores = {f"{domain}_val": found for domain, found in monitor.latest.items()}
-    for split in ("val", "test"):
-        for domain in DOMAINS:
-            name = f"{domain}_{split}"
-            dataset = data.labelled(name)
-            if dataset is not None and name not in scores:
-                loader = _eval_loader(config, dataset, domain)
-                scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
+    """Validation scores of the final model, which are those of the last validation, and its test scores."""
+    scores = {f"{domain}_val": found for domain, found in monitor.latest.items()}
+    for name in [f"{domain}_test" for domain in DOMAINS] + [f"{domain}_val" for domain in DOMAINS]:
+        dataset = data.labelled(name)
+        if dataset is not None and name not in scores:
+            loader = _eval_loader(config, dataset, name.partition("_")[0])
+            scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
     return scores
 
 
-class _Pictures:
-    """A few images of a set with predictions at several times."""
+class Album:
+    """A few images of a set, spread over it, with predictions of several networks, or of one at several times."""
 
-    def __init__(self, dataset: SegmentationDataset | None) -> None:
-        count = 0 if dataset is None else min(PICTURES, len(dataset))
+    def __init__(self, dataset: SegmentationDataset | None, most: int = PICTURES) -> None:
+        count = 0 if dataset is None else min(most, len(dataset))
         # spread over the set, so that a manifest sorted by scene shows more than one
         indices = [int(index) for index in np.linspace(0, len(dataset) - 1, count)] if dataset is not None else []
         items = [dataset[index] for index in indices] if dataset is not None else []
@@ -253,16 +275,12 @@ def _write_results(
     network: nn.Module,
     data: Data,
     outcome: Outcome,
-    pictures: Mapping[str, _Pictures],
+    pictures: Mapping[str, Album],
     series: Mapping[str, Sequence[tuple[int, float]]],
 ) -> None:
     names = config.class_names
     tests = {key: found for key, found in outcome.after.items() if key.endswith("_test")}
     run.log_metrics(final_metrics(tests, names), step=outcome.final_step)
-    if config.monitor.final_model == "best":  # the chosen weights' scores close every series
-        latest = {domain: outcome.after[f"{domain}_val"] for domain in DOMAINS if f"{domain}_val" in outcome.after}
-        baseline = {domain: outcome.before[f"{domain}_val"] for domain in latest}
-        run.log_metrics(validation_metrics(latest, baseline, names), step=outcome.final_step)
     save_model(
         run.folder / "model", network, config.model.arch, setup.model_arguments(config), setup.model_facts(config, data)
     )

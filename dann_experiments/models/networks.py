@@ -70,8 +70,18 @@ def logits_of_any_size(network: nn.Module, images: Tensor) -> Tensor:
     Such images are enlarged at the right and lower edge by repeating the edge, and the logits cut back.
     """
     height, width = images.shape[-2:]
-    stride = output_stride(network)
-    padding = (0, -width % stride, 0, -height % stride)
+    padding = _padding(network, height, width)
     if any(padding):
         images = functional.pad(images, padding, mode="replicate")
     return network(images)[..., :height, :width]
+
+
+def valid_as_seen(network: nn.Module, valid: Tensor) -> Tensor:
+    """`valid` (N, H, W) at the size that `logits_of_any_size` gives the network: what it adds at the edges counts nowhere."""
+    height, width = valid.shape[-2:]
+    return functional.pad(valid, _padding(network, height, width))
+
+
+def _padding(network: nn.Module, height: int, width: int) -> tuple[int, int, int, int]:
+    stride = output_stride(network)
+    return 0, -width % stride, 0, -height % stride

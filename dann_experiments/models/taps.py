@@ -171,20 +171,15 @@ def list_layers(network: nn.Module, in_channels: int, size: int = 64) -> list[La
 
 def forward_with_taps(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> tuple[Tensor, dict[str, Tensor]]:
     """The whole forward; returns the logits and each tap's features."""
-    features: dict[str, Tensor] = {}
-    with _recording(network, taps, features, stop=False):
+    with recording(network, taps) as features:
         logits = network(images)
     return logits, features
 
 
 def forward_to_taps(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> dict[str, Tensor]:
     """Each tap's features; no layer behind the last of them runs."""
-    features: dict[str, Tensor] = {}
-    try:
-        with _recording(network, taps, features, stop=True):
-            network(images)
-    except _AllTapsReached:
-        pass
+    with recording(network, taps, stop=True) as features, suppress(_AllTapsReached):
+        network(images)
     return features
 
 
@@ -198,14 +193,13 @@ def forward_joint(
     """
     count = len(source_images)
     total = count + len(target_images)
-    features: dict[str, Tensor] = {}
 
     def source_part(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, (list, tuple)):
             return type(output)(item[:count] if len(item) == total else item for item in output)
         return output[:count]
 
-    with _recording(network, taps, features, stop=False):
+    with recording(network, taps) as features:
         # registered after the recording hooks, so these see the same full output and cut it behind them
         tapped = {tap.module for tap in taps}
         last = max((cut for cut in JOINT_CUTS if cut in tapped), key=JOINT_CUTS.index, default="encoder")
@@ -230,7 +224,10 @@ def check_joint(taps: Sequence[Tap]) -> None:
 
 
 @contextmanager
-def _recording(network: nn.Module, taps: Sequence[Tap], features: dict[str, Tensor], stop: bool) -> Iterator[None]:
+def recording(network: nn.Module, taps: Sequence[Tap], stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """The dictionary given holds each tap's features after a forward in the block; `stop` ends that forward at the last."""
+    features: dict[str, Tensor] = {}
+
     def hook_for(tap: Tap):
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if tap.name in features:
@@ -244,7 +241,7 @@ def _recording(network: nn.Module, taps: Sequence[Tap], features: dict[str, Tens
 
     handles = [network.get_submodule(tap.module).register_forward_hook(hook_for(tap)) for tap in taps]
     try:
-        yield
+        yield features
     finally:
         for handle in handles:
             handle.remove()

@@ -1,13 +1,20 @@
-"""Names of processes, so that what a dead one left open can be told from what a living one is writing."""
+"""Processes: their names, so that what a dead one left open can be told from what a living one is writing; what makes one a
+worker of another; and how many this machine can run."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
 
 import psutil
 
+MOST_DEFAULT_WORKERS = 4
 
 def _machine() -> str:
     """Host name and, where there are such, the namespace of process ids: containers may share the name of their host."""
@@ -35,3 +42,54 @@ def live_process(name: str) -> psutil.Process | None:
 def is_elsewhere(name: str) -> bool:
     """Whether the process of that name is another machine's."""
     return name.rsplit(":", 2)[0] != _machine()
+
+
+def become_worker(log_file: str | None = None) -> None:
+    """Make this process, spawned by another, its worker: with a log file instead of the terminal, no MLflow run of the
+    parent's, and an end that comes with the parent's. SIGTERM ends it in good order; SIGINT is left to the parent."""
+    os.environ.pop("MLFLOW_RUN_ID", None)
+    if log_file is not None:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        file = open(log_file, "a", buffering=1)  # noqa: SIM115  (open as long as the process)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers itself
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus(accelerator: str) -> list[str]:
+    """The GPUs that `trainer.accelerator` may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    if accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def default_workers(gpus: list[str]) -> int:
+    """One a GPU, else one a core, but not more than memory usually holds."""
+    return len(gpus) or min(available_cores(), MOST_DEFAULT_WORKERS)
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _end_with_the_parent() -> None:
+    """A parent that was killed cannot stop its workers: they see its end themselves."""
+    import multiprocessing
+    from multiprocessing.connection import wait
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        with contextlib.suppress(Exception):
+            print("The driver is gone: stopping.", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)

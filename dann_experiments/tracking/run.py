@@ -107,6 +107,13 @@ class RunLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.run.log_metrics(metrics, step=0 if step is None else step)
 
+    def set_tag(self, key: str, value: str) -> None:
+        """Set one tag of the run; a store that is away is no reason to stop training."""
+        try:
+            self.run.set_tags({key: value})
+        except Exception as error:
+            log.warning("The tracking store did not take the tag %s (%s).", key, without_secrets(str(error)))
+
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The run has its params already."""
 

@@ -80,6 +80,16 @@ def without_secrets(text: str) -> str:
     return re.sub(r"(?<=[?&])((?:user|password|passwd|pwd|token)=)[^&\s'\"<>]*", r"\1***", text, flags=re.IGNORECASE)
 
 
+def known_run(store: Store, run_id: str) -> Any | None:
+    """A run with its metrics, params and tags; None if the store has none of that id."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return store.client.get_run(run_id)
+    except MlflowException:
+        return None
+
+
 def local_artifact_folder(store: Store, run_id: str) -> Path | None:
     """Where the run's artifacts lie on this machine; None if the store keeps them elsewhere."""
     uri = store.client.get_run(run_id).info.artifact_uri

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from contextlib import nullcontext
+from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from dann_experiments.adaptation.domain_classifier import SOURCE
 from dann_experiments.adaptation.method import DomainAdaptationMethod, Progress, StepOutputs
-from dann_experiments.models.networks import logits_of_any_size
-from dann_experiments.models.taps import Tap, check_joint, forward_joint, forward_to_taps, forward_with_taps
+from dann_experiments.models.batchnorm import statistics_kept
+from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
+from dann_experiments.models.taps import Tap, check_joint, forward_joint, forward_to_taps, forward_with_taps, recording
 from dann_experiments.training.optimizers import build_scheduler
 from dann_experiments.training.scores import segmentation_loss
 
@@ -26,7 +30,9 @@ class AdaptationModule(pl.LightningModule):
     """A network, the method that adapts it, and the optimizer over both.
 
     Training batches are {"source": {"image", "mask"}, "target": {"image"}}; "target" is not needed by methods that do
-    not use it. Validation loader 0 is the source's, 1 the target's; a validation step returns {"logits", "labels"}.
+    not use it. Validation loader 0 is the source's, 1 the target's, whose batches need no "mask"; a validation step returns
+    {"logits" (N, K, H, W), "labels" (N, H, W) or None, "valid" (N, H, W) or None, "domain_hits"}. `batchnorm`: how the
+    target's forward treats BatchNorm statistics in training, one of the setting's values (docs/batchnorm.md).
     """
 
     def __init__(
@@ -37,7 +43,7 @@ class AdaptationModule(pl.LightningModule):
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer],
         lr_schedule: str = "constant",
         ignore_index: int = 255,
-        batchnorm: Literal["separate", "joint"] = "separate",
+        batchnorm: str = "separate",
     ) -> None:
         super().__init__()
         self.network = network
@@ -85,13 +91,23 @@ class AdaptationModule(pl.LightningModule):
         else:
             logits, source_features = forward_with_taps(self.network, images, self.taps)
             if self.method.uses_target and self.taps:  # without a tap nobody would see the target's features
-                target_features = forward_to_taps(self.network, batch["target"]["image"], self.taps)
+                with statistics_kept(self.network) if self.batchnorm == "source_only" else nullcontext():
+                    target_features = forward_to_taps(self.network, batch["target"]["image"], self.taps)
         valid = (labels != self.ignore_index).to(images.dtype)
         target_valid = batch["target"].get("valid") if target_features else None
         return StepOutputs(logits, labels, valid, source_features, target_features, target_valid)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        return {"logits": logits_of_any_size(self.network, batch["image"]), "labels": batch["mask"]}
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        images, labels, valid = batch["image"], batch.get("mask"), batch.get("valid")
+        with recording(self.network, self.taps) as features:
+            logits = logits_of_any_size(self.network, images)
+        counted = valid  # the pixels on which a classifier judges the domain: as in training
+        if dataloader_idx == SOURCE and labels is not None:
+            counted = (labels != self.ignore_index).to(images.dtype)
+        if counted is None:
+            counted = torch.ones_like(images[:, 0])
+        hits = self.method.domain_hits(features, dataloader_idx, valid_as_seen(self.network, counted))
+        return {"logits": logits, "labels": labels, "valid": valid, "domain_hits": hits}
 
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = [{"params": list(self.network.parameters()), "name": "network"}]

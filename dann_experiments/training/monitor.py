@@ -1,4 +1,5 @@
-"""Watches both domains while training runs: IoU, their gap, and how much of the source has been forgotten."""
+"""Watches both domains while training runs: IoU, their gap, how much of the source has been forgotten, whether the domains
+can be told apart, and the scores of the target that need no labels."""
 
 from __future__ import annotations
 
@@ -8,21 +9,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger, MLFlowLogger
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import DataLoader
 
+from dann_experiments.models.batchnorm import target_statistics
 from dann_experiments.training.scores import Scorer, Scores
+from dann_experiments.training.selection import KEPT, PREFIX, SelectionScorer, choice_value
 
 log = logging.getLogger(__name__)
 DOMAINS = ("source", "target")  # validation loader 0 and 1
+FORGOTTEN = "dann.forgot_source"  # tag of a run whose source IoU fell below the threshold at some time
 
 
 class DomainAdaptationMonitorCallback(pl.Callback):
     """Scores validation of both domains from the logits that validation makes anyway: each image is forwarded once.
 
     Needs validation loaders [source] or [source, target] and a `validation_step` that returns {"logits": (N, K, H, W),
-    "labels": (N, H, W)}. Logs to every logger of the trainer, at the step = optimizer steps done: `iou/source_val`,
-    `iou/target_val`, `class_iou/...`, `loss/val_source`, `loss/val_target`, `iou/gap_source_minus_target`,
-    `iou/source_drop_from_baseline`. The baseline is the sanity check before training (`num_sanity_val_steps=-1`), logged
-    at step 0. Warns once each time the source falls by more than `forgetting_threshold` (0..1) below its baseline.
+    "labels": (N, H, W) or None}, and may return "valid" (N, H, W; 0 at nodata) and "domain_hits" (layer -> (2,) right
+    decisions of a domain classifier, all decisions). Logs to every logger of the trainer, at the step = optimizer steps done:
+    `iou/source_val`, `iou/target_val`, `class_iou/...`, `loss/val_source`, `loss/val_target`, `iou/gap_source_minus_target`,
+    `iou/source_drop_from_baseline`, `da/domain_acc_val` (balanced over the domains), and `select/...` of the target (see
+    `selection`; its labels are not looked at). The baseline is the sanity check before training
+    (`num_sanity_val_steps=-1`), logged at step 0. Warns once each time the source falls by more than
+    `forgetting_threshold` (0..1) below its baseline, and tags an MLflow run `dann.forgot_source`.
     """
 
     def __init__(
@@ -45,11 +57,17 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         """Scores of the warm start, by domain."""
         self.latest: dict[str, Scores] = {}
         """Scores of the last validation, by domain."""
+        self.target_scores: dict[str, float] = {}
+        """`select/...` of the last validation."""
+        self.domain_accuracy: dict[str, float] = {}
+        """`da/domain_acc_val` of the last validation; with several layers, each layer's own as well."""
         self._scorers: dict[int, Scorer] = {}
+        self._unlabelled: SelectionScorer | None = None
+        self._hits: dict[str, dict[int, Tensor]] = {}
         self._forgetting = False
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._scorers = {}
+        self._scorers, self._unlabelled, self._hits = {}, None, {}
 
     def on_validation_batch_end(
         self,
@@ -60,31 +78,50 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if dataloader_idx not in self._scorers:
-            self._scorers[dataloader_idx] = Scorer(self.num_classes, self.ignore_index)
-        self._scorers[dataloader_idx].update(outputs["logits"], outputs["labels"])
+        if outputs["labels"] is not None:
+            if dataloader_idx not in self._scorers:
+                self._scorers[dataloader_idx] = Scorer(self.num_classes, self.ignore_index)
+            self._scorers[dataloader_idx].update(outputs["logits"], outputs["labels"])
+        if DOMAINS[dataloader_idx] == "target":
+            self._unlabelled = self._unlabelled or SelectionScorer()
+            self._unlabelled.update(outputs["logits"], outputs.get("valid"))
+        for layer, hits in outputs.get("domain_hits", {}).items():
+            of_layer = self._hits.setdefault(layer, {})
+            of_layer[dataloader_idx] = of_layer.get(dataloader_idx, 0) + hits
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.latest = {DOMAINS[index]: scorer.compute() for index, scorer in sorted(self._scorers.items())}
-        self._scorers = {}
+        self.target_scores = {}
+        if self._unlabelled is not None:
+            self.target_scores = {PREFIX + name: value for name, value in self._unlabelled.compute().items()}
+        self.domain_accuracy = _domain_accuracy(self._hits)
+        self._scorers, self._unlabelled, self._hits = {}, None, {}
         if trainer.sanity_checking:
             self.baseline = dict(self.latest)
         metrics = self.metrics()
+        due = (trainer.current_epoch + 1) % self.log_every_n_epochs == 0
         last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-        if trainer.sanity_checking or last_epoch or (trainer.current_epoch + 1) % self.log_every_n_epochs == 0:
+        by_itself = trainer.state.fn != TrainerFn.FITTING  # `trainer.validate`: asked for, so always shown
+        if trainer.sanity_checking or last_epoch or due or by_itself:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
         if not trainer.sanity_checking:
             shown = {"iou/source_val", "iou/target_val"}
-            for name, value in metrics.items():  # for checkpoints and the progress bar; the loggers have them already
+            for name in metrics:  # for checkpoints and the progress bar; the loggers have them already
+                value = choice_value(name, metrics)
                 pl_module.log(name, value, prog_bar=name in shown, logger=False, add_dataloader_idx=False)
-            self._warn_of_forgetting()
+            self._warn_of_forgetting(trainer.loggers)
 
     def metrics(self) -> dict[str, float]:
         """The last validation under the names that a run shows."""
-        return validation_metrics(self.latest, self.baseline, self.class_names)
+        values = validation_metrics(self.latest, self.baseline, self.class_names)
+        values |= self.target_scores | self.domain_accuracy
+        drop = values.get("iou/source_drop_from_baseline")
+        if self.target_scores and drop is not None:
+            values[KEPT] = float(drop <= self.forgetting_threshold)
+        return values
 
-    def _warn_of_forgetting(self) -> None:
+    def _warn_of_forgetting(self, loggers: Sequence[Logger]) -> None:
         drop = self.metrics().get("iou/source_drop_from_baseline", 0.0)
         if drop > self.forgetting_threshold and not self._forgetting:
             log.warning(
@@ -92,7 +129,31 @@ class DomainAdaptationMonitorCallback(pl.Callback):
                 "network forgets the source; a smaller lambda_da or learning rate helps.",
                 self.latest["source"].iou, drop, self.forgetting_threshold,
             )  # fmt: skip
+            for logger in loggers:
+                _set_tag(logger, FORGOTTEN, "true")
         self._forgetting = drop > self.forgetting_threshold
+
+
+def _domain_accuracy(hits: Mapping[str, Mapping[int, Tensor]]) -> dict[str, float]:
+    """Balanced over the domains, mean over the layers; NaN-free: nothing where a domain has no decision."""
+    by_layer: dict[str, float] = {}
+    for layer, of_domain in hits.items():
+        if len(of_domain) == len(DOMAINS) and all(float(counts[1]) > 0 for counts in of_domain.values()):
+            by_layer[layer] = float(torch.stack([counts[0] / counts[1] for counts in of_domain.values()]).mean())
+    if not by_layer:
+        return {}
+    values = {"da/domain_acc_val": sum(by_layer.values()) / len(by_layer)}
+    if len(hits) > 1:
+        values |= {f"da_layer/{layer}/domain_acc_val": accuracy for layer, accuracy in by_layer.items()}
+    return values
+
+
+def _set_tag(logger: Logger, key: str, value: str) -> None:
+    """In an MLflow run, ours or Lightning's; other loggers have no tags."""
+    if isinstance(logger, MLFlowLogger):
+        logger.experiment.set_tag(logger.run_id, key, value)
+    elif hasattr(logger, "set_tag"):
+        logger.set_tag(key, value)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def validation_metrics(
@@ -126,3 +187,15 @@ class RatesAndTimes(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
             logger.log_metrics({"time/epoch_seconds": time.perf_counter() - self._start}, step=trainer.global_step)
+
+
+class TargetStatistics(pl.Callback):
+    """BatchNorm's running statistics become those of the target's training images before each validation (AdaBN), so that
+    what is scored is what is kept. The warm start's own scores, before training, stay as they are."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            target_statistics(pl_module.network, self.loader)  # pyright: ignore[reportArgumentType]

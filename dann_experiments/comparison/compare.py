@@ -1,0 +1,213 @@
+"""Did adaptation help? Runs the arms over seeds, or takes runs that exist, and judges: a table, a verdict, a report."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from dann_experiments.comparison.arms import arms_of, cells_of
+from dann_experiments.comparison.collect import arms_of_runs, config_of, read_run
+from dann_experiments.comparison.evidence import feature_clouds, panels
+from dann_experiments.comparison.figures import draw_summary
+from dann_experiments.comparison.page import write_page
+from dann_experiments.comparison.result import Arm, ArmRun, Comparison
+from dann_experiments.comparison.runner import run_cells
+from dann_experiments.comparison.selection_quality import per_epoch_choices, score_quality
+from dann_experiments.comparison.verdict import Verdict, difference_table, judge
+from dann_experiments.config import Config, config_to_yaml, flatten
+from dann_experiments.config.comparison import CompareConfig
+from dann_experiments.jobs import setup
+from dann_experiments.jobs.source_model import digest_of_run, fetched
+from dann_experiments.tracking.run import TrackedRun, tracked_run
+from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
+from dann_experiments.training.scores import metric_name
+
+log = logging.getLogger(__name__)
+JUDGED = ("iou/target_test", "iou/target_val")  # the first that all judged runs have
+TABLE_SCORES = ("iou/source_val", "iou/source_test", "iou/target_val", "iou/target_test")
+PAGE, SUMMARY = "report.html", "summary.png"
+
+
+class ComparisonFailed(RuntimeError):
+    """Nothing can be judged, because too much failed; the message names the causes."""
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """A finished comparison."""
+
+    run_id: str
+    tracking_uri: str = field(repr=False)
+    comparison: Comparison
+    table: pd.DataFrame
+    """One row an arm and score: n, mean, std, paired differences (`difference_table`)."""
+    artifacts: str | None
+    """Folder of report.html, summary.png and tables/, if it is on this machine."""
+
+    @property
+    def verdicts(self) -> Sequence[Verdict]:
+        """One for each adapted arm; none without target labels."""
+        return self.comparison.verdicts
+
+
+def compare(config: Config, settings: CompareConfig | None = None) -> ComparisonResult:
+    """Run every arm of `settings` over its seeds (what is finished already is not run again), or read `settings.runs`, and
+    judge by the rule in docs/verdict.md. One run of its own keeps report.html, summary.png and tables.
+
+    Raises InputError for what the user can mend, before anything is run where it can be seen before; ComparisonFailed if too
+    many runs fail.
+    """
+    settings = settings or CompareConfig()
+    store = open_store(config.tracking.uri, config.tracking.experiment)
+    arms, found, notes, cells = [], [], [], []
+    if settings.runs:
+        arms, found = arms_of_runs(store, settings.runs)
+        config = _config_of_runs(store, found, arms) or config
+    else:
+        arms, notes = arms_of(settings, config)
+        cells = cells_of(arms, settings.seed_list(config.seed), config, _given_source(config, store))
+    names = [setup.domain_name(config, domain) for domain in ("source", "target")]
+    tags = {"dann.job": "compare", "dann.source": names[0], "dann.target": names[1], "seed": config.seed}
+    folder = Path(config.tracking.folder)
+    with tracked_run(store, config.tracking.run_name, "compare", tags, folder, use_claimed=True) as run:
+        run.log_params(flatten(setup.public_settings(config)))
+        (run.folder / "config.yaml").write_text(config_to_yaml(setup.public_settings(config)))
+        if cells:
+            tracking = {**asdict(config.tracking), "uri": store.uri}
+            tracking["experiment"] = store.client.get_experiment(store.experiment_id).name
+            tags_of_runs = {"dann.comparison": run.run_id}
+            done = run_cells(cells, store, tracking, tags_of_runs, settings.workers, run.folder / "logs")
+            for index, cell in enumerate(cells):
+                if index in done.run_ids:
+                    found.append(read_run(store, done.run_ids[index], cell.arm, index in done.reused))
+                else:
+                    notes.append(f"{cell.arm.name}, seed {cell.seed}: no run ({done.failed[index]}).")
+            if not any(arm.kind == "adapted" and any(one.arm == arm.name for one in found) for arm in arms):
+                raise ComparisonFailed("no run of an adapted arm was finished. " + " ".join(notes))
+        comparison = _judged(config, store, arms, found, notes)
+        table = _table(comparison)
+        _write(run, comparison, table)
+    artifacts = local_artifact_folder(store, run.run_id)
+    return ComparisonResult(run.run_id, store.uri, comparison, table, None if artifacts is None else str(artifacts))
+
+
+def _given_source(config: Config, store: Store) -> str | None:
+    """What tells the source model that the settings name from others; None where it is trained here, once a seed."""
+    path = config.domain_adaptation.pretrained_checkpoint.path
+    if path is None:
+        return None
+    with fetched(path, store) as (_, run_id):
+        return digest_of_run(store, run_id) or path
+
+
+def _config_of_runs(store: Store, found: Sequence[ArmRun], arms: Sequence[Arm]) -> Config | None:
+    adapted = {arm.name for arm in arms if arm.kind == "adapted"}
+    return config_of(store, next(run.run_id for run in found if run.arm in adapted))
+
+
+def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[ArmRun], notes: list[str]) -> Comparison:
+    adapted = [arm.name for arm in arms if arm.kind == "adapted"]
+    metric = next((name for name in JUDGED if all(name in run.metrics for run in runs if run.arm in adapted)), "")
+    scores = {arm.name: {run.seed: run.metrics[metric] for run in runs if run.arm == arm.name and metric in run.metrics}
+              for arm in arms}  # fmt: skip
+    source = next((scores[arm.name] for arm in arms if arm.kind == "source_only"), {})
+    control = next((scores[arm.name] for arm in arms if arm.kind == "control"), {})
+    verdicts = []
+    if metric:
+        verdicts = [judge(name, metric, scores[name], control, source, arms=len(adapted)) for name in adapted]
+    else:
+        notes = [*notes, "No target labels: help cannot be judged; the probe and the select/ scores are what there is."]
+    notes = [*notes, *_doubts(runs, adapted)]
+    pictured = _median_seed(scores, adapted, runs)
+    shown = [arm for arm in arms if arm.kind in ("source_only", "control", "adapted")]
+    run_of_arm = {arm.name: run.run_id for arm in shown for run in runs if (run.arm, run.seed) == (arm.name, pictured)}
+    features, layer = {}, ""
+    if adapted[0] in run_of_arm:
+        features, layer = feature_clouds(store, run_of_arm[adapted[0]])
+    names = [setup.domain_name(config, domain) for domain in ("source", "target")]
+    return Comparison(
+        title=" → ".join(names), arms=arms, runs=runs, class_names=config.class_names,
+        ignore_index=config.data.ignore_index, verdicts=verdicts, metric=metric,
+        panels=panels(config, store, run_of_arm), panel_seed=pictured, features=features, feature_layer=layer,
+        selection=_selection(runs, adapted), notes=notes,
+    )  # fmt: skip
+
+
+def _median_seed(scores: Mapping[str, Mapping[int, float]], adapted: Sequence[str], runs: Sequence[ArmRun]) -> int:
+    """The seed whose first adapted arm scores in the middle: pictures of the best would flatter."""
+    of_first = scores[adapted[0]]
+    if not of_first:
+        return min(run.seed for run in runs if run.arm in adapted)
+    middle = statistics.median_low(of_first.values())
+    return min(seed for seed, score in of_first.items() if score == middle)
+
+
+def _selection(runs: Sequence[ArmRun], adapted: Sequence[str]) -> pd.DataFrame | None:
+    """How well each target-free score ranks the epochs of the adapted runs, and what choosing by it costs."""
+    choices = [per_epoch_choices(run.history, run.run_id) for run in runs if run.arm in adapted]
+    choices = [one[one["step"] > 0] for one in choices if len(one)]  # no checkpoint is kept of the warm start
+    choices = [one for one in choices if len(one) > 1]
+    return score_quality(pd.concat(choices, ignore_index=True), "iou/target_val") if choices else None
+
+
+def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
+    """What a reader must know about the runs."""
+    if any(run.tags.get("dann.selected_with_target_labels") == "true" for run in runs if run.arm in adapted):
+        yield "Checkpoints or settings of these runs were chosen by target labels: scores on the same labels flatter."
+    commits = {run.tags.get("mlflow.source.git.commit", "")[:9] for run in runs} - {""}
+    if len(commits) > 1:
+        yield f"The runs were made with {len(commits)} versions of the code: {', '.join(sorted(commits))}."
+    if any(run.tags.get("dann.forgot_source") == "true" for run in runs if run.arm in adapted):
+        yield "Some adapted runs forgot the source on the way (iou/source_val fell below monitor.forgetting_threshold)."
+
+
+def _table(comparison: Comparison) -> pd.DataFrame:
+    frame = pd.DataFrame(
+        [
+            {"arm": run.arm, "seed": run.seed, "metric": name, "value": value}
+            for arm in comparison.arms
+            for run in comparison.runs_of(arm.name)
+            for name, value in sorted(run.metrics.items(), key=_order)
+            if name in TABLE_SCORES or name.startswith("class_iou/")
+        ],
+        columns=["arm", "seed", "metric", "value"],
+    )
+    kinds = {arm.kind: arm.name for arm in comparison.arms if arm.name in set(frame["arm"])}
+    return difference_table(frame, kinds.get("source_only"), kinds.get("control"))
+
+
+def _order(item: tuple[str, float]) -> tuple[int, str]:
+    name = item[0]
+    return (TABLE_SCORES.index(name) if name in TABLE_SCORES else len(TABLE_SCORES), name)
+
+
+def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame) -> None:
+    """Report, tables, metrics and tags of the comparison's run."""
+    tables = run.folder / "tables"
+    tables.mkdir(parents=True, exist_ok=True)
+    table.to_csv(tables / "scores.csv", index=False, float_format="%.6f")
+    rows = [
+        {"arm": one.arm, "seed": one.seed, "run_id": one.run_id, "reused": one.reused,
+         **{name: one.metrics.get(name) for name in (*TABLE_SCORES, "da/probe_acc", "da/domain_acc_val")}}
+        for one in comparison.runs
+    ]  # fmt: skip
+    pd.DataFrame(rows).dropna(axis="columns", how="all").to_csv(tables / "runs.csv", index=False, float_format="%.6f")
+    if comparison.selection is not None:
+        comparison.selection.to_csv(tables / "selection.csv", index=False, float_format="%.6f")
+    metrics = {}
+    for row in table.to_dict("records"):
+        if row["metric"] in TABLE_SCORES:
+            name = f"compare/{row['metric'].removeprefix('iou/')}/{metric_name(str(row['arm']))}"
+            metrics |= {f"{name}/mean": row["mean"], f"{name}/std": row["std"]}
+    run.log_metrics({name: value for name, value in metrics.items() if value == value}, step=0)
+    lines = [verdict.line for verdict in comparison.verdicts] or list(comparison.notes)
+    (run.folder / "verdict.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    outcomes = "; ".join(f"{verdict.arm}: {verdict.outcome}" for verdict in comparison.verdicts)
+    run.set_tags({"dann.verdict": outcomes or "no target labels", "mlflow.note.content": "\n\n".join(lines)})
+    write_page(run.folder / PAGE, comparison)
+    draw_summary(run.folder / SUMMARY, comparison)

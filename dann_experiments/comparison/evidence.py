@@ -1,0 +1,70 @@
+"""What a report shows beside numbers: predictions of several arms on the same tiles, and the features of both domains."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+from dann_experiments.comparison.result import FeatureCloud, Panel
+from dann_experiments.config import Config
+from dann_experiments.jobs import setup
+from dann_experiments.jobs.alignment import FEATURES_FILE
+from dann_experiments.jobs.ready_model import load_model
+from dann_experiments.jobs.training import Album
+from dann_experiments.tracking.store import Store
+
+log = logging.getLogger(__name__)
+TILES = 5
+
+
+def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[Panel]:
+    """The same held-out target tiles, evenly spread over their set (nobody chose them), as each arm's model predicts them.
+
+    Test images where there are any with masks, else validation images. [] where the data or the models are not at hand."""
+    try:
+        data = setup.load_data(config, ("source_train", "target_train", "target_val", "target_test"))
+        dataset = data.labelled("target_test") or data.labelled("target_val") or data.held_out("target")
+        if dataset is None:
+            return []
+        setup.settle(config, data)
+        albums: dict[str, Album] = {}
+        for arm, run_id in run_of_arm.items():
+            model = load_model(f"runs:/{run_id}/model", "target", config, store)
+            dataset.normalisation = model.normalisation
+            albums[arm] = Album(dataset, TILES)
+            albums[arm].add(arm, model.network)
+    except (OSError, ValueError) as error:  # InputError is one: files of runs from elsewhere
+        log.warning("The report has no pictures of predictions: %s", error)
+        return []
+    first = next(iter(albums.values()))
+    return [
+        Panel(
+            (np.clip(image, 0, 1) * 255).round().astype(np.uint8),
+            first.truth[index] if first.truth else None,
+            {arm: album.predictions[arm][index] for arm, album in albums.items()},
+        )
+        for index, image in enumerate(first.images)
+    ]
+
+
+def feature_clouds(store: Store, run_id: str) -> tuple[dict[str, FeatureCloud], str]:
+    """The pooled features that a run keeps, before and after it adapted, and the layer they are from; ({}, "") without."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = Path(store.client.download_artifacts(run_id, FEATURES_FILE, folder))
+            with safe_open(str(path), "numpy") as file:
+                layer = (file.metadata() or {}).get("layer", "")
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
+        except Exception as error:  # whatever the artifact store raises: a report without this figure is still one
+            log.warning("The report has no picture of the features: run %s keeps none (%s).", run_id, error)
+            return {}, ""
+    clouds = {}
+    for when in ("before", "after"):
+        if f"{when}/source" in found and f"{when}/target" in found:
+            clouds[when] = FeatureCloud(found[f"{when}/source"], found[f"{when}/target"])
+    return clouds, layer

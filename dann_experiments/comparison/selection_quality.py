@@ -1,0 +1,112 @@
+"""How well scores that need no target labels choose, where labels of the target allow to look: rank correlation and regret."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr  # comes with scikit-learn
+
+from dann_experiments.training.selection import KEPT, PREFIX, SCORES, choice_value
+
+ORACLE = "iou/target_val"
+NAIVE = "iou/source_val"
+LAST = "last"
+COLUMNS = ("score", "better", "groups", "candidates", "spearman", "regret", "regret_kept")
+
+
+def score_quality(choices: pd.DataFrame, oracle: str = ORACLE) -> pd.DataFrame:
+    """What choosing by each score would have given, against choosing by `oracle` (higher is better), which needs labels.
+
+    `choices` has a row a candidate, in order of time: `group` (candidates of one group are ranked against each other: the epochs
+    of a run, the trials of a sweep), the oracle, and any of the `select/` scores, `iou/source_val` and `select/source_kept`.
+    Candidates without an oracle value do not count.
+
+    The result has a row for each `select/` score that is there, for `iou/source_val`, the naive choice, and for `last`, the
+    group's last candidate, with these columns:
+
+    - `score`, `better` (max or min), `groups` and `candidates`: how many of them the score was looked at in. A group in which
+      nobody has a value of the score is left out.
+    - `spearman`: mean over groups of the rank correlation with the oracle, -1..1, positive where the better score has the
+      better oracle value, whichever its direction. Groups of one candidate and those in which the score or the oracle is constant
+      have none; NaN if no group has one. That of `last` says whether later is better.
+    - `regret`: mean over groups of the group's best oracle value minus that of the candidate with the best score (the first
+      of several); in IoU, 0 or more.
+    - `regret_kept`: the same if only candidates with `select/source_kept` = 1 may be chosen: a `select/` score by `choice_value`,
+      the others among all where none is kept. The best oracle value is still that of the whole group. NaN without that column.
+
+    A score that is NaN counts as its worst, as it does in a choice.
+    """
+    known = choices[oracle].notna().to_numpy(bool)
+    groups: dict[object, list[int]] = {}  # row numbers, in order of time
+    for number in np.flatnonzero(known).tolist():
+        groups.setdefault(choices["group"].iloc[number], []).append(number)
+    names = [name for name in (oracle, KEPT, *SCORES, NAIVE) if name in choices.columns]
+    values = {name: choices[name].to_numpy(float) for name in names}
+    parts = [{name: column[numbers] for name, column in values.items()} for numbers in groups.values()]
+    scores = [name for name in (*SCORES, NAIVE) if name in values]
+    rows = [_quality(name, parts, oracle, KEPT in values) for name in (*scores, LAST)]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+Group = Mapping[str, np.ndarray]  # column -> values of its candidates
+
+
+def _quality(name: str, groups: Sequence[Group], oracle: str, kept_known: bool) -> dict[str, object]:
+    used = [group for group in groups if name == LAST or not np.isnan(group[name]).all()]
+    correlations, regrets, regrets_kept = [], [], []
+    for group in used:
+        truth = group[oracle]
+        merits = _merits(name, group, truth.size, kept_only=False)
+        if len(np.unique(truth)) > 1 and len(np.unique(merits)) > 1:
+            correlations.append(spearmanr(merits, truth).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+        regrets.append(truth.max() - truth[merits.argmax()])
+        if kept_known:
+            chosen = _merits(name, group, truth.size, kept_only=True).argmax()
+            regrets_kept.append(truth.max() - truth[chosen])
+    return {
+        "score": name,
+        "better": SCORES[name].better if name in SCORES else "max",
+        "groups": len(used),
+        "candidates": sum(group[oracle].size for group in used),
+        "spearman": _mean(correlations),
+        "regret": _mean(regrets),
+        "regret_kept": _mean(regrets_kept),
+    }
+
+
+def _merits(name: str, group: Group, count: int, kept_only: bool) -> np.ndarray:
+    """What a choice goes by, the greatest first: the score, or minus it where less is better."""
+    if name in SCORES:
+        names = (name, KEPT) if kept_only else (name,)
+        values = [choice_value(name, {key: group[key][index] for key in names}) for index in range(count)]
+        return np.array(values) * (-1 if SCORES[name].better == "min" else 1)
+    merits = np.arange(count, dtype=float) if name == LAST else group[name]
+    merits = np.where(np.isnan(merits), -np.inf, merits)
+    if kept_only:
+        kept = group[KEPT] != 0  # NaN, not known, counts as kept, as in choice_value
+        merits = np.where(kept, merits, -np.inf) if kept.any() else merits
+    return merits
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def per_epoch_choices(
+    history: Mapping[str, Sequence[tuple[int, float]]], group: str, oracle: str = ORACLE
+) -> pd.DataFrame:
+    """The validations of a run as candidates for `score_quality`, from its histories, metric -> [(step, value)] in order.
+
+    A row for each step at which the oracle and every `select/` score that the run has were measured, in order of steps;
+    columns `group`, `step`, the oracle, `iou/source_val` and all `select/` metrics of the run, NaN where one has no value
+    at a step. Of several values at one step the last counts. No rows for a run without the oracle or without `select/` scores.
+    """
+    by_step = {name: dict(points) for name, points in history.items()}
+    scores = [name for name in SCORES if by_step.get(name)]
+    needed = [by_step.get(oracle, {}), *(by_step[name] for name in scores)]
+    steps = sorted(set.intersection(*(set(values) for values in needed))) if scores else []
+    names = [oracle, NAIVE, *(name for name in history if name.startswith(PREFIX))]
+    columns = {name: [by_step.get(name, {}).get(step, float("nan")) for step in steps] for name in names}
+    return pd.DataFrame({"group": [group] * len(steps), "step": steps} | columns)

@@ -1,0 +1,261 @@
+"""Did adaptation help? The rule that turns scores over seeds into a verdict (docs/verdict.md; checked by benchmarks/verdict.py).
+
+D: adapted, C: lambda = 0 control (target images forwarded, no adversary), S: source only. A point is 0.01 of a score of 0 to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from scipy.special import stdtrit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Outcome = Literal["helped", "hurt", "no evidence", "explained by BatchNorm statistics"]
+
+CONFIDENCE = 0.95
+"""Of each two-sided interval, when one arm is judged."""
+MIN_SEEDS = 3
+"""Two differences give an interval (Student's t with one degree of freedom) 25 spreads wide: it could decide nothing."""
+SMALLEST_GAIN = 0.01
+"""One point. A smaller difference may be real, but repays no second training, and data set, split or checkpoint move more."""
+EXPLAINED_SHARE = 0.5
+"""Part of the gain over source only that the control must reach by itself before the gain is put down to it."""
+_SAME = 1e-9  # differences this close are equal: subtraction leaves 1e-16
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Paired differences over seeds, and where their mean lies."""
+
+    mean: float
+    """NaN without seeds."""
+    low: float
+    """Lower end of the confidence interval of the mean; NaN with fewer than two seeds."""
+    high: float
+    std: float
+    """Standard deviation of the differences (n - 1); NaN with fewer than two seeds."""
+    n: int
+    """Seeds that both arms have."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can be said of one adapted arm, and why."""
+
+    arm: str
+    outcome: Outcome
+    metric: str
+    against_source: Interval
+    """D - S."""
+    against_control: Interval
+    """D - C."""
+    control_against_source: Interval
+    """C - S."""
+    confidence: float
+    """Of each interval, after the correction for several arms."""
+    reason: str
+    """The part of the rule that decided, with its numbers in points."""
+
+    @property
+    def line(self) -> str:
+        """Arm, outcome and reason, as printed."""
+        return f"{self.arm}: {self.outcome}. {self.reason}"
+
+
+def paired(a: Mapping[int, float], b: Mapping[int, float], confidence: float = CONFIDENCE) -> Interval:
+    """Difference a - b over the seeds that both have (seed -> score; NaN and infinity count as missing).
+
+    The interval of the mean is Student's t, two-sided.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1, as in 0.95.")
+    differences = [a[seed] - b[seed] for seed in a if seed in b and math.isfinite(a[seed]) and math.isfinite(b[seed])]
+    n = len(differences)
+    mean = math.fsum(differences) / n if n else math.nan
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, math.nan, n)
+    std = math.sqrt(math.fsum((difference - mean) ** 2 for difference in differences) / (n - 1))
+    half = _quantile(confidence, n - 1) * std / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, std, n)
+
+
+@lru_cache
+def _quantile(confidence: float, freedom: int) -> float:
+    """Half the width of a two-sided interval in standard errors: Student's t."""
+    return float(stdtrit(freedom, 0.5 + confidence / 2))
+
+
+def judge(
+    arm: str,
+    metric: str,
+    adapted: Mapping[int, float],
+    control: Mapping[int, float],
+    source_only: Mapping[int, float],
+    arms: int = 1,
+    confidence: float = CONFIDENCE,
+) -> Verdict:
+    """Judge one adapted arm by its scores over seeds (seed -> score, 0 to 1, higher is better), each arm's seeds paired.
+
+    arms: how many adapted arms are judged in the same comparison; each interval then has confidence 1 - (1 - confidence) / arms
+    (Bonferroni), since the best of many would beat any fixed level by luck.
+    control may be empty: then nothing but harm can be found. Raises ValueError for scores that look like percentages.
+    """
+    if arms < 1:
+        raise ValueError(f"arms is {arms}; it counts the adapted arms judged together, this one included: at least 1.")
+    for name, scores in (("adapted", adapted), ("control", control), ("source_only", source_only)):
+        large = [score for score in scores.values() if math.isfinite(score) and abs(score) > 2]
+        if large:
+            raise ValueError(
+                f"{name} scores of {arm} hold {large[0]:g}; {metric} must be given from 0 to 1, not in percent."
+            )
+    confidence = 1 - (1 - confidence) / arms
+    against_source = paired(adapted, source_only, confidence)
+    against_control = paired(adapted, control, confidence)
+    control_against_source = paired(control, source_only, confidence)
+    outcome, why = _decide(against_source, against_control, control_against_source, confidence)
+    reason = f"On {metric}, {why}{_left_out(adapted, control, source_only)}"
+    return Verdict(arm, outcome, metric, against_source, against_control, control_against_source, confidence, reason)
+
+
+def _decide(source: Interval, control: Interval, shift: Interval, confidence: float) -> tuple[Outcome, str]:
+    """The rule, on D - S, D - C and C - S; its parts are asked in this order."""
+
+    def said(difference: Interval) -> str:
+        if difference.n < 2:
+            return f"unknown, {_seeds(difference.n)} shared"
+        low, high = _points(difference.low), _points(difference.high)
+        return f"{_points(difference.mean)} points ({confidence * 100:.4g} % interval {low} to {high}, {_seeds(difference.n)})"
+
+    smallest = f"{SMALLEST_GAIN * 100:.1f} point"
+    if source.n < MIN_SEEDS:
+        return "no evidence", f"{_seeds(source.n)} shared with source only: at least {MIN_SEEDS} seeds are needed."
+    if _no_spread(source):
+        return "no evidence", _seed_changed_nothing(source, "source only")
+    if source.high < 0 and _at_least(-source.mean, SMALLEST_GAIN):
+        return "hurt", f"it loses against source only, {said(source)}, wholly below 0 and by at least {smallest}."
+
+    against_source = f"{said(source)} against source only"
+    if control.n == 0:
+        return "no evidence", (
+            f"{against_source}, but without the lambda = 0 control nothing can be concluded: target images forwarded without an "
+            "adversary may do the same."
+        )
+    if control.n < MIN_SEEDS:
+        return "no evidence", f"{_seeds(control.n)} shared with the control: at least {MIN_SEEDS} seeds are needed."
+    if _no_spread(control):
+        return "no evidence", _seed_changed_nothing(control, "the control")
+    against_both = f"{against_source} and {said(control)} against the lambda = 0 control"
+    beats_source = source.low > 0 and _at_least(source.mean, SMALLEST_GAIN)
+    beats_control = control.low > 0 and _at_least(control.mean, SMALLEST_GAIN)
+    if beats_source and beats_control:
+        return "helped", f"{against_both}: both wholly above 0 and at least {smallest} on average."
+
+    if beats_source:
+        # the control's own gain must be beyond doubt as well: with a noisy control, its mean alone reaches half of a gain
+        # that the adversary made in one case of five (docs/verdict.md)
+        shown = shift.n >= MIN_SEEDS and not _no_spread(shift) and shift.low > 0
+        if shown and _at_least(shift.mean, EXPLAINED_SHARE * source.mean):
+            return "explained by BatchNorm statistics", (
+                f"{against_both}, which by itself gains {said(shift)}, {shift.mean / source.mean * 100:.0f} % of it. What the "
+                "control also does explains the gain: forwarding target images (BatchNorm statistics) and training for longer."
+            )
+        doubt = f"is below {smallest}" if control.low > 0 else "is not wholly above 0"
+        return "no evidence", (
+            f"{against_both}: the gain over the control {doubt}, so the adversary's part is not shown, and neither is it that "
+            f"the control alone gives {EXPLAINED_SHARE * 100:.0f} % of the gain or more ({said(shift)})."
+        )
+    if beats_control:
+        if shift.mean < 0:
+            return "no evidence", (
+                f"{against_both}: adapting repairs what forwarding the target broke ({said(shift)} for the control), but is "
+                "not shown to beat the source model."
+            )
+        return "no evidence", f"{against_both}: better than the control, but not shown to beat the source model."
+    if source.low > 0 or source.high < 0:
+        return "no evidence", f"{against_both}: a difference below {smallest} is too small to matter."
+    return "no evidence", f"{against_both}: the interval against source only holds 0."
+
+
+def _at_least(value: float, bound: float) -> bool:
+    """`value >= bound`, forgiving the rounding of a difference: 0.51 - 0.50 is a hair above 0.01, 0.61 - 0.60 a hair below."""
+    return value >= bound - _SAME
+
+
+def _no_spread(difference: Interval) -> bool:
+    """Whether every seed gave the same difference."""
+    return difference.std < _SAME
+
+
+def _seed_changed_nothing(difference: Interval, other: str) -> str:
+    return (
+        f"all {_seeds(difference.n)} give exactly the same difference from {other} ({_points(difference.mean)} points): the seed "
+        "changed nothing, so this is one run counted several times and its spread is unknown."
+    )
+
+
+def _left_out(*arms: Mapping[int, float]) -> str:
+    """A sentence on seeds that some arm lacks; an arm without any score is no arm."""
+    finite = [{seed for seed, score in arm.items() if math.isfinite(score)} for arm in arms]
+    present = [seeds for seeds in finite if seeds]
+    if not present:
+        return ""
+    missing = len(set().union(*(set(arm) for arm in arms)) - set.intersection(*present))
+    if not missing:
+        return ""
+    lack = "lacks a score in some arm and is" if missing == 1 else "lack a score in some arm and are"
+    return f" {_seeds(missing)} {lack} left out there: if a run failed, the rest may flatter."
+
+
+def _points(value: float) -> str:
+    return f"{value * 100:+.1f}"
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed" if n == 1 else f"{n} seeds"
+
+
+def difference_table(
+    frame: pd.DataFrame, source_only: str | None, control: str | None, confidence: float = CONFIDENCE
+) -> pd.DataFrame:
+    """Every arm and metric over seeds, beside source only and beside the control.
+
+    frame: columns arm, seed, metric, value (as they come), one row a run and metric; a class's IoU is a metric like any other.
+    source_only, control: names of these arms; None where there is none.
+    Gives one row an arm and metric, in the order of the frame: arm, metric, n, mean, std, and for `source` and `control`
+    `minus_source` (mean of the paired differences), `minus_source_low`, `minus_source_high`, `minus_source_n`. NaN: not known,
+    and in the rows of the arm itself. The intervals are not corrected for the number of rows: they describe, they do not judge.
+    """
+    import pandas as pd
+
+    repeated = frame.duplicated(["arm", "seed", "metric"])
+    if repeated.any():
+        row = frame[repeated].iloc[0]
+        raise ValueError(
+            f"Arm {row['arm']} has {row['metric']} twice for seed {row['seed']}; keep one run of an arm and seed."
+        )
+    arms = set(frame["arm"])
+    for argument, name in (("source_only", source_only), ("control", control)):
+        if name is not None and name not in arms:
+            raise ValueError(
+                f"{argument} is {name!r}, but the frame's arms are {sorted(arms)}; give one of them or None."
+            )
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    for arm, seed, metric, value in zip(*(frame[column] for column in ("arm", "seed", "metric", "value")), strict=True):
+        scores.setdefault((arm, metric), {})[seed] = value
+    rows = []
+    for (arm, metric), values in scores.items():
+        alone = paired(values, dict.fromkeys(values, 0.0), confidence)
+        row = {"arm": arm, "metric": metric, "n": alone.n, "mean": alone.mean, "std": alone.std}
+        for label, name in (("source", source_only), ("control", control)):
+            other = scores.get((name, metric), {}) if name not in (None, arm) else {}
+            difference = paired(values, other, confidence)
+            row |= {f"minus_{label}": difference.mean, f"minus_{label}_low": difference.low,
+                    f"minus_{label}_high": difference.high, f"minus_{label}_n": difference.n}  # fmt: skip
+        rows.append(row)
+    return pd.DataFrame(rows)

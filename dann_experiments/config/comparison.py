@@ -1,0 +1,67 @@
+"""Every setting of `compare`: which arms, over which seeds, or which runs that exist. The strings are their help texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from dann_experiments.config.errors import InputError
+
+Kind = Literal["source_only", "statistics", "control", "adapted", "oracle"]
+"""source_only: the source model as it is; statistics: that model with BatchNorm statistics of the target (AdaBN); control:
+lambda = 0; adapted: what is judged; oracle: trained on target labels."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+DEFAULT_ARMS: Mapping[str, Mapping[str, Any]] = {
+    "source only": {"kind": "source_only"},
+    "AdaBN": {"kind": "statistics"},
+    "lambda = 0 control": {"kind": "control"},
+    "DANN": {"kind": "adapted"},
+    "oracle": {"kind": "oracle"},
+}
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Did adaptation help? Arms over several seeds, judged against the source model and the lambda = 0 control."""
+
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What is compared (in a YAML file alone; the flag --arms names the file): name -> dotted settings in which the arm
+    differs, and `kind`: adapted (default: what is judged), source_only (the source model as it is), statistics (that model
+    with BatchNorm statistics of the target, AdaBN), control (lambda = 0), oracle (trained on data.oracle). {} = source only,
+    AdaBN, lambda = 0 control, DANN, and the oracle where data.oracle names its images."""
+    seeds: int | list[int] = 5
+    """How many seeds, counted from `seed`; or the seeds. At least 3 are needed for a verdict, 5 are better."""
+    workers: int | None = None
+    """Runs at a time; null = one a GPU, else one a core (at most 4)."""
+    runs: list[str] = field(default_factory=list)
+    """Ids of finished runs to compare; nothing is trained then. Their source models' runs are added."""
+
+    def seed_list(self, first: int) -> list[int]:
+        """The seeds, from `first` on where only their number is given."""
+        return list(range(first, first + self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
+
+    def __post_init__(self) -> None:
+        given = self.seeds if isinstance(self.seeds, list) else [0] * self.seeds
+        if not given or (isinstance(self.seeds, list) and len(set(given)) < len(given)):
+            raise InputError(f"seeds is {self.seeds}; give how many (at least 1), or a list of different seeds.")
+        if any(not 0 <= seed < 2**32 for seed in given):
+            raise InputError(f"seeds is {self.seeds}; seeds are whole numbers from 0 to 4294967295.")
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"workers is {self.workers}; give a number of at least 1, or null.")
+        if len(set(self.runs)) < len(self.runs):
+            raise InputError("runs names a run twice; name each once.")
+        if self.runs and self.arms:
+            raise InputError("arms has no effect with runs, whose arms are read from the store; give one of the two.")
+        for name, arm in self.arms.items():
+            kind = arm.get("kind", "adapted")
+            if not str(name).strip():
+                raise InputError("arms holds an arm without a name; name it.")
+            if kind not in KINDS:
+                raise InputError(f"arms.{name}.kind is {kind!r}; it is one of {list(KINDS)}.")
+        kinds = [arm.get("kind", "adapted") for arm in self.arms.values()]
+        for kind in ("source_only", "control", "oracle"):
+            if kinds.count(kind) > 1:
+                raise InputError(f"arms holds {kinds.count(kind)} arms of kind {kind}; keep one.")
+        if self.arms and "adapted" not in kinds:
+            raise InputError("arms holds no arm of kind adapted, so there is nothing to judge; add one.")
