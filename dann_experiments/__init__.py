@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from dann_experiments.adaptation.gradient_reversal import GradientReversal
     from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
     from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler, LinearScheduler
+    from dann_experiments.comparison.compare import ComparisonResult, compare
+    from dann_experiments.comparison.verdict import Verdict
     from dann_experiments.config import Config, InputError, load_config
+    from dann_experiments.config.comparison import CompareConfig
     from dann_experiments.config.prediction import PredictConfig
     from dann_experiments.jobs.adapt import adapt
     from dann_experiments.jobs.check_data import DataReport, check_data
@@ -39,6 +42,10 @@ _HOMES = {
     "DANNScheduler": "adaptation.schedules",
     "LambdaScheduler": "adaptation.schedules",
     "LinearScheduler": "adaptation.schedules",
+    "CompareConfig": "config.comparison",
+    "ComparisonResult": "comparison.compare",
+    "Verdict": "comparison.verdict",
+    "compare": "comparison.compare",
     "Config": "config",
     "InputError": "config",
     "load_config": "config",
@@ -51,6 +58,8 @@ _HOMES = {
 _JOBS = ("adapt", "check_data", "evaluate", "predict", "pretrain")
 
 __all__ = [
+    "CompareConfig",
+    "ComparisonResult",
     "Config",
     "ConstantScheduler",
     "DANNMethod",
@@ -71,8 +80,10 @@ __all__ = [
     "RunResult",
     "SourceOnly",
     "StepOutputs",
+    "Verdict",
     "adapt",
     "check_data",
+    "compare",
     "evaluate",
     "load_config",
     "predict",

@@ -170,6 +170,8 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> int:
     keys = known_keys(CompareConfig)
     own: dict[str, Any] = {key: value for key, value in given.items() if key in keys and value not in NOT_GIVEN}
     runs = [run_id for text in known.runs or () for run_id in text.replace(",", " ").split() if run_id not in NOT_GIVEN]
+    if known.runs == []:
+        raise InputError("--runs has no value; give the ids of finished runs, or leave it out to run the arms.")
     if runs:
         own["runs"] = runs
     file = None if known.arms in (None, *NOT_GIVEN) else known.arms
@@ -178,6 +180,10 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> int:
     overrides |= {key: value for key, value in given.items() if key not in keys}
     config = load_config(DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else known.config, overrides)
     quiet_libraries()
+    if settings.runs:
+        idle = [key for key in (*own, *overrides) if not key.startswith(("runs", "threads", "tracking."))]
+        if idle:
+            logging.getLogger("dann_experiments").warning("With runs, these have no effect: %s.", ", ".join(idle))
     from dann_experiments.comparison.compare import ComparisonFailed, compare
 
     try:

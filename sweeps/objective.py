@@ -16,6 +16,7 @@ from dann_experiments.config import Config, InputError, replace
 from dann_experiments.config.errors import StoreAway
 from dann_experiments.jobs import RunResult, adapt, setup
 from dann_experiments.tracking.store import without_secrets
+from dann_experiments.training.selection import PREFIX, choice_value
 from sweeps.pruning import Pruned, PruningCallback
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, settings_of
@@ -99,9 +100,10 @@ def run_trial(
 
 
 def _objective_value(result: RunResult, objective: str) -> float:
-    """The final model's score; of what is logged along the way, the mean over the last tenth of the steps."""
+    """The final model's score (of a select/ score the worst value if it forgot the source); of what is logged along the way,
+    the mean over the last tenth of the steps."""
     if objective in result.metrics:
-        value = float(result.metrics[objective])
+        value = float(choice_value(objective, result.metrics))
     else:
         history = result.history()
         found = history[history["metric"] == objective]
@@ -116,8 +118,8 @@ def _objective_value(result: RunResult, objective: str) -> float:
 
 
 def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What is stored of a run's metrics: its IoU values."""
-    return {name: float(value) for name, value in metrics.items() if name.startswith("iou/")}
+    """What is stored of a run's metrics: its IoU values, and the scores of the target that need no labels."""
+    return {name: float(value) for name, value in metrics.items() if name.startswith(("iou/", PREFIX))}
 
 
 def _reason(error: BaseException) -> str:

@@ -15,10 +15,12 @@ from urllib.parse import quote
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from dann_experiments.comparison.selection_quality import score_quality
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.config.schema import TARGET_LABEL_METRICS
 from dann_experiments.tracking.store import Store
+from dann_experiments.training.selection import SCORES as SCORES_WITHOUT_LABELS
 from sweeps.objective import trial_config
 from sweeps.study import DEFINITION, HALT, SETTINGS, SOURCE_ONLY, Sweep, superseded
 
@@ -37,6 +39,8 @@ FIGURES = {
 }
 MOST_IN_CONTOUR = 5  # its panels grow with the square of the parameters
 TOP = 5
+ORACLE = "iou/target_val"  # what target labels would choose by
+FEWEST_RANKED = 3  # two are always in order, or in none
 SCORES = ("iou/source_val", "iou/target_val", "iou/source_test", "iou/target_test")
 
 
@@ -276,6 +280,14 @@ def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> str:
     shown = {trial.number: trial for trial in [*baselines(study), *top_trials(study)]}
     lines += ["## Best trials beside the known ones", "", *markdown(comparison(study, list(shown.values()))), ""]
     lines += ["## All trials", "", *markdown(comparison(study, study.counted())), ""]
+    quality = target_free_choice(study)
+    if quality is not None:
+        lines += [
+            "## Choosing without target labels", "", *markdown(quality), "",
+            f"How well each score ranks the finished trials of the search, against `{ORACLE}` (Spearman, + is right), and how "
+            "much of it the choice by that score costs (regret; regret_kept: among trials that keep the source). "
+            "docs/selection.md has the scores.", "",
+        ]  # fmt: skip
     failed = [trial for trial in study.counted() if trial.state == TrialState.FAIL]
     if failed:
         lines += ["## Failed", "", *(f"- trial {t.number}: {t.user_attrs.get('error')}" for t in failed), ""]
@@ -332,6 +344,20 @@ def comparison(study: Sweep, trials: Sequence[FrozenTrial]) -> pd.DataFrame:
         rows.append({**row, "run": str(known.get("run_id", ""))[:8]})
     columns = ["", "state", *scores, *names.values(), "run"]
     return pd.DataFrame(rows, columns=columns, dtype=object).dropna(axis="columns", how="all")
+
+
+def target_free_choice(study: Sweep) -> pd.DataFrame | None:
+    """How well each score that needs no target labels would have chosen among the complete trials of the search
+    (`score_quality`); None with fewer than three, or without target labels to tell."""
+    import pandas as pd
+
+    rows = [
+        {"group": study.name, **trial.user_attrs.get("scores", {})}
+        for trial in study.trials(TrialState.COMPLETE)
+        if trial.user_attrs.get("role") in ("recipe", "search")
+    ]
+    rows = [row for row in rows if ORACLE in row and any(name in row for name in SCORES_WITHOUT_LABELS)]
+    return score_quality(pd.DataFrame(rows), ORACLE) if len(rows) >= FEWEST_RANKED else None
 
 
 def markdown(table: pd.DataFrame) -> list[str]:

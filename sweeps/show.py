@@ -13,7 +13,7 @@ from dann_experiments.config.schema import TARGET_LABEL_METRICS
 from dann_experiments.tracking.store import open_store
 from sweeps.driver import SweepResult, find_study, study_config
 from sweeps.progress import describe_end
-from sweeps.report import baselines, comparison, number, top_trials, write_report
+from sweeps.report import ORACLE, baselines, comparison, number, target_free_choice, top_trials, write_report
 from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep, flags_of, is_journal, storage_address, study_folder
 
 if TYPE_CHECKING:
@@ -58,6 +58,14 @@ def print_table(study: Sweep) -> None:
         print(
             f"Chosen by {objective}, which uses target labels: the best of many is flattered; iou/target_test is not."
         )
+    quality = target_free_choice(study)
+    if quality is not None:
+        ranked = Table(title=f"choosing a trial without target labels, against {ORACLE}", box=box.SIMPLE)
+        for name in quality.columns:
+            ranked.add_column(str(name), justify="left" if name == "score" else "right")
+        for row in quality.itertuples(index=False):
+            ranked.add_row(*(number(cell, digits=3) for cell in row))
+        console.print(ranked)
 
 
 def status(name: str, storage: str | None) -> None:

@@ -94,6 +94,14 @@ def test_the_sweep_notebook_makes_loads_and_reads_a_study(workplace, monkeypatch
     assert "against the control" in notebook.cells[-1].outputs[0]["text"]
 
 
+@pytest.mark.slow
+def test_the_verdict_notebook_compares_and_shows_its_report(workplace, monkeypatch):
+    notebook = run_notebook("03_did_it_help.ipynb", workplace, monkeypatch)
+    ran = next(cell for cell in notebook.cells if "compare(config" in cell.source)
+    assert "DANN: " in ran.outputs[-1]["data"]["text/plain"]
+    assert "report.html" in notebook.cells[-1].outputs[-1]["text"]
+
+
 def test_no_placeholder_is_left_in_what_people_read():
     for document in [PROJECT / "README.md", *PROJECT.glob("docs/**/*.md"), *PROJECT.glob("recipes/*.yaml")]:
         assert not re.search(r"@[A-Z_]+@", document.read_text()), document.name

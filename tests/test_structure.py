@@ -17,12 +17,24 @@ import yaml
 from dann_experiments.__main__ import _argument_parser, _overrides
 from dann_experiments.command_line import NOT_GIVEN, SHORT_NAMES, dotted
 from dann_experiments.config import load_config
+from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys
 from dann_experiments.config.prediction import PredictConfig
 from sweeps.settings import SweepConfig
 
 PROJECT = Path(__file__).parents[1]
-LAYERS = ["config", "data", "models", "adaptation", "training", "tracking", "jobs", "command_line", "comparison", "__main__"]
+LAYERS = [
+    "config",
+    "data",
+    "models",
+    "adaptation",
+    "training",
+    "tracking",
+    "jobs",
+    "command_line",
+    "comparison",
+    "__main__",
+]
 
 
 def imports_of(file: Path) -> set[str]:
@@ -123,6 +135,19 @@ def test_check_data_and_predict_use_every_parameter_and_their_commands_parse():
     entry = project.get_entry_point("check-data")
     known, rest = _argument_parser().parse_known_args(shlex.split(entry.compute_command({"config": "a b"}, None))[3:])
     assert (known.command, known.config, _overrides(known, rest)) == ("check-data", "a b", {})
+
+
+def test_the_compare_entry_point_uses_every_parameter_and_its_command_parses():
+    from mlflow.projects._project_spec import load_project
+
+    entry = load_project(str(PROJECT)).get_entry_point("compare")
+    assert set(entry.parameters) <= {"config", *known_keys(CompareConfig), *SHORT_NAMES}
+    assert all(f"{{{parameter}}}" in entry.command for parameter in entry.parameters)
+    given = {"runs": "a1 b2", "arms": "my arms.yaml", "seeds": "3", "workers": "2", "optimizer.lr": "1e-3"}
+    known, rest = _argument_parser().parse_known_args(shlex.split(entry.compute_command(given, None))[3:])
+    assert (known.command, known.runs, known.arms) == ("compare", ["a1 b2"], "my arms.yaml")
+    kept = {key: value for key, value in dotted(rest).items() if value not in NOT_GIVEN}
+    assert kept == {"seeds": "3", "workers": "2", "optimizer.lr": "1e-3"}
 
 
 def test_the_sweep_entry_point_uses_every_parameter_and_its_command_parses():

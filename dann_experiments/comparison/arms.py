@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from dann_experiments.comparison.result import Arm
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.comparison import DEFAULT_ARMS, CompareConfig
+from dann_experiments.config.parsing import known_keys
 from dann_experiments.config.presets import filled
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.evaluate import SETS as SCORED_SETS
@@ -21,6 +24,20 @@ log = logging.getLogger(__name__)
 PATH = "domain_adaptation.pretrained_checkpoint.path"
 JOBS = {
     "source_only": "pretrain", "statistics": "evaluate", "control": "adapt", "adapted": "adapt", "oracle": "pretrain",
+}  # fmt: skip
+SOURCE_ONLY = "source only"
+NO_CONTROL = "There is no lambda = 0 control, without which no help can be claimed."
+ADVERSARY = ("domain_adaptation.method.", "domain_adaptation.feature_layers")
+SET_HERE = ("seed", "threads", "tracking.", PATH, "data.oracle")
+"""What the comparison sets itself, for all arms."""
+ALIKE = (
+    "model.", "data.class_names", "data.ignore_index", "data.source.val", "data.source.test", "data.target.val",
+    "data.target.test",
+)  # fmt: skip
+"""What arms must share: the network of the source model that they start from, and what scores are measured on."""
+MAKES_THE_KIND = {
+    "control": ("domain_adaptation.method.name", "domain_adaptation.method.class_path", "domain_adaptation.method.lambda_da"),
+    "statistics": ("domain_adaptation.batchnorm",),
 }  # fmt: skip
 SETS = {"pretrain": PRETRAINING_SETS, "adapt": setup.SETS, "evaluate": (*SCORED_SETS, STATISTICS_SET)}
 
@@ -43,15 +60,18 @@ class Cell:
 def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[str]]:
     """The arms, with `source only` in any case, as all others start from it; and notes about what was left out."""
     notes = []
-    given: Mapping[str, Mapping[str, Any]] = settings.arms or DEFAULT_ARMS
-    arms = [
-        Arm(name, arm.get("kind", "adapted"), {key: value for key, value in arm.items() if key != "kind"})
-        for name, arm in given.items()
-    ]
+    given: Mapping[str, Mapping[str, Any] | None] = settings.arms or DEFAULT_ARMS
+    arms = []
+    for name, arm in given.items():
+        overrides = _dotted({key: value for key, value in (arm or {}).items() if key != "kind"})
+        arms.append(Arm(name, (arm or {}).get("kind", "adapted"), overrides))
     if not any(arm.kind == "source_only" for arm in arms):
-        arms.insert(0, Arm("source only", "source_only"))
+        if SOURCE_ONLY in given:
+            raise InputError(f"arms.{SOURCE_ONLY} is not of kind source_only, though called so; give it another name.")
+        arms.insert(0, Arm(SOURCE_ONLY, "source_only"))
     if not any(arm.kind == "control" for arm in arms):
-        notes.append("There is no lambda = 0 control, without which no help can be claimed.")
+        notes.append(NO_CONTROL)
+    notes += _not_followed(arms)
     kept = []
     for arm in arms:
         if arm.kind == "source_only" and arm.overrides:
@@ -59,6 +79,7 @@ def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[st
                 f"arms.{arm.name} changes {sorted(arm.overrides)}, but all arms start from this one model; change the "
                 "settings of the comparison instead."
             )
+        _refuse_overrides(arm)
         if arm.kind == "oracle" and not config.data.oracle:
             if settings.arms:
                 raise InputError(f"arms.{arm.name} is an oracle, but data.oracle names no labelled target images.")
@@ -66,6 +87,80 @@ def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[st
             continue
         kept.append(arm)
     return kept, notes
+
+
+def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names, also where an arm nests its settings as a config file does."""
+    leaves = known_keys()
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in leaves:
+            found |= _dotted(value, f"{key}.")
+        else:
+            found[key] = value
+    return found
+
+
+def _refuse_overrides(arm: Arm) -> None:
+    """Raises InputError for settings that would have no effect in an arm, or make it another thing than the report says."""
+    for key in arm.overrides:
+        where = f"arms.{arm.name} sets {key} to {arm.overrides[key]!r}, but"
+        if key.startswith(SET_HERE):
+            raise InputError(f"{where} that is one for all arms; set it in the config of the comparison.")
+        if key.startswith(ALIKE):
+            raise InputError(
+                f"{where} arms start from one source model and are scored on the same images; set it in the config, or make "
+                "a comparison of its own."
+            )
+        if key in MAKES_THE_KIND.get(arm.kind, ()):
+            raise InputError(
+                f"{where} that is what makes an arm of kind {arm.kind}; leave it out, or use kind adapted."
+            )
+
+
+def _not_followed(arms: Sequence[Arm]) -> Iterator[str]:
+    """Notes on adapted arms that differ from the control in more than the adversary."""
+    control = next((arm.overrides for arm in arms if arm.kind == "control"), None)
+    for arm in arms:
+        if arm.kind == "adapted" and control is not None:
+            more = [
+                key
+                for key, value in arm.overrides.items()
+                if not key.startswith(ADVERSARY) and control.get(key) != value
+            ]
+            if more:
+                yield (
+                    f"{arm.name} differs from the control in more than the adversary ({', '.join(more)}): what it gains over the "
+                    "control may be due to that."
+                )
+
+
+def check_arms(cells: Sequence[Cell]) -> None:
+    """Read the data and build network and method of every arm that adapts, once, as its job will: what is wrong is refused
+    before the source models are trained. Raises InputError."""
+    checked_data, checked = set(), set()
+    for cell in cells:
+        if cell.job != "adapt" or cell.arm.name in checked:
+            continue
+        checked.add(cell.arm.name)
+        config = cell.config
+        try:
+            with torch.random.fork_rng(devices=[]):  # the initial weights draw numbers
+                network = setup.make_network(config, with_weights=False)
+            key = repr((SETS[cell.job], config.data, config.model, config.monitor, config.trainer.accelerator))
+            if key not in checked_data:
+                setup.check_data(config, setup.load_data(config, SETS[cell.job]), network)
+                checked_data.add(key)
+            with torch.random.fork_rng(devices=[]):
+                setup.make_method(config, setup.make_taps(config, network))
+        except InputError as error:
+            raise _of_arm(cell.arm, error) from None
+
+
+def _of_arm(arm: Arm, error: InputError) -> InputError:
+    """`error`, with the arm's name if the arm's own settings may have caused it."""
+    return InputError(f"arms.{arm.name}: {error}") if arm.overrides or arm.kind == "oracle" else error
 
 
 def cells_of(arms: Sequence[Arm], seeds: Sequence[int], config: Config, source_digest: str | None) -> list[Cell]:
@@ -82,7 +177,10 @@ def cells_of(arms: Sequence[Arm], seeds: Sequence[int], config: Config, source_d
             job = "evaluate" if arm.kind == "source_only" and given is not None else JOBS[arm.kind]
             own = _settings(arm, config, seed)
             from_source = job != "pretrain"
-            digest = digests.of(job, own, source if from_source else None)
+            try:
+                digest = digests.of(job, own, source if from_source else None)
+            except InputError as error:
+                raise _of_arm(arm, error) from None
             cells.append(Cell(arm, seed, job, own, digest, from_source and given is None))
     return cells
 
@@ -102,7 +200,7 @@ def _settings(arm: Arm, config: Config, seed: int) -> Config:
     try:
         return replace(config, changes | dict(arm.overrides))
     except InputError as error:
-        raise InputError(f"arms.{arm.name}: {error}") from None
+        raise _of_arm(arm, error) from None
 
 
 def _trained_on_the_target(config: Config) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ from dann_experiments.training.selection import PREFIX
 
 log = logging.getLogger(__name__)
 CURVES = ("iou/source_val", "iou/target_val", "da/lambda", "da/domain_acc", "da/domain_acc_val")
-NOT_THE_ARM = ("seed", "threads", "tracking.", "domain_adaptation.pretrained_checkpoint.path")
-"""Settings in which runs of one arm may differ."""
+PROBES = ("da/probe_acc", "da/a_distance")  # at step 0 of the warm start, at the last step of the adapted network
+NOT_THE_ARM = (
+    "seed", "threads", "tracking.", "domain_adaptation.pretrained_checkpoint.", "trainer.enable_progress_bar",
+    "data.memory_gb", "data.num_workers", "data.root", "data.embedded.", "data.oracle",
+)  # fmt: skip
+"""Settings in which runs of one arm may differ: those that change no number, and the source model, compared by itself."""
 NAMES: Mapping[str, str] = {"source_only": "source only", "statistics": "AdaBN", "control": "lambda = 0 control"}
 
 
@@ -31,51 +36,70 @@ def read_run(store: Store, run_id: str, arm: Arm, reused: bool) -> ArmRun:
     metrics = dict(run.data.metrics)
     if arm.kind == "oracle":  # what its own settings call the source is the target
         metrics = {name: value for name, value in metrics.items() if "source" not in name and "gap" not in name}
-    wanted = [name for name in metrics if name in CURVES or name.startswith(PREFIX)]
+    wanted = [name for name in metrics if name in (*CURVES, *PROBES) or name.startswith(PREFIX)]
     history = {name: _history(store, run_id, name) for name in wanted} if arm.kind in ("control", "adapted") else {}
     return ArmRun(arm.name, int(run.data.tags["seed"]), run_id, metrics, history, dict(run.data.tags), reused)
 
 
-def arms_of_runs(store: Store, run_ids: Sequence[str]) -> tuple[list[Arm], list[ArmRun]]:
-    """The arms that finished runs make: by their job and method, and by the settings in which they differ. The runs of their
-    source models are added. Raises InputError for an id that is no finished run of adapt, pretrain or evaluate."""
+def arms_of_runs(store: Store, run_ids: Sequence[str]) -> tuple[list[Arm], list[ArmRun], list[str]]:
+    """The arms that finished runs make: by their job and method, and by the settings in which they differ; their runs; notes.
+    The runs of their source models are added. Raises InputError for an id that is no finished run of adapt, pretrain or
+    evaluate, and for runs that cannot be compared: of one arm and seed, of different source models, scored on different images.
+    """
     runs = {run_id: _finished(store, run_id) for run_id in run_ids}
-    for run in list(runs.values()):
-        source = run.data.tags.get("dann.source_run_id")
-        if source is not None and source not in runs and _kind(run) != "source_only":
-            runs[source] = _finished(store, source)
     kinds: dict[str, Kind] = {run_id: _kind(run) for run_id, run in runs.items()}
     if "adapted" not in kinds.values():
         raise InputError("runs names no adaptation run, so there is nothing to judge; add one (`runs` lists some).")
+    sources, notes = _sources(store, runs, kinds)
+    _refuse_other_images([run for run_id, run in runs.items() if kinds[run_id] != "oracle"] + list(sources.values()))
     groups: dict[tuple[Kind, str, tuple], list[str]] = {}
     for run_id, run in runs.items():
-        settings = _settings(run)
-        groups.setdefault((kinds[run_id], _method(run), tuple(sorted(settings.items()))), []).append(run_id)
+        if kinds[run_id] != "source_only":
+            settings = _settings(run, kinds[run_id])
+            groups.setdefault((kinds[run_id], _method(run), tuple(sorted(settings.items()))), []).append(run_id)
     arms, found = [], []
-    for (kind, method, settings), members in sorted(groups.items(), key=lambda group: _order(group[0][0])):
+    if sources:
+        arm = Arm(_given_name(sources.values()) or NAMES["source_only"], "source_only")
+        arms.append(arm)
+        # under the seed of the runs that start from it: one model may be the start of several
+        found += [replaced(read_run(store, run.info.run_id, arm, True), seed=seed) for seed, run in sources.items()]
+    given = Counter(_given_name(runs[run_id] for run_id in members) for members in groups.values())
+    for (kind, method, settings), members in sorted(groups.items(), key=lambda group: KINDS.index(group[0][0])):
         alike = [dict(other[2]) for other in groups if other[:2] == (kind, method) and other[2] != settings]
         differing = {key: value for key, value in settings if any(one.get(key) != value for one in alike)}
-        name = NAMES.get(kind) or {"dann": "DANN"}.get(method, method)
-        if differing:
-            name += ": " + ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in differing.items())
+        name = _given_name(runs[run_id] for run_id in members)
+        if name is None or given[name] > 1:
+            name = NAMES.get(kind) or {"dann": "DANN"}.get(method, method)
+            if differing:
+                name += ": " + ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in differing.items())
+        while any(arm.name == name for arm in arms):
+            name += " *"
         seeds = [runs[run_id].data.tags["seed"] for run_id in members]
-        if len(set(seeds)) < len(seeds) and kind != "source_only":
+        if len(set(seeds)) < len(seeds):
             raise InputError(
                 f"runs holds two runs of one arm ({name}) with one seed: {members}, seeds {seeds}; keep one a seed."
             )
         arm = Arm(name, kind, differing)
         arms.append(arm)
-        if kind == "source_only":  # one model may be the start of several seeds
-            found += [replaced(read_run(store, run_id, arm, True), seed=seed) for seed, run_id in _starts(runs).items()]
-        else:
-            found += [read_run(store, run_id, arm, reused=True) for run_id in members]
-    for kind in ("source_only", "control"):
-        names = [arm.name for arm in arms if arm.kind == kind]
-        if len(names) > 1:
-            raise InputError(
-                f"runs holds {len(names)} different {NAMES[kind]}s ({names}); compare runs of one source model's settings."
-            )
-    return arms, found
+        found += [read_run(store, run_id, arm, reused=True) for run_id in members]
+    controls = [arm.name for arm in arms if arm.kind == "control"]
+    if len(controls) > 1:
+        raise InputError(f"runs holds {len(controls)} different controls ({controls}); keep the runs of one.")
+    return arms, found, notes
+
+
+def with_probe_of_the_start(runs: Sequence[ArmRun], arms: Sequence[Arm]) -> list[ArmRun]:
+    """The runs, those of the source model with its probe, which the runs that start from it measured at step 0."""
+    sources = {arm.name for arm in arms if arm.kind == "source_only"}
+    starts = {
+        run.seed: {name: run.history[name][0][1] for name in PROBES if name in run.history}
+        for run in runs
+        if run.history
+    }
+    return [
+        replaced(run, metrics={**starts.get(run.seed, {}), **run.metrics}) if run.arm in sources else run
+        for run in runs
+    ]
 
 
 def config_of(store: Store, run_id: str) -> Config | None:
@@ -90,31 +114,84 @@ def config_of(store: Store, run_id: str) -> Config | None:
             return None
 
 
-def _finished(store: Store, run_id: str) -> Any:
+def _finished(store: Store, run_id: str, what: str = "") -> Any:
+    where = f"runs needs {run_id}, {what}" if what else f"runs names {run_id}"
     run = known_run(store, run_id)
     if run is None:
-        raise InputError(f"runs names {run_id!r}, which the tracking store does not have; see tracking.uri.")
+        raise InputError(f"{where}, which the tracking store does not have; see tracking.uri.")
     job = run.data.tags.get("dann.job")
     if job not in ("adapt", "trial", "pretrain", "evaluate") or "seed" not in run.data.tags:
-        raise InputError(f"runs names {run_id}, a run of {job or 'something else'}; give runs of adapt (and evaluate).")
+        raise InputError(f"{where}, a run of {job or 'something else'}; give runs of adapt (and evaluate).")
     if run.info.status != "FINISHED":
-        raise InputError(f"runs names {run_id}, whose status is {run.info.status}; give finished runs.")
+        raise InputError(f"{where}, whose status is {run.info.status}; give finished runs.")
     return run
 
 
-def _starts(runs: Mapping[str, Any]) -> dict[int, str]:
-    """Seed of an adaptation run -> the run of the model that it started from."""
+def _sources(store: Store, runs: Mapping[str, Any], kinds: Mapping[str, Kind]) -> tuple[dict[int, Any], list[str]]:
+    """Seed of an adaptation run -> the run whose scores are those of the model that it started from: that of `evaluate` where
+    one is given, else the one that made the model. And notes about runs that are none's source."""
     starts: dict[int, str] = {}
-    for run in runs.values():
+    for run_id, run in runs.items():
         source = run.data.tags.get("dann.source_run_id")
-        if _kind(run) in ("control", "adapted") and source is not None:
-            seed = int(run.data.tags["seed"])
+        if kinds[run_id] in ("statistics", "control", "adapted") and source is not None:
+            seed = _seed(run)
             if starts.setdefault(seed, source) != source:
                 raise InputError(
                     f"runs of seed {seed} start from different source models ({starts[seed]}, {source}); compare runs that "
                     "start from one."
                 )
-    return starts
+    sources: dict[int, Any] = {}
+    unused = []
+    for run_id, run in runs.items():
+        if kinds[run_id] != "source_only":
+            continue
+        if run.data.tags["dann.job"] != "evaluate":
+            if run_id not in starts.values():
+                unused.append(run_id)
+            continue
+        seed, source = _seed(run), run.data.tags.get("dann.source_run_id")
+        if seed in sources:
+            raise InputError(
+                f"runs holds two evaluations of a source model with seed {seed} ({sources[seed].info.run_id}, {run_id}); "
+                "keep one a seed."
+            )
+        if starts.get(seed, source) != source:
+            raise InputError(
+                f"runs names {run_id}, which scores the model of run {source}, but the runs of its seed {seed} start from "
+                f"{starts[seed]}; leave it out."
+            )
+        sources[seed] = run
+    for seed, source in starts.items():
+        if seed not in sources:
+            sources[seed] = runs.get(source) or _finished(store, source, f"the source model of the runs of seed {seed}")
+    notes = [f"Run {run_id} is the source model of none of these runs and is left out." for run_id in unused]
+    return dict(sorted(sources.items())), notes
+
+
+def _refuse_other_images(runs: Sequence[Any]) -> None:
+    """Raises InputError if two runs were scored on different images of the target."""
+    first: dict[str, tuple[str, str]] = {}
+    for run in runs:
+        for item in run.inputs.dataset_inputs:
+            context = next((tag.value for tag in item.tags if tag.key == "mlflow.data.context"), "")
+            if context in ("target val", "target test"):
+                digest, other = first.setdefault(context, (item.dataset.digest, run.info.run_id))
+                if digest != item.dataset.digest:
+                    raise InputError(
+                        f"runs {other} and {run.info.run_id} were scored on different images ({context}: digests {digest}, "
+                        f"{item.dataset.digest}), so their scores cannot be compared; score one's model on the other's images "
+                        "with evaluate."
+                    )
+
+
+def _given_name(runs: Iterable[Any]) -> str | None:
+    """What a comparison called the arm of these runs; None without one, or if they were called differently."""
+    names = {run.data.tags["dann.arm"] for run in runs if "dann.arm" in run.data.tags}
+    return next(iter(names)) if len(names) == 1 else None
+
+
+def _seed(run: Any) -> int:
+    return int(run.data.tags["seed"])
 
 
 def _kind(run: Any) -> Kind:
@@ -132,18 +209,15 @@ def _method(run: Any) -> str:
     return run.data.tags.get("dann.method", "")
 
 
-def _settings(run: Any) -> dict[str, str]:
-    """The settings that tell arms apart; of what is not adapted, none."""
-    if _kind(run) in ("source_only", "statistics"):
+def _settings(run: Any, kind: Kind) -> dict[str, str]:
+    """The settings that tell arms apart; of what is not trained, none."""
+    if kind == "statistics":
         return {}
+    unused = (*NOT_THE_ARM, "pretraining.") if run.data.tags["dann.job"] != "pretrain" else NOT_THE_ARM
     params = {
         key.removeprefix(PARAM_PREFIX): value for key, value in run.data.params.items() if key.startswith(PARAM_PREFIX)
     }
-    return {key: value for key, value in params.items() if not key.startswith(NOT_THE_ARM)}
-
-
-def _order(kind: str) -> int:
-    return KINDS.index(kind)
+    return {key: value for key, value in params.items() if not key.startswith(unused)}
 
 
 def _history(store: Store, run_id: str, name: str) -> list[tuple[int, float]]:

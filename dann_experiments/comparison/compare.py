@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,17 +12,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from dann_experiments.comparison.arms import arms_of, cells_of
-from dann_experiments.comparison.collect import arms_of_runs, config_of, read_run
+from dann_experiments.comparison.arms import NO_CONTROL, arms_of, cells_of, check_arms
+from dann_experiments.comparison.collect import arms_of_runs, config_of, read_run, with_probe_of_the_start
 from dann_experiments.comparison.evidence import feature_clouds, panels
 from dann_experiments.comparison.figures import draw_summary
 from dann_experiments.comparison.page import write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison
-from dann_experiments.comparison.runner import run_cells
+from dann_experiments.comparison.runner import close_runs_of_the_dead, finished_run, run_cells
 from dann_experiments.comparison.selection_quality import per_epoch_choices, score_quality
 from dann_experiments.comparison.verdict import Verdict, difference_table, judge
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.comparison import CompareConfig
+from dann_experiments.data.samples import file_digest
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.source_model import digest_of_run, fetched
 from dann_experiments.tracking.run import TrackedRun, tracked_run
@@ -30,6 +33,7 @@ from dann_experiments.training.scores import metric_name
 log = logging.getLogger(__name__)
 JUDGED = ("iou/target_test", "iou/target_val")  # the first that all judged runs have
 TABLE_SCORES = ("iou/source_val", "iou/source_test", "iou/target_val", "iou/target_test")
+LONGEST_TAG = 5000  # MLflow's own limit is 8000, a database's may be 5000
 PAGE, SUMMARY = "report.html", "summary.png"
 
 
@@ -65,12 +69,15 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
     settings = settings or CompareConfig()
     store = open_store(config.tracking.uri, config.tracking.experiment)
     arms, found, notes, cells = [], [], [], []
+    close_runs_of_the_dead(store)
     if settings.runs:
-        arms, found = arms_of_runs(store, settings.runs)
-        config = _config_of_runs(store, found, arms) or config
+        arms, found, notes = arms_of_runs(store, settings.runs)
+        notes = [*notes, *_missing(arms)]
+        config = _config_of_runs(config, store, found, arms)
     else:
         arms, notes = arms_of(settings, config)
         cells = cells_of(arms, settings.seed_list(config.seed), config, _given_source(config, store))
+        check_arms([cell for cell in cells if finished_run(store, cell.digest) is None])
     names = [setup.domain_name(config, domain) for domain in ("source", "target")]
     tags = {"dann.job": "compare", "dann.source": names[0], "dann.target": names[1], "seed": config.seed}
     folder = Path(config.tracking.folder)
@@ -89,7 +96,7 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
                     notes.append(f"{cell.arm.name}, seed {cell.seed}: no run ({done.failed[index]}).")
             if not any(arm.kind == "adapted" and any(one.arm == arm.name for one in found) for arm in arms):
                 raise ComparisonFailed("no run of an adapted arm was finished. " + " ".join(notes))
-        comparison = _judged(config, store, arms, found, notes)
+        comparison = _judged(config, store, arms, with_probe_of_the_start(found, arms), notes)
         table = _table(comparison)
         _write(run, comparison, table)
     artifacts = local_artifact_folder(store, run.run_id)
@@ -101,13 +108,42 @@ def _given_source(config: Config, store: Store) -> str | None:
     path = config.domain_adaptation.pretrained_checkpoint.path
     if path is None:
         return None
-    with fetched(path, store) as (_, run_id):
-        return digest_of_run(store, run_id) or path
+    with fetched(path, store) as (local, run_id):
+        of_run = path.partition("/")[2].partition("/")[2] if path.startswith("runs:/") else ""
+        known = digest_of_run(store, run_id) if of_run in ("", "model") else None
+        if known is None and not path.startswith("runs:/"):  # a file may be written anew, an alias moved
+            known = _digest_of_files(local)
+        return known or path
 
 
-def _config_of_runs(store: Store, found: Sequence[ArmRun], arms: Sequence[Arm]) -> Config | None:
+def _digest_of_files(where: Path) -> str:
+    """Of the bytes of a file, or of all files in a folder."""
+    files = sorted(file for file in where.rglob("*") if file.is_file()) if where.is_dir() else [where]
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(file.relative_to(where).as_posix().encode() + file_digest(file))
+    return digest.hexdigest()
+
+
+def _config_of_runs(config: Config, store: Store, found: Sequence[ArmRun], arms: Sequence[Arm]) -> Config:
+    """The settings of the first adapted run, for data and classes; where results are kept, and the seed, are the caller's."""
     adapted = {arm.name for arm in arms if arm.kind == "adapted"}
-    return config_of(store, next(run.run_id for run in found if run.arm in adapted))
+    known = config_of(store, next(run.run_id for run in found if run.arm in adapted))
+    if known is None:
+        return config
+    return dataclasses.replace(known, tracking=config.tracking, threads=config.threads)
+
+
+def _missing(arms: Sequence[Arm]) -> Iterator[str]:
+    """What runs that exist leave open."""
+    kinds = {arm.kind for arm in arms}
+    if "source_only" not in kinds:
+        yield (
+            "There is no source model among the runs of the store, without which nothing can be judged; score it with evaluate, "
+            "once a seed, and add these runs."
+        )
+    if "control" not in kinds:
+        yield NO_CONTROL
 
 
 def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[ArmRun], notes: list[str]) -> Comparison:
@@ -150,7 +186,7 @@ def _median_seed(scores: Mapping[str, Mapping[int, float]], adapted: Sequence[st
 def _selection(runs: Sequence[ArmRun], adapted: Sequence[str]) -> pd.DataFrame | None:
     """How well each target-free score ranks the epochs of the adapted runs, and what choosing by it costs."""
     choices = [per_epoch_choices(run.history, run.run_id) for run in runs if run.arm in adapted]
-    choices = [one[one["step"] > 0] for one in choices if len(one)]  # no checkpoint is kept of the warm start
+    choices = [one.loc[one["step"] > 0, :] for one in choices if len(one)]  # no checkpoint is kept of the warm start
     choices = [one for one in choices if len(one) > 1]
     return score_quality(pd.concat(choices, ignore_index=True), "iou/target_val") if choices else None
 
@@ -178,7 +214,8 @@ def _table(comparison: Comparison) -> pd.DataFrame:
         columns=["arm", "seed", "metric", "value"],
     )
     kinds = {arm.kind: arm.name for arm in comparison.arms if arm.name in set(frame["arm"])}
-    return difference_table(frame, kinds.get("source_only"), kinds.get("control"))
+    table = difference_table(frame, kinds.get("source_only"), kinds.get("control"))
+    return table if len(table) else pd.DataFrame(columns=["arm", "metric", "n", "mean", "std"])  # no labels at all
 
 
 def _order(item: tuple[str, float]) -> tuple[int, str]:
@@ -208,6 +245,7 @@ def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame) -> None
     lines = [verdict.line for verdict in comparison.verdicts] or list(comparison.notes)
     (run.folder / "verdict.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     outcomes = "; ".join(f"{verdict.arm}: {verdict.outcome}" for verdict in comparison.verdicts)
-    run.set_tags({"dann.verdict": outcomes or "no target labels", "mlflow.note.content": "\n\n".join(lines)})
+    texts = {"dann.verdict": outcomes or "no target labels", "mlflow.note.content": "\n\n".join(lines)}
+    run.set_tags({name: text[:LONGEST_TAG] for name, text in texts.items()})
     write_page(run.folder / PAGE, comparison)
     draw_summary(run.folder / SUMMARY, comparison)

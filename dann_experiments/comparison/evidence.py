@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import safe_open
+from torch import nn
 
 from dann_experiments.comparison.result import FeatureCloud, Panel
-from dann_experiments.config import Config
+from dann_experiments.config import Config, InputError
+from dann_experiments.data.reading import Normalisation
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.alignment import FEATURES_FILE
 from dann_experiments.jobs.ready_model import load_model
@@ -32,12 +35,14 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
         if dataset is None:
             return []
         setup.settle(config, data)
+        settled = dataset.normalisation
         albums: dict[str, Album] = {}
         for arm, run_id in run_of_arm.items():
-            model = load_model(f"runs:/{run_id}/model", "target", config, store)
-            dataset.normalisation = model.normalisation
+            with torch.random.fork_rng(devices=[]):  # a new network draws its weights
+                network, normalisation = _model_of(run_id, config, store)
+            dataset.normalisation = normalisation or settled
             albums[arm] = Album(dataset, TILES)
-            albums[arm].add(arm, model.network)
+            albums[arm].add(arm, network)
     except (OSError, ValueError) as error:  # InputError is one: files of runs from elsewhere
         log.warning("The report has no pictures of predictions: %s", error)
         return []
@@ -50,6 +55,16 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
         )
         for index, image in enumerate(first.images)
     ]
+
+
+def _model_of(run_id: str, config: Config, store: Store) -> tuple[nn.Module, Normalisation | None]:
+    """A run's network, and its normalisation of target images; None for a source model that has never seen the target."""
+    where = f"runs:/{run_id}/model"
+    try:
+        model = load_model(where, "target", config, store)
+        return model.network, model.normalisation
+    except InputError:  # also raised for other causes, which show again
+        return load_model(where, "source", config, store).network, None
 
 
 def feature_clouds(store: Store, run_id: str) -> tuple[dict[str, FeatureCloud], str]:

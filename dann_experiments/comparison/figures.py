@@ -41,6 +41,9 @@ INK, MUTED, GRID, PAPER = "#1f2328", "#656d76", "#d8dee4", "#ffffff"
 TRAIN_COLOUR, HELD_OUT_COLOUR, LAMBDA_COLOUR = COLOURS[2], COLOURS[7], COLOURS[8]
 KIND_COLOURS = {"source_only": COLOURS[6], "statistics": COLOURS[3], "control": COLOURS[8], "oracle": COLOURS[5]}
 ADAPTED_COLOURS = (COLOURS[2], COLOURS[7], COLOURS[9], COLOURS[1], COLOURS[10], "#5b6ee1")
+MORE_COLOURS = (
+    "#6a3d9a", "#8c510a", "#1f78b4", "#b8d98b", "#f4a6c0", "#808000", "#35c9d6", "#101f6b", "#d4c400",
+)  # fmt: skip
 OUTCOME_COLOURS = {
     "helped": "#00798c",
     "hurt": "#c0392b",
@@ -55,6 +58,8 @@ VARIABLES = {
     PAPER: "--paper",
     DOMAIN_COLOURS["source"]: "--source",
     DOMAIN_COLOURS["target"]: "--target",
+    COLOURS[2]: "--teal",
+    COLOURS[7]: "--purple",
 }
 """Colours that a page draws by a CSS variable of its own, so that they stay visible on a dark ground."""
 
@@ -125,9 +130,10 @@ def arm_colours(arms: Sequence[Arm]) -> dict[str, str]:
 
 
 def distinct_class_colours(count: int) -> np.ndarray:
-    """(count, 3) in 0..1: the colours of every other figure, darker where they repeat."""
-    rounds = np.arange(count) // len(COLOURS)
-    return class_colours(count) * (0.55**rounds)[:, None]
+    """(count, 3) in 0..1: the colours of every other figure, and nine more where those would repeat."""
+    more = [to_rgb(colour) for colour in MORE_COLOURS]
+    palette = np.concatenate([class_colours(len(COLOURS)), more])
+    return palette[np.arange(count) % len(palette)]
 
 
 def first_of_kind(arms: Sequence[Arm], kind: str) -> Arm | None:
@@ -159,23 +165,24 @@ def project(features: FeatureCloud, how: Projection) -> FeatureCloud:
             neighbours = min(15, len(both) - 1)
             flat = UMAP(n_neighbors=neighbours, random_state=0, n_jobs=1, init="random").fit_transform(both)
     else:
-        flat = PCA(min(2, both.shape[1]), random_state=0).fit_transform(both)
+        with np.errstate(invalid="ignore"):  # shares of a variance of 0, which nobody asks for
+            flat = PCA(min(2, both.shape[1]), random_state=0).fit_transform(both)
     flat = np.pad(np.asarray(flat, np.float64), ((0, 0), (0, 2 - flat.shape[1])))
     return FeatureCloud(flat[: len(source)], flat[len(source) :])
 
 
 def mean_curve(curves: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, mean and standard deviation over the curves, each interpolated between its own first and last step."""
+    """Steps, mean and standard deviation over the curves, each interpolated between its own first and last step; the standard
+    deviation is 0 where only one curve is.
+    """
     finite = [curve for curve in map(_finite, curves) if curve]
     if not finite:
         return np.zeros(0), np.zeros(0), np.zeros(0)
     steps = np.unique([step for curve in finite for step, _ in curve]).astype(float)
     table = np.array([np.interp(steps, *zip(*curve, strict=True), left=np.nan, right=np.nan) for curve in finite])
-    return (
-        steps,
-        np.nanmean(table, 0),
-        np.nanstd(table, 0, ddof=1 if len(finite) > 1 else 0) if len(finite) > 1 else 0 * steps,
-    )
+    count = np.isfinite(table).sum(0)  # 1 or more: each step is some curve's
+    mean = np.nansum(table, 0) / count
+    return steps, mean, np.sqrt(np.nansum((table - mean) ** 2, 0) / np.maximum(count - 1, 1))
 
 
 def smoothed(curve: Points, most: int = MOST_POINTS) -> list[tuple[int, float]]:
@@ -519,7 +526,7 @@ def shown_arms(comparison: Comparison, panels: Sequence[Panel]) -> list[str]:
 
 
 def draw_summary(path: Path, comparison: Comparison) -> None:
-    """A PNG of 1600 x 1000 pixels: verdicts, scores of each arm and seed, curves, and three to five tiles where there are panels."""
+    """A PNG of 1600 x 1000 pixels: verdicts, scores of each arm and seed, curves, and up to five tiles."""
     sizes = {"font.size": 11, "axes.labelsize": 11, "axes.titlesize": 12, "xtick.labelsize": 10.5, "ytick.labelsize": 10.5,
              "legend.fontsize": 10.5}  # fmt: skip
     with drawing(sizes):
@@ -537,10 +544,10 @@ def _summary(comparison: Comparison) -> Figure:
     confidence = confidence_of(comparison.verdicts)
     tiles = comparison.panels[:5]
     if tiles:
-        left = figure.add_gridspec(2, 1, left=0.13, right=0.43, top=high - 0.035, bottom=0.07, hspace=0.38)
+        left = figure.add_gridspec(2, 1, left=0.13, right=0.43, top=high - 0.035, bottom=0.125, hspace=0.38)
         _draw_tiles(figure, comparison, tiles, (0.465, 0.03, 0.985, high))
     else:
-        left = figure.add_gridspec(1, 2, left=0.14, right=0.97, top=high - 0.04, bottom=0.08, wspace=0.2)
+        left = figure.add_gridspec(1, 2, left=0.14, right=0.97, top=high - 0.04, bottom=0.125, wspace=0.2)
     dots, curves = (figure.add_subplot(left[index]) for index in range(2))
     draw_scores(dots, comparison, confidence, size=1.35)
     dots.set_yticks(dots.get_yticks(), [textwrap.fill(short(arm.name, 36), 18) for arm in comparison.arms])
@@ -558,7 +565,8 @@ def _write_header(figure: Figure, comparison: Comparison, top: float) -> None:
     inch = 0.1  # of the figure's height
     seeds = len({run.seed for run in comparison.runs})
     place = 1 - 0.5 * inch
-    figure.text(0.02, place, short(comparison.title.replace("->", "→"), 80), fontsize=22, weight="bold", va="center")
+    title = short(comparison.title.replace("->", "→"), 90)
+    figure.text(0.02, place, title, fontsize=22 * min(1, 60 / max(len(title), 1)), weight="bold", va="center")
     told = f"judged by {comparison.metric}, {seeds} seed{'' if seeds == 1 else 's'}"
     figure.text(0.985, place, told, fontsize=12, color=MUTED, va="center", ha="right")
     place -= 0.55 * inch
@@ -573,6 +581,15 @@ def _write_header(figure: Figure, comparison: Comparison, top: float) -> None:
             figure.text(0.02, place + 0.1 * inch, "\n".join(reason), fontsize=12, va="top", linespacing=1.3)
             place -= 0.59 * inch
         else:
+            told = [
+                f"{points(interval.mean):+.1f} points against {other}".replace("-", MINUS)
+                for other, interval in (
+                    ("source only", verdict.against_source),
+                    ("the control", verdict.against_control),
+                )
+                if interval.n
+            ]
+            figure.text(0.985, place + 0.36 * inch, ",  ".join(told), fontsize=12, va="center", ha="right")
             place -= 0.06 * inch
     if not comparison.verdicts:
         figure.text(0.02, place, "no adapted arm to judge", fontsize=14, color=MUTED, va="center")
@@ -601,7 +618,11 @@ def _draw_summary_curves(axis: Axes, comparison: Comparison) -> None:
     axis.set_ylabel("IoU points")
     axis.grid(axis="y")
     if handles:
-        axis.legend(handles=handles[:6], loc="best", ncols=2 if len(handles) > 3 else 1)
+        place = axis.get_position()
+        axis.legend(
+            handles=handles, loc="lower center", ncols=3, borderaxespad=0, columnspacing=1.2,
+            bbox_to_anchor=((place.x0 + place.x1) / 2, 0.01), bbox_transform=axis.figure.transFigure,
+        )  # fmt: skip
     else:
         axis.text(0.5, 0.5, "no curves", transform=axis.transAxes, ha="center", color=MUTED)
 
@@ -615,12 +636,11 @@ def _draw_tiles(
     names = shown_arms(comparison, panels)
     # the comparison in brief: source only, control and the first adapted arm; others only where one of these is missing
     first = [name for kind in ("source_only", "control", "adapted") for name in names if kinds.get(name) == kind]
-    brief = list({kinds[name]: name for name in reversed(first)}.values())[::-1] or names[:3]
-    names = brief
+    names = list({kinds[name]: name for name in reversed(first)}.values())[::-1] or names[:3]
     with_truth = any(panel.truth is not None for panel in panels)
     columns = ["image", *["truth"] * with_truth, *names]
     left, bottom, right, top = box
-    legend_rows = -(-min(count, 20) // 5)
+    legend_rows = -(-(min(count, 20) + 1) // 5)
     space = 10 * (top - 0.045 - bottom - 0.028 * legend_rows)  # inches, as is `side`
     side = min(16 * (right - left) / len(columns), space / min(len(panels), 3))
     panels = panels[: max(int(space / side + 1e-6), 1)]
@@ -646,6 +666,10 @@ def _draw_tiles(
         Patch(facecolor=palette[i], edgecolor=MUTED, linewidth=0.6, label=short(name, 22))
         for i, name in enumerate(comparison.class_names[:20])
     ]
+    if with_truth and any(
+        panel.truth is not None and (panel.truth == comparison.ignore_index).any() for panel in panels
+    ):
+        handles.append(Patch(facecolor=IGNORED_COLOUR, label="ignored"))
     anchor = (start, top - 0.045 - len(panels) * side / 10)
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=anchor, ncols=5, borderaxespad=0.3, columnspacing=1.2

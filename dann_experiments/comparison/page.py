@@ -41,13 +41,13 @@ STYLES = """
 :root {
   color-scheme: light dark;
   --paper: #ffffff; --card: #f6f8fa; --ink: #1f2328; --muted: #656d76; --grid: #d8dee4; --line: #d0d7de;
-  --source: #2e4057; --target: #d1495b; --link: #0a5fb4;
+  --source: #2e4057; --target: #d1495b; --teal: #00798c; --purple: #a05195; --link: #0a5fb4;
   --helped: #00718c; --hurt: #b3261e; --none: #59636e; --explained: #945700; --warn: #fff8e5; --warn-line: #d9a514;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14181d; --card: #1c2229; --ink: #e6e9ed; --muted: #9aa4af; --grid: #333b44; --line: #39424c;
-    --source: #8fb3dd; --target: #f0788a; --link: #6cb6ff;
+    --source: #8fb3dd; --target: #f0788a; --teal: #35b3c7; --purple: #cf84c4; --link: #6cb6ff;
     --helped: #4cc3dd; --hurt: #ff8078; --none: #a5afb9; --explained: #f0b04a; --warn: #2b2616; --warn-line: #a8842a;
   }
 }
@@ -100,10 +100,12 @@ figure { margin: .8rem 0 0; break-inside: avoid; min-width: 0; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 1rem 1.6rem; }
-.pair figure { max-width: 620px; }
+.pair figure { max-width: 620px; } .level { align-items: end; }
 .wide { overflow-x: auto; } .wide svg { min-width: 620px; }
 .tiles { width: auto; } .tiles th, .tiles td { border: 0; padding: 0 .3rem .45rem 0; text-align: left; vertical-align: top; }
-.tiles thead th { font-size: .88rem; vertical-align: bottom; white-space: normal; overflow-wrap: anywhere; }
+.tiles thead th {
+  max-width: var(--side); font-size: .88rem; vertical-align: bottom; white-space: normal; overflow-wrap: anywhere;
+}
 .tile { position: relative; width: var(--side); }
 .tile img { display: block; width: 100%; height: auto; border-radius: 3px; }
 .tile.small img { image-rendering: pixelated; }
@@ -120,11 +122,13 @@ label { font-size: .9rem; }
 @media print {
   :root {
     color-scheme: light; --paper: #ffffff; --card: #f6f8fa; --ink: #1f2328; --muted: #565d66; --grid: #d8dee4;
-    --line: #d0d7de; --source: #2e4057; --target: #d1495b; --link: #1f2328; --helped: #00718c; --hurt: #b3261e;
+    --line: #d0d7de; --source: #2e4057; --target: #d1495b; --teal: #00798c; --purple: #a05195;
+    --link: #1f2328; --helped: #00718c; --hurt: #b3261e;
     --none: #59636e; --explained: #945700; --warn: #fff8e5;
   }
   body { font-size: 10.5pt; } main { max-width: none; padding: 0; } .scroll, .wide { overflow: visible; }
-  .wide svg { min-width: 0; } th, td { padding: .25rem .35rem; white-space: normal; } h2, h3 { break-after: avoid; }
+  .wide svg { min-width: 0; } table { font-size: .8rem; } thead code { font-size: .76em; } th, td { padding: .25rem .3rem; }
+  thead th, td small { white-space: normal; } tbody th { min-width: 5rem; } h2, h3 { break-after: avoid; }
   .tile { --side: 2.6cm !important; } label, #fade { display: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
@@ -179,8 +183,8 @@ def _verdicts(comparison: Comparison, links: Mapping[str, str]) -> str:
         f"fewer than {MIN_SEEDS} seeds in common nothing is concluded. <b>Helped</b>: better than source only <em>and</em> "
         f"than the lambda = 0 control, both intervals above 0 and both means at least {smallest}. <b>Hurt</b>: worse than source "
         f"only, interval below 0, by at least {smallest}. <b>Explained by BatchNorm statistics</b>: better than source only, not "
-        f"shown to be better than the control, and the control alone gains at least {share} of it. <b>No evidence</b>: "
-        f"everything else; it is not evidence that nothing changed. {link}</p>\n</details>"
+        f"shown to be better than the control, while the control alone gains, interval above 0, at least {share} of it. "
+        f"<b>No evidence</b>: everything else; it is not evidence that nothing changed. {link}</p>\n</details>"
     )
 
 
@@ -238,7 +242,7 @@ def _scores(comparison: Comparison) -> str:
         rows.append(cells)
     drawn = [_figure(partial(figures.scores_figure, comparison, confidence), "scores", "Score of each arm and seed",
                      "Dots: one seed each; grey lines join the same seed in neighbouring arms. Diamond and bar: the mean and its "
-                     "confidence interval.")]  # fmt: skip
+                     f"{confidence * 100:.4g} % interval.")]  # fmt: skip
     if figures.differences(comparison):
         caption = (
             "Dots: the difference within one seed. Diamond and bar: the mean and its interval. A bar that crosses 0 means that "
@@ -262,7 +266,7 @@ def _difference(comparison: Comparison, arm: Arm, other: Arm, confidence: float)
     if not interval.n:
         return MISSING
     ends = f"[{_signed(interval.low)}, {_signed(interval.high)}]" if math.isfinite(interval.low) else "no interval"
-    return f"{_signed(interval.mean)}<small>{ends}, n {interval.n}</small>"
+    return f"{_signed(interval.mean)}<small>{ends}, n&nbsp;{interval.n}</small>"
 
 
 def _curves(comparison: Comparison) -> str:
@@ -282,7 +286,7 @@ def _curves(comparison: Comparison) -> str:
         "(step 0), which is the source model. Good: the target rises above its dotted line while the source stays on its own. "
         "Domain accuracy of 0.5 (dashed) means that the run's own classifier cannot tell the domains apart, because they are "
         "aligned or because it is weak: the probe below tells which.</p>\n"
-        f'<div class="pair">\n{drawn}\n</div>\n</section>'
+        f'<div class="pair level">\n{drawn}\n</div>\n</section>'
     )
 
 
@@ -299,7 +303,10 @@ def _tiles(comparison: Comparison) -> str:
         return ""
     names, count = figures.shown_arms(comparison, panels), len(comparison.class_names)
     with_truth = any(panel.truth is not None for panel in panels)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ["image", *["truth"] * with_truth, *names])
+    head = "".join(
+        f'<th scope="col" title="{escape(name)}">{escape(figures.short(name, 36))}</th>'
+        for name in ["image", *["truth"] * with_truth, *names]
+    )
     rows = []
     for panel in panels:
         cells = [_tile(_picture(panel.image), panel, "image")]
@@ -494,14 +501,13 @@ def _settings(comparison: Comparison) -> str:
     head = "<th>setting</th>" + "".join(
         f'<th class="text" scope="col">{escape(arm.name)}</th>' for arm in comparison.arms
     )
-    rows = [
-        [f'<th scope="row"><code>{escape(key)}</code></th>']
-        + [
-            f'<td class="text">{f"<code>{escape(str(arm.overrides[key]))}</code>" if key in arm.overrides else "<small>base</small>"}</td>'
-            for arm in comparison.arms
-        ]
-        for key in keys
-    ]
+    rows = []
+    for key in keys:
+        cells = [f'<th scope="row"><code>{escape(key)}</code></th>']
+        for arm in comparison.arms:
+            value = f"<code>{escape(str(arm.overrides[key]))}</code>" if key in arm.overrides else "<small>base</small>"
+            cells.append(f'<td class="text">{value}</td>')
+        rows.append(cells)
     return (
         f"<section>\n<h2>Settings in which the arms differ</h2>\n{_table([head], rows)}\n"
         '<p class="read">base: the value of the base settings.</p>\n</section>'
@@ -530,12 +536,13 @@ def _table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _arm_cell(arm: Arm, comparison: Comparison) -> str:
-    swatch = _swatch(figures.arm_colours(comparison.arms)[arm.name])
+    swatch = _swatch(figures.themed(figures.arm_colours(comparison.arms)[arm.name]))
     return f'<th scope="row">{swatch}{escape(arm.name)}<small>{KIND_WORDS[arm.kind]}</small></th>'
 
 
 def _swatch(colour: str) -> str:
-    return f'<span class="swatch" style="background: {figures.themed(colour)}"></span>'
+    """`colour`: of CSS. That of an arm follows the theme (`figures.themed`); that of a class does not, nor do the tiles."""
+    return f'<span class="swatch" style="background: {colour}"></span>'
 
 
 def _judged(judged: bool) -> str:
@@ -546,13 +553,13 @@ def _mean_std(interval: Interval, scale: float = 100, digits: int = 1) -> str:
     if not interval.n:
         return MISSING
     spread = f" ± {scale * interval.std:.{digits}f}" if math.isfinite(interval.std) else ""
-    return f"{scale * interval.mean:.{digits}f}{spread}<small>n {interval.n}</small>"
+    return f"{scale * interval.mean:.{digits}f}{spread}<small>n&nbsp;{interval.n}</small>"
 
 
 def _ends(interval: Interval, confidence: float) -> str:
     if not math.isfinite(interval.low):
         return "one seed: no interval"
-    return f"{confidence * 100:.4g} % interval {_signed(interval.low)} to {_signed(interval.high)}, n {interval.n}"
+    return f"{confidence * 100:.4g} % interval {_signed(interval.low)} to {_signed(interval.high)}, n&nbsp;{interval.n}"
 
 
 def _signed(value: float) -> str:
@@ -571,6 +578,7 @@ def _count(things: Sequence[object], word: str) -> str:
 def _link(address: str, text: str, is_html: bool = False) -> str:
     """A link, or the text alone where the address is of a kind that could run something (javascript:, data:)."""
     shown = text if is_html else escape(text)
+    # browsers ignore control characters before and in a scheme; so does urlsplit, but not in every Python 3.11
     if urlsplit(re.sub(r"[\x00-\x20]", "", address)).scheme.lower() not in ("", "http", "https", "file"):
         return shown
     return f'<a href="{escape(address)}">{shown}</a>'

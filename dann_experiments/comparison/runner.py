@@ -6,11 +6,14 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import sys
+import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,14 @@ from dann_experiments.command_line import quiet_libraries
 from dann_experiments.comparison.arms import PATH, Cell
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.parsing import config_from_dict
-from dann_experiments.tracking.processes import available_cores, become_worker, default_workers, visible_gpus
+from dann_experiments.tracking.processes import (
+    available_cores,
+    become_worker,
+    default_workers,
+    is_elsewhere,
+    live_process,
+    visible_gpus,
+)
 from dann_experiments.tracking.store import Store, without_secrets
 
 log = logging.getLogger(__name__)
@@ -46,7 +56,7 @@ def run_cells(
     logs: Path,
 ) -> Done:
     """Find the cells' finished runs in the store, run what is missing. `tracking`: the `tracking.*` settings of the runs;
-    `tags` are added to theirs. A run that fails is noted and the others go on.
+    `tags` are added to theirs. A run that fails is noted and the others go on; one whose process is killed is tried again.
 
     On SIGINT and SIGTERM (RunKilled) the processes are stopped: each closes its run as KILLED first.
     """
@@ -65,20 +75,8 @@ def run_cells(
     count = min(workers or default_workers(gpus), len(missing))
     share = max(1, available_cores() // count)
     log.info("%d at a time, %d threads each; what they print: %s", count, share, logs)
-    shift = _Shift(cells, done, store, dict(tracking), tags, share)
-    with _progress(config, len(missing)) as advance:
-        attempts = 0
-        while shift.waiting() and attempts < ATTEMPTS:
-            attempts += 1
-            with _pool(count, gpus, logs) as pool:
-                try:
-                    shift.work(pool, advance)
-                except BrokenProcessPool:
-                    log.warning(
-                        "A process was killed (by the kernel, where memory runs out?): trying what is left again."
-                    )
-    for index in shift.waiting():
-        done.failed.setdefault(index, "its process was killed, twice; fewer workers need less memory")
+    with _progress(config, len(missing)) as advance, contextlib.closing(_Crew(count, gpus, logs)) as crew:
+        _Shift(cells, done, store, dict(tracking), tags, share, advance).work(crew)
     return done
 
 
@@ -90,48 +88,148 @@ def finished_run(store: Store, digest: str) -> str | None:
     return runs[0].info.run_id if runs else None
 
 
+def close_runs_of_the_dead(store: Store) -> None:
+    """Close as KILLED the runs of comparisons that are open though their process, on this machine, is gone (SIGKILL)."""
+    for run in store.client.search_runs([store.experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
+        tags = run.data.tags
+        process = tags.get("dann.process")
+        ours = tags.get("dann.job") == "compare" or "dann.comparison" in tags
+        if ours and process is not None and not is_elsewhere(process) and live_process(process) is None:
+            store.client.set_tag(run.info.run_id, "dann.closed_by", "compare: its process was gone")
+            store.client.set_terminated(run.info.run_id, "KILLED")
+
+
+Task = tuple[str, dict[str, Any], dict[str, str]]  # job, settings, tags
+
+
+class _Worker:
+    """A process that does one run after another."""
+
+    def __init__(self, gpu: str | None, logs: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.gpu = gpu
+        self.cell: int | None = None
+        """Index of what it is running."""
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, str(logs.resolve()), gpu), name="comparison")
+        self.process.start()
+        theirs.close()  # only the process holds it now, so that its death ends the connection
+
+
+class _Crew:
+    """Up to `count` workers, started when there is work for them; with GPUs, each has one."""
+
+    def __init__(self, count: int, gpus: Sequence[str], logs: Path) -> None:
+        self._logs = logs
+        self._free: list[str | None] = [gpus[index % len(gpus)] if gpus else None for index in range(count)]
+        """The GPUs (None: no GPU) of the workers that may yet be started."""
+        self.workers: list[_Worker] = []
+
+    @property
+    def has_room(self) -> bool:
+        """Whether somebody can take a task."""
+        return bool(self._free) or any(worker.cell is None for worker in self.workers)
+
+    def give(self, index: int, task: Task) -> None:
+        """Hand the task of a cell to an idle worker, or to a new one."""
+        worker = next((worker for worker in self.workers if worker.cell is None), None)
+        if worker is None:
+            worker = _Worker(self._free.pop(0), self._logs)
+            self.workers.append(worker)
+        worker.cell = index
+        with contextlib.suppress(BrokenPipeError):  # it died while idle: `next_ended` finds that
+            worker.connection.send(task)
+
+    def next_ended(self) -> list[tuple[int, tuple[str | None, str | None], str | None]]:
+        """Wait for workers; cell, (run id, why it failed) and what ended the process, of those that are done with a cell."""
+        ended = []
+        busy = [worker for worker in self.workers if worker.cell is not None]
+        ready = wait([worker.connection for worker in busy])
+        for worker in busy:
+            if worker.connection in ready:
+                index, outcome, death = worker.cell, (None, None), None
+                assert index is not None
+                try:
+                    outcome = worker.connection.recv()
+                    worker.cell = None
+                except (EOFError, OSError):
+                    worker.process.join()
+                    death = _how_it_ended(worker.process.exitcode)
+                    self.workers.remove(worker)
+                    self._free.append(worker.gpu)
+                ended.append((index, outcome, death))
+        return ended
+
+    def close(self) -> None:
+        """End all workers; those in the middle of a run close it as KILLED first."""
+        for worker in self.workers:
+            worker.connection.close()  # an idle one ends by that
+            if worker.cell is not None:
+                worker.process.terminate()
+        until = time.monotonic() + STOP_SECONDS
+        for worker in self.workers:
+            worker.process.join(max(0.0, until - time.monotonic()))
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+        self.workers.clear()
+
+
 class _Shift:
-    """Hands cells to processes as soon as what they start from is there."""
+    """Hands cells to workers as soon as what they start from is there."""
 
     def __init__(
-        self, cells: Sequence[Cell], done: Done, store: Store, tracking: dict[str, Any], tags: Mapping[str, str], threads: int
+        self, cells: Sequence[Cell], done: Done, store: Store, tracking: dict[str, Any], tags: Mapping[str, str], threads: int,
+        advance: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.cells, self.done, self.store, self.tags = cells, done, store, dict(tags)
         self.changes = {f"tracking.{key}": value for key, value in tracking.items()}
-        self.threads = threads
+        self.threads, self.advance = threads, advance
+        self.running: set[int] = set()
+        self.deaths: Counter[int] = Counter()
 
-    def waiting(self) -> list[int]:
-        """The cells that are neither done nor failed."""
-        return [i for i in range(len(self.cells)) if i not in self.done.run_ids and i not in self.done.failed]
-
-    def work(self, pool: ProcessPoolExecutor, advance: Callable[[str], None]) -> None:
-        """Until nothing waits. Raises BrokenProcessPool if a process was killed."""
-        running: dict[Future[str], int] = {}
+    def work(self, crew: _Crew) -> None:
+        """Until nothing waits."""
         while True:
-            for index in self.waiting():
-                if index not in running.values():
+            for index in range(len(self.cells)):
+                if crew.has_room and self._waits(index):
                     task = self._task(index)
                     if task is not None:
-                        running[pool.submit(run_cell, *task)] = index
-            if not running:
+                        crew.give(index, task)
+                        self.running.add(index)
+            if not self.running:
                 return
-            ended, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in ended:
-                index = running.pop(future)
-                cell = self.cells[index]
-                what = f"{cell.arm.name}, seed {cell.seed}"
-                try:
-                    self.done.run_ids[index] = future.result()
-                    advance(f"{what}: done")
-                except BrokenProcessPool:
-                    raise
-                except Exception as error:
-                    reason = without_secrets(" ".join(str(error).split()))[:300]
-                    self.done.failed[index] = f"{type(error).__name__}: {reason}"
-                    log.error("%s failed: %s", what, self.done.failed[index])
-                    advance(f"{what}: failed")
+            for index, (run_id, reason), death in crew.next_ended():
+                self.running.remove(index)
+                if death is not None:
+                    self._died(index, death)
+                elif run_id is not None:
+                    self.done.run_ids[index] = run_id
+                    self.advance(f"{self._name(index)}: done")
+                else:
+                    self._failed(index, str(reason))
 
-    def _task(self, index: int) -> tuple[str, dict[str, Any], dict[str, str]] | None:
+    def _waits(self, index: int) -> bool:
+        return index not in self.running and index not in self.done.run_ids and index not in self.done.failed
+
+    def _name(self, index: int) -> str:
+        return f"{self.cells[index].arm.name}, seed {self.cells[index].seed}"
+
+    def _died(self, index: int, how: str) -> None:
+        self.deaths[index] += 1
+        with contextlib.suppress(Exception):  # a store that does not answer: the next comparison closes it
+            close_runs_of_the_dead(self.store)
+        if self.deaths[index] < ATTEMPTS:
+            log.warning("%s: its process %s; trying it again.", self._name(index), how)
+        else:
+            self._failed(index, f"its process {how}, {ATTEMPTS} times; fewer workers need less memory")
+
+    def _failed(self, index: int, reason: str) -> None:
+        self.done.failed[index] = reason
+        log.error("%s failed: %s", self._name(index), reason)
+        self.advance(f"{self._name(index)}: failed")
+
+    def _task(self, index: int) -> Task | None:
         """What a process must be told; None while the source model is not there."""
         cell = self.cells[index]
         changes = self.changes | {"threads": min(cell.config.threads or self.threads, self.threads)}
@@ -140,7 +238,7 @@ class _Shift:
                 i for i, other in enumerate(self.cells) if other.arm.kind == "source_only" and other.seed == cell.seed
             )
             if source in self.done.failed:
-                self.done.failed[index] = "its source model failed"
+                self._failed(index, "its source model failed")
             if source not in self.done.run_ids:
                 return None
             changes[PATH] = f"runs:/{self.done.run_ids[source]}/model"
@@ -157,36 +255,33 @@ def run_cell(job: str, settings: Mapping[str, Any], tags: Mapping[str, str]) -> 
 
     config: Config = config_from_dict(settings)
     print(f"{job}: {tags['dann.arm']}, seed {config.seed}", flush=True)
-    run = {"adapt": adapt, "evaluate": evaluate, "pretrain": pretrain}[job]
-    try:
-        return run(config, tags=tags).run_id
-    except InputError as error:
-        raise RuntimeError(str(error)) from None  # plain, so that it can be sent to the parent
+    return {"adapt": adapt, "evaluate": evaluate, "pretrain": pretrain}[job](config, tags=tags).run_id
 
 
-def _start_worker(logs: str, gpus: Any) -> None:
+def _work(connection: Connection, logs: str, gpu: str | None) -> None:
+    """The worker's side: runs until the parent closes the connection."""
     become_worker(str(Path(logs) / f"worker-{os.getpid()}.log"))
-    if not gpus.empty():
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     quiet_libraries()
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            task: Task = connection.recv()
+            outcome: tuple[str | None, str | None]
+            try:
+                outcome = run_cell(*task), None
+            except Exception as error:  # told as text: not every exception can be sent
+                print(without_secrets(traceback.format_exc()), flush=True)
+                reason = without_secrets(" ".join(str(error).split()))[:300]
+                outcome = None, reason if isinstance(error, InputError) else f"{type(error).__name__}: {reason}"
+            connection.send(outcome)
 
 
-@contextlib.contextmanager
-def _pool(count: int, gpus: Sequence[str], logs: Path) -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    for index in range(count if gpus else 0):
-        queue.put(gpus[index % len(gpus)])
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(count, context, _start_worker, (str(logs.resolve()), queue))
-    try:
-        yield pool
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - before:
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _how_it_ended(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + (", as the kernel does where memory runs out" if name == "SIGKILL" else "")
+    return f"ended with code {code}"
 
 
 @contextlib.contextmanager

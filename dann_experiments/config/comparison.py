@@ -21,11 +21,14 @@ DEFAULT_ARMS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+MOST_SEEDS = 1000  # more is a seed where their number is wanted
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """Did adaptation help? Arms over several seeds, judged against the source model and the lambda = 0 control."""
 
-    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    arms: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     """What is compared (in a YAML file alone; the flag --arms names the file): name -> dotted settings in which the arm
     differs, and `kind`: adapted (default: what is judged), source_only (the source model as it is), statistics (that model
     with BatchNorm statistics of the target, AdaBN), control (lambda = 0), oracle (trained on data.oracle). {} = source only,
@@ -42,7 +45,9 @@ class CompareConfig:
         return list(range(first, first + self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
 
     def __post_init__(self) -> None:
-        given = self.seeds if isinstance(self.seeds, list) else [0] * self.seeds
+        given = self.seeds if isinstance(self.seeds, list) else [0] * min(self.seeds, 1)
+        if not isinstance(self.seeds, list) and self.seeds > MOST_SEEDS:
+            raise InputError(f"seeds is {self.seeds}; give how many, at most {MOST_SEEDS}, or a list of seeds.")
         if not given or (isinstance(self.seeds, list) and len(set(given)) < len(given)):
             raise InputError(f"seeds is {self.seeds}; give how many (at least 1), or a list of different seeds.")
         if any(not 0 <= seed < 2**32 for seed in given):
@@ -54,12 +59,12 @@ class CompareConfig:
         if self.runs and self.arms:
             raise InputError("arms has no effect with runs, whose arms are read from the store; give one of the two.")
         for name, arm in self.arms.items():
-            kind = arm.get("kind", "adapted")
+            kind = (arm or {}).get("kind", "adapted")
             if not str(name).strip():
                 raise InputError("arms holds an arm without a name; name it.")
             if kind not in KINDS:
                 raise InputError(f"arms.{name}.kind is {kind!r}; it is one of {list(KINDS)}.")
-        kinds = [arm.get("kind", "adapted") for arm in self.arms.values()]
+        kinds = [(arm or {}).get("kind", "adapted") for arm in self.arms.values()]
         for kind in ("source_only", "control", "oracle"):
             if kinds.count(kind) > 1:
                 raise InputError(f"arms holds {kinds.count(kind)} arms of kind {kind}; keep one.")

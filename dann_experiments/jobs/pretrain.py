@@ -21,9 +21,7 @@ log = logging.getLogger(__name__)
 SETS = ("source_train", "source_val", "source_test", "target_val", "target_test")
 
 
-def pretrain(
-    config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[str, str] | None = None
-) -> RunResult:
+def pretrain(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[str, str] | None = None) -> RunResult:
     """Train on the source alone, by the settings under `pretraining`; the run's model is what `adapt` starts from. `tags` are
     added to the run's own, or replace them."""
     store = open_store(config.tracking.uri, config.tracking.experiment)

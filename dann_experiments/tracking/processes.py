@@ -16,6 +16,7 @@ import psutil
 
 MOST_DEFAULT_WORKERS = 4
 
+
 def _machine() -> str:
     """Host name and, where there are such, the namespace of process ids: containers may share the name of their host."""
     with contextlib.suppress(OSError):

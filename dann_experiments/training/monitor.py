@@ -66,6 +66,14 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self._hits: dict[str, dict[int, Tensor]] = {}
         self._forgetting = False
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if sum(trainer.num_sanity_val_batches) < sum(trainer.num_val_batches):
+            found = "a baseline from a part of validation" if self.baseline else "no baseline"
+            log.warning(
+                "num_sanity_val_steps is %s, which gives %s to compare later source scores with; give Trainer "
+                "num_sanity_val_steps=-1.", trainer.num_sanity_val_steps, found,
+            )  # fmt: skip
+
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._scorers, self._unlabelled, self._hits = {}, None, {}
 
@@ -97,7 +105,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.domain_accuracy = _domain_accuracy(self._hits)
         self._scorers, self._unlabelled, self._hits = {}, None, {}
         if trainer.sanity_checking:
-            self.baseline = dict(self.latest)
+            self.baseline, self._forgetting = dict(self.latest), False
         metrics = self.metrics()
         due = (trainer.current_epoch + 1) % self.log_every_n_epochs == 0
         last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
