@@ -313,6 +313,10 @@ def test_evaluate_scores_a_run_s_model_to_the_same_numbers(run, squares, workpla
         ({"domain_adaptation__pretrained_checkpoint__path": "models:/no@champion"}, "tracking store does not give"),
         ({"data__crop_size": 30, "model__arch": "fpn", "model__decoder_channels": None}, "needs a multiple of 8"),
         ({"data__crop_size": 64}, "smaller than data.crop_size"),
+        (
+            {"monitor__metric": "select/bnm", "data__source__val": [], "data__target__val": []},
+            "give labelled images in data.source.val",
+        ),
         ({"monitor__metric": "foo"}, "it is one of ['iou/gap_source_minus_target'"),
         ({"tracking__folder": __file__}, "where nothing can be written"),
         ({"tracking__uri": f"sqlite:///{__file__}"}, "which cannot be used"),

@@ -892,9 +892,11 @@ def test_the_scores_of_a_run_are_those_of_the_model_that_it_kept(runs, workplace
         assert result.metrics[metric] == runs.runs[name].metrics[metric], metric
 
 
+@pytest.mark.parametrize("method", ["dann", "source_only"])
 @pytest.mark.parametrize("batchnorm", ["source_only", "target_stats"])
-def test_a_choice_about_batchnorm_is_refused_where_the_network_has_none(place, workplace, batchnorm):
+def test_a_choice_about_batchnorm_is_refused_where_the_network_has_none(place, workplace, batchnorm, method):
     settings = place.settings(
+        domain_adaptation__method__name=method,
         model__arch="unet", model__encoder_name="vgg11", model__psp_out_channels=None, model__psp_dropout=None,
         model__decoder_channels=[16, 8, 8], model__decoder_use_norm=False, domain_adaptation__batchnorm=batchnorm,
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +22,8 @@ from dann_experiments.comparison.selection_quality import per_epoch_choices, sco
 from dann_experiments.comparison.verdict import Verdict, difference_table, judge
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.comparison import CompareConfig
-from dann_experiments.data.samples import file_digest
 from dann_experiments.jobs import setup
-from dann_experiments.jobs.source_model import digest_of_run, fetched
+from dann_experiments.jobs.source_model import digest_of_model, fetched
 from dann_experiments.tracking.run import TrackedRun, tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
 from dann_experiments.training.scores import metric_name
@@ -109,20 +107,7 @@ def _given_source(config: Config, store: Store) -> str | None:
     if path is None:
         return None
     with fetched(path, store) as (local, run_id):
-        of_run = path.partition("/")[2].partition("/")[2] if path.startswith("runs:/") else ""
-        known = digest_of_run(store, run_id) if of_run in ("", "model") else None
-        if known is None and not path.startswith("runs:/"):  # a file may be written anew, an alias moved
-            known = _digest_of_files(local)
-        return known or path
-
-
-def _digest_of_files(where: Path) -> str:
-    """Of the bytes of a file, or of all files in a folder."""
-    files = sorted(file for file in where.rglob("*") if file.is_file()) if where.is_dir() else [where]
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(file.relative_to(where).as_posix().encode() + file_digest(file))
-    return digest.hexdigest()
+        return digest_of_model(store, path, local, run_id)
 
 
 def _config_of_runs(config: Config, store: Store, found: Sequence[ArmRun], arms: Sequence[Arm]) -> Config:

@@ -14,7 +14,6 @@ from dann_experiments.jobs.alignment import Alignment
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.source_model import (
     chosen_by_target_labels,
-    digest_of_run,
     find_or_make_source_model,
     load_source_model,
 )
@@ -50,7 +49,7 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[s
         config, data, network, taps = _prepared(config, store)
         source_model = config.domain_adaptation.pretrained_checkpoint.path
         assert source_model is not None
-        source_run_id = load_source_model(config, network, source_model, store)
+        source_run_id, digest_of_source = load_source_model(config, network, source_model, store)
         setup.reseed(config)  # the same numbers whether the source model was just trained or found
         method = setup.make_method(config, taps)
         own_tags = {
@@ -59,9 +58,7 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[s
             "dann.source": setup.domain_name(config, "source"),
             "dann.target": setup.domain_name(config, "target"),
             "dann.source_digest": setup.source_digest(config, data),
-            "dann.digest": setup.run_digest(
-                "adapt", config, data.digests, digest_of_run(store, source_run_id) or source_model
-            ),
+            "dann.digest": setup.run_digest("adapt", config, data.digests, digest_of_source),
             "dann.selected_with_target_labels": str(
                 config.monitor.uses_target_labels or chosen_by_target_labels(store, source_run_id)
             ).lower(),

@@ -39,7 +39,8 @@ def pretrain_with(
     with setup.seeded(config):
         data = setup.load_data(config, SETS)
         digest = setup.run_digest("pretrain", config, data.digests)
-        if (config.monitor.metric or "").startswith(PREFIX) and data.get("target_val") is None:
+        by_target = (config.monitor.metric or "").startswith(PREFIX)
+        if by_target and data.get("target_val") is None and data.labelled("source_val") is not None:
             log.info("Pretraining reads no target images: its best checkpoint is chosen by iou/source_val.")
             config = replace(config, {"monitor.metric": "iou/source_val", "monitor.mode": None})
         network = setup.make_network(config)

@@ -348,6 +348,11 @@ def _check_monitor(config: Config, data: Data) -> None:
     known = validation_metrics(config)
     if metric not in known:
         raise InputError(f"monitor.metric is {metric!r}; it is one of {known}.")
+    if metric in SCORES and data.labelled("source_val") is None:
+        raise InputError(
+            f"monitor.metric is {metric!r}, which is measured beside the source's validation; give labelled images in "
+            "data.source.val, or null to keep the last checkpoint alone."
+        )
     _refuse_unlabelled(
         data, "monitor.metric", metric, "choose another metric, or null to keep the last checkpoint alone"
     )
@@ -395,15 +400,15 @@ def make_network(config: Config, with_weights: bool = True) -> nn.Module:
 
 def make_taps(config: Config, network: nn.Module) -> list[Tap]:
     """The layers of `domain_adaptation`, looked up in the network."""
-    if config.domain_adaptation.method.name == "source_only" and config.domain_adaptation.method.class_path is None:
-        return []
-    size = config.data.crop_size or 64
-    taps = resolve_taps(network, config.domain_adaptation.layers, config.model.in_channels, size)
     batchnorm = config.domain_adaptation.batchnorm
     if batchnorm in ("source_only", "target_stats") and not has_batchnorm(network):
         raise InputError(
             f"domain_adaptation.batchnorm is {batchnorm!r}, but this network has no BatchNorm; give separate."
         )
+    if config.domain_adaptation.method.name == "source_only" and config.domain_adaptation.method.class_path is None:
+        return []
+    size = config.data.crop_size or 64
+    taps = resolve_taps(network, config.domain_adaptation.layers, config.model.in_channels, size)
     if batchnorm == "joint":
         check_joint([tap for tap in taps if tap.name in config.domain_adaptation.method.layers])
     return taps
@@ -500,8 +505,10 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
         settings["data"][domain] = reading
     if job == "pretrain":
         del settings["domain_adaptation"], settings["optimizer"], settings["trainer"]["max_epochs"]
-    elif job == "adapt":
+    else:
         del settings["pretraining"]
+    if job == "evaluate":
+        del settings["optimizer"], settings["trainer"]["max_epochs"], settings["domain_adaptation"]["method"]
     facts = {"job": job, "settings": settings, "data": dict(digests)}
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 

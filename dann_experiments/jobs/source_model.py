@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from dann_experiments.config import Config, InputError
+from dann_experiments.data.samples import file_digest
 from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.jobs.setup import Data, source_digest
 from dann_experiments.models.files import load_into, read_weights
@@ -51,16 +53,28 @@ def chosen_by_target_labels(store: Store, source_run_id: str | None) -> bool:
     return store.client.get_run(source_run_id).data.tags.get("dann.selected_with_target_labels") == "true"
 
 
-def digest_of_run(store: Store, run_id: str | None) -> str | None:
-    """The tag `dann.digest` of a run: what else has it gives the same numbers. None where there is no run or no tag."""
-    return None if run_id is None else store.client.get_run(run_id).data.tags.get("dann.digest")
+def digest_of_model(store: Store, path: str, local: Path, run_id: str | None) -> str:
+    """What tells the model at `path`, fetched to `local`, from others: of a run's model the run's `dann.digest` (another run
+    with that digest made the same), of a file the digest of its bytes, of anything else a run keeps its address."""
+    inside = path.partition("/")[2].partition("/")[2] if path.startswith("runs:/") else ""
+    if run_id is not None and inside in ("", "model"):
+        known = store.client.get_run(run_id).data.tags.get("dann.digest")
+        if known is not None:
+            return known
+    if path.startswith("runs:/"):
+        return path
+    digest = hashlib.blake2b(digest_size=16)  # a file may be written anew, an alias moved
+    for file in sorted(file for file in local.rglob("*") if file.is_file()) if local.is_dir() else [local]:
+        digest.update(file.relative_to(local).as_posix().encode() + file_digest(file))
+    return digest.hexdigest()
 
 
-def load_source_model(config: Config, network: nn.Module, path: str, store: Store) -> str | None:
-    """Load the checkpoint at `path` (file, folder, runs:/, models:/) into `network`; the id of the run that made it."""
+def load_source_model(config: Config, network: nn.Module, path: str, store: Store) -> tuple[str | None, str]:
+    """Load the checkpoint at `path` (file, folder, runs:/, models:/) into `network`; the id of the run that made it, and
+    `digest_of_model`."""
     with fetched(path, store) as (local, run_id):
         load_weights(config, network, local, path)
-    return run_id
+        return run_id, digest_of_model(store, path, local, run_id)
 
 
 def load_weights(config: Config, network: nn.Module, local: Path, path: str) -> None:
