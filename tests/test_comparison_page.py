@@ -355,6 +355,7 @@ def test_any_comparison_can_be_drawn(kind, tmp_path, recwarn):
     assert not [str(warning.message) for warning in recwarn]
 
 
+@pytest.mark.slow
 def test_a_page_of_many_large_tiles_stays_below_3_megabytes(tmp_path):
     found = page_of(tmp_path, example(seeds=2, adapted=3, classes=8, tile=512, panels=6))
     assert len(found.source) < 3_000_000

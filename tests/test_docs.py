@@ -80,6 +80,7 @@ def run_notebook(name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) ->
     return notebook
 
 
+@pytest.mark.slow
 def test_the_first_notebook_runs_on_a_tiny_setting(workplace, monkeypatch):
     notebook = run_notebook("01_first_run.ipynb", workplace, monkeypatch)
     table = next(cell for cell in notebook.cells if "pd.DataFrame" in cell.source)

@@ -292,7 +292,8 @@ def test_evaluate_scores_a_run_s_model_to_the_same_numbers(run, squares, workpla
         squares, domain_adaptation__pretrained_checkpoint__path=run.model_uri, tracking__uri=run.tracking_uri
     )
     result = evaluate(load_config(None, settings))
-    assert {name: result.metrics[name] for name in run.metrics} == run.metrics
+    ious = {name: value for name, value in run.metrics.items() if "iou/" in name}
+    assert {name: result.metrics[name] for name in ious} == ious
     assert client(result).get_run(result.run_id).data.tags["dann.source_run_id"] == run.run_id
 
 

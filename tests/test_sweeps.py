@@ -287,14 +287,17 @@ def test_confirm_runs_the_best_over_new_seeds_and_registers_the_best_mean(place,
     assert len(study_in(place, "s-confirm").trials()) == before
 
 
+@pytest.mark.slow
 def test_failing_trials_fail_alone_and_too_many_in_a_row_end_the_sweep_with_the_cause(tmp_path, said):
     place = make_place(tmp_path, {"optimizer.lr": {"type": "float", "low": 1e36, "high": 1e37}})
     message = said(place, *run_words(place, "--n_trials", "6", "--max_failures", "2", "--workers", "1"), code=1)
     assert "the last 2 trials failed" in message
     assert "FloatingPointError" in message
     study = study_in(place)
-    failed = [trial for trial in study.counted() if trial.state.name == "FAIL"]
-    assert len(failed) == 2
+    errors = {trial.number: str(trial.user_attrs.get("error")) for trial in study.counted()}
+    failed = [trial for trial in study.counted() if "FloatingPointError" in errors[trial.number]]
+    assert len(failed) in (2, 3)  # another may have been under way when the second failure was seen
+    assert study.counts()["waiting"] > 0
     assert [trial.state.name for trial in study.trials()[:2]] == ["COMPLETE", "COMPLETE"]  # their own learning rate
     client = mlflow.MlflowClient(f"sqlite:///{place / 'mlflow.db'}")
     for trial in failed:

@@ -69,6 +69,7 @@ def test_a_run_on_a_server_holds_the_same_as_on_sqlite(server, workplace, square
         "model",
         "figures",
         "tables",
+        "features.safetensors",
     }
     assert len(run.inputs.dataset_inputs) == 5
     again = adapt(load_config(None, small_settings(squares, tracking__uri=server)))
