@@ -45,7 +45,7 @@ class ModelConfig:
     decoder_channels: int | list[int] | None = None
     """Channels of the decoder, or of each decoder block."""
     decoder_use_norm: bool | str | dict[str, Any] | None = None
-    """Normalisation in the decoder: batchnorm, groupnorm, layernorm, instancenorm, inplace, identity."""
+    """Normalisation in the decoder: batchnorm, layernorm, instancenorm, inplace, identity."""
     decoder_attention_type: str | None = None
     """Attention in the decoder blocks (unet, unetplusplus): scse."""
     decoder_interpolation: str | None = None
