@@ -79,9 +79,9 @@ class SelectionScorer:
     - `bnm`: nuclear norm of the matrix of all p (pixels x K) over sqrt(pixels * K), its greatest value; higher is better
       (Cui et al. 2020, who take it over a training batch; here the whole set is one batch). At least 1 / K, by uniform p.
     - `snd`: mean entropy of each pixel's soft neighbourhood, softmax(cosine of its p to the p of every other pixel / 0.05);
-      higher is better (Saito et al. 2021, section 3). It differs from theirs in that it takes at most 2048 pixels, drawn evenly
-      over the set and compared across images, and that it is divided by log(n - 1), its greatest value. Saito et al. name
-      its blind spot: one class everywhere is one dense neighbourhood and scores 1.
+      higher is better (Saito et al. 2021). It differs from theirs in that it takes at most 2048 pixels, drawn evenly
+      over the set and compared across images, and that it is divided by log(n - 1), its greatest value. It has a
+      blind spot: one class everywhere is one dense neighbourhood and scores 1.
 
     The pixels of `snd` depend on the order of the images, their sizes and `valid` alone: each validation takes the same, however
     the images are split into batches.
