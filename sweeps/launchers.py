@@ -14,11 +14,11 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from dann_experiments.config import InputError
+from dann_experiments.tracking.processes import STOP_SECONDS, how_it_ended, join_or_kill
 from dann_experiments.tracking.store import without_secrets
 from sweeps.worker import Task, process_main, work
 
 REACH_SECONDS = 10.0
-STOP_SECONDS = 90.0  # a run that is being closed may wait a minute for its store
 
 
 class Launcher(ABC):
@@ -76,31 +76,17 @@ class ProcessLauncher(Launcher):
         for token in ended:
             del self._processes[token]
             self._gpu_of.pop(token, None)
-        return {token: _how_it_ended(process.exitcode) for token, process in ended.items()}
+        return {token: how_it_ended(process.exitcode) if process.exitcode else None for token, process in ended.items()}
 
     def stop(self) -> None:
         for process in self._processes.values():
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-        until = time.monotonic() + STOP_SECONDS
-        for process in self._processes.values():
-            process.join(max(0.0, until - time.monotonic()))
-            if process.is_alive():
-                process.kill()
-                process.join()
+        join_or_kill(self._processes.values())
         self._processes.clear()
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def _how_it_ended(code: int | None) -> str | None:
-    if code == 0:
-        return None
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        return f"killed by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
-    return f"ended with code {code}"
 
 
 def _check_reachable(address: str) -> None:

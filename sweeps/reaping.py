@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from mlflow.exceptions import MlflowException
 from optuna.trial import TrialState
 
+from dann_experiments.tracking.orphans import close_orphan, close_orphans
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.store import Store, without_secrets
 from sweeps.study import SWEEP_RUNS, Sweep, stale_trials
@@ -34,7 +35,7 @@ def reap_at_start(study: Sweep, store: Store, one_machine: bool) -> None:
         for run_id in study.attribute(SWEEP_RUNS) or []:
             with contextlib.suppress(Exception):  # deleted, or in another store
                 if store.client.get_run(run_id).info.status == "RUNNING":
-                    _close(store, run_id)
+                    close_orphan(store, run_id, "sweep")
     close_runs(study, store)
 
 
@@ -85,23 +86,17 @@ def close_runs(study: Sweep, store: Store) -> None:
     alone: the next call finds them again."""
     finished = {trial.number for trial in study.trials() if trial.state.is_finished()}
     sweep_runs = study.attribute(SWEEP_RUNS) or []
+
+    def has_ended(tags: Mapping[str, str]) -> bool:
+        own = tags.get("dann.job") == "trial" and tags.get("dann.sweep_run_id") in sweep_runs
+        return own and int(tags["dann.trial"]) in finished
+
     try:
-        for run in store.client.search_runs([store.experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
-            tags = run.data.tags
-            process = tags.get("dann.process")
-            gone = process is not None and not is_elsewhere(process) and live_process(process) is None
-            own = tags.get("dann.job") == "trial" and tags.get("dann.sweep_run_id") in sweep_runs
-            if gone or (own and int(tags["dann.trial"]) in finished):
-                _close(store, run.info.run_id)
+        close_orphans(store, "sweep", has_ended)
     except MlflowException as error:
         log.warning(
             "The tracking store does not answer (%s); runs are closed later.", without_secrets(str(error))[:200]
         )
-
-
-def _close(store: Store, run_id: str) -> None:
-    store.client.set_tag(run_id, "dann.closed_by", "sweep: its process was gone")
-    store.client.set_terminated(run_id, "KILLED")
 
 
 def _end_orphan(process_name: str) -> None:

@@ -21,7 +21,6 @@ from dann_experiments.data.samples import Sample
 from dann_experiments.models.batchnorm import (
     MOST_IMAGES,
     has_batchnorm,
-    statistics_given_back,
     statistics_kept,
     statistics_loader,
     target_statistics,
@@ -258,14 +257,13 @@ def test_statistics_are_kept_when_the_mode_changes_inside_and_gradients_flow():
     assert next(network.parameters()).grad is not None
 
 
-@pytest.mark.parametrize("borrowed", [statistics_kept, statistics_given_back])
-def test_an_exception_gives_everything_back(borrowed):
+def test_an_exception_gives_everything_back():
     network = network_of("unet")
     network.encoder.bn1.track_running_stats = False  # somebody's own choice
     network(images(2, 1))
     before, tensors = statistics_of(network), dict(network.named_buffers())
     handle = network.segmentation_head.register_forward_hook(lambda *_: 1 / 0)  # behind every BatchNorm
-    with pytest.raises(ZeroDivisionError), borrowed(network):
+    with pytest.raises(ZeroDivisionError), statistics_kept(network):
         network(images(2, 2) * 4)
     handle.remove()
     assert different(before, statistics_of(network)) == []
@@ -401,16 +399,6 @@ def test_images_whose_sides_the_network_cannot_divide_are_taken_too():
     network = network_of("unet")
     target_statistics(network, [{"image": images(3, 1, size=30)}])
     assert (network.encoder.bn1.running_mean != 0).all()
-
-
-def test_borrowed_target_statistics_are_given_back():
-    network = network_of("unet")
-    network(images(3, 1))
-    before = statistics_of(network)
-    with statistics_given_back(network):
-        target_statistics(network, loader_of(uneven(), 11))
-        assert different(before, statistics_of(network))
-    assert different(before, statistics_of(network)) == []
 
 
 @pytest.mark.parametrize(

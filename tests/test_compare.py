@@ -27,10 +27,11 @@ from dann_experiments.__main__ import _print_comparison, main
 from dann_experiments.comparison.arms import arms_of, cells_of, check_arms
 from dann_experiments.comparison.collect import arms_of_runs
 from dann_experiments.comparison.compare import ComparisonResult, _given_source, _table, compare
-from dann_experiments.comparison.runner import close_runs_of_the_dead, finished_run
+from dann_experiments.comparison.runner import finished_run
 from dann_experiments.config import Config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import load_settings
+from dann_experiments.tracking.orphans import close_orphans
 from dann_experiments.tracking.store import Store, open_store
 
 METHOD = "domain_adaptation.method"
@@ -367,11 +368,12 @@ def test_runs_that_a_killed_comparison_left_open_are_closed_and_those_of_the_liv
     expected = {
         open_run(job="compare", process=gone): "KILLED",
         open_run(job="adapt", comparison="x", process=gone): "KILLED",
-        open_run(job="adapt", process=gone): "RUNNING",  # of no comparison
+        open_run(job="adapt", process=gone): "KILLED",  # of no comparison, but dead as well
+        open_run(job="adapt"): "RUNNING",  # of something that does not say
         open_run(job="compare", process=process_name()): "RUNNING",
         open_run(job="compare", process="elsewhere:1:0"): "RUNNING",
     }
-    close_runs_of_the_dead(here.store)
+    close_orphans(here.store, "compare")
     found = {run_id: here.store.client.get_run(run_id).info.status for run_id in expected}
     for run_id in expected:
         here.store.client.delete_run(run_id)

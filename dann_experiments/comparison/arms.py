@@ -12,7 +12,7 @@ import torch
 
 from dann_experiments.comparison.result import Arm
 from dann_experiments.config import Config, InputError, config_to_dict, replace
-from dann_experiments.config.comparison import DEFAULT_ARMS, CompareConfig
+from dann_experiments.config.comparison import ARM_NAMES, DEFAULT_ARMS, CompareConfig
 from dann_experiments.config.parsing import known_keys
 from dann_experiments.config.presets import filled
 from dann_experiments.jobs import setup
@@ -25,7 +25,7 @@ PATH = "domain_adaptation.pretrained_checkpoint.path"
 JOBS = {
     "source_only": "pretrain", "statistics": "evaluate", "control": "adapt", "adapted": "adapt", "oracle": "pretrain",
 }  # fmt: skip
-SOURCE_ONLY = "source only"
+SOURCE_ONLY = ARM_NAMES["source_only"]
 NO_CONTROL = "There is no lambda = 0 control, without which no help can be claimed."
 ADVERSARY = ("domain_adaptation.method.", "domain_adaptation.feature_layers")
 SET_HERE = ("seed", "threads", "tracking.", PATH, "data.oracle")

@@ -13,7 +13,7 @@ from typing import Any
 
 from dann_experiments.comparison.result import Arm, ArmRun
 from dann_experiments.config import Config, InputError, load_config
-from dann_experiments.config.comparison import KINDS, Kind
+from dann_experiments.config.comparison import ARM_NAMES, KINDS, Kind
 from dann_experiments.config.errors import StoreAway
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, known_run
@@ -27,7 +27,6 @@ NOT_THE_ARM = (
     "data.memory_gb", "data.num_workers", "data.root", "data.embedded.", "data.oracle",
 )  # fmt: skip
 """Settings in which runs of one arm may differ: those that change no number, and the source model, compared by itself."""
-NAMES: Mapping[str, str] = {"source_only": "source only", "statistics": "AdaBN", "control": "lambda = 0 control"}
 
 
 def read_run(store: Store, run_id: str, arm: Arm, reused: bool) -> ArmRun:
@@ -59,7 +58,7 @@ def arms_of_runs(store: Store, run_ids: Sequence[str]) -> tuple[list[Arm], list[
             groups.setdefault((kinds[run_id], _method(run), tuple(sorted(settings.items()))), []).append(run_id)
     arms, found = [], []
     if sources:
-        arm = Arm(_given_name(sources.values()) or NAMES["source_only"], "source_only")
+        arm = Arm(_given_name(sources.values()) or ARM_NAMES["source_only"], "source_only")
         arms.append(arm)
         # under the seed of the runs that start from it: one model may be the start of several
         found += [replaced(read_run(store, run.info.run_id, arm, True), seed=seed) for seed, run in sources.items()]
@@ -69,7 +68,7 @@ def arms_of_runs(store: Store, run_ids: Sequence[str]) -> tuple[list[Arm], list[
         differing = {key: value for key, value in settings if any(one.get(key) != value for one in alike)}
         name = _given_name(runs[run_id] for run_id in members)
         if name is None or given[name] > 1:
-            name = NAMES.get(kind) or {"dann": "DANN"}.get(method, method)
+            name = ARM_NAMES[kind] if kind != "adapted" or method == "dann" else method
             if differing:
                 name += ": " + ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in differing.items())
         while any(arm.name == name for arm in arms):

@@ -17,13 +17,14 @@ from dann_experiments.comparison.evidence import feature_clouds, panels
 from dann_experiments.comparison.figures import draw_summary
 from dann_experiments.comparison.page import write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison
-from dann_experiments.comparison.runner import close_runs_of_the_dead, finished_run, run_cells
+from dann_experiments.comparison.runner import Done, find_cells, run_cells
 from dann_experiments.comparison.selection_quality import per_epoch_choices, score_quality
 from dann_experiments.comparison.verdict import Verdict, difference_table, judge
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.source_model import digest_of_model, fetched
+from dann_experiments.tracking.orphans import close_orphans
 from dann_experiments.tracking.run import TrackedRun, tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
 from dann_experiments.training.scores import metric_name
@@ -66,8 +67,8 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
     """
     settings = settings or CompareConfig()
     store = open_store(config.tracking.uri, config.tracking.experiment)
-    arms, found, notes, cells = [], [], [], []
-    close_runs_of_the_dead(store)
+    arms, found, notes, cells, done = [], [], [], [], Done()
+    close_orphans(store, "compare")
     if settings.runs:
         arms, found, notes = arms_of_runs(store, settings.runs)
         notes = [*notes, *_missing(arms)]
@@ -75,7 +76,8 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
     else:
         arms, notes = arms_of(settings, config)
         cells = cells_of(arms, settings.seed_list(config.seed), config, _given_source(config, store))
-        check_arms([cell for cell in cells if finished_run(store, cell.digest) is None])
+        done = find_cells(cells, store)
+        check_arms([cell for index, cell in enumerate(cells) if index not in done.run_ids])
     names = [setup.domain_name(config, domain) for domain in ("source", "target")]
     tags = {"dann.job": "compare", "dann.source": names[0], "dann.target": names[1], "seed": config.seed}
     folder = Path(config.tracking.folder)
@@ -86,7 +88,7 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
             tracking = {**asdict(config.tracking), "uri": store.uri}
             tracking["experiment"] = store.client.get_experiment(store.experiment_id).name
             tags_of_runs = {"dann.comparison": run.run_id}
-            done = run_cells(cells, store, tracking, tags_of_runs, settings.workers, run.folder / "logs")
+            run_cells(cells, done, store, tracking, tags_of_runs, settings.workers, run.folder / "logs")
             for index, cell in enumerate(cells):
                 if index in done.run_ids:
                     found.append(read_run(store, done.run_ids[index], cell.arm, index in done.reused))

@@ -6,9 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import signal
 import sys
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,19 +19,19 @@ from dann_experiments.command_line import quiet_libraries
 from dann_experiments.comparison.arms import PATH, Cell
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.parsing import config_from_dict
+from dann_experiments.tracking.orphans import close_orphans
 from dann_experiments.tracking.processes import (
     available_cores,
     become_worker,
     default_workers,
-    is_elsewhere,
-    live_process,
+    how_it_ended,
+    join_or_kill,
     visible_gpus,
 )
-from dann_experiments.tracking.store import Store, without_secrets
+from dann_experiments.tracking.store import Store, newest_finished, without_secrets
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # a run whose process died is tried once more
-STOP_SECONDS = 90.0  # a run that is being closed may wait a minute for its store
 
 
 @dataclass
@@ -47,29 +45,35 @@ class Done:
     """Index of the cell -> why there is no run of it."""
 
 
-def run_cells(
-    cells: Sequence[Cell],
-    store: Store,
-    tracking: Mapping[str, Any],
-    tags: Mapping[str, str],
-    workers: int | None,
-    logs: Path,
-) -> Done:
-    """Find the cells' finished runs in the store, run what is missing. `tracking`: the `tracking.*` settings of the runs;
-    `tags` are added to theirs. A run that fails is noted and the others go on; one whose process is killed is tried again.
-
-    On SIGINT and SIGTERM (RunKilled) the processes are stopped: each closes its run as KILLED first.
-    """
+def find_cells(cells: Sequence[Cell], store: Store) -> Done:
+    """The cells' finished runs that the store has, whoever made them."""
     done = Done()
     for index, cell in enumerate(cells):
         run_id = finished_run(store, cell.digest)
         if run_id is not None:
             done.run_ids[index] = run_id
             done.reused.add(index)
+    return done
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    done: Done,
+    store: Store,
+    tracking: Mapping[str, Any],
+    tags: Mapping[str, str],
+    workers: int | None,
+    logs: Path,
+) -> None:
+    """Run what is missing and add it to `done`. `tracking`: the `tracking.*` settings of the runs;
+    `tags` are added to theirs. A run that fails is noted and the others go on; one whose process is killed is tried again.
+
+    On SIGINT and SIGTERM (RunKilled) the processes are stopped: each closes its run as KILLED first.
+    """
     missing = [index for index in range(len(cells)) if index not in done.run_ids]
     log.info("%d runs: %d are there, %d to be made.", len(cells), len(done.reused), len(missing))
     if not missing:
-        return done
+        return
     config = cells[0].config
     gpus = visible_gpus(config.trainer.accelerator)
     count = min(workers or default_workers(gpus), len(missing))
@@ -77,26 +81,11 @@ def run_cells(
     log.info("%d at a time, %d threads each; what they print: %s", count, share, logs)
     with _progress(config, len(missing)) as advance, contextlib.closing(_Crew(count, gpus, logs)) as crew:
         _Shift(cells, done, store, dict(tracking), tags, share, advance).work(crew)
-    return done
 
 
 def finished_run(store: Store, digest: str) -> str | None:
     """The newest finished run with this digest, in any experiment of the store."""
-    experiments = [experiment.experiment_id for experiment in store.client.search_experiments()]
-    wanted = f"tags.`dann.digest` = '{digest}' and attributes.status = 'FINISHED'"
-    runs = store.client.search_runs(experiments, wanted, max_results=1, order_by=["attributes.start_time DESC"])
-    return runs[0].info.run_id if runs else None
-
-
-def close_runs_of_the_dead(store: Store) -> None:
-    """Close as KILLED the runs of comparisons that are open though their process, on this machine, is gone (SIGKILL)."""
-    for run in store.client.search_runs([store.experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
-        tags = run.data.tags
-        process = tags.get("dann.process")
-        ours = tags.get("dann.job") == "compare" or "dann.comparison" in tags
-        if ours and process is not None and not is_elsewhere(process) and live_process(process) is None:
-            store.client.set_tag(run.info.run_id, "dann.closed_by", "compare: its process was gone")
-            store.client.set_terminated(run.info.run_id, "KILLED")
+    return newest_finished(store, {"dann.digest": digest})
 
 
 Task = tuple[str, dict[str, Any], dict[str, str]]  # job, settings, tags
@@ -154,7 +143,7 @@ class _Crew:
                     worker.cell = None
                 except (EOFError, OSError):
                     worker.process.join()
-                    death = _how_it_ended(worker.process.exitcode)
+                    death = how_it_ended(worker.process.exitcode or 0)
                     self.workers.remove(worker)
                     self._free.append(worker.gpu)
                 ended.append((index, outcome, death))
@@ -166,12 +155,7 @@ class _Crew:
             worker.connection.close()  # an idle one ends by that
             if worker.cell is not None:
                 worker.process.terminate()
-        until = time.monotonic() + STOP_SECONDS
-        for worker in self.workers:
-            worker.process.join(max(0.0, until - time.monotonic()))
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+        join_or_kill(worker.process for worker in self.workers)
         self.workers.clear()
 
 
@@ -218,7 +202,7 @@ class _Shift:
     def _died(self, index: int, how: str) -> None:
         self.deaths[index] += 1
         with contextlib.suppress(Exception):  # a store that does not answer: the next comparison closes it
-            close_runs_of_the_dead(self.store)
+            close_orphans(self.store, "compare")
         if self.deaths[index] < ATTEMPTS:
             log.warning("%s: its process %s; trying it again.", self._name(index), how)
         else:
@@ -275,13 +259,6 @@ def _work(connection: Connection, logs: str, gpu: str | None) -> None:
                 reason = without_secrets(" ".join(str(error).split()))[:300]
                 outcome = None, reason if isinstance(error, InputError) else f"{type(error).__name__}: {reason}"
             connection.send(outcome)
-
-
-def _how_it_ended(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        return f"was killed by {name}" + (", as the kernel does where memory runs out" if name == "SIGKILL" else "")
-    return f"ended with code {code}"
 
 
 @contextlib.contextmanager

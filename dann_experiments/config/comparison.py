@@ -12,14 +12,14 @@ Kind = Literal["source_only", "statistics", "control", "adapted", "oracle"]
 """source_only: the source model as it is; statistics: that model with BatchNorm statistics of the target (AdaBN); control:
 lambda = 0; adapted: what is judged; oracle: trained on target labels."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
-DEFAULT_ARMS: Mapping[str, Mapping[str, Any]] = {
-    "source only": {"kind": "source_only"},
-    "AdaBN": {"kind": "statistics"},
-    "lambda = 0 control": {"kind": "control"},
-    "DANN": {"kind": "adapted"},
-    "oracle": {"kind": "oracle"},
+ARM_NAMES: Mapping[Kind, str] = {
+    "source_only": "source only",
+    "statistics": "AdaBN",
+    "control": "lambda = 0 control",
+    "adapted": "DANN",
+    "oracle": "oracle",
 }
-
+DEFAULT_ARMS: Mapping[str, Mapping[str, Any]] = {name: {"kind": kind} for kind, name in ARM_NAMES.items()}
 
 MOST_SEEDS = 1000  # more is a seed where their number is wanted
 

@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dann_experiments.config import Config, InputError
+from dann_experiments.config.comparison import ARM_NAMES
 from dann_experiments.tracking.store import local_artifact_folder, open_store
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ROW_NAMES = {"source_only": "source only", "lambda_zero": "lambda = 0 control", "dann": "DANN"}
+ROW_NAMES = {
+    "source_only": ARM_NAMES["source_only"],
+    "lambda_zero": ARM_NAMES["control"],
+    "dann": ARM_NAMES["adapted"],
+}
+"""By the method's name, in the table's order."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dann_experiments.data.samples import file_digest
 from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.jobs.setup import Data, source_digest
 from dann_experiments.models.files import load_into, read_weights
-from dann_experiments.tracking.store import Store, without_secrets
+from dann_experiments.tracking.store import Store, newest_finished, without_secrets
 
 log = logging.getLogger(__name__)
 CHECKPOINT_KEY = "domain_adaptation.pretrained_checkpoint.path"
@@ -27,23 +27,13 @@ def find_or_make_source_model(config: Config, store: Store, data: Data) -> str:
     and source data, or of a new pretraining run."""
     if config.domain_adaptation.pretrained_checkpoint.path is not None:
         return config.domain_adaptation.pretrained_checkpoint.path
-    run_id = newest_pretraining(store, source_digest(config, data))
+    run_id = newest_finished(store, {"dann.job": "pretrain", "dann.source_digest": source_digest(config, data)})
     if run_id is None:
         log.info("No finished pretraining run of this network and source data: pretraining first, as a run of its own.")
         run_id = pretrain_with(config, store, use_claimed=False).run_id
     else:
         log.info("Starting from pretraining run %s (give source_checkpoint to start from another).", run_id)
     return f"runs:/{run_id}/model"
-
-
-def newest_pretraining(store: Store, digest: str) -> str | None:
-    """The id of the newest finished pretraining run with this digest, in any experiment of the store."""
-    experiments = [experiment.experiment_id for experiment in store.client.search_experiments()]
-    wanted = (
-        f"tags.`dann.job` = 'pretrain' and tags.`dann.source_digest` = '{digest}' and attributes.status = 'FINISHED'"
-    )
-    runs = store.client.search_runs(experiments, wanted, max_results=1, order_by=["attributes.start_time DESC"])
-    return runs[0].info.run_id if runs else None
 
 
 def chosen_by_target_labels(store: Store, source_run_id: str | None) -> bool:

@@ -49,18 +49,6 @@ def statistics_kept(network: nn.Module) -> Iterator[nn.Module]:
             layer.track_running_stats = True
 
 
-@contextmanager
-def statistics_given_back(network: nn.Module) -> Iterator[nn.Module]:
-    """The running statistics of every BatchNorm may change inside (`target_statistics`); they are then given back as found."""
-    found = [(buffer, buffer.clone()) for layer in _layers(network) for buffer in layer.buffers(recurse=False)]
-    try:
-        yield network
-    finally:
-        with torch.no_grad():
-            for buffer, value in found:
-                buffer.copy_(value)
-
-
 def target_statistics(
     network: nn.Module, loader: Iterable[Mapping[str, Tensor]], most_images: int = MOST_IMAGES
 ) -> None:

@@ -9,12 +9,16 @@ import signal
 import socket
 import sys
 import threading
+import time
+from collections.abc import Iterable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 MOST_DEFAULT_WORKERS = 4
+STOP_SECONDS = 90.0  # a run that is being closed may wait a minute for its store
 
 
 def _machine() -> str:
@@ -43,6 +47,29 @@ def live_process(name: str) -> psutil.Process | None:
 def is_elsewhere(name: str) -> bool:
     """Whether the process of that name is another machine's."""
     return name.rsplit(":", 2)[0] != _machine()
+
+
+def is_gone(name: str) -> bool:
+    """Whether the process of that name was of this machine and lives no more."""
+    return not is_elsewhere(name) and live_process(name) is None
+
+
+def how_it_ended(code: int) -> str:
+    """A process's exit code in words that follow its name: "was killed by SIGKILL ...", "ended with code 3"."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + (", as the kernel does where memory runs out" if name == "SIGKILL" else "")
+    return f"ended with code {code}"
+
+
+def join_or_kill(processes: Iterable[BaseProcess]) -> None:
+    """Wait for processes that were told to stop: all together STOP_SECONDS; then kill those that are left."""
+    until = time.monotonic() + STOP_SECONDS
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def become_worker(log_file: str | None = None) -> None:

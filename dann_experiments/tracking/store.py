@@ -7,6 +7,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,16 @@ def known_run(store: Store, run_id: str) -> Any | None:
         return store.client.get_run(run_id)
     except MlflowException:
         return None
+
+
+def newest_finished(store: Store, tags: Mapping[str, str]) -> str | None:
+    """The id of the newest finished run with these tags, in any experiment of the store."""
+    experiments = [experiment.experiment_id for experiment in store.client.search_experiments()]
+    wanted = " and ".join(
+        [*(f"tags.`{key}` = '{value}'" for key, value in tags.items()), "attributes.status = 'FINISHED'"]
+    )
+    runs = store.client.search_runs(experiments, wanted, max_results=1, order_by=["attributes.start_time DESC"])
+    return runs[0].info.run_id if runs else None
 
 
 def local_artifact_folder(store: Store, run_id: str) -> Path | None:
