@@ -9,15 +9,19 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dann_experiments.command_line import DEFAULT_CONFIG, NOT_GIVEN, SHORT_NAMES, dotted, quiet_libraries, ui_command
 from dann_experiments.config import Config, InputError, config_to_yaml, load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
+
+if TYPE_CHECKING:
+    from dann_experiments.jobs.upkeep import Health
+    from dann_experiments.tracking.sync import Leftover
 
 COMMANDS = {
     "check-data": "read all data once: every problem by file name, then counts, class shares and band statistics",
@@ -27,6 +31,8 @@ COMMANDS = {
     "predict": "write the class map of a raster of any size, or of a folder of images",
     "compare": "did adaptation help? source only, control, DANN and oracle over several seeds; a verdict and a report",
     "runs": "show the newest runs of an experiment side by side",
+    "sync": "send what runs left in tracking.folder because the store was away or their process was killed",
+    "doctor": "close runs that are shown as running though their process is gone; list what `sync` would send",
     "layers": "list the layers whose features can be aligned",
     "config": "print the resolved settings as YAML",
 }
@@ -80,6 +86,10 @@ def _run(known: argparse.Namespace, config: Config) -> int:
         return 0
     from dann_experiments import jobs
 
+    if known.command == "sync":
+        return _print_sync(jobs.sync_runs(config))
+    if known.command == "doctor":
+        return _print_health(jobs.doctor(config))
     if known.command == "check-data":
         return _print_data_report(jobs.check_data(config))
     result = {"pretrain": jobs.pretrain, "adapt": jobs.adapt, "evaluate": jobs.evaluate}[known.command](config)
@@ -283,6 +293,31 @@ def _print_data_report(report: Any) -> int:
             print(f"  - {problem}", file=sys.stderr)
         return 2
     print(f"Nothing is wrong with the data. Tables and figure: run {report.run_id}.")
+    return 0
+
+
+def _print_sync(found: Iterable[Leftover]) -> int:
+    """A line a run; exit code 1 if something is left."""
+    left, count = 0, 0
+    for count, leftover in enumerate(found, 1):  # noqa: B007  (the count is needed after the loop)
+        print(f"{leftover.run_id}: {leftover.outcome}", flush=True)
+        left += leftover.is_left
+    print(f"{count} runs had left something; {left} are left." if count else "Nothing was left to send.")
+    return 1 if left else 0
+
+
+def _print_health(health: Health) -> int:
+    for run_id in health.closed:
+        print(f"{run_id}: its process is gone; closed as KILLED")
+    for run_id in health.elsewhere:
+        print(f"{run_id}: RUNNING, written on another machine or by something that does not say: ask there")
+    for path in health.leftovers:
+        print(f"{path}: files of a run that the store does not have yet, or of one that is running")
+    print(
+        f"{len(health.closed)} runs closed, {health.running} are really running, {len(health.leftovers)} folders left."
+    )
+    if health.leftovers:
+        print(f"Send them: python -m dann_experiments sync --tracking.folder {health.leftovers[0].parent}")
     return 0
 
 

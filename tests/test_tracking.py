@@ -18,7 +18,6 @@ from conftest import small_settings
 from test_jobs import nested
 
 from dann_experiments import adapt, load_config
-from dann_experiments.tracking.sender import MetricSender
 from dann_experiments.tracking.store import without_secrets
 
 PROJECT = Path(__file__).parents[1]
@@ -75,44 +74,6 @@ def test_a_run_on_a_server_holds_the_same_as_on_sqlite(server, workplace, square
     again = adapt(load_config(None, small_settings(squares, tracking__uri=server)))
     assert again.source_run_id == result.source_run_id
     assert again.metrics == result.metrics
-
-
-class Refusing:
-    """A store that refuses the first requests: the sender must keep what was not acknowledged."""
-
-    def __init__(self, refusals: int) -> None:
-        self.refusals = refusals
-        self.requests: list[int] = []
-        self.taken: list[tuple[str, float, int]] = []
-
-    def log_batch(self, run_id, metrics):
-        if self.refusals:
-            self.refusals -= 1
-            raise ConnectionError("away")
-        self.requests.append(len(metrics))
-        self.taken += [(metric.key, metric.value, metric.step) for metric in metrics]
-
-
-def test_the_sender_keeps_a_batch_until_it_is_acknowledged_and_sends_at_most_1000(tmp_path):
-    store = Refusing(refusals=2)
-    sender = MetricSender(store, "r", tmp_path / "unsent.jsonl")
-    for step in range(700):
-        sender.put({"a": step, "b": -step}, step)
-    assert sender.close() == 0
-    assert store.taken == [
-        (name, float(sign * step), step) for step in range(700) for name, sign in (("a", 1), ("b", -1))
-    ]
-    assert max(store.requests) <= 1000
-    assert len(store.requests) < 20
-    assert not (tmp_path / "unsent.jsonl").exists()
-
-
-def test_what_a_store_never_takes_is_kept_in_a_file(tmp_path):
-    sender = MetricSender(Refusing(refusals=10**9), "r", tmp_path / "unsent.jsonl")
-    sender.put({"a": 1.0, "b": 2.0}, 5)
-    assert sender.close(timeout=0.1) == 2
-    lines = [yaml.safe_load(line) for line in (tmp_path / "unsent.jsonl").read_text().splitlines()]
-    assert [(line["key"], line["value"], line["step"]) for line in lines] == [("a", 1.0, 5), ("b", 2.0, 5)]
 
 
 def test_passwords_in_addresses_are_not_shown():

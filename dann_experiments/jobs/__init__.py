@@ -6,15 +6,19 @@ from dann_experiments.jobs.evaluate import evaluate
 from dann_experiments.jobs.predict import PredictResult, predict
 from dann_experiments.jobs.pretrain import pretrain
 from dann_experiments.jobs.result import RunResult
+from dann_experiments.jobs.upkeep import Health, doctor, sync_runs
 
 __all__ = [
     "DataReport",
+    "Health",
     "PredictResult",
     "RunResult",
     "adapt",
     "check_data",
+    "doctor",
     "evaluate",
     "predict",
     "prepare",
     "pretrain",
+    "sync_runs",
 ]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from dann_experiments.tracking.processes import is_gone
 from dann_experiments.tracking.store import Store
 
 
 def close_orphans(
-    store: Store, closed_by: str, also: Callable[[Mapping[str, str]], bool] = lambda tags: False
+    store: Store,
+    closed_by: str,
+    also: Callable[[Mapping[str, str]], bool] = lambda tags: False,
+    experiments: Sequence[str] | None = None,
 ) -> list[str]:
-    """Close as KILLED the open runs of the store's experiment whose process, on this machine, is gone (SIGKILL, power), and
-    those of whose tags `also` says that nobody writes them. `closed_by` is kept as the tag `dann.closed_by`. Returns their
-    ids. Raises MlflowException if the store does not answer."""
+    """Close as KILLED the open runs of the store's experiment (or of `experiments`, ids) whose process, on this machine, is
+    gone (SIGKILL, power), and those of whose tags `also` says that nobody writes them. `closed_by` is kept as the tag
+    `dann.closed_by`. Returns their ids. Raises MlflowException if the store does not answer."""
     closed = []
-    for run in store.client.search_runs([store.experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
+    wanted = [store.experiment_id] if experiments is None else list(experiments)
+    for run in store.client.search_runs(wanted, "attributes.status = 'RUNNING'", max_results=1000):
         process = run.data.tags.get("dann.process")
         if (process is not None and is_gone(process)) or also(run.data.tags):
             close_orphan(store, run.info.run_id, closed_by)

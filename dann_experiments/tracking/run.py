@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import json
 import logging
 import os
 import shutil
 import signal
 import subprocess
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,13 +21,14 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger
 
-from dann_experiments.config.errors import InputError
-from dann_experiments.tracking.processes import process_name
-from dann_experiments.tracking.sender import MetricSender
+from dann_experiments.config.errors import InputError, StoreAway
+from dann_experiments.tracking.processes import end_with_the_launcher, process_name
+from dann_experiments.tracking.sender import SPOOL, Sender
 from dann_experiments.tracking.store import Store, without_secrets
 
 log = logging.getLogger(__name__)
 PARAMS_A_REQUEST = 100  # MLflow's limit
+END = "end.json"  # how a run ended, for `sync` where the store was away
 PARAM_PREFIX = "cfg."  # `mlflow run` logs its own raw strings under the plain names, and params cannot change
 
 
@@ -35,6 +38,10 @@ class RunKilled(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+
+
+class NotStored(StoreAway):
+    """A run ended well, but the tracking store did not take all of it."""
 
 
 class EndedEarly(Exception):
@@ -48,11 +55,22 @@ class TrackedRun:
     store: Store
     run_id: str
     folder: Path
-    sender: MetricSender
+    sender: Sender
+    resumed: bool = False
+    """Whether it goes on with a run that was killed."""
 
     def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
-        """Queue metrics; see MetricSender."""
+        """Queue metrics; see Sender."""
         self.sender.put(values, step)
+
+    def log_file(self, path: Path) -> None:
+        """Queue a file of the folder as an artifact now; all others follow when the run closes."""
+        self.sender.put_file(path)
+
+    def persist(self) -> None:
+        """Call it before a checkpoint is put in its place: what was logged up to now then outlives the process, so that a run
+        resumed from there has no gap in its history."""
+        self.sender.persist()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log settings under the prefix `cfg.`."""
@@ -120,16 +138,24 @@ class RunLogger(Logger):
 
 @contextlib.contextmanager
 def tracked_run(
-    store: Store, run_name: str | None, default_name: str, tags: Mapping[str, Any], folder: Path, use_claimed: bool
+    store: Store,
+    run_name: str | None,
+    default_name: str,
+    tags: Mapping[str, Any],
+    folder: Path,
+    use_claimed: bool,
+    resume: str | None = None,
 ) -> Iterator[TrackedRun]:
     """Open a run (the one of `mlflow run` where there is one and `use_claimed`), and close it with a true status.
 
     A claimed run keeps the name it has unless `run_name` is given; a new one is called `run_name` or `default_name`.
-    Raises InputError if nothing can be written to `folder`.
+    `resume`: the id of an unfinished run to go on with instead; what its folder holds unsent is sent, and metrics of steps
+    that the store has already are not sent again. Raises InputError if nothing can be written to `folder`.
 
     FINISHED at the end of the block and on EndedEarly, FAILED with `traceback.txt` as artifact when it raises anything
     else, KILLED on SIGINT and SIGTERM (then KeyboardInterrupt or SystemExit(143) goes on). Metrics and artifacts are
-    sent in every case.
+    sent in every case; what a store that is away does not take stays in the run's folder for `sync`. Raises NotStored at the
+    end of a block that went well, if the store did not take all.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,26 +166,36 @@ def tracked_run(
             f"tracking.folder is {str(folder)!r}, where nothing can be written ({error}); choose another."
         ) from None
     claimed = store.claimed_run_id if use_claimed else None
+    if claimed is not None:
+        end_with_the_launcher()
     with _signals_raise():  # around the closing too: a second Ctrl-C must not cut it short
-        if run_name is not None or claimed is None:  # `mlflow run --run-name` has named a claimed run
+        if resume is None and (
+            run_name is not None or claimed is None
+        ):  # `mlflow run --run-name` has named a claimed one
             tags = {**tags, "mlflow.runName": run_name or default_name}
         tags = {**_provenance(), **({} if claimed else {"mlflow.source.type": "LOCAL"}), **tags}
-        if claimed is None:  # with its tags from the first moment, so that whoever looks for a killed one finds it
+        already = None
+        if resume is not None:
+            run_id, already = resume, _reopen(store, resume, claimed, folder / resume)
+        elif claimed is None:  # with its tags from the first moment, so that whoever looks for a killed one finds it
             texts = {key: str(value) for key, value in tags.items()}
             run_id = store.client.create_run(store.experiment_id, tags=texts).info.run_id
         else:
             run_id = claimed
         run_folder = folder / run_id
         run = TrackedRun(
-            store, run_id, run_folder, MetricSender(store.client, run_id, run_folder / "unsent_metrics.jsonl")
+            store, run_id, run_folder, Sender(store.client, run_id, run_folder, already), resume is not None
         )
         try:
             run_folder.mkdir(exist_ok=True)
-            if claimed is not None:
+            if resume is not None or claimed is not None:
                 run.set_tags(tags)
             yield run
             if not _close(run, "FINISHED"):
-                raise OSError("the run's files could not be stored")
+                raise NotStored(
+                    f"the run ended well, but the tracking store did not take all of it; it is kept in {run_folder}. When the "
+                    f"store is back: python -m dann_experiments sync --tracking.folder {folder}"
+                )
         except RunKilled as killed:
             log.warning("%s: the run is being closed as KILLED.", killed)
             _close(run, "KILLED")
@@ -172,6 +208,8 @@ def tracked_run(
         except EndedEarly:
             _close(run, "FINISHED")
             raise
+        except NotStored:  # closed already
+            raise
         except BaseException:
             with contextlib.suppress(OSError):
                 (run_folder / "traceback.txt").write_text(without_secrets(traceback.format_exc()))
@@ -180,24 +218,39 @@ def tracked_run(
 
 
 def _close(run: TrackedRun, status: str) -> bool:
-    """Send metrics and files and end the run; False, with the run FAILED, if the store did not take its files."""
-    unsent = run.sender.close()
-    stored = False
-    try:
-        run.store.client.log_artifacts(run.run_id, str(run.folder))
-        stored = True
-    except Exception as error:
-        shown = without_secrets(str(error))
-        log.error("The tracking store did not take the run's files (%s); they are in %s.", shown, run.folder)
-    try:
-        run.store.client.set_terminated(run.run_id, status if stored or status == "KILLED" else "FAILED")
-    except Exception as error:
-        shown = without_secrets(str(error))
-        log.error("The tracking store did not take the run's end (%s): run %s.", shown, run.run_id)
-        return False
-    if stored and not unsent:
-        shutil.rmtree(run.folder, ignore_errors=True)
-    return stored
+    """Send metrics and files and end the run, for as long as the sender waits; whether the store has all."""
+    ending = {"status": status, "end_time": int(time.time() * 1000)}
+    with contextlib.suppress(OSError):  # a disk that is full must not hide why the run ended
+        (run.folder / END).write_text(json.dumps(ending))
+    return send_folder(run.sender, run.folder, **ending)
+
+
+def send_folder(sender: Sender, folder: Path, status: str, end_time: int | None) -> bool:
+    """Send a run's folder and end the run; the folder is removed if the store took all. Returns whether it did."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in (SPOOL, END):
+            sender.put_file(path)
+    sent = sender.close(status, end_time)
+    if sent:
+        shutil.rmtree(folder, ignore_errors=True)
+    return sent
+
+
+def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> dict[str, int]:
+    """Make a run a running one again; the highest step that the store has of each of its metrics."""
+    if claimed is not None and claimed != run_id:
+        note = f"This run is empty: it went on with run {run_id}."
+        for key, text in {"dann.resumed_run_id": run_id, "mlflow.note.content": note}.items():
+            store.client.set_tag(claimed, key, text)
+        store.client.set_terminated(claimed, "FINISHED")
+    (folder / END).unlink(missing_ok=True)
+    store.client.update_run(run_id, status="RUNNING")
+    run = store.client.get_run(run_id)
+    if "dann.closed_by" in run.data.tags:
+        store.client.delete_tag(run_id, "dann.closed_by")
+    return {
+        name: max(point.step for point in store.client.get_metric_history(run_id, name)) for name in run.data.metrics
+    }
 
 
 @contextlib.contextmanager

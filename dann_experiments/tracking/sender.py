@@ -1,12 +1,12 @@
-"""Sends metrics to MLflow from a thread of its own, in batches: a training step only appends to a list.
+"""Sends a run's metrics, files and end to MLflow from a thread of its own: a training step only appends to a list.
 
-A batch stays in the buffer until the store has acknowledged it. When the store is away the sender tries again with growing
-pauses; sending a batch twice is harmless. What is left when the run ends goes to a JSONL file beside the run.
+What is sent stays here, or in the spool file beside the run, until the store has acknowledged it. When the store is away the
+sender tries again with growing pauses; sending anything twice is harmless. What is left when the run closes stays in the
+run's folder, from where `sync` sends it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import threading
@@ -16,26 +16,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dann_experiments.tracking.spool import Point, Spool
 from dann_experiments.tracking.store import without_secrets
 
 log = logging.getLogger(__name__)
+SPOOL = "unsent_metrics.jsonl"
 BATCH = 1000  # metrics a request, MLflow's limit
+MOST_IN_MEMORY = 20_000  # about 6 MB; beyond, they are written to the spool by whoever logs the next
 VALID_NAME = re.compile(r"[\w\-. :/]+")
 PAUSE_SECONDS = 1.0  # between two sends while metrics keep coming
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 15.0
+CLOSE_SECONDS = 60.0
+"""The longest that closing waits for a store that takes nothing."""
+UPLOAD_SECONDS = 600.0
+"""The longest that closing waits for one file that is being uploaded."""
 
 
-class MetricSender:
-    """Buffers (name, value, step) and sends them in order. Values may be tensors: they are read by the sending thread."""
+class Sender:
+    """Queues (name, value, step), files and the run's end, and sends them in this order. Values may be tensors: they are read
+    by the sending thread. `folder`: the run's, with the spool of an earlier process if it left one. `already`: metric ->
+    the highest step that the store has, for a run that is resumed: up to it, nothing is sent again."""
 
-    def __init__(self, client: Any, run_id: str, spool: Path) -> None:
+    def __init__(self, client: Any, run_id: str, folder: Path, already: Mapping[str, int] | None = None) -> None:
         self._client = client
         self._run_id = run_id
-        self._spool = spool
-        self._pending: deque[tuple[str, Any, int, int]] = deque()
+        self._folder = folder
+        self._spool = Spool(folder / SPOOL)
+        self._already = dict(already or {})
+        if already is not None:
+            for name, step in self._spool.last_steps().items():
+                self._already[name] = max(step, self._already.get(name, step))
+        self._memory: deque[tuple[str, Any, int, int]] = deque()
+        self._files: dict[
+            Path, None
+        ] = {}  # a set that keeps its order: a file that is written anew meanwhile is sent once
+        self._end: tuple[str, int] | None = None
         self._wake = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._send_all, name="mlflow-sender", daemon=True)
+        self._spilling = threading.Lock()  # whoever moves points to the spool does it alone: they keep their order
+        self._closing = self._given_up = self._failing = self._uploading = False
+        self._last_success = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
         self._thread.start()
 
     def put(self, values: Mapping[str, Any], step: int) -> None:
@@ -47,61 +67,136 @@ class MetricSender:
                 raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}; log one number")
         now = int(time.time() * 1000)
         with self._wake:
-            self._pending.extend((name, value, now, step) for name, value in values.items())
-            if len(self._pending) >= BATCH:
+            self._memory.extend(
+                (name, value, now, step) for name, value in values.items() if step > self._already.get(name, -1)
+            )
+            if len(self._memory) >= BATCH:
                 self._wake.notify()
+        if len(self._memory) > MOST_IN_MEMORY:  # the store is away, or slower than training
+            self._spill()
 
-    def close(self, timeout: float = 60.0) -> int:
-        """Send what is left, for at most `timeout` seconds; returns how many metrics went to the spool file instead."""
+    def put_file(self, path: Path) -> None:
+        """Queue a file of the run's folder: an artifact under its path there. It is read when its turn comes."""
         with self._wake:
+            self._files[path] = None
+
+    def persist(self) -> None:
+        """When this returns, what was queued is in the store or in the spool file: a process killed now loses nothing of it,
+        nor does a machine that loses its power. Where the disk is full it stays in memory."""
+        self._spill(durable=True)
+
+    def close(self, status: str, end_time: int | None = None) -> bool:
+        """Send what is left and end the run; whether the store has all. Gives up CLOSE_SECONDS after the store took
+        anything last; what is left stays in the folder. Never raises."""
+        with self._wake:
+            self._end = (status, int(time.time() * 1000) if end_time is None else end_time)
             self._closing = True
+            self._last_success = time.monotonic()
             self._wake.notify()
-        self._thread.join(timeout)
+        while self._thread.is_alive():
+            self._thread.join(0.2)
+            longest = UPLOAD_SECONDS if self._uploading and not self._failing else CLOSE_SECONDS
+            if self._thread.is_alive() and time.monotonic() - self._last_success > longest:
+                break
+        if not self._thread.is_alive() and self._end is None:
+            return True
         with self._wake:
-            left = list(self._pending)
-            self._pending.clear()
-        if left:
-            self._spool.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._spool, "a", encoding="utf-8") as file:
-                for name, value, timestamp, step in left:
-                    line = {
-                        "run_id": self._run_id,
-                        "key": name,
-                        "value": float(value),
-                        "timestamp": timestamp,
-                        "step": step,
-                    }
-                    file.write(json.dumps(line) + "\n")
-            log.warning("The tracking store did not take %d metrics; they are kept in %s.", len(left), self._spool)
-        return len(left)
+            self._given_up = True
+            self._wake.notify()
+        self._spill()
+        log.warning(
+            "The tracking store did not take %d metrics and %d files of run %s; they are kept in %s. Send them later: python -m "
+            "dann_experiments sync --tracking.folder %s",
+            self._spool.left + len(self._memory), len(self._files), self._run_id, self._folder, self._folder.parent,
+        )  # fmt: skip
+        return False
 
-    def _send_all(self) -> None:
-        from mlflow.entities import Metric
-
-        retry = FIRST_RETRY_SECONDS
-        while True:
+    def _spill(self, durable: bool = False) -> None:
+        """Move points from memory to the spool."""
+        with self._spilling:
             with self._wake:
-                if not self._closing and len(self._pending) < BATCH:
-                    self._wake.wait(PAUSE_SECONDS)
-                batch = [self._pending[index] for index in range(min(BATCH, len(self._pending)))]
-                if not batch:
-                    if self._closing:
-                        return
-                    continue
+                waiting = list(self._memory)
+            if not waiting:
+                return
+            points = [Point(name, float(value), timestamp, step) for name, value, timestamp, step in waiting]
             try:
-                self._client.log_batch(self._run_id, metrics=[Metric(n, float(v), t, s) for n, v, t, s in batch])
-            except Exception as error:  # whatever it is, the metrics stay in the buffer and training goes on
-                if retry == FIRST_RETRY_SECONDS:
-                    log.warning("The tracking store does not take metrics (%s); trying again.", _first_line(error))
+                self._spool.append(points, durable)
+            except OSError as error:
+                if not self._failing:
+                    log.error("%s cannot be written (%s): metrics wait in memory.", self._folder / SPOOL, error)
+                return
+            with self._wake:
+                for _ in points:
+                    self._memory.popleft()
+
+    def _work(self) -> None:
+        retry = FIRST_RETRY_SECONDS
+        while not self._given_up:
+            with self._wake:
+                if not self._closing and len(self._memory) < BATCH:
+                    self._wake.wait(PAUSE_SECONDS)
+            try:
+                if not self._send_next() and self._closing:
+                    return
+            except Exception as error:  # whatever it is, nothing is dropped and training goes on
+                if not self._failing:
+                    reason = without_secrets((str(error).splitlines() or [type(error).__name__])[0])[:200]
+                    log.warning("The tracking store does not take what is sent (%s); trying again.", reason)
+                self._failing = True
                 with self._wake:
                     self._wake.wait(retry)
-                retry = min(2 * retry, LONGEST_RETRY_SECONDS)
+                retry = FIRST_RETRY_SECONDS if self._closing else min(2 * retry, LONGEST_RETRY_SECONDS)
                 continue
-            retry = FIRST_RETRY_SECONDS
+            if self._failing:
+                log.info("The tracking store answers again.")
+            self._failing, retry = False, FIRST_RETRY_SECONDS
+            self._last_success = time.monotonic()
+
+    def _send_next(self) -> bool:
+        """Send one batch, or a file, or the end; False if nothing is left."""
+        self._spill()
+        points = self._spool.next(BATCH)
+        if points:
+            self._send(points)
+            self._spool.acknowledge(len(points))
+            return True
+        if self._memory:  # the spool cannot be written
+            with self._spilling:
+                with self._wake:
+                    waiting = [self._memory[index] for index in range(min(BATCH, len(self._memory)))]
+                self._send([Point(name, float(value), timestamp, step) for name, value, timestamp, step in waiting])
+                with self._wake:
+                    for _ in waiting:
+                        self._memory.popleft()
+            return True
+        with self._wake:
+            path = next(iter(self._files), None)
+            if path is not None:
+                del self._files[path]  # before it is read: written anew meanwhile, it is queued again
+        if path is not None:
+            self._upload(path)
+            return True
+        if self._end is not None:
+            status, end_time = self._end
+            self._client.set_terminated(self._run_id, status, end_time)
+            self._end = None
+            return True
+        return False
+
+    def _send(self, points: list[Point]) -> None:
+        from mlflow.entities import Metric
+
+        self._client.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
+
+    def _upload(self, path: Path) -> None:
+        inside = path.relative_to(self._folder).parent.as_posix()
+        self._uploading = True
+        try:
+            if path.exists():  # else it was removed meanwhile
+                self._client.log_artifact(self._run_id, str(path), None if inside == "." else inside)
+        except Exception:
             with self._wake:
-                for _ in range(min(len(batch), len(self._pending))):  # close() may have emptied it meanwhile
-                    self._pending.popleft()
-
-
-def _first_line(error: BaseException) -> str:
-    return without_secrets((str(error).splitlines() or [type(error).__name__])[0])[:200]
+                self._files = {path: None, **self._files}
+            raise
+        finally:
+            self._uploading = False

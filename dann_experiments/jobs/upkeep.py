@@ -1,0 +1,50 @@
+"""Looks after what killed processes and absent stores left: open runs, and folders that were not sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dann_experiments.config import Config, InputError
+from dann_experiments.tracking.orphans import close_orphans
+from dann_experiments.tracking.processes import live_process
+from dann_experiments.tracking.store import open_store
+from dann_experiments.tracking.sync import Leftover, leftovers, sync
+
+
+@dataclass(frozen=True)
+class Health:
+    """What `doctor` found and did."""
+
+    closed: list[str]
+    """Runs whose process was gone."""
+    running: int
+    """Runs whose process lives on this machine."""
+    elsewhere: list[str]
+    """Open runs of other machines, or of programs that do not say which process writes them."""
+    leftovers: list[Path]
+    """Folders of runs in `tracking.folder`."""
+
+
+def sync_runs(config: Config) -> Iterator[Leftover]:
+    """Send every run's folder in `tracking.folder` to the store. Raises InputError if the store does not answer or there is
+    no such folder."""
+    folder = Path(config.tracking.folder)
+    if not folder.is_dir():
+        raise InputError(
+            f"tracking.folder is {str(folder)!r}, which is no folder; name the one that runs kept their files in."
+        )
+    return sync(open_store(config.tracking.uri, config.tracking.experiment), folder)
+
+
+def doctor(config: Config) -> Health:
+    """Close, in every experiment of the store, the runs whose process on this machine is gone; look at what is left."""
+    store = open_store(config.tracking.uri, config.tracking.experiment)
+    experiments = [experiment.experiment_id for experiment in store.client.search_experiments()]
+    closed = close_orphans(store, "doctor", experiments=experiments)
+    open_runs = store.client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000)
+    processes = {run.info.run_id: run.data.tags.get("dann.process") for run in open_runs}
+    here = {run_id for run_id, process in processes.items() if process is not None and live_process(process)}
+    elsewhere = [run_id for run_id in processes if run_id not in here]
+    return Health(closed, len(here), elsewhere, leftovers(Path(config.tracking.folder)))
