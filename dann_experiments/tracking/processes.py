@@ -30,9 +30,10 @@ def _machine() -> str:
     return socket.gethostname()
 
 
-def process_name() -> str:
-    """This process, in a way that no later one has: machine, id, and when it started."""
-    return f"{_machine()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+def process_name(process: psutil.Process | None = None) -> str:
+    """A process of this machine (default: this one), in a way that no later one has: machine, id, and when it started."""
+    process = process or psutil.Process()
+    return f"{_machine()}:{process.pid}:{process.create_time():.2f}"
 
 
 def live_process(name: str) -> psutil.Process | None:
@@ -90,9 +91,16 @@ def become_worker(log_file: str | None = None) -> None:
 
 def end_with_the_launcher() -> None:
     """Make this process, started by `mlflow run`, end in good order when `mlflow run` is gone: it passes no SIGTERM on."""
-    with contextlib.suppress(psutil.Error, StopIteration):
-        launcher = next(one for one in psutil.Process().parents() if one.name() not in _SHELLS)
-        threading.Thread(target=_end_after, args=(launcher,), daemon=True).start()
+    parent = launcher()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def launcher() -> psutil.Process | None:
+    """The process that started this one, behind the shell that may stand between."""
+    with contextlib.suppress(psutil.Error):
+        return next((one for one in psutil.Process().parents() if one.name() not in _SHELLS), None)
+    return None
 
 
 def available_cores() -> int:

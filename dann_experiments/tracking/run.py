@@ -22,6 +22,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from dann_experiments.config.errors import InputError, StoreAway
+from dann_experiments.tracking.last_word import have_last_word
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
 from dann_experiments.tracking.sender import SPOOL, Sender
 from dann_experiments.tracking.store import Store, without_secrets
@@ -199,6 +200,8 @@ def tracked_run(
         except RunKilled as killed:
             log.warning("%s: the run is being closed as KILLED.", killed)
             _close(run, "KILLED")
+            if claimed is not None:
+                have_last_word(store.uri, run.run_id)
             if killed.signum == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + killed.signum) from None
