@@ -26,7 +26,7 @@ from dann_experiments.jobs import setup
 from dann_experiments.jobs.source_model import digest_of_model, fetched
 from dann_experiments.tracking.orphans import close_orphans
 from dann_experiments.tracking.run import TrackedRun, tracked_run
-from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
+from dann_experiments.tracking.store import Store, local_artifact_folder, open_store, without_secrets
 from dann_experiments.training.scores import metric_name
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
                 raise ComparisonFailed("no run of an adapted arm was finished. " + " ".join(notes))
         comparison = _judged(config, store, arms, with_probe_of_the_start(found, arms), notes)
         table = _table(comparison)
-        _write(run, comparison, table)
+        _write(run, comparison, table, _links(store, comparison))
     artifacts = local_artifact_folder(store, run.run_id)
     return ComparisonResult(run.run_id, store.uri, comparison, table, None if artifacts is None else str(artifacts))
 
@@ -210,7 +210,15 @@ def _order(item: tuple[str, float]) -> tuple[int, str]:
     return (TABLE_SCORES.index(name) if name in TABLE_SCORES else len(TABLE_SCORES), name)
 
 
-def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame) -> None:
+def _links(store: Store, comparison: Comparison) -> dict[str, str]:
+    """Where a server shows the runs; other stores have no address that a page could name."""
+    if not store.uri.startswith(("http://", "https://")):
+        return {}
+    place = f"{without_secrets(store.uri).rstrip('/')}/#/experiments/{store.experiment_id}/runs"
+    return {run.run_id: f"{place}/{run.run_id}" for run in comparison.runs}
+
+
+def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: Mapping[str, str]) -> None:
     """Report, tables, metrics and tags of the comparison's run."""
     tables = run.folder / "tables"
     tables.mkdir(parents=True, exist_ok=True)
@@ -234,5 +242,5 @@ def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame) -> None
     outcomes = "; ".join(f"{verdict.arm}: {verdict.outcome}" for verdict in comparison.verdicts)
     texts = {"dann.verdict": outcomes or "no target labels", "mlflow.note.content": "\n\n".join(lines)}
     run.set_tags({name: text[:LONGEST_TAG] for name, text in texts.items()})
-    write_page(run.folder / PAGE, comparison)
+    write_page(run.folder / PAGE, comparison, links)
     draw_summary(run.folder / SUMMARY, comparison)
