@@ -660,7 +660,7 @@ def _draw_tiles(
             if pixels is not None:
                 axis.imshow(pixels if pixels.ndim == 3 else painted(pixels, count), interpolation="nearest")
             if row == 0:
-                axis.set_title(short(name, int(side * 10)), fontsize=10.5, loc="center", pad=4)
+                axis.set_title(short(name, int(side * 11.5)), fontsize=10, loc="center", pad=4)
     palette = distinct_class_colours(count)
     handles = [
         Patch(facecolor=palette[i], edgecolor=MUTED, linewidth=0.6, label=short(name, 22))
