@@ -105,6 +105,14 @@ def remember_secrets(address: str) -> None:
         _secrets.update(form for form in forms if len(form) >= SHORTEST_SECRET)
 
 
+def check_run_id(run_id: str) -> None:
+    """Raises InputError for an id that is no plain name: folders are called by it, and a server could send `../..`."""
+    if not re.fullmatch(r"\w[\w-]*", run_id):
+        raise InputError(
+            f"the tracking store has a run called {run_id!r}, which can name no folder; use another store."
+        )
+
+
 def known_run(store: Store, run_id: str) -> Any | None:
     """A run with its metrics, params and tags; None if the store has none of that id."""
     from mlflow.exceptions import MlflowException
