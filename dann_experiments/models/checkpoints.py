@@ -23,6 +23,11 @@ RUNS_CODE = {
     "_pickle", "builtins", "code", "ctypes", "importlib", "multiprocessing", "nt", "operator", "os", "pickle", "posix", "pty",
     "runpy", "shutil", "socket", "subprocess", "sys", "webbrowser",
 }  # fmt: skip
+PLAIN = {
+    f"builtins.{name}"
+    for name in ("bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set", "slice",
+                 "str", "tuple", "type")
+}  # fmt: skip
 MAPPINGS = {
     "collections.defaultdict", "lightning_fabric.utilities.data.AttributeDict",
     "lightning.fabric.utilities.data.AttributeDict", "pytorch_lightning.utilities.parsing.AttributeDict",
@@ -93,7 +98,7 @@ def _foreign_names(path: Path) -> list[str]:
                 f"checkpoint {path} is compressed, as torch.save makes none; it may be made to fill the memory."
             )
     foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    runs = [name for name in foreign if name.split(".")[0] in RUNS_CODE]
+    runs = [name for name in foreign if name.split(".")[0] in RUNS_CODE and name not in PLAIN]
     if runs:
         raise InputError(
             f"checkpoint {path} holds more than tensors and plain values: it names {_listed(runs)}, which runs code. It was not "

@@ -81,12 +81,14 @@ def open_store(uri: str | None, experiment: str) -> Store:
 
 
 def without_secrets(text: str) -> str:
-    """`text` (an address, a message, a traceback) with any `user:password@` and `password=...` in addresses left out, and
-    what `remember_secrets` knows."""
-    for secret in sorted(_secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
+    """`text` (an address, a message, a traceback) with any `user:password@` and `password=...` in addresses left out, and, unless
+    it is an address as a whole, what `remember_secrets` knows."""
+    whole = re.fullmatch(r"[\w+.-]+://\S*", text) is not None
+    for secret in () if whole else sorted(_secrets, key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
     text = re.sub(r"(?<=://)\S*@", "", text)  # up to the last @: a password may hold any sign
-    return re.sub(rf"(?<=[?&])([^=&\s]*(?:{_NAMED_SO})[^=&\s]*=)[^&\s'\"<>]*", r"\1***", text, flags=re.IGNORECASE)
+    value = r"[^&]*" if whole else r"[^&\s'\"<>]*"
+    return re.sub(rf"(?<=[?&])([^=&\s]*(?:{_NAMED_SO})[^=&\s]*=){value}", r"\1***", text, flags=re.IGNORECASE)
 
 
 def remember_secrets(address: str) -> None:
