@@ -541,21 +541,14 @@ def test_a_whole_run_leaves_its_password_nowhere(workplace, tmp_path_factory):
     settings = small_settings(squares_in(workplace / "data"), tracking__uri=f"http://me:{CANARY}@127.0.0.1:{port}")
     server = start_server(folder, port)
     try:
-        flags = [
-            word
-            for key, value in settings.items()
-            for word in (f"--{key}", yaml.safe_dump(value).split("\n...")[0].strip())
-        ]
-        command = [sys.executable, "-m", "dann_experiments", "adapt", "--config", "empty.yaml", *flags]
-        (workplace / "empty.yaml").write_text("{}\n")
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=workplace, env=os.environ | {"PYTHONPATH": str(PROJECT)}
-        )
+        given = tmp_path_factory.mktemp("given") / "c.yaml"
+        given.write_text(config_to_yaml(load_config(None, settings)))
+        command = [sys.executable, "-m", "dann_experiments", "adapt", "--config", str(given)]
+        environ = {**os.environ, "PYTHONPATH": str(PROJECT)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=workplace, env=environ)
         assert done.returncode == 0, done.stderr
-        failing = [*command, "--domain_adaptation.pretrained_checkpoint.path", "runs:/none"]
-        failed = subprocess.run(
-            failing, capture_output=True, text=True, cwd=workplace, env=os.environ | {"PYTHONPATH": str(PROJECT)}
-        )
+        failing = [*command, "--source_checkpoint", "runs:/none"]
+        failed = subprocess.run(failing, capture_output=True, text=True, cwd=workplace, env=environ)
         assert failed.returncode == 2, failed.stderr
     finally:
         stop_server(server)
