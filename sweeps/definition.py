@@ -23,16 +23,8 @@ CONTROL = {
     "domain_adaptation.method.class_path": None,  # of a method of the user's own, too
     "domain_adaptation.method.init_args": {},
 }
-NOT_STORED = (
-    "space",
-    "study",
-    "storage",
-    "objective",
-    "direction",
-    "n_trials",
-    "timeout",
-    "allow_class_path",
-)  # with the settings
+# with the settings
+NOT_STORED = ("space", "study", "storage", "objective", "direction", "n_trials", "timeout", "allow_class_path")
 
 
 def classes_named(space: Mapping[str, Any], config: Config) -> list[str]:

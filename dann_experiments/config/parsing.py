@@ -246,9 +246,8 @@ def _without_empty_groups(settings: Mapping[str, Any], groups: set[str], prefix:
                 kept[key] = _without_empty_groups(value, groups, f"{prefix}{key}.")
         else:
             kept[key] = value
-    if (
-        prefix == "domain_adaptation.method."
-    ):  # of class_path and init_args alone, jsonargparse takes it for its own notation
+    # a mapping of class_path and init_args alone would look like jsonargparse's own notation
+    if prefix == "domain_adaptation.method.":
         kept.setdefault("name", MethodConfig.name)
     return kept
 

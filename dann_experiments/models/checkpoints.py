@@ -66,7 +66,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:  # torch raises many kinds here; each means: not a file of tensors
-        found = re.search(r"WeightsUnpickler error: (.*)|(Cannot use .* TorchScript[^.]*)", str(error))
+        found = re.search(r"WeightsUnpickler error: (.*)|(torchscript checkpoint)", str(error))
         if found:
             raise InputError(
                 f"checkpoint {path} holds more than tensors and plain values ({_first_sentence(found.group(0))}); it was not "

@@ -177,6 +177,7 @@ def tracked_run(
         tags = {**_provenance(), **({} if claimed else {"mlflow.source.type": "LOCAL"}), **tags}
         already = None
         if resume is not None:
+            check_run_id(resume)
             run_id, already = resume, _reopen(store, resume, claimed, folder / resume)
         elif claimed is None:  # with its tags from the first moment, so that whoever looks for a killed one finds it
             texts = {key: str(value) for key, value in tags.items()}
