@@ -43,7 +43,7 @@ from sweeps.driver import resume_sweep
 from sweeps.objective import run_trial
 from sweeps.settings import SweepConfig
 from sweeps.space import read_space
-from sweeps.study import SETTINGS, Slot, Sweep, flags_of, open_storage
+from sweeps.study import DEFINITION, SETTINGS, Slot, Sweep, flags_of, open_storage
 
 PROJECT = Path(__file__).parents[1]
 METHOD = "domain_adaptation.method"
@@ -216,16 +216,19 @@ GAMMA = {f"{METHOD}.lambda_schedule.gamma": {"type": "float", "low": 1, "high": 
 CLASSES = {f"{METHOD}.class_path": {"type": "categorical", "choices": [None, "trap.Method"]}}
 
 
-@pytest.mark.parametrize(("changes", "space"), [({f"{METHOD}.class_path": "trap.Method"}, GAMMA), ({}, CLASSES)])
+@pytest.mark.parametrize(("changes", "space"), [({"class_path": "trap.Method"}, GAMMA), ({}, CLASSES)])
 def test_a_studys_storage_names_no_code_unless_the_caller_names_it_too(trap, workplace, changes, space):
-    study, _ = study_of(load_config(None, small_settings(Path("nowhere"), **{}) | changes), space)
+    study, _ = study_of(load_config(None, small_settings(Path("nowhere"))), GAMMA)
+    definition = study.attribute(DEFINITION)
+    definition["config"]["domain_adaptation"]["method"] |= changes
+    study.set_attribute(DEFINITION, definition | {"space": space})
     study.set_attribute(SETTINGS, study.attribute(SETTINGS) | {"allow_class_path": "trap.Method"})
     assert stored_settings(study, {}).allow_class_path is None
     for allowed in ({}, {"allow_class_path": "trap.Other"}):
         with pytest.raises(InputError, match=r"give --allow_class_path trap\.Method"):
             resume_sweep("s", "journal.log", allowed)
     assert not trap.exists()
-    with pytest.raises(InputError, match="nowhere"):  # on to the data, which are not there
+    with pytest.raises(InputError, match="no subclass of"):  # on to the class itself
         resume_sweep("s", "journal.log", {"allow_class_path": "trap.Method"})
 
 

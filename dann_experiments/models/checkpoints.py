@@ -20,7 +20,7 @@ from dann_experiments.config.errors import InputError
 log = logging.getLogger(__name__)
 # nothing that a checkpoint needs is of these: a file that names them was made to run something
 RUNS_CODE = {
-    "_pickle", "builtins", "code", "ctypes", "importlib", "multiprocessing", "nt", "operator", "os", "pickle", "posix", "pty",
+    "_pickle", "builtins", "code", "commands", "ctypes", "importlib", "multiprocessing", "nt", "operator", "os", "pickle", "posix", "pty",
     "runpy", "shutil", "socket", "subprocess", "sys", "webbrowser",
 }  # fmt: skip
 PLAIN = {
@@ -35,10 +35,10 @@ MAPPINGS = {
 SLACK_BYTES = 2**20  # of a file beyond its members
 
 
-class _Inert:
+class ForeignObject:
     """Stands for an object of a class that is not imported: takes any arguments and any state, and does nothing."""
 
-    def __new__(cls, *_: Any) -> _Inert:
+    def __new__(cls, *_: Any) -> ForeignObject:
         return super().__new__(cls)
 
     def __init__(self, *_: Any) -> None:
@@ -48,7 +48,7 @@ class _Inert:
         pass
 
 
-class _InertMapping:
+class _ForeignMapping:
     """The same for a mapping, whose items torch sets one by one and in a few types only."""
 
     def __new__(cls, *_: Any) -> Any:
@@ -60,20 +60,22 @@ def load_tensors(path: Path) -> dict[str, Any]:
     that names what runs code, for a whole pickled network, and for what is no such file."""
     try:
         foreign = _foreign_names(path)
-        stand_ins = [(_InertMapping if name in MAPPINGS else _Inert, name) for name in foreign]
+        stand_ins = [(_ForeignMapping if name in MAPPINGS else ForeignObject, name) for name in foreign]
         with torch.serialization.safe_globals(stand_ins):  # pyright: ignore[reportArgumentType]
             content = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # torch raises many kinds here; each means: not a file of tensors
-        found = re.search(r"WeightsUnpickler error: (.*)|(torchscript checkpoint)", str(error))
+        found = re.search(
+            r"WeightsUnpickler error:\s*(.*)|(Trying to load .* is blocked)|(a torchscript checkpoint)", str(error)
+        )
         if found:
             raise InputError(
-                f"checkpoint {path} holds more than tensors and plain values ({_first_sentence(found.group(0))}); it was not "
+                f"checkpoint {path} holds more than tensors and plain values ({_first_sentence(found[1] or found[0])}); it was not "
                 "loaded, as that could run foreign code. Save its state_dict alone."
             ) from None
         raise InputError(f"checkpoint {path} is no checkpoint that torch can read ({type(error).__name__}).") from None
-    if isinstance(content, _Inert):
+    if isinstance(content, ForeignObject):
         raise InputError(
             f"checkpoint {path} is a whole pickled object ({_listed(foreign)}); loading that would run foreign code. Save its "
             "state_dict alone."
@@ -112,4 +114,4 @@ def _listed(names: list[str]) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    return text.removeprefix("WeightsUnpickler error: ").split(". ")[0].strip()[:200].rstrip(".")
+    return text.split(". ")[0].strip()[:200].rstrip(".")
