@@ -20,8 +20,8 @@ from dann_experiments.config.errors import InputError
 log = logging.getLogger(__name__)
 # nothing that a checkpoint needs is of these: a file that names them was made to run something
 RUNS_CODE = {
-    "_pickle", "builtins", "code", "commands", "ctypes", "importlib", "multiprocessing", "nt", "operator", "os", "pickle", "posix", "pty",
-    "runpy", "shutil", "socket", "subprocess", "sys", "webbrowser",
+    "_pickle", "builtins", "code", "commands", "ctypes", "importlib", "multiprocessing", "nt", "operator", "os",
+    "pickle", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys", "webbrowser",
 }  # fmt: skip
 PLAIN = {
     f"builtins.{name}"
@@ -71,8 +71,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
         )
         if found:
             raise InputError(
-                f"checkpoint {path} holds more than tensors and plain values ({_first_sentence(found[1] or found[0])}); it was not "
-                "loaded, as that could run foreign code. Save its state_dict alone."
+                f"checkpoint {path} holds more than tensors and plain values ({_first_sentence(found[1] or found[0])}); it was "
+                "not loaded, as that could run foreign code. Save its state_dict alone."
             ) from None
         raise InputError(f"checkpoint {path} is no checkpoint that torch can read ({type(error).__name__}).") from None
     if isinstance(content, ForeignObject):
