@@ -82,14 +82,14 @@ class SweepResult:
 def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     """Run a new study, or the missing trials of one that exists. Raises InputError, with nothing started, for what the
     user can mend; SweepFailed when `max_failures` trials failed in a row, or all."""
+    named = classes_named(sweep.space, config)  # by the caller, who has thereby allowed them
+    sweep = dataclasses.replace(sweep, allow_class_path=list(dict.fromkeys([*sweep.allowed_classes, *named])))
     if sweep.study is None:
         raise InputError("study has no name; give one.")
     space = read_space(sweep.space, config)
     setup.load_data(config)  # all that is wrong with the files, before a study is made
     check_objective(sweep, config)
     slots_of(sweep, space, config)  # refuse what has no grid before anything is opened
-    named = classes_named(sweep.space, config)  # by the caller, who has thereby allowed them
-    sweep = dataclasses.replace(sweep, allow_class_path=list(dict.fromkeys([*sweep.allowed_classes, *named])))
     address = storage_address(sweep.storage, sweep.study)
     check_launcher(sweep, address)
     with only_driver(address, sweep.study), crew_for(sweep, config) as crew:
