@@ -13,7 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dann_experiments.command_line import DEFAULT_CONFIG, NOT_GIVEN, SHORT_NAMES, dotted, quiet_libraries, ui_command
+from dann_experiments.command_line import (
+    DEFAULT_CONFIG,
+    NOT_GIVEN,
+    SHORT_NAMES,
+    dotted,
+    quiet_libraries,
+    ui_command,
+    warn_of_stored_secrets,
+)
 from dann_experiments.config import Config, InputError, config_to_yaml, load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
@@ -52,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
+        warn_of_stored_secrets(dotted(rest) if not known.help else {})
         if known.help:
             print(_command_help(parser, known.command))
             return 0

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
+import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from dann_experiments.config import InputError
 
@@ -40,12 +45,43 @@ def dotted(rest: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
+class _WithoutSecrets(logging.Formatter):
+    """Leaves passwords out of whatever message, a library's too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from dann_experiments.tracking.store import without_secrets
+
+        return without_secrets(super().format(record))
+
+
+def _tell_of_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own traceback, without passwords."""
+    from dann_experiments.tracking.store import without_secrets
+
+    print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def warn_of_stored_secrets(given: Mapping[str, Any]) -> None:
+    """`mlflow run` keeps all its parameters with its run before this program starts: say so where one holds a password."""
+    from dann_experiments.tracking.store import without_secrets
+
+    for key, value in given.items():
+        if "MLFLOW_RUN_ID" in os.environ and without_secrets(str(value)) != str(value):
+            print(
+                f"Warning: `mlflow run` has stored the parameter `{key}`, password included, with its run; keep passwords in "
+                "~/.pgpass, PGPASSWORD or MLFLOW_TRACKING_PASSWORD, and change this one.",
+                file=sys.stderr,
+            )
+
+
 def quiet_libraries() -> None:
-    """Our own messages in full, the libraries' only where they matter to the user."""
+    """Our own messages in full, the libraries' only where they matter to the user, passwords in none."""
     from rich.logging import RichHandler
 
+    sys.excepthook = _tell_of_error
     handler = RichHandler(show_path=False, show_time=False, markup=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    handler.setFormatter(_WithoutSecrets("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("dann_experiments", "sweeps"):
         logging.getLogger(name).setLevel(logging.INFO)
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch", "mlflow"):

@@ -7,13 +7,20 @@ any other setting of `adapt` is given by its dotted name (`--optimizer.lr 1e-3`)
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dann_experiments.command_line import DEFAULT_CONFIG, NOT_GIVEN, SHORT_NAMES, dotted, quiet_libraries, ui_command
+from dann_experiments.command_line import (
+    DEFAULT_CONFIG,
+    NOT_GIVEN,
+    SHORT_NAMES,
+    dotted,
+    quiet_libraries,
+    ui_command,
+    warn_of_stored_secrets,
+)
 from dann_experiments.config import InputError, load_config
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from sweeps.settings import SweepConfig
@@ -64,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-    from dann_experiments.tracking.store import without_secrets
     from sweeps.driver import run_sweep
 
     space = DEFAULT_SPACE if known.space in (None, *NOT_GIVEN) else Path(known.space)
@@ -74,13 +80,7 @@ def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Ma
     config = load_config(config_file, settings)
     defaults = {} if _names_a_study(space, sweep_flags) else {"study": f"{space.stem}-{config_file.stem}"}
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
-    storage = sweep.storage or ""
-    if "MLFLOW_RUN_ID" in os.environ and without_secrets(storage) != storage:
-        print(
-            "Warning: `mlflow run` has stored the parameter `storage`, password included, with its run; keep passwords in "
-            "~/.pgpass or PGPASSWORD.",
-            file=sys.stderr,
-        )
+    warn_of_stored_secrets({**settings, **sweep_flags})
     return _finish(run_sweep(sweep, config))
 
 
@@ -120,8 +120,9 @@ def _finish(result: SweepResult) -> int:
     if result.settings.confirm_top:
         from sweeps.confirm import confirm
 
+        allowed = {"allow_class_path": result.settings.allow_class_path}
         place = {"tracking.uri": result.tracking_uri, "tracking.experiment": result.experiment}
-        show.confirmation(confirm(result.study, result.settings.storage, {}, place))
+        show.confirmation(confirm(result.study, result.settings.storage, allowed, place))
     return 0
 
 

@@ -158,8 +158,9 @@ class _Shift:
         token = uuid.uuid4().hex[:8]
         logs = str((study_folder(self.study.name) / "logs" / f"worker-{token}.log").resolve())
         return Task(
-            self.address, self.study.name, self.tracking, self.run.run_id, token, os.getcwd(), logs, self.deadline
-        )
+            self.address, self.study.name, self.tracking, self.run.run_id, token, os.getcwd(), logs, self.deadline,
+            classes=tuple(self.sweep.allowed_classes),
+        )  # fmt: skip
 
     def _log_progress(self, counts: Mapping[str, int]) -> None:
         done = counts["complete"] + counts["pruned"] + counts["fail"]

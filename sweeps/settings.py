@@ -66,6 +66,16 @@ class SweepConfig:
     model_name: str | None = None
     """Name under which the confirmed winner's model is registered, alias `champion`; null = the study's name."""
 
+    allow_class_path: str | list[str] | None = None
+    """For resume and confirm: the domain_adaptation.method.class_path (or several) that the study's storage names and that may
+    be imported. Without, a storage names no code. It is not stored."""
+
+    @property
+    def allowed_classes(self) -> list[str]:
+        """`allow_class_path` as a list."""
+        given = self.allow_class_path
+        return [] if given is None else [given] if isinstance(given, str) else list(given)
+
     @property
     def maximizes(self) -> bool:
         """`direction`, or what the objective's name says."""

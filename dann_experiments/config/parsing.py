@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.schema import Config
+from dann_experiments.config.schema import Config, MethodConfig
 from dann_experiments.config.target_dialect import translate
 
 Settings = TypeVar("Settings")
@@ -210,7 +210,10 @@ def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
 def _parser(cls: type):
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # jsonargparse would import the X of a mapping {class_path: X} anywhere among free values
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, import_path_denylist=["*"], instantiate_subclass_spec_in_any=False
+    )
     parser = ArgumentParser(exit_on_error=False, prog="settings", usage="")
     parser.add_class_arguments(cls, nested_key=None)
     return parser
@@ -243,6 +246,9 @@ def _without_empty_groups(settings: Mapping[str, Any], groups: set[str], prefix:
                 kept[key] = _without_empty_groups(value, groups, f"{prefix}{key}.")
         else:
             kept[key] = value
+    # a mapping of class_path and init_args alone would look like jsonargparse's own notation
+    if prefix == "domain_adaptation.method.":
+        kept.setdefault("name", MethodConfig.name)
     return kept
 
 
