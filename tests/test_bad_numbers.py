@@ -192,7 +192,7 @@ def test_the_layer_whose_domain_loss_is_no_number_is_named():
 
 def test_weights_that_an_update_made_infinite_are_not_kept(tmp_path):
     def make(groups, lr, fused):
-        return torch.optim.SGD(groups, lr=1e39)
+        return torch.optim.SGD(groups, lr=1e38, weight_decay=1e5)
 
     guard = BadNumbers(0, lambda trainer: trainer.save_checkpoint(tmp_path / "x.ckpt"))
     with pytest.raises(TrainingFailed, match="were not finite either"):
@@ -209,8 +209,8 @@ def test_under_a_scaler_gradients_may_overflow_but_losses_may_not():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # pyright: ignore[reportPrivateImportUsage]
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     guard = BadNumbers(1)
-    module, remember, _ = fit(Spoiled((5,), math.nan), guard, batches(8), plugins=[plugin])
-    assert same(remember.states[1], remember.states[0]) or scaler.get_scale() < 2.0**127
+    module, _, _ = fit(Spoiled((3,), math.nan), guard, batches(4), plugins=[plugin])
+    assert scaler.get_scale() < 2.0**126  # it has skipped steps
     assert guard.bad_steps == 1
     assert all(bool(torch.isfinite(value).all()) for value in module.state_dict().values())
 
@@ -236,7 +236,7 @@ def with_a_huge_value(root: Path) -> dict[str, object]:
             write_raster(root / name / "images" / f"{number}.tif", values)
             if name != "target":
                 write_raster(root / name / "masks" / f"{number}.tif", (values[:1] > 0.5).astype(np.uint8))
-    more = dict.fromkeys(("data.target.val", "data.target.test"), [])
+    more = {key: [] for key in ("data.target.val", "data.target.test")}
     return (
         small_settings(root) | more | {"data.source.batch_size": 2, "data.target.batch_size": 4, "monitor.metric": None}
     )
