@@ -52,7 +52,7 @@ def _advice(config: Config, data: Data, error: BaseException) -> str:
             ),
             key=lambda size: size[0] * size[1],
         )
-        sizes = f"images of {largest[0]} x {largest[1]} pixels (data.crop_size is null)"
+        sizes = f"images or windows of {largest[0]} x {largest[1]} pixels (data.crop_size is null)"
     return (
         f"out of memory ({reason}). {', '.join(batches)}, with {sizes}. Take smaller batches, smaller crops (data.crop_size), a "
         f"smaller network, or on a GPU trainer.precision bf16-mixed; if validation failed, a smaller data.eval_batch_size."
