@@ -22,7 +22,7 @@ from dann_experiments.command_line import (
     ui_command,
     warn_of_stored_secrets,
 )
-from dann_experiments.config import Config, InputError, config_to_yaml, load_config
+from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
@@ -52,7 +52,7 @@ WITHOUT_EFFECT = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 = done, 2 = something the user can mend, told in one message."""
+    """Run one command; 0 = done, 1 = training failed, 2 = something the user can mend, each told in one message."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _argument_parser()
     known, rest = parser.parse_known_args(arguments)
@@ -75,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except TrainingFailed as error:
+        print(f"Training failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -432,6 +432,9 @@ class TrainerConfig:
     """Lightning's precision."""
     gradient_clip_val: float | None = None
     """Largest gradient norm of the network, and of the domain classifiers, each by itself; null = not clipped."""
+    skip_bad_steps: int = 0
+    """Steps over so many batches whose loss or gradient is infinite or NaN: such a step changes nothing. The next one ends the
+    run, with the weights before it as its last checkpoint."""
     deterministic: bool = True
     """Deterministic algorithms wherever torch has them (on a CPU: always; on a GPU it warns where it has none)."""
     limit_train_batches: int | None = None
@@ -443,6 +446,7 @@ class TrainerConfig:
         _at_least("trainer.max_epochs", self.max_epochs, 1)
         if self.gradient_clip_val is not None:
             _above("trainer.gradient_clip_val", self.gradient_clip_val, 0)
+        _at_least("trainer.skip_bad_steps", self.skip_bad_steps, 0)
         if self.limit_train_batches is not None:
             _at_least("trainer.limit_train_batches", self.limit_train_batches, 1)
 

@@ -11,6 +11,7 @@ from torch import nn
 from dann_experiments.config import Config, replace
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.alignment import Alignment
+from dann_experiments.jobs.memory import memory_explained
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.source_model import (
     chosen_by_target_labels,
@@ -68,7 +69,10 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[s
             own_tags["dann.source_run_id"] = source_run_id
         name, folder = f"{method_name(config)} seed {config.seed}", Path(config.tracking.folder)
         all_tags = {**own_tags, **(tags or {})}
-        with tracked_run(store, config.tracking.run_name, name, all_tags, folder, use_claimed=True) as run:
+        with (
+            tracked_run(store, config.tracking.run_name, name, all_tags, folder, use_claimed=True) as run,
+            memory_explained(config, data),
+        ):
             describe_run(run, config, data)
             used = [tap for tap in taps if tap.name in method.feature_layers]
             outcome = train(

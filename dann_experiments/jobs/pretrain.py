@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from dann_experiments.adaptation.dann import SourceOnly
 from dann_experiments.config import Config, replace
 from dann_experiments.jobs import setup
+from dann_experiments.jobs.memory import memory_explained
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.training import describe_run, final_metrics, train
 from dann_experiments.tracking.run import tracked_run
@@ -58,7 +59,10 @@ def pretrain_with(
         }
         name = config.tracking.run_name if use_claimed else None
         folder = Path(config.tracking.folder)
-        with tracked_run(store, name, f"pretrain seed {config.seed}", tags, folder, use_claimed) as run:
+        with (
+            tracked_run(store, name, f"pretrain seed {config.seed}", tags, folder, use_claimed) as run,
+            memory_explained(config, data),
+        ):
             describe_run(run, config, data)
             setup.reseed(config)
             outcome = train(

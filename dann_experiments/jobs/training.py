@@ -28,6 +28,7 @@ from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.figures import display_image, draw_confusion, draw_curves, draw_predictions
 from dann_experiments.tracking.run import RunLogger, TrackedRun
+from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import (
     DOMAINS,
@@ -115,8 +116,8 @@ def train(
     """Train, choose the final weights, score them, leave checkpoints, model, figures and tables in the run's folder.
     `alignment`: measures before and after training whether the domains can be told apart."""
     module = AdaptationModule(
-        network, method, taps, setup.optimizer_maker(optimizer), optimizer.schedule, config.data.ignore_index,
-        config.domain_adaptation.batchnorm,
+        network, method, taps, setup.optimizer_maker(optimizer, config.trainer.precision), optimizer.schedule,
+        config.data.ignore_index, config.domain_adaptation.batchnorm,
     )  # fmt: skip
     monitor = DomainAdaptationMonitorCallback(
         config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
@@ -126,7 +127,7 @@ def train(
     for album in pictures.values():
         album.add("before", network)
     logger, loaders = _CurveKeeper(run), _val_loaders(config, data)
-    own = [monitor, RatesAndTimes(), *_statistics_of_the_target(config, data)]
+    own = [monitor, RatesAndTimes(), *_statistics_of_the_target(config, data), _watch(config, run.folder, data)]
     trainer = _trainer(config, run.folder, logger, max_epochs, [*own, *callbacks])
     if alignment is not None:
         alignment.measure("before", network, trainer.strategy.root_device)
@@ -228,6 +229,14 @@ def _statistics_of_the_target(config: Config, data: Data) -> list[pl.Callback]:
     if config.domain_adaptation.batchnorm != "target_stats" or data.get("target_train") is None:
         return []
     return [TargetStatistics(statistics_loader(data.sets["target_train"], config.data.target.batch_size))]
+
+
+def _watch(config: Config, folder: Path, data: Data) -> BadNumbers:
+    """Keeps weights that are no numbers out of the run; what it ends leaves the last good state as last checkpoint."""
+    last = folder / "checkpoints" / "last.ckpt"
+    sets = {domain: data.get(f"{domain}_train") for domain in DOMAINS}
+    names = {domain: dataset.name_of for domain, dataset in sets.items() if dataset is not None}
+    return BadNumbers(config.trainer.skip_bad_steps, lambda trainer: trainer.save_checkpoint(last), names)
 
 
 def _eval_loader(config: Config, dataset: SegmentationDataset, domain: str):
