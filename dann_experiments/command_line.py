@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from dann_experiments.config import InputError
 
@@ -21,6 +23,14 @@ SHORT_NAMES = {
     "seed": "seed",
 }
 NOT_GIVEN = ("", "None")  # how MLflow spells an optional parameter that was left out
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses by InputError, so that a wrong command is told as any other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InputError."""
+        raise InputError(f"{message} (--help lists what there is).")
 
 
 def dotted(rest: Sequence[str]) -> dict[str, str]:
