@@ -94,15 +94,15 @@ def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Ma
 
 
 def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str, Any]) -> int:
-    from sweeps import show
-    from sweeps.driver import resume_sweep
-
     name = sweep_flags.pop("study", None)
     if name is None:
         raise InputError(f"{command} needs --study NAME; `ls studies` shows those with a journal file.")
     unfit = [key for key in settings if not key.startswith("tracking.")]
     if unfit:
         raise InputError(f"--{unfit[0]} cannot be given to {command}: a study keeps the settings it was made with.")
+    from sweeps import show
+    from sweeps.driver import resume_sweep
+
     storage = sweep_flags.pop("storage", None)
     if command == "resume":
         if "space" in sweep_flags:
