@@ -87,6 +87,16 @@ def test_a_wrong_setting_is_refused_by_name_with_the_way_out(key, value, message
     assert message in str(error.value)
 
 
+def test_a_method_of_ones_own_needs_no_setting_beside_its_class():
+    config = load_config(
+        None, {"domain_adaptation.method.class_path": "my.Own", "domain_adaptation.method.init_args.a": "1"}
+    )
+    assert (config.domain_adaptation.method.class_path, config.domain_adaptation.method.init_args) == (
+        "my.Own",
+        {"a": 1},
+    )
+
+
 def test_a_missing_file_and_a_file_that_is_no_yaml_are_refused_by_name(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load_config(tmp_path / "none.yaml")

@@ -15,7 +15,7 @@ import yaml
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.places import user_path
-from dann_experiments.config.schema import Config
+from dann_experiments.config.schema import Config, MethodConfig
 from dann_experiments.config.target_dialect import translate
 
 Settings = TypeVar("Settings")
@@ -294,6 +294,10 @@ def _without_empty_groups(settings: Mapping[str, Any], groups: set[str], prefix:
                 kept[key] = _without_empty_groups(value, groups, f"{prefix}{key}.")
         else:
             kept[key] = value
+    if prefix == "domain_adaptation.method." and "class_path" in kept:
+        kept.setdefault(
+            "name", MethodConfig.name
+        )  # jsonargparse takes class_path and init_args alone for a class of its own
     return kept
 
 
