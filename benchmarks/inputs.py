@@ -171,8 +171,9 @@ def file_cases(folder: Path) -> Iterator[Case]:
         "config file (--config)": (dann, "config", "--config"),
         "arms file (compare --arms)": (dann, "compare", "--seeds", "0", "--arms"),
         "space file (sweeps run --space)": (sweeps, "run", "--n_trials", "0", "--space"),
-        "config file of predict": (dann, "predict", "--model", "m", "--input", "i", "--output", "o", "--tracking.experiment",
-                                   " ", "--config"),
+        "config file of predict (--config)": (
+            dann, "predict", "--model", "m", "--input", "none.png", "--output", "o.png", "--config",
+        ),
     }  # fmt: skip
     for kind, (program, *words) in kinds.items():
         for wrong, path in files_once(folder).items():
@@ -268,7 +269,7 @@ def settings_table(answers: Mapping[tuple[str, str, str], str], page: str, cls: 
             if message == TAKEN:
                 taken.append(wrong)
             elif not is_generic(message):
-                own.setdefault(message, []).append(wrong)
+                own.setdefault(re.sub(r" is [^;,]*(?=[;,])", " is VALUE", message), []).append(wrong)
         shown = "<br>".join(f"{', '.join(wrongs)}: {code(text)}" for text, wrongs in own.items())
         lines.append(f"| `{key}` | {code(type_name(types[key]), 400)} | {shown} | {cell(', '.join(taken))} |")
     return lines
@@ -287,17 +288,25 @@ def typed(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def plain_table(answers: Mapping[tuple[str, str, str], str], page: str, heads: str) -> list[str]:
     """Input, what is wrong, message; inputs with the same answer share a line."""
-    lines = [heads, "|---|---|---|"]
     shared: dict[tuple[str, str], list[str]] = {}
+    everything = dict.fromkeys(name for at, name, _ in answers if at == page)
     for (at, name, wrong), message in answers.items():
         if at == page:
-            flag = name.split()[-1]
-            told = message.replace(flag, "FLAG") if page == "flags" else message
+            told = message.replace(name.split()[-1], "FLAG") if page == "flags" else message
             shared.setdefault((wrong, told), []).append(name)
+    lines = []
     for (wrong, message), names in shared.items():
         told = TAKEN if message == TAKEN else code(message)
-        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {cell(wrong)} | {told} |")
-    return lines
+        lines.append(f"| {listed(names, list(everything))} | {cell(wrong)} | {told} |")
+    return [heads, "|---|---|---|", *sorted(lines, key=lambda line: [part.strip() for part in line.split("|")][2])]
+
+
+def listed(names: Sequence[str], everything: Sequence[str]) -> str:
+    """Names, or those that are not among them if these are fewer."""
+    others = [name for name in everything if name not in names]
+    few = names if len(names) <= len(others) + 1 else others
+    shown = ", ".join(f"`{name}`" for name in few)
+    return shown if few is names else f"all but {shown}" if others else "all"
 
 
 def commands_table() -> list[str]:

@@ -42,6 +42,8 @@ def dotted(rest: Sequence[str]) -> dict[str, str]:
         if not token.startswith("--"):
             raise InputError(f"{token!r} stands alone; give settings as --dotted.key value.")
         key, equals, value = token[2:].partition("=")
+        if not key:
+            raise InputError(f"{token!r} names no setting; give settings as --dotted.key value.")
         if not equals:
             if not tokens:
                 raise InputError(f"--{key} has no value; give --{key} VALUE (--help lists all settings).")

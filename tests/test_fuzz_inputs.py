@@ -135,12 +135,12 @@ def is_told(path: Path) -> str:
 # --- settings files ---
 
 
-@drawn(60, text=files)
+@drawn(40, text=files)
 def test_a_drawn_settings_file_is_taken_or_refused_with_one_message(text):
     is_told(written(text))
 
 
-@drawn(80, text=scraps)
+@drawn(60, text=scraps)
 @example(text="seed: 1\nseed: 2")
 @example(text="seed: !!bool perhaps")
 @example(text="seed: !!int ''")
@@ -150,7 +150,7 @@ def test_scraps_of_yaml_are_taken_or_refused_with_one_message(text):
     is_told(written(text))
 
 
-@drawn(30, content=st.binary(max_size=60) | st.text(max_size=40).map(lambda text: text.encode("utf-16")))
+@drawn(20, content=st.binary(max_size=60) | st.text(max_size=40).map(lambda text: text.encode("utf-16")))
 def test_bytes_that_are_no_text_are_taken_or_refused_with_one_message(content):
     is_told(written(content))
 
@@ -187,7 +187,7 @@ lines = st.lists(flags | words.map(lambda word: [word]), max_size=4).map(
 )
 
 
-@drawn(90, words=lines)
+@drawn(60, words=lines)
 @example(words=["--data", "5", "--data.root", "x"])
 @example(words=["--config"])
 @example(words=["--config", "~nobody_at_all/x"])
@@ -236,7 +236,7 @@ dialect = st.fixed_dictionaries(
 MONITOR = {"_target_": "a.DomainAdaptationMonitorCallback", "num_classes": 2}
 
 
-@drawn(60, content=dialect)
+@drawn(40, content=dialect)
 @example(content={"model": 5, "callbacks": [MONITOR]})
 @example(content={"monitor": [1], "callbacks": MONITOR})
 def test_a_drawn_file_in_the_target_spelling_is_taken_or_refused_with_one_message(content):
@@ -269,7 +269,7 @@ arms = st.fixed_dictionaries(
 )
 
 
-@drawn(40, content=arms)
+@drawn(25, content=arms)
 def test_drawn_arms_are_taken_or_refused(content):
     from dann_experiments.comparison.arms import arms_of
 
@@ -309,7 +309,7 @@ spaces = st.dictionaries(st.sampled_from(SEARCHED) | near | scalars, ranges | va
 LR = "optimizer.lr"
 
 
-@drawn(25, space=spaces)
+@drawn(15, space=spaces)
 @example(space={LR: {"type": ["float"], "low": 1, "high": 2}})
 @example(space={LR: {"type": "float", "low": 1, "high": 2, 5: 6, "more": 7}})
 @example(space={LR: {"type": "float", "low": 1, "high": 10**400}})
@@ -359,7 +359,7 @@ rows = st.lists(
 
 
 @drawn(
-    100,
+    60,
     lines=rows,
     end=st.sampled_from(["\n", "\r", "\r\n", "\0"]),
     suffix=st.sampled_from(["csv", "txt", "png", "odd"]),
@@ -374,7 +374,7 @@ def test_a_drawn_list_or_manifest_names_files_that_are_there_or_is_refused(lines
 
 
 @drawn(
-    60,
+    20,
     entry=st.text(max_size=12)
     | st.fixed_dictionaries({"images": values}, optional={"masks": values, "names": values, "region": values}),
 )
@@ -403,4 +403,4 @@ def test_a_drawn_entry_names_files_that_are_there_or_is_refused(entry):
     ids=lambda test: test.__name__,
 )
 def test_many_more_drawn_inputs_end_as_well(test):
-    more_of(test, 500)
+    more_of(test, 200)

@@ -147,7 +147,8 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
     try:
         settings = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader: builds plain values only)
     except YAML_ERRORS as error:
-        raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        what = "" if isinstance(error, yaml.YAMLError) else "a value cannot be read: "
+        raise InputError(f"config file {path} is not valid YAML: {what}{' '.join(str(error).split())}") from None
     if _count(settings, {}) > MOST_VALUES:
         raise InputError(f"config file {path} grows too large by its aliases (*), or holds itself; write it out.")
     if settings is None:

@@ -95,6 +95,10 @@ class ModelConfig:
         for key in ("decoder_dropout", "psp_dropout", "decoder_aspp_dropout"):
             if getattr(self, key) is not None:
                 _between(f"model.{key}", getattr(self, key), 0, 1)
+        for name, value in self.network_arguments().items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int):  # the network knows better; this keeps it from filling the memory
+                    _between(f"model.{name}", number, -65535, 65535)
 
 
 Entry = str | dict[str, Any]
