@@ -65,7 +65,7 @@ def test_an_override_wins_over_the_file_and_leaves_its_neighbours(tmp_path):
         ("data.embedded.seed", -1, "data.embedded.seed is -1"),
         ("threads", 10**9, "threads is 1000000000; give a number from 1 to 1024"),
         ("domain_adaptation.method.hidden_size", 10**9, "give a number from 1 to 16384"),
-        ("domain_adaptation.method.feature_layer", "", "feature_layer is ''; name each layer once"),
+        ("domain_adaptation.method.feature_layer", [""], "feature_layer is ['']; name each layer once"),
         ("domain_adaptation.method.class_path", ".x.Y", "class_path is '.x.Y'; give package.module.Class"),
         (
             "monitor.forgetting_threshold",

@@ -126,6 +126,6 @@ def test_a_network_that_refuses_a_blank_image_is_refused_by_size():
 
     small = {"model.encoder_name": "resnet18", "model.encoder_weights": None, "data.crop_size": 10**9}
     config = load_config(None, small)
-    with pytest.raises(InputError, match="63 x 63 pixels"):
-        list_layers(make_network(config), 3, 63)
+    with pytest.raises(InputError, match="blank image of 64 x 64 pixels"):
+        list_layers(make_network(config), 5, 64)
     assert blank_size(config) == 1024
