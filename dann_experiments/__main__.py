@@ -17,6 +17,7 @@ from dann_experiments.command_line import (
     DEFAULT_CONFIG,
     NOT_GIVEN,
     SHORT_NAMES,
+    Parser,
     dotted,
     quiet_libraries,
     ui_command,
@@ -55,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 = done, 1 = training failed, 2 = something the user can mend, each told in one message."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _argument_parser()
-    known, rest = parser.parse_known_args(arguments)
-    if known.command is None:
-        parser.print_help()
-        return 2
     try:
+        known, rest = parser.parse_known_args(arguments)
+        if known.command is None:
+            parser.print_help()
+            return 2
         warn_of_stored_secrets(dotted(rest) if not known.help else {})
         if known.help:
             print(_command_help(parser, known.command))
@@ -109,8 +110,8 @@ def _run(known: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _argument_parser() -> Parser:
+    parser = Parser(
         prog="python -m dann_experiments",
         description="Adapt segmentation networks to unlabelled domains with DANN, tracked in MLflow.",
         epilog="COMMAND --help lists every setting. Settings: any --dotted.key value, for example --trainer.max_epochs 5.",
@@ -255,7 +256,7 @@ def _print_layers(config: Config, every: bool) -> None:
 
     network = setup.make_network(config, with_weights=False)
     table = Table("layer", "channels", "stride", "useful", title=f"{config.model.arch}, {config.model.encoder_name}")
-    for layer in list_layers(network, config.model.in_channels, config.data.crop_size or 64):
+    for layer in list_layers(network, config.model.in_channels, setup.blank_size(config)):
         if layer.useful or every:
             table.add_row(layer.name, str(layer.channels), f"{layer.stride:g}", "yes" if layer.useful else "")
     Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import shlex
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from dann_experiments.config import InputError
 
@@ -28,6 +29,14 @@ SHORT_NAMES = {
 NOT_GIVEN = ("", "None")  # how MLflow spells an optional parameter that was left out
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses by InputError, so that a wrong command is told as any other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InputError."""
+        raise InputError(f"{message} (--help lists what there is).")
+
+
 def dotted(rest: Sequence[str]) -> dict[str, str]:
     """`--key value` and `--key=value` as a mapping; raises InputError for anything else."""
     overrides: dict[str, str] = {}
@@ -37,6 +46,8 @@ def dotted(rest: Sequence[str]) -> dict[str, str]:
         if not token.startswith("--"):
             raise InputError(f"{token!r} stands alone; give settings as --dotted.key value.")
         key, equals, value = token[2:].partition("=")
+        if not key:
+            raise InputError(f"{token!r} names no setting; give settings as --dotted.key value.")
         if not equals:
             if not tokens:
                 raise InputError(f"--{key} has no value; give --{key} VALUE (--help lists all settings).")

@@ -17,6 +17,7 @@ from dann_experiments.config import Config, config_to_dict, replace
 from dann_experiments.tracking.processes import available_cores, default_workers, visible_gpus
 from dann_experiments.tracking.run import TrackedRun
 from dann_experiments.tracking.store import Store
+from sweeps.errors import SweepFailed
 from sweeps.launchers import Launcher, ProcessLauncher, RayLauncher
 from sweeps.progress import Progress
 from sweeps.reaping import Watch, give_back_unnamed, reap_dead_workers
@@ -27,10 +28,6 @@ from sweeps.worker import PATIENCE_SECONDS, PAUSE_SECONDS, Task
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 IDLE_DEATHS = 3  # workers in a row that die before they claim a trial: something is wrong with all of them
-
-
-class SweepFailed(RuntimeError):
-    """The sweep was stopped because nothing works; the message names the common cause."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from optuna.trial import FrozenTrial
 
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.parsing import config_from_dict
+from dann_experiments.config.places import user_path
 from dann_experiments.config.stored import refuse_stored_code
 from dann_experiments.jobs import evaluate, prepare, setup
 from dann_experiments.tracking.run import tracked_run
@@ -129,7 +131,7 @@ def resume_sweep(
 
 def find_study(name: str, address: str) -> Sweep:
     """A study that is there; raises InputError if it is not."""
-    if is_journal(address) and not Path(address).expanduser().exists():
+    if is_journal(address) and not os.path.exists(user_path(address)):
         raise InputError(f"study {name!r}: there is no {address}; name its storage with --storage.")
     study = Sweep.find(open_storage(address), name)
     if study is None or study.attribute(DEFINITION) is None:
@@ -254,14 +256,16 @@ def only_driver(address: str, study: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     if is_journal(address):
-        path = Path(address).expanduser().parent / f"{study}.driver"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = user_path(address).parent / f"{study}.driver"
     else:
         digest = hashlib.blake2b(f"{address} {study}".encode(), digest_size=8).hexdigest()
         path = Path(tempfile.gettempdir()) / f"dann-sweep-{digest}.driver"
     lock = FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+    except OSError as error:
+        raise InputError(f"storage is {without_secrets(address)!r}, which cannot be written ({error}).") from None
     except Timeout:
         raise InputError(
             f"study {study!r} is being run by another process of this machine; wait for it or stop it."

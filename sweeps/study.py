@@ -27,6 +27,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import InputError
+from dann_experiments.config.places import user_path
 from dann_experiments.tracking.store import remember_secrets, without_secrets
 from sweeps.settings import SweepConfig
 from sweeps.space import Label
@@ -95,7 +96,7 @@ def open_storage(address: str) -> BaseStorage:
     remember_secrets(address)
     shown = without_secrets(address)
     if is_journal(address):
-        path = Path(address).expanduser()
+        path = user_path(address)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab"):

@@ -34,7 +34,7 @@ def prepare(config: Config, store: Store) -> Config:
     """All that `adapt` does before it adapts: files, network and method are checked, and the source model is found or
     trained. Returns the settings with that source model in `pretrained_checkpoint.path`; raises what `adapt` raises."""
     with setup.seeded(config):
-        return _prepared(config, store)[0]
+        return _prepared(config, store, *_found(config))[0]
 
 
 def adapt(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[str, str] | None = None) -> RunResult:
@@ -45,9 +45,10 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[s
     are added to the run's own, or replace them. Raises InputError for what the user can mend, before a run is started
     where it can be seen before (all files, if `data.keep_in_memory`).
     """
-    store = open_store(config.tracking.uri, config.tracking.experiment)
     with setup.seeded(config):
-        config, data, network, taps = _prepared(config, store)
+        data, network = _found(config)  # before a store is made: what is refused here leaves nothing behind
+        store = open_store(config.tracking.uri, config.tracking.experiment)
+        config, taps = _prepared(config, store, data, network)
         source_model = config.domain_adaptation.pretrained_checkpoint.path
         assert source_model is not None
         source_run_id, digest_of_source = load_source_model(config, network, source_model, store)
@@ -92,12 +93,15 @@ def adapt(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[s
     )
 
 
-def _prepared(config: Config, store: Store) -> tuple[Config, setup.Data, nn.Module, list[Tap]]:
-    """Settings with their source model, data, the network without its weights, and its taps."""
-    data = setup.load_data(config)
-    network = setup.make_network(config, with_weights=False)
+def _found(config: Config) -> tuple[setup.Data, nn.Module]:
+    """The data, by their headers, and the network without its weights: what takes little time."""
+    return setup.load_data(config), setup.make_network(config, with_weights=False)
+
+
+def _prepared(config: Config, store: Store, data: setup.Data, network: nn.Module) -> tuple[Config, list[Tap]]:
+    """Settings with their source model, and the network's taps."""
     setup.check_data(config, data, network)
     taps = setup.make_taps(config, network)
     setup.make_method(config, taps)  # refuse a wrong method before hours of pretraining
     source_model = find_or_make_source_model(config, store, data)
-    return replace(config, {"domain_adaptation.pretrained_checkpoint.path": source_model}), data, network, taps
+    return replace(config, {"domain_adaptation.pretrained_checkpoint.path": source_model}), taps

@@ -25,20 +25,21 @@ SETS = ("source_train", "source_val", "source_test", "target_val", "target_test"
 def pretrain(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[str, str] | None = None) -> RunResult:
     """Train on the source alone, by the settings under `pretraining`; the run's model is what `adapt` starts from. `tags` are
     added to the run's own, or replace them."""
-    store = open_store(config.tracking.uri, config.tracking.experiment)
-    return pretrain_with(config, store, use_claimed=True, callbacks=callbacks, more_tags=tags)
+    return pretrain_with(config, None, use_claimed=True, callbacks=callbacks, more_tags=tags)
 
 
 def pretrain_with(
     config: Config,
-    store: Store,
+    store: Store | None,
     use_claimed: bool,
     callbacks: Sequence[pl.Callback] = (),
     more_tags: Mapping[str, str] | None = None,
 ) -> RunResult:
-    """`pretrain` in an open store; `use_claimed`: whether it is the main job of an `mlflow run`."""
+    """`pretrain` in an open store, or one that is opened when the data are found; `use_claimed`: whether it is the main job of
+    an `mlflow run`."""
     with setup.seeded(config):
         data = setup.load_data(config, SETS)
+        store = store or open_store(config.tracking.uri, config.tracking.experiment)
         digest = setup.run_digest("pretrain", config, data.digests)
         by_target = (config.monitor.metric or "").startswith(PREFIX)
         if by_target and data.get("target_val") is None and data.labelled("source_val") is not None:

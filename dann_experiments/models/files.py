@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.places import user_path
 from dann_experiments.data.reading import Normalisation, Reading, reading_from_facts
 from dann_experiments.models.checkpoints import load_tensors
 from dann_experiments.models.networks import build_network
@@ -86,7 +87,7 @@ def read_model_notes(path: str | Path, where: str | None = None) -> ModelNotes |
     alone. Models of before readings were kept have one mean and std for both domains. Raises InputError for notes that are
     damaged, or that name what segmentation-models-pytorch does not have: they are never imported from.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     folder = path.parent if path.name == WEIGHTS_NAME and not path.is_dir() else path
     where = where or str(folder)
     if not (folder / CONFIG_NAME).is_file():
@@ -117,7 +118,7 @@ def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict
 
     Only tensors and plain values are read, never code (`checkpoints.py`). Raises InputError for anything else.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.exists():
         raise InputError(f"domain_adaptation.pretrained_checkpoint.path is {path}, which does not exist.")
     if path.is_dir():
