@@ -497,6 +497,8 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     del settings["tracking"], settings["threads"], settings["data"]["root"], settings["data"]["embedded"]
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
     del settings["data"]["oracle"]
+    for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
+        del settings["trainer"][key]
     settings["domain_adaptation"]["pretrained_checkpoint"]["path"] = source_model
     for domain in ("source", "target"):
         reading = dataclasses.asdict(filled(getattr(config.data, domain)))

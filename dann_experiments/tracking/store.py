@@ -36,13 +36,14 @@ class Store:
     """The run that `mlflow run` made for this process, to be used by its main job."""
 
 
-def open_store(uri: str | None, experiment: str) -> Store:
+def open_store(uri: str | None, experiment: str | None, claim: bool = True) -> Store:
     """The store at `uri`, else at MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, with its experiment made if new.
 
     Under `mlflow run` (MLFLOW_RUN_ID set) the store, experiment and run are those it made; the variable is removed, so
-    that further runs of this process, and its children, are runs of their own. Raises InputError if nothing answers.
+    that further runs of this process, and its children, are runs of their own. To look only: `claim` False leaves the
+    variable, and `experiment` None makes none. Raises InputError if nothing answers.
     """
-    claimed = os.environ.pop("MLFLOW_RUN_ID", None)
+    claimed = os.environ.pop("MLFLOW_RUN_ID", None) if claim else os.environ.get("MLFLOW_RUN_ID")
     from_environment = os.environ.get("MLFLOW_TRACKING_URI")
     uri = _absolute((from_environment if claimed else None) or uri or from_environment or DEFAULT_URI)
     _check_answers(uri)
@@ -58,6 +59,8 @@ def open_store(uri: str | None, experiment: str) -> Store:
             if claimed:
                 experiment_id = client.get_run(claimed).info.experiment_id
                 known = client.get_experiment(experiment_id)
+            elif experiment is None:
+                return Store(uri, client, "", None)
             else:
                 known = client.get_experiment_by_name(experiment)
                 if known is not None and known.lifecycle_stage != "active":
