@@ -22,7 +22,7 @@ from pytorch_lightning.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset
 
 from dann_experiments import InputError
-from dann_experiments.config import Config, config_to_yaml, load_config
+from dann_experiments.config import Config, config_to_yaml, load_config, replace
 from dann_experiments.data.dataset import SeededOrder
 from dann_experiments.jobs import RunResult, adapt, pretrain
 from dann_experiments.jobs.resume import as_the_run, checkpoint_to_go_on_from, run_to_go_on, settings_to_resume
@@ -68,7 +68,7 @@ class KilledWhileWriting(pl.Callback):
                 os.kill(os.getpid(), signal.SIGKILL)
             return whole(hashing, data)
 
-        files._Hashing.write = half
+        files._Hashing.write = half  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def killed(job: str, config: Config, *callbacks: pl.Callback, resume: str | None = None) -> None:
@@ -311,7 +311,7 @@ def test_random_states_come_back_and_are_plain_values(tmp_path):
     def draw():
         return random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(3).tolist()
 
-    random.gauss(0, 1), np.random.randn()  # both keep a second number for later
+    draw()  # gauss and randn keep a second number for later
     files.write({"states": random_states()}, tmp_path / "step_1.ckpt")
     wanted = draw()
     draw()
@@ -340,9 +340,8 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(tmp_path
         if how == "longer":
             pytest.skip("bytes behind an archive do no harm to what is in it")
         (tmp_path / "step_100.ckpt.blake2b").unlink()
-    found = files.newest_intact(tmp_path)
-    assert found == tmp_path / "step_12.ckpt"
-    assert files.read(found)["step"] == 12
+    assert files.newest_intact(tmp_path) == tmp_path / "step_12.ckpt"
+    assert files.read(tmp_path / "step_12.ckpt")["step"] == 12
     assert "step_100.ckpt is damaged" in caplog.text
     with pytest.raises(ValueError, match="damaged"):
         files.read(tmp_path / "step_100.ckpt")
@@ -447,7 +446,7 @@ def test_the_settings_are_the_run_s_own_and_others_are_refused_by_key_and_both_v
         settings_to_resume(run_id, "adapt", None, here | {"trainer.max_epoch": "7"})
     store = open_store(uri, config.tracking.experiment)
     with pytest.raises(InputError, match=r"optimizer.lr is 0.5, but 0.001 in the run"):
-        as_the_run(store, run_id, "adapt", load_config("c.yaml", here))
+        as_the_run(store, run_id, "adapt", replace(config, {"optimizer.lr": 0.5}))
 
 
 def test_a_run_whose_data_changed_is_refused(config):
