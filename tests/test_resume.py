@@ -131,6 +131,7 @@ def assert_same(resumed: RunResult, whole: RunResult, once: bool = True) -> None
         found, wanted = (torch.load(Path(str(run.artifacts)) / "checkpoints" / one, weights_only=True)
                          for run in (resumed, whole))  # fmt: skip
         assert found["global_step"] == wanted["global_step"]
+        assert str(found.get("callbacks", {}).get("Curves")) == str(wanted.get("callbacks", {}).get("Curves"))
         assert all(torch.equal(found["state_dict"][name], value) for name, value in wanted["state_dict"].items())
     assert {path.name for path in (Path(str(resumed.artifacts)) / "checkpoints").iterdir()} == {
         "last.ckpt",
@@ -384,9 +385,14 @@ def some_run(
     return run_id
 
 
+@pytest.fixture(scope="module")
+def one_store(squares, tmp_path_factory) -> Config:
+    return settings(squares, tmp_path_factory.mktemp("store") / "store")
+
+
 @pytest.fixture
-def config(workplace, squares) -> Config:
-    return settings(squares, workplace / "store")
+def config(workplace, one_store) -> Config:
+    return one_store
 
 
 @pytest.mark.parametrize(
@@ -408,26 +414,26 @@ def test_an_unknown_run_is_refused(config):
 
 
 def test_a_run_of_another_machine_goes_on_when_named_and_is_left_out_by_auto(config, caplog):
-    run_id = some_run(config, process="elsewhere")
+    run_id = some_run(config, process="elsewhere", digest="moon")
     store = open_store(config.tracking.uri, config.tracking.experiment)
-    assert run_to_go_on(store, "adapt", run_id, "d", config) == run_id
+    assert run_to_go_on(store, "adapt", run_id, "moon", config) == run_id
     assert "make sure that it is gone" in caplog.text
-    assert run_to_go_on(store, "adapt", "auto", "d", config) is None
+    assert run_to_go_on(store, "adapt", "auto", "moon", config) is None
     assert f"give resume={run_id}" in caplog.text
 
 
 def test_auto_takes_the_newest_unfinished_run_of_the_same_job_and_digest(config, caplog):
     caplog.set_level("INFO")
     store = open_store(config.tracking.uri, config.tracking.experiment)
-    assert run_to_go_on(store, "adapt", "auto", "d", config) is None
+    assert run_to_go_on(store, "adapt", "auto", "mine", config) is None
     assert "a new run is started" in caplog.text
-    some_run(config, status="KILLED")
-    newest = some_run(config, status="FAILED")
+    some_run(config, status="KILLED", digest="mine")
+    newest = some_run(config, status="FAILED", digest="mine")
     for other in ({"status": "FINISHED"}, {"job": "pretrain"}, {"digest": "e"}, {"process": "alive"}):
-        some_run(config, **other)
-    assert run_to_go_on(store, "adapt", "auto", "d", config) == newest
+        some_run(config, **{"digest": "mine", **other})
+    assert run_to_go_on(store, "adapt", "auto", "mine", config) == newest
     with pytest.raises(InputError, match="threads is 2, but 1 in run"):
-        run_to_go_on(store, "adapt", "auto", "d", load_config(None, {"threads": 2}))
+        run_to_go_on(store, "adapt", "auto", "mine", load_config(None, {"threads": 2}))
 
 
 def test_the_settings_are_the_run_s_own_and_others_are_refused_by_key_and_both_values(config):

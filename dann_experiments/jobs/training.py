@@ -30,7 +30,8 @@ from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.figures import display_image, draw_confusion, draw_curves, draw_predictions
 from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun
-from dann_experiments.training.checkpoint_files import WholeFiles, read
+from dann_experiments.tracking.store import remove_artifacts
+from dann_experiments.training.checkpoint_files import BEST, LAST, WholeFiles, read
 from dann_experiments.training.checkpoints import Checkpoints
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import (
@@ -166,6 +167,8 @@ def train(
     network.cpu()
     _write_results(config, run, network, data, outcome, pictures, curves.numbers())
     checkpoints.finish()
+    if go_on_from is not None:  # an earlier process may have stored those of its own time
+        remove_artifacts(run.store, run.run_id, CHECKPOINTS, {LAST, BEST})
     return outcome
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from dann_experiments.config.errors import InputError, StoreAway
 
+log = logging.getLogger(__name__)
 DEFAULT_URI = "sqlite:///mlflow.db"
 ANSWER_SECONDS = 10.0
 EXPERIMENT_KIND = "mlflow.experimentKind"  # so that the UI opens on training runs and charts, not on its GenAI pages
@@ -113,6 +114,19 @@ def local_artifact_folder(store: Store, run_id: str) -> Path | None:
 
         return Path(local_file_uri_to_path(uri))
     return Path(uri) if parts.scheme == "" else None
+
+
+def remove_artifacts(store: Store, run_id: str, folder: str, keep: Collection[str]) -> None:
+    """Remove the files of a run's artifact folder but those named in `keep`; a store that cannot keeps them."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    try:
+        repository = get_artifact_repository(store.client.get_run(run_id).info.artifact_uri, store.uri)
+        for item in repository.list_artifacts(folder):
+            if item.path.rpartition("/")[2] not in keep:
+                repository.delete_artifacts(item.path)
+    except Exception as error:  # stores of many kinds; old files do no harm
+        log.info("Old files in %s of run %s could not be removed (%s).", folder, run_id, without_secrets(str(error)))
 
 
 def _absolute(uri: str) -> str:
