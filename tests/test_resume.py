@@ -6,8 +6,12 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import sqlite3
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from dann_experiments.jobs.resume import as_the_run, checkpoint_to_go_on_from, r
 from dann_experiments.tracking.processes import process_name
 from dann_experiments.tracking.store import open_store
 from dann_experiments.training import checkpoint_files as files
+from dann_experiments.training.checkpoints import Checkpoints
 from dann_experiments.training.random_states import random_states, restore
 
 JOBS: Mapping[str, Callable[..., RunResult]] = {"adapt": adapt, "pretrain": pretrain}
@@ -71,28 +76,62 @@ class KilledWhileWriting(pl.Callback):
         files._Hashing.write = half  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class KilledBehindEverything(pl.Callback):
+    """Ends its own process when all results are written, before the store is told."""
+
+    def on_train_start(self, trainer, pl_module):
+        finish = Checkpoints.finish
+
+        def finish_and_end(checkpoints):
+            finish(checkpoints)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Checkpoints.finish = finish_and_end
+
+
 def killed(job: str, config: Config, *callbacks: pl.Callback, resume: str | None = None) -> None:
     """Run a job in a process of its own, which must end by SIGKILL."""
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: JOBS[job](config, [Noise(), *callbacks], resume=resume)
-    )
+    process = multiprocessing.get_context("fork").Process(target=lambda: JOBS[job](config, callbacks, resume=resume))
     process.start()
-    process.join(600)
+    process.join(1200)
     assert process.exitcode == -signal.SIGKILL
 
 
-def settings(root: Path, folder: Path, **more: object) -> Config:
-    """A run in a store of its own in `folder`: the source starts again in mid-epoch (2 of 4 batches), crops are random."""
+def settings(root: Path, folder: Path, store: Path | None = None, **more: object) -> Config:
+    """A run in a store of its own in `folder`, a copy of `store` if given: the source starts again in mid-epoch (2 of 4
+    batches), crops are random."""
     folder.mkdir()
+    if store is not None:
+        shutil.copy(store, folder / "mlflow.db")
     return load_config(
         None,
         small_settings(
             root, tracking__uri=f"sqlite:///{folder}/mlflow.db", tracking__folder=str(folder / "outputs"),
             data__source__augmentation="light", data__target__augmentation="strong", data__crop_size=24,
             optimizer__schedule="annealed", pretraining__optimizer__schedule="one_cycle", optimizer__name="adamw",
-            trainer__checkpoint_every_n_steps=3, domain_adaptation__method__step_mode="batch",
+            trainer__checkpoint_every_n_steps=3, domain_adaptation__method__step_mode="batch", pretraining__max_epochs=2,
         ) | {key.replace("__", "."): value for key, value in more.items()},
     )  # fmt: skip
+
+
+@dataclass
+class Whole:
+    """The jobs, never killed."""
+
+    pretrained: RunResult
+    adapted: RunResult
+    store: Path
+    """A copy of the store after pretraining, so that each test begins with adaptation."""
+
+
+@pytest.fixture(scope="module")
+def whole(squares, tmp_path_factory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    config = settings(squares, folder / "runs")
+    pretrained, store = pretrain(config), folder / "pretrained.db"
+    with closing(sqlite3.connect(folder / "runs" / "mlflow.db")) as source, closing(sqlite3.connect(store)) as copy:
+        source.backup(copy)
+    return Whole(pretrained, adapt(config, [Noise()]), store)
 
 
 def run_ids(config: Config, job: str) -> list[str]:
@@ -139,13 +178,13 @@ def assert_same(resumed: RunResult, whole: RunResult, once: bool = True) -> None
     }
 
 
-def test_a_run_killed_in_mid_epoch_goes_on_in_the_same_run_to_the_same_weights(workplace, squares):
-    config = settings(squares, workplace / "killed")
-    killed("adapt", config, Killed("on_train_batch_end", 5))
+def test_a_run_killed_in_mid_epoch_goes_on_in_the_same_run_to_the_same_weights(workplace, squares, whole):
+    config = settings(squares, workplace / "killed", whole.store)
+    killed("adapt", config, Noise(), Killed("on_train_batch_end", 5))
     (run_id,) = run_ids(config, "adapt")
     resumed = adapt(config, [Noise()], resume="auto")
     assert resumed.run_id == run_id
-    assert_same(resumed, adapt(settings(squares, workplace / "whole"), [Noise()]))
+    assert_same(resumed, whole.adapted)
 
 
 MOMENTS = {
@@ -158,51 +197,48 @@ MOMENTS = {
     "behind an epoch's checkpoint": Killed("on_train_epoch_start", 4),
     "in the second epoch": Killed("on_train_batch_start", 7),
     "behind the last checkpoint": Killed("on_train_end", 8),
+    "behind everything": KilledBehindEverything(),
     "writing the first checkpoint": KilledWhileWriting(3),
     "writing a later one": KilledWhileWriting(6),
 }
 
 
-@pytest.fixture(scope="module")
-def whole(squares, tmp_path_factory) -> Mapping[str, RunResult]:
-    """The same jobs, never killed."""
-    config = settings(squares, tmp_path_factory.mktemp("whole") / "whole", pretraining__max_epochs=2)
-    return {"pretrain": pretrain(config, [Noise()]), "adapt": adapt(config, [Noise()])}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_whatever_the_moment_of_the_kill_the_run_ends_as_if_there_had_been_none(workplace, squares, whole, moment):
-    config = settings(squares, workplace / "killed", pretraining__max_epochs=2)
-    killed("adapt", config, MOMENTS[moment])
-    assert_same(adapt(config, [Noise()], resume="auto"), whole["adapt"])
+    config = settings(squares, workplace / "killed", whole.store)
+    killed("adapt", config, Noise(), MOMENTS[moment])
+    assert_same(adapt(config, [Noise()], resume="auto"), whole.adapted)
 
 
 @pytest.mark.slow
 def test_pretraining_that_is_killed_goes_on_also_when_adapt_started_it(workplace, squares, whole):
-    """2 batches an epoch: killed in the first epoch, while writing its end, and in the second."""
-    config = settings(squares, workplace / "killed", pretraining__max_epochs=2, trainer__checkpoint_every_n_steps=1)
+    """2 batches an epoch: killed by itself in the first epoch and while writing its end, by way of adapt in the second."""
+    config = settings(squares, workplace / "killed", trainer__checkpoint_every_n_steps=1)
     killed("pretrain", config, Killed("on_train_batch_start", 1))
     (run_id,) = run_ids(config, "pretrain")
     killed("pretrain", config, KilledWhileWriting(2), resume=run_id)
-    killed("adapt", config, Killed("on_train_batch_start", 3), resume="auto")
-    assert run_ids(config, "adapt") == []
-    found = pretrain(config, [Noise()], resume=run_id)
-    assert found.run_id == run_id
-    assert_same(found, whole["pretrain"])
+    killed("pretrain", config, Killed("on_train_batch_start", 3), resume=run_id)
+    killed("adapt", config, Killed("on_train_batch_start", 5), resume="auto")
+    (adapted,) = run_ids(config, "adapt")
+    client = mlflow.MlflowClient(tracking_uri=config.tracking.uri)
+    assert client.get_run(adapted).data.tags["dann.source_run_id"] == run_id
+    assert run_ids(config, "pretrain") == [run_id]
+    model = Path(str(client.get_run(run_id).info.artifact_uri)) / "model" / "model.safetensors"
+    assert model.read_bytes() == weights(whole.pretrained)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["empty", "truncated", "flipped"])
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_is_killed_again(workplace, squares, whole, how):
-    config = settings(squares, workplace / "killed", pretraining__max_epochs=2)
-    killed("adapt", config, Killed("on_train_batch_start", 7))  # checkpoints of 4 and 6 steps are kept
+    config = settings(squares, workplace / "killed", whole.store)
+    killed("adapt", config, Noise(), Killed("on_train_batch_start", 7))  # checkpoints of 4 and 6 steps are kept
     (run_id,) = run_ids(config, "adapt")
     checkpoints = Path(config.tracking.folder) / run_id / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step_*.ckpt")) == ["step_4.ckpt", "step_6.ckpt"]
     spoiled(checkpoints / "step_6.ckpt", how)
-    killed("adapt", config, Killed("on_train_batch_start", 5), resume=run_id)
-    assert_same(adapt(config, [Noise()], resume=run_id), whole["adapt"])
+    killed("adapt", config, Noise(), Killed("on_train_batch_start", 5), resume=run_id)
+    assert_same(adapt(config, [Noise()], resume=run_id), whole.adapted)
 
 
 @pytest.mark.slow
@@ -216,20 +252,18 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_is_killed_ag
     ],
     ids=["workers", "best", "target_stats", "limited"],
 )
-def test_other_settings_go_on_to_the_same_weights_too(workplace, squares, more):
-    if "data__num_workers" in more:  # the same numbers as without
-        uninterrupted = adapt(settings(squares, workplace / "whole"), [Noise()])
-    else:
-        uninterrupted = adapt(settings(squares, workplace / "whole", **more), [Noise()])
-    every = {"trainer__checkpoint_every_n_steps": 1}
-    config = settings(squares, workplace / "killed", **{**more, **every})
-    killed("adapt", config, Killed("on_train_batch_start", 5))
+def test_other_settings_go_on_to_the_same_weights_too(workplace, squares, whole, more):
+    uninterrupted = whole.adapted  # workers change no number
+    if "data__num_workers" not in more:
+        uninterrupted = adapt(settings(squares, workplace / "whole", whole.store, **more), [Noise()])
+    config = settings(squares, workplace / "killed", whole.store, **more, trainer__checkpoint_every_n_steps=1)
+    killed("adapt", config, Noise(), Killed("on_train_batch_start", 5))
     once = "monitor__final_model" not in more  # the chosen weights' scores stand beside the last ones'
     assert_same(adapt(config, [Noise()], resume="auto"), uninterrupted, once)
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_from_its_artifacts_by_the_command_line(workplace, squares, whole):
+def test_a_run_that_was_stopped_goes_on_from_its_artifacts(workplace, squares, whole):
     """SIGTERM closes the run: its folder is gone and its checkpoints are artifacts."""
 
     class Stopped(pl.Callback):
@@ -237,13 +271,13 @@ def test_a_run_that_was_stopped_goes_on_from_its_artifacts_by_the_command_line(w
             if trainer.global_step == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    config = settings(squares, workplace / "killed", pretraining__max_epochs=2)
+    config = settings(squares, workplace / "killed", whole.store)
     with pytest.raises(SystemExit):
         adapt(config, [Noise(), Stopped()])
     (run_id,) = run_ids(config, "adapt")
     assert not (Path(config.tracking.folder) / run_id).exists()
     asked = settings_to_resume(run_id, "adapt", None, {"tracking.uri": config.tracking.uri})
-    assert_same(adapt(asked, [Noise()], resume=run_id), whole["adapt"])
+    assert_same(adapt(asked, [Noise()], resume=run_id), whole.adapted)
 
 
 # --- orders, states, files: without a run ---
@@ -386,8 +420,8 @@ def some_run(
 
 
 @pytest.fixture(scope="module")
-def one_store(squares, tmp_path_factory) -> Config:
-    return settings(squares, tmp_path_factory.mktemp("store") / "store")
+def one_store(squares, tmp_path_factory, whole) -> Config:
+    return settings(squares, tmp_path_factory.mktemp("store") / "store", whole.store)
 
 
 @pytest.fixture

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 import pytorch_lightning as pl
 
 from dann_experiments.adaptation.dann import SourceOnly
-from dann_experiments.config import Config, replace
+from dann_experiments.config import Config
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, checkpoint_to_go_on_from, folder_of_runs, run_to_go_on
 from dann_experiments.jobs.training import describe_run, final_metrics, train
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
-from dann_experiments.training.selection import PREFIX
 
 log = logging.getLogger(__name__)
 SETS = ("source_train", "source_val", "source_test", "target_val", "target_test")
@@ -45,14 +44,12 @@ def pretrain_with(
     resume: str | None = None,
 ) -> RunResult:
     """`pretrain` in an open store; `use_claimed`: whether it is the main job of an `mlflow run`."""
-    given = config
     with setup.seeded(config):
         data = setup.load_data(config, SETS)
         digest = setup.run_digest("pretrain", config, data.digests)
-        by_target = (config.monitor.metric or "").startswith(PREFIX)
-        if by_target and data.get("target_val") is None and data.labelled("source_val") is not None:
+        by_target, config = config.monitor, setup.as_pretrained(config)
+        if config.monitor != by_target:
             log.info("Pretraining reads no target images: its best checkpoint is chosen by iou/source_val.")
-            config = replace(config, {"monitor.metric": "iou/source_val", "monitor.mode": None})
         resumed = run_to_go_on(store, "pretrain", resume, digest, config)
         network = setup.make_network(config)
         setup.check_data(config, data, network)
@@ -71,7 +68,7 @@ def pretrain_with(
         folder = folder_of_runs(store, resumed, config.tracking.folder)
         with tracked_run(store, name, f"pretrain seed {config.seed}", tags, folder, use_claimed, resumed) as run:
             go_on_from = None if resumed is None else checkpoint_to_go_on_from(store, run.run_id, run.folder)
-            describe_run(run, given, data)
+            describe_run(run, config, data)
             setup.reseed(config)
             outcome = train(
                 config, run, network, SourceOnly(), [], data, config.pretraining.max_epochs, config.pretraining.optimizer,

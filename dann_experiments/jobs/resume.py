@@ -11,6 +11,7 @@ from typing import Any
 
 from dann_experiments.config import Config, InputError, flatten, load_config, replace
 from dann_experiments.config.parsing import given_settings
+from dann_experiments.jobs import setup
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, known_run, open_store, without_secrets
@@ -49,7 +50,7 @@ def settings_to_resume(run_id: str, job: str, file: str | Path | None, overrides
     store = open_store(given.get("tracking.uri"), given.get("tracking.experiment"), claim=False)
     recorded = _recorded(store, _unfinished(store, run_id, job), given.get("tracking.folder"))
     _refuse_foreign_class(recorded, given.get(CLASS))
-    return _agreed(recorded.config, replace(recorded.config, {"tracking.uri": None, **given}))
+    return _agreed(job, recorded.config, replace(recorded.config, {"tracking.uri": None, **given}))
 
 
 def as_the_run(store: Store, run_id: str, job: str, config: Config) -> Config:
@@ -60,7 +61,7 @@ def as_the_run(store: Store, run_id: str, job: str, config: Config) -> Config:
     if config.domain_adaptation.pretrained_checkpoint.path is None:
         path = recorded.config.domain_adaptation.pretrained_checkpoint.path
         config = replace(config, {SOURCE_MODEL: path})
-    return _agreed(recorded.config, config)
+    return _agreed(job, recorded.config, config)
 
 
 def run_to_go_on(store: Store, job: str, resume: str | None, digest: str, config: Config) -> str | None:
@@ -194,8 +195,10 @@ def _refuse_foreign_class(recorded: _Recorded, given: str | None) -> None:
         )
 
 
-def _agreed(recorded: Config, wanted: Config) -> Config:
+def _agreed(job: str, recorded: Config, wanted: Config) -> Config:
     """`wanted`, if it differs from the run's own settings in nothing that changes numbers."""
+    if job == "pretrain":  # as the run kept its own
+        wanted = setup.as_pretrained(wanted)
     before, now = flatten(recorded), flatten(wanted)
     for key in [*before, *(key for key in now if key not in before)]:
         if key not in MAY_DIFFER and before.get(key) != now.get(key):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,9 @@ def describe_run(run: TrackedRun, config: Config, data: Data) -> None:
     """Params, `config.yaml` and data sets: what the run was given. A resumed run has most or all of it already."""
     config = setup.public_settings(config)
     if not (run.folder / SETTINGS).exists():  # first: without it a killed run cannot go on
-        (run.folder / SETTINGS).write_text(config_to_yaml(config))
+        part = run.folder / f"{SETTINGS}.part"
+        part.write_text(config_to_yaml(config))
+        os.replace(part, run.folder / SETTINGS)
     known = run.store.client.get_run(run.run_id).data.params
     run.log_params({key: value for key, value in flatten(config).items() if PARAM_PREFIX + key not in known})
     for name, dataset in data.sets.items():

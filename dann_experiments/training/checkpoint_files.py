@@ -55,6 +55,15 @@ def write(content: Mapping[str, Any], path: Path) -> None:
     _sync_folder(path.parent)
 
 
+def is_plain(value: Any) -> bool:
+    """Whether `read` will load it."""
+    if isinstance(value, dict):
+        return all(is_plain(inner) for pair in value.items() for inner in pair)
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(inner) for inner in value)
+    return value is None or type(value) in (bool, int, float, str, torch.Tensor)
+
+
 def read(path: Path) -> dict[str, Any]:
     """What `write` wrote: tensors and plain values alone, on the CPU. Raises ValueError if the file is damaged."""
     problem = damage(path)

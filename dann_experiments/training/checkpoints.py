@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from dann_experiments.data.dataset import SeededOrder
 from dann_experiments.training import checkpoint_files as files
 
+log = logging.getLogger(__name__)
 _KEY = "dann_experiments"  # of our part in a checkpoint
 
 
@@ -53,6 +55,7 @@ class Checkpoints(Checkpoint):
         self._before_saving = before_saving
         self._saved_at = 0.0
         self._epoch_ended = False
+        self._left_out: set[str] = set()
         self._best_steps: dict[int, int | None] = {}  # step of a kept checkpoint -> the best step that it knows
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -90,6 +93,15 @@ class Checkpoints(Checkpoint):
             "best_step": self.best_step,
             "best_value": self._best_value,
         }
+        states = checkpoint["callbacks"]
+        for name in [name for name, state in states.items() if not files.is_plain(state)]:
+            del states[name]  # it could not be loaded without running code
+            if name not in self._left_out:
+                log.warning(
+                    "The state of callback %s holds more than tensors and plain values: a resumed run starts it anew.",
+                    name,
+                )
+                self._left_out.add(name)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
