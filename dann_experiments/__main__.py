@@ -45,6 +45,7 @@ COMMANDS = {
     "layers": "list the layers whose features can be aligned",
     "config": "print the resolved settings as YAML",
 }
+RESUMABLE = ("pretrain", "adapt")
 WITHOUT_EFFECT = {
     "pretrain": ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer"),
     "check-data": ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer", "max_epochs"),
@@ -69,10 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _predict(known, rest)
         if known.command == "compare":
             return _compare(known, rest)
-        config = load_config(
-            DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else known.config, _overrides(known, rest)
-        )
-        return _run(known, config)
+        return _run(known, _settings(known, rest))
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -81,6 +79,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _settings(known: argparse.Namespace, rest: Sequence[str]) -> Config:
+    """What the command line says; of a run that is resumed, what that run says."""
+    file = None if known.config in (None, *NOT_GIVEN) else known.config
+    run_id = _resume(known)
+    if run_id is None or run_id == "auto":
+        return load_config(DEFAULT_CONFIG if file is None else file, _overrides(known, rest))
+    quiet_libraries()
+    from dann_experiments.jobs.resume import settings_to_resume
+
+    return settings_to_resume(run_id, known.command, file, _overrides(known, rest))
+
+
+def _resume(known: argparse.Namespace) -> str | None:
+    return None if known.command not in RESUMABLE or known.resume in (None, *NOT_GIVEN) else known.resume
 
 
 def _run(known: argparse.Namespace, config: Config) -> int:
@@ -105,8 +119,11 @@ def _run(known: argparse.Namespace, config: Config) -> int:
         return _print_health(jobs.doctor(config))
     if known.command == "check-data":
         return _print_data_report(jobs.check_data(config))
-    result = {"pretrain": jobs.pretrain, "adapt": jobs.adapt, "evaluate": jobs.evaluate}[known.command](config)
-    _print_result(result)
+    if known.command == "evaluate":
+        _print_result(jobs.evaluate(config))
+    else:
+        job = {"pretrain": jobs.pretrain, "adapt": jobs.adapt}[known.command]
+        _print_result(job(config, resume=_resume(known)))
     return 0
 
 
@@ -135,6 +152,12 @@ def _argument_parser() -> Parser:
         command.add_argument("--config", metavar="FILE", help="YAML file of settings (default: recipes/digits.yaml)")
         for short in SHORT_NAMES:
             command.add_argument(f"--{short}", metavar="VALUE", help=f"short for --{_long_name(short, name)}")
+        if name in RESUMABLE:
+            command.add_argument(
+                "--resume",
+                metavar="RUN_ID",
+                help="go on in this killed run; auto: in the newest of these settings, or a new one",
+            )
         if name == "compare":
             command.add_argument(
                 "--arms", metavar="FILE", help="YAML file of arms (and seeds); default: the usual five"

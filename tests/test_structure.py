@@ -97,7 +97,8 @@ def test_each_entry_point_uses_every_parameter_and_its_command_parses(name):
     from mlflow.projects._project_spec import load_project
 
     entry = load_project(str(PROJECT)).get_entry_point(name)
-    assert set(entry.parameters) == {"config", *SHORT_NAMES}
+    resumable = set() if name == "evaluate" else {"resume"}
+    assert set(entry.parameters) == {"config", *SHORT_NAMES} | resumable
     assert all(f"{{{parameter}}}" in entry.command for parameter in entry.parameters)
     empty = shlex.split(entry.compute_command({}, None))
     assert empty[:3] == ["python", "-m", "dann_experiments"]
@@ -106,8 +107,9 @@ def test_each_entry_point_uses_every_parameter_and_its_command_parses(name):
     assert _overrides(known, rest) == {}
     values = {"gamma": "2.5", "hidden_size": "32", "discriminator_lr": "3e-4", "feature_layer": "decoder", "max_epochs": "3",
               "seed": "7", "source_checkpoint": "my model; rm -rf /", "optimizer.lr": "1e-3"}  # fmt: skip
-    given = shlex.split(entry.compute_command(values, None))
+    given = shlex.split(entry.compute_command(values | dict.fromkeys(resumable, "a run"), None))
     known, rest = _argument_parser().parse_known_args(given[3:])
+    assert name == "evaluate" or known.resume == "a run"
     config = load_config(None, _overrides(known, rest))
     method = config.domain_adaptation.method
     assert (method.lambda_schedule.gamma, method.hidden_size, method.discriminator_lr) == (2.5, 32, 3e-4)

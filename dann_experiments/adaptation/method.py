@@ -63,7 +63,8 @@ class MethodLoss:
 class DomainAdaptationMethod(nn.Module, ABC):
     """A way to adapt. Subclass it, name the class in `domain_adaptation.method.class_path`, and `adapt` trains with it.
 
-    The network's forwards and the segmentation loss are done for you; the method sees features and adds its loss.
+    The network's forwards and the segmentation loss are done for you; the method sees features and adds its loss. What it
+    keeps from step to step belongs in parameters, buffers or `get_extra_state`: a resumed run gets those back.
     """
 
     feature_layers: tuple[str, ...] = ()
@@ -87,7 +88,7 @@ class DomainAdaptationMethod(nn.Module, ABC):
         return [{"params": parameters, "name": "method"}] if parameters else []
 
     def on_train_start(self, network: nn.Module) -> None:
-        """Called once, before the first step."""
+        """Called once, before the first step; in a resumed run before the state of its checkpoint is put in."""
 
     def on_epoch_start(self, progress: Progress) -> None:
         """Called before each epoch."""

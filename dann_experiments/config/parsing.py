@@ -63,6 +63,26 @@ def load_settings(cls: type[Settings], file: str | Path | None, overrides: Mappi
     return _load(cls, file, overrides)
 
 
+def given_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted name -> value of what `file` and `overrides` say themselves, for `replace`; defaults are left out."""
+    settings = _read_yaml(file) if file is not None else {}
+    for key, value in overrides.items():
+        _set_dotted(settings, key, _scalar(value, _field_types(Config).get(key)))
+    settings = translate(settings)
+    _refuse_unknown_keys(Config, settings)
+    groups, given = _groups(Config), {}
+
+    def walk(node: Mapping[str, Any], prefix: str) -> None:
+        for name, value in node.items():
+            if f"{prefix}{name}" in groups:
+                walk(value or {}, f"{prefix}{name}.")
+            else:
+                given[f"{prefix}{name}"] = value
+
+    walk(settings, "")
+    return given
+
+
 def config_from_dict(settings: Mapping[str, Any]) -> Config:
     """The config that `config_to_dict` took apart, checked again."""
     return _checked(Config, dict(settings))

@@ -437,7 +437,7 @@ class PretrainingConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Lightning's trainer, under its own names."""
+    """Lightning's trainer, under its own names, and its checkpoints."""
 
     max_epochs: int = 20
     """Epochs of adaptation. An epoch is one pass over the larger training set; the smaller one starts again."""
@@ -456,9 +456,21 @@ class TrainerConfig:
     """At most so many steps an epoch; null = all."""
     enable_progress_bar: bool = True
     """Show progress bars."""
+    checkpoint_every_n_steps: int | None = None
+    """Inside an epoch, keep every so many steps what a killed run needs to go on (docs/resume.md); null = not by steps. Each
+    epoch's end is always kept."""
+    checkpoint_every_minutes: float | None = 10.0
+    """Inside an epoch, keep it every so many minutes; null = not by time."""
+    checkpoints_kept: int = 2
+    """How many of these checkpoints a running training keeps, the newest; if one is damaged the one before is used."""
 
     def __post_init__(self) -> None:
         _at_least("trainer.max_epochs", self.max_epochs, 1)
+        _at_least("trainer.checkpoints_kept", self.checkpoints_kept, 1)
+        if self.checkpoint_every_n_steps is not None:
+            _at_least("trainer.checkpoint_every_n_steps", self.checkpoint_every_n_steps, 1)
+        if self.checkpoint_every_minutes is not None:
+            _above("trainer.checkpoint_every_minutes", self.checkpoint_every_minutes, 0)
         if self.gradient_clip_val is not None:
             _above("trainer.gradient_clip_val", self.gradient_clip_val, 0)
         _at_least("trainer.skip_bad_steps", self.skip_bad_steps, 0)

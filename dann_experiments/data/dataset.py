@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.augmentation import Strength, augmented
@@ -306,20 +308,51 @@ def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> Non
             )
 
 
-class _SeededOrder(RandomSampler):
-    """A random order, each index with a seed for its crop and augmentation: the same numbers whatever the workers."""
+class SeededOrder(Sampler[tuple[int, int]]):
+    """A random order of the items, another each pass, each index with a seed for its crop and augmentation: the same numbers
+    whatever the workers. A later process can go on in the middle of a pass, without touching the items before."""
 
     def __init__(self, dataset: SegmentationDataset, seed: int) -> None:
+        self._dataset = dataset
         self._order = torch.Generator().manual_seed(seed)
         self._seeds = torch.Generator().manual_seed(seed)
-        super().__init__(dataset, generator=self._order)
+        self._epoch = 0
+        self._epoch_of_pass: int | None = None
+        self._pass_start = self._states()
+        self._to_skip: int | None = None  # of a pass that another process began
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # A loader that shares this generator draws a number here each epoch; drawing it ourselves keeps the order of
-        # the results in docs/results.md, and does not depend on the number of workers.
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        # The numbers that are drawn and not used keep the order of the results in docs/results.md: one each pass, and an
+        # order where a pass follows another in one epoch.
+        skipped, self._to_skip = self._to_skip, None
+        if skipped is None and self._epoch_of_pass == self._epoch:
+            torch.randperm(len(self), generator=self._order)
+        self._epoch_of_pass = self._epoch
+        self._pass_start = self._states()
         torch.empty((), dtype=torch.int64).random_(generator=self._order)
         seeds = torch.randint(2**62, (len(self),), generator=self._seeds).tolist()
-        return iter(zip(super().__iter__(), seeds, strict=True))
+        order = torch.randperm(len(self), generator=self._order).tolist()
+        return itertools.islice(zip(order, seeds, strict=True), skipped or 0, None)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self._epoch = epoch
+
+    def position(self, items: int | None) -> dict[str, Any]:
+        """What `go_on_from` needs after `items` of the newest pass; None: after an epoch, when a new pass comes next."""
+        return (self._states() if items is None else dict(self._pass_start)) | {"items": items or 0}
+
+    def go_on_from(self, position: Mapping[str, Any], epoch: int) -> None:
+        """Make the next pass, in `epoch`, the rest of the one at `position`."""
+        self._order.set_state(position["order"])
+        self._seeds.set_state(position["seeds"])
+        self._to_skip, self._epoch = int(position["items"]), epoch
+
+    def _states(self) -> dict[str, Any]:
+        return {"order": self._order.get_state(), "seeds": self._seeds.get_state()}
 
 
 class _EqualSizes(Sampler[list[int]]):
@@ -355,7 +388,7 @@ def train_loader(
         )  # fmt: skip
         batch_size = len(dataset)
     return DataLoader(
-        dataset, batch_size, sampler=_SeededOrder(dataset, seed), drop_last=True, num_workers=num_workers,
+        dataset, batch_size, sampler=SeededOrder(dataset, seed), drop_last=True, num_workers=num_workers,
         generator=torch.Generator().manual_seed(seed),  # or the loader would draw from everybody's random state
         persistent_workers=num_workers > 0,
     )  # fmt: skip

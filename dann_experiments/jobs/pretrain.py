@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import pytorch_lightning as pl
 
 from dann_experiments.adaptation.dann import SourceOnly
-from dann_experiments.config import Config, replace
+from dann_experiments.config import Config
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.memory import memory_explained
 from dann_experiments.jobs.result import RunResult
+from dann_experiments.jobs.resume import AUTO, as_the_run, checkpoint_to_go_on_from, folder_of_runs, run_to_go_on
 from dann_experiments.jobs.training import describe_run, final_metrics, train
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
-from dann_experiments.training.selection import PREFIX
 
 log = logging.getLogger(__name__)
 SETS = ("source_train", "source_val", "source_test", "target_val", "target_test")
 
 
-def pretrain(config: Config, callbacks: Sequence[pl.Callback] = (), tags: Mapping[str, str] | None = None) -> RunResult:
+def pretrain(
+    config: Config,
+    callbacks: Sequence[pl.Callback] = (),
+    tags: Mapping[str, str] | None = None,
+    resume: str | None = None,
+) -> RunResult:
     """Train on the source alone, by the settings under `pretraining`; the run's model is what `adapt` starts from. `tags` are
-    added to the run's own, or replace them."""
-    return pretrain_with(config, None, use_claimed=True, callbacks=callbacks, more_tags=tags)
+    added to the run's own, or replace them. `resume`: the id of a killed run, which goes on (docs/resume.md), or `auto`: the
+    newest of these settings, or a new one."""
+    store = None
+    if resume not in (None, AUTO):
+        store = open_store(config.tracking.uri, config.tracking.experiment)
+        config = as_the_run(store, resume, "pretrain", config)
+    return pretrain_with(config, store, use_claimed=True, callbacks=callbacks, more_tags=tags, resume=resume)
 
 
 def pretrain_with(
@@ -34,6 +43,7 @@ def pretrain_with(
     use_claimed: bool,
     callbacks: Sequence[pl.Callback] = (),
     more_tags: Mapping[str, str] | None = None,
+    resume: str | None = None,
 ) -> RunResult:
     """`pretrain` in an open store, or one that is opened when the data are found; `use_claimed`: whether it is the main job of
     an `mlflow run`."""
@@ -41,10 +51,10 @@ def pretrain_with(
         data = setup.load_data(config, SETS)
         store = store or open_store(config.tracking.uri, config.tracking.experiment)
         digest = setup.run_digest("pretrain", config, data.digests)
-        by_target = (config.monitor.metric or "").startswith(PREFIX)
-        if by_target and data.get("target_val") is None and data.labelled("source_val") is not None:
+        by_target, config = config.monitor, setup.as_pretrained(config)
+        if config.monitor != by_target:
             log.info("Pretraining reads no target images: its best checkpoint is chosen by iou/source_val.")
-            config = replace(config, {"monitor.metric": "iou/source_val", "monitor.mode": None})
+        resumed = run_to_go_on(store, "pretrain", resume, digest, config)
         network = setup.make_network(config)
         setup.check_data(config, data, network)
         tags = {
@@ -59,16 +69,17 @@ def pretrain_with(
             **(more_tags or {}),
         }
         name = config.tracking.run_name if use_claimed else None
-        folder = Path(config.tracking.folder)
+        folder = folder_of_runs(store, resumed, config.tracking.folder)
         with (
-            tracked_run(store, name, f"pretrain seed {config.seed}", tags, folder, use_claimed) as run,
+            tracked_run(store, name, f"pretrain seed {config.seed}", tags, folder, use_claimed, resumed) as run,
             memory_explained(config, data),
         ):
+            go_on_from = None if resumed is None else checkpoint_to_go_on_from(store, run.run_id, run.folder)
             describe_run(run, config, data)
             setup.reseed(config)
             outcome = train(
                 config, run, network, SourceOnly(), [], data, config.pretraining.max_epochs, config.pretraining.optimizer,
-                callbacks,
+                callbacks, go_on_from=go_on_from,
             )  # fmt: skip
     folder = local_artifact_folder(store, run.run_id)
     return RunResult(

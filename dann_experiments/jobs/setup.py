@@ -22,7 +22,7 @@ from torch import nn
 
 from dann_experiments.adaptation.build import build_method, build_schedule, load_own_method
 from dann_experiments.adaptation.method import DomainAdaptationMethod
-from dann_experiments.config import Config, InputError, config_to_dict
+from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.presets import IGNORED, filled
 from dann_experiments.config.schema import DomainDataConfig, OptimizerConfig
 from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes, checked_header
@@ -45,7 +45,7 @@ from dann_experiments.models.taps import Tap, check_joint, resolve_taps
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.optimizers import build_optimizer
 from dann_experiments.training.scores import metric_name
-from dann_experiments.training.selection import SCORES
+from dann_experiments.training.selection import PREFIX, SCORES
 
 log = logging.getLogger(__name__)
 PROBLEMS_SHOWN = 20
@@ -501,14 +501,24 @@ def source_digest(config: Config, data: Data) -> str:
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
+def as_pretrained(config: Config) -> Config:
+    """The settings that count in pretraining, which has no unlabelled scores of a target without images to validate on."""
+    by_target = (config.monitor.metric or "").startswith(PREFIX)
+    if by_target and not filled(config.data.target).val and filled(config.data.source).val:
+        return replace(config, {"monitor.metric": "iou/source_val", "monitor.mode": None})
+    return config
+
+
 def run_digest(job: str, config: Config, digests: Mapping[str, str], source_model: str | None = None) -> str:
     """Equal for runs of `job` that give the same numbers: equal settings, equal data (`digests` of the sets it uses, by the
     bytes of their files) and an equal source model (its run's own digest). Where results and files are kept, how fast the
     data come and the number of threads do not count: 32 hex digits, tag `dann.digest` of a run."""
-    settings = config_to_dict(config)
+    settings = config_to_dict(as_pretrained(config) if job == "pretrain" else config)
     del settings["tracking"], settings["threads"], settings["data"]["root"], settings["data"]["embedded"]
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
     del settings["data"]["oracle"]
+    for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
+        del settings["trainer"][key]
     settings["domain_adaptation"]["pretrained_checkpoint"]["path"] = source_model
     for domain in ("source", "target"):
         reading = dataclasses.asdict(filled(getattr(config.data, domain)))

@@ -24,15 +24,15 @@ log = logging.getLogger(__name__)
 CHECKPOINT_KEY = "domain_adaptation.pretrained_checkpoint.path"
 
 
-def find_or_make_source_model(config: Config, store: Store, data: Data) -> str:
+def find_or_make_source_model(config: Config, store: Store, data: Data, resume: str | None = None) -> str:
     """`pretrained_checkpoint.path`, or the model of the newest finished pretraining run with the same network settings
-    and source data, or of a new pretraining run."""
+    and source data, or of a new pretraining run; with `resume` auto, of an unfinished one that goes on."""
     if config.domain_adaptation.pretrained_checkpoint.path is not None:
         return config.domain_adaptation.pretrained_checkpoint.path
     run_id = newest_finished(store, {"dann.job": "pretrain", "dann.source_digest": source_digest(config, data)})
     if run_id is None:
         log.info("No finished pretraining run of this network and source data: pretraining first, as a run of its own.")
-        run_id = pretrain_with(config, store, use_claimed=False).run_id
+        run_id = pretrain_with(config, store, use_claimed=False, resume=resume).run_id
     else:
         log.info("Starting from pretraining run %s (give source_checkpoint to start from another).", run_id)
     return f"runs:/{run_id}/model"

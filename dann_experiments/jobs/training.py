@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
+from torch.utils.data import DataLoader
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.config import Config, InputError, config_to_yaml, flatten
@@ -22,13 +23,18 @@ from dann_experiments.config.schema import OptimizerConfig
 from dann_experiments.data.dataset import SegmentationDataset, eval_loader, train_loader
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.alignment import Alignment
+from dann_experiments.jobs.curves import CURVES, CurveLogger, Curves
+from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS
 from dann_experiments.jobs.setup import Data
 from dann_experiments.models.batchnorm import statistics_loader
 from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.figures import display_image, draw_confusion, draw_curves, draw_predictions
-from dann_experiments.tracking.run import RunLogger, TrackedRun
+from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun
+from dann_experiments.tracking.store import remove_artifacts
 from dann_experiments.training.bad_numbers import BadNumbers
+from dann_experiments.training.checkpoint_files import BEST, LAST, WholeFiles, read
+from dann_experiments.training.checkpoints import Checkpoints
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import (
     DOMAINS,
@@ -36,12 +42,12 @@ from dann_experiments.training.monitor import (
     RatesAndTimes,
     TargetStatistics,
 )
+from dann_experiments.training.random_states import RandomStates
 from dann_experiments.training.scores import Scores, metric_name, predict_images, score_set
 from dann_experiments.training.selection import KEPT
 
 log = logging.getLogger(__name__)
 PICTURES = 6  # images a domain in the prediction figures
-CURVES = ("iou/source_val", "iou/target_val", "da/domain_acc", "da/domain_acc_val", "da/lambda")
 
 
 @dataclass(frozen=True)
@@ -59,20 +65,6 @@ class Outcome:
         return {**final_metrics(self.after, class_names), **self.unlabelled}
 
 
-class _CurveKeeper(RunLogger):
-    """The run's logger, which also keeps the few series that the curves figure shows."""
-
-    def __init__(self, run: TrackedRun) -> None:
-        super().__init__(run)
-        self.series: dict[str, list[tuple[int, float]]] = {}
-
-    def log_metrics(self, metrics, step=None) -> None:
-        super().log_metrics(metrics, step)
-        for name in CURVES:
-            if name in metrics:
-                self.series.setdefault(name, []).append((step or 0, metrics[name]))
-
-
 class _EpochLines(pl.Callback):
     """Progress where there is no terminal to draw a bar on: a line an epoch."""
 
@@ -87,10 +79,14 @@ class _EpochLines(pl.Callback):
 
 
 def describe_run(run: TrackedRun, config: Config, data: Data) -> None:
-    """Params, `config.yaml` and data sets: what the run was given."""
+    """Params, `config.yaml` and data sets: what the run was given. A resumed run has most or all of it already."""
     config = setup.public_settings(config)
-    run.log_params(flatten(config))
-    (run.folder / "config.yaml").write_text(config_to_yaml(config))
+    if not (run.folder / SETTINGS).exists():  # first: without it a killed run cannot go on
+        part = run.folder / f"{SETTINGS}.part"
+        part.write_text(config_to_yaml(config))
+        os.replace(part, run.folder / SETTINGS)
+    known = run.store.client.get_run(run.run_id).data.params
+    run.log_params({key: value for key, value in flatten(config).items() if PARAM_PREFIX + key not in known})
     for name, dataset in data.sets.items():
         domain, split = name.split("_")
         entries = ", ".join(str(entry) for entry in getattr(getattr(config.data, domain), split)) or "of the preset"
@@ -112,9 +108,12 @@ def train(
     optimizer: OptimizerConfig,
     callbacks: Sequence[pl.Callback] = (),
     alignment: Alignment | None = None,
+    go_on_from: Path | None = None,
 ) -> Outcome:
     """Train, choose the final weights, score them, leave checkpoints, model, figures and tables in the run's folder.
-    `alignment`: measures before and after training whether the domains can be told apart."""
+    `alignment`: measures before and after training whether the domains can be told apart. `go_on_from`: a checkpoint that
+    an earlier process of this run saved; `network` then comes as it came to that process, so that what it was before training
+    is measured again, not kept."""
     module = AdaptationModule(
         network, method, taps, setup.optimizer_maker(optimizer, config.trainer.precision), optimizer.schedule,
         config.data.ignore_index, config.domain_adaptation.batchnorm,
@@ -126,13 +125,25 @@ def train(
     pictures = {domain: Album(data.get(f"{domain}_val") or data.get(f"{domain}_train")) for domain in DOMAINS}
     for album in pictures.values():
         album.add("before", network)
-    logger, loaders = _CurveKeeper(run), _val_loaders(config, data)
-    own = [monitor, RatesAndTimes(), *_statistics_of_the_target(config, data), _watch(config, run.folder, data)]
-    trainer = _trainer(config, run.folder, logger, max_epochs, [*own, *callbacks])
+    curves, train_loaders, loaders = Curves(), _train_loaders(config, data), _val_loaders(config, data)
+    checkpoints = _checkpoints(config, run, train_loaders)
+    own = [
+        RandomStates(), monitor, RatesAndTimes(), curves, *_statistics_of_the_target(config, data),
+        _watch(config, run.folder, data),
+    ]  # fmt: skip
+    trainer = _trainer(
+        config,
+        run.folder,
+        CurveLogger(run, curves),
+        max_epochs,
+        [*own, *callbacks],
+        checkpoints,
+        go_on_from is not None,
+    )
     if alignment is not None:
         alignment.measure("before", network, trainer.strategy.root_device)
     try:
-        trainer.fit(module, _train_loader(config, data), loaders)
+        trainer.fit(module, _together(train_loaders), loaders, ckpt_path=go_on_from, weights_only=True)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -140,9 +151,10 @@ def train(
             "a training batch of one image meets a BatchNorm on a map of one position, which has no variance; raise "
             "data.source.batch_size and data.target.batch_size, or take larger images or crops."
         ) from None
+    if not module.ended:  # it went on from its last step, so that Lightning had nothing to do
+        module.on_train_end()
     if config.monitor.final_model == "best":
-        best = torch.load(run.folder / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
-        module.load_state_dict(best["state_dict"])
+        module.load_state_dict(read(checkpoints.best())["state_dict"])
         trainer.validate(module, loaders, verbose=False)  # the chosen weights' scores close every series
     network.to(trainer.strategy.root_device)
     unlabelled = monitor.target_scores | monitor.domain_accuracy
@@ -160,7 +172,10 @@ def train(
     for album in pictures.values():
         album.add("after", network)
     network.cpu()
-    _write_results(config, run, network, data, outcome, pictures, logger.series)
+    _write_results(config, run, network, data, outcome, pictures, curves.numbers())
+    checkpoints.finish()
+    if go_on_from is not None:  # an earlier process may have stored those of its own time
+        remove_artifacts(run.store, run.run_id, CHECKPOINTS, {LAST, BEST})
     return outcome
 
 
@@ -169,20 +184,24 @@ def final_metrics(scores: Mapping[str, Scores], class_names: Sequence[str]) -> d
     return {key: value for name, found in scores.items() for key, value in found.metrics(name, class_names).items()}
 
 
+def _checkpoints(config: Config, run: TrackedRun, loaders: Mapping[str, DataLoader]) -> Checkpoints:
+    every = config.trainer
+    return Checkpoints(
+        run.folder / CHECKPOINTS, loaders, every.checkpoint_every_n_steps, every.checkpoint_every_minutes,
+        every.checkpoints_kept, config.monitor.metric, config.monitor.direction,
+        run.persist,  # so that no kill leaves a checkpoint that is ahead of the history
+    )  # fmt: skip
+
+
 def _trainer(
-    config: Config, folder: Path, logger: RunLogger, max_epochs: int, callbacks: Sequence[pl.Callback]
+    config: Config,
+    folder: Path,
+    logger: RunLogger,
+    max_epochs: int,
+    callbacks: Sequence[pl.Callback],
+    checkpoints: Checkpoints,
+    resumed: bool,
 ) -> pl.Trainer:
-    checkpoints = folder / "checkpoints"
-    keepers = [ModelCheckpoint(checkpoints, filename="last", enable_version_counter=False)]
-    if config.monitor.metric is not None:
-        best = ModelCheckpoint(
-            checkpoints,
-            filename="best",
-            monitor=config.monitor.metric,
-            mode=config.monitor.direction,
-            enable_version_counter=False,
-        )
-        keepers.append(best)
     on_terminal = config.trainer.enable_progress_bar and sys.stdout.isatty()
     bars: list[pl.Callback] = []
     if config.trainer.enable_progress_bar:
@@ -195,9 +214,10 @@ def _trainer(
         gradient_clip_val=config.trainer.gradient_clip_val,
         deterministic="warn" if config.trainer.deterministic else False,
         limit_train_batches=config.trainer.limit_train_batches,
-        num_sanity_val_steps=-1,  # the whole of validation: the warm start's own scores
+        num_sanity_val_steps=0 if resumed else -1,  # the whole of validation: the warm start's own scores
         logger=logger,
-        callbacks=[*callbacks, *bars, *keepers],
+        callbacks=[*callbacks, *bars, checkpoints],
+        plugins=[WholeFiles()],
         enable_progress_bar=on_terminal,
         enable_model_summary=False,
         log_every_n_steps=1,
@@ -205,7 +225,7 @@ def _trainer(
     )
 
 
-def _train_loader(config: Config, data: Data) -> CombinedLoader:
+def _train_loaders(config: Config, data: Data) -> dict[str, DataLoader]:
     loaders = {}
     for offset, domain in enumerate(DOMAINS):  # each domain has its own order
         dataset = data.get(f"{domain}_train")
@@ -213,7 +233,12 @@ def _train_loader(config: Config, data: Data) -> CombinedLoader:
             batch_size = getattr(config.data, domain).batch_size
             seed = config.seed + offset * 2**32
             loaders[domain] = train_loader(dataset, batch_size, f"data.{domain}.train", seed, config.data.num_workers)
-    return CombinedLoader(loaders, mode="max_size_cycle")
+    return loaders
+
+
+def _together(loaders: Mapping[str, DataLoader]) -> CombinedLoader:
+    """An epoch is one pass over the larger domain; the smaller one starts again."""
+    return CombinedLoader(dict(loaders), mode="max_size_cycle")
 
 
 def _val_loaders(config: Config, data: Data) -> list:
@@ -233,7 +258,7 @@ def _statistics_of_the_target(config: Config, data: Data) -> list[pl.Callback]:
 
 def _watch(config: Config, folder: Path, data: Data) -> BadNumbers:
     """Keeps weights that are no numbers out of the run; what it ends leaves the last good state as last checkpoint."""
-    last = folder / "checkpoints" / "last.ckpt"
+    last = folder / CHECKPOINTS / LAST
     sets = {domain: data.get(f"{domain}_train") for domain in DOMAINS}
     names = {domain: dataset.name_of for domain, dataset in sets.items() if dataset is not None}
     return BadNumbers(config.trainer.skip_bad_steps, lambda trainer: trainer.save_checkpoint(last), names)
@@ -302,8 +327,7 @@ def _write_results(
         title = f"{name.replace('_', ' ')}: mean IoU {scores.iou:.3f}"
         draw_confusion(figures / f"confusion_{name}.png", scores.confusion, names, title)
     if series:
-        history = {name: [(step, float(value)) for step, value in points] for name, points in series.items()}
-        draw_curves(figures / "curves.png", history, f"run {run.run_id[:8]}")
+        draw_curves(figures / "curves.png", series, f"run {run.run_id[:8]}")
     _write_class_table(run.folder / "tables" / "class_iou.csv", outcome, names)
 
 

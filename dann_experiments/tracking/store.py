@@ -7,7 +7,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
 from dann_experiments.config.errors import InputError, StoreAway
 
+log = logging.getLogger(__name__)
 DEFAULT_URI = "sqlite:///mlflow.db"
 ANSWER_SECONDS = 10.0
 EXPERIMENT_KIND = "mlflow.experimentKind"  # so that the UI opens on training runs and charts, not on its GenAI pages
@@ -39,13 +40,14 @@ class Store:
     """The run that `mlflow run` made for this process, to be used by its main job."""
 
 
-def open_store(uri: str | None, experiment: str) -> Store:
+def open_store(uri: str | None, experiment: str | None, claim: bool = True) -> Store:
     """The store at `uri`, else at MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, with its experiment made if new.
 
     Under `mlflow run` (MLFLOW_RUN_ID set) the store, experiment and run are those it made; the variable is removed, so
-    that further runs of this process, and its children, are runs of their own. Raises InputError if nothing answers.
+    that further runs of this process, and its children, are runs of their own. To look only: `claim` False leaves the
+    variable, and `experiment` None makes none. Raises InputError if nothing answers.
     """
-    claimed = os.environ.pop("MLFLOW_RUN_ID", None)
+    claimed = os.environ.pop("MLFLOW_RUN_ID", None) if claim else os.environ.get("MLFLOW_RUN_ID")
     from_environment = os.environ.get("MLFLOW_TRACKING_URI")
     uri = _absolute((from_environment if claimed else None) or uri or from_environment or DEFAULT_URI)
     for address in (uri, os.environ.get("MLFLOW_REGISTRY_URI", "")):
@@ -63,6 +65,8 @@ def open_store(uri: str | None, experiment: str) -> Store:
             if claimed:
                 experiment_id = client.get_run(claimed).info.experiment_id
                 known = client.get_experiment(experiment_id)
+            elif experiment is None:
+                return Store(uri, client, "", None)
             else:
                 known = client.get_experiment_by_name(experiment)
                 if known is not None and known.lifecycle_stage != "active":
@@ -144,6 +148,19 @@ def local_artifact_folder(store: Store, run_id: str) -> Path | None:
 
         return Path(local_file_uri_to_path(uri))
     return Path(uri) if parts.scheme == "" else None
+
+
+def remove_artifacts(store: Store, run_id: str, folder: str, keep: Collection[str]) -> None:
+    """Remove the files of a run's artifact folder but those named in `keep`; a store that cannot keeps them."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    try:
+        repository = get_artifact_repository(store.client.get_run(run_id).info.artifact_uri, store.uri)
+        for item in repository.list_artifacts(folder):
+            if item.path.rpartition("/")[2] not in keep:
+                repository.delete_artifacts(item.path)
+    except Exception as error:  # stores of many kinds; old files do no harm
+        log.info("Old files in %s of run %s could not be removed (%s).", folder, run_id, without_secrets(str(error)))
 
 
 def _absolute(uri: str) -> str:

@@ -68,6 +68,9 @@ class AdaptationModule(pl.LightningModule):
         self.losses: StepLosses | None = None
         """Of the last training step."""
         self._total_steps: int | None = None
+        self._started = False
+        self.ended = False
+        """Whether the method has been told the end of training."""
         if batchnorm == "joint" and method.uses_target:
             check_joint(self.taps)
 
@@ -141,14 +144,22 @@ class AdaptationModule(pl.LightningModule):
             for group in optimizer.param_groups:
                 clip_grad_norm_(group["params"], gradient_clip_val)
 
-    def on_train_start(self) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # before the saved state is put in, as it may hold what the method makes here
         self.method.on_train_start(self.network)
+        self._started = True
+
+    def on_train_start(self) -> None:
+        if not self._started:
+            self.method.on_train_start(self.network)
+            self._started = True
 
     def on_train_epoch_start(self) -> None:
         self.method.on_epoch_start(self.progress())
 
     def on_train_end(self) -> None:
         self.method.on_train_end(self.network)
+        self.ended = True
 
 
 def _loss_parts(segmentation: Tensor, share: MethodLoss, method: DomainAdaptationMethod) -> dict[str, Tensor | float]:

@@ -65,8 +65,26 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self._unlabelled: SelectionScorer | None = None
         self._hits: dict[str, dict[int, Tensor]] = {}
         self._forgetting = False
+        self._resumed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "baseline": {domain: scores.as_plain() for domain, scores in self.baseline.items()},
+            "latest": {domain: scores.as_plain() for domain, scores in self.latest.items()},
+            "target_scores": dict(self.target_scores),
+            "domain_accuracy": dict(self.domain_accuracy),
+            "forgetting": self._forgetting,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.baseline = {domain: Scores.from_plain(plain) for domain, plain in state_dict["baseline"].items()}
+        self.latest = {domain: Scores.from_plain(plain) for domain, plain in state_dict["latest"].items()}
+        self.target_scores, self.domain_accuracy = state_dict["target_scores"], state_dict["domain_accuracy"]
+        self._forgetting, self._resumed = state_dict["forgetting"], True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._resumed:  # the baseline came with the checkpoint
+            return
         if sum(trainer.num_sanity_val_batches) < sum(trainer.num_val_batches):
             found = "a baseline from a part of validation" if self.baseline else "no baseline"
             log.warning(
@@ -184,6 +202,12 @@ class RatesAndTimes(pl.Callback):
 
     def __init__(self) -> None:
         self._start = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds_of_epoch": time.perf_counter() - self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._start = time.perf_counter() - state_dict["seconds_of_epoch"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter()

@@ -11,10 +11,12 @@ Letters: N images, K classes, H x W pixels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -73,6 +75,15 @@ class Scores:
     def predicted_pixels(self) -> np.ndarray:
         """(K,) pixels predicted as each class, where labelled."""
         return self.confusion.sum(0)
+
+    def as_plain(self) -> dict[str, Any]:
+        """For a checkpoint: a tensor and a number."""
+        return {"confusion": torch.from_numpy(self.confusion), "loss": self.loss}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Scores:
+        """What `as_plain` gave."""
+        return cls(plain["confusion"].numpy(), plain["loss"])
 
     def metrics(self, name: str, class_names: Sequence[str]) -> dict[str, float]:
         """Under the names of a run: `iou/NAME` and `class_iou/NAME/CLASS` for the classes present."""

@@ -1,0 +1,59 @@
+"""The few series that the curves figure shows, kept while they are logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from dann_experiments.tracking.run import RunLogger, TrackedRun
+
+CURVES = ("iou/source_val", "iou/target_val", "da/domain_acc", "da/domain_acc_val", "da/lambda")
+
+
+class Curves(pl.Callback):
+    """Metric -> [(step, value)] of CURVES; a callback, so that checkpoints keep them."""
+
+    def __init__(self) -> None:
+        self.series: dict[str, list[tuple[int, Any]]] = {}
+
+    def add(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Keep what is shown of the metrics of a step; values may be tensors."""
+        for name in CURVES:
+            if name in metrics:
+                self.series.setdefault(name, []).append((step, metrics[name]))
+
+    def numbers(self) -> dict[str, list[tuple[int, float]]]:
+        """All series as plain numbers."""
+        for name, points in self.series.items():
+            self.series[name] = [(step, float(value)) for step, value in points]
+        return self.series
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: {
+                "steps": torch.tensor([step for step, _ in points]),
+                "values": torch.tensor([value for _, value in points], dtype=torch.float64),
+            }
+            for name, points in self.numbers().items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.series = {
+            name: list(zip(kept["steps"].tolist(), kept["values"].tolist(), strict=True))
+            for name, kept in state_dict.items()
+        }
+
+
+class CurveLogger(RunLogger):
+    """The run's logger, which also shows the curves what it logs."""
+
+    def __init__(self, run: TrackedRun, curves: Curves) -> None:
+        super().__init__(run)
+        self._curves = curves
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+        self._curves.add(metrics, step or 0)

@@ -1,0 +1,216 @@
+"""Going on in a run that was killed: which run, by which settings, and from which checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dann_experiments.config import Config, InputError, flatten, load_config, replace
+from dann_experiments.config.parsing import given_settings
+from dann_experiments.jobs import setup
+from dann_experiments.tracking.processes import is_elsewhere, live_process
+from dann_experiments.tracking.run import PARAM_PREFIX
+from dann_experiments.tracking.store import Store, known_run, open_store, without_secrets
+from dann_experiments.training import checkpoint_files as files
+
+log = logging.getLogger(__name__)
+AUTO = "auto"
+CHECKPOINTS = "checkpoints"
+"""Folder in a run's own."""
+SETTINGS = "config.yaml"
+CLASS = "domain_adaptation.method.class_path"
+SOURCE_MODEL = "domain_adaptation.pretrained_checkpoint.path"
+FOLDER_PARAM = f"{PARAM_PREFIX}tracking.folder"
+MAY_DIFFER = (
+    "tracking.uri", "tracking.folder", "trainer.enable_progress_bar", "trainer.checkpoint_every_n_steps",
+    "trainer.checkpoint_every_minutes", "trainer.checkpoints_kept", "data.num_workers", "data.memory_gb", "data.root",
+    "data.embedded.folder",
+)  # fmt: skip
+"""Settings that change no number: a resumed run takes them as they are given now."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A run's settings as it kept them."""
+
+    config: Config
+    from_store: bool
+    """Whether they come out of the tracking store, not from the run's own folder."""
+
+
+def settings_to_resume(run_id: str, job: str, file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
+    """The settings of run `run_id`, to be given to its job with `resume=run_id`. `file` and `overrides` are what the user
+    says beside; of these, settings that change no number count. Raises InputError for others that differ, and for a run that
+    cannot go on."""
+    given = given_settings(file, overrides)
+    store = open_store(given.get("tracking.uri"), given.get("tracking.experiment"), claim=False)
+    recorded = _recorded(store, _unfinished(store, run_id, job), given.get("tracking.folder"))
+    _refuse_foreign_class(recorded, given.get(CLASS))
+    return _agreed(job, recorded.config, replace(recorded.config, {"tracking.uri": None, **given}))
+
+
+def as_the_run(store: Store, run_id: str, job: str, config: Config) -> Config:
+    """`config` with what the run found out itself, such as its source model. Raises InputError where settings that change
+    numbers differ, and for a run that cannot go on."""
+    recorded = _recorded(store, _unfinished(store, run_id, job), config.tracking.folder)
+    _refuse_foreign_class(recorded, config.domain_adaptation.method.class_path)
+    if config.domain_adaptation.pretrained_checkpoint.path is None:
+        path = recorded.config.domain_adaptation.pretrained_checkpoint.path
+        config = replace(config, {SOURCE_MODEL: path})
+    return _agreed(job, recorded.config, config)
+
+
+def run_to_go_on(store: Store, job: str, resume: str | None, digest: str, config: Config) -> str | None:
+    """The id of the run to go on in, None for a new one: `resume`, or for `auto` the newest unfinished run of this job and
+    digest in the experiment. Raises InputError if the run that was named has another digest."""
+    if resume is None:
+        return None
+    if resume != AUTO:
+        run = _unfinished(store, resume, job)
+        if run.data.tags.get("dann.digest") != digest:
+            raise InputError(
+                f"resume is {resume}, whose data or source model have changed since: its dann.digest is "
+                f"{run.data.tags.get('dann.digest')}, now it is {digest}. Restore the files, or start a new run without resume."
+            )
+        return resume
+    run = _newest_unfinished(store, job, digest)
+    if run is None:
+        log.info("resume=auto: no unfinished %s run of these settings; a new run is started.", job)
+        return None
+    threads = run.data.params.get(f"{PARAM_PREFIX}threads")
+    if threads not in (None, str(config.threads)):
+        raise InputError(
+            f"threads is {config.threads}, but {threads} in run {run.info.run_id}, which resume=auto found; the last digits "
+            "of its numbers depend on it: give the same, or leave resume out."
+        )
+    log.info("resume=auto: going on in run %s.", run.info.run_id)
+    return run.info.run_id
+
+
+def folder_of_runs(store: Store, run_id: str | None, folder: str) -> Path:
+    """The folder that holds the run's own: where it was before, unless it has been moved to `folder`, which new runs take."""
+    if run_id is not None and not (Path(folder) / run_id).exists():
+        before = store.client.get_run(run_id).data.params.get(FOLDER_PARAM)
+        if before is not None and (Path(before) / run_id).exists():
+            return Path(before)
+    return Path(folder)
+
+
+def checkpoint_to_go_on_from(store: Store, run_id: str, folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole, in the run's own `folder`, or fetched there from its artifacts; None if
+    it has none, and starts from its beginning. What lies after it is removed: it will be made again."""
+    checkpoints = folder / CHECKPOINTS
+    if not checkpoints.exists():
+        _fetch(store, run_id, folder)
+    found = files.newest_intact(checkpoints)
+    if found is None:
+        files.forget_after(checkpoints, -1)
+        log.info("Run %s has no checkpoint to go on from: it starts from its beginning.", run_id)
+        return None
+    if found.name != files.LAST:
+        files.forget_after(checkpoints, files.step_of(found))
+    log.info("Run %s goes on from %s.", run_id, found)
+    return found
+
+
+def _unfinished(store: Store, run_id: str, job: str) -> Any:
+    """The run, if it can go on."""
+    run = known_run(store, run_id)
+    if run is None:
+        raise InputError(
+            f"resume is {run_id!r}, but the tracking store {without_secrets(store.uri)} has no such run; give the id of a run, "
+            "or auto."
+        )
+    found = run.data.tags.get("dann.job")
+    if found != job:
+        raise InputError(f"resume is {run_id}, a run of {found}; {job} goes on in runs of its own alone.")
+    if run.info.status == "FINISHED":
+        raise InputError(f"resume is {run_id}, which is FINISHED: there is nothing left to do. Leave resume out.")
+    process = run.data.tags.get("dann.process")
+    if run.info.status == "RUNNING" and process is not None:
+        alive = live_process(process)
+        if alive is not None:
+            raise InputError(
+                f"resume is {run_id}, which process {alive.pid} is still writing; stop that first (kill {alive.pid})."
+            )
+        if is_elsewhere(process):
+            log.warning(
+                "Run %s was being written on another machine (%s), which cannot be seen from here: make sure that it is gone.",
+                run_id, process,
+            )  # fmt: skip
+    return run
+
+
+def _newest_unfinished(store: Store, job: str, digest: str) -> Any | None:
+    wanted = (
+        f"tags.`dann.job` = '{job}' and tags.`dann.digest` = '{digest}' and attributes.status != 'FINISHED' "
+        "and attributes.status != 'SCHEDULED'"
+    )
+    for run in store.client.search_runs([store.experiment_id], wanted, order_by=["attributes.start_time DESC"]):
+        if run.info.run_id == store.claimed_run_id:  # the one that `mlflow run` made for us
+            continue
+        process = run.data.tags.get("dann.process")
+        if run.info.status != "RUNNING" or process is None:
+            return run
+        if is_elsewhere(process):
+            log.warning(
+                "resume=auto leaves out run %s: it was being written on another machine (%s), which cannot be seen from here. "
+                "If that is gone, give resume=%s.", run.info.run_id, process, run.info.run_id,
+            )  # fmt: skip
+        elif live_process(process) is None:
+            return run
+    return None
+
+
+def _recorded(store: Store, run: Any, folder: str | None) -> _Recorded:
+    """The settings that a run kept in its folder, or among its artifacts."""
+    run_id = run.info.run_id
+    folders = (folder, run.data.params.get(FOLDER_PARAM), Config().tracking.folder)
+    for place in filter(None, folders):
+        if (Path(place) / run_id / SETTINGS).is_file():
+            return _Recorded(load_config(Path(place) / run_id / SETTINGS), from_store=False)
+    with tempfile.TemporaryDirectory() as fetched:
+        try:
+            path = store.client.download_artifacts(run_id, SETTINGS, fetched)
+        except Exception as error:
+            raise InputError(
+                f"resume is {run_id}, whose {SETTINGS} is neither in {Path(folders[0] or folders[1] or folders[2]) / run_id} "
+                f"nor among its artifacts ({without_secrets(str(error))}). If its files are elsewhere, give tracking.folder; "
+                "else start a new run."
+            ) from None
+        return _Recorded(load_config(path), from_store=True)
+
+
+def _refuse_foreign_class(recorded: _Recorded, given: str | None) -> None:
+    """Settings out of a store may be a stranger's: they do not choose what is imported."""
+    wanted = recorded.config.domain_adaptation.method.class_path
+    if recorded.from_store and wanted not in (None, given):
+        raise InputError(
+            f"{CLASS} is {wanted!r} in the settings that the tracking store keeps of this run, and would be imported; if you "
+            f"trust it, give it yourself: --{CLASS} {wanted}."
+        )
+
+
+def _agreed(job: str, recorded: Config, wanted: Config) -> Config:
+    """`wanted`, if it differs from the run's own settings in nothing that changes numbers."""
+    if job == "pretrain":  # as the run kept its own
+        wanted = setup.as_pretrained(wanted)
+    before, now = flatten(recorded), flatten(wanted)
+    for key in [*before, *(key for key in now if key not in before)]:
+        if key not in MAY_DIFFER and before.get(key) != now.get(key):
+            raise InputError(
+                f"{key} is {now.get(key)!r}, but {before.get(key)!r} in the run to resume, which goes on with its own settings; "
+                "leave it out (and --config, if it stands there), or start a new run without resume."
+            )
+    return wanted
+
+
+def _fetch(store: Store, run_id: str, folder: Path) -> None:
+    """The checkpoints among a run's artifacts, if it has any."""
+    if any(item.path == CHECKPOINTS for item in store.client.list_artifacts(run_id)):
+        folder.mkdir(parents=True, exist_ok=True)
+        store.client.download_artifacts(run_id, CHECKPOINTS, str(folder))

@@ -1,0 +1,191 @@
+"""Checkpoint files that survive a kill: written whole or not at all, with a digest beside each, so that damage is found.
+
+While a run trains, its folder holds `step_N.ckpt`, from which it can go on after N optimizer steps, and `best_N.ckpt`, the
+weights that were best after N. When it has ended they are `last.ckpt` and `best.ckpt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import CheckpointIO
+
+log = logging.getLogger(__name__)
+LAST, BEST = "last.ckpt", "best.ckpt"
+STEP, BEST_STEP = "step_", "best_"
+_DIGEST = ".blake2b"
+_PART = ".part"  # of a file that is being written
+_CHUNK = 2**20
+
+
+def numbered(folder: Path, prefix: str) -> dict[int, Path]:
+    """Step -> file, of the files that `prefix` (STEP or BEST_STEP) begins, in the order of their steps."""
+    found = {}
+    for path in folder.glob(f"{prefix}*.ckpt"):
+        with contextlib.suppress(ValueError):
+            found[int(path.stem.removeprefix(prefix))] = path
+    return dict(sorted(found.items()))
+
+
+def step_of(path: Path) -> int:
+    """The optimizer steps done of a `step_N.ckpt`."""
+    return int(path.stem.removeprefix(STEP))
+
+
+def write(content: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint so that at any moment `path` is the whole of it or what was there before, even if power fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + _PART)
+    with open(part, "wb") as file:
+        hashing = _Hashing(file)
+        torch.save(dict(content), hashing)  # pyright: ignore[reportArgumentType]  (write and flush are all it needs)
+        _to_disk(file)
+    with open(_beside(path), "w", encoding="ascii") as file:  # first: a checkpoint never stands without its digest
+        file.write(hashing.digest.hexdigest())
+        _to_disk(file)
+    os.replace(part, path)
+    _sync_folder(path.parent)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether `read` will load it."""
+    if isinstance(value, dict):
+        return all(is_plain(inner) for pair in value.items() for inner in pair)
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(inner) for inner in value)
+    return value is None or type(value) in (bool, int, float, str, torch.Tensor)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `write` wrote: tensors and plain values alone, on the CPU. Raises ValueError if the file is damaged."""
+    problem = damage(path)
+    if problem is not None:
+        raise ValueError(f"checkpoint {path} is damaged: {problem}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file; None if it is what was written."""
+    if path.stat().st_size == 0:
+        return "it is empty"
+    try:
+        wanted = _beside(path).read_text(encoding="ascii").strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        wanted = None
+    if wanted is None:  # at the end of a run the archive's own checksums remain
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+        except (zipfile.BadZipFile, NotImplementedError, OSError):
+            return "it is cut off or no checkpoint"
+        return None if bad is None else "its bytes are not those that were written"
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return None if digest.hexdigest() == wanted else "its bytes are not those that were written"
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """The newest checkpoint to go on from, past damaged ones, each of which is told; None if there is none."""
+    ended = [folder / LAST] if (folder / LAST).exists() else []
+    for path in [*ended, *reversed(numbered(folder, STEP).values())]:
+        problem = damage(path)
+        if problem is None:
+            return path
+        log.warning("Checkpoint %s is damaged (%s); the one before it is used.", path, problem)
+    return None
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Remove what a run left that goes on from `step`: later checkpoints, which will be made again, and half-written files."""
+    for prefix in (STEP, BEST_STEP):
+        for found, path in numbered(folder, prefix).items():
+            if found > step:
+                remove(path)
+    for part in folder.glob(f"*{_PART}"):
+        part.unlink(missing_ok=True)
+
+
+def best_of(folder: Path, step: int) -> Path | None:
+    """The file of the best weights, which were those of `step`; None if it is gone or damaged."""
+    for path in (folder / f"{BEST_STEP}{step}.ckpt", folder / BEST):
+        if path.exists() and damage(path) is None:
+            return path
+    return None
+
+
+def finish(folder: Path, best_step: int | None) -> None:
+    """The run has ended: keep the newest as `last.ckpt` and the best as `best.ckpt`."""
+    steps, bests = numbered(folder, STEP), numbered(folder, BEST_STEP)
+    if best_step in bests:
+        os.replace(bests[best_step], folder / BEST)
+    if steps:
+        os.replace(steps[max(steps)], folder / LAST)
+    for path in [*numbered(folder, STEP).values(), *numbered(folder, BEST_STEP).values()]:
+        remove(path)
+    for path in folder.glob(f"*{_DIGEST}"):
+        path.unlink()
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint and its digest."""
+    path.unlink(missing_ok=True)
+    _beside(path).unlink(missing_ok=True)
+
+
+class WholeFiles(CheckpointIO):
+    """Lightning's way to files, by `write` and `read`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        remove(Path(path))
+
+
+class _Hashing:
+    """A file for writing, as torch.save wants it, that digests what passes."""
+
+    def __init__(self, file: Any) -> None:
+        self.digest = hashlib.blake2b(digest_size=16)
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + _DIGEST)
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a new name to the disk too."""
+    with contextlib.suppress(OSError):  # not every system opens folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
