@@ -21,6 +21,11 @@ log = logging.getLogger(__name__)
 _KEY = "dann_experiments"  # of our part in a checkpoint
 
 
+def reopen(folder: Path) -> None:
+    """Give checkpoints of a run that ended the names again from which it can go on."""
+    files.reopen(folder, lambda content: content[_KEY]["best_step"])
+
+
 class Checkpoints(Checkpoint):
     """Keeps the newest `keep` checkpoints in `folder`, and the weights with the best `monitor` (None = no best).
 
@@ -121,8 +126,8 @@ class Checkpoints(Checkpoint):
             raise FileNotFoundError(f"{self.folder} holds no best checkpoint")
         return found
 
-    def finish(self) -> None:
-        """The run has ended, and nothing will go on from here: leave `last.ckpt` and `best.ckpt` alone."""
+    def close(self) -> None:
+        """Training has ended, well or not: leave `last.ckpt` and `best.ckpt` alone."""
         files.finish(self.folder, self.best_step)
 
     def save(self, trainer: pl.Trainer) -> None:
