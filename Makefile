@@ -4,7 +4,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
-PROJECT_RUN := PATH="$(CURDIR)/$(BIN):$$PATH" mlflow run . --env-manager local --experiment-name digits
+PROJECT_RUN := PATH="$$PWD/$(BIN):$$PATH" mlflow run . --env-manager local --experiment-name digits
 
 .PHONY: help install demo test test-slow check ui clean
 .DEFAULT_GOAL := help
@@ -45,7 +45,7 @@ check: .venv/installed-dev  ## lint, types, fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri "$$MLFLOW_TRACKING_URI" --host 127.0.0.1 --port 5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_BACKEND_STORE_URI="$$MLFLOW_TRACKING_URI" $(BIN)/mlflow ui --host 127.0.0.1 --port 5000
 
 clean:  ## remove the environment, caches and everything runs left behind, the MLflow store included
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis mlruns mlartifacts outputs studies lightning_logs mlflow.db*

@@ -43,12 +43,13 @@ def rates(config: Config) -> tuple[float, float]:
         setup.check_data(config, data, network)
         taps = setup.make_taps(config, network)
         method = setup.make_method(config, taps)
+        make_optimizer = setup.optimizer_maker(config.optimizer, config.trainer.precision)
         module = AdaptationModule(
-            network, method, taps, setup.optimizer_maker(config.optimizer), "constant", config.data.ignore_index,
+            network, method, taps, make_optimizer, "constant", config.data.ignore_index,
             config.domain_adaptation.batchnorm,
         )  # fmt: skip
         groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "name": "network"}]
-        optimizer = setup.optimizer_maker(config.optimizer)(groups + method.param_groups())
+        optimizer = make_optimizer(groups + method.param_groups())
         loader = _together(_train_loaders(config, data))
         batches = endless(loader)
         images = config.data.source.batch_size + config.data.target.batch_size

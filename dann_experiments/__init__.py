@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler, LinearScheduler
     from dann_experiments.comparison.compare import ComparisonResult, compare
     from dann_experiments.comparison.verdict import Verdict
-    from dann_experiments.config import Config, InputError, load_config
+    from dann_experiments.config import Config, InputError, TrainingFailed, load_config
     from dann_experiments.config.comparison import CompareConfig
     from dann_experiments.config.prediction import PredictConfig
     from dann_experiments.jobs.adapt import adapt
@@ -48,6 +48,7 @@ _HOMES = {
     "compare": "comparison.compare",
     "Config": "config",
     "InputError": "config",
+    "TrainingFailed": "config",
     "load_config": "config",
     "DataReport": "jobs.check_data",
     "PredictConfig": "config.prediction",
@@ -80,6 +81,7 @@ __all__ = [
     "RunResult",
     "SourceOnly",
     "StepOutputs",
+    "TrainingFailed",
     "Verdict",
     "adapt",
     "check_data",

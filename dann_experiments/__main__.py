@@ -13,8 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dann_experiments.command_line import DEFAULT_CONFIG, NOT_GIVEN, SHORT_NAMES, dotted, quiet_libraries, ui_command
-from dann_experiments.config import Config, InputError, config_to_yaml, load_config
+from dann_experiments.command_line import (
+    DEFAULT_CONFIG,
+    NOT_GIVEN,
+    SHORT_NAMES,
+    Parser,
+    dotted,
+    quiet_libraries,
+    ui_command,
+    warn_of_stored_secrets,
+)
+from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
@@ -45,14 +54,15 @@ WITHOUT_EFFECT = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 = done, 2 = something the user can mend, told in one message."""
+    """Run one command; 0 = done, 1 = training failed, 2 = something the user can mend, each told in one message."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _argument_parser()
-    known, rest = parser.parse_known_args(arguments)
-    if known.command is None:
-        parser.print_help()
-        return 2
     try:
+        known, rest = parser.parse_known_args(arguments)
+        if known.command is None:
+            parser.print_help()
+            return 2
+        warn_of_stored_secrets(dotted(rest) if not known.help else {})
         if known.help:
             print(_command_help(parser, known.command))
             return 0
@@ -64,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except TrainingFailed as error:
+        print(f"Training failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -114,8 +127,8 @@ def _run(known: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _argument_parser() -> Parser:
+    parser = Parser(
         prog="python -m dann_experiments",
         description="Adapt segmentation networks to unlabelled domains with DANN, tracked in MLflow.",
         epilog="COMMAND --help lists every setting. Settings: any --dotted.key value, for example --trainer.max_epochs 5.",
@@ -266,7 +279,7 @@ def _print_layers(config: Config, every: bool) -> None:
 
     network = setup.make_network(config, with_weights=False)
     table = Table("layer", "channels", "stride", "useful", title=f"{config.model.arch}, {config.model.encoder_name}")
-    for layer in list_layers(network, config.model.in_channels, config.data.crop_size or 64):
+    for layer in list_layers(network, config.model.in_channels, setup.blank_size(config)):
         if layer.useful or every:
             table.add_row(layer.name, str(layer.channels), f"{layer.stride:g}", "yes" if layer.useful else "")
     Console().print(table)

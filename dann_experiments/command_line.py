@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import shlex
+import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
 
 from dann_experiments.config import InputError
 
@@ -23,6 +29,14 @@ SHORT_NAMES = {
 NOT_GIVEN = ("", "None")  # how MLflow spells an optional parameter that was left out
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses by InputError, so that a wrong command is told as any other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InputError."""
+        raise InputError(f"{message} (--help lists what there is).")
+
+
 def dotted(rest: Sequence[str]) -> dict[str, str]:
     """`--key value` and `--key=value` as a mapping; raises InputError for anything else."""
     overrides: dict[str, str] = {}
@@ -32,6 +46,8 @@ def dotted(rest: Sequence[str]) -> dict[str, str]:
         if not token.startswith("--"):
             raise InputError(f"{token!r} stands alone; give settings as --dotted.key value.")
         key, equals, value = token[2:].partition("=")
+        if not key:
+            raise InputError(f"{token!r} names no setting; give settings as --dotted.key value.")
         if not equals:
             if not tokens:
                 raise InputError(f"--{key} has no value; give --{key} VALUE (--help lists all settings).")
@@ -40,12 +56,43 @@ def dotted(rest: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
+class _WithoutSecrets(logging.Formatter):
+    """Leaves passwords out of whatever message, a library's too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from dann_experiments.tracking.store import without_secrets
+
+        return without_secrets(super().format(record))
+
+
+def _tell_of_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own traceback, without passwords."""
+    from dann_experiments.tracking.store import without_secrets
+
+    print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def warn_of_stored_secrets(given: Mapping[str, Any]) -> None:
+    """`mlflow run` keeps all its parameters with its run before this program starts: say so where one holds a password."""
+    from dann_experiments.tracking.store import without_secrets
+
+    for key, value in given.items():
+        if "MLFLOW_RUN_ID" in os.environ and without_secrets(str(value)) != str(value):
+            print(
+                f"Warning: `mlflow run` has stored the parameter `{key}`, password included, with its run; keep passwords in "
+                "~/.pgpass, PGPASSWORD or MLFLOW_TRACKING_PASSWORD, and change this one.",
+                file=sys.stderr,
+            )
+
+
 def quiet_libraries() -> None:
-    """Our own messages in full, the libraries' only where they matter to the user."""
+    """Our own messages in full, the libraries' only where they matter to the user, passwords in none."""
     from rich.logging import RichHandler
 
+    sys.excepthook = _tell_of_error
     handler = RichHandler(show_path=False, show_time=False, markup=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    handler.setFormatter(_WithoutSecrets("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("dann_experiments", "sweeps"):
         logging.getLogger(name).setLevel(logging.INFO)
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch", "mlflow"):

@@ -13,9 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dann_experiments.command_line import DEFAULT_CONFIG, NOT_GIVEN, SHORT_NAMES, dotted, quiet_libraries, ui_command
+from dann_experiments.command_line import (
+    DEFAULT_CONFIG,
+    NOT_GIVEN,
+    SHORT_NAMES,
+    Parser,
+    dotted,
+    quiet_libraries,
+    ui_command,
+    warn_of_stored_secrets,
+)
 from dann_experiments.config import InputError, load_config
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
+from dann_experiments.config.places import user_path
+from sweeps.errors import SweepFailed
 from sweeps.settings import SweepConfig
 
 if TYPE_CHECKING:
@@ -34,21 +45,19 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 = done, 1 = the sweep failed, 2 = something the user can mend, told in one message."""
     parser = _argument_parser()
-    known, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
-    if known.command is None:
-        parser.print_help()
-        return 2
-    if known.help:
-        print(_command_help(parser, known.command))
-        return 0
-    quiet_libraries()
-    from sweeps.driver import SweepFailed
-
     try:
+        known, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+        if known.command is None:
+            parser.print_help()
+            return 2
+        if known.help:
+            print(_command_help(parser, known.command))
+            return 0
         given = {key: value for key, value in dotted(rest).items() if value not in NOT_GIVEN}
         sweep_flags = {key: value for key, value in given.items() if key in known_keys(SweepConfig)}
         settings = {SHORT_NAMES.get(key, key): value for key, value in given.items() if key not in sweep_flags}
         _refuse_unknown_flags(settings)
+        quiet_libraries()
         if known.command == "run":
             return _run(known, sweep_flags, settings)
         return _of_a_study(known.command, sweep_flags, settings)
@@ -64,36 +73,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-    from dann_experiments.tracking.store import without_secrets
-    from sweeps.driver import run_sweep
 
-    space = DEFAULT_SPACE if known.space in (None, *NOT_GIVEN) else Path(known.space)
+    space = DEFAULT_SPACE if known.space in (None, *NOT_GIVEN) else user_path(known.space)
     config_file = DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else Path(known.config)
-    if not space.expanduser().exists():
+    if not os.path.exists(space):
         raise InputError(f"space file {space} does not exist; sweeps/ holds some to start from.")
     config = load_config(config_file, settings)
     defaults = {} if _names_a_study(space, sweep_flags) else {"study": f"{space.stem}-{config_file.stem}"}
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
-    storage = sweep.storage or ""
-    if "MLFLOW_RUN_ID" in os.environ and without_secrets(storage) != storage:
-        print(
-            "Warning: `mlflow run` has stored the parameter `storage`, password included, with its run; keep passwords in "
-            "~/.pgpass or PGPASSWORD.",
-            file=sys.stderr,
-        )
+    warn_of_stored_secrets({**settings, **sweep_flags})
+    from sweeps.driver import run_sweep
+
     return _finish(run_sweep(sweep, config))
 
 
 def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str, Any]) -> int:
-    from sweeps import show
-    from sweeps.driver import resume_sweep
-
     name = sweep_flags.pop("study", None)
     if name is None:
         raise InputError(f"{command} needs --study NAME; `ls studies` shows those with a journal file.")
     unfit = [key for key in settings if not key.startswith("tracking.")]
     if unfit:
         raise InputError(f"--{unfit[0]} cannot be given to {command}: a study keeps the settings it was made with.")
+    from sweeps import show
+    from sweeps.driver import resume_sweep
+
     storage = sweep_flags.pop("storage", None)
     if command == "resume":
         if "space" in sweep_flags:
@@ -120,13 +123,14 @@ def _finish(result: SweepResult) -> int:
     if result.settings.confirm_top:
         from sweeps.confirm import confirm
 
+        allowed = {"allow_class_path": result.settings.allow_class_path}
         place = {"tracking.uri": result.tracking_uri, "tracking.experiment": result.experiment}
-        show.confirmation(confirm(result.study, result.settings.storage, {}, place))
+        show.confirmation(confirm(result.study, result.settings.storage, allowed, place))
     return 0
 
 
 def _names_a_study(space: Path, sweep_flags: Mapping[str, Any]) -> bool:
-    return "study" in sweep_flags or (space.exists() and load_settings(SweepConfig, space, {}).study is not None)
+    return "study" in sweep_flags or load_settings(SweepConfig, space, {}).study is not None
 
 
 def _refuse_unknown_flags(settings: Mapping[str, Any]) -> None:
@@ -138,8 +142,8 @@ def _refuse_unknown_flags(settings: Mapping[str, Any]) -> None:
             raise InputError(f"unknown flag --{key}; did you mean --{nearest}?")
 
 
-def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _argument_parser() -> Parser:
+    parser = Parser(
         prog="python -m sweeps",
         description="Search hyperparameters of domain adaptation with Optuna, every trial a run in MLflow.",
         epilog="COMMAND --help lists every setting.",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import InputError, config_to_yaml
+from dann_experiments.config.stored import refuse_stored_code
 from dann_experiments.tracking.store import Store, open_store
 from sweeps.crew import crew_for
 from sweeps.definition import store_settings, stored_settings
@@ -46,6 +47,7 @@ EFFECTIVE = {
     "timeout",
     "max_failures",
     "nested",
+    "allow_class_path",
 }
 
 
@@ -90,6 +92,9 @@ def confirm(
     first = parent.attribute(DEFINITION)["config"]["seed"] + 1
     contest = _Contest(parent, candidates, range(first, first + sweep.confirm_seeds))
     config = study_config(parent, tracking or {})
+    for trial in contest.trials():
+        named = config_of(parent, trial).domain_adaptation.method.class_path
+        refuse_stored_code(named, sweep.allowed_classes, f"trial {trial.number} of study {name!r}")
     with only_driver(address, name), crew_for(sweep, config) as crew:
         store = open_store(config.tracking.uri, config.tracking.experiment)
         check_launcher(sweep, address, store)

@@ -17,6 +17,7 @@ from dann_experiments.config import Config, config_to_dict, replace
 from dann_experiments.tracking.processes import available_cores, default_workers, visible_gpus
 from dann_experiments.tracking.run import TrackedRun
 from dann_experiments.tracking.store import Store
+from sweeps.errors import SweepFailed
 from sweeps.launchers import Launcher, ProcessLauncher, RayLauncher
 from sweeps.progress import Progress
 from sweeps.reaping import Watch, give_back_unnamed, reap_dead_workers
@@ -27,10 +28,6 @@ from sweeps.worker import PATIENCE_SECONDS, PAUSE_SECONDS, Task
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 IDLE_DEATHS = 3  # workers in a row that die before they claim a trial: something is wrong with all of them
-
-
-class SweepFailed(RuntimeError):
-    """The sweep was stopped because nothing works; the message names the common cause."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +155,9 @@ class _Shift:
         token = uuid.uuid4().hex[:8]
         logs = str((study_folder(self.study.name) / "logs" / f"worker-{token}.log").resolve())
         return Task(
-            self.address, self.study.name, self.tracking, self.run.run_id, token, os.getcwd(), logs, self.deadline
-        )
+            self.address, self.study.name, self.tracking, self.run.run_id, token, os.getcwd(), logs, self.deadline,
+            classes=tuple(self.sweep.allowed_classes),
+        )  # fmt: skip
 
     def _log_progress(self, counts: Mapping[str, int]) -> None:
         done = counts["complete"] + counts["pruned"] + counts["fail"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from dann_experiments.config import Config, InputError, config_to_dict, flatten
 from dann_experiments.config.parsing import config_from_dict, load_settings
+from dann_experiments.config.stored import CLASS_PATH
 from sweeps.settings import QUESTION, RAY_ONLY, SweepConfig
 from sweeps.space import Space
 from sweeps.study import DEFINITION, SETTINGS, Slot, Sweep
@@ -22,7 +23,15 @@ CONTROL = {
     "domain_adaptation.method.class_path": None,  # of a method of the user's own, too
     "domain_adaptation.method.init_args": {},
 }
-NOT_STORED = ("space", "study", "storage", "objective", "direction", "n_trials", "timeout")  # with the settings
+# with the settings
+NOT_STORED = ("space", "study", "storage", "objective", "direction", "n_trials", "timeout", "allow_class_path")
+
+
+def classes_named(space: Mapping[str, Any], config: Config) -> list[str]:
+    """Every `class_path` that the settings or the choices of the space (as its file or `Space.described` has them) name."""
+    entry = space.get(CLASS_PATH)
+    choices = entry.get("choices") or [] if isinstance(entry, Mapping) else []
+    return [str(name) for name in (config.domain_adaptation.method.class_path, *choices) if name is not None]
 
 
 def slots_of(sweep: SweepConfig, space: Space, config: Config) -> list[Slot]:
@@ -70,6 +79,7 @@ def store_settings(study: Sweep, sweep: SweepConfig, n_trials: int) -> None:
 def stored_settings(study: Sweep, overrides: Mapping[str, Any]) -> SweepConfig:
     """The settings that are stored with a study, `overrides` on top."""
     definition, stored = study.attribute(DEFINITION), dict(study.attribute(SETTINGS))
+    stored.pop("allow_class_path", None)  # whoever wrote it there: a storage allows nothing
     if overrides.get("launcher") == "processes":
         stored = {key: value for key, value in stored.items() if key not in RAY_ONLY}
     plain = {  # null stands for what is not given there

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,11 +18,21 @@ from optuna.trial import FrozenTrial
 
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.parsing import config_from_dict
+from dann_experiments.config.places import user_path
+from dann_experiments.config.stored import refuse_stored_code
 from dann_experiments.jobs import evaluate, prepare, setup
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, open_store, without_secrets
 from sweeps.crew import Crew, SweepFailed, crew_for, keep_going, with_threads
-from sweeps.definition import describe, missing_slots, refuse_changes, slots_of, store_settings, stored_settings
+from sweeps.definition import (
+    classes_named,
+    describe,
+    missing_slots,
+    refuse_changes,
+    slots_of,
+    store_settings,
+    stored_settings,
+)
 from sweeps.objective import check_objective, scores_of
 from sweeps.reaping import close_runs, reap_at_start
 from sweeps.report import baselines, links, top_trials, write_report
@@ -72,6 +84,8 @@ class SweepResult:
 def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     """Run a new study, or the missing trials of one that exists. Raises InputError, with nothing started, for what the
     user can mend; SweepFailed when `max_failures` trials failed in a row, or all."""
+    named = classes_named(sweep.space, config)  # by the caller, who has thereby allowed them
+    sweep = dataclasses.replace(sweep, allow_class_path=list(dict.fromkeys([*sweep.allowed_classes, *named])))
     if sweep.study is None:
         raise InputError("study has no name; give one.")
     space = read_space(sweep.space, config)
@@ -109,12 +123,15 @@ def resume_sweep(
     n_trials ...), `tracking` (dotted `tracking.*`) where its runs are. Raises what `run_sweep` raises."""
     study = find_study(name, storage_address(storage, name))
     sweep = stored_settings(study, {**(overrides or {}), "storage": storage})
-    return run_sweep(sweep, study_config(study, tracking or {}))
+    config = study_config(study, tracking or {})
+    for named in classes_named(sweep.space, config):
+        refuse_stored_code(named, sweep.allowed_classes, f"study {name!r}")
+    return run_sweep(sweep, config)
 
 
 def find_study(name: str, address: str) -> Sweep:
     """A study that is there; raises InputError if it is not."""
-    if is_journal(address) and not Path(address).expanduser().exists():
+    if is_journal(address) and not os.path.exists(user_path(address)):
         raise InputError(f"study {name!r}: there is no {address}; name its storage with --storage.")
     study = Sweep.find(open_storage(address), name)
     if study is None or study.attribute(DEFINITION) is None:
@@ -228,8 +245,8 @@ def check_launcher(sweep: SweepConfig, address: str, store: Store | None = None)
         )
     if store is not None and store.uri.startswith("sqlite"):
         raise InputError(
-            f"launcher is 'ray', but tracking.uri is {store.uri!r}, which other machines cannot share; give a server's "
-            "address, such as http://HOST:5000."
+            f"launcher is 'ray', but tracking.uri is {without_secrets(store.uri)!r}, which other machines cannot share; give a "
+            "server's address, such as http://HOST:5000."
         )
 
 
@@ -239,14 +256,16 @@ def only_driver(address: str, study: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     if is_journal(address):
-        path = Path(address).expanduser().parent / f"{study}.driver"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = user_path(address).parent / f"{study}.driver"
     else:
         digest = hashlib.blake2b(f"{address} {study}".encode(), digest_size=8).hexdigest()
         path = Path(tempfile.gettempdir()) / f"dann-sweep-{digest}.driver"
     lock = FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+    except OSError as error:
+        raise InputError(f"storage is {without_secrets(address)!r}, which cannot be written ({error}).") from None
     except Timeout:
         raise InputError(
             f"study {study!r} is being run by another process of this machine; wait for it or stop it."

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import Config, InputError, replace
 from dann_experiments.config.errors import StoreAway
+from dann_experiments.config.stored import refuse_stored_code
 from dann_experiments.jobs import RunResult, adapt, setup
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.selection import PREFIX, choice_value
@@ -80,6 +81,8 @@ def run_trial(
         point = {} if reference else space.suggest(trial)
         name = f"{study.name} trial {slot.number}"
         config = trial_config(base, {**slot.user_attrs["overrides"], "tracking.run_name": name}, point)
+        named = config.domain_adaptation.method.class_path
+        refuse_stored_code(named, sweep.allowed_classes, f"trial {slot.number} of study {study.name!r}")
         study.note(slot, seed=config.seed, sampler_seed=sweep.sampler_seed, point=settings_of(point))
         may_prune = slot.user_attrs["role"] == "search" and sweep.pruner != "none"
         callback = PruningCallback(trial, sweep.objective, may_prune)

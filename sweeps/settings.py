@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dann_experiments.config import InputError
-from dann_experiments.config.schema import TARGET_LABEL_METRICS, MonitorConfig
+from dann_experiments.config.schema import MOST_PROCESSES, TARGET_LABEL_METRICS, MonitorConfig
 
 QUESTION = ("space", "objective", "direction", "sampler", "sampler_seed", "pruner")  # another one is another study
+RANGES = {
+    "n_trials": (1, 100_000), "workers": (1, MOST_PROCESSES), "max_failures": (1, 100_000), "confirm_seeds": (1, 1000),
+    "confirm_top": (0, 1000), "gpus_per_trial": (0, 1000), "sampler_seed": (0, 2**32 - 1),
+}  # fmt: skip
 RAY_ONLY = ("ray_address", "cpus_per_trial", "gpus_per_trial")
 
 
@@ -66,6 +70,16 @@ class SweepConfig:
     model_name: str | None = None
     """Name under which the confirmed winner's model is registered, alias `champion`; null = the study's name."""
 
+    allow_class_path: str | list[str] | None = None
+    """For resume and confirm: the domain_adaptation.method.class_path (or several) that the study's storage names and that may
+    be imported. Without, a storage names no code. It is not stored."""
+
+    @property
+    def allowed_classes(self) -> list[str]:
+        """`allow_class_path` as a list."""
+        given = self.allow_class_path
+        return [] if given is None else [given] if isinstance(given, str) else list(given)
+
     @property
     def maximizes(self) -> bool:
         """`direction`, or what the objective's name says."""
@@ -79,13 +93,10 @@ class SweepConfig:
         return self.objective.startswith(TARGET_LABEL_METRICS)
 
     def __post_init__(self) -> None:
-        for key in ("n_trials", "workers", "max_failures", "confirm_seeds"):
+        for key, (least, most) in RANGES.items():
             value = getattr(self, key)
-            if value is not None and value < 1:
-                raise InputError(f"{key} is {value}; give a number of at least 1.")
-        for key in ("confirm_top", "gpus_per_trial", "sampler_seed"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise InputError(f"{key} is {getattr(self, key)}; give a number from 0 up.")
+            if value is not None and not least <= value <= most:
+                raise InputError(f"{key} is {value}; give a number from {least} to {most}.")
         if self.timeout is not None and not self.timeout > 0:
             raise InputError(f"timeout is {self.timeout}; give seconds above 0.")
         if not 0 < self.cpus_per_trial < float("inf"):

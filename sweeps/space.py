@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -42,6 +41,7 @@ FIELDS = {
     "categorical": {"choices"},
 }
 AUTO = "auto"
+MOST_POINTS = 100_000  # of one setting in a grid
 Label = str | int | float | bool | None
 
 
@@ -73,11 +73,13 @@ class Parameter:
         assert isinstance(found, (FloatDistribution, IntDistribution))
         if found.step is None or found.log:
             raise InputError(f"space: {self.key} has no grid; give it a step, or choices, for sampler grid.")
-        if isinstance(found, IntDistribution):
-            return list(range(found.low, found.high + 1, found.step))
+        if (found.high - found.low) / found.step > MOST_POINTS:
+            raise InputError(f"space: {self.key} has a grid of more than {MOST_POINTS} values; give a larger step.")
         low, high, step = (
             Decimal(str(value)) for value in (found.low, found.high, found.step)
         )  # 0.3, not 0.30000000000000004
+        if isinstance(found, IntDistribution):
+            return list(range(found.low, found.high + 1, found.step))
         return [float(low + index * step) for index in range(int((high - low) / step) + 1)]
 
 
@@ -238,11 +240,11 @@ def _read_parameter(key: str, entry: Any, entries: Mapping[str, Any], config: Co
     if not isinstance(entry, Mapping):
         raise InputError(f"space: {key} is {entry!r}; give a mapping such as {{type: float, low: 1, high: 20}}.")
     kind = entry.get("type")
-    if kind not in FIELDS:
+    if not isinstance(kind, str) or kind not in FIELDS:
         raise InputError(f"space: {key}.type is {kind!r}; it is one of {list(FIELDS)}.")
-    unknown = set(entry) - FIELDS[kind] - {"type", "when"}
+    unknown = sorted(str(name) for name in set(entry) - FIELDS[kind] - {"type", "when"})
     if unknown:
-        raise InputError(f"space: {key} has {sorted(unknown)}; type {kind} knows {sorted(FIELDS[kind])} and when.")
+        raise InputError(f"space: {key} has {unknown}; type {kind} knows {sorted(FIELDS[kind])} and when.")
     if kind == "categorical":
         distribution: BaseDistribution = CategoricalDistribution(_choices(key, entry, config))
     else:
@@ -278,7 +280,7 @@ def _range(key: str, kind: str, entry: Mapping[str, Any]) -> BaseDistribution:
         if value is None and name == "step":
             continue
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(float(value or 0)):
+        if not number or not abs(value or 0) < 2**63:  # NaN fails too; what stores keep has 64 bit
             raise InputError(f"space: {key}.{name} is {value!r}; give a {'whole ' if whole else ''}number.")
     low, high, step = entry["low"], entry["high"], entry.get("step")
     try:
@@ -292,8 +294,9 @@ def _range(key: str, kind: str, entry: Mapping[str, Any]) -> BaseDistribution:
 def _useful_layers(config: Config) -> list[str]:
     """The layers of this network that can be tapped under these settings."""
     network = _network(config)
-    size = config.data.crop_size or 64
-    layers = [layer for layer in list_layers(network, config.model.in_channels, size) if layer.useful]
+    layers = [
+        layer for layer in list_layers(network, config.model.in_channels, setup.blank_size(config)) if layer.useful
+    ]
     stages = [layer for layer in layers if layer.name.startswith("encoder.")]
     whole = [layer for layer in layers if layer.name == "encoder"]
     if stages and whole and (stages[-1].channels, stages[-1].stride) == (whole[0].channels, whole[0].stride):

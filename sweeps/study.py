@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import threading
 import warnings
 from collections import Counter
@@ -26,7 +27,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import InputError
-from dann_experiments.tracking.store import without_secrets
+from dann_experiments.config.places import user_path
+from dann_experiments.tracking.store import remember_secrets, without_secrets
 from sweeps.settings import SweepConfig
 from sweeps.space import Label
 
@@ -69,7 +71,8 @@ def storage_address(storage: str | None, study: str) -> str:
 
 def flags_of(study: str, storage: str | None) -> str:
     """The flags that name a study on the command line."""
-    return f"--study '{study}'" + ("" if storage is None else f" --storage '{without_secrets(storage)}'")
+    place = "" if storage is None else f" --storage {shlex.quote(without_secrets(storage))}"
+    return f"--study {shlex.quote(study)}{place}"
 
 
 def study_folder(study: str) -> Path:
@@ -90,9 +93,10 @@ def sqlite_file(address: str) -> str | None:
 
 def open_storage(address: str) -> BaseStorage:
     """The storage at `address`, made if it is new. Raises InputError if it cannot be used."""
+    remember_secrets(address)
     shown = without_secrets(address)
     if is_journal(address):
-        path = Path(address).expanduser()
+        path = user_path(address)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab"):

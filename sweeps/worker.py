@@ -29,6 +29,8 @@ class Task:
     log_file: str | None = None
     deadline: float | None = None
     """time.time() after which no further trial is claimed."""
+    classes: tuple[str, ...] = ()
+    """The `class_path`s that the driver allows; what the study says of that does not count."""
     gpu: str | None = None
     """What CUDA_VISIBLE_DEVICES becomes; None = as found."""
 
@@ -68,7 +70,8 @@ def work(task: Task) -> None:
     log = logging.getLogger(__name__)
     study = Sweep(open_storage(task.storage), task.study)
     definition, settings = study.attribute(DEFINITION), study.attribute(SETTINGS)
-    sweep = load_settings(SweepConfig, None, {**settings, "objective": definition["objective"]})
+    own = {"objective": definition["objective"], "allow_class_path": list(task.classes)}
+    sweep = load_settings(SweepConfig, None, {**settings, **own})
     base = config_from_dict(definition["config"])
     base = replace(base, {f"tracking.{key}": value for key, value in task.tracking.items()})
     space = read_stored(definition["space"])

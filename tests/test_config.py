@@ -57,6 +57,25 @@ def test_an_override_wins_over_the_file_and_leaves_its_neighbours(tmp_path):
         ("model.in_channels", 4, "give data.mean and data.std one value a band"),
         ("monitor.metric", None, None),
         ("seed", -1, "seed is -1"),
+        ("model.classes", 10**9, "model.classes is 1000000000; give a number from 2 to 256"),
+        ("model.in_channels", 10**9, "give a number from 1 to 65535"),
+        ("model.decoder_dropout", float("nan"), "model.decoder_dropout is nan; give a number from 0 to 1"),
+        ("data.source.batch_size", 10**9, "give a number from 1 to 100000"),
+        ("data.num_workers", 10**9, "data.num_workers is 1000000000; give a number from 0 to 1024"),
+        ("data.embedded.seed", -1, "data.embedded.seed is -1"),
+        ("threads", 10**9, "threads is 1000000000; give a number from 1 to 1024"),
+        ("domain_adaptation.method.hidden_size", 10**9, "give a number from 1 to 16384"),
+        ("domain_adaptation.method.feature_layer", [""], "feature_layer is ['']; name each layer once"),
+        ("domain_adaptation.method.class_path", ".x.Y", "class_path is '.x.Y'; give package.module.Class"),
+        (
+            "monitor.forgetting_threshold",
+            float("nan"),
+            "monitor.forgetting_threshold is nan; give a number from 0 to 1",
+        ),
+        ("tracking.experiment", " ", "tracking.experiment is ' '; give it a name"),
+        ("tracking.run_name", "a\0", "tracking.run_name is 'a\\x00'; no store keeps a NUL"),
+        ("data.root", "a\udcff", "what is not UTF-8"),
+        ("data.root", ["a" * 10_000], "... (10004 letters), but must be"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name_with_the_way_out(key, value, message):
@@ -66,6 +85,16 @@ def test_a_wrong_setting_is_refused_by_name_with_the_way_out(key, value, message
     with pytest.raises(InputError) as error:
         load_config(None, {key: value})
     assert message in str(error.value)
+
+
+def test_a_method_of_ones_own_needs_no_setting_beside_its_class():
+    config = load_config(
+        None, {"domain_adaptation.method.class_path": "my.Own", "domain_adaptation.method.init_args.a": "1"}
+    )
+    assert (config.domain_adaptation.method.class_path, config.domain_adaptation.method.init_args) == (
+        "my.Own",
+        {"a": 1},
+    )
 
 
 def test_a_missing_file_and_a_file_that_is_no_yaml_are_refused_by_name(tmp_path):

@@ -22,6 +22,7 @@ def test_the_documented_method_adapts(workplace, squares, monkeypatch):
     assert code is not None
     (workplace / "my_methods.py").write_text(code.group(1))
     monkeypatch.syspath_prepend(str(workplace))
+    monkeypatch.setenv("PYTHONPATH", ".")
     settings = small_settings(
         squares,
         domain_adaptation__method__class_path="my_methods.MeanAlignment",

@@ -588,7 +588,7 @@ def test_every_data_setting_refuses_values_of_another_kind_by_its_name(place, ca
 LONG, DEEP = "a" * 5000, "a/" * 2000
 IMAGES = {"images": "source/images", "masks": "source/masks"}
 WRONG = [
-    ("root", "\0", "source"), ("root", LONG, LONG), ("root", "/nonsense", "/nonsense/source"),
+    ("root", "\0", "data.root"), ("root", LONG, LONG), ("root", "/nonsense", "/nonsense/source"),
     ("root", "nonsense", "nonsense/source"),
     ("source.root", DEEP, "source"), ("source.preset", "nonsense", "preset"), ("source.preset", "", "preset"),
     ("source.scene", "Urban", "scene"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -186,27 +188,35 @@ def test_a_resumed_sender_sends_what_the_killed_one_left_and_no_step_twice(tmp_p
     )
 
 
-@pytest.fixture
-def away(monkeypatch) -> None:
-    """Closing gives up at once."""
-    monkeypatch.setattr("dann_experiments.tracking.sender.CLOSE_SECONDS", 0.0)
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Iterator[Store]:
+    """One store for all, as a new one takes seconds; its folder is the current one."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("kept")
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        yield open_store(None, "kept")
 
 
-@pytest.fixture
-def store(workplace) -> Store:
-    return open_store(None, "kept")
+@pytest.fixture(autouse=True)
+def _nothing_left(request) -> Iterator[None]:
+    """Each test finds no folder of another."""
+    yield
+    if "store" in request.fixturenames:
+        shutil.rmtree("outputs", ignore_errors=True)
 
 
 def run_that_ends_while_the_store_is_away(store: Store, monkeypatch) -> None:
     with tracked_run(store, None, "kept", {"dann.job": "adapt"}, Path("outputs"), use_claimed=False) as run:
         for name in ("log_batch", "log_artifact", "set_terminated"):
             monkeypatch.setattr(store.client, name, Refusing(float("inf"))._answer)
+        monkeypatch.setattr("dann_experiments.tracking.sender.CLOSE_SECONDS", 0.0)  # gives up at once
         run.log_metrics({"loss": 0.5}, step=3)
         (run.folder / "figures").mkdir()
         (run.folder / "figures" / "f.txt").write_text("seen")
 
 
-def test_a_run_that_ends_while_the_store_is_away_is_whole_after_sync(store, away, monkeypatch, capsys):
+def test_a_run_that_ends_while_the_store_is_away_is_whole_after_sync(store, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(NotStored, match="sync"):
         run_that_ends_while_the_store_is_away(store, patch)
     (run_id,) = (path.name for path in Path("outputs").iterdir())

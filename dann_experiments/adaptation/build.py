@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dann_experiments.adaptation.dann import DANNMethod, LambdaZero, SourceOnly
 from dann_experiments.adaptation.method import DomainAdaptationMethod
+from dann_experiments.adaptation.own_class import find_class
 from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler, LinearScheduler
 from dann_experiments.config.errors import InputError
 
@@ -55,11 +55,10 @@ def load_own_method(
 
     A constructor that has a parameter `channels` is given layer -> channels of the captured layers.
     """
-    module_name, _, class_name = class_path.rpartition(".")
     where = f"domain_adaptation.method.class_path is {class_path!r}"
     try:
-        method = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+        method = find_class(class_path)
+    except ImportError as error:
         raise InputError(f"{where}, which cannot be imported ({error}); is its package installed?") from None
     if not (isinstance(method, type) and issubclass(method, DomainAdaptationMethod)):
         raise InputError(f"{where}, which is no subclass of dann_experiments.DomainAdaptationMethod.")

@@ -15,8 +15,9 @@ from dann_experiments.comparison.result import Arm, ArmRun
 from dann_experiments.config import Config, InputError, load_config
 from dann_experiments.config.comparison import ARM_NAMES, KINDS, Kind
 from dann_experiments.config.errors import StoreAway
+from dann_experiments.config.stored import without_code
 from dann_experiments.tracking.run import PARAM_PREFIX
-from dann_experiments.tracking.store import Store, known_run
+from dann_experiments.tracking.store import Store, known_run, without_secrets
 from dann_experiments.training.selection import PREFIX
 
 log = logging.getLogger(__name__)
@@ -102,14 +103,14 @@ def with_probe_of_the_start(runs: Sequence[ArmRun], arms: Sequence[Arm]) -> list
 
 
 def config_of(store: Store, run_id: str) -> Config | None:
-    """The settings that a run keeps as `config.yaml`; None where they cannot be read."""
+    """The settings that a run keeps as `config.yaml`, without a `class_path`; None where they cannot be read."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return load_config(Path(store.client.download_artifacts(run_id, "config.yaml", folder)))
+            return without_code(load_config(Path(store.client.download_artifacts(run_id, "config.yaml", folder))))
         except StoreAway:
             raise
         except Exception as error:  # whatever the artifact store raises
-            log.warning("run %s gives no config.yaml (%s).", run_id, error)
+            log.warning("run %s gives no config.yaml (%s).", run_id, without_secrets(str(error)))
             return None
 
 

@@ -66,15 +66,15 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
     many runs fail.
     """
     settings = settings or CompareConfig()
+    arms, notes = ([], []) if settings.runs else arms_of(settings, config)
     store = open_store(config.tracking.uri, config.tracking.experiment)
-    arms, found, notes, cells, done = [], [], [], [], Done()
+    found, cells, done = [], [], Done()
     close_orphans(store, "compare")
     if settings.runs:
         arms, found, notes = arms_of_runs(store, settings.runs)
         notes = [*notes, *_missing(arms)]
         config = _config_of_runs(config, store, found, arms)
     else:
-        arms, notes = arms_of(settings, config)
         cells = cells_of(arms, settings.seed_list(config.seed), config, _given_source(config, store))
         done = find_cells(cells, store)
         check_arms([cell for index, cell in enumerate(cells) if index not in done.run_ids])

@@ -19,7 +19,7 @@ from dann_experiments.jobs import setup
 from dann_experiments.jobs.alignment import FEATURES_FILE
 from dann_experiments.jobs.ready_model import load_model
 from dann_experiments.jobs.training import Album
-from dann_experiments.tracking.store import Store
+from dann_experiments.tracking.store import Store, without_secrets
 
 log = logging.getLogger(__name__)
 TILES = 5
@@ -76,7 +76,11 @@ def feature_clouds(store: Store, run_id: str) -> tuple[dict[str, FeatureCloud], 
                 layer = (file.metadata() or {}).get("layer", "")
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
         except Exception as error:  # whatever the artifact store raises: a report without this figure is still one
-            log.warning("The report has no picture of the features: run %s keeps none (%s).", run_id, error)
+            log.warning(
+                "The report has no picture of the features: run %s keeps none (%s).",
+                run_id,
+                without_secrets(str(error)),
+            )
             return {}, ""
     clouds = {}
     for when in ("before", "after"):

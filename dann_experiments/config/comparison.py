@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.schema import MOST_PROCESSES
 
 Kind = Literal["source_only", "statistics", "control", "adapted", "oracle"]
 """source_only: the source model as it is; statistics: that model with BatchNorm statistics of the target (AdaBN); control:
@@ -52,8 +53,8 @@ class CompareConfig:
             raise InputError(f"seeds is {self.seeds}; give how many (at least 1), or a list of different seeds.")
         if any(not 0 <= seed < 2**32 for seed in given):
             raise InputError(f"seeds is {self.seeds}; seeds are whole numbers from 0 to 4294967295.")
-        if self.workers is not None and self.workers < 1:
-            raise InputError(f"workers is {self.workers}; give a number of at least 1, or null.")
+        if self.workers is not None and not 1 <= self.workers <= MOST_PROCESSES:
+            raise InputError(f"workers is {self.workers}; give a number from 1 to {MOST_PROCESSES}, or null.")
         if len(set(self.runs)) < len(self.runs):
             raise InputError("runs names a run twice; name each once.")
         if self.runs and self.arms:

@@ -7,22 +7,39 @@ import difflib
 import functools
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.schema import Config
+from dann_experiments.config.places import user_path
+from dann_experiments.config.schema import Config, MethodConfig
 from dann_experiments.config.target_dialect import translate
 
 Settings = TypeVar("Settings")
 MOST_VALUES = 100_000  # of a settings file, aliases counted wherever they stand
+MOST_LETTERS = 16 * 2**20  # of a settings file
+MOST_SHOWN = 200  # letters of a wrong value in a message
+# PyYAML lets its parsers' own errors out where a tag and its text do not fit: `!!int ""`, `!!bool x`, `!!timestamp x`
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: `1e-4` is a number (PyYAML alone reads it as a string)."""
+    """YAML 1.2 floats: `1e-4` is a number (PyYAML alone reads it as a string). A key that stands twice in a mapping is refused
+    (PyYAML alone drops the first)."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The mapping as written, before merge keys (<<) are put in."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -137,17 +154,21 @@ def _checked(cls: type[Settings], settings: dict[str, Any]) -> Settings:
 
 
 def _read_yaml(file: str | Path) -> dict[str, Any]:
-    path = Path(file).expanduser()
+    path = user_path(file)
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as opened:
+            text = opened.read(MOST_LETTERS + 1)
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist; recipes/ holds some to start from.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         raise InputError(f"config file {path} cannot be read: {error}") from None
+    if len(text) > MOST_LETTERS:
+        raise InputError(f"config file {path} has more than {MOST_LETTERS} letters; is it a file of settings?")
     try:
         settings = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader: builds plain values only)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except YAML_ERRORS as error:
+        what = "" if isinstance(error, yaml.YAMLError) else "a value cannot be read: "
+        raise InputError(f"config file {path} is not valid YAML: {what}{' '.join(str(error).split())}") from None
     if _count(settings, {}) > MOST_VALUES:
         raise InputError(f"config file {path} grows too large by its aliases (*), or holds itself; write it out.")
     if settings is None:
@@ -176,16 +197,20 @@ def _scalar(value: Any, wanted: Any) -> Any:
         return value
     try:
         return yaml.load(value, _Loader)  # noqa: S506
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except YAML_ERRORS:
         return value
 
 
 def _set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
     *groups, name = key.split(".")
     node = settings
-    for group in groups:
+    for depth, group in enumerate(groups, start=1):
         inner = node.get(group)
-        node[group] = node = dict(inner) if isinstance(inner, dict) else {}
+        if inner is not None and not isinstance(inner, dict):
+            raise InputError(
+                f"{key} cannot be set, as {'.'.join(groups[:depth])} is {_shown(inner)}; give a mapping there, or leave it out."
+            )
+        node[group] = node = dict(inner or {})
     node[name] = value
 
 
@@ -198,20 +223,47 @@ def _refuse_unknown_keys(cls: type, settings: Mapping[str, Any]) -> None:
             key = f"{prefix}{name}"
             if key in groups:
                 if value is not None and not isinstance(value, Mapping):
-                    raise InputError(f"{key} is {value!r}; it is a group of settings, give a mapping.")
+                    raise InputError(f"{key} is {_shown(value)}; it is a group of settings, give a mapping.")
                 walk(value or {}, f"{key}.")
             elif key not in known:
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
                 same_name = [other for other in known if other.rpartition(".")[2] == str(name).rpartition(".")[2]]
-                raise InputError(f"unknown setting {key!r}; did you mean {(same_name or nearest)[0]!r}?")
+                raise InputError(f"unknown setting {_shown(key)}; did you mean {(same_name or nearest)[0]!r}?")
             elif value is None and type(None) not in typing.get_args(known[key]):
                 raise InputError(f"{key} is null, but needs a value; leave it out to get its default.")
             elif any(
                 isinstance(item, int) and abs(item) >= 2**63 for item in (value if isinstance(value, list) else [value])
             ):
                 raise InputError(f"{key} holds a whole number of more than 63 bit; give a smaller one.")
+            elif not all(map(_storable, _texts(value))):
+                raise InputError(
+                    f"{key} is {_shown(value)}; no store keeps a NUL or what is not UTF-8, give another name."
+                )
 
     walk(settings, "")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _storable(text: str) -> bool:
+    # surrogates stand for bytes of the command line that are not UTF-8
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, not longer than a person reads."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "nested too deep"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text)} letters)"
 
 
 @functools.cache
@@ -230,7 +282,10 @@ def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
 def _parser(cls: type):
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # jsonargparse would import the X of a mapping {class_path: X} anywhere among free values
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, import_path_denylist=["*"], instantiate_subclass_spec_in_any=False
+    )
     parser = ArgumentParser(exit_on_error=False, prog="settings", usage="")
     parser.add_class_arguments(cls, nested_key=None)
     return parser
@@ -263,6 +318,9 @@ def _without_empty_groups(settings: Mapping[str, Any], groups: set[str], prefix:
                 kept[key] = _without_empty_groups(value, groups, f"{prefix}{key}.")
         else:
             kept[key] = value
+    # a mapping of class_path and init_args alone would look like jsonargparse's own notation
+    if prefix == "domain_adaptation.method.":
+        kept.setdefault("name", MethodConfig.name)
     return kept
 
 
@@ -275,7 +333,7 @@ def _readable(cls: type, message: str, settings: dict[str, Any]) -> str:
     found = re.search(r'[Kk]ey "([^"]+)"', message)
     reason = " ".join(message.split())
     if not found:
-        return reason
+        return reason[:MOST_SHOWN] or "the settings are nested too deep."
     key = found.group(1)
     value: Any = settings
     for part in key.split("."):
@@ -283,7 +341,10 @@ def _readable(cls: type, message: str, settings: dict[str, Any]) -> str:
     wanted = _field_types(cls).get(key)
     name = getattr(wanted, "__name__", None) if isinstance(wanted, type) else None
     name = name or str(wanted).replace("typing.", "").replace("Literal", "one of ")
-    return f"{key} is {value!r}, but must be {name}." if wanted is not None else f"{key} is {value!r}: {reason}"
+    shown = _shown(value)
+    return (
+        f"{key} is {shown}, but must be {name}." if wanted is not None else f"{key} is {shown}: {reason[:MOST_SHOWN]}"
+    )
 
 
 def _plain(value: Any) -> Any:

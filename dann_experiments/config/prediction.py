@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.schema import TrackingConfig
+from dann_experiments.config.schema import MOST_IMAGES, TrackingConfig
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class PredictConfig:
         ):
             if not getattr(self, key):
                 raise InputError(f"{key} is not given; {what}.")
-        if self.tile_size < 16:
-            raise InputError(f"tile_size is {self.tile_size}; give at least 16 pixels.")
+        if not 16 <= self.tile_size <= 16384:
+            raise InputError(f"tile_size is {self.tile_size}; give 16 to 16384 pixels.")
         if not 0 <= self.shared <= self.tile_size // 2:
             raise InputError(
                 f"overlap is {self.overlap}; give 0 to {self.tile_size // 2}, half of tile_size ({self.tile_size})."
             )
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; give a number of at least 1.")
+        if not 1 <= self.batch_size <= MOST_IMAGES:
+            raise InputError(f"batch_size is {self.batch_size}; give a number from 1 to {MOST_IMAGES}.")

@@ -7,6 +7,7 @@ A setting has one dotted name everywhere (YAML, flag, sweep space, MLflow parame
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ Arch = Literal[
 ]  # fmt: skip
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_IMAGES = 100_000  # in a batch: more is no batch, and lists of that length are made
+MOST_PROCESSES = 1024  # or threads: more would halt the machine
 TARGET_LABEL_METRICS = ("iou/target", "class_iou/target", "loss/val_target", "iou/gap")
 
 
@@ -87,8 +90,15 @@ class ModelConfig:
         }
 
     def __post_init__(self) -> None:
-        _at_least("model.in_channels", self.in_channels, 1)
-        _at_least("model.classes", self.classes, 2)
+        _between("model.in_channels", self.in_channels, 1, 65535)  # the bands that a TIFF can have
+        _between("model.classes", self.classes, 2, 256)  # masks are 8 bit
+        for key in ("decoder_dropout", "psp_dropout", "decoder_aspp_dropout"):
+            if getattr(self, key) is not None:
+                _between(f"model.{key}", getattr(self, key), 0, 1)
+        for name, value in self.network_arguments().items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int):  # the network knows better; this keeps it from filling the memory
+                    _between(f"model.{name}", number, -65535, 65535)
 
 
 Entry = str | dict[str, Any]
@@ -161,7 +171,7 @@ class DomainDataConfig:
         return tuple(self.nodata) if isinstance(self.nodata, list) else (float(self.nodata),)
 
     def __post_init__(self) -> None:
-        _at_least("data.source.batch_size and data.target.batch_size", self.batch_size, 1)
+        _between("data.source.batch_size and data.target.batch_size", self.batch_size, 1, MOST_IMAGES)
         if self.value_map is not None and self.color_map is not None:
             raise InputError("value_map and color_map are both given (data.source, data.target); keep one.")
         if self.value_map is not None and not self.value_map:
@@ -194,6 +204,9 @@ class EmbeddedDataConfig:
     """Which digits and photograph areas fall into which set."""
     folder: str | None = None
     """Where it is built once; null = the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        _between("data.embedded.seed", self.seed, 0, 2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -236,7 +249,7 @@ class DataConfig:
     """Decoded images are kept up to this many gigabytes, all sets together, and not decoded again; 0 = none are kept."""
 
     def __post_init__(self) -> None:
-        _at_least("data.num_workers", self.num_workers, 0)
+        _between("data.num_workers", self.num_workers, 0, MOST_PROCESSES)
         for entry in self.oracle:
             _check_entry("data.oracle", entry)
         for key in ("crop_size", "window_size"):
@@ -257,7 +270,7 @@ class DataConfig:
         if not 0 <= self.memory_gb < 1e9:
             raise InputError(f"data.memory_gb is {self.memory_gb}; give a number of at least 0.")
         if self.eval_batch_size is not None:
-            _at_least("data.eval_batch_size", self.eval_batch_size, 1)
+            _between("data.eval_batch_size", self.eval_batch_size, 1, MOST_IMAGES)
         if len(self.mean) != len(self.std):
             raise InputError(
                 f"data.mean has {len(self.mean)} values, data.std {len(self.std)}; give one a band to both."
@@ -320,11 +333,11 @@ class MethodConfig:
         return [self.feature_layer] if isinstance(self.feature_layer, str) else list(self.feature_layer)
 
     def __post_init__(self) -> None:
-        _at_least("domain_adaptation.method.hidden_size", self.hidden_size, 1)
+        _between("domain_adaptation.method.hidden_size", self.hidden_size, 1, 16384)  # its square is a layer's weights
         _above("domain_adaptation.method.discriminator_lr", self.discriminator_lr, 0)
         if not 0 <= self.lambda_da < float("inf"):
             raise InputError(f"domain_adaptation.method.lambda_da is {self.lambda_da}; give a number from 0 up.")
-        if not self.layers or len(set(self.layers)) != len(self.layers):
+        if not all(self.layers) or not self.layers or len(set(self.layers)) != len(self.layers):
             raise InputError(f"domain_adaptation.method.feature_layer is {self.feature_layer!r}; name each layer once.")
         if self.in_channels is not None:
             given = [self.in_channels] if isinstance(self.in_channels, int) else self.in_channels
@@ -333,6 +346,8 @@ class MethodConfig:
                     f"domain_adaptation.method.in_channels has {len(given)} values for {len(self.layers)} feature "
                     "layers; give one a layer, or null to read them from the network."
                 )
+        if self.class_path is not None and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", self.class_path):
+            raise InputError(f"domain_adaptation.method.class_path is {self.class_path!r}; give package.module.Class.")
         if self.init_args and self.class_path is None:
             raise InputError(
                 "domain_adaptation.method.init_args has no effect without class_path; remove it or name your class."
@@ -432,6 +447,9 @@ class TrainerConfig:
     """Lightning's precision."""
     gradient_clip_val: float | None = None
     """Largest gradient norm of the network, and of the domain classifiers, each by itself; null = not clipped."""
+    skip_bad_steps: int = 0
+    """Steps over so many batches whose loss or gradient is infinite or NaN: such a step changes nothing. The next one ends the
+    run, with the weights before it as its last checkpoint."""
     deterministic: bool = True
     """Deterministic algorithms wherever torch has them (on a CPU: always; on a GPU it warns where it has none)."""
     limit_train_batches: int | None = None
@@ -455,6 +473,7 @@ class TrainerConfig:
             _above("trainer.checkpoint_every_minutes", self.checkpoint_every_minutes, 0)
         if self.gradient_clip_val is not None:
             _above("trainer.gradient_clip_val", self.gradient_clip_val, 0)
+        _at_least("trainer.skip_bad_steps", self.skip_bad_steps, 0)
         if self.limit_train_batches is not None:
             _at_least("trainer.limit_train_batches", self.limit_train_batches, 1)
 
@@ -491,6 +510,7 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         _at_least("monitor.log_every_n_epochs", self.log_every_n_epochs, 1)
+        _between("monitor.forgetting_threshold", self.forgetting_threshold, 0, 1)
         if self.metric is None and self.final_model == "best":
             raise InputError("monitor.final_model is 'best', but monitor.metric is null; name the metric that chooses.")
 
@@ -507,6 +527,10 @@ class TrackingConfig:
     """Run's name; null = one that says the method."""
     folder: str = "outputs"
     """Where a run keeps its files until the store has them."""
+
+    def __post_init__(self) -> None:
+        if not self.experiment.strip():
+            raise InputError(f"tracking.experiment is {self.experiment!r}; give it a name.")
 
 
 @dataclass(frozen=True)
@@ -557,12 +581,17 @@ class Config:
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; give a whole number from 0 to 4294967295.")
         if self.threads is not None:
-            _at_least("threads", self.threads, 1)
+            _between("threads", self.threads, 1, MOST_PROCESSES)
 
 
 def _at_least(key: str, value: float, least: float) -> None:
     if value < least:
         raise InputError(f"{key} is {value}; give a number of at least {least}.")
+
+
+def _between(key: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:  # NaN fails too
+        raise InputError(f"{key} is {value}; give a number from {least} to {most}.")
 
 
 def _above(key: str, value: float, bound: float) -> None:

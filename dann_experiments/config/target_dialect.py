@@ -60,8 +60,15 @@ def _read_callbacks(settings: dict[str, Any], callbacks: Any, where: str) -> Non
         del arguments["kind"]
         for argument, group, key in (("num_classes", "model", "classes"), ("class_names", "data", "class_names")):
             if argument in arguments:
-                settings[group] = {**(settings.get(group) or {}), key: arguments.pop(argument)}
-        settings["monitor"] = {**(settings.get("monitor") or {}), **arguments}
+                settings[group] = {**_group(settings, group), key: arguments.pop(argument)}
+        settings["monitor"] = {**_group(settings, "monitor"), **arguments}
+
+
+def _group(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    group = settings.get(name) or {}
+    if not isinstance(group, dict):
+        raise InputError(f"{name} is {group!r}; it is a group of settings, give a mapping.")
+    return group
 
 
 def _select(mapping: dict[str, Any], where: str, known: dict[str, str], key: str) -> dict[str, Any]:

@@ -109,6 +109,14 @@ class SegmentationDataset(Dataset):
         """Whether the items bring masks."""
         return bool(self.samples) and self.samples[0].mask is not None
 
+    def name_of(self, index: int) -> str:
+        """The image file of an item, with the window's place where the image has several."""
+        piece = self.pieces[index]
+        path, header = str(self.samples[piece.sample].image), self.headers[piece.sample]
+        top, left, height, width = piece.window
+        whole = (height, width) == self.reading.grid_size(header, self.samples[piece.sample].image)
+        return path if whole else f"{path} [rows {top}:{top + height}, columns {left}:{left + width}]"
+
     def read(self, index: int) -> Arrays:
         """Image (B, h, w) as stored in the file, mask (h, w) and validity (h, w; None = all valid) of an item."""
         piece = self.pieces[index]

@@ -19,6 +19,7 @@ import numpy as np
 
 from dann_experiments.config.errors import InputError
 
+MOST_BYTES = 64 * 2**20  # of a tile, unpacked
 TILES = {
     "2019_YELL_2_528000_4978000_image_crop2": "source_yellowstone/{}/yell_a.png",
     "2019_YELL_2_541000_4977000_image_crop": "source_yellowstone/{}/yell_b.png",
@@ -34,20 +35,27 @@ def build_neon_trees(wheel: str | Path, folder: str | Path) -> Path:
     try:
         with zipfile.ZipFile(Path(wheel).expanduser()) as package:
             for tile, place in TILES.items():
-                boxes = _boxes(package.read(f"deepforest/data/{tile}.xml").decode())
+                boxes = _boxes(_member(package, f"deepforest/data/{tile}.xml").decode())
                 image = folder / place.format("images")
                 mask = folder / place.format("masks")
                 for path in (image, mask):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                image.write_bytes(package.read(f"deepforest/data/{tile}.png"))
-                with Image.open(image) as opened:
+                image.write_bytes(_member(package, f"deepforest/data/{tile}.png"))
+                with Image.open(image, formats=["PNG"]) as opened:
                     size = (opened.height, opened.width)
                 Image.fromarray(crowns(boxes, size)).save(mask)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, OverflowError, Image.DecompressionBombError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{wheel} does not give the tiles ({error}); fetch it with: pip download deepforest==2.1.0 --no-deps"
         ) from None
     return folder
+
+
+def _member(package: zipfile.ZipFile, name: str) -> bytes:
+    """A file of the package, by its whole name: where it goes is ours to say. Raises ValueError for one without measure."""
+    if package.getinfo(name).file_size > MOST_BYTES:
+        raise ValueError(f"{name} has more than {MOST_BYTES} bytes")
+    return package.read(name)
 
 
 def crowns(boxes: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> np.ndarray:

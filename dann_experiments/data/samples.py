@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.places import user_path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".vrt")
 Key = tuple[str, ...]  # what an image and its mask have in common
@@ -331,10 +332,7 @@ def _shown(entry: Any, root: Path) -> str:
 
 def under(root: Path, name: str) -> Path:
     """A path as a user writes it, `~` included, relative to `root`."""
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError:  # ~user of nobody
-        path = Path(name)
+    path = user_path(name)
     return path if path.is_absolute() else root / path
 
 

@@ -140,7 +140,7 @@ class PartialMap:
                 for old in (*self.folder.glob("carry_*.npy"), self.folder / "state.json"):
                     old.unlink(missing_ok=True)
                 return 0, None, reason
-            return state["rows"], np.load(self.folder / state["carry"]), None
+            return state["rows"], np.load(self.folder / state["carry"], allow_pickle=False), None
 
     def add(self, ids: np.ndarray, probabilities: np.ndarray | None) -> None:
         """Append a piece: (h, w) and, where they are kept, (K, h, w), both uint8."""
@@ -197,7 +197,8 @@ class PartialMap:
             if other or set(state["facts"]) != set(self.facts):
                 return None, f"made with another {', '.join(other)}"
             short = [name for name in self.names if (self.folder / name).stat().st_size < state["bytes"][name]]
-            if short or not (self.folder / state["carry"]).is_file():
+            carry = state["carry"]
+            if short or Path(carry).name != carry or not (self.folder / carry).is_file():
                 return None, "files are missing or cut off"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return None, f"its state cannot be read ({error})"

@@ -10,6 +10,7 @@ from torch import nn
 from dann_experiments.config import Config, replace
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.alignment import Alignment
+from dann_experiments.jobs.memory import memory_explained
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, checkpoint_to_go_on_from, folder_of_runs, run_to_go_on
 from dann_experiments.jobs.source_model import (
@@ -33,7 +34,7 @@ def prepare(config: Config, store: Store) -> Config:
     """All that `adapt` does before it adapts: files, network and method are checked, and the source model is found or
     trained. Returns the settings with that source model in `pretrained_checkpoint.path`; raises what `adapt` raises."""
     with setup.seeded(config):
-        return _prepared(config, store)[0]
+        return _prepared(config, store, *_found(config))[0]
 
 
 def adapt(
@@ -50,11 +51,14 @@ def adapt(
     the newest of these settings, or its pretraining, or a new run. Raises InputError for what the user can mend, before a run
     is started where it can be seen before (all files, if `data.keep_in_memory`).
     """
-    store = open_store(config.tracking.uri, config.tracking.experiment)
+    store = None
     if resume not in (None, AUTO):
+        store = open_store(config.tracking.uri, config.tracking.experiment)
         config = as_the_run(store, resume, "adapt", config)
     with setup.seeded(config):
-        config, data, network, taps = _prepared(config, store, AUTO if resume == AUTO else None)
+        data, network = _found(config)  # before a store is made: what is refused here leaves nothing behind
+        store = store or open_store(config.tracking.uri, config.tracking.experiment)
+        config, taps = _prepared(config, store, data, network, AUTO if resume == AUTO else None)
         source_model = config.domain_adaptation.pretrained_checkpoint.path
         assert source_model is not None
         source_run_id, digest_of_source = load_source_model(config, network, source_model, store)
@@ -81,7 +85,10 @@ def adapt(
             folder_of_runs(store, resumed, config.tracking.folder),
         )
         all_tags = {**own_tags, **(tags or {})}
-        with tracked_run(store, config.tracking.run_name, name, all_tags, folder, True, resumed) as run:
+        with (
+            tracked_run(store, config.tracking.run_name, name, all_tags, folder, True, resumed) as run,
+            memory_explained(config, data),
+        ):
             go_on_from = None if resumed is None else checkpoint_to_go_on_from(store, run.run_id, run.folder)
             describe_run(run, config, data)
             used = [tap for tap in taps if tap.name in method.feature_layers]
@@ -102,14 +109,17 @@ def adapt(
     )
 
 
+def _found(config: Config) -> tuple[setup.Data, nn.Module]:
+    """The data, by their headers, and the network without its weights: what takes little time."""
+    return setup.load_data(config), setup.make_network(config, with_weights=False)
+
+
 def _prepared(
-    config: Config, store: Store, resume_pretraining: str | None = None
-) -> tuple[Config, setup.Data, nn.Module, list[Tap]]:
-    """Settings with their source model, data, the network without its weights, and its taps."""
-    data = setup.load_data(config)
-    network = setup.make_network(config, with_weights=False)
+    config: Config, store: Store, data: setup.Data, network: nn.Module, resume_pretraining: str | None = None
+) -> tuple[Config, list[Tap]]:
+    """Settings with their source model, and the network's taps."""
     setup.check_data(config, data, network)
     taps = setup.make_taps(config, network)
     setup.make_method(config, taps)  # refuse a wrong method before hours of pretraining
     source_model = find_or_make_source_model(config, store, data, resume_pretraining)
-    return replace(config, {"domain_adaptation.pretrained_checkpoint.path": source_model}), data, network, taps
+    return replace(config, {"domain_adaptation.pretrained_checkpoint.path": source_model}), taps

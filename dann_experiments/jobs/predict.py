@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ import yaml
 from torch import Tensor
 
 from dann_experiments.config import Config, InputError, config_to_dict, flatten
+from dann_experiments.config.places import user_path
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.reading import (
     Header,
@@ -93,7 +95,7 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
     device = _device(settings.accelerator)
     store = open_store(settings.tracking.uri, settings.tracking.experiment)
     model = load_model(settings.model, settings.domain, config, store)
-    if len(work) == 1 and not Path(settings.input).expanduser().is_dir():
+    if len(work) == 1 and not user_path(settings.input).is_dir():
         _Scene.open(*work[0], model, settings)  # so that a bad file is told before a run is opened
     model.network.to(device)
     for _, output in work:
@@ -130,8 +132,8 @@ def _device(accelerator: str) -> torch.device:
 
 def _find_work(settings: PredictConfig) -> list[tuple[Path, Path]]:
     """Pairs of image and map. Raises InputError for what is missing, would be overwritten or cannot be written."""
-    source, target = Path(settings.input).expanduser(), Path(settings.output).expanduser()
-    if not source.exists():
+    source, target = user_path(settings.input), user_path(settings.output)
+    if not os.path.exists(source):  # never raises, whatever the name
         raise InputError(f"input is {source}, which does not exist; give an image file or a folder of images.")
     if source.is_dir():
         pairs = _find_in_folder(source, target)

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from dann_experiments.adaptation.dann import SourceOnly
 from dann_experiments.config import Config
 from dann_experiments.jobs import setup
+from dann_experiments.jobs.memory import memory_explained
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, checkpoint_to_go_on_from, folder_of_runs, run_to_go_on
 from dann_experiments.jobs.training import describe_run, final_metrics, train
@@ -29,23 +30,26 @@ def pretrain(
     """Train on the source alone, by the settings under `pretraining`; the run's model is what `adapt` starts from. `tags` are
     added to the run's own, or replace them. `resume`: the id of a killed run, which goes on (docs/resume.md), or `auto`: the
     newest of these settings, or a new one."""
-    store = open_store(config.tracking.uri, config.tracking.experiment)
+    store = None
     if resume not in (None, AUTO):
+        store = open_store(config.tracking.uri, config.tracking.experiment)
         config = as_the_run(store, resume, "pretrain", config)
     return pretrain_with(config, store, use_claimed=True, callbacks=callbacks, more_tags=tags, resume=resume)
 
 
 def pretrain_with(
     config: Config,
-    store: Store,
+    store: Store | None,
     use_claimed: bool,
     callbacks: Sequence[pl.Callback] = (),
     more_tags: Mapping[str, str] | None = None,
     resume: str | None = None,
 ) -> RunResult:
-    """`pretrain` in an open store; `use_claimed`: whether it is the main job of an `mlflow run`."""
+    """`pretrain` in an open store, or one that is opened when the data are found; `use_claimed`: whether it is the main job of
+    an `mlflow run`."""
     with setup.seeded(config):
         data = setup.load_data(config, SETS)
+        store = store or open_store(config.tracking.uri, config.tracking.experiment)
         digest = setup.run_digest("pretrain", config, data.digests)
         by_target, config = config.monitor, setup.as_pretrained(config)
         if config.monitor != by_target:
@@ -66,7 +70,10 @@ def pretrain_with(
         }
         name = config.tracking.run_name if use_claimed else None
         folder = folder_of_runs(store, resumed, config.tracking.folder)
-        with tracked_run(store, name, f"pretrain seed {config.seed}", tags, folder, use_claimed, resumed) as run:
+        with (
+            tracked_run(store, name, f"pretrain seed {config.seed}", tags, folder, use_claimed, resumed) as run,
+            memory_explained(config, data),
+        ):
             go_on_from = None if resumed is None else checkpoint_to_go_on_from(store, run.run_id, run.folder)
             describe_run(run, config, data)
             setup.reseed(config)

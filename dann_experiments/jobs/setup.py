@@ -49,6 +49,7 @@ from dann_experiments.training.selection import PREFIX, SCORES
 
 log = logging.getLogger(__name__)
 PROBLEMS_SHOWN = 20
+LARGEST_BLANK = 1024  # pixels; divisible by every network's stride
 MOST_STANDING_IN = 200  # training images that stand in for validation images that no domain has
 SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")
 
@@ -117,7 +118,11 @@ def data_root(config: Config) -> Path:
         return under(Path(), config.data.root)
     if embedded.name is None:
         return Path.cwd()
-    return build_digits(embedded_folder(embedded.folder), embedded.seed, embedded.name)
+    folder = embedded_folder(embedded.folder)
+    try:
+        return build_digits(folder, embedded.seed, embedded.name)
+    except OSError as error:
+        raise InputError(f"data.embedded.folder is {folder}, where the data cannot be built ({error}).") from None
 
 
 def embedded_folder(folder: str | None) -> Path:
@@ -407,11 +412,16 @@ def make_taps(config: Config, network: nn.Module) -> list[Tap]:
         )
     if config.domain_adaptation.method.name == "source_only" and config.domain_adaptation.method.class_path is None:
         return []
-    size = config.data.crop_size or 64
+    size = blank_size(config)
     taps = resolve_taps(network, config.domain_adaptation.layers, config.model.in_channels, size)
     if batchnorm == "joint":
         check_joint([tap for tap in taps if tap.name in config.domain_adaptation.method.layers])
     return taps
+
+
+def blank_size(config: Config) -> int:
+    """Side of the blank image by which layers are looked up, in pixels: that of the crops, as far as memory surely goes."""
+    return min(config.data.crop_size or 64, LARGEST_BLANK)
 
 
 def make_method(config: Config, taps: list[Tap]) -> DomainAdaptationMethod:
@@ -443,13 +453,15 @@ def make_method(config: Config, taps: list[Tap]) -> DomainAdaptationMethod:
     )
 
 
-def optimizer_maker(optimizer: OptimizerConfig):
-    """A function from parameter groups to an optimizer."""
+def optimizer_maker(optimizer: OptimizerConfig, precision: str):
+    """A function from parameter groups to an optimizer, which is fused where it can be: Lightning does not clip the gradients
+    of a fused one under the scaler of 16-mixed."""
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return build_optimizer(
-            groups, optimizer.name, optimizer.lr, optimizer.betas, optimizer.momentum, optimizer.weight_decay
-        )
+            groups, optimizer.name, optimizer.lr, optimizer.betas, optimizer.momentum, optimizer.weight_decay,
+            fused=precision != "16-mixed",
+        )  # fmt: skip
 
     return make
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from dann_experiments.config import Config, InputError
+from dann_experiments.config.places import user_path
 from dann_experiments.data.samples import file_digest
 from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.jobs.setup import Data, source_digest
@@ -80,7 +82,7 @@ def fetched(path: str, store: Store, key: str = CHECKPOINT_KEY) -> Iterator[tupl
     """`fetch`, with a folder for the copy that is gone after the block. Raises InputError if nothing is there."""
     with tempfile.TemporaryDirectory() as folder:
         local, run_id = fetch(path, Path(folder), store, key)
-        if not local.exists():
+        if not os.path.exists(local):  # never raises, whatever the name
             raise InputError(
                 f"{key} is {path}, which does not exist; give a file, a folder, runs:/ID or models:/NAME@ALIAS."
             )
@@ -91,7 +93,7 @@ def fetch(path: str, folder: Path, store: Store, key: str = CHECKPOINT_KEY) -> t
     """A local copy of a model (file, folder, runs:/ID[/path], models:/NAME@ALIAS or /VERSION), and the run it belongs to if
     the store says so. `key` names the setting in errors."""
     if not path.startswith(("runs:/", "models:/")):
-        return Path(path).expanduser(), None
+        return user_path(path), None
     import mlflow
     from mlflow.exceptions import MlflowException
 

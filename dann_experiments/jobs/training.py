@@ -33,6 +33,7 @@ from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.figures import display_image, draw_confusion, draw_curves, draw_predictions
 from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun
 from dann_experiments.tracking.store import remove_artifacts
+from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.checkpoint_files import BEST, LAST, WholeFiles, read
 from dann_experiments.training.checkpoints import Checkpoints
 from dann_experiments.training.module import AdaptationModule
@@ -115,8 +116,8 @@ def train(
     an earlier process of this run saved; `network` then comes as it came to that process, so that what it was before training
     is measured again, not kept."""
     module = AdaptationModule(
-        network, method, taps, setup.optimizer_maker(optimizer), optimizer.schedule, config.data.ignore_index,
-        config.domain_adaptation.batchnorm,
+        network, method, taps, setup.optimizer_maker(optimizer, config.trainer.precision), optimizer.schedule,
+        config.data.ignore_index, config.domain_adaptation.batchnorm,
     )  # fmt: skip
     monitor = DomainAdaptationMonitorCallback(
         config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
@@ -127,7 +128,10 @@ def train(
         album.add("before", network)
     curves, train_loaders, loaders = Curves(), _train_loaders(config, data), _val_loaders(config, data)
     checkpoints = _checkpoints(config, run, train_loaders)
-    own = [RandomStates(), monitor, RatesAndTimes(), curves, *_statistics_of_the_target(config, data)]
+    own = [
+        RandomStates(), monitor, RatesAndTimes(), curves, *_statistics_of_the_target(config, data),
+        _watch(config, run.folder, data),
+    ]  # fmt: skip
     trainer = _trainer(
         config,
         run.folder,
@@ -251,6 +255,14 @@ def _statistics_of_the_target(config: Config, data: Data) -> list[pl.Callback]:
     if config.domain_adaptation.batchnorm != "target_stats" or data.get("target_train") is None:
         return []
     return [TargetStatistics(statistics_loader(data.sets["target_train"], config.data.target.batch_size))]
+
+
+def _watch(config: Config, folder: Path, data: Data) -> BadNumbers:
+    """Keeps weights that are no numbers out of the run; what it ends leaves the last good state as last checkpoint."""
+    last = folder / CHECKPOINTS / LAST
+    sets = {domain: data.get(f"{domain}_train") for domain in DOMAINS}
+    names = {domain: dataset.name_of for domain, dataset in sets.items() if dataset is not None}
+    return BadNumbers(config.trainer.skip_bad_steps, lambda trainer: trainer.save_checkpoint(last), names)
 
 
 def _eval_loader(config: Config, dataset: SegmentationDataset, domain: str):

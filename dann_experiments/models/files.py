@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.places import user_path
 from dann_experiments.data.reading import Normalisation, Reading, reading_from_facts
+from dann_experiments.models.checkpoints import load_tensors
 from dann_experiments.models.networks import build_network
 
 SourceFormat = Literal["auto", "pytorch_lightning", "pytorch", "smp"]
@@ -86,7 +87,7 @@ def read_model_notes(path: str | Path, where: str | None = None) -> ModelNotes |
     alone. Models of before readings were kept have one mean and std for both domains. Raises InputError for notes that are
     damaged, or that name what segmentation-models-pytorch does not have: they are never imported from.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     folder = path.parent if path.name == WEIGHTS_NAME and not path.is_dir() else path
     where = where or str(folder)
     if not (folder / CONFIG_NAME).is_file():
@@ -115,9 +116,9 @@ def read_model_notes(path: str | Path, where: str | None = None) -> ModelNotes |
 def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict[str, Tensor]:
     """The network's state dict in a file or folder: Lightning `.ckpt`, plain state dict, SMP folder, safetensors.
 
-    Only tensors and plain values are read (`weights_only`), never code. Raises InputError for anything else.
+    Only tensors and plain values are read, never code (`checkpoints.py`). Raises InputError for anything else.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.exists():
         raise InputError(f"domain_adaptation.pretrained_checkpoint.path is {path}, which does not exist.")
     if path.is_dir():
@@ -134,7 +135,7 @@ def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict
             raise InputError(f"checkpoint {path} cannot be read: {error}") from None
     if source_format == "smp":
         raise InputError(f"checkpoint {path} is a file, but source_format is 'smp'; give the save_pretrained folder.")
-    content = _load_tensors(path)
+    content = load_tensors(path)
     if source_format == "auto":
         source_format = "pytorch_lightning" if "pytorch-lightning_version" in content else "pytorch"
     state = content.get("state_dict", content) if source_format == "pytorch_lightning" else _plain_state(content)
@@ -142,7 +143,7 @@ def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict
         raise InputError(
             f"checkpoint {path} holds {type(state).__name__} as state_dict; give one of names and tensors."
         )
-    weights = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    weights = {str(name): value for name, value in state.items() if isinstance(value, Tensor) and _holds_values(value)}
     if not weights:
         raise InputError(f"checkpoint {path} holds no tensors under {sorted(map(str, content))[:8]}.")
     return weights
@@ -179,21 +180,9 @@ def listed(problems: Sequence[str]) -> str:
     return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
 
 
-def _load_tensors(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here; each means: not a file of tensors
-        if zipfile.is_zipfile(path):
-            raise InputError(
-                f"checkpoint {path} holds more than tensors and plain values; it was not loaded, as that could run foreign "
-                "code. Save its state_dict alone."
-            ) from None
-        raise InputError(f"checkpoint {path} is no checkpoint that torch can read ({type(error).__name__}).") from None
-    if not isinstance(content, dict):
-        raise InputError(
-            f"checkpoint {path} holds {type(content).__name__}; give a state dict or a Lightning checkpoint."
-        )
-    return content
+def _holds_values(tensor: Tensor) -> bool:
+    """False for what a file may claim a size of without holding it: meta and sparse tensors."""
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
 def _plain_state(content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -254,7 +254,13 @@ def _is_map(item: Any) -> bool:
 def _blank_forward(network: nn.Module, in_channels: int, size: int) -> None:
     parameter = next(network.parameters())
     with evaluating(network):
-        network(torch.zeros(1, in_channels, size, size, device=parameter.device, dtype=parameter.dtype))
+        try:
+            network(torch.zeros(1, in_channels, size, size, device=parameter.device, dtype=parameter.dtype))
+        except RuntimeError as error:  # memory, or a size that this network does not take
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"model: the network does not take a blank image of {size} x {size} pixels: {reason}"
+            ) from None
 
 
 def _no_such_layer(network: nn.Module, layer: str, in_channels: int, size: int) -> InputError:

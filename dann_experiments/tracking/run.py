@@ -25,7 +25,7 @@ from dann_experiments.config.errors import InputError, StoreAway
 from dann_experiments.tracking.last_word import have_last_word
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
 from dann_experiments.tracking.sender import SPOOL, Sender
-from dann_experiments.tracking.store import Store, without_secrets
+from dann_experiments.tracking.store import Store, check_run_id, without_secrets
 
 log = logging.getLogger(__name__)
 PARAMS_A_REQUEST = 100  # MLflow's limit
@@ -177,12 +177,14 @@ def tracked_run(
         tags = {**_provenance(), **({} if claimed else {"mlflow.source.type": "LOCAL"}), **tags}
         already = None
         if resume is not None:
+            check_run_id(resume)
             run_id, already = resume, _reopen(store, resume, claimed, folder / resume)
         elif claimed is None:  # with its tags from the first moment, so that whoever looks for a killed one finds it
             texts = {key: str(value) for key, value in tags.items()}
             run_id = store.client.create_run(store.experiment_id, tags=texts).info.run_id
         else:
             run_id = claimed
+        check_run_id(run_id)
         run_folder = folder / run_id
         run = TrackedRun(
             store, run_id, run_folder, Sender(store.client, run_id, run_folder, already), resume is not None

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
 from dann_experiments.config.errors import InputError, StoreAway
 
@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 DEFAULT_URI = "sqlite:///mlflow.db"
 ANSWER_SECONDS = 10.0
 EXPERIMENT_KIND = "mlflow.experimentKind"  # so that the UI opens on training runs and charts, not on its GenAI pages
+_NAMED_SO = "user|passw|pwd|token|secret|api_?key|auth|sig|cred"  # parts of what an address calls them
+SHORTEST_SECRET = 4  # shorter ones would be found in every word; addresses are cleaned in any case
+_secrets: set[str] = set()
 # A server that restarts is waited for: five tries with pauses of 0, 2, 4, 8 and 16 s. Metrics wait longer, in our sender.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
@@ -47,6 +50,8 @@ def open_store(uri: str | None, experiment: str | None, claim: bool = True) -> S
     claimed = os.environ.pop("MLFLOW_RUN_ID", None) if claim else os.environ.get("MLFLOW_RUN_ID")
     from_environment = os.environ.get("MLFLOW_TRACKING_URI")
     uri = _absolute((from_environment if claimed else None) or uri or from_environment or DEFAULT_URI)
+    for address in (uri, os.environ.get("MLFLOW_REGISTRY_URI", "")):
+        remember_secrets(address)
     _check_answers(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -80,9 +85,38 @@ def open_store(uri: str | None, experiment: str | None, claim: bool = True) -> S
 
 
 def without_secrets(text: str) -> str:
-    """`text` (an address, a message, a traceback) with any `user:password@` and `password=...` in addresses left out."""
-    text = re.sub(r"(?<=://)[^\s'\"<>]*@", "", text)  # up to the last @: a password may hold any sign
-    return re.sub(r"(?<=[?&])((?:user|password|passwd|pwd|token)=)[^&\s'\"<>]*", r"\1***", text, flags=re.IGNORECASE)
+    """`text` (an address, a message, a traceback) with any `user:password@` and `password=...` in addresses left out, and, unless
+    it is an address as a whole, what `remember_secrets` knows."""
+    whole = re.fullmatch(r"[\w+.-]+://\S*", text) is not None
+    for secret in () if whole else sorted(_secrets, key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
+    text = re.sub(r"(?<=://)\S*@", "", text)  # up to the last @: a password may hold any sign
+    value = r"[^&]*" if whole else r"[^&\s'\"<>]*"
+    return re.sub(rf"(?<=[?&])([^=&\s]*(?:{_NAMED_SO})[^=&\s]*=){value}", r"\1***", text, flags=re.IGNORECASE)
+
+
+def remember_secrets(address: str) -> None:
+    """Let `without_secrets` know the passwords in an address, however a message may write them: libraries decode them, and a
+    password may hold blanks and quotes, so that its end cannot be told in a text."""
+    user_info = address.partition("://")[2]
+    found = [user_info.rpartition("@")[0].partition(":")[2], user_info.partition("@")[0].partition(":")[2]]
+    if "@" not in user_info:
+        found = []
+    for name, value in (part.split("=", 1) for part in re.split("[?&]", address)[1:] if "=" in part):
+        if re.search(_NAMED_SO, name, re.IGNORECASE) and "user" not in name.lower():
+            found.append(value)
+    found += [os.environ.get(name, "") for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")]
+    for secret in found:
+        forms = {secret, unquote(secret), unquote_plus(secret), quote(unquote(secret), safe="")}
+        _secrets.update(form for form in forms if len(form) >= SHORTEST_SECRET)
+
+
+def check_run_id(run_id: str) -> None:
+    """Raises InputError for an id that is no plain name: folders are called by it, and a server could send `../..`."""
+    if not re.fullmatch(r"\w[\w-]*", run_id):
+        raise InputError(
+            f"the tracking store has a run called {run_id!r}, which can name no folder; use another store."
+        )
 
 
 def known_run(store: Store, run_id: str) -> Any | None:
@@ -133,7 +167,13 @@ def _absolute(uri: str) -> str:
     """A sqlite file by its whole path: MLflow keeps stores open by their address, whatever the current folder is."""
     if not uri.startswith("sqlite:///") or uri.startswith("sqlite:////"):
         return uri
-    return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().resolve()}"
+    query = uri.partition("?")[1] + uri.partition("?")[2]
+    return f"sqlite:///{sqlite_file(uri).resolve()}{query}"
+
+
+def sqlite_file(uri: str) -> Path:
+    """The file of an address sqlite:///FILE?..."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).expanduser()
 
 
 def _check_answers(uri: str) -> None:
@@ -151,7 +191,9 @@ def _check_answers(uri: str) -> None:
                 "`make ui`, or set tracking.uri to sqlite:///mlflow.db."
             ) from None
     elif scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).expanduser().resolve().parent
+        if shown != uri:
+            raise InputError(f"tracking.uri is {shown!r}; a sqlite file has no password, leave it out.")
+        folder = sqlite_file(uri).resolve().parent
         if not folder.is_dir():
             raise InputError(
                 f"tracking.uri is {shown!r}, but folder {folder} does not exist; make it or choose another."
@@ -170,4 +212,4 @@ def _only_one_opens(uri: str):
         return contextlib.nullcontext()
     from filelock import FileLock
 
-    return FileLock(uri.removeprefix("sqlite:///") + ".lock")
+    return FileLock(f"{sqlite_file(uri)}.lock")

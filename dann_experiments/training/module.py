@@ -7,8 +7,9 @@ validation that follows k steps stands at step k.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,12 +19,23 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from dann_experiments.adaptation.domain_classifier import SOURCE
-from dann_experiments.adaptation.method import DomainAdaptationMethod, Progress, StepOutputs
+from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
 from dann_experiments.models.batchnorm import statistics_kept
 from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
 from dann_experiments.models.taps import Tap, check_joint, forward_joint, forward_to_taps, forward_with_taps, recording
 from dann_experiments.training.optimizers import build_scheduler
 from dann_experiments.training.scores import segmentation_loss
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """What a training step differentiated, detached and on its device."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor | float]
+    """Its summands, by what a message calls them; a domain loss over several layers as one of each layer."""
+    weight: float
+    """The method's: lambda."""
 
 
 class AdaptationModule(pl.LightningModule):
@@ -53,6 +65,8 @@ class AdaptationModule(pl.LightningModule):
         self.lr_schedule = lr_schedule
         self.ignore_index = ignore_index
         self.batchnorm = batchnorm
+        self.losses: StepLosses | None = None
+        """Of the last training step."""
         self._total_steps: int | None = None
         self._started = False
         self.ended = False
@@ -81,7 +95,9 @@ class AdaptationModule(pl.LightningModule):
         for logger in self.loggers:
             # tensors go as they are: a .item() here would wait for the device each step
             logger.log_metrics(metrics | dict(share.metrics), step=self.trainer.global_step)  # pyright: ignore[reportArgumentType]
-        return segmentation if share.differentiated is None else segmentation + share.differentiated
+        total = segmentation if share.differentiated is None else segmentation + share.differentiated
+        self.losses = StepLosses(total.detach(), _loss_parts(segmentation, share, self.method), share.weight)
+        return total
 
     def step_outputs(self, batch: dict[str, dict[str, Tensor]]) -> StepOutputs:
         """The forwards of one training step."""
@@ -144,3 +160,16 @@ class AdaptationModule(pl.LightningModule):
     def on_train_end(self) -> None:
         self.method.on_train_end(self.network)
         self.ended = True
+
+
+def _loss_parts(segmentation: Tensor, share: MethodLoss, method: DomainAdaptationMethod) -> dict[str, Tensor | float]:
+    parts: dict[str, Tensor | float] = {"the segmentation loss": segmentation.detach()}
+    if share.differentiated is not None:
+        of_layers = {
+            f"the domain loss of {layer}": share.metrics[f"da_layer/{layer}/domain_loss"]
+            for layer in method.feature_layers
+            if f"da_layer/{layer}/domain_loss" in share.metrics
+        }
+        whole = {f"the domain loss of {', '.join(method.feature_layers)}": share.differentiated.detach()}
+        parts |= of_layers or whole
+    return parts

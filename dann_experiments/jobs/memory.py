@@ -1,0 +1,59 @@
+"""What a user is told when memory runs out in training."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+
+from dann_experiments.config import Config, TrainingFailed
+from dann_experiments.jobs.setup import Data
+
+# What torch and its libraries say in a plain RuntimeError; torch.OutOfMemoryError has "out of memory" in its text, too.
+SAID = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+@contextlib.contextmanager
+def memory_explained(config: Config, data: Data) -> Iterator[None]:
+    """Where memory runs out in the block, raise TrainingFailed that names the sizes and what makes them smaller."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or any(text.lower() in str(error).lower() for text in SAID)):
+            raise
+        # the frames of the failed step hold its maps: closing the run needs memory as well
+        traceback.clear_frames(error.__traceback__)
+        raise TrainingFailed(_advice(config, data, error)) from error
+
+
+def _advice(config: Config, data: Data, error: BaseException) -> str:
+    batches = [
+        f"data.{domain}.batch_size is {getattr(config.data, domain).batch_size}"
+        for domain in ("source", "target")
+        if data.get(f"{domain}_train") is not None
+    ]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    crop = config.data.crop_size
+    sizes = f"crops of {crop} x {crop} pixels (data.crop_size)"
+    if crop is None:
+        largest = max(
+            (
+                piece.window[2:]
+                for name, dataset in data.sets.items()
+                if name.endswith("_train")
+                for piece in dataset.pieces
+            ),
+            key=lambda size: size[0] * size[1],
+        )
+        sizes = f"images or windows of {largest[0]} x {largest[1]} pixels (data.crop_size is null)"
+    return (
+        f"out of memory ({reason}). {', '.join(batches)}, with {sizes}. Take smaller batches, smaller crops (data.crop_size), a "
+        f"smaller network, or on a GPU trainer.precision bf16-mixed; if validation failed, a smaller data.eval_batch_size."
+    )

@@ -1,0 +1,117 @@
+"""Reads the `torch.save` files of strangers: tensors and plain values, never code.
+
+Training frameworks keep objects of their own beside the weights (hyperparameters above all). torch refuses a file with such
+objects as a whole; here each is replaced by something inert, its class is not imported, and the tensors are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dann_experiments.config.errors import InputError
+
+log = logging.getLogger(__name__)
+# nothing that a checkpoint needs is of these: a file that names them was made to run something
+RUNS_CODE = {
+    "_pickle", "builtins", "code", "commands", "ctypes", "importlib", "multiprocessing", "nt", "operator", "os",
+    "pickle", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys", "webbrowser",
+}  # fmt: skip
+PLAIN = {
+    f"builtins.{name}"
+    for name in ("bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set", "slice",
+                 "str", "tuple", "type")
+}  # fmt: skip
+MAPPINGS = {
+    "collections.defaultdict", "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict", "pytorch_lightning.utilities.parsing.AttributeDict",
+}  # fmt: skip
+SLACK_BYTES = 2**20  # of a file beyond its members
+
+
+class ForeignObject:
+    """Stands for an object of a class that is not imported: takes any arguments and any state, and does nothing."""
+
+    def __new__(cls, *_: Any) -> ForeignObject:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _ForeignMapping:
+    """The same for a mapping, whose items torch sets one by one and in a few types only."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """The mapping in a file of `torch.save`, foreign objects in it replaced. Raises InputError, with the reason, for a file
+    that names what runs code, for a whole pickled network, and for what is no such file."""
+    try:
+        foreign = _foreign_names(path)
+        stand_ins = [(_ForeignMapping if name in MAPPINGS else ForeignObject, name) for name in foreign]
+        with torch.serialization.safe_globals(stand_ins):  # pyright: ignore[reportArgumentType]
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # torch raises many kinds here; each means: not a file of tensors
+        found = re.search(
+            r"WeightsUnpickler error:\s*(.*)|(Trying to load .* is blocked)|(a torchscript checkpoint)", str(error)
+        )
+        if found:
+            raise InputError(
+                f"checkpoint {path} holds more than tensors and plain values ({_first_sentence(found[1] or found[0])}); it was "
+                "not loaded, as that could run foreign code. Save its state_dict alone."
+            ) from None
+        raise InputError(f"checkpoint {path} is no checkpoint that torch can read ({type(error).__name__}).") from None
+    if isinstance(content, ForeignObject):
+        raise InputError(
+            f"checkpoint {path} is a whole pickled object ({_listed(foreign)}); loading that would run foreign code. Save its "
+            "state_dict alone."
+        )
+    if not isinstance(content, dict):
+        raise InputError(
+            f"checkpoint {path} holds {type(content).__name__}; give a state dict or a Lightning checkpoint."
+        )
+    if foreign:
+        log.warning("checkpoint %s: only its tensors are read, not its objects of %s.", path, _listed(foreign))
+    return content
+
+
+def _foreign_names(path: Path) -> list[str]:
+    """What the file would import, beside what torch knows as harmless; [] for the older format, which torch itself refuses
+    where it names anything."""
+    if not zipfile.is_zipfile(path):
+        return []
+    with zipfile.ZipFile(path) as package:
+        if sum(member.file_size for member in package.infolist()) > path.stat().st_size + SLACK_BYTES:
+            raise InputError(
+                f"checkpoint {path} is compressed, as torch.save makes none; it may be made to fill the memory."
+            )
+    foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    runs = [name for name in foreign if name.split(".")[0] in RUNS_CODE and name not in PLAIN]
+    if runs:
+        raise InputError(
+            f"checkpoint {path} holds more than tensors and plain values: it names {_listed(runs)}, which runs code. It was not "
+            "loaded; do not trust it."
+        )
+    return foreign
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _first_sentence(text: str) -> str:
+    return text.split(". ")[0].strip()[:200].rstrip(".")
