@@ -130,7 +130,7 @@ def train(
     checkpoints = _checkpoints(config, run, train_loaders)
     own = [
         RandomStates(), monitor, RatesAndTimes(), curves, *_statistics_of_the_target(config, data),
-        _watch(config, run.folder, data),
+        _watch(config, checkpoints, data),
     ]  # fmt: skip
     trainer = _trainer(
         config,
@@ -257,12 +257,11 @@ def _statistics_of_the_target(config: Config, data: Data) -> list[pl.Callback]:
     return [TargetStatistics(statistics_loader(data.sets["target_train"], config.data.target.batch_size))]
 
 
-def _watch(config: Config, folder: Path, data: Data) -> BadNumbers:
+def _watch(config: Config, checkpoints: Checkpoints, data: Data) -> BadNumbers:
     """Keeps weights that are no numbers out of the run; what it ends leaves the last good state as last checkpoint."""
-    last = folder / CHECKPOINTS / LAST
     sets = {domain: data.get(f"{domain}_train") for domain in DOMAINS}
     names = {domain: dataset.name_of for domain, dataset in sets.items() if dataset is not None}
-    return BadNumbers(config.trainer.skip_bad_steps, lambda trainer: trainer.save_checkpoint(last), names)
+    return BadNumbers(config.trainer.skip_bad_steps, checkpoints.save, names)
 
 
 def _eval_loader(config: Config, dataset: SegmentationDataset, domain: str):
