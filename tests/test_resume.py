@@ -80,13 +80,13 @@ class KilledBehindEverything(pl.Callback):
     """Ends its own process when all results are written, before the store is told."""
 
     def on_train_start(self, trainer, pl_module):
-        finish = Checkpoints.finish
+        close = Checkpoints.close
 
-        def finish_and_end(checkpoints):
-            finish(checkpoints)
+        def close_and_end(checkpoints):
+            close(checkpoints)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        Checkpoints.finish = finish_and_end
+        Checkpoints.close = close_and_end
 
 
 def killed(job: str, config: Config, *callbacks: pl.Callback, resume: str | None = None) -> None:
@@ -276,6 +276,10 @@ def test_a_run_that_was_stopped_goes_on_from_its_artifacts(workplace, squares, w
         adapt(config, [Noise(), Stopped()])
     (run_id,) = run_ids(config, "adapt")
     assert not (Path(config.tracking.folder) / run_id).exists()
+    client = mlflow.MlflowClient(tracking_uri=config.tracking.uri)
+    assert {item.path for item in client.list_artifacts(run_id, "checkpoints")} == {
+        "checkpoints/last.ckpt", "checkpoints/best.ckpt",
+    }  # fmt: skip
     asked = settings_to_resume(run_id, "adapt", None, {"tracking.uri": config.tracking.uri})
     assert_same(adapt(asked, [Noise()], resume=run_id), whole.adapted)
 

@@ -16,6 +16,7 @@ from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, known_run, open_store, without_secrets
 from dann_experiments.training import checkpoint_files as files
+from dann_experiments.training.checkpoints import reopen
 
 log = logging.getLogger(__name__)
 AUTO = "auto"
@@ -106,13 +107,13 @@ def checkpoint_to_go_on_from(store: Store, run_id: str, folder: Path) -> Path | 
     checkpoints = folder / CHECKPOINTS
     if not checkpoints.exists():
         _fetch(store, run_id, folder)
+    reopen(checkpoints)
     found = files.newest_intact(checkpoints)
     if found is None:
         files.forget_after(checkpoints, -1)
         log.info("Run %s has no checkpoint to go on from: it starts from its beginning.", run_id)
         return None
-    if found.name != files.LAST:
-        files.forget_after(checkpoints, files.step_of(found))
+    files.forget_after(checkpoints, files.step_of(found))
     log.info("Run %s goes on from %s.", run_id, found)
     return found
 

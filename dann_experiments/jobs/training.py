@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def train(
     checkpoints = _checkpoints(config, run, train_loaders)
     own = [
         RandomStates(), monitor, RatesAndTimes(), curves, *_statistics_of_the_target(config, data),
-        _watch(config, run.folder, data),
+        _watch(config, checkpoints, data),
     ]  # fmt: skip
     trainer = _trainer(
         config,
@@ -142,38 +143,38 @@ def train(
     )
     if alignment is not None:
         alignment.measure("before", network, trainer.strategy.root_device)
-    try:
-        trainer.fit(module, _together(train_loaders), loaders, ckpt_path=go_on_from, weights_only=True)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise InputError(
-            "a training batch of one image meets a BatchNorm on a map of one position, which has no variance; raise "
-            "data.source.batch_size and data.target.batch_size, or take larger images or crops."
-        ) from None
-    if not module.ended:  # it went on from its last step, so that Lightning had nothing to do
-        module.on_train_end()
-    if config.monitor.final_model == "best":
-        module.load_state_dict(read(checkpoints.best())["state_dict"])
-        trainer.validate(module, loaders, verbose=False)  # the chosen weights' scores close every series
-    network.to(trainer.strategy.root_device)
-    unlabelled = monitor.target_scores | monitor.domain_accuracy
-    if KEPT in monitor.metrics():
-        unlabelled[KEPT] = monitor.metrics()[KEPT]
-    if alignment is not None:
-        alignment.measure("after", network, trainer.strategy.root_device)
-        unlabelled |= alignment.finish(run, monitor.domain_accuracy.get("da/domain_acc_val"), trainer.global_step)
-    outcome = Outcome(
-        before={f"{domain}_val": scores for domain, scores in monitor.baseline.items()},
-        after=_final_scores(config, network, data, monitor),
-        final_step=trainer.global_step,
-        unlabelled=unlabelled,
-    )
-    for album in pictures.values():
-        album.add("after", network)
-    network.cpu()
-    _write_results(config, run, network, data, outcome, pictures, curves.numbers())
-    checkpoints.finish()
+    with closing(checkpoints):  # whatever the end, its files are called last and best
+        try:
+            trainer.fit(module, _together(train_loaders), loaders, ckpt_path=go_on_from, weights_only=True)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                "a training batch of one image meets a BatchNorm on a map of one position, which has no variance; raise "
+                "data.source.batch_size and data.target.batch_size, or take larger images or crops."
+            ) from None
+        if not module.ended:  # it went on from its last step, so that Lightning had nothing to do
+            module.on_train_end()
+        if config.monitor.final_model == "best":
+            module.load_state_dict(read(checkpoints.best())["state_dict"])
+            trainer.validate(module, loaders, verbose=False)  # the chosen weights' scores close every series
+        network.to(trainer.strategy.root_device)
+        unlabelled = monitor.target_scores | monitor.domain_accuracy
+        if KEPT in monitor.metrics():
+            unlabelled[KEPT] = monitor.metrics()[KEPT]
+        if alignment is not None:
+            alignment.measure("after", network, trainer.strategy.root_device)
+            unlabelled |= alignment.finish(run, monitor.domain_accuracy.get("da/domain_acc_val"), trainer.global_step)
+        outcome = Outcome(
+            before={f"{domain}_val": scores for domain, scores in monitor.baseline.items()},
+            after=_final_scores(config, network, data, monitor),
+            final_step=trainer.global_step,
+            unlabelled=unlabelled,
+        )
+        for album in pictures.values():
+            album.add("after", network)
+        network.cpu()
+        _write_results(config, run, network, data, outcome, pictures, curves.numbers())
     if go_on_from is not None:  # an earlier process may have stored those of its own time
         remove_artifacts(run.store, run.run_id, CHECKPOINTS, {LAST, BEST})
     return outcome
@@ -256,12 +257,11 @@ def _statistics_of_the_target(config: Config, data: Data) -> list[pl.Callback]:
     return [TargetStatistics(statistics_loader(data.sets["target_train"], config.data.target.batch_size))]
 
 
-def _watch(config: Config, folder: Path, data: Data) -> BadNumbers:
+def _watch(config: Config, checkpoints: Checkpoints, data: Data) -> BadNumbers:
     """Keeps weights that are no numbers out of the run; what it ends leaves the last good state as last checkpoint."""
-    last = folder / CHECKPOINTS / LAST
     sets = {domain: data.get(f"{domain}_train") for domain in DOMAINS}
     names = {domain: dataset.name_of for domain, dataset in sets.items() if dataset is not None}
-    return BadNumbers(config.trainer.skip_bad_steps, lambda trainer: trainer.save_checkpoint(last), names)
+    return BadNumbers(config.trainer.skip_bad_steps, checkpoints.save, names)
 
 
 def _eval_loader(config: Config, dataset: SegmentationDataset, domain: str):

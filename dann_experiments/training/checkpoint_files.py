@@ -1,7 +1,7 @@
 """Checkpoint files that survive a kill: written whole or not at all, with a digest beside each, so that damage is found.
 
 While a run trains, its folder holds `step_N.ckpt`, from which it can go on after N optimizer steps, and `best_N.ckpt`, the
-weights that were best after N. When it has ended they are `last.ckpt` and `best.ckpt`.
+weights that were best after N. When training has ended, well or not, they are `last.ckpt` and `best.ckpt`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def damage(path: Path) -> str | None:
         wanted = _beside(path).read_text(encoding="ascii").strip()
     except (FileNotFoundError, UnicodeDecodeError):
         wanted = None
-    if wanted is None:  # at the end of a run the archive's own checksums remain
+    if wanted is None:  # of `last.ckpt` and `best.ckpt` the archive's own checksums remain
         try:
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
@@ -96,8 +96,7 @@ def damage(path: Path) -> str | None:
 
 def newest_intact(folder: Path) -> Path | None:
     """The newest checkpoint to go on from, past damaged ones, each of which is told; None if there is none."""
-    ended = [folder / LAST] if (folder / LAST).exists() else []
-    for path in [*ended, *reversed(numbered(folder, STEP).values())]:
+    for path in reversed(numbered(folder, STEP).values()):
         problem = damage(path)
         if problem is None:
             return path
@@ -117,14 +116,12 @@ def forget_after(folder: Path, step: int) -> None:
 
 def best_of(folder: Path, step: int) -> Path | None:
     """The file of the best weights, which were those of `step`; None if it is gone or damaged."""
-    for path in (folder / f"{BEST_STEP}{step}.ckpt", folder / BEST):
-        if path.exists() and damage(path) is None:
-            return path
-    return None
+    path = folder / f"{BEST_STEP}{step}.ckpt"
+    return path if path.exists() and damage(path) is None else None
 
 
 def finish(folder: Path, best_step: int | None) -> None:
-    """The run has ended: keep the newest as `last.ckpt` and the best as `best.ckpt`."""
+    """Training has ended: keep the newest as `last.ckpt` and the best as `best.ckpt`."""
     steps, bests = numbered(folder, STEP), numbered(folder, BEST_STEP)
     if best_step in bests:
         os.replace(bests[best_step], folder / BEST)
@@ -132,8 +129,24 @@ def finish(folder: Path, best_step: int | None) -> None:
         os.replace(steps[max(steps)], folder / LAST)
     for path in [*numbered(folder, STEP).values(), *numbered(folder, BEST_STEP).values()]:
         remove(path)
-    for path in folder.glob(f"*{_DIGEST}"):
+    for path in [*folder.glob(f"*{_DIGEST}"), *folder.glob(f"*{_PART}")]:
         path.unlink()
+
+
+def reopen(folder: Path, best_step: Callable[[Mapping[str, Any]], int | None]) -> None:
+    """Undo `finish` for a run that goes on; `best_step` finds the best step that a checkpoint knows."""
+    last = folder / LAST
+    if not last.exists():
+        return
+    problem = damage(last)
+    if problem is not None:
+        log.warning("Checkpoint %s is damaged (%s).", last, problem)
+        return
+    content = read(last)
+    best = best_step(content)
+    if best is not None and (folder / BEST).exists():
+        os.replace(folder / BEST, folder / f"{BEST_STEP}{best}.ckpt")
+    os.replace(last, folder / f"{STEP}{content['global_step']}.ckpt")
 
 
 def remove(path: Path) -> None:

@@ -21,6 +21,11 @@ log = logging.getLogger(__name__)
 _KEY = "dann_experiments"  # of our part in a checkpoint
 
 
+def reopen(folder: Path) -> None:
+    """Give checkpoints of a run that ended the names again from which it can go on."""
+    files.reopen(folder, lambda content: content[_KEY]["best_step"])
+
+
 class Checkpoints(Checkpoint):
     """Keeps the newest `keep` checkpoints in `folder`, and the weights with the best `monitor` (None = no best).
 
@@ -68,7 +73,7 @@ class Checkpoints(Checkpoint):
             return  # validation is about to follow: saved after it
         by_steps = self._every_n_steps is not None and trainer.global_step % self._every_n_steps == 0
         if by_steps or time.monotonic() - self._saved_at >= self._every_seconds:
-            self._save(trainer)
+            self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -81,7 +86,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_ended = True
-        self._save(trainer)
+        self.save(trainer)
         self._epoch_ended = False
 
     def on_save_checkpoint(
@@ -121,11 +126,12 @@ class Checkpoints(Checkpoint):
             raise FileNotFoundError(f"{self.folder} holds no best checkpoint")
         return found
 
-    def finish(self) -> None:
-        """The run has ended, and nothing will go on from here: leave `last.ckpt` and `best.ckpt` alone."""
+    def close(self) -> None:
+        """Training has ended, well or not: leave `last.ckpt` and `best.ckpt` alone."""
         files.finish(self.folder, self.best_step)
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save a checkpoint now: at the end of a step, or in a step that has changed nothing yet and is done again then."""
         step = trainer.global_step
         self._before_saving()
         trainer.save_checkpoint(self.folder / f"{files.STEP}{step}.ckpt")
@@ -146,9 +152,10 @@ class Checkpoints(Checkpoint):
         assert loader.batch_size is not None
         if self._epoch_ended:
             return loader.sampler.position(None)
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # batches of this epoch
-        in_pass = (done - 1) % len(loader) + 1  # the smaller domain starts again within an epoch
-        return loader.sampler.position(in_pass * loader.batch_size)
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        loaded = (progress.ready - 1) % len(loader) + 1  # of this pass: the smaller domain starts again within an epoch
+        to_be_done_again = progress.ready - progress.processed  # pyright: ignore[reportAttributeAccessIssue]
+        return loader.sampler.position((loaded - to_be_done_again) * loader.batch_size)
 
     def _is_better(self, value: float) -> bool:
         if math.isnan(self._best_value):
