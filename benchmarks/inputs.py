@@ -53,6 +53,7 @@ WRONG: Mapping[str, Any] = {
 }  # fmt: skip
 ENVIRONMENT = {
     "MLFLOW_TRACKING_URI": "the store, where tracking.uri is null; under `mlflow run` the one it uses",
+    "MLFLOW_REGISTRY_URI": "MLflow's; read here for the password in it, which no message may show",
     "MLFLOW_RUN_ID": "the run that `mlflow run` made for this process",
     "XDG_CACHE_HOME": "where embedded data are built, where data.embedded.folder is null; empty = ~/.cache",
     "CUDA_VISIBLE_DEVICES": "which GPUs there are, for torch and for sharing them among workers; none = the CPU",

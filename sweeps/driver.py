@@ -264,12 +264,12 @@ def only_driver(address: str, study: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except OSError as error:
-        raise InputError(f"storage is {without_secrets(address)!r}, which cannot be written ({error}).") from None
-    except Timeout:
+    except Timeout:  # an OSError too
         raise InputError(
             f"study {study!r} is being run by another process of this machine; wait for it or stop it."
         ) from None
+    except OSError as error:
+        raise InputError(f"storage is {without_secrets(address)!r}, which cannot be written ({error}).") from None
     try:
         yield
     finally:

@@ -318,8 +318,9 @@ def test_a_signal_to_mlflow_run_ends_its_child_and_the_run_is_killed(workplace, 
     )
     command = [sys.executable, "-m", "mlflow", "run", str(project), "--env-manager", "local"]
     process = subprocess.Popen(
-        command, env=clean_environment(workplace), cwd=workplace, stdout=subprocess.PIPE, text=True
-    )
+        command, env=clean_environment(workplace), cwd=workplace, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     assert process.stdout is not None
     told = next(line for line in process.stdout if line.startswith("works")).split()
     process.send_signal(signum)

@@ -69,7 +69,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
         found = re.search(
             r"WeightsUnpickler error:\s*(.*)|(Trying to load .* is blocked)|(a torchscript checkpoint)", str(error)
         )
-        if found:
+        if found and _may_hold_code(path):
             raise InputError(
                 f"checkpoint {path} holds more than tensors and plain values ({_first_sentence(found[1] or found[0])}); it was "
                 "not loaded, as that could run foreign code. Save its state_dict alone."
@@ -87,6 +87,12 @@ def load_tensors(path: Path) -> dict[str, Any]:
     if foreign:
         log.warning("checkpoint %s: only its tensors are read, not its objects of %s.", path, _listed(foreign))
     return content
+
+
+def _may_hold_code(path: Path) -> bool:
+    """Whether it begins as an archive or a pickle does; a text is neither."""
+    with open(path, "rb") as file:
+        return file.read(1) in (b"P", b"\x80")
 
 
 def _foreign_names(path: Path) -> list[str]:
