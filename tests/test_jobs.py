@@ -43,7 +43,9 @@ def history(store: mlflow.MlflowClient, run_id: str, metric: str) -> list[tuple[
 @pytest.fixture(scope="module")
 def run(squares, tmp_path_factory) -> Iterator[RunResult]:
     """One pretraining and one adaptation, shared by the tests that only look."""
-    with contextlib.chdir(tmp_path_factory.mktemp("run")):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow's own functions set it for the whole process
+        patch.chdir(tmp_path_factory.mktemp("run"))
         yield adapt(load_config(None, small_settings(squares)))
 
 
