@@ -237,11 +237,14 @@ def artifact(run: mlflow.entities.Run, path: str) -> Path:
 
 
 def test_a_bad_step_fails_the_run_on_the_terminal_with_the_files_of_its_batch(workplace, squares, capfd):
-    method = {"class_path": "test_bad_numbers.Spoiled", "init_args": {"at": [1, 2], "loss": math.nan}}
-    settings = nested(small_settings(squares, monitor__metric=None, trainer__skip_bad_steps=1))
-    settings["domain_adaptation"] = {"feature_layers": ["encoder"], "method": method}
-    (workplace / "c.yaml").write_text(yaml.safe_dump(settings))
-    assert main(["adapt", "--config", "c.yaml"]) == 1
+    settings = small_settings(squares, monitor__metric=None, trainer__skip_bad_steps=1)
+    del settings["domain_adaptation.method.hidden_size"]
+    (workplace / "c.yaml").write_text(
+        yaml.safe_dump(nested(settings | {"domain_adaptation.feature_layers": ["encoder"]}))
+    )
+    method = ["--feature_layer", "encoder", "--domain_adaptation.method.class_path", "test_bad_numbers.Spoiled"]
+    method += ["--domain_adaptation.method.init_args", "{at: [1, 2], loss: .nan}"]
+    assert main(["adapt", "--config", "c.yaml", *method]) == 1
     told = capfd.readouterr().err
     assert "Training failed: Step 2 (epoch 1): the domain loss of encoder nan (the segmentation loss 0." in told
     last = told.partition("Training failed")[2]
