@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from mlflow.entities import Param, RunTag
 from pytorch_lightning.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset
 
-from dann_experiments import InputError
+from dann_experiments import DomainAdaptationMethod, InputError, MethodLoss
 from dann_experiments.config import Config, config_to_yaml, load_config, replace
 from dann_experiments.data.dataset import SeededOrder
 from dann_experiments.jobs import RunResult, adapt, pretrain
@@ -262,6 +263,35 @@ def test_other_settings_go_on_to_the_same_weights_too(workplace, squares, whole,
     assert_same(adapt(config, [Noise()], resume="auto"), uninterrupted, once)
 
 
+class Teacher(DomainAdaptationMethod):
+    """Keeps a slow copy of the network, made at the start of training and put in its place at the end."""
+
+    feature_layers = ("encoder",)
+
+    def on_train_start(self, network):
+        self.slow = copy.deepcopy(network).requires_grad_(False)
+        self.__dict__["fast"] = network  # seen, not owned
+
+    def loss(self, outputs, progress):
+        with torch.no_grad():
+            for slow, fast in zip(self.slow.parameters(), self.fast.parameters(), strict=True):
+                slow.lerp_(fast, 0.3)
+        return MethodLoss(None, None, 0.0)
+
+    def on_train_end(self, network):
+        network.load_state_dict(self.slow.state_dict())
+
+
+@pytest.mark.slow
+def test_a_method_gets_its_state_back_and_is_told_the_end_that_a_kill_kept_from_it(workplace, squares, whole):
+    own = {"domain_adaptation__method__class_path": f"{__name__}.Teacher"}
+    config = settings(squares, workplace / "killed", whole.store, **own)
+    killed("adapt", config, Noise(), Killed("on_train_batch_start", 5))
+    killed("adapt", config, Noise(), Killed("on_train_end", 8), resume="auto")
+    uninterrupted = adapt(settings(squares, workplace / "whole", whole.store, **own), [Noise()])
+    assert_same(adapt(config, [Noise()], resume="auto"), uninterrupted)
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_from_its_artifacts(workplace, squares, whole):
     """SIGTERM closes the run: its folder is gone and its checkpoints are artifacts."""
@@ -384,6 +414,12 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(tmp_path
     assert "step_100.ckpt is damaged" in caplog.text
     with pytest.raises(ValueError, match="damaged"):
         files.read(tmp_path / "step_100.ckpt")
+
+
+def test_what_could_not_be_loaded_without_running_code_is_told_from_what_can():
+    assert files.is_plain({"a": [1, 2.5, None, True, "x", torch.zeros(2)], "b": {"c": (1,)}})
+    for foreign in (Path("x"), np.float64(1), {"a": [object()]}, {Path("x"): 1}):
+        assert not files.is_plain(foreign)
 
 
 def test_a_checkpoint_that_is_not_yet_whole_has_no_name(tmp_path, monkeypatch):
