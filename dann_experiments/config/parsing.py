@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from yaml.composer import ComposerError
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.places import user_path
@@ -37,7 +38,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if (key.tag, key.value) in seen:
-                    raise yaml.composer.ComposerError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                    raise ComposerError(None, None, f"{key.value!r} stands twice", key.start_mark)
                 seen.add((key.tag, key.value))
         return node
 
