@@ -61,6 +61,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "MLflow's, for a server; 1 where you give none",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "MLflow's, for a server, in seconds; 30 where you give none",
     "DANN_LAST_WORD": "not for you: the address of the store, told to the process that closes a killed run",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "MLflow's; true, or MLflow would print the store's address with its password",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "MLflow's; false where you give none",
 }
 """What our code reads or sets."""

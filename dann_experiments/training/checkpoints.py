@@ -134,7 +134,7 @@ class Checkpoints(Checkpoint):
         """Save a checkpoint now: at the end of a step, or in a step that has changed nothing yet and is done again then."""
         step = trainer.global_step
         self._before_saving()
-        trainer.save_checkpoint(self.folder / f"{files.STEP}{step}.ckpt")
+        trainer.save_checkpoint(self.folder / f"{files.STEP}{step}.ckpt", weights_only=False)
         self._saved_at = time.monotonic()
         self._best_steps[step] = self.best_step
         kept = list(files.numbered(self.folder, files.STEP).items())
