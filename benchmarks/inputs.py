@@ -261,10 +261,10 @@ def generic_table(answers: Mapping[tuple[str, str, str], str]) -> list[str]:
 
 
 def settings_table(answers: Mapping[tuple[str, str, str], str], page: str, cls: type) -> list[str]:
-    """Key, type, what is said beside the generic answers, and which of the wrong values are taken."""
+    """Key, type, what is said beside the generic answers, and which of the wrong values are taken; of the keys asked."""
     lines = ["| key | type | its own answers | taken here |", "|---|---|---|---|"]
     types = dict(typed(cls))
-    for key in known_keys(cls):
+    for key in dict.fromkeys(key for at, key, _ in answers if at == page):
         own: dict[str, list[str]] = {}
         taken = []
         for wrong in WRONG:
@@ -314,16 +314,13 @@ def listed(names: Sequence[str], everything: Sequence[str]) -> str:
 
 def commands_table() -> list[str]:
     """Every command with its flags and the settings it takes."""
-    own = {"compare": "compare", "predict": "predict"}
     lines = ["| command | flags | settings |", "|---|---|---|"]
     for name, parser in (("dann_experiments", _argument_parser()), ("sweeps", _sweeps_parser())):
         for command, flags in flags_of(parser).items():
             if name == "sweeps":
                 kinds = {"run": "sweep, settings", "resume": "sweep", "confirm": "sweep"}.get(command, "study, storage")
             else:
-                kinds = {"predict": "predict", "compare": "compare, settings"}.get(
-                    command, own.get(command, "settings")
-                )
+                kinds = {"predict": "predict", "compare": "compare, settings"}.get(command, "settings")
             lines.append(f"| `python -m {name} {command}` | {', '.join(f'`{flag}`' for flag in flags)} | {kinds} |")
     return lines
 

@@ -25,24 +25,19 @@ from dann_experiments.config.target_dialect import METHODS, MONITORS, NETWORKS, 
 from dann_experiments.data.samples import find_samples
 from sweeps.settings import SweepConfig
 
+MANY = 150  # examples of a slow test
+
 
 def drawn(count: int, **strategies: st.SearchStrategy) -> Callable:
-    """Run a test with `count` drawn examples, always the same ones."""
+    """Run a test with `count` drawn examples, always the same ones; its attribute `many` runs it with many, drawn anew."""
 
     def decorate(test: Callable) -> Callable:
-        quiet = settings(
-            max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-        )
-        return quiet(given(**strategies)(test))
+        rules = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        few = settings(rules, max_examples=count, derandomize=True)(given(**strategies)(test))
+        few.many = settings(rules, max_examples=MANY, derandomize=False)(given(**strategies)(test))
+        return few
 
     return decorate
-
-
-def more_of(test: Callable, count: int) -> None:
-    """The same test once with many more examples, drawn anew."""
-    settings(
-        max_examples=count, deadline=None, derandomize=False, database=None, suppress_health_check=list(HealthCheck)
-    )(test)()
 
 
 @functools.cache
@@ -403,4 +398,4 @@ def test_a_drawn_entry_names_files_that_are_there_or_is_refused(entry):
     ids=lambda test: test.__name__,
 )
 def test_many_more_drawn_inputs_end_as_well(test):
-    more_of(test, 200)
+    test.many()
