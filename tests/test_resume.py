@@ -181,8 +181,10 @@ def assert_same(resumed: RunResult, whole: RunResult, once: bool = True) -> None
 
 def test_a_run_killed_in_mid_epoch_goes_on_in_the_same_run_to_the_same_weights(workplace, squares, whole):
     config = settings(squares, workplace / "killed", whole.store)
-    killed("adapt", config, Noise(), Killed("on_train_batch_end", 5))
+    killed("adapt", config, Noise(), Killed("on_train_batch_start", 3))  # the source has started again
     (run_id,) = run_ids(config, "adapt")
+    checkpoints = Path(config.tracking.folder) / run_id / "checkpoints"
+    assert [path.name for path in checkpoints.glob("*.ckpt")] == ["step_3.ckpt"]
     resumed = adapt(config, [Noise()], resume="auto")
     assert resumed.run_id == run_id
     assert_same(resumed, whole.adapted)
@@ -191,7 +193,7 @@ def test_a_run_killed_in_mid_epoch_goes_on_in_the_same_run_to_the_same_weights(w
 MOMENTS = {
     "before any step": Killed("on_train_start", 0),
     "in the first step, before a checkpoint": Killed("on_before_optimizer_step", 1),
-    "in the first epoch": Killed("on_train_batch_start", 3),
+    "behind the first step of an epoch": Killed("on_train_batch_end", 5),
     "behind the last step of an epoch": Killed("on_train_batch_end", 4),
     "in validation": Killed("on_validation_batch_end", 4),
     "at an epoch's end": Killed("on_train_epoch_end", 4),
