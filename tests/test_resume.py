@@ -378,6 +378,21 @@ def test_the_order_goes_on_behind_any_batch_as_if_nothing_had_happened(done):
     assert batches(later, 3, epoch, batch) == whole[done:]
 
 
+def test_the_order_of_a_new_epoch_is_that_of_the_published_results():
+    """One number a pass is drawn beside the order, and another order between passes of one epoch alone."""
+    loaders = two_domains(0)
+    batches(loaders, 1)
+    for domain, count, seed, drawn in (("target", 16, 2, "no no"), ("source", 7, 1, "no yes yes no")):
+        generator, order = torch.Generator().manual_seed(seed), []
+        for between in drawn.split():
+            if between == "yes":
+                torch.randperm(count, generator=generator)
+            torch.empty((), dtype=torch.int64).random_(generator=generator)
+            order = torch.randperm(count, generator=generator).tolist()
+        loaders[domain].sampler.set_epoch(1)  # pyright: ignore
+        assert [index for index, _ in loaders[domain].sampler] == order
+
+
 def test_random_states_come_back_and_are_plain_values(tmp_path):
     def draw():
         return random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(3).tolist()
