@@ -6,6 +6,7 @@ import csv
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -143,6 +144,8 @@ def train(
     )
     if alignment is not None:
         alignment.measure("before", network, trainer.strategy.root_device)
+    # Lightning looks for a way to resume a loader; ours is in its sampler
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     with closing(checkpoints):  # whatever the end, its files are called last and best
         try:
             trainer.fit(module, _together(train_loaders), loaders, ckpt_path=go_on_from, weights_only=True)
