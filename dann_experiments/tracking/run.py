@@ -64,10 +64,6 @@ class TrackedRun:
         """Queue metrics; see Sender."""
         self.sender.put(values, step)
 
-    def log_file(self, path: Path) -> None:
-        """Queue a file of the folder as an artifact now; all others follow when the run closes."""
-        self.sender.put_file(path)
-
     def persist(self) -> None:
         """Call it before a checkpoint is put in its place: what was logged up to now then outlives the process, so that a run
         resumed from there has no gap in its history."""
