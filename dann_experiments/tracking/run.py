@@ -245,6 +245,7 @@ def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> dic
             store.client.set_tag(claimed, key, text)
         store.client.set_terminated(claimed, "FINISHED")
     (folder / END).unlink(missing_ok=True)
+    store.client.set_tag(run_id, "dann.process", process_name())  # first: whoever looks for runs of the dead spares it
     store.client.update_run(run_id, status="RUNNING")
     run = store.client.get_run(run_id)
     if "dann.closed_by" in run.data.tags:
