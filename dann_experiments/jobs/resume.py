@@ -11,6 +11,7 @@ from typing import Any
 
 from dann_experiments.config import Config, InputError, flatten, load_config, replace
 from dann_experiments.config.parsing import given_settings
+from dann_experiments.config.stored import CLASS_PATH
 from dann_experiments.jobs import setup
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.run import PARAM_PREFIX
@@ -23,7 +24,6 @@ AUTO = "auto"
 CHECKPOINTS = "checkpoints"
 """Folder in a run's own."""
 SETTINGS = "config.yaml"
-CLASS = "domain_adaptation.method.class_path"
 SOURCE_MODEL = "domain_adaptation.pretrained_checkpoint.path"
 FOLDER_PARAM = f"{PARAM_PREFIX}tracking.folder"
 MAY_DIFFER = (
@@ -50,7 +50,7 @@ def settings_to_resume(run_id: str, job: str, file: str | Path | None, overrides
     given = given_settings(file, overrides)
     store = open_store(given.get("tracking.uri"), given.get("tracking.experiment"), claim=False)
     recorded = _recorded(store, _unfinished(store, run_id, job), given.get("tracking.folder"))
-    _refuse_foreign_class(recorded, given.get(CLASS))
+    _refuse_foreign_class(recorded, given.get(CLASS_PATH))
     return _agreed(job, recorded.config, replace(recorded.config, {"tracking.uri": None, **given}))
 
 
@@ -191,8 +191,8 @@ def _refuse_foreign_class(recorded: _Recorded, given: str | None) -> None:
     wanted = recorded.config.domain_adaptation.method.class_path
     if recorded.from_store and wanted not in (None, given):
         raise InputError(
-            f"{CLASS} is {wanted!r} in the settings that the tracking store keeps of this run, and would be imported; if you "
-            f"trust it, give it yourself: --{CLASS} {wanted}."
+            f"{CLASS_PATH} is {wanted!r} in the settings that the tracking store keeps of this run, and would be imported; if "
+            f"you trust it, give it yourself: --{CLASS_PATH} {wanted}."
         )
 
 
