@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -280,8 +281,9 @@ def _range(key: str, kind: str, entry: Mapping[str, Any]) -> BaseDistribution:
         if value is None and name == "step":
             continue
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or not abs(value or 0) < 2**63:  # NaN fails too; what stores keep has 64 bit
-            raise InputError(f"space: {key}.{name} is {value!r}; give a {'whole ' if whole else ''}number.")
+        if not number or not abs(value or 0) < (2**63 if whole else math.inf):  # NaN fails too
+            wanted = "whole number of at most 64 bit" if whole else "finite number"
+            raise InputError(f"space: {key}.{name} is {value!r}; give a {wanted}.")
     low, high, step = entry["low"], entry["high"], entry.get("step")
     try:
         if whole:
