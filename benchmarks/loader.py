@@ -25,7 +25,7 @@ from pages import circumstances, put
 from dann_experiments import load_config
 from dann_experiments.config import Config, config_to_yaml
 from dann_experiments.jobs import setup
-from dann_experiments.jobs.training import _together, _train_loaders
+from dann_experiments.jobs.fit import together, train_loaders
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.scores import segmentation_loss
 
@@ -50,7 +50,7 @@ def rates(config: Config) -> tuple[float, float]:
         )  # fmt: skip
         groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "name": "network"}]
         optimizer = make_optimizer(groups + method.param_groups())
-        loader = _together(_train_loaders(config, data))
+        loader = together(train_loaders(config, data))
         batches = endless(loader)
         images = config.data.source.batch_size + config.data.target.batch_size
         loading, training = [], []

@@ -88,6 +88,7 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     sweep = dataclasses.replace(sweep, allow_class_path=list(dict.fromkeys([*sweep.allowed_classes, *named])))
     if sweep.study is None:
         raise InputError("study has no name; give one.")
+    setup.refuse_several_processes(config, "the trials of a sweep")
     space = read_space(sweep.space, config)
     setup.load_data(config)  # all that is wrong with the files, before a study is made
     check_objective(sweep, config)

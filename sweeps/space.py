@@ -33,6 +33,7 @@ NOT_SEARCHED = {
     "data.num_workers": "it changes no result",
     "data.memory_gb": "it changes no result",
     "threads": "it changes the last digits alone",
+    "trainer.devices": "trials run in one process",
     "trainer.enable_progress_bar": "it changes no result",
     "data.embedded.folder": "it changes no result",
 }
@@ -281,7 +282,7 @@ def _range(key: str, kind: str, entry: Mapping[str, Any]) -> BaseDistribution:
         if value is None and name == "step":
             continue
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or not abs(value or 0) < (2**63 if whole else math.inf):  # NaN fails too
+        if not number or not abs(value or 0) < (2**63 if isinstance(value, int) else math.inf):  # NaN fails too
             wanted = "whole number of at most 64 bit" if whole else "finite number"
             raise InputError(f"space: {key}.{name} is {value!r}; give a {wanted}.")
     low, high, step = entry["low"], entry["high"], entry.get("step")

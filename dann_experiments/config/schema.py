@@ -443,6 +443,9 @@ class TrainerConfig:
     """Epochs of adaptation. An epoch is one pass over the larger training set; the smaller one starts again."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Where to train; auto takes what there is."""
+    devices: int = 1
+    """Processes that train together on this machine, each on a GPU of its own, or on its share of the cores; batch sizes are
+    each one's (docs/several-processes.md)."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Lightning's precision."""
     gradient_clip_val: float | None = None
@@ -466,6 +469,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _at_least("trainer.max_epochs", self.max_epochs, 1)
+        _between("trainer.devices", self.devices, 1, MOST_PROCESSES)
         _at_least("trainer.checkpoints_kept", self.checkpoints_kept, 1)
         if self.checkpoint_every_n_steps is not None:
             _at_least("trainer.checkpoint_every_n_steps", self.checkpoint_every_n_steps, 1)

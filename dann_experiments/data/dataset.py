@@ -310,10 +310,12 @@ def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> Non
 
 class SeededOrder(Sampler[tuple[int, int]]):
     """A random order of the items, another each pass, each index with a seed for its crop and augmentation: the same numbers
-    whatever the workers. A later process can go on in the middle of a pass, without touching the items before."""
+    whatever the workers. A later process can go on in the middle of a pass, without touching the items before. Of several ranks
+    that train together, `share` (rank, how many) takes its part of one common order, as many items as each other."""
 
-    def __init__(self, dataset: SegmentationDataset, seed: int) -> None:
+    def __init__(self, dataset: SegmentationDataset, seed: int, share: tuple[int, int] = (0, 1)) -> None:
         self._dataset = dataset
+        self._rank, self._world = share
         self._order = torch.Generator().manual_seed(seed)
         self._seeds = torch.Generator().manual_seed(seed)
         self._epoch = 0
@@ -322,20 +324,22 @@ class SeededOrder(Sampler[tuple[int, int]]):
         self._to_skip: int | None = None  # of a pass that another process began
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._dataset) // self._world
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        count = len(self._dataset)
         # The numbers that are drawn and not used keep the order of the results in docs/results.md: one each pass, and an
         # order where a pass follows another in one epoch.
         skipped, self._to_skip = self._to_skip, None
         if skipped is None and self._epoch_of_pass == self._epoch:
-            torch.randperm(len(self), generator=self._order)
+            torch.randperm(count, generator=self._order)
         self._epoch_of_pass = self._epoch
         self._pass_start = self._states()
         torch.empty((), dtype=torch.int64).random_(generator=self._order)
-        seeds = torch.randint(2**62, (len(self),), generator=self._seeds).tolist()
-        order = torch.randperm(len(self), generator=self._order).tolist()
-        return itertools.islice(zip(order, seeds, strict=True), skipped or 0, None)
+        seeds = torch.randint(2**62, (count,), generator=self._seeds).tolist()
+        order = torch.randperm(count, generator=self._order).tolist()
+        first, end = self._rank + (skipped or 0) * self._world, len(self) * self._world
+        return itertools.islice(zip(order, seeds, strict=True), first, end, self._world)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
@@ -356,12 +360,15 @@ class SeededOrder(Sampler[tuple[int, int]]):
 
 
 class _EqualSizes(Sampler[list[int]]):
-    """Every item once, in order, in batches of neighbours of one size."""
+    """Every item of a share (rank, how many) once, in order, in batches of neighbours of one size."""
 
-    def __init__(self, dataset: SegmentationDataset, batch_size: int) -> None:
+    def __init__(self, dataset: SegmentationDataset, batch_size: int, share: tuple[int, int] = (0, 1)) -> None:
+        rank, world = share
+        self.first_item, end = (len(dataset) * number // world for number in (rank, rank + 1))
         self._batches: list[list[int]] = []
         size = None
-        for index, piece in enumerate(dataset.pieces):
+        for index in range(self.first_item, end):
+            piece = dataset.pieces[index]
             if piece.window[2:] != size or len(self._batches[-1]) == batch_size:
                 self._batches.append([])
             size = piece.window[2:]
@@ -375,25 +382,32 @@ class _EqualSizes(Sampler[list[int]]):
 
 
 def train_loader(
-    dataset: SegmentationDataset, batch_size: int, name: str, seed: int, num_workers: int = 0
+    dataset: SegmentationDataset,
+    batch_size: int,
+    name: str,
+    seed: int,
+    num_workers: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> DataLoader:
     """Shuffled full batches; a set smaller than one batch is one smaller batch, and says so.
 
     Order, crops and augmentations depend on `seed` alone, whatever else draws random numbers, and on no number of workers.
+    With `share` (rank, how many ranks), batches of this size are each rank's own; the set must hold an item for each.
     """
-    if len(dataset) < batch_size:
+    order = SeededOrder(dataset, seed, share)
+    if len(order) < batch_size:
         log.warning(
-            "%s has %d images, fewer than its batch size %d: training takes batches of %d.",
-            name, len(dataset), batch_size, len(dataset),
+            "%s has %d images%s, fewer than its batch size %d: training takes batches of %d.",
+            name, len(order), "" if share[1] == 1 else " for each process", batch_size, len(order),
         )  # fmt: skip
-        batch_size = len(dataset)
+        batch_size = len(order)
     return DataLoader(
-        dataset, batch_size, sampler=SeededOrder(dataset, seed), drop_last=True, num_workers=num_workers,
+        dataset, batch_size, sampler=order, drop_last=True, num_workers=num_workers,
         generator=torch.Generator().manual_seed(seed),  # or the loader would draw from everybody's random state
         persistent_workers=num_workers > 0,
     )  # fmt: skip
 
 
-def eval_loader(dataset: SegmentationDataset, batch_size: int) -> DataLoader:
-    """Every item once, in order; neighbours of one size together."""
-    return DataLoader(dataset, batch_sampler=_EqualSizes(dataset, batch_size))
+def eval_loader(dataset: SegmentationDataset, batch_size: int, share: tuple[int, int] = (0, 1)) -> DataLoader:
+    """Every item, or those of a share (rank, how many ranks), once, in order; neighbours of one size together."""
+    return DataLoader(dataset, batch_sampler=_EqualSizes(dataset, batch_size, share))

@@ -52,6 +52,8 @@ def adapt(
     is started where it can be seen before (all files, if `data.keep_in_memory`).
     """
     store = None
+    if callbacks:
+        setup.refuse_several_processes(config, "callbacks")
     if resume not in (None, AUTO):
         store = open_store(config.tracking.uri, config.tracking.experiment)
         config = as_the_run(store, resume, "adapt", config)
@@ -93,8 +95,8 @@ def adapt(
             describe_run(run, config, data)
             used = [tap for tap in taps if tap.name in method.feature_layers]
             outcome = train(
-                config, run, network, method, taps, data, config.trainer.max_epochs, config.optimizer, callbacks,
-                Alignment(config, data, network, used), go_on_from,
+                config, run, network, method, taps, data, callbacks,
+                alignment=Alignment(config, data, network, used), go_on_from=go_on_from,
             )  # fmt: skip
     folder = local_artifact_folder(store, run.run_id)
     return RunResult(

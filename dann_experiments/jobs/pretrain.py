@@ -47,6 +47,8 @@ def pretrain_with(
 ) -> RunResult:
     """`pretrain` in an open store, or one that is opened when the data are found; `use_claimed`: whether it is the main job of
     an `mlflow run`."""
+    if callbacks:
+        setup.refuse_several_processes(config, "callbacks")
     with setup.seeded(config):
         data = setup.load_data(config, SETS)
         store = store or open_store(config.tracking.uri, config.tracking.experiment)
@@ -78,8 +80,7 @@ def pretrain_with(
             describe_run(run, config, data)
             setup.reseed(config)
             outcome = train(
-                config, run, network, SourceOnly(), [], data, config.pretraining.max_epochs, config.pretraining.optimizer,
-                callbacks, go_on_from=go_on_from,
+                config, run, network, SourceOnly(), [], data, callbacks, pretraining=True, go_on_from=go_on_from,
             )  # fmt: skip
     folder = local_artifact_folder(store, run.run_id)
     return RunResult(

@@ -42,6 +42,7 @@ from dann_experiments.data.statistics import measure, normalisation_from
 from dann_experiments.models.batchnorm import has_batchnorm
 from dann_experiments.models.networks import build_network, output_stride
 from dann_experiments.models.taps import Tap, check_joint, resolve_taps
+from dann_experiments.tracking.processes import available_cores, visible_gpus
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.optimizers import build_optimizer
 from dann_experiments.training.scores import metric_name
@@ -96,8 +97,8 @@ def seeded(config: Config) -> Iterator[None]:
     """Seed everything random and set the threads; thread number and determinism are given back as found."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    if config.threads is not None or config.trainer.devices > 1:
+        torch.set_num_threads(config.threads or max(available_cores() // config.trainer.devices, 1))
     reseed(config)
     try:
         yield
@@ -270,6 +271,31 @@ def check_data(config: Config, data: Data, network: nn.Module) -> None:
         raise InputError(
             f"trainer.accelerator is {accelerator!r}, but there is none on this machine; give cpu or auto."
         )
+    if config.trainer.devices > 1:
+        _check_devices(config, data)
+
+
+def refuse_several_processes(config: Config, what: str) -> None:
+    """Raise InputError where `what` (callbacks, a sweep) would be known to one of several ranks alone."""
+    if config.trainer.devices > 1:
+        raise InputError(
+            f"trainer.devices is {config.trainer.devices}, but {what} run in one process; give trainer.devices 1."
+        )
+
+
+def _check_devices(config: Config, data: Data) -> None:
+    """Every rank needs a device, and an image of each set."""
+    devices, gpus = config.trainer.devices, len(visible_gpus(config.trainer.accelerator))
+    on_mps = config.trainer.accelerator in ("auto", "mps") and torch.backends.mps.is_available()
+    if on_mps or 0 < gpus < devices:
+        there = "on mps there is one" if on_mps else f"this machine has {gpus}"
+        raise InputError(f"trainer.devices is {devices}, but {there}; give fewer, or trainer.accelerator cpu.")
+    for name, dataset in data.sets.items():
+        if not name.endswith("_test") and len(dataset) < devices:
+            raise InputError(
+                f"trainer.devices is {devices}, but data.{name.replace('_', '.')} has {len(dataset)} images, fewer than one for "
+                "each process; give fewer devices."
+            )
 
 
 def settle(config: Config, data: Data) -> None:
@@ -517,6 +543,8 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     del settings["tracking"], settings["threads"], settings["data"]["root"], settings["data"]["embedded"]
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
     del settings["data"]["oracle"]
+    if config.trainer.devices == 1:  # as before there was this setting
+        del settings["trainer"]["devices"]
     for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
         del settings["trainer"][key]
     settings["domain_adaptation"]["pretrained_checkpoint"]["path"] = source_model

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import logging
 import os
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,37 +12,27 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import RichProgressBar
-from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
-from torch.utils.data import DataLoader
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod
-from dann_experiments.config import Config, InputError, config_to_yaml, flatten
-from dann_experiments.config.schema import OptimizerConfig
-from dann_experiments.data.dataset import SegmentationDataset, eval_loader, train_loader
+from dann_experiments.config import Config, config_to_yaml, flatten
+from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.alignment import Alignment
-from dann_experiments.jobs.curves import CURVES, CurveLogger, Curves
+from dann_experiments.jobs.fit import Fit, validation_loader
+from dann_experiments.jobs.other_ranks import other_ranks
 from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS
 from dann_experiments.jobs.setup import Data
-from dann_experiments.models.batchnorm import statistics_loader
 from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.figures import display_image, draw_confusion, draw_curves, draw_predictions
-from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun
+from dann_experiments.tracking.run import PARAM_PREFIX, TrackedRun
 from dann_experiments.tracking.store import remove_artifacts
-from dann_experiments.training.bad_numbers import BadNumbers
-from dann_experiments.training.checkpoint_files import BEST, LAST, WholeFiles, read
-from dann_experiments.training.checkpoints import Checkpoints
-from dann_experiments.training.module import AdaptationModule
+from dann_experiments.training.checkpoint_files import BEST, LAST
 from dann_experiments.training.monitor import (
     DOMAINS,
     DomainAdaptationMonitorCallback,
-    RatesAndTimes,
-    TargetStatistics,
 )
-from dann_experiments.training.random_states import RandomStates
 from dann_experiments.training.scores import Scores, metric_name, predict_images, score_set
 from dann_experiments.training.selection import KEPT
 
@@ -65,19 +53,6 @@ class Outcome:
     def metrics(self, class_names: Sequence[str]) -> dict[str, float]:
         """Everything about the final model under the names of a run."""
         return {**final_metrics(self.after, class_names), **self.unlabelled}
-
-
-class _EpochLines(pl.Callback):
-    """Progress where there is no terminal to draw a bar on: a line an epoch."""
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shown = [
-            f"{name} {float(trainer.callback_metrics[name]):.3f}"
-            for name in CURVES[:2]
-            if name in trainer.callback_metrics
-        ]
-        if not trainer.sanity_checking:
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  " + "  ".join(shown), flush=True)
 
 
 def describe_run(run: TrackedRun, config: Config, data: Data) -> None:
@@ -106,78 +81,46 @@ def train(
     method: DomainAdaptationMethod,
     taps: Sequence[Tap],
     data: Data,
-    max_epochs: int,
-    optimizer: OptimizerConfig,
     callbacks: Sequence[pl.Callback] = (),
+    pretraining: bool = False,
     alignment: Alignment | None = None,
     go_on_from: Path | None = None,
 ) -> Outcome:
     """Train, choose the final weights, score them, leave checkpoints, model, figures and tables in the run's folder.
-    `alignment`: measures before and after training whether the domains can be told apart. `go_on_from`: a checkpoint that
-    an earlier process of this run saved; `network` then comes as it came to that process, so that what it was before training
-    is measured again, not kept."""
-    module = AdaptationModule(
-        network, method, taps, setup.optimizer_maker(optimizer, config.trainer.precision), optimizer.schedule,
-        config.data.ignore_index, config.domain_adaptation.batchnorm,
-    )  # fmt: skip
-    monitor = DomainAdaptationMonitorCallback(
-        config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
-        config.monitor.forgetting_threshold, config.data.ignore_index,
-    )  # fmt: skip
-    pictures = {domain: Album(data.get(f"{domain}_val") or data.get(f"{domain}_train")) for domain in DOMAINS}
-    for album in pictures.values():
-        album.add("before", network)
-    curves, train_loaders, loaders = Curves(), _train_loaders(config, data), _val_loaders(config, data)
-    checkpoints = _checkpoints(config, run, train_loaders)
-    own = [
-        RandomStates(), monitor, RatesAndTimes(), curves, *_statistics_of_the_target(config, data),
-        _watch(config, checkpoints, data),
-    ]  # fmt: skip
-    trainer = _trainer(
-        config,
-        run.folder,
-        CurveLogger(run, curves),
-        max_epochs,
-        [*own, *callbacks],
-        checkpoints,
-        go_on_from is not None,
-    )
-    if alignment is not None:
-        alignment.measure("before", network, trainer.strategy.root_device)
-    # Lightning looks for a way to resume a loader; ours is in its sampler
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    with closing(checkpoints):  # whatever the end, its files are called last and best
-        try:
-            trainer.fit(module, _together(train_loaders), loaders, ckpt_path=go_on_from, weights_only=True)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise InputError(
-                "a training batch of one image meets a BatchNorm on a map of one position, which has no variance; raise "
-                "data.source.batch_size and data.target.batch_size, or take larger images or crops."
-            ) from None
-        if not module.ended:  # it went on from its last step, so that Lightning had nothing to do
-            module.on_train_end()
-        if config.monitor.final_model == "best":
-            module.load_state_dict(read(checkpoints.best())["state_dict"])
-            trainer.validate(module, loaders, verbose=False)  # the chosen weights' scores close every series
-        network.to(trainer.strategy.root_device)
-        unlabelled = monitor.target_scores | monitor.domain_accuracy
-        if KEPT in monitor.metrics():
-            unlabelled[KEPT] = monitor.metrics()[KEPT]
-        if alignment is not None:
-            alignment.measure("after", network, trainer.strategy.root_device)
-            unlabelled |= alignment.finish(run, monitor.domain_accuracy.get("da/domain_acc_val"), trainer.global_step)
-        outcome = Outcome(
-            before={f"{domain}_val": scores for domain, scores in monitor.baseline.items()},
-            after=_final_scores(config, network, data, monitor),
-            final_step=trainer.global_step,
-            unlabelled=unlabelled,
-        )
+    `pretraining`: by the settings of the source model's training. `alignment`: measures before and after training whether the
+    domains can be told apart. `go_on_from`: a checkpoint that an earlier process of this run saved; `network` then comes as it
+    came to that process, so that what it was before training is measured again, not kept. With `trainer.devices` above 1 the
+    other ranks are processes that this one starts."""
+    with other_ranks(config, data, run.folder, pretraining, go_on_from) as ranks:
+        fit = Fit(
+            config, network, method, taps, data, run.folder, pretraining=pretraining, resumed=go_on_from is not None,
+            rank=ranks.first, run=run, callbacks=callbacks,
+        )  # fmt: skip
+        pictures = {domain: Album(data.get(f"{domain}_val") or data.get(f"{domain}_train")) for domain in DOMAINS}
         for album in pictures.values():
-            album.add("after", network)
-        network.cpu()
-        _write_results(config, run, network, data, outcome, pictures, curves.numbers())
+            album.add("before", network)
+        if alignment is not None:
+            alignment.measure("before", network, fit.device)
+        with closing(fit.checkpoints):  # whatever the end, its files are called last and best
+            ranks.wait()
+            fit.go(go_on_from)
+            monitor, final_step = fit.monitor, fit.trainer.global_step
+            unlabelled = monitor.target_scores | monitor.domain_accuracy
+            if KEPT in monitor.metrics():
+                unlabelled[KEPT] = monitor.metrics()[KEPT]
+            if alignment is not None:
+                alignment.measure("after", network, fit.device)
+                unlabelled |= alignment.finish(run, monitor.domain_accuracy.get("da/domain_acc_val"), final_step)
+            outcome = Outcome(
+                before={f"{domain}_val": scores for domain, scores in monitor.baseline.items()},
+                after=_final_scores(config, network, data, monitor),
+                final_step=final_step,
+                unlabelled=unlabelled,
+            )
+            for album in pictures.values():
+                album.add("after", network)
+            network.cpu()
+            _write_results(config, run, network, data, outcome, pictures, fit.curves.numbers())
     if go_on_from is not None:  # an earlier process may have stored those of its own time
         remove_artifacts(run.store, run.run_id, CHECKPOINTS, {LAST, BEST})
     return outcome
@@ -188,89 +131,6 @@ def final_metrics(scores: Mapping[str, Scores], class_names: Sequence[str]) -> d
     return {key: value for name, found in scores.items() for key, value in found.metrics(name, class_names).items()}
 
 
-def _checkpoints(config: Config, run: TrackedRun, loaders: Mapping[str, DataLoader]) -> Checkpoints:
-    every = config.trainer
-    return Checkpoints(
-        run.folder / CHECKPOINTS, loaders, every.checkpoint_every_n_steps, every.checkpoint_every_minutes,
-        every.checkpoints_kept, config.monitor.metric, config.monitor.direction,
-        run.persist,  # so that no kill leaves a checkpoint that is ahead of the history
-    )  # fmt: skip
-
-
-def _trainer(
-    config: Config,
-    folder: Path,
-    logger: RunLogger,
-    max_epochs: int,
-    callbacks: Sequence[pl.Callback],
-    checkpoints: Checkpoints,
-    resumed: bool,
-) -> pl.Trainer:
-    on_terminal = config.trainer.enable_progress_bar and sys.stdout.isatty()
-    bars: list[pl.Callback] = []
-    if config.trainer.enable_progress_bar:
-        bars = [RichProgressBar()] if on_terminal else [_EpochLines()]
-    return pl.Trainer(
-        max_epochs=max_epochs,
-        accelerator=config.trainer.accelerator,
-        devices=1,
-        precision=config.trainer.precision,  # pyright: ignore[reportArgumentType]
-        gradient_clip_val=config.trainer.gradient_clip_val,
-        deterministic="warn" if config.trainer.deterministic else False,
-        limit_train_batches=config.trainer.limit_train_batches,
-        num_sanity_val_steps=0 if resumed else -1,  # the whole of validation: the warm start's own scores
-        logger=logger,
-        callbacks=[*callbacks, *bars, checkpoints],
-        plugins=[WholeFiles()],
-        enable_progress_bar=on_terminal,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        default_root_dir=str(folder),
-    )
-
-
-def _train_loaders(config: Config, data: Data) -> dict[str, DataLoader]:
-    loaders = {}
-    for offset, domain in enumerate(DOMAINS):  # each domain has its own order
-        dataset = data.get(f"{domain}_train")
-        if dataset is not None:
-            batch_size = getattr(config.data, domain).batch_size
-            seed = config.seed + offset * 2**32
-            loaders[domain] = train_loader(dataset, batch_size, f"data.{domain}.train", seed, config.data.num_workers)
-    return loaders
-
-
-def _together(loaders: Mapping[str, DataLoader]) -> CombinedLoader:
-    """An epoch is one pass over the larger domain; the smaller one starts again."""
-    return CombinedLoader(dict(loaders), mode="max_size_cycle")
-
-
-def _val_loaders(config: Config, data: Data) -> list:
-    """The source's, which needs masks, and the target's, which does not; none without the source's."""
-    source, target = data.labelled("source_val"), data.held_out("target")
-    if source is None:
-        return []
-    loaders = [_eval_loader(config, source, "source")]
-    return loaders if target is None else [*loaders, _eval_loader(config, target, "target")]
-
-
-def _statistics_of_the_target(config: Config, data: Data) -> list[pl.Callback]:
-    if config.domain_adaptation.batchnorm != "target_stats" or data.get("target_train") is None:
-        return []
-    return [TargetStatistics(statistics_loader(data.sets["target_train"], config.data.target.batch_size))]
-
-
-def _watch(config: Config, checkpoints: Checkpoints, data: Data) -> BadNumbers:
-    """Keeps weights that are no numbers out of the run; what it ends leaves the last good state as last checkpoint."""
-    sets = {domain: data.get(f"{domain}_train") for domain in DOMAINS}
-    names = {domain: dataset.name_of for domain, dataset in sets.items() if dataset is not None}
-    return BadNumbers(config.trainer.skip_bad_steps, checkpoints.save, names)
-
-
-def _eval_loader(config: Config, dataset: SegmentationDataset, domain: str):
-    return eval_loader(dataset, config.data.eval_batch_size or getattr(config.data, domain).batch_size)
-
-
 def _final_scores(
     config: Config, network: nn.Module, data: Data, monitor: DomainAdaptationMonitorCallback
 ) -> dict[str, Scores]:
@@ -279,7 +139,7 @@ def _final_scores(
     for name in [f"{domain}_test" for domain in DOMAINS] + [f"{domain}_val" for domain in DOMAINS]:
         dataset = data.labelled(name)
         if dataset is not None and name not in scores:
-            loader = _eval_loader(config, dataset, name.partition("_")[0])
+            loader = validation_loader(config, dataset, name.partition("_")[0])
             scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
     return scores
 

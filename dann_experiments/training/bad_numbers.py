@@ -7,6 +7,7 @@ waiting for a GPU stands in docs/decisions/0010-a-bad-step-changes-nothing.md.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from dann_experiments.config.errors import TrainingFailed
+from dann_experiments.training import ranks
 from dann_experiments.training.module import AdaptationModule, StepLosses
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,8 @@ class BadNumbers(pl.Callback):
     trainer, whose module is then as before the bad step. At the end of each epoch the weights themselves are looked at.
 
     On a CUDA device with a fused optimizer, or with the gradient scaler of 16-mixed, no step waits for the device: the device
-    itself leaves the step out, and the host hears of it a step or two later. `at_once` overrides that choice.
+    itself leaves the step out, and the host hears of it a step or two later. `at_once` overrides that choice. With several ranks
+    all step over, or all end; the message is that of one whose own losses are wrong.
     """
 
     def __init__(
@@ -106,7 +109,8 @@ class BadNumbers(pl.Callback):
     ) -> None:
         scaled = _has_scaler(trainer)
         losses, groups = _losses_of(pl_module), [] if scaled else optimizer.param_groups
-        found = [losses.total, *(_norm(group) for group in groups)]
+        total = ranks.mean_of({"total": losses.total}, pl_module.device)["total"]  # all ranks must come to one decision
+        found = [total, *(_norm(group) for group in groups)]
         numbers = torch.stack([value.detach().float().to(pl_module.device) for value in found])
         later = self._may_look_later(pl_module, optimizer, scaled)
         step = _Step(
@@ -134,6 +138,8 @@ class BadNumbers(pl.Callback):
 
     def _may_look_later(self, module: pl.LightningModule, optimizer: Optimizer, scaled: bool) -> bool:
         gated = scaled or all(group.get("fused") for group in optimizer.param_groups)
+        if ranks.world() > 1:  # what each would hear of sooner or later, all must decide at the same step
+            return False
         later = module.device.type == "cuda" if self.at_once is None else not self.at_once
         # Fused SGD leaves its momentum uninitialised where the device leaves out the first step of all.
         return later and gated and not self._first
@@ -155,7 +161,9 @@ class BadNumbers(pl.Callback):
         self.bad_steps += 1
         for logger in trainer.loggers:
             logger.log_metrics({METRIC: self.bad_steps}, step=step.number)
-        story = self._story(step)
+        stories = ranks.gathered_texts(self._story(step), module.device)
+        guilty = ranks.gathered_texts("yes" if _wrong_parts(step) else "no", module.device)
+        story = stories[guilty.index("yes") if "yes" in guilty else 0]
         if self.bad_steps <= self.most_skipped:
             log.warning("%s Stepped over (%d of trainer.skip_bad_steps %d).", story, self.bad_steps, self.most_skipped)
             return
@@ -268,13 +276,17 @@ def _finite(module: nn.Module) -> bool:
 def _what_is_wrong(step: _Step) -> dict[str, float]:
     """The losses that are not finite; without any, their sum or the gradients that are not."""
     total, *norms = step.numbers.tolist()
-    parts = {name: float(value) for name, value in step.losses.parts.items()}
     gradients = {f"the norm of the gradient of {name}": norm for name, norm in zip(step.groups, norms, strict=True)}
-    for numbers in (parts, {"the sum of the losses": total}, gradients):
-        wrong = {name: value for name, value in numbers.items() if not torch.isfinite(torch.tensor(value))}
-        if wrong:
-            return wrong
-    return {}
+    return _wrong_parts(step) or _not_finite({"the sum of the losses": total}) or _not_finite(gradients)
+
+
+def _wrong_parts(step: _Step) -> dict[str, float]:
+    """The losses of this rank that are not finite."""
+    return _not_finite({name: float(value) for name, value in step.losses.parts.items()})
+
+
+def _not_finite(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in numbers.items() if not math.isfinite(value)}
 
 
 def _listed(numbers: Mapping[str, float]) -> str:

@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader
 
 from dann_experiments.data.dataset import SeededOrder
 from dann_experiments.training import checkpoint_files as files
+from dann_experiments.training import ranks
 
 log = logging.getLogger(__name__)
+STEPS_TO_AGREE = 10  # several ranks compare their clocks each so many steps
 _KEY = "dann_experiments"  # of our part in a checkpoint
 
 
@@ -33,7 +35,7 @@ class Checkpoints(Checkpoint):
     and after `every_minutes` (None = not). It holds Lightning's state, that of the callbacks, and where each of the training
     `loaders` stands (with a `SeededOrder` as sampler, combined by max_size_cycle), so that no batch is loaded twice.
     `before_saving` is called before a checkpoint is written. Its files are `checkpoint_files`, which the trainer must have as
-    its plugin (`WholeFiles`).
+    its plugin (`WholeFiles`). Of several ranks all take part, and the first writes.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Checkpoints(Checkpoint):
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # validation is about to follow: saved after it
         by_steps = self._every_n_steps is not None and trainer.global_step % self._every_n_steps == 0
-        if by_steps or time.monotonic() - self._saved_at >= self._every_seconds:
+        if by_steps or self._time_is_up(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -134,9 +136,14 @@ class Checkpoints(Checkpoint):
         """Save a checkpoint now: at the end of a step, or in a step that has changed nothing yet and is done again then."""
         step = trainer.global_step
         self._before_saving()
+        ranks.average_buffers(trainer.lightning_module)
         trainer.save_checkpoint(self.folder / f"{files.STEP}{step}.ckpt", weights_only=False)
         self._saved_at = time.monotonic()
         self._best_steps[step] = self.best_step
+        if trainer.is_global_zero:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
         kept = list(files.numbered(self.folder, files.STEP).items())
         for _, path in kept[: -self._keep]:
             files.remove(path)
@@ -146,6 +153,12 @@ class Checkpoints(Checkpoint):
         for number, path in files.numbered(self.folder, files.BEST_STEP).items():
             if number < min(known):
                 files.remove(path)
+
+    def _time_is_up(self, trainer: pl.Trainer) -> bool:
+        if ranks.world() > 1 and trainer.global_step % STEPS_TO_AGREE:
+            return False
+        up = time.monotonic() - self._saved_at >= self._every_seconds
+        return up if math.isinf(self._every_seconds) else ranks.any_of(up, trainer.strategy.root_device)
 
     def _position(self, trainer: pl.Trainer, loader: DataLoader) -> dict[str, Any]:
         assert isinstance(loader.sampler, SeededOrder)

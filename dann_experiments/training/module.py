@@ -14,6 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -23,6 +24,7 @@ from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLos
 from dann_experiments.models.batchnorm import statistics_kept
 from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
 from dann_experiments.models.taps import Tap, check_joint, forward_joint, forward_to_taps, forward_with_taps, recording
+from dann_experiments.training import ranks
 from dann_experiments.training.optimizers import build_scheduler
 from dann_experiments.training.scores import segmentation_loss
 
@@ -92,9 +94,10 @@ class AdaptationModule(pl.LightningModule):
         if share.value is not None:
             metrics["loss/train_da"] = share.value
             metrics["loss/train_total"] = segmentation.detach() + share.weight * share.value
+        metrics = ranks.mean_of(metrics | dict(share.metrics), self.device)
         for logger in self.loggers:
             # tensors go as they are: a .item() here would wait for the device each step
-            logger.log_metrics(metrics | dict(share.metrics), step=self.trainer.global_step)  # pyright: ignore[reportArgumentType]
+            logger.log_metrics(metrics, step=self.trainer.global_step)
         total = segmentation if share.differentiated is None else segmentation + share.differentiated
         self.losses = StepLosses(total.detach(), _loss_parts(segmentation, share, self.method), share.weight)
         return total
@@ -115,6 +118,10 @@ class AdaptationModule(pl.LightningModule):
         valid = (labels != self.ignore_index).to(images.dtype)
         target_valid = batch["target"].get("valid") if target_features else None
         return StepOutputs(logits, labels, valid, source_features, target_features, target_valid)
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            ranks.average_buffers(self)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         images, labels, valid = batch["image"], batch.get("mask"), batch.get("valid")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dann_experiments.models.batchnorm import target_statistics
+from dann_experiments.training.ranks import sum_of
 from dann_experiments.training.scores import Scorer, Scores
 from dann_experiments.training.selection import KEPT, PREFIX, SelectionScorer, choice_value
 
@@ -109,18 +110,19 @@ class DomainAdaptationMonitorCallback(pl.Callback):
                 self._scorers[dataloader_idx] = Scorer(self.num_classes, self.ignore_index)
             self._scorers[dataloader_idx].update(outputs["logits"], outputs["labels"])
         if DOMAINS[dataloader_idx] == "target":
-            self._unlabelled = self._unlabelled or SelectionScorer()
+            self._unlabelled = self._unlabelled or SelectionScorer(_first_item(trainer, dataloader_idx))
             self._unlabelled.update(outputs["logits"], outputs.get("valid"))
         for layer, hits in outputs.get("domain_hits", {}).items():
             of_layer = self._hits.setdefault(layer, {})
             of_layer[dataloader_idx] = of_layer.get(dataloader_idx, 0) + hits
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.latest = {DOMAINS[index]: scorer.compute() for index, scorer in sorted(self._scorers.items())}
+        self.latest = {DOMAINS[index]: scorer.compute(True) for index, scorer in sorted(self._scorers.items())}
         self.target_scores = {}
         if self._unlabelled is not None:
-            self.target_scores = {PREFIX + name: value for name, value in self._unlabelled.compute().items()}
-        self.domain_accuracy = _domain_accuracy(self._hits)
+            self.target_scores = {PREFIX + name: value for name, value in self._unlabelled.compute(True).items()}
+        hits = {layer: {index: sum_of(own) for index, own in of.items()} for layer, of in self._hits.items()}
+        self.domain_accuracy = _domain_accuracy(hits)
         self._scorers, self._unlabelled, self._hits = {}, None, {}
         if trainer.sanity_checking:
             self.baseline, self._forgetting = dict(self.latest), False
@@ -158,6 +160,13 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             for logger in loggers:
                 _set_tag(logger, FORGOTTEN, "true")
         self._forgetting = drop > self.forgetting_threshold
+
+
+def _first_item(trainer: pl.Trainer, dataloader_idx: int) -> int:
+    """The number, in the whole set, of the first item that this rank validates."""
+    loaders = trainer.val_dataloaders
+    loader = loaders[dataloader_idx] if isinstance(loaders, (list, tuple)) else loaders
+    return getattr(getattr(loader, "batch_sampler", None), "first_item", 0)
 
 
 def _domain_accuracy(hits: Mapping[str, Mapping[int, Tensor]]) -> dict[str, float]:

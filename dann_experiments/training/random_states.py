@@ -10,15 +10,21 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from dann_experiments.training import ranks
+
 
 class RandomStates(pl.Callback):
     """Must be the first callback: it puts the states back before anybody else draws."""
 
     def __init__(self) -> None:
         self._to_restore: Mapping[str, Any] | None = None
+        self._device = torch.device("cpu")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._device = trainer.strategy.root_device
 
     def state_dict(self) -> dict[str, Any]:
-        return random_states()
+        return random_states() | {"of_ranks": self._of_ranks()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._to_restore = state_dict
@@ -34,7 +40,22 @@ class RandomStates(pl.Callback):
     def _restore(self) -> None:
         if self._to_restore is not None:
             restore(self._to_restore)
+            own = self._to_restore.get("of_ranks")
+            if own and ranks.world() == len(own):
+                torch_state, cuda_state = own[ranks.index()]
+                torch.set_rng_state(torch_state)
+                if self._device.type == "cuda":
+                    torch.cuda.set_rng_state(cuda_state, self._device)
             self._to_restore = None
+
+    def _of_ranks(self) -> list[list[torch.Tensor]]:
+        """torch's and CUDA's state of each rank; all else that draws numbers draws the same in all. Empty for a rank alone."""
+        if ranks.world() == 1:
+            return []
+        on_cuda = self._device.type == "cuda"
+        own = [torch.get_rng_state(), torch.cuda.get_rng_state(self._device) if on_cuda else torch.empty(0)]
+        found = [ranks.gathered(state.to(torch.uint8).to(self._device)) for state in own]
+        return [[state.cpu() for state in pair] for pair in zip(*found, strict=True)]
 
 
 def random_states() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from dann_experiments.models.networks import logits_of_any_size
 from dann_experiments.models.taps import evaluating
+from dann_experiments.training.ranks import sum_of
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,9 @@ class Scorer:
 
     def __init__(self, num_classes: int, ignore_index: int) -> None:
         self.ignore_index = ignore_index
-        self._confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index, validate_args=False)
+        self._confusion = MulticlassConfusionMatrix(
+            num_classes, ignore_index=ignore_index, validate_args=False, sync_on_compute=False
+        )
         self._loss: Tensor | float = 0.0
         self._pixels: Tensor | float = 0.0
 
@@ -162,13 +165,16 @@ class Scorer:
         )
         self._pixels = self._pixels + (labels != self.ignore_index).sum()
 
-    def compute(self) -> Scores:
-        """The scores of everything added."""
-        pixels = float(self._pixels)
-        return Scores(
-            confusion=self._confusion.compute().cpu().numpy(),
-            loss=float(self._loss) / pixels if pixels else float("nan"),
+    def compute(self, over_ranks: bool = False) -> Scores:
+        """The scores of everything added; `over_ranks`: by all ranks, which must all call this and get the same."""
+        confusion = self._confusion.compute()
+        sums = torch.stack(
+            [torch.as_tensor(part, device=confusion.device).double() for part in (self._loss, self._pixels)]
         )
+        if over_ranks:
+            confusion, sums = sum_of(confusion), sum_of(sums)
+        loss, pixels = sums.tolist()
+        return Scores(confusion.cpu().numpy(), loss / pixels if pixels else float("nan"))
 
 
 def score_set(network: nn.Module, loader: DataLoader, num_classes: int, ignore_index: int) -> Scores:

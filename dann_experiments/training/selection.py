@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dann_experiments.training.ranks import gathered, sum_of, world
+
 PREFIX = "select/"
 KEPT = "select/source_kept"
 """1 where the source's IoU is within `monitor.forgetting_threshold` of its baseline, else 0."""
@@ -84,13 +86,14 @@ class SelectionScorer:
       blind spot: one class everywhere is one dense neighbourhood and scores 1.
 
     The pixels of `snd` depend on the order of the images, their sizes and `valid` alone: each validation takes the same, however
-    the images are split into batches.
+    the images are split into batches, and into shares of several ranks: `first_image` is the number of the first one added.
     """
 
-    def __init__(self) -> None:
-        self._images = 0
+    def __init__(self, first_image: int = 0) -> None:
+        self._images = first_image
         self._stride = 1  # every so many slots are looked at; doubles while the set turns out to be longer
-        self._pool: list[tuple[Tensor, Tensor]] = []  # p (S, K) of slots, and whether a slot holds a pixel (S,)
+        self._pool: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Numbers of slots (S,), their p (S, K), and whether a slot holds a pixel (S,)."""
         self._pooled = 0
         self._pixels: Tensor | float = 0.0
         self._entropy: Tensor | float = 0.0
@@ -130,9 +133,12 @@ class SelectionScorer:
         self._keep(shares, known)
         self._images += len(logits)
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, over_ranks: bool = False) -> dict[str, float]:
         """`entropy`, `infomax`, `snd` and `bnm` of everything added, 0..1. All are NaN without a pixel that has data, and where
-        logits were not finite; `snd` also with fewer than three pixels, which have no neighbourhood to speak of."""
+        logits were not finite; `snd` also with fewer than three pixels, which have no neighbourhood to speak of. `over_ranks`:
+        of what all ranks added, which must all call this and get the same."""
+        if over_ranks and world() > 1:
+            return self._of_all_ranks().compute()
         pixels = float(self._pixels)
         scores = dict.fromkeys((name.removeprefix(PREFIX) for name in SCORES), math.nan)
         if not pixels:
@@ -182,16 +188,40 @@ class SelectionScorer:
         place = start + _scattered(slots, end - start)  # among the pixels of the image that have data
         if seen is not None:
             place = torch.where(filled, torch.searchsorted(seen, before + place + 1) - here * size, 0)
-        self._pool.append((shares[here, :, place], filled))
+        self._pool.append((slots, shares[here, :, place], filled))
         self._pooled += len(slots)
+        self._thin()
+
+    def _thin(self) -> None:
+        """Keep the slots that are multiples of the stride, which doubles while they are too many."""
         while self._pooled > 2 * COMPARED:
-            # kept are the multiples of the stride, from 0 on: every second of them are the multiples of twice the stride
-            rows, full = (torch.cat(parts)[::2] for parts in zip(*self._pool, strict=True))
-            self._pool, self._pooled, self._stride = [(rows, full)], len(rows), 2 * self._stride
+            self._stride *= 2
+            slots, rows, filled = (torch.cat(parts) for parts in zip(*self._pool, strict=True))
+            kept = slots % self._stride == 0
+            self._pool = [(slots[kept], rows[kept], filled[kept])]
+            self._pooled = len(self._pool[0][0])
+
+    def _of_all_ranks(self) -> SelectionScorer:
+        """What one process that saw all images would have."""
+        merged = SelectionScorer()
+        merged._classes = self._classes
+        slots, rows, filled = (torch.cat(parts) for parts in zip(*self._pool, strict=True))
+        sums = [torch.as_tensor(part, device=rows.device) for part in (self._pixels, self._entropy)]
+        merged._pixels, merged._entropy = sum_of(torch.stack([part.double() for part in sums]))
+        assert isinstance(self._sum, Tensor)
+        assert isinstance(self._gram, Tensor)
+        merged._sum, merged._gram = sum_of(self._sum), sum_of(self._gram)
+        strides = gathered(torch.tensor([self._stride], device=rows.device))
+        merged._stride = int(torch.cat(strides).max())
+        slots, rows, filled = (torch.cat(gathered(part)) for part in (slots, rows, filled.to(torch.uint8)))
+        kept = slots % merged._stride == 0
+        merged._pool, merged._pooled = [(slots[kept], rows[kept], filled[kept] != 0)], int(kept.sum())
+        merged._thin()
+        return merged
 
     def _compared(self) -> Tensor:
         """p (n, K) of the pixels that are compared with each other."""
-        rows, filled = (torch.cat(parts) for parts in zip(*self._pool, strict=True))
+        _, rows, filled = (torch.cat(parts) for parts in zip(*self._pool, strict=True))
         rows = rows[filled]
         if len(rows) > COMPARED:
             rows = rows[torch.arange(COMPARED, device=rows.device) * len(rows) // COMPARED]

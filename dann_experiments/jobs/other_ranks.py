@@ -1,0 +1,190 @@
+"""Starts the other ranks of a training (`trainer.devices`), and is what they run: one fit, without a tracking store.
+
+They are plain processes, told by one line on their standard input what to train, and ended by its end, so that none outlives
+the first rank however that dies. Each answers by one line when it is ready, and by one that says what went wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytorch_lightning as pl
+
+from dann_experiments.adaptation.dann import SourceOnly
+from dann_experiments.config import Config, InputError, TrainingFailed, config_to_dict
+from dann_experiments.config.parsing import config_from_dict
+from dann_experiments.jobs import setup
+from dann_experiments.jobs.fit import Fit
+from dann_experiments.jobs.setup import Data
+from dann_experiments.tracking.processes import how_it_ended
+from dann_experiments.training.ranks import Rank, leave
+
+READY = "ready"
+LAST_WORDS_SECONDS = 20.0  # for a process to say what went wrong, once the first rank has lost it
+LOST = ("gloo", "NCCL", "closed by peer", "reset by peer")  # parts of what torch says of a rank that does not answer
+TOLD_ALIKE = {kind.__name__: kind for kind in (InputError, TrainingFailed)}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The first rank's view of all."""
+
+    first: Rank
+    others: Sequence[_Process] = ()
+
+    def wait(self) -> None:
+        """Return when all others are ready to meet. Raises what one says that cannot be."""
+        for process in self.others:
+            if process.answer() != READY:
+                _raise_what_they_said([process], None, LAST_WORDS_SECONDS)
+
+
+@contextlib.contextmanager
+def other_ranks(
+    config: Config, data: Data, folder: Path, pretraining: bool, go_on_from: Path | None
+) -> Iterator[Ranks]:
+    """Runs the ranks 1 to `trainer.devices` - 1 during the block. Where the block loses one of them, raises what that said: its
+    InputError or TrainingFailed, else TrainingFailed with its error; its output then lies in `folder`, the run's."""
+    world = config.trainer.devices
+    if world == 1:
+        yield Ranks(Rank())
+        return
+    with tempfile.TemporaryDirectory(prefix="dann_ranks_") as place, contextlib.ExitStack() as stack:
+        stack.callback(leave)
+        order = {
+            "config": config_to_dict(config), "folder": str(folder.resolve()), "world": world,
+            "meeting_point": f"{place}/meeting_point", "pretraining": pretraining,
+            "sets": [name for name in data.sets if not name.endswith("_test")],
+            "go_on_from": None if go_on_from is None else str(go_on_from.resolve()),
+        }  # fmt: skip
+        others: list[_Process] = []
+        for index in range(1, world):
+            others.append(_Process(order | {"index": index}, folder / f"process_{index}.log"))
+            stack.callback(others[-1].end)
+        try:
+            yield Ranks(Rank(0, world, Path(order["meeting_point"])), others)
+        except RuntimeError as error:
+            lost = any(sign in str(error) for sign in LOST)
+            _raise_what_they_said(others, error, LAST_WORDS_SECONDS if lost else 0.0)
+            raise
+        for process in others:
+            process.log.unlink(missing_ok=True)
+
+
+def main() -> None:
+    """What the process of another rank runs."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # they reach a whole group of processes: the first rank ends in good order
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO)
+    order = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_first_rank, daemon=True).start()
+    code = 0
+    try:
+        _train(order, answers)
+    except BaseException as error:
+        traceback.print_exc()
+        print(json.dumps({"kind": type(error).__name__, "text": str(error)}), file=answers)
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)  # a thread still reads the standard input
+
+
+def _train(order: Mapping[str, Any], answers: TextIO) -> None:
+    config = config_from_dict(order["config"])
+    rank = Rank(order["index"], order["world"], Path(order["meeting_point"]))
+    with setup.seeded(config):
+        data = setup.load_data(config, tuple(order["sets"]))
+        setup.settle(config, data)
+        network = setup.make_network(config, with_weights=False)  # the first rank's come when all meet
+        taps = [] if order["pretraining"] else setup.make_taps(config, network)
+        method = SourceOnly() if order["pretraining"] else setup.make_method(config, taps)
+        go_on_from = None if order["go_on_from"] is None else Path(order["go_on_from"])
+        fit = Fit(
+            config, network, method, taps, data, Path(order["folder"]), pretraining=order["pretraining"],
+            resumed=go_on_from is not None, rank=rank,
+        )  # fmt: skip
+        pl.seed_everything(config.seed + rank.index, verbose=False)  # dropout must not be the same on each
+        print(READY, file=answers)
+        fit.go(go_on_from)
+
+
+class _Process:
+    """Another rank's process, and the file of what it prints."""
+
+    def __init__(self, order: Mapping[str, Any], log: Path) -> None:
+        self.index, self.world, self.log = order["index"], order["world"], log
+        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
+        environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        with open(log, "w", encoding="utf-8") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", f"from {__name__} import main; main()"], env=environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output,
+            )  # fmt: skip
+        with contextlib.suppress(BrokenPipeError):  # it says why when it is asked
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> str:
+        """Its next line; empty when it has ended."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def failure(self, seconds: float) -> Exception | None:
+        """What it raised, if it ended so within `seconds`."""
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        if code == 0:
+            return None
+        assert self._process.stdout is not None
+        said = next((line for line in self._process.stdout if line.startswith("{")), None)
+        if said is None:
+            return TrainingFailed(
+                f"process {self.index + 1} of {self.world} {how_it_ended(code)}; its output: {self.log}"
+            )
+        told = json.loads(said)
+        if any(sign in told["text"] for sign in LOST):
+            return None  # it lost us, or another
+        if told["kind"] in TOLD_ALIKE:
+            return TOLD_ALIKE[told["kind"]](told["text"])
+        return TrainingFailed(f"process {self.index + 1} of {self.world}: {told['kind']}: {told['text']}")
+
+    def end(self) -> None:
+        """End it now."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def _raise_what_they_said(processes: Sequence[_Process], error: Exception | None, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    for process in processes:
+        failure = process.failure(max(until - time.monotonic(), 0.0))
+        if failure is not None:
+            raise failure from error
+
+
+def _end_with_the_first_rank() -> None:
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
