@@ -73,7 +73,7 @@ def other_ranks(
         }  # fmt: skip
         others: list[_Process] = []
         for index in range(1, world):
-            others.append(_Process(order | {"index": index}, folder / f"process_{index}.log"))
+            others.append(_Process(order | {"index": index}, folder / f"process_{index + 1}.log"))
             stack.callback(others[-1].end)
         try:
             yield Ranks(Rank(0, world, Path(order["meeting_point"])), others)
