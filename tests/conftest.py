@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sqlite3
 import warnings
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +98,34 @@ def small_settings(root: Path, **more: object) -> dict[str, object]:
     return settings | {key.replace("__", "."): value for key, value in more.items()}
 
 
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Puts a new MLflow store, mlflow.db, into a folder: a copy of one that MLflow made here, as its dozens of migrations take
+    a second or two, which most tests need not see again."""
+    import mlflow
+
+    made = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        mlflow.MlflowClient(f"sqlite:///{made}/mlflow.db").search_experiments()
+
+    def put(folder: Path) -> None:
+        shutil.copy(made / "mlflow.db", folder / "mlflow.db")
+        with closing(sqlite3.connect(folder / "mlflow.db")) as copy, copy:  # of experiment 0, the one that is there
+            copy.execute("UPDATE experiments SET artifact_location = ?", (f"{folder}/mlruns/0",))
+
+    return put
+
+
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(empty_place: Path, new_store: Callable[[Path], None]) -> Path:
+    """A current folder with a new sqlite store; no MLflow variables from outside."""
+    new_store(empty_place)
+    return empty_place
+
+
+@pytest.fixture
+def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder, where a job makes its own sqlite store; no MLflow variables from outside."""
     for name in [
         name for name in os.environ if name.startswith("MLFLOW_") and name != "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"

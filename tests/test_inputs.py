@@ -98,12 +98,12 @@ def test_every_wrong_command_file_and_variable_ends_with_code_2_and_one_message(
         (["compare", "--arms", "arms.yaml"], "arms.a"),
     ],
 )
-def test_what_the_fast_checks_refuse_leaves_no_store_behind(words, named, squares, workplace):
-    (workplace / "arms.yaml").write_text("arms: {a: {seed: 3}}\n")
+def test_what_the_fast_checks_refuse_leaves_no_store_behind(words, named, squares, empty_place):
+    (empty_place / "arms.yaml").write_text("arms: {a: {seed: 3}}\n")
     flags = [word for key, value in small_settings(squares).items() if key not in words[1]
              for word in (f"--{key}", "null" if value is None else str(value).replace("'", ""))]  # fmt: skip
     assert named in inputs.answer(main, words[0], *flags, *words[1:])
-    assert not (workplace / "mlflow.db").exists()
+    assert not (empty_place / "mlflow.db").exists()
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "~nobody_at_all/x", "/dev/null/x"])

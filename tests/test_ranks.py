@@ -146,13 +146,13 @@ def test_devices_that_cannot_be_are_refused(workplace, squares, more, message):
     assert not (workplace / "mlruns").exists()
 
 
-def test_callbacks_are_refused_with_several_processes(workplace, squares):
+def test_callbacks_are_refused_with_several_processes(empty_place, squares):
     import pytorch_lightning as pl
 
     for job in (adapt, pretrain):
         with pytest.raises(InputError, match=r"trainer.devices is 2, but callbacks run in one process"):
-            job(config_of(squares, workplace), [pl.Callback()])
-    assert not (workplace / "mlflow.db").exists()
+            job(config_of(squares, empty_place), [pl.Callback()])
+    assert not (empty_place / "mlflow.db").exists()
 
 
 def history(result: RunResult) -> dict[str, list[tuple[int, float]]]:

@@ -24,6 +24,7 @@ import torch
 from conftest import small_settings
 from mlflow.entities import Param, RunTag
 from pytorch_lightning.utilities import CombinedLoader
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
 from dann_experiments import DomainAdaptationMethod, InputError, MethodLoss
@@ -157,9 +158,11 @@ def values(result: RunResult) -> list[tuple[str, int, float]]:
 def assert_same(resumed: RunResult, whole: RunResult, once: bool = True) -> None:
     """The same run to the bit, each value of the history once."""
     assert weights(resumed) == weights(whole)
-    found = values(resumed)
-    assert not once or len({(metric, step) for metric, step, _ in found}) == len(found)
-    assert found == values(whole)
+    found, wanted = values(resumed), values(whole)
+    if once:
+        assert len({(metric, step) for metric, step, _ in found}) == len(found)
+        assert found == wanted
+    assert set(found) == set(wanted)  # scores of the best weights that equal the last ones' need not stand twice
     assert resumed.metrics == whole.metrics
     assert resumed.baseline == whole.baseline
     times = resumed.history().query("metric == 'time/epoch_seconds'")
@@ -263,6 +266,27 @@ def test_other_settings_go_on_to_the_same_weights_too(workplace, squares, whole,
     killed("adapt", config, Noise(), Killed("on_train_batch_start", 5))
     once = "monitor__final_model" not in more  # the chosen weights' scores stand beside the last ones'
     assert_same(adapt(config, [Noise()], resume="auto"), uninterrupted, once)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "damaged"), [("behind everything", False), ("behind the last checkpoint", True)])
+def test_a_run_killed_behind_its_last_step_ends_with_its_best_weights_and_their_scores(
+    workplace, squares, whole, moment, damaged, caplog
+):
+    best = {"monitor__final_model": "best", "monitor__metric": "loss/val_target"}
+    uninterrupted = adapt(settings(squares, workplace / "whole", whole.store, **best), [Noise()])
+    config = settings(squares, workplace / "killed", whole.store, **best)
+    killed("adapt", config, Noise(), MOMENTS[moment])
+    if not damaged:
+        assert_same(adapt(config, [Noise()], resume="auto"), uninterrupted, once=False)
+        return
+    (path,) = Path(config.tracking.folder).glob("*/checkpoints/best*.ckpt")
+    spoiled(path, "flipped")
+    resumed = adapt(config, [Noise()], resume="auto")
+    assert "the best checkpoint is damaged or gone" in caplog.text
+    last = torch.load(Path(str(resumed.artifacts)) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    final = load_file(Path(str(resumed.artifacts)) / "model" / "model.safetensors")
+    assert all(torch.equal(last[f"network.{name}"], value) for name, value in final.items())
 
 
 class Teacher(DomainAdaptationMethod):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,13 +180,25 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_resumed_sender_sends_what_the_killed_one_left_and_no_step_twice(tmp_path):
     Spool(tmp_path / SPOOL).append(points(5, 6))
     store = Refusing()
-    sender = Sender(store, "r", tmp_path, already={"a": 4, "c": 9})
+    sender = Sender(store, "r", tmp_path, already=[*points(3, 4), *points(9, name="c")])
     for step in range(4, 9):  # from its checkpoint on
         sender.put({"a": step, "b": step, "c": step}, step)
     assert sender.close("FINISHED")
     assert sorted(store.taken) == sorted(
         [("a", float(step), step) for step in (5, 6, 7, 8)] + [("b", float(step), step) for step in range(4, 9)]
     )
+
+
+@pytest.mark.parametrize("there", [[], [0.5], [0.5, 0.7]])
+def test_scores_of_the_chosen_weights_end_a_resumed_series_whatever_was_sent_before(tmp_path, there):
+    """0.5 of the last weights, then 0.7 of the best ones, both at step 8: each arrives once."""
+    store = Refusing()
+    sender = Sender(store, "r", tmp_path, already=[Point("a", value, 1, 8) for value in there])
+    sender.put({"a": 0.5}, 8)
+    sender.once_more()
+    sender.put({"a": 0.7}, 8)
+    assert sender.close("FINISHED")
+    assert there + [value for _, value, _ in store.taken] == [0.5, 0.7]
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +314,7 @@ def test_a_run_that_is_opened_again_is_the_same_run_and_the_claimed_one_says_so(
     assert (empty.info.status, empty.data.tags["dann.resumed_run_id"]) == ("FINISHED", run.run_id)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_mlflow_run_ends_its_child_and_the_run_is_killed(workplace, signum):
     """A project whose command runs for ever in a tracked run, and says that it does."""
     project = workplace / "project"
@@ -329,7 +342,7 @@ def test_a_signal_to_mlflow_run_ends_its_child_and_the_run_is_killed(workplace, 
     with contextlib.suppress(psutil.NoSuchProcess):  # after the end of what it writes, a moment passes
         child = psutil.Process(int(told[1]))
         while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-            pass
+            time.sleep(0.05)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workplace}/mlflow.db")
     for process in psutil.process_iter():  # `mlflow run` calls it FAILED, and is put right by a process that then ends
         with contextlib.suppress(psutil.Error):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dann_experiments.__main__ import _argument_parser, _overrides
+from dann_experiments.__main__ import _argument_parser, _overrides, main
 from dann_experiments.command_line import NOT_GIVEN, SHORT_NAMES, dotted
 from dann_experiments.config import load_config
 from dann_experiments.config.comparison import CompareConfig
@@ -191,12 +191,18 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         (["runs"], "has no finished adaptation run"),
     ],
 )
-def test_wrong_words_on_the_command_line_end_with_code_2_and_one_message(arguments, message, workplace):
-    done = cli(*arguments, cwd=workplace)
+def test_wrong_words_on_the_command_line_end_with_code_2_and_one_message(arguments, message, workplace, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Error: ")
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_the_process_ends_with_the_code_of_its_command(workplace):
+    done = cli("adapt", "stray", cwd=workplace)
     assert done.returncode == 2
-    assert done.stderr.startswith("Error: ")
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("Error: 'stray' stands alone")
 
 
 def test_help_config_and_layers_teach(workplace):

@@ -10,7 +10,7 @@ from conftest import small_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dann_experiments.config import InputError, load_config, replace
+from dann_experiments.config import InputError, config_to_yaml, load_config, replace
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.jobs import setup
 from sweeps.__main__ import main
@@ -145,14 +145,15 @@ def test_a_wrong_space_is_refused_with_its_key(case):
         ),
     ],
 )
-def test_wrong_words_end_with_code_2_and_nothing_started(arguments, message, workplace, capsys):
-    assert main(["run", *arguments]) == 2
+def test_wrong_words_end_with_code_2_and_nothing_started(arguments, message, empty_place, squares, capsys):
+    Path("c.yaml").write_text(config_to_yaml(load_config(None, small_settings(squares))))
+    assert main(["run", "--config", "c.yaml", *arguments]) == 2
     said = capsys.readouterr().err
     assert said.startswith("Error: ")
     assert message in said
     assert "hidden@" not in said
-    assert not (workplace / "mlflow.db").exists()
-    assert not list(workplace.glob("studies/*/journal.log"))
+    assert not (empty_place / "mlflow.db").exists()
+    assert not list(empty_place.glob("studies/*/journal.log"))
 
 
 def test_a_metric_that_no_run_logs_is_no_objective(squares):

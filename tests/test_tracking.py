@@ -95,7 +95,9 @@ def clean_environment(folder: Path) -> dict[str, str]:
     return environment
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_is_killed_in_the_store_with_its_metrics_and_checkpoints(workplace, squares, signum, code):
     settings = small_settings(squares, trainer__max_epochs=500, trainer__enable_progress_bar=True)
     Path("c.yaml").write_text(yaml.safe_dump(nested(settings)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ from dann_experiments.training.monitor import (
 from dann_experiments.training.random_states import RandomStates
 from dann_experiments.training.ranks import Rank
 
+log = logging.getLogger(__name__)
 ONE_POSITION = (
     "a training batch of one image meets a BatchNorm on a map of one position, which has no variance; raise "
     "data.source.batch_size and data.target.batch_size, or take larger images or crops."
@@ -64,7 +66,7 @@ class Fit:
         run: TrackedRun | None = None,
         callbacks: Sequence[pl.Callback] = (),
     ) -> None:
-        self._config, self._data, self._rank = config, data, rank
+        self._config, self._rank, self._run = config, rank, run
         optimizer, epochs = config.optimizer, config.trainer.max_epochs
         if pretraining:
             optimizer, epochs = config.pretraining.optimizer, config.pretraining.max_epochs
@@ -133,9 +135,21 @@ class Fit:
         if not self.module.ended:  # it went on from its last step, so that Lightning had nothing to do
             self.module.on_train_end()
         if self._config.monitor.final_model == "best":
-            self.module.load_state_dict(read(self.checkpoints.best())["state_dict"])
-            self.trainer.validate(self.module, self._val_loaders, verbose=False)
+            self._take_the_best()
         self.module.network.to(self.device)
+
+    def _take_the_best(self) -> None:
+        best = self.checkpoints.best()
+        if best is None:
+            log.warning(
+                "monitor.final_model is best, but the best checkpoint is damaged or gone, and no validation came after the "
+                "run went on: it ends with its last weights."
+            )
+            return
+        self.module.load_state_dict(read(best)["state_dict"])
+        if self._run is not None:
+            self._run.score_again()
+        self.trainer.validate(self.module, self._val_loaders, verbose=False)
 
 
 class _EpochLines(pl.Callback):

@@ -25,6 +25,7 @@ from dann_experiments.config.errors import InputError, StoreAway
 from dann_experiments.tracking.last_word import have_last_word
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
 from dann_experiments.tracking.sender import SPOOL, Sender
+from dann_experiments.tracking.spool import Point
 from dann_experiments.tracking.store import Store, check_run_id, without_secrets
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,10 @@ class TrackedRun:
     def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
         """Queue metrics; see Sender."""
         self.sender.put(values, step)
+
+    def score_again(self) -> None:
+        """Call it before the last step's metrics are logged a second time, of other weights."""
+        self.sender.once_more()
 
     def persist(self) -> None:
         """Call it before a checkpoint is put in its place: what was logged up to now then outlives the process, so that a run
@@ -237,8 +242,8 @@ def send_folder(sender: Sender, folder: Path, status: str, end_time: int | None)
     return sent
 
 
-def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> dict[str, int]:
-    """Make a run a running one again; the highest step that the store has of each of its metrics."""
+def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> list[Point]:
+    """Make a run a running one again; the points that the store has of it."""
     if claimed is not None and claimed != run_id:
         note = f"This run is empty: it went on with run {run_id}."
         for key, text in {"dann.resumed_run_id": run_id, "mlflow.note.content": note}.items():
@@ -250,9 +255,11 @@ def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> dic
     run = store.client.get_run(run_id)
     if "dann.closed_by" in run.data.tags:
         store.client.delete_tag(run_id, "dann.closed_by")
-    return {
-        name: max(point.step for point in store.client.get_metric_history(run_id, name)) for name in run.data.metrics
-    }
+    return [
+        Point(name, point.value, point.timestamp, point.step)
+        for name in run.data.metrics
+        for point in store.client.get_metric_history(run_id, name)
+    ]
 
 
 @contextlib.contextmanager

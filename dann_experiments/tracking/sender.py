@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,22 @@ UPLOAD_SECONDS = 600.0
 
 class Sender:
     """Queues (name, value, step), files and the run's end, and sends them in this order. Values may be tensors: they are read
-    by the sending thread. `folder`: the run's, with the spool of an earlier process if it left one. `already`: metric ->
-    the highest step that the store has, for a run that is resumed: up to it, nothing is sent again."""
+    by the sending thread. `folder`: the run's, with the spool of an earlier process if it left one. `already`: the points
+    that the store has, for a run that is resumed: up to the highest step of each metric, nothing is sent again."""
 
-    def __init__(self, client: Any, run_id: str, folder: Path, already: Mapping[str, int] | None = None) -> None:
+    def __init__(self, client: Any, run_id: str, folder: Path, already: Iterable[Point] | None = None) -> None:
         self._client = client
         self._run_id = run_id
         self._folder = folder
         self._spool = Spool(folder / SPOOL)
-        self._already = dict(already or {})
-        if already is not None:
-            for name, step in self._spool.last_steps().items():
-                self._already[name] = max(step, self._already.get(name, step))
+        self._already: dict[str, tuple[int, set[str]]] = {}
+        """Metric -> the highest step that need not be sent again, and its values."""
+        self._once_more = False
+        for point in [*already, *self._spool.waiting()] if already is not None else ():
+            step, values = self._already.get(point.name, (-1, set()))
+            if point.step >= step:
+                values = values if point.step == step else set()
+                self._already[point.name] = point.step, values | {repr(point.value)}
         self._memory: deque[tuple[str, Any, int, int]] = deque()
         self._files: dict[
             Path, None
@@ -68,12 +72,24 @@ class Sender:
         now = int(time.time() * 1000)
         with self._wake:
             self._memory.extend(
-                (name, value, now, step) for name, value in values.items() if step > self._already.get(name, -1)
+                (name, value, now, step) for name, value in values.items() if not self._has(name, value, step)
             )
             if len(self._memory) >= BATCH:
                 self._wake.notify()
         if len(self._memory) > MOST_IN_MEMORY:  # the store is away, or slower than training
             self._spill()
+
+    def once_more(self) -> None:
+        """From now on the last step of a metric may be logged again with another value: of the weights that were chosen, not of
+        the last ones. An earlier process of the run may have logged one of both, or both."""
+        self._once_more = True
+
+    def _has(self, name: str, value: Any, step: int) -> bool:
+        """Whether the store, or the spool, has it from an earlier process of the run."""
+        highest, values = self._already.get(name, (-1, set()))
+        if self._once_more and step == highest:
+            return repr(float(value)) in values
+        return step <= highest
 
     def put_file(self, path: Path) -> None:
         """Queue a file of the run's folder: an artifact under its path there. It is read when its turn comes."""

@@ -121,12 +121,9 @@ class Checkpoints(Checkpoint):
         if best_step is not None and files.best_of(self.folder, best_step) is not None:
             self.best_step, self._best_value = best_step, state["best_value"]
 
-    def best(self) -> Path:
-        """The file of the best weights. Raises FileNotFoundError if there is none."""
-        found = None if self.best_step is None else files.best_of(self.folder, self.best_step)
-        if found is None:
-            raise FileNotFoundError(f"{self.folder} holds no best checkpoint")
-        return found
+    def best(self) -> Path | None:
+        """The file of the best weights; None if there is none, or it is damaged."""
+        return None if self.best_step is None else files.best_of(self.folder, self.best_step)
 
     def close(self) -> None:
         """Training has ended, well or not: leave `last.ckpt` and `best.ckpt` alone."""
