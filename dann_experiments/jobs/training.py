@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.config import Config, InputError, config_to_yaml, flatten
+from dann_experiments.config.disk import writing
 from dann_experiments.config.schema import OptimizerConfig
 from dann_experiments.data.dataset import SegmentationDataset, eval_loader, train_loader
 from dann_experiments.jobs import setup
@@ -35,7 +36,7 @@ from dann_experiments.tracking.figures import display_image, draw_confusion, dra
 from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun
 from dann_experiments.tracking.store import remove_artifacts
 from dann_experiments.training.bad_numbers import BadNumbers
-from dann_experiments.training.checkpoint_files import BEST, LAST, WholeFiles, read
+from dann_experiments.training.checkpoint_files import BEST, LAST, WholeFiles
 from dann_experiments.training.checkpoints import Checkpoints
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import (
@@ -85,8 +86,9 @@ def describe_run(run: TrackedRun, config: Config, data: Data) -> None:
     config = setup.public_settings(config)
     if not (run.folder / SETTINGS).exists():  # first: without it a killed run cannot go on
         part = run.folder / f"{SETTINGS}.part"
-        part.write_text(config_to_yaml(config))
-        os.replace(part, run.folder / SETTINGS)
+        with writing(run.folder / SETTINGS, part):
+            part.write_text(config_to_yaml(config))
+            os.replace(part, run.folder / SETTINGS)
     known = run.store.client.get_run(run.run_id).data.params
     run.log_params({key: value for key, value in flatten(config).items() if PARAM_PREFIX + key not in known})
     for name, dataset in data.sets.items():
@@ -159,7 +161,7 @@ def train(
         if not module.ended:  # it went on from its last step, so that Lightning had nothing to do
             module.on_train_end()
         if config.monitor.final_model == "best":
-            module.load_state_dict(read(checkpoints.best())["state_dict"])
+            module.load_state_dict(checkpoints.best_weights())
             trainer.validate(module, loaders, verbose=False)  # the chosen weights' scores close every series
         network.to(trainer.strategy.root_device)
         unlabelled = monitor.target_scores | monitor.domain_accuracy
@@ -336,7 +338,7 @@ def _write_results(
 
 def _write_class_table(path: Path, outcome: Outcome, class_names: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["set", "class", "iou_before", "iou_after"])
         for name, scores in outcome.after.items():

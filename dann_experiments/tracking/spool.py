@@ -46,15 +46,15 @@ class Spool:
         ).encode()
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "ab") as file:
+            with open(self._path, "ab", buffering=0) as file:  # a buffer would write its rest when it is closed
                 before = file.tell()
                 try:
                     if (
                         before and not self._ends_a_line()
                     ):  # a writer was killed within a line: it is lost, not this one
-                        file.write(b"\n")
-                    file.write(lines)
-                    file.flush()
+                        lines = b"\n" + lines
+                    while lines:
+                        lines = lines[file.write(lines) :]
                     if durable:
                         os.fsync(file.fileno())
                 except OSError:
