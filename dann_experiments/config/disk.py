@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dann_experiments.config.errors import InputError, NotWritten
+from dann_experiments.config.errors import InputError, NotWritten, TrainingFailed
 
 FULL = "no space is left on its disk"
 _REASONS = {
@@ -79,7 +79,7 @@ def told(error: BaseException) -> InputError | None:
     """What to tell of an error that came from a disk, naming the file if the disk did; None for any other."""
     if isinstance(error, InputError):
         return error
-    answer = disk_error(error)
+    answer = None if isinstance(error, TrainingFailed) else disk_error(error)
     if answer is None:
         return None
     if answer.errno not in _REASONS:

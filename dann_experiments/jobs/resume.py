@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config import Config, InputError, flatten, load_config, replace
+from dann_experiments.config.disk import writing
 from dann_experiments.config.parsing import given_settings
 from dann_experiments.config.stored import CLASS_PATH
 from dann_experiments.jobs import setup
@@ -213,5 +216,10 @@ def _agreed(job: str, recorded: Config, wanted: Config) -> Config:
 def _fetch(store: Store, run_id: str, folder: Path) -> None:
     """The checkpoints among a run's artifacts, if it has any."""
     if any(item.path == CHECKPOINTS for item in store.client.list_artifacts(run_id)):
-        folder.mkdir(parents=True, exist_ok=True)
-        store.client.download_artifacts(run_id, CHECKPOINTS, str(folder))
+        part = folder / f"{CHECKPOINTS}.part"  # half of them would be taken for all that there are
+        with writing(folder / CHECKPOINTS, part):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            store.client.download_artifacts(run_id, CHECKPOINTS, str(part))
+            os.replace(part / CHECKPOINTS, folder / CHECKPOINTS)
+            part.rmdir()

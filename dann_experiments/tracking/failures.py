@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dann_experiments.config.disk import told
 from dann_experiments.config.errors import InputError, NotWritten, StoreAway
-from dann_experiments.tracking.store import without_secrets
+from dann_experiments.tracking.store import in_one_line
 
 _GOES_ON = ("adapt", "pretrain")  # jobs whose runs go on with --resume
 
@@ -14,8 +14,7 @@ def explained(error: BaseException) -> InputError | None:
     answer = told(error)
     if answer is not None or not _of_the_store(error):
         return answer
-    reason = without_secrets((str(error).splitlines() or [type(error).__name__])[0])
-    return StoreAway(f"the tracking store does not take or give what is asked of it: {reason}.")
+    return StoreAway(f"the tracking store does not take or give what is asked of it: {in_one_line(error)}.")
 
 
 def explained_in_run(error: BaseException, run_id: str, job: str | None) -> InputError | None:

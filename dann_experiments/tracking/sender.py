@@ -20,7 +20,7 @@ from dann_experiments.config.disk import reason
 from dann_experiments.config.errors import NotWritten
 from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.spool import Point, Spool
-from dann_experiments.tracking.store import without_secrets
+from dann_experiments.tracking.store import in_one_line
 
 log = logging.getLogger(__name__)
 SPOOL = "unsent_metrics.jsonl"
@@ -182,7 +182,7 @@ class Sender:
                 if not self._send_next() and self._closing:
                     return
             except Exception as error:  # whatever it is, nothing is dropped and training goes on
-                self.refusal = without_secrets((str(error).splitlines() or [type(error).__name__])[0])[:200]
+                self.refusal = in_one_line(error)
                 if not self._failing:
                     log.warning("The tracking store does not take what is sent (%s); trying again.", self.refusal)
                 self._failing = True

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from dann_experiments.config.errors import InputError, StoreAway
 
-LOCKED_SECONDS = 10.0
-"""How long a job that starts waits for another process to give the file free."""
+LOCKED_SECONDS = 20.0
+"""How long a job that starts waits for another process to give the file free; MLflow waits as long in each request."""
 MADE_SECONDS = 300.0
 """How long it waits for other processes that open the store, which takes each of them seconds where it is new."""
 
@@ -29,9 +29,9 @@ def sqlite_file(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]).expanduser()
 
 
-def check_file(uri: str, given: str) -> None:
+def check_file(uri: str, given: str, to_write: bool) -> None:
     """Raises InputError if the store cannot be used, StoreAway if another process keeps it locked; `given`: the address and
-    what it was given as, for the message. MLflow itself would try for a minute, and not name the file."""
+    what it was given as, for the message. MLflow itself would wait longer, and not name the file."""
     file = sqlite_file(uri).resolve()
     if not file.parent.is_dir():
         raise InputError(f"{given}, but folder {file.parent} does not exist; make it or choose another.")
@@ -41,7 +41,10 @@ def check_file(uri: str, given: str) -> None:
         return
     try:
         with contextlib.closing(sqlite3.connect(file, timeout=LOCKED_SECONDS, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")  # as a writer would; nothing is written
+            connection.execute("BEGIN IMMEDIATE")  # as a writer would
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if to_write:  # a read-only file and a full disk are seen here, and nothing is changed
+                connection.execute(f"PRAGMA user_version = {version:d}")
             connection.execute("ROLLBACK")
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):

@@ -42,12 +42,13 @@ class Store:
     """The run that `mlflow run` made for this process, to be used by its main job."""
 
 
-def open_store(uri: str | None, experiment: str | None, claim: bool = True) -> Store:
+def open_store(uri: str | None, experiment: str | None, claim: bool = True, to_write: bool = True) -> Store:
     """The store at `uri`, else at MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, with its experiment made if new.
 
     Under `mlflow run` (MLFLOW_RUN_ID set) the store, experiment and run are those it made; the variable is removed, so
     that further runs of this process, and its children, are runs of their own. To look only: `claim` False leaves the
-    variable, and `experiment` None makes none. Raises InputError if nothing answers.
+    variable, `experiment` None makes none, and `to_write` False takes a sqlite file that is read-only. Raises InputError if
+    nothing answers.
     """
     claimed = os.environ.pop("MLFLOW_RUN_ID", None) if claim else os.environ.get("MLFLOW_RUN_ID")
     from_environment = os.environ.get("MLFLOW_TRACKING_URI")
@@ -56,7 +57,7 @@ def open_store(uri: str | None, experiment: str | None, claim: bool = True) -> S
     for address in (uri, os.environ.get("MLFLOW_REGISTRY_URI", "")):
         remember_secrets(address)
     given = f"{name} is {without_secrets(uri)!r}"
-    _check_answers(uri, given)
+    _check_answers(uri, given, to_write)
     import mlflow
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -82,8 +83,7 @@ def open_store(uri: str | None, experiment: str | None, claim: bool = True) -> S
             if known is None or EXPERIMENT_KIND not in known.tags:
                 client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development")
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{given}, which cannot be used: {without_secrets(reason)}") from None
+        raise InputError(f"{given}, which cannot be used: {in_one_line(error)}") from None
     return Store(uri, client, experiment_id, claimed)
 
 
@@ -96,6 +96,12 @@ def without_secrets(text: str) -> str:
     text = re.sub(r"(?<=://)\S*@", "", text)  # up to the last @: a password may hold any sign
     value = r"[^&]*" if whole else r"[^&\s'\"<>]*"
     return re.sub(rf"(?<=[?&])([^=&\s]*(?:{_NAMED_SO})[^=&\s]*=){value}", r"\1***", text, flags=re.IGNORECASE)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says first, without passwords. SQLAlchemy may begin with advice for programmers."""
+    lines = [line for line in str(error).splitlines() if line and not line.startswith("(raised as a result of")]
+    return without_secrets((lines or [type(error).__name__])[0])[:300]
 
 
 def remember_secrets(address: str) -> None:
@@ -166,7 +172,7 @@ def remove_artifacts(store: Store, run_id: str, folder: str, keep: Collection[st
         log.info("Old files in %s of run %s could not be removed (%s).", folder, run_id, without_secrets(str(error)))
 
 
-def _check_answers(uri: str, given: str) -> None:
+def _check_answers(uri: str, given: str, to_write: bool) -> None:
     """Raises InputError, which begins with `given`, if the store cannot be used, StoreAway if that may change."""
     scheme = urlsplit(uri).scheme
     shown = without_secrets(uri)
@@ -184,7 +190,7 @@ def _check_answers(uri: str, given: str) -> None:
     elif scheme == "sqlite":
         if shown != uri:
             raise InputError(f"{given}; a sqlite file has no password, leave it out.")
-        check_file(uri, given)
+        check_file(uri, given, to_write)
     elif scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql"):
         raise InputError(f"{given}; give sqlite:///FILE, http://HOST:PORT or a database's address.")
 
@@ -199,4 +205,5 @@ def _check_variables() -> None:
             try:
                 variable.get()
             except ValueError as error:
-                raise InputError(f"{name} is {os.environ[name]!r} in the environment: {error}.") from None
+                reason = str(error).partition(f"{name}: ")[2] or error
+                raise InputError(f"{name} is {os.environ[name]!r}, which MLflow cannot read: {reason}.") from None
