@@ -18,7 +18,7 @@ from dann_experiments.config.stored import CLASS_PATH
 from dann_experiments.jobs import setup
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.run import PARAM_PREFIX
-from dann_experiments.tracking.store import Store, known_run, open_store, without_secrets
+from dann_experiments.tracking.store import Store, check_room, in_one_line, known_run, open_store, without_secrets
 from dann_experiments.training import checkpoint_files as files
 from dann_experiments.training.checkpoints import reopen
 
@@ -220,6 +220,13 @@ def _fetch(store: Store, run_id: str, folder: Path) -> None:
         with writing(folder / CHECKPOINTS, part):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            store.client.download_artifacts(run_id, CHECKPOINTS, str(part))
+            check_room(store, run_id, CHECKPOINTS, part)
+            try:
+                store.client.download_artifacts(run_id, CHECKPOINTS, str(part))
+            except Exception as error:
+                raise InputError(
+                    f"the {CHECKPOINTS} of run {run_id} cannot be copied from the tracking store to {folder} "
+                    f"({in_one_line(error)}); look whether both can be reached and have room, then start again."
+                ) from error
             os.replace(part / CHECKPOINTS, folder / CHECKPOINTS)
             part.rmdir()

@@ -13,14 +13,13 @@ from pathlib import Path
 from torch import nn
 
 from dann_experiments.config import Config, InputError
-from dann_experiments.config.disk import disk_error, reason
 from dann_experiments.config.errors import NotWritten
 from dann_experiments.config.places import user_path
 from dann_experiments.data.samples import file_digest
 from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.jobs.setup import Data, source_digest
 from dann_experiments.models.files import load_into, read_weights
-from dann_experiments.tracking.store import Store, in_one_line, newest_finished
+from dann_experiments.tracking.store import Store, check_room, in_one_line, newest_finished
 
 log = logging.getLogger(__name__)
 CHECKPOINT_KEY = "domain_adaptation.pretrained_checkpoint.path"
@@ -105,15 +104,14 @@ def fetch(path: str, folder: Path, store: Store, key: str = CHECKPOINT_KEY) -> t
             run_id, _, inside = path.removeprefix("runs:/").partition("/")
             path = f"runs:/{run_id}/{inside or 'model'}"
             store.client.get_run(run_id)
+            check_room(store, run_id, inside or "model", folder)
         else:
             path, run_id = _registered(path, store)
         local = mlflow.artifacts.download_artifacts(artifact_uri=path, dst_path=str(folder), tracking_uri=store.uri)
         return Path(local), run_id
+    except NotWritten:
+        raise
     except (MlflowException, OSError, ValueError) as error:
-        answer = disk_error(error)
-        if answer is not None:
-            where = f"which cannot be copied to {folder} (TMPDIR chooses the disk)"
-            raise NotWritten(f"{key} is {given!r}, {where}: {reason(answer, folder)}.") from error
         raise InputError(f"{key} is {given!r}, which the tracking store does not give: {in_one_line(error)}") from None
 
 

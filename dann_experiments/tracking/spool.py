@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -79,8 +80,9 @@ class Spool:
             self._sent = self._taken
             self.left -= count
             if not self.left:
-                self._path.unlink(missing_ok=True)
-                self._sent = self._taken = 0
+                with contextlib.suppress(OSError):  # it stays on a disk that became read-only; it may be sent twice
+                    self._path.unlink(missing_ok=True)
+                    self._sent = self._taken = 0
 
     def last_steps(self) -> dict[str, int]:
         """Metric -> the highest step that waits here."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
-from dann_experiments.config.errors import InputError, StoreAway
+from dann_experiments.config.errors import InputError, NotWritten, StoreAway
 from dann_experiments.tracking.sqlite import absolute, check_file, one_opens
 
 log = logging.getLogger(__name__)
@@ -157,6 +159,25 @@ def local_artifact_folder(store: Store, run_id: str) -> Path | None:
 
         return Path(local_file_uri_to_path(uri))
     return Path(uri) if parts.scheme == "" else None
+
+
+def check_room(store: Store, run_id: str, path: str, folder: Path) -> None:
+    """Raises NotWritten if the artifacts of a run below `path` are larger than what is free on the disk of `folder`, to which
+    they are to be copied: MLflow does not tell why a copy failed."""
+
+    from mlflow.exceptions import MlflowException
+
+    def size(inside: str) -> int:
+        items = store.client.list_artifacts(run_id, inside)
+        return sum(size(item.path) if item.is_dir else item.file_size or 0 for item in items if item.path != inside)
+
+    with contextlib.suppress(MlflowException, OSError):  # that is for whoever asks for the copy to tell
+        wanted, free = size(path), shutil.disk_usage(folder).free
+        if wanted > free:
+            raise NotWritten(
+                f"{path} of run {run_id} has no room in {folder}: {wanted / 1e6:.1f} MB wanted, {free / 1e6:.1f} MB free. Free "
+                "some (of temporary files TMPDIR chooses the disk)."
+            )
 
 
 def remove_artifacts(store: Store, run_id: str, folder: str, keep: Collection[str]) -> None:
