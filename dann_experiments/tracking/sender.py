@@ -203,9 +203,8 @@ class Sender:
             self._send(points)
             self._spool.acknowledge(len(points))
             return True
-        with (
-            self._wake
-        ):  # what the spool did not take; it is not held while it is sent, or training would wait for the store
+        # what the spool did not take; no lock is held while it is sent, or training would wait for the store
+        with self._wake:
             waiting = [self._memory[index] for index in range(min(BATCH, len(self._memory)))]
         if waiting:
             self._send([Point(name, float(value), timestamp, step) for name, value, timestamp, step in waiting])

@@ -155,8 +155,9 @@ class Checkpoints(Checkpoint):
     def save(self, trainer: pl.Trainer) -> None:
         """Save a checkpoint now: at the end of a step, or in a step that has changed nothing yet and is done again then."""
         step = trainer.global_step
-        self._saved_at = time.monotonic()  # also if it fails: not every step is to try
-        if not self._write(trainer, self.folder / f"{files.STEP}{step}.ckpt"):
+        written = self._write(trainer, self.folder / f"{files.STEP}{step}.ckpt")
+        self._saved_at = time.monotonic()  # also if it failed: not every step is to try again
+        if not written:
             return
         self._best_steps[step] = self.best_step
         kept = list(files.numbered(self.folder, files.STEP).items())
