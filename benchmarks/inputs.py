@@ -198,6 +198,7 @@ def environment_cases() -> Iterator[Case]:
             "http://127.0.0.1:9",
             "sqlite:////no/such/folder/a.db",
         ],
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": ["soon"],
         "XDG_CACHE_HOME": ["/dev/null"],
     }
     for name, values in wrong.items():

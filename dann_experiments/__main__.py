@@ -20,6 +20,7 @@ from dann_experiments.command_line import (
     Parser,
     dotted,
     quiet_libraries,
+    tell_of_failure,
     ui_command,
     warn_of_stored_secrets,
 )
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        return tell_of_failure(error)
 
 
 def _settings(known: argparse.Namespace, rest: Sequence[str]) -> Config:

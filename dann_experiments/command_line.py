@@ -72,6 +72,17 @@ def _tell_of_error(kind: type[BaseException], error: BaseException, trace: Trace
     print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
+def tell_of_failure(error: Exception) -> int:
+    """Print what a disk or the tracking store answered, and give the exit code; any other error is raised again."""
+    from dann_experiments.tracking.failures import explained
+
+    found = explained(error)
+    if found is None:
+        raise error
+    print(f"Error: {found}", file=sys.stderr)
+    return 2
+
+
 def warn_of_stored_secrets(given: Mapping[str, Any]) -> None:
     """`mlflow run` keeps all its parameters with its run before this program starts: say so where one holds a password."""
     from dann_experiments.tracking.store import without_secrets

@@ -20,6 +20,7 @@ from dann_experiments.command_line import (
     Parser,
     dotted,
     quiet_libraries,
+    tell_of_failure,
     ui_command,
     warn_of_stored_secrets,
 )
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped; `python -m sweeps resume --study NAME` runs what is missing.", file=sys.stderr)
         return 130
+    except Exception as error:
+        return tell_of_failure(error)
 
 
 def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Mapping[str, Any]) -> int:

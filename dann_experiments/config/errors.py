@@ -15,3 +15,7 @@ class StoreAway(InputError):
 class TrainingFailed(Exception):
     """Training went wrong: numbers that are not finite, or no memory left. Its message says where and what may help; the run is
     FAILED, the command line prints the message and exits with 1."""
+
+
+class NotWritten(InputError):
+    """A file could not be written or read where the disk is full, read-only, or does not allow it."""

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from dann_experiments.config import Config
+from dann_experiments.config.disk import writing
 from dann_experiments.data.dataset import eval_loader
 from dann_experiments.jobs.setup import MOST_STANDING_IN, Data
 from dann_experiments.models.taps import Tap, resolve_taps
@@ -63,14 +64,15 @@ class Alignment:
         means = {when: mean_probe(self._judged(probes)) for when, probes in found.items()}
         text = explain(domain_accuracy, means["before"], means["after"], self._adversary)
         log.info("%s", text)
-        run.set_tags({"dann.alignment": text, "mlflow.note.content": text})
+        run.tag_at_the_end({"dann.alignment": text, "mlflow.note.content": text})
         tensors = {
             f"{when}/{domain}": np.ascontiguousarray(features[layer])
             for when, domains in self._features.items()
             for domain, features in domains.items()
             if len(features.get(layer, ()))
         }
-        save_file(tensors, run.folder / FEATURES_FILE, metadata={"layer": layer})
+        with writing(run.folder / FEATURES_FILE):
+            save_file(tensors, run.folder / FEATURES_FILE, metadata={"layer": layer})
         return metrics["after"]
 
     def _probes(self, when: str) -> dict[str, Probe]:

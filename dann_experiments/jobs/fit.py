@@ -25,8 +25,9 @@ from dann_experiments.jobs.setup import Data
 from dann_experiments.models.batchnorm import statistics_loader
 from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.run import TrackedRun
+from dann_experiments.training import ranks
 from dann_experiments.training.bad_numbers import BadNumbers
-from dann_experiments.training.checkpoint_files import WholeFiles, read
+from dann_experiments.training.checkpoint_files import WholeFiles
 from dann_experiments.training.checkpoints import Checkpoints
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import (
@@ -139,14 +140,15 @@ class Fit:
         self.module.network.to(self.device)
 
     def _take_the_best(self) -> None:
-        best = self.checkpoints.best()
-        if best is None:
+        best = self.checkpoints.best_weights() if self._rank.is_first else None
+        if not ranks.any_of(best is not None, self.device):
             log.warning(
                 "monitor.final_model is best, but the best checkpoint is damaged or gone, and no validation came after the "
                 "run went on: it ends with its last weights."
             )
             return
-        self.module.load_state_dict(read(best)["state_dict"])
+        if best is not None:  # the other ranks get the first one's weights when validation begins
+            self.module.load_state_dict(best)
         if self._run is not None:
             self._run.score_again()
         self.trainer.validate(self.module, self._val_loaders, verbose=False)

@@ -35,7 +35,7 @@ def overview(config: Config) -> Overview:
     """The newest adaptation run, the newest run of every other method from the same source model, and that model's run."""
     import pandas as pd
 
-    store = open_store(config.tracking.uri, config.tracking.experiment)
+    store = open_store(config.tracking.uri, config.tracking.experiment, to_write=False)
     wanted = "tags.`dann.job` = 'adapt' and attributes.status = 'FINISHED'"
     runs = store.client.search_runs([store.experiment_id], wanted, order_by=["attributes.start_time DESC"])
     if not runs:

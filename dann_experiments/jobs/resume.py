@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config import Config, InputError, flatten, load_config, replace
+from dann_experiments.config.disk import writing
 from dann_experiments.config.parsing import given_settings
 from dann_experiments.config.stored import CLASS_PATH
 from dann_experiments.jobs import setup
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.run import PARAM_PREFIX
-from dann_experiments.tracking.store import Store, known_run, open_store, without_secrets
+from dann_experiments.tracking.store import Store, check_room, in_one_line, known_run, open_store, without_secrets
 from dann_experiments.training import checkpoint_files as files
 from dann_experiments.training.checkpoints import reopen
 
@@ -213,5 +216,17 @@ def _agreed(job: str, recorded: Config, wanted: Config) -> Config:
 def _fetch(store: Store, run_id: str, folder: Path) -> None:
     """The checkpoints among a run's artifacts, if it has any."""
     if any(item.path == CHECKPOINTS for item in store.client.list_artifacts(run_id)):
-        folder.mkdir(parents=True, exist_ok=True)
-        store.client.download_artifacts(run_id, CHECKPOINTS, str(folder))
+        part = folder / f"{CHECKPOINTS}.part"  # half of them would be taken for all that there are
+        with writing(folder / CHECKPOINTS, part):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            check_room(store, run_id, CHECKPOINTS, part)
+            try:
+                store.client.download_artifacts(run_id, CHECKPOINTS, str(part))
+            except Exception as error:
+                raise InputError(
+                    f"the {CHECKPOINTS} of run {run_id} cannot be copied from the tracking store to {folder} "
+                    f"({in_one_line(error)}); look whether both can be reached and have room, then start again."
+                ) from error
+            os.replace(part / CHECKPOINTS, folder / CHECKPOINTS)
+            part.rmdir()

@@ -13,12 +13,13 @@ from pathlib import Path
 from torch import nn
 
 from dann_experiments.config import Config, InputError
+from dann_experiments.config.errors import NotWritten
 from dann_experiments.config.places import user_path
 from dann_experiments.data.samples import file_digest
 from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.jobs.setup import Data, source_digest
 from dann_experiments.models.files import load_into, read_weights
-from dann_experiments.tracking.store import Store, newest_finished, without_secrets
+from dann_experiments.tracking.store import Store, check_room, in_one_line, newest_finished
 
 log = logging.getLogger(__name__)
 CHECKPOINT_KEY = "domain_adaptation.pretrained_checkpoint.path"
@@ -103,13 +104,15 @@ def fetch(path: str, folder: Path, store: Store, key: str = CHECKPOINT_KEY) -> t
             run_id, _, inside = path.removeprefix("runs:/").partition("/")
             path = f"runs:/{run_id}/{inside or 'model'}"
             store.client.get_run(run_id)
+            check_room(store, run_id, inside or "model", folder)
         else:
             path, run_id = _registered(path, store)
         local = mlflow.artifacts.download_artifacts(artifact_uri=path, dst_path=str(folder), tracking_uri=store.uri)
         return Path(local), run_id
+    except NotWritten:
+        raise
     except (MlflowException, OSError, ValueError) as error:
-        reason = without_secrets((str(error).splitlines() or [type(error).__name__])[0])
-        raise InputError(f"{key} is {given!r}, which the tracking store does not give: {reason}") from None
+        raise InputError(f"{key} is {given!r}, which the tracking store does not give: {in_one_line(error)}") from None
 
 
 def _registered(path: str, store: Store) -> tuple[str, str | None]:

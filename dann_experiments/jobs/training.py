@@ -16,6 +16,7 @@ from torch import nn
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.config import Config, config_to_yaml, flatten
+from dann_experiments.config.disk import writing
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.alignment import Alignment
@@ -60,8 +61,9 @@ def describe_run(run: TrackedRun, config: Config, data: Data) -> None:
     config = setup.public_settings(config)
     if not (run.folder / SETTINGS).exists():  # first: without it a killed run cannot go on
         part = run.folder / f"{SETTINGS}.part"
-        part.write_text(config_to_yaml(config))
-        os.replace(part, run.folder / SETTINGS)
+        with writing(run.folder / SETTINGS, part):
+            part.write_text(config_to_yaml(config))
+            os.replace(part, run.folder / SETTINGS)
     known = run.store.client.get_run(run.run_id).data.params
     run.log_params({key: value for key, value in flatten(config).items() if PARAM_PREFIX + key not in known})
     for name, dataset in data.sets.items():
@@ -196,7 +198,7 @@ def _write_results(
 
 def _write_class_table(path: Path, outcome: Outcome, class_names: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["set", "class", "iou_before", "iou_after"])
         for name, scores in outcome.after.items():

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dann_experiments.config.disk import writing
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.places import user_path
 from dann_experiments.data.reading import Normalisation, Reading, reading_from_facts
@@ -68,16 +69,18 @@ class ModelNotes:
 def save_model(
     folder: str | Path, network: nn.Module, arch: str, arguments: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
-    """Write `network` into `folder`; `arguments` are those of `smp.create_model`, `facts` what else a user needs."""
+    """Write `network` into `folder`; `arguments` are those of `smp.create_model`, `facts` what else a user needs. Raises
+    NotWritten where the disk is full or cannot be written to."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
-    save_file(state, folder / WEIGHTS_NAME)
     config = {"_model_class": type(network).__name__, **arguments, "encoder_weights": None}
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
-    (folder / NOTES_NAME).write_text(json.dumps({"arch": arch, **facts}, indent=1) + "\n")
+    with writing(folder, wanted=lambda: sum(tensor.nbytes for tensor in state.values())):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / WEIGHTS_NAME)
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
+        (folder / NOTES_NAME).write_text(json.dumps({"arch": arch, **facts}, indent=1) + "\n")
 
 
 def read_model_notes(path: str | Path, where: str | None = None) -> ModelNotes | None:

@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from dann_experiments.config.disk import writing
+
 COLOURS = (
     "#f2f2f2",
     "#d1495b",
@@ -256,5 +258,6 @@ def _paint(ids: np.ndarray, count: int) -> np.ndarray:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)

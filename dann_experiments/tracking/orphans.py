@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.processes import is_gone
 from dann_experiments.tracking.store import Store
 
@@ -30,4 +31,5 @@ def close_orphans(
 def close_orphan(store: Store, run_id: str, closed_by: str) -> None:
     """Close one run as KILLED."""
     store.client.set_tag(run_id, "dann.closed_by", f"{closed_by}: its process was gone")
-    store.client.set_terminated(run_id, "KILLED")
+    clock = Clock(store.client.get_run(run_id).info.start_time)  # the machine's clock may have been put back since
+    store.client.set_terminated(run_id, "KILLED", clock.now())

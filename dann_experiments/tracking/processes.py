@@ -33,7 +33,17 @@ def _machine() -> str:
 def process_name(process: psutil.Process | None = None) -> str:
     """A process of this machine (default: this one), in a way that no later one has: machine, id, and when it started."""
     process = process or psutil.Process()
-    return f"{_machine()}:{process.pid}:{process.create_time():.2f}"
+    return f"{_machine()}:{process.pid}:{_started(process.pid)}"
+
+
+def _started(pid: int) -> str:
+    """When a process started, as no later one of its number did. On Linux by the boot and the kernel's ticks since then: the
+    time of day would be another one after the machine's clock was put back. Raises psutil.Error if there is no such process."""
+    with contextlib.suppress(OSError, IndexError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{boot[:8]}-{ticks}"
+    return f"{psutil.Process(pid).create_time():.0f}"
 
 
 def live_process(name: str) -> psutil.Process | None:
@@ -42,7 +52,7 @@ def live_process(name: str) -> psutil.Process | None:
     if machine == _machine():
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(int(pid))
-            if abs(process.create_time() - float(started)) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            if _started(process.pid) == started and process.status() != psutil.STATUS_ZOMBIE:
                 return process
     return None
 

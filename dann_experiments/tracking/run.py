@@ -6,12 +6,11 @@ import contextlib
 import getpass
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from dann_experiments.config.errors import InputError, StoreAway
+from dann_experiments.tracking.clock import Clock
+from dann_experiments.tracking.failures import explained_in_run
 from dann_experiments.tracking.last_word import have_last_word
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
 from dann_experiments.tracking.sender import SPOOL, Sender
@@ -71,8 +72,12 @@ class TrackedRun:
 
     def persist(self) -> None:
         """Call it before a checkpoint is put in its place: what was logged up to now then outlives the process, so that a run
-        resumed from there has no gap in its history."""
+        resumed from there has no gap in its history. Raises NotWritten where the disk is full."""
         self.sender.persist()
+
+    def tag_at_the_end(self, tags: Mapping[str, Any]) -> None:
+        """Queue tags, to be set before the run ends: a store that is away then is no reason to fail."""
+        self.sender.tag_at_the_end({key: str(value) for key, value in tags.items()})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log settings under the prefix `cfg.`."""
@@ -161,8 +166,8 @@ def tracked_run(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("not writable")
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: a read-only disk, or root
+            pass
     except OSError as error:
         raise InputError(
             f"tracking.folder is {str(folder)!r}, where nothing can be written ({error}); choose another."
@@ -187,18 +192,19 @@ def tracked_run(
             run_id = claimed
         check_run_id(run_id)
         run_folder = folder / run_id
-        run = TrackedRun(
-            store, run_id, run_folder, Sender(store.client, run_id, run_folder, already), resume is not None
-        )
+        clock = Clock(store.client.get_run(run_id).info.start_time)
+        sender = Sender(store.client, run_id, run_folder, already, clock)
+        run = TrackedRun(store, run_id, run_folder, sender, resume is not None)
         try:
             run_folder.mkdir(exist_ok=True)
             if resume is not None or claimed is not None:
                 run.set_tags(tags)
             yield run
             if not _close(run, "FINISHED"):
+                why = f" ({sender.refusal})" if sender.refusal else ""
                 raise NotStored(
-                    f"the run ended well, but the tracking store did not take all of it; it is kept in {run_folder}. When the "
-                    f"store is back: python -m dann_experiments sync --tracking.folder {folder}"
+                    f"the run ended well, but the tracking store did not take all of it{why}; it is kept in {run_folder}. When "
+                    f"the store takes it again: python -m dann_experiments sync --tracking.folder {folder}"
                 )
         except RunKilled as killed:
             log.warning("%s: the run is being closed as KILLED.", killed)
@@ -216,18 +222,21 @@ def tracked_run(
             raise
         except NotStored:  # closed already
             raise
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 (run_folder / "traceback.txt").write_text(without_secrets(traceback.format_exc()))
             _close(run, "FAILED")
+            told = explained_in_run(error, run_id, tags.get("dann.job"))
+            if told is not None:
+                raise told from error
             raise
 
 
 def _close(run: TrackedRun, status: str) -> bool:
     """Send metrics and files and end the run, for as long as the sender waits; whether the store has all."""
-    ending = {"status": status, "end_time": int(time.time() * 1000)}
+    ending = {"status": status, "end_time": run.sender.clock.now()}
     with contextlib.suppress(OSError):  # a disk that is full must not hide why the run ended
-        (run.folder / END).write_text(json.dumps(ending))
+        (run.folder / END).write_text(json.dumps({**ending, "tags": run.sender.tags_left}))
     return send_folder(run.sender, run.folder, **ending)
 
 

@@ -12,12 +12,15 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dann_experiments.config.disk import reason
+from dann_experiments.config.errors import NotWritten
+from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.spool import Point, Spool
-from dann_experiments.tracking.store import without_secrets
+from dann_experiments.tracking.store import in_one_line
 
 log = logging.getLogger(__name__)
 SPOOL = "unsent_metrics.jsonl"
@@ -35,9 +38,18 @@ UPLOAD_SECONDS = 600.0
 class Sender:
     """Queues (name, value, step), files and the run's end, and sends them in this order. Values may be tensors: they are read
     by the sending thread. `folder`: the run's, with the spool of an earlier process if it left one. `already`: the points
-    that the store has, for a run that is resumed: up to the highest step of each metric, nothing is sent again."""
+    that the store has, for a run that is resumed: up to the highest step of each metric, nothing is sent again. `clock`: gives
+    metrics and the run's end their times."""
 
-    def __init__(self, client: Any, run_id: str, folder: Path, already: Iterable[Point] | None = None) -> None:
+    def __init__(
+        self,
+        client: Any,
+        run_id: str,
+        folder: Path,
+        already: Iterable[Point] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.clock = clock or Clock()
         self._client = client
         self._run_id = run_id
         self._folder = folder
@@ -54,7 +66,11 @@ class Sender:
         self._files: dict[
             Path, None
         ] = {}  # a set that keeps its order: a file that is written anew meanwhile is sent once
+        self._tags: dict[str, str] = {}
         self._end: tuple[str, int] | None = None
+        self.refusal = ""
+        """Why the store did not take what was sent last; empty if it did."""
+        self._spool_refused = False
         self._wake = threading.Condition()
         self._spilling = threading.Lock()  # whoever moves points to the spool does it alone: they keep their order
         self._closing = self._given_up = self._failing = self._uploading = False
@@ -69,7 +85,7 @@ class Sender:
                 raise ValueError(f"metric {name!r}: MLflow takes letters, digits, and _ - . / : and blanks in a name")
             if getattr(value, "shape", None) not in (None, ()) and value.shape.numel() != 1:
                 raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}; log one number")
-        now = int(time.time() * 1000)
+        now = self.clock.now()
         with self._wake:
             self._memory.extend(
                 (name, value, now, step) for name, value in values.items() if not self._has(name, value, step)
@@ -96,16 +112,29 @@ class Sender:
         with self._wake:
             self._files[path] = None
 
+    def tag_at_the_end(self, tags: Mapping[str, str]) -> None:
+        """Queue tags of the run: set before it ends."""
+        with self._wake:
+            self._tags |= tags
+
+    @property
+    def tags_left(self) -> dict[str, str]:
+        """Tags that the store does not have."""
+        with self._wake:
+            return dict(self._tags)
+
     def persist(self) -> None:
         """When this returns, what was queued is in the store or in the spool file: a process killed now loses nothing of it,
-        nor does a machine that loses its power. Where the disk is full it stays in memory."""
-        self._spill(durable=True)
+        nor does a machine that loses its power. Raises NotWritten where the disk does not take it: it stays in memory."""
+        problem = self._spill(durable=True)
+        if problem is not None:
+            raise problem
 
     def close(self, status: str, end_time: int | None = None) -> bool:
         """Send what is left and end the run; whether the store has all. Gives up CLOSE_SECONDS after the store took
         anything last; what is left stays in the folder. Never raises."""
         with self._wake:
-            self._end = (status, int(time.time() * 1000) if end_time is None else end_time)
+            self._end = (status, self.clock.now() if end_time is None else end_time)
             self._closing = True
             self._last_success = time.monotonic()
             self._wake.notify()
@@ -120,29 +149,43 @@ class Sender:
             self._given_up = True
             self._wake.notify()
         self._spill()
+        lost = len(self._memory)
+        because = f" ({self.refusal})" if self.refusal else ""
         log.warning(
-            "The tracking store did not take %d metrics and %d files of run %s; they are kept in %s. Send them later: python -m "
-            "dann_experiments sync --tracking.folder %s",
-            self._spool.left + len(self._memory), len(self._files), self._run_id, self._folder, self._folder.parent,
+            "The tracking store did not take %d metrics and %d files of run %s%s; they are kept in %s. Send them later: python "
+            "-m dann_experiments sync --tracking.folder %s",
+            self._spool.left + lost, len(self._files), self._run_id, because, self._folder, self._folder.parent,
         )  # fmt: skip
+        if lost:
+            log.error("%d of these metrics are lost: neither the store nor %s takes them.", lost, self._folder / SPOOL)
         return False
 
-    def _spill(self, durable: bool = False) -> None:
-        """Move points from memory to the spool."""
+    def _spill(self, durable: bool = False) -> NotWritten | None:
+        """Move points from memory to the spool; what keeps the disk from taking them."""
         with self._spilling:
             with self._wake:
                 waiting = list(self._memory)
             if not waiting:
-                return
+                return None
             points = [Point(name, float(value), timestamp, step) for name, value, timestamp, step in waiting]
+            path = self._folder / SPOOL
             try:
                 self._spool.append(points, durable)
             except OSError as error:
-                if not self._failing:
-                    log.error("%s cannot be written (%s): metrics wait in memory.", self._folder / SPOOL, error)
-                return
-            with self._wake:
-                for _ in points:
+                problem = NotWritten(f"{path} cannot be written: {reason(error, path)}.")
+                if not self._spool_refused:
+                    log.warning("%s Metrics wait in memory.", problem)
+                self._spool_refused = True
+                return problem
+            self._spool_refused = False
+            self._forget(waiting)
+            return None
+
+    def _forget(self, points: Sequence[tuple[str, Any, int, int]]) -> None:
+        """These points, the oldest in memory, are in the spool or the store; another thread may have found so before."""
+        with self._wake:
+            for point in points:
+                if self._memory and self._memory[0] is point:
                     self._memory.popleft()
 
     def _work(self) -> None:
@@ -155,9 +198,9 @@ class Sender:
                 if not self._send_next() and self._closing:
                     return
             except Exception as error:  # whatever it is, nothing is dropped and training goes on
+                self.refusal = in_one_line(error)
                 if not self._failing:
-                    reason = without_secrets((str(error).splitlines() or [type(error).__name__])[0])[:200]
-                    log.warning("The tracking store does not take what is sent (%s); trying again.", reason)
+                    log.warning("The tracking store does not take what is sent (%s); trying again.", self.refusal)
                 self._failing = True
                 with self._wake:
                     self._wake.wait(retry)
@@ -165,7 +208,7 @@ class Sender:
                 continue
             if self._failing:
                 log.info("The tracking store answers again.")
-            self._failing, retry = False, FIRST_RETRY_SECONDS
+            self._failing, self.refusal, retry = False, "", FIRST_RETRY_SECONDS
             self._last_success = time.monotonic()
 
     def _send_next(self) -> bool:
@@ -176,14 +219,12 @@ class Sender:
             self._send(points)
             self._spool.acknowledge(len(points))
             return True
-        if self._memory:  # the spool cannot be written
-            with self._spilling:
-                with self._wake:
-                    waiting = [self._memory[index] for index in range(min(BATCH, len(self._memory)))]
-                self._send([Point(name, float(value), timestamp, step) for name, value, timestamp, step in waiting])
-                with self._wake:
-                    for _ in waiting:
-                        self._memory.popleft()
+        # what the spool did not take; no lock is held while it is sent, or training would wait for the store
+        with self._wake:
+            waiting = [self._memory[index] for index in range(min(BATCH, len(self._memory)))]
+        if waiting:
+            self._send([Point(name, float(value), timestamp, step) for name, value, timestamp, step in waiting])
+            self._forget(waiting)
             return True
         with self._wake:
             path = next(iter(self._files), None)
@@ -191,6 +232,14 @@ class Sender:
                 del self._files[path]  # before it is read: written anew meanwhile, it is queued again
         if path is not None:
             self._upload(path)
+            return True
+        tags = self.tags_left
+        if tags and self._end is not None:
+            from mlflow.entities import RunTag
+
+            self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            with self._wake:
+                self._tags.clear()
             return True
         if self._end is not None:
             status, end_time = self._end

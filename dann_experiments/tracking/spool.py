@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -46,15 +47,15 @@ class Spool:
         ).encode()
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "ab") as file:
+            with open(self._path, "ab", buffering=0) as file:  # a buffer would write its rest when it is closed
                 before = file.tell()
                 try:
                     if (
                         before and not self._ends_a_line()
                     ):  # a writer was killed within a line: it is lost, not this one
-                        file.write(b"\n")
-                    file.write(lines)
-                    file.flush()
+                        lines = b"\n" + lines
+                    while lines:
+                        lines = lines[file.write(lines) :]
                     if durable:
                         os.fsync(file.fileno())
                 except OSError:
@@ -79,8 +80,9 @@ class Spool:
             self._sent = self._taken
             self.left -= count
             if not self.left:
-                self._path.unlink(missing_ok=True)
-                self._sent = self._taken = 0
+                with contextlib.suppress(OSError):  # it stays on a disk that became read-only; it may be sent twice
+                    self._path.unlink(missing_ok=True)
+                    self._sent = self._taken = 0
 
     def waiting(self) -> list[Point]:
         """All points that the store does not have."""

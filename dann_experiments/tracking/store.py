@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping
@@ -13,7 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
-from dann_experiments.config.errors import InputError, StoreAway
+from dann_experiments.config.errors import InputError, NotWritten, StoreAway
+from dann_experiments.tracking.sqlite import absolute, check_file, one_opens
 
 log = logging.getLogger(__name__)
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -41,27 +44,31 @@ class Store:
     """The run that `mlflow run` made for this process, to be used by its main job."""
 
 
-def open_store(uri: str | None, experiment: str | None, claim: bool = True) -> Store:
+def open_store(uri: str | None, experiment: str | None, claim: bool = True, to_write: bool = True) -> Store:
     """The store at `uri`, else at MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, with its experiment made if new.
 
     Under `mlflow run` (MLFLOW_RUN_ID set) the store, experiment and run are those it made; the variable is removed, so
     that further runs of this process, and its children, are runs of their own. To look only: `claim` False leaves the
-    variable, and `experiment` None makes none. Raises InputError if nothing answers.
+    variable, `experiment` None makes none, and `to_write` False takes a sqlite file that is read-only. Raises InputError if
+    nothing answers.
     """
     claimed = os.environ.pop("MLFLOW_RUN_ID", None) if claim else os.environ.get("MLFLOW_RUN_ID")
     from_environment = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = _absolute((from_environment if claimed else None) or uri or from_environment or DEFAULT_URI)
+    name = "MLFLOW_TRACKING_URI" if from_environment and (claimed or not uri) else "tracking.uri"
+    uri = absolute((from_environment if claimed else None) or uri or from_environment or DEFAULT_URI)
     for address in (uri, os.environ.get("MLFLOW_REGISTRY_URI", "")):
         remember_secrets(address)
-    _check_answers(uri)
+    given = f"{name} is {without_secrets(uri)!r}"
+    _check_answers(uri, given, to_write)
     import mlflow
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # one line for each of dozens of migrations of a new store
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # one line for each of dozens of migrations of a new store
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for each refusal, told by us
+    _check_variables()
     try:
-        with _only_one_opens(uri):
+        with one_opens(uri, given):
             client = mlflow.MlflowClient(tracking_uri=uri)
             if claimed:
                 experiment_id = client.get_run(claimed).info.experiment_id
@@ -77,11 +84,8 @@ def open_store(uri: str | None, experiment: str | None, claim: bool = True) -> S
                 experiment_id = client.create_experiment(experiment) if known is None else known.experiment_id
             if known is None or EXPERIMENT_KIND not in known.tags:
                 client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development")
-    except (MlflowException, SQLAlchemyError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"tracking.uri is {without_secrets(uri)!r}, which cannot be used: {without_secrets(reason)}"
-        ) from None
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+        raise InputError(f"{given}, which cannot be used: {in_one_line(error)}") from None
     return Store(uri, client, experiment_id, claimed)
 
 
@@ -94,6 +98,12 @@ def without_secrets(text: str) -> str:
     text = re.sub(r"(?<=://)\S*@", "", text)  # up to the last @: a password may hold any sign
     value = r"[^&]*" if whole else r"[^&\s'\"<>]*"
     return re.sub(rf"(?<=[?&])([^=&\s]*(?:{_NAMED_SO})[^=&\s]*=){value}", r"\1***", text, flags=re.IGNORECASE)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says first, without passwords. SQLAlchemy may begin with advice for programmers."""
+    lines = [line for line in str(error).splitlines() if line and not line.startswith("(raised as a result of")]
+    return without_secrets((lines or [type(error).__name__])[0])[:300]
 
 
 def remember_secrets(address: str) -> None:
@@ -151,6 +161,25 @@ def local_artifact_folder(store: Store, run_id: str) -> Path | None:
     return Path(uri) if parts.scheme == "" else None
 
 
+def check_room(store: Store, run_id: str, path: str, folder: Path) -> None:
+    """Raises NotWritten if the artifacts of a run below `path` are larger than what is free on the disk of `folder`, to which
+    they are to be copied: MLflow does not tell why a copy failed."""
+
+    from mlflow.exceptions import MlflowException
+
+    def size(inside: str) -> int:
+        items = store.client.list_artifacts(run_id, inside)
+        return sum(size(item.path) if item.is_dir else item.file_size or 0 for item in items if item.path != inside)
+
+    with contextlib.suppress(MlflowException, OSError):  # that is for whoever asks for the copy to tell
+        wanted, free = size(path), shutil.disk_usage(folder).free
+        if wanted > free:
+            raise NotWritten(
+                f"{path} of run {run_id} has no room in {folder}: {wanted / 1e6:.1f} MB wanted, {free / 1e6:.1f} MB free. Free "
+                "some (of temporary files TMPDIR chooses the disk)."
+            )
+
+
 def remove_artifacts(store: Store, run_id: str, folder: str, keep: Collection[str]) -> None:
     """Remove the files of a run's artifact folder but those named in `keep`; a store that cannot keeps them."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -164,20 +193,8 @@ def remove_artifacts(store: Store, run_id: str, folder: str, keep: Collection[st
         log.info("Old files in %s of run %s could not be removed (%s).", folder, run_id, without_secrets(str(error)))
 
 
-def _absolute(uri: str) -> str:
-    """A sqlite file by its whole path: MLflow keeps stores open by their address, whatever the current folder is."""
-    if not uri.startswith("sqlite:///") or uri.startswith("sqlite:////"):
-        return uri
-    query = uri.partition("?")[1] + uri.partition("?")[2]
-    return f"sqlite:///{sqlite_file(uri).resolve()}{query}"
-
-
-def sqlite_file(uri: str) -> Path:
-    """The file of an address sqlite:///FILE?..."""
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).expanduser()
-
-
-def _check_answers(uri: str) -> None:
+def _check_answers(uri: str, given: str, to_write: bool) -> None:
+    """Raises InputError, which begins with `given`, if the store cannot be used, StoreAway if that may change."""
     scheme = urlsplit(uri).scheme
     shown = without_secrets(uri)
     if scheme in ("http", "https"):
@@ -188,29 +205,26 @@ def _check_answers(uri: str) -> None:
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise StoreAway(
-                f"tracking.uri is {shown!r}, but no server answers there ({reason}); start one with "
-                "`make ui`, or set tracking.uri to sqlite:///mlflow.db."
+                f"{given}, but no server answers there ({reason}); start one with `make ui`, or set tracking.uri to "
+                "sqlite:///mlflow.db."
             ) from None
     elif scheme == "sqlite":
         if shown != uri:
-            raise InputError(f"tracking.uri is {shown!r}; a sqlite file has no password, leave it out.")
-        folder = sqlite_file(uri).resolve().parent
-        if not folder.is_dir():
-            raise InputError(
-                f"tracking.uri is {shown!r}, but folder {folder} does not exist; make it or choose another."
-            )
-        if not os.access(folder, os.W_OK):
-            raise InputError(f"tracking.uri is {shown!r}, but folder {folder} cannot be written to; choose another.")
+            raise InputError(f"{given}; a sqlite file has no password, leave it out.")
+        check_file(uri, given, to_write)
     elif scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql"):
-        raise InputError(f"tracking.uri is {shown!r}; give sqlite:///FILE, http://HOST:PORT or a database's address.")
+        raise InputError(f"{given}; give sqlite:///FILE, http://HOST:PORT or a database's address.")
 
 
-def _only_one_opens(uri: str):
-    """Several processes that open a new sqlite file at once crash in its migration: let one do it."""
-    import contextlib
+def _check_variables() -> None:
+    """Raises InputError for an environment variable of MLflow whose value it could not read when it needs it."""
+    from mlflow import environment_variables
 
-    if not uri.startswith("sqlite:///"):
-        return contextlib.nullcontext()
-    from filelock import FileLock
-
-    return FileLock(f"{sqlite_file(uri)}.lock")
+    for variable in vars(environment_variables).values():
+        name = getattr(variable, "name", None)
+        if isinstance(name, str) and name in os.environ and hasattr(variable, "get"):
+            try:
+                variable.get()
+            except ValueError as error:
+                reason = str(error).partition(f"{name}: ")[2] or error
+                raise InputError(f"{name} is {os.environ[name]!r}, which MLflow cannot read: {reason}.") from None

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
+from dann_experiments.config.disk import writing
+from dann_experiments.config.errors import NotWritten
+
 log = logging.getLogger(__name__)
 LAST, BEST = "last.ckpt", "best.ckpt"
 STEP, BEST_STEP = "step_", "best_"
@@ -41,18 +44,29 @@ def step_of(path: Path) -> int:
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint so that at any moment `path` is the whole of it or what was there before, even if power fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + _PART)
-    with open(part, "wb") as file:
-        hashing = _Hashing(file)
-        torch.save(dict(content), hashing)  # pyright: ignore[reportArgumentType]  (write and flush are all it needs)
-        _to_disk(file)
-    with open(_beside(path), "w", encoding="ascii") as file:  # first: a checkpoint never stands without its digest
-        file.write(hashing.digest.hexdigest())
-        _to_disk(file)
-    os.replace(part, path)
+    """Write a checkpoint so that at any moment `path` is the whole of it or what was there before, even if power fails. Raises
+    NotWritten, and leaves nothing half written, where the disk is full or cannot be written to."""
+    part, part_of_digest = (one.with_name(one.name + _PART) for one in (path, _beside(path)))
+    with writing(path, part, part_of_digest, wanted=lambda: _size(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            hashing = _Hashing(file)
+            torch.save(dict(content), hashing)  # pyright: ignore[reportArgumentType]  (write and flush are all it needs)
+            _to_disk(file)
+        with open(part_of_digest, "w", encoding="ascii") as file:
+            file.write(hashing.digest.hexdigest())
+            _to_disk(file)
+        os.replace(part_of_digest, _beside(path))  # first: a checkpoint never stands without its digest
+        os.replace(part, path)
     _sync_folder(path.parent)
+
+
+def _size(content: Mapping[str, Any]) -> int:
+    """The bytes of a checkpoint's file."""
+    with open(os.devnull, "wb") as nowhere:
+        counting = _Hashing(nowhere)
+        torch.save(dict(content), counting)  # pyright: ignore[reportArgumentType]
+        return counting.size
 
 
 def is_plain(value: Any) -> bool:
@@ -156,10 +170,17 @@ def remove(path: Path) -> None:
 
 
 class WholeFiles(CheckpointIO):
-    """Lightning's way to files, by `write` and `read`."""
+    """Lightning's way to files, by `write` and `read`. What keeps a checkpoint from the disk stands in `problem` instead of being
+    raised, within a call that all processes of a training make together; while it stands there nothing is written."""
+
+    problem: NotWritten | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        write(checkpoint, Path(path))
+        if self.problem is None:
+            try:
+                write(checkpoint, Path(path))
+            except NotWritten as error:
+                self.problem = error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -175,10 +196,12 @@ class _Hashing:
 
     def __init__(self, file: Any) -> None:
         self.digest = hashlib.blake2b(digest_size=16)
+        self.size = 0
         self._file = file
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
+        self.size += memoryview(data).nbytes
         return self._file.write(data)
 
     def flush(self) -> None:

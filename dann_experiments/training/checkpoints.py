@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from dann_experiments.config.errors import NotWritten
 from dann_experiments.data.dataset import SeededOrder
 from dann_experiments.training import checkpoint_files as files
 from dann_experiments.training import ranks
@@ -36,6 +37,9 @@ class Checkpoints(Checkpoint):
     `loaders` stands (with a `SeededOrder` as sampler, combined by max_size_cycle), so that no batch is loaded twice.
     `before_saving` is called before a checkpoint is written. Its files are `checkpoint_files`, which the trainer must have as
     its plugin (`WholeFiles`). Of several ranks all take part, and the first writes.
+
+    Where the disk is full or cannot be written to, training goes on: the checkpoint before is still there, and the next is
+    tried at its time; the best weights wait in memory until then.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class Checkpoints(Checkpoint):
         self._saved_at = 0.0
         self._epoch_ended = False
         self._left_out: set[str] = set()
+        self._refused = False  # whether the disk refused what was to be written last
+        self._waiting: tuple[Path, dict[str, Any]] | None = None  # best weights that the disk refused, and their file
         self._best_steps: dict[int, int | None] = {}  # step of a kept checkpoint -> the best step that it knows
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -84,7 +90,11 @@ class Checkpoints(Checkpoint):
         if self.best_step is None or self._is_better(value):
             self.best_step, self._best_value = trainer.global_step, value
             path = self.folder / f"{files.BEST_STEP}{trainer.global_step}.ckpt"
-            trainer.save_checkpoint(path, weights_only=True)
+            self._waiting = None
+            if not self._write(trainer, path, weights_only=True):
+                state = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()}
+                facts = {"pytorch-lightning_version": pl.__version__, "epoch": trainer.current_epoch}
+                self._waiting = path, {**facts, "global_step": trainer.global_step, "state_dict": state}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_ended = True
@@ -121,21 +131,35 @@ class Checkpoints(Checkpoint):
         if best_step is not None and files.best_of(self.folder, best_step) is not None:
             self.best_step, self._best_value = best_step, state["best_value"]
 
-    def best(self) -> Path | None:
-        """The file of the best weights; None if there is none, or it is damaged."""
-        return None if self.best_step is None else files.best_of(self.folder, self.best_step)
+    def best_weights(self) -> dict[str, Any] | None:
+        """The state dict of the best weights; None if there are none, or their file is damaged or gone."""
+        if self._waiting is not None:
+            return self._waiting[1]["state_dict"]
+        found = None if self.best_step is None else files.best_of(self.folder, self.best_step)
+        return None if found is None else files.read(found)["state_dict"]
 
     def close(self) -> None:
-        """Training has ended, well or not: leave `last.ckpt` and `best.ckpt` alone."""
-        files.finish(self.folder, self.best_step)
+        """Training has ended, well or not: leave `last.ckpt` and `best.ckpt` alone. Never raises for the disk: what ended
+        training is what is to be told, and a run goes on from files under their other names as well."""
+        best_step = self.best_step
+        try:
+            self._write_waiting()
+        except NotWritten as error:
+            best_step = max(files.numbered(self.folder, files.BEST_STEP), default=None)
+            log.warning("%s What is kept are the best weights that the last checkpoint knows.", error)
+        try:
+            files.finish(self.folder, best_step)
+        except OSError as error:
+            log.warning("Checkpoints in %s keep their names: %s.", self.folder, error)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save a checkpoint now: at the end of a step, or in a step that has changed nothing yet and is done again then."""
         step = trainer.global_step
-        self._before_saving()
         ranks.average_buffers(trainer.lightning_module)
-        trainer.save_checkpoint(self.folder / f"{files.STEP}{step}.ckpt", weights_only=False)
-        self._saved_at = time.monotonic()
+        written = self._write(trainer, self.folder / f"{files.STEP}{step}.ckpt")
+        self._saved_at = time.monotonic()  # also if it failed: not every step is to try again
+        if not written:
+            return
         self._best_steps[step] = self.best_step
         if trainer.is_global_zero:
             self._remove_old()
@@ -156,6 +180,33 @@ class Checkpoints(Checkpoint):
             return False
         up = time.monotonic() - self._saved_at >= self._every_seconds
         return up if math.isinf(self._every_seconds) else ranks.any_of(up, trainer.strategy.root_device)
+
+    def _write(self, trainer: pl.Trainer, path: Path, weights_only: bool = False) -> bool:
+        """Whether the disk took it. If not, that is told once, and once that it does again."""
+        io = trainer.strategy.checkpoint_io
+        assert isinstance(io, files.WholeFiles)
+        io.problem = None
+        if not weights_only:
+            try:  # a checkpoint must be ahead neither of the history nor of the best weights that it knows
+                self._before_saving()
+                self._write_waiting()
+            except NotWritten as error:
+                io.problem = error
+        trainer.save_checkpoint(path, weights_only=weights_only)
+        if io.problem is not None and not self._refused:
+            newest = max(files.numbered(self.folder, files.STEP), default=None)
+            kept = "none was saved before" if newest is None else f"the one of step {newest} is kept"
+            log.warning("%s Training goes on without this checkpoint (%s); the next one is tried.", io.problem, kept)
+        elif io.problem is None and self._refused:
+            log.warning("%s was written: checkpoints are saved again.", path)
+        self._refused = io.problem is not None
+        return not self._refused
+
+    def _write_waiting(self) -> None:
+        if self._waiting is not None:
+            path, content = self._waiting
+            files.write(content, path)
+            self._waiting = None
 
     def _position(self, trainer: pl.Trainer, loader: DataLoader) -> dict[str, Any]:
         assert isinstance(loader.sampler, SeededOrder)
