@@ -200,7 +200,9 @@ def _scalar(value: Any, wanted: Any) -> Any:
         meant = yaml.load(value, _Loader)  # noqa: S506
     except YAML_ERRORS:
         return value
-    return value if _count(meant, {}) > MOST_VALUES else meant  # what holds itself, or grows too large, is a text at most
+    if _count(meant, {}) > MOST_VALUES:  # it holds itself, or grows too large: a text at most
+        return value
+    return meant
 
 
 def _set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:

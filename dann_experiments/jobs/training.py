@@ -160,7 +160,8 @@ def train(
             module.on_train_end()
         if config.monitor.final_model == "best":
             module.load_state_dict(read(checkpoints.best())["state_dict"])
-            trainer.validate(module, loaders, verbose=False)  # the chosen weights' scores close every series
+            with run.beside():  # the chosen weights' scores close every series
+                trainer.validate(module, loaders, verbose=False)
         network.to(trainer.strategy.root_device)
         unlabelled = monitor.target_scores | monitor.domain_accuracy
         if KEPT in monitor.metrics():

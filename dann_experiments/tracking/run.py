@@ -24,7 +24,8 @@ from pytorch_lightning.loggers import Logger
 from dann_experiments.config.errors import InputError, StoreAway
 from dann_experiments.tracking.last_word import have_last_word
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
-from dann_experiments.tracking.sender import SPOOL, Sender
+from dann_experiments.tracking.sender import SPOOL, TAGS, Sender
+from dann_experiments.tracking.spool import Point
 from dann_experiments.tracking.store import Store, check_run_id, without_secrets
 
 log = logging.getLogger(__name__)
@@ -59,10 +60,20 @@ class TrackedRun:
     sender: Sender
     resumed: bool = False
     """Whether it goes on with a run that was killed."""
+    _again: bool = False
 
     def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
         """Queue metrics; see Sender."""
-        self.sender.put(values, step)
+        self.sender.put(values, step, self._again)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is logged in this block is logged for the second time at its step, and stays beside the first."""
+        self._again = True
+        try:
+            yield
+        finally:
+            self._again = False
 
     def persist(self) -> None:
         """Call it before a checkpoint is put in its place: what was logged up to now then outlives the process, so that a run
@@ -78,10 +89,8 @@ class TrackedRun:
             self.store.client.log_batch(self.run_id, params=entries[start : start + PARAMS_A_REQUEST])
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Set tags."""
-        from mlflow.entities import RunTag
-
-        self.store.client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+        """Queue tags; see Sender."""
+        self.sender.put_tags({key: str(value) for key, value in tags.items()})
 
     def log_input(self, name: str, digest: str, context: str, source: str, profile: str) -> None:
         """Log a data set the run read: MLflow shows name, digest and context (such as `source train`)."""
@@ -123,11 +132,8 @@ class RunLogger(Logger):
         self.run.log_metrics(metrics, step=0 if step is None else step)
 
     def set_tag(self, key: str, value: str) -> None:
-        """Set one tag of the run; a store that is away is no reason to stop training."""
-        try:
-            self.run.set_tags({key: value})
-        except Exception as error:
-            log.warning("The tracking store did not take the tag %s (%s).", key, without_secrets(str(error)))
+        """Queue one tag of the run: a store that is away is no reason to wait in training."""
+        self.run.set_tags({key: value})
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The run has its params already."""
@@ -154,6 +160,8 @@ def tracked_run(
     sent in every case; what a store that is away does not take stays in the run's folder for `sync`. Raises NotStored at the
     end of a block that went well, if the store did not take all.
     """
+    from mlflow.entities import RunTag
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -188,7 +196,8 @@ def tracked_run(
         try:
             run_folder.mkdir(exist_ok=True)
             if resume is not None or claimed is not None:
-                run.set_tags(tags)
+                entries = [RunTag(key, str(value)) for key, value in tags.items()]
+                store.client.log_batch(run_id, tags=entries)  # now: whoever looks for a killed run finds it by them
             yield run
             if not _close(run, "FINISHED"):
                 raise NotStored(
@@ -229,7 +238,7 @@ def _close(run: TrackedRun, status: str) -> bool:
 def send_folder(sender: Sender, folder: Path, status: str, end_time: int | None) -> bool:
     """Send a run's folder and end the run; the folder is removed if the store took all. Returns whether it did."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in (SPOOL, END):
+        if path.is_file() and path.name not in (SPOOL, TAGS, f"{TAGS}.part", END):
             sender.put_file(path)
     sent = sender.close(status, end_time)
     if sent:
@@ -237,8 +246,8 @@ def send_folder(sender: Sender, folder: Path, status: str, end_time: int | None)
     return sent
 
 
-def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> dict[str, int]:
-    """Make a run a running one again; the highest step that the store has of each of its metrics."""
+def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> Iterator[Point]:
+    """Make a run a running one again; the points that the store has of it."""
     if claimed is not None and claimed != run_id:
         note = f"This run is empty: it went on with run {run_id}."
         for key, text in {"dann.resumed_run_id": run_id, "mlflow.note.content": note}.items():
@@ -250,9 +259,11 @@ def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> dic
     run = store.client.get_run(run_id)
     if "dann.closed_by" in run.data.tags:
         store.client.delete_tag(run_id, "dann.closed_by")
-    return {
-        name: max(point.step for point in store.client.get_metric_history(run_id, name)) for name in run.data.metrics
-    }
+    return (
+        Point(name, point.value, point.timestamp, point.step)
+        for name in run.data.metrics
+        for point in store.client.get_metric_history(run_id, name)
+    )
 
 
 @contextlib.contextmanager

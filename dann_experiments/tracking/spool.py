@@ -82,13 +82,10 @@ class Spool:
                 self._path.unlink(missing_ok=True)
                 self._sent = self._taken = 0
 
-    def last_steps(self) -> dict[str, int]:
-        """Metric -> the highest step that waits here."""
+    def waiting(self) -> list[Point]:
+        """All points that the store does not have."""
         with self._lock:
-            steps: dict[str, int] = {}
-            for point, _ in self._points(self._sent):
-                steps[point.name] = max(point.step, steps.get(point.name, point.step))
-            return steps
+            return [point for point, _ in self._points(self._sent)]
 
     def _points(self, start: int) -> Iterator[tuple[Point, int]]:
         """Points from the byte `start` on, each with the byte where its line ends."""
