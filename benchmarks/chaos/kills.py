@@ -131,7 +131,6 @@ def one_case(place: Place, seed: int, number: int, kind: str, whole: Whole) -> K
             first = f"{delay:.2f} s after its first step ({steps_in(place.database(name), run_id)} steps in the store)"
             found = resumed(Case(number, kind, config, log, place.database(name), run_id), [first], wanted, draw, whole)
             shutil.rmtree(place.folder / name)
-            shutil.rmtree(artifacts)
             return found
     raise RuntimeError(f"run {number} had trained before each of {MOST_TRIES} moments at which it was to be killed")
 
@@ -154,6 +153,7 @@ def resumed(case: Case, kills: list[str], wanted: int, draw: random.Random, whol
         case.number, case.kind, tuple(kills), list(runs) == [case.run_id], status, weights_in(artifacts) == whole.weights,
         (whole.points - points).total(), (points - whole.points).total(),
     )  # fmt: skip
+    shutil.rmtree(artifacts, ignore_errors=True)  # a hundred megabytes
     if not found.is_good:
         print(case.log.read_text()[-4000:], whole.points - points, points - whole.points, sep="\n", file=sys.stderr)
     return found

@@ -174,11 +174,11 @@ class Witness(pl.Callback):
         """Stand before everything that a run calls while it trains."""
         put = Sender.put
 
-        def kept(sender: Sender, values: Mapping[str, Any], step: int) -> None:
+        def kept(sender: Sender, values: Mapping[str, Any], step: int, again: bool = False) -> None:
             self.points += [(name, step, value) for name, value in values.items()]
-            put(sender, values, step)
+            put(sender, values, step, again)
 
-        Sender.put = kept
+        setattr(Sender, "put", kept)  # noqa: B010
         for owner in (TrackedRun, RunLogger):
             for name in ("log_metrics", "persist", "set_tags", "set_tag"):
                 if hasattr(owner, name):
