@@ -14,7 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,8 @@ class Until(pl.Callback):
     """Ends training at the end of the epoch in which a file appears; measures the pauses between two steps of an epoch."""
 
     def __init__(self, file: Path) -> None:
-        self.longest = 0.0
-        """Seconds between the ends of two steps, whatever the cause."""
+        self.pauses: list[tuple[float, float]] = []
+        """When a step ended, and the seconds since the one before, whatever the cause."""
         self._file = file
         self._before: float | None = None
 
@@ -98,7 +98,8 @@ class Until(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
         now = time.monotonic()
-        self.longest = max(self.longest, now - (self._before or now))
+        if self._before is not None:
+            self.pauses.append((now, now - self._before))
         self._before = now
         trainer.should_stop = self._file.exists()
 
@@ -112,12 +113,12 @@ class Logged:
     points: int
     missing: int
     surplus: int
-    calls: int
-    """Of tracking, on the training thread."""
+    calls: Mapping[str, int]
+    """Of tracking, on the training thread: name -> how many."""
     longest: tuple[float, str]
     """The longest of them: seconds, and in what."""
-    longest_pause: float
-    """Between two steps."""
+    longest_pauses: tuple[float, float]
+    """Seconds between two steps, whatever the cause: while the store was away, and while it was there."""
 
     @property
     def is_good(self) -> bool:
@@ -130,7 +131,14 @@ class Outage:
     """One time that the server was away."""
 
     when: str
-    seconds: float
+    began: float
+    ended: float
+    """By the clock of the machine, in seconds."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it was away."""
+        return self.ended - self.began
 
 
 def witnessed(config: Config, folder: Path, barrier: Any = None) -> Process:
@@ -143,22 +151,26 @@ def witnessed(config: Config, folder: Path, barrier: Any = None) -> Process:
         if barrier is not None:
             barrier.wait()
         adapt(config, [until, witness])
-        witness.save(folder / "logged.json", longest_pause=until.longest)
+        witness.save(folder / "logged.json", pauses=until.pauses)
 
     return Process(job, folder / "output.log")
 
 
-def logged(process: Process, folder: Path, database: Path, run_id: str) -> Logged:
+def logged(process: Process, folder: Path, database: Path, run_id: str, outages: Sequence[Outage] = ()) -> Logged:
     """How a run ended."""
     code = process.wait()
     if code != 0:
         print(process.log.read_text()[-4000:], file=sys.stderr)
-        return Logged(runs_in(database, "adapt")[run_id][0], code, 0, 0, 0, 0, (0.0, ""), 0.0)
+        return Logged(runs_in(database, "adapt")[run_id][0], code, 0, 0, 0, {}, (0.0, ""), (0.0, 0.0))
     kept = json.loads((folder / "logged.json").read_text())
+    longest = [0.0, 0.0]
+    for when, seconds in kept["pauses"]:
+        there = not any(one.began < when and when - seconds < one.ended for one in outages)
+        longest[there] = max(longest[there], seconds)
     wanted, found = as_points(kept["points"]), points_in(database, run_id)
     return Logged(
         runs_in(database, "adapt")[run_id][0], code, wanted.total(), (wanted - found).total(), (found - wanted).total(),
-        kept["calls"], tuple(kept["longest"]), kept["longest_pause"],
+        kept["calls"], tuple(kept["longest"]), (longest[0], longest[1]),
     )  # fmt: skip
 
 
@@ -175,6 +187,7 @@ def take_the_store_away(folder: Path, data: Path, source: Source, seed: int, tim
             "optimizer.schedule": "constant",
         }
         process = witnessed(settings(data, server.uri, folder / "outputs", more), folder / "run")
+        outages: list[Outage] = []
         for number in range(times):
             before = server.points()
             wait_until(lambda before=before: server.points() > before, process)  # the run sends
@@ -187,9 +200,10 @@ def take_the_store_away(folder: Path, data: Path, source: Source, seed: int, tim
             time.sleep(draw.uniform(0, 3))
             server.start()
             when = "as the run ended" if number == times - 1 else "while it trained"
-            yield Outage(when, time.monotonic() - killed)
+            outages.append(Outage(when, killed, time.monotonic()))
+            yield outages[-1]
         (run_id,) = runs_in(server.database, "adapt")
-        yield logged(process, folder / "run", server.database, run_id)
+        yield logged(process, folder / "run", server.database, run_id, outages)
     finally:
         server.kill()
 

@@ -165,7 +165,7 @@ class Witness(pl.Callback):
 
     def __init__(self) -> None:
         self.points: list[tuple[str, int, Any]] = []
-        self.calls = 0
+        self.calls: Counter[str] = Counter()
         self.longest = (0.0, "")
         """Seconds, and in what."""
         self._training = self._inside = False
@@ -198,7 +198,7 @@ class Witness(pl.Callback):
             try:
                 return function(*arguments, **more)
             finally:
-                self.calls += 1
+                self.calls[name] += 1
                 self.longest = max(self.longest, (time.monotonic() - start, name))
                 self._inside = False
 
