@@ -24,7 +24,9 @@ import pytorch_lightning as pl
 from benchmarks.chaos.runs import FORK, Process, Source, Witness, as_points, points_in, rows_of, runs_in, settings
 from dann_experiments.config import Config
 from dann_experiments.jobs.adapt import adapt
+from dann_experiments.tracking.run import RunLogger
 
+TAG = "chaos"
 START = "domain_adaptation.pretrained_checkpoint.path"
 MOST_SECONDS = 60.0
 """The longest wait for a server to answer, and for a run to send."""
@@ -85,16 +87,22 @@ class Server:
 
 
 class Until(pl.Callback):
-    """Ends training at the end of the epoch in which a file appears; measures the pauses between two steps of an epoch."""
+    """Ends training when a file appears; measures the pauses between two steps of an epoch, and sets a tag at each epoch's start,
+    as a run does that forgets its source."""
 
     def __init__(self, file: Path) -> None:
         self.pauses: list[tuple[float, float]] = []
         """When a step ended, and the seconds since the one before, whatever the cause."""
+        self.tag = ""
+        """What was set last."""
         self._file = file
         self._before: float | None = None
 
-    def on_train_epoch_start(self, *arguments: Any) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, *arguments: Any) -> None:
         self._before = None
+        self.tag = f"epoch {trainer.current_epoch}"
+        assert isinstance(trainer.logger, RunLogger)
+        trainer.logger.set_tag(TAG, self.tag)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
         now = time.monotonic()
@@ -113,6 +121,8 @@ class Logged:
     points: int
     missing: int
     surplus: int
+    has_tag: bool
+    """Whether the store has the tag that was set last."""
     calls: Mapping[str, int]
     """Of tracking, on the training thread: name -> how many."""
     longest: tuple[float, str]
@@ -123,7 +133,12 @@ class Logged:
     @property
     def is_good(self) -> bool:
         """Whether nothing was lost."""
-        return (self.status, self.exit_code) == ("FINISHED", 0) and self.points > 0 and not self.missing + self.surplus
+        return (
+            (self.status, self.exit_code) == ("FINISHED", 0)
+            and self.points > 0
+            and self.has_tag
+            and not self.missing + self.surplus
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +166,7 @@ def witnessed(config: Config, folder: Path, barrier: Any = None) -> Process:
         if barrier is not None:
             barrier.wait()
         adapt(config, [until, witness])
-        witness.save(folder / "logged.json", pauses=until.pauses)
+        witness.save(folder / "logged.json", pauses=until.pauses, tag=until.tag)
 
     return Process(job, folder / "output.log")
 
@@ -161,7 +176,7 @@ def logged(process: Process, folder: Path, database: Path, run_id: str, outages:
     code = process.wait()
     if code != 0:
         print(process.log.read_text()[-4000:], file=sys.stderr)
-        return Logged(runs_in(database, "adapt")[run_id][0], code, 0, 0, 0, {}, (0.0, ""), (0.0, 0.0))
+        return Logged(runs_in(database, "adapt")[run_id][0], code, 0, 0, 0, False, {}, (0.0, ""), (0.0, 0.0))
     kept = json.loads((folder / "logged.json").read_text())
     longest = [0.0, 0.0]
     for when, seconds in kept["pauses"]:
@@ -170,6 +185,7 @@ def logged(process: Process, folder: Path, database: Path, run_id: str, outages:
     wanted, found = as_points(kept["points"]), points_in(database, run_id)
     return Logged(
         runs_in(database, "adapt")[run_id][0], code, wanted.total(), (wanted - found).total(), (found - wanted).total(),
+        rows_of(database, "SELECT value FROM tags WHERE run_uuid = ? AND key = ?", run_id, TAG) == [(kept["tag"],)],
         kept["calls"], tuple(kept["longest"]), (longest[0], longest[1]),
     )  # fmt: skip
 
@@ -183,7 +199,6 @@ def take_the_store_away(folder: Path, data: Path, source: Source, seed: int, tim
         more = {
             START: str(source.model),
             "trainer.max_epochs": 100_000,
-            "monitor.forgetting_threshold": 0.0,
             "optimizer.schedule": "constant",
         }
         process = witnessed(settings(data, server.uri, folder / "outputs", more), folder / "run")
