@@ -6,7 +6,7 @@ BIN := .venv/bin
 export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
 PROJECT_RUN := PATH="$$PWD/$(BIN):$$PATH" mlflow run . --env-manager local --experiment-name digits
 
-.PHONY: help install demo test test-slow check ui clean
+.PHONY: help install demo test test-slow check chaos ui clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,6 +43,9 @@ check: .venv/installed-dev  ## lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+chaos: .venv/installed-dev  ## kill runs, servers and inputs for minutes, and write what was lost into docs/reliability.md
+	$(BIN)/python -m benchmarks.chaos --write
 
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_BACKEND_STORE_URI="$$MLFLOW_TRACKING_URI" $(BIN)/mlflow ui --host 127.0.0.1 --port 5000

@@ -48,5 +48,5 @@ class PruningCallback(pl.Callback):
         if self.may_prune and epochs < (trainer.max_epochs or 0) and self.trial.should_prune():
             logger = trainer.logger
             assert isinstance(logger, RunLogger)
-            logger.run.tag_at_the_end({"dann.pruned": "true", "dann.pruned_after_epochs": epochs})
+            logger.run.set_tags({"dann.pruned": "true", "dann.pruned_after_epochs": epochs})
             raise Pruned(f"pruned after {epochs} of {trainer.max_epochs} epochs")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -282,7 +282,7 @@ def _range(key: str, kind: str, entry: Mapping[str, Any]) -> BaseDistribution:
         if value is None and name == "step":
             continue
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or not abs(value or 0) < (2**63 if isinstance(value, int) else math.inf):  # NaN fails too
+        if not number or not abs(value or 0) <= (2**63 - 1 if whole else sys.float_info.max):  # NaN fails too
             wanted = "whole number of at most 64 bit" if whole else "finite number"
             raise InputError(f"space: {key}.{name} is {value!r}; give a {wanted}.")
     low, high, step = entry["low"], entry["high"], entry.get("step")

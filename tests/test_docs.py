@@ -107,3 +107,13 @@ def test_the_verdict_notebook_compares_and_shows_its_report(workplace, monkeypat
 def test_no_placeholder_is_left_in_what_people_read():
     for document in [PROJECT / "README.md", *PROJECT.glob("docs/**/*.md"), *PROJECT.glob("recipes/*.yaml")]:
         assert not re.search(r"@[A-Z_]+@", document.read_text()), document.name
+
+
+def test_the_page_of_reliability_holds_counts_that_are_all_as_promised():
+    text = (PROJECT / "docs" / "reliability.md").read_text()
+    found = re.search(r"<!-- counts: start -->\n(.*)\n<!-- counts: end -->", text, re.DOTALL)
+    assert found is not None
+    rows = [line for line in found.group(1).splitlines() if line.startswith("| ")]
+    assert len(rows) > 20, "run make chaos"
+    assert "not as promised" not in found.group(1)
+    assert "--seed" in found.group(1)

@@ -185,6 +185,8 @@ lines = st.lists(flags | words.map(lambda word: [word]), max_size=4).map(
 @drawn(60, words=lines)
 @example(words=["--data", "5", "--data.root", "x"])
 @example(words=["--config"])
+@example(words=["--model.arch", "&a [*a]"])
+@example(words=["--domain_adaptation.method.init_args", "{a: &a [*a]}"])
 @example(words=["--config", "~nobody_at_all/x"])
 @example(words=["--data.root", "a\udcff"])
 def test_a_drawn_command_line_is_taken_or_refused_with_one_message(words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import multiprocessing
@@ -455,6 +456,32 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(tmp_path
     assert "step_100.ckpt is damaged" in caplog.text
     with pytest.raises(ValueError, match="damaged"):
         files.read(tmp_path / "step_100.ckpt")
+
+
+def test_a_kill_while_the_files_get_their_last_names_leaves_the_best_weights_findable(tmp_path, monkeypatch):
+    class Kill(BaseException):
+        pass
+
+    for renames in range(3):
+        folder = tmp_path / str(renames)
+        files.write({"weights": "best"}, folder / "best_2.ckpt")
+        files.write({"best": 2, "global_step": 4}, folder / "step_4.ckpt")
+        left = iter(range(renames))
+
+        def replace(source, target, left=left, really=os.replace):
+            if next(left, None) is None:
+                raise Kill
+            really(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", replace)
+            with pytest.raises(Kill) if renames < 2 else contextlib.nullcontext():
+                files.finish(folder, 2)
+        files.reopen(folder, lambda content: content["best"])
+        assert files.newest_intact(folder) == folder / "step_4.ckpt"
+        found = files.best_of(folder, 2)
+        assert found is not None
+        assert files.read(found) == {"weights": "best"}
 
 
 def test_what_could_not_be_loaded_without_running_code_is_told_from_what_can():

@@ -22,7 +22,7 @@ from test_tracking import clean_environment
 
 from dann_experiments.__main__ import main
 from dann_experiments.tracking.processes import process_name
-from dann_experiments.tracking.run import END, NotStored, tracked_run
+from dann_experiments.tracking.run import END, NotStored, RunLogger, tracked_run
 from dann_experiments.tracking.sender import SPOOL, Sender
 from dann_experiments.tracking.spool import Point, Spool
 from dann_experiments.tracking.store import Store, open_store
@@ -93,6 +93,7 @@ class Refusing:
         self.refusals = refusals
         self.requests: list[int] = []
         self.taken: list[tuple[str, float, int]] = []
+        self.tags: dict[str, str] = {}
         self.files: list[tuple[str, str | None]] = []
         self.end: str | None = None
 
@@ -101,8 +102,11 @@ class Refusing:
             self.refusals -= 1
             raise ConnectionError("away")
 
-    def log_batch(self, run_id, metrics):
+    def log_batch(self, run_id, metrics=(), tags=()):
         self._answer()
+        self.tags |= {tag.key: tag.value for tag in tags}
+        if not metrics:
+            return
         self.requests.append(len(metrics))
         self.taken += [(metric.key, metric.value, metric.step) for metric in metrics]
 
@@ -189,16 +193,28 @@ def test_a_resumed_sender_sends_what_the_killed_one_left_and_no_step_twice(tmp_p
     )
 
 
-@pytest.mark.parametrize("there", [[], [0.5], [0.5, 0.7]])
-def test_scores_of_the_chosen_weights_end_a_resumed_series_whatever_was_sent_before(tmp_path, there):
-    """0.5 of the last weights, then 0.7 of the best ones, both at step 8: each arrives once."""
+def test_values_beside_others_of_their_step_are_sent_unless_the_store_has_both(tmp_path):
+    """The scores of the best weights stand beside those of the last; `a` was killed between the two, `b` behind them."""
+    Spool(tmp_path / SPOOL).append([Point("b", 0.5, 2, 8)])
     store = Refusing()
-    sender = Sender(store, "r", tmp_path, already=[Point("a", value, 1, 8) for value in there])
-    sender.put({"a": 0.5}, 8)
-    sender.once_more()
-    sender.put({"a": 0.7}, 8)
+    sender = Sender(store, "r", tmp_path, already=[Point("a", 0.0, 1, 8), Point("b", 0.0, 1, 8), Point("b", 0.5, 2, 8)])
+    sender.put({"a": 0.0, "b": 0.0, "c": 0.0}, 8)
+    sender.put({"a": 0.5, "b": 0.5, "c": 0.5}, 8, again=True)
     assert sender.close("FINISHED")
-    assert there + [value for _, value, _ in store.taken] == [0.5, 0.7]
+    assert sorted(store.taken) == [("a", 0.5, 8), ("b", 0.5, 8), ("c", 0.0, 8), ("c", 0.5, 8)]
+
+
+def test_tags_wait_for_a_store_that_is_away_and_outlive_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("dann_experiments.tracking.sender.CLOSE_SECONDS", 0.0)
+    away = Sender(Refusing(float("inf")), "r", tmp_path)
+    away.put_tags({"a": "1", "b": "größe"})
+    away.put_tags({"a": "2"})
+    assert not away.close("FINISHED")
+    monkeypatch.undo()
+    store = Refusing(refusals=1)
+    assert Sender(store, "r", tmp_path).close("FINISHED")
+    assert (store.tags, store.end) == ({"a": "2", "b": "größe"}, "FINISHED")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +241,8 @@ def run_that_ends_while_the_store_is_away(store: Store, monkeypatch) -> None:
             monkeypatch.setattr(store.client, name, Refusing(float("inf"))._answer)
         monkeypatch.setattr("dann_experiments.tracking.sender.CLOSE_SECONDS", 0.0)  # gives up at once
         run.log_metrics({"loss": 0.5}, step=3)
+        RunLogger(run).set_tag("dann.forgotten", "true")
+        run.set_tags({"dann.alignment": "seen"})
         (run.folder / "figures").mkdir()
         (run.folder / "figures" / "f.txt").write_text("seen")
 
@@ -244,7 +262,9 @@ def test_a_run_that_ends_while_the_store_is_away_is_whole_after_sync(store, monk
     run = store.client.get_run(run_id)
     assert (run.info.status, run.info.end_time) == ("FINISHED", end["end_time"])
     assert [(point.step, point.value) for point in store.client.get_metric_history(run_id, "loss")] == [(3, 0.5)]
+    assert [item.path for item in store.client.list_artifacts(run_id)] == ["figures"]
     assert [item.path for item in store.client.list_artifacts(run_id, "figures")] == ["figures/f.txt"]
+    assert (run.data.tags["dann.forgotten"], run.data.tags["dann.alignment"]) == ("true", "seen")
     assert not (Path("outputs") / run_id).exists()
     assert main(["sync"]) == 0
     assert "Nothing was left" in capsys.readouterr().out

@@ -197,9 +197,12 @@ def _scalar(value: Any, wanted: Any) -> Any:
     if wanted is str or (wanted == str | None and value not in ("null", "~", "")):
         return value
     try:
-        return yaml.load(value, _Loader)  # noqa: S506
+        meant = yaml.load(value, _Loader)  # noqa: S506
     except YAML_ERRORS:
         return value
+    if _count(meant, {}) > MOST_VALUES:  # it holds itself, or grows too large: a text at most
+        return value
+    return meant
 
 
 def _set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:

@@ -64,7 +64,7 @@ class Alignment:
         means = {when: mean_probe(self._judged(probes)) for when, probes in found.items()}
         text = explain(domain_accuracy, means["before"], means["after"], self._adversary)
         log.info("%s", text)
-        run.tag_at_the_end({"dann.alignment": text, "mlflow.note.content": text})
+        run.set_tags({"dann.alignment": text, "mlflow.note.content": text})
         tensors = {
             f"{when}/{domain}": np.ascontiguousarray(features[layer])
             for when, domains in self._features.items()

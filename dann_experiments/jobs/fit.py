@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
@@ -149,9 +150,8 @@ class Fit:
             return
         if best is not None:  # the other ranks get the first one's weights when validation begins
             self.module.load_state_dict(best)
-        if self._run is not None:
-            self._run.score_again()
-        self.trainer.validate(self.module, self._val_loaders, verbose=False)
+        with contextlib.nullcontext() if self._run is None else self._run.beside():
+            self.trainer.validate(self.module, self._val_loaders, verbose=False)
 
 
 class _EpochLines(pl.Callback):

@@ -25,7 +25,7 @@ from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.failures import explained_in_run
 from dann_experiments.tracking.last_word import have_last_word
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
-from dann_experiments.tracking.sender import SPOOL, Sender
+from dann_experiments.tracking.sender import SPOOL, TAGS, Sender
 from dann_experiments.tracking.spool import Point
 from dann_experiments.tracking.store import Store, check_run_id, without_secrets
 
@@ -61,23 +61,25 @@ class TrackedRun:
     sender: Sender
     resumed: bool = False
     """Whether it goes on with a run that was killed."""
+    _again: bool = False
 
     def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
         """Queue metrics; see Sender."""
-        self.sender.put(values, step)
+        self.sender.put(values, step, self._again)
 
-    def score_again(self) -> None:
-        """Call it before the last step's metrics are logged a second time, of other weights."""
-        self.sender.once_more()
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is logged in this block is logged for the second time at its step, and stays beside the first."""
+        self._again = True
+        try:
+            yield
+        finally:
+            self._again = False
 
     def persist(self) -> None:
         """Call it before a checkpoint is put in its place: what was logged up to now then outlives the process, so that a run
         resumed from there has no gap in its history. Raises NotWritten where the disk is full."""
         self.sender.persist()
-
-    def tag_at_the_end(self, tags: Mapping[str, Any]) -> None:
-        """Queue tags, to be set before the run ends: a store that is away then is no reason to fail."""
-        self.sender.tag_at_the_end({key: str(value) for key, value in tags.items()})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log settings under the prefix `cfg.`."""
@@ -88,10 +90,8 @@ class TrackedRun:
             self.store.client.log_batch(self.run_id, params=entries[start : start + PARAMS_A_REQUEST])
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Set tags."""
-        from mlflow.entities import RunTag
-
-        self.store.client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+        """Queue tags; see Sender."""
+        self.sender.put_tags({key: str(value) for key, value in tags.items()})
 
     def log_input(self, name: str, digest: str, context: str, source: str, profile: str) -> None:
         """Log a data set the run read: MLflow shows name, digest and context (such as `source train`)."""
@@ -133,11 +133,8 @@ class RunLogger(Logger):
         self.run.log_metrics(metrics, step=0 if step is None else step)
 
     def set_tag(self, key: str, value: str) -> None:
-        """Set one tag of the run; a store that is away is no reason to stop training."""
-        try:
-            self.run.set_tags({key: value})
-        except Exception as error:
-            log.warning("The tracking store did not take the tag %s (%s).", key, without_secrets(str(error)))
+        """Queue one tag of the run: a store that is away is no reason to wait in training."""
+        self.run.set_tags({key: value})
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The run has its params already."""
@@ -164,6 +161,8 @@ def tracked_run(
     sent in every case; what a store that is away does not take stays in the run's folder for `sync`. Raises NotStored at the
     end of a block that went well, if the store did not take all.
     """
+    from mlflow.entities import RunTag
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: a read-only disk, or root
@@ -198,7 +197,8 @@ def tracked_run(
         try:
             run_folder.mkdir(exist_ok=True)
             if resume is not None or claimed is not None:
-                run.set_tags(tags)
+                entries = [RunTag(key, str(value)) for key, value in tags.items()]
+                store.client.log_batch(run_id, tags=entries)  # now: whoever looks for a killed run finds it by them
             yield run
             if not _close(run, "FINISHED"):
                 why = f" ({sender.refusal})" if sender.refusal else ""
@@ -236,14 +236,14 @@ def _close(run: TrackedRun, status: str) -> bool:
     """Send metrics and files and end the run, for as long as the sender waits; whether the store has all."""
     ending = {"status": status, "end_time": run.sender.clock.now()}
     with contextlib.suppress(OSError):  # a disk that is full must not hide why the run ended
-        (run.folder / END).write_text(json.dumps({**ending, "tags": run.sender.tags_left}))
+        (run.folder / END).write_text(json.dumps(ending))
     return send_folder(run.sender, run.folder, **ending)
 
 
 def send_folder(sender: Sender, folder: Path, status: str, end_time: int | None) -> bool:
     """Send a run's folder and end the run; the folder is removed if the store took all. Returns whether it did."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in (SPOOL, END):
+        if path.is_file() and path.name not in (SPOOL, TAGS, f"{TAGS}.part", END):
             sender.put_file(path)
     sent = sender.close(status, end_time)
     if sent:
@@ -251,7 +251,7 @@ def send_folder(sender: Sender, folder: Path, status: str, end_time: int | None)
     return sent
 
 
-def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> list[Point]:
+def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> Iterator[Point]:
     """Make a run a running one again; the points that the store has of it."""
     if claimed is not None and claimed != run_id:
         note = f"This run is empty: it went on with run {run_id}."
@@ -264,11 +264,11 @@ def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> lis
     run = store.client.get_run(run_id)
     if "dann.closed_by" in run.data.tags:
         store.client.delete_tag(run_id, "dann.closed_by")
-    return [
+    return (
         Point(name, point.value, point.timestamp, point.step)
         for name in run.data.metrics
         for point in store.client.get_metric_history(run_id, name)
-    ]
+    )
 
 
 @contextlib.contextmanager

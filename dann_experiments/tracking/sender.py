@@ -1,4 +1,4 @@
-"""Sends a run's metrics, files and end to MLflow from a thread of its own: a training step only appends to a list.
+"""Sends a run's metrics, tags, files and end to MLflow from a thread of its own: a training step only appends to a list.
 
 What is sent stays here, or in the spool file beside the run, until the store has acknowledged it. When the store is away the
 sender tries again with growing pauses; sending anything twice is harmless. What is left when the run closes stays in the
@@ -7,7 +7,10 @@ run's folder, from where `sync` sends it.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 import re
 import threading
 import time
@@ -23,7 +26,7 @@ from dann_experiments.tracking.spool import Point, Spool
 from dann_experiments.tracking.store import in_one_line
 
 log = logging.getLogger(__name__)
-SPOOL = "unsent_metrics.jsonl"
+SPOOL, TAGS = "unsent_metrics.jsonl", "unsent_tags.json"
 BATCH = 1000  # metrics a request, MLflow's limit
 MOST_IN_MEMORY = 20_000  # about 6 MB; beyond, they are written to the spool by whoever logs the next
 VALID_NAME = re.compile(r"[\w\-. :/]+")
@@ -36,8 +39,8 @@ UPLOAD_SECONDS = 600.0
 
 
 class Sender:
-    """Queues (name, value, step), files and the run's end, and sends them in this order. Values may be tensors: they are read
-    by the sending thread. `folder`: the run's, with the spool of an earlier process if it left one. `already`: the points
+    """Queues (name, value, step), tags, files and the run's end, and sends them in this order. Values may be tensors: they are
+    read by the sending thread. `folder`: the run's, with what an earlier process left unsent, if it did. `already`: the points
     that the store has, for a run that is resumed: up to the highest step of each metric, nothing is sent again. `clock`: gives
     metrics and the run's end their times."""
 
@@ -54,32 +57,32 @@ class Sender:
         self._run_id = run_id
         self._folder = folder
         self._spool = Spool(folder / SPOOL)
-        self._already: dict[str, tuple[int, set[str]]] = {}
-        """Metric -> the highest step that need not be sent again, and its values."""
-        self._once_more = False
-        for point in [*already, *self._spool.waiting()] if already is not None else ():
-            step, values = self._already.get(point.name, (-1, set()))
+        self._already: dict[str, tuple[int, set[int]]] = {}
+        """Metric -> its highest step, and the times at which it was logged there."""
+        for point in () if already is None else (*already, *self._spool.waiting()):
+            step, times = self._already.get(point.name, (-1, set()))
             if point.step >= step:
-                values = values if point.step == step else set()
-                self._already[point.name] = point.step, values | {repr(point.value)}
+                self._already[point.name] = (point.step, {point.timestamp, *(times if point.step == step else ())})
+        self._tags: dict[str, str] = _read_tags(folder / TAGS)
         self._memory: deque[tuple[str, Any, int, int]] = deque()
         self._files: dict[
             Path, None
         ] = {}  # a set that keeps its order: a file that is written anew meanwhile is sent once
-        self._tags: dict[str, str] = {}
         self._end: tuple[str, int] | None = None
         self.refusal = ""
         """Why the store did not take what was sent last; empty if it did."""
         self._spool_refused = False
         self._wake = threading.Condition()
         self._spilling = threading.Lock()  # whoever moves points to the spool does it alone: they keep their order
+        self._keeping_tags = threading.Lock()
         self._closing = self._given_up = self._failing = self._uploading = False
         self._last_success = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
         self._thread.start()
 
-    def put(self, values: Mapping[str, Any], step: int) -> None:
-        """Queue metrics of one step; returns at once. Raises ValueError for what MLflow would never take."""
+    def put(self, values: Mapping[str, Any], step: int, again: bool = False) -> None:
+        """Queue metrics of one step; returns at once. `again`: they stand beside other values of that step, so that a store
+        which has one of each has not got these. Raises ValueError for what MLflow would never take."""
         for name, value in values.items():
             if not VALID_NAME.fullmatch(name):
                 raise ValueError(f"metric {name!r}: MLflow takes letters, digits, and _ - . / : and blanks in a name")
@@ -88,40 +91,23 @@ class Sender:
         now = self.clock.now()
         with self._wake:
             self._memory.extend(
-                (name, value, now, step) for name, value in values.items() if not self._has(name, value, step)
+                (name, value, now, step) for name, value in values.items() if not self._is_known(name, step, again)
             )
             if len(self._memory) >= BATCH:
                 self._wake.notify()
         if len(self._memory) > MOST_IN_MEMORY:  # the store is away, or slower than training
             self._spill()
 
-    def once_more(self) -> None:
-        """From now on the last step of a metric may be logged again with another value: of the weights that were chosen, not of
-        the last ones. An earlier process of the run may have logged one of both, or both."""
-        self._once_more = True
-
-    def _has(self, name: str, value: Any, step: int) -> bool:
-        """Whether the store, or the spool, has it from an earlier process of the run."""
-        highest, values = self._already.get(name, (-1, set()))
-        if self._once_more and step == highest:
-            return repr(float(value)) in values
-        return step <= highest
+    def put_tags(self, tags: Mapping[str, str]) -> None:
+        """Queue tags; they lie in a file of the run's folder until the store has them."""
+        with self._keeping_tags:
+            self._tags.update(tags)
+            self._keep_tags()
 
     def put_file(self, path: Path) -> None:
         """Queue a file of the run's folder: an artifact under its path there. It is read when its turn comes."""
         with self._wake:
             self._files[path] = None
-
-    def tag_at_the_end(self, tags: Mapping[str, str]) -> None:
-        """Queue tags of the run: set before it ends."""
-        with self._wake:
-            self._tags |= tags
-
-    @property
-    def tags_left(self) -> dict[str, str]:
-        """Tags that the store does not have."""
-        with self._wake:
-            return dict(self._tags)
 
     def persist(self) -> None:
         """When this returns, what was queued is in the store or in the spool file: a process killed now loses nothing of it,
@@ -226,20 +212,17 @@ class Sender:
             self._send([Point(name, float(value), timestamp, step) for name, value, timestamp, step in waiting])
             self._forget(waiting)
             return True
+        with self._keeping_tags:
+            tags = dict(self._tags)
+        if tags:
+            self._send_tags(tags)
+            return True
         with self._wake:
             path = next(iter(self._files), None)
             if path is not None:
                 del self._files[path]  # before it is read: written anew meanwhile, it is queued again
         if path is not None:
             self._upload(path)
-            return True
-        tags = self.tags_left
-        if tags and self._end is not None:
-            from mlflow.entities import RunTag
-
-            self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-            with self._wake:
-                self._tags.clear()
             return True
         if self._end is not None:
             status, end_time = self._end
@@ -253,6 +236,31 @@ class Sender:
 
         self._client.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
 
+    def _send_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        with self._keeping_tags:
+            self._tags = {
+                key: value for key, value in self._tags.items() if tags.get(key) != value
+            }  # those put meanwhile
+            self._keep_tags()
+
+    def _keep_tags(self) -> None:
+        """Make the file hold the tags that wait; where the disk is full they wait in memory."""
+        path, part = self._folder / TAGS, self._folder / f"{TAGS}.part"
+        if not self._tags:
+            path.unlink(missing_ok=True)
+            return
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(self._tags), encoding="utf-8")
+            os.replace(part, path)
+
+    def _is_known(self, name: str, step: int, again: bool) -> bool:
+        highest, times = self._already.get(name, (-1, ()))
+        return step < highest or (step == highest and len(times) > again)
+
     def _upload(self, path: Path) -> None:
         inside = path.relative_to(self._folder).parent.as_posix()
         self._uploading = True
@@ -265,3 +273,11 @@ class Sender:
             raise
         finally:
             self._uploading = False
+
+
+def _read_tags(path: Path) -> dict[str, str]:
+    """The tags that an earlier process left unsent."""
+    try:
+        return {str(key): str(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}

@@ -52,9 +52,8 @@ def sync(store: Store, folder: Path) -> Iterator[Leftover]:
         if writer is not None:
             yield Leftover(path.name, path, f"is being written by {writer}: left", True)
             continue
-        status, end_time, tags = _end_of(path, run)
+        status, end_time = _end_of(path, run)
         sender = Sender(store.client, path.name, path, clock=Clock(run.info.start_time))
-        sender.tag_at_the_end(tags)
         sent = send_folder(sender, path, status, end_time)
         outcome = f"sent, {status}" if sent else "not taken by the store: left"
         yield Leftover(path.name, path, outcome, not sent)
@@ -68,13 +67,12 @@ def _writer(run: Any) -> str | None:
     return f"process {process}"
 
 
-def _end_of(path: Path, run: Any) -> tuple[str, int | None, dict[str, str]]:
-    """Status and time with which the run ended, and the tags that it was to have then."""
+def _end_of(path: Path, run: Any) -> tuple[str, int | None]:
+    """Status and time with which the run ended."""
     try:
         end = json.loads((path / END).read_text())
         if end["status"] in ("FINISHED", "FAILED", "KILLED"):
-            tags = {str(key): str(value) for key, value in dict(end.get("tags", {})).items()}
-            return end["status"], int(end["end_time"]), tags
+            return end["status"], int(end["end_time"])
     except (OSError, ValueError, KeyError, TypeError):  # killed before it could say
         pass
-    return (run.info.status, run.info.end_time, {}) if run.info.status != "RUNNING" else ("KILLED", None, {})
+    return (run.info.status, run.info.end_time) if run.info.status != "RUNNING" else ("KILLED", None)

@@ -137,10 +137,10 @@ def best_of(folder: Path, step: int) -> Path | None:
 def finish(folder: Path, best_step: int | None) -> None:
     """Training has ended: keep the newest as `last.ckpt` and the best as `best.ckpt`."""
     steps, bests = numbered(folder, STEP), numbered(folder, BEST_STEP)
+    if steps:  # first: killed behind it, `reopen` still finds which weights were best
+        os.replace(steps[max(steps)], folder / LAST)
     if best_step in bests:
         os.replace(bests[best_step], folder / BEST)
-    if steps:
-        os.replace(steps[max(steps)], folder / LAST)
     for path in [*numbered(folder, STEP).values(), *numbered(folder, BEST_STEP).values()]:
         remove(path)
     for path in [*folder.glob(f"*{_DIGEST}"), *folder.glob(f"*{_PART}")]:
