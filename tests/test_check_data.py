@@ -24,9 +24,9 @@ from sweeps.__main__ import main as sweeps_main
 
 
 @pytest.fixture
-def root(workplace: Path, squares: Path) -> Path:
-    """A copy of `squares` to break, in an empty workplace."""
-    return Path(shutil.copytree(squares, workplace / "data"))
+def root(empty_place: Path, squares: Path) -> Path:
+    """A copy of `squares` to break, in an empty empty_place."""
+    return Path(shutil.copytree(squares, empty_place / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def run(root: Path, command: str = "check-data", **more: Any) -> int:
     return main([command, "--config", str(write_config(root.parent / "config.yaml", small_settings(root, **more)))])
 
 
-def nothing_was_written(workplace: Path) -> bool:
-    return sorted(path.name for path in workplace.iterdir()) == ["config.yaml", "data"]
+def nothing_was_written(empty_place: Path) -> bool:
+    return sorted(path.name for path in empty_place.iterdir()) == ["config.yaml", "data"]
 
 
 # --- each kind of problem alone: a function breaks the data, returns what the message must hold and settings to change ---
@@ -351,10 +351,10 @@ def test_an_image_that_is_broken_in_one_window_is_told_once(root, capsys):
 # --- good data ---
 
 
-def test_good_data_end_in_a_run_whose_numbers_are_those_of_the_files(workplace, store):
+def test_good_data_end_in_a_run_whose_numbers_are_those_of_the_files(empty_place, store):
     rng = np.random.default_rng(5)
     settings = small_settings(
-        workplace, tracking__uri=f"sqlite:///{store}", data__window_size=16, data__normalization="domain",
+        empty_place, tracking__uri=f"sqlite:///{store}", data__window_size=16, data__normalization="domain",
         data__source__scale=[0, 100], data__source__nodata=-9.0, data__target__nodata=0, data__class_names=["a", "b", "c"],
         model__classes=3, data__source__ignore_values=[9], data__target__test=[],
     )  # fmt: skip
@@ -370,13 +370,13 @@ def test_good_data_end_in_a_run_whose_numbers_are_those_of_the_files(workplace, 
                 image = rng.integers(0, 256, (3, 40, 24)).astype(np.uint8)
                 image[:, :5] = 0
             images_here.append(image)
-            write_raster(workplace / name / "images" / f"{number}.tif", image)
+            write_raster(empty_place / name / "images" / f"{number}.tif", image)
             if name in masks:
                 mask = rng.choice([0, 1, 2, 9 if name.startswith("source") else 255], (40, 24)).astype(np.uint8)
                 masks[name].append(mask)
-                write_raster(workplace / name / "masks" / f"{number}.tif", mask[None])
+                write_raster(empty_place / name / "masks" / f"{number}.tif", mask[None])
     before = count_runs(store)
-    assert main(["check-data", "--config", str(write_config(workplace / "config.yaml", settings))]) == 0
+    assert main(["check-data", "--config", str(write_config(empty_place / "config.yaml", settings))]) == 0
 
     assert count_runs(store) == before + 1
     opened = open_store(f"sqlite:///{store}", "dann")
@@ -384,7 +384,7 @@ def test_good_data_end_in_a_run_whose_numbers_are_those_of_the_files(workplace, 
     assert found.info.status == "FINISHED"
     assert found.data.tags["dann.job"] == "check-data"
     assert found.data.params["cfg.data.window_size"] == "16"
-    folder = Path(opened.client.download_artifacts(found.info.run_id, "", str(workplace)))
+    folder = Path(opened.client.download_artifacts(found.info.run_id, "", str(empty_place)))
     with Image.open(folder / "figures" / "domains.png") as picture:
         assert picture.size[0] > 900
     counts = pd.read_csv(folder / "tables" / "counts.csv", index_col="set")

@@ -167,10 +167,10 @@ def test_the_normalisation_is_kept_with_the_model_a_domain_each(rasters, workpla
 
 
 def test_an_epoch_is_the_longer_loader_once_and_the_shorter_cycles(rasters, workplace):
-    from dann_experiments.jobs.training import _together, _train_loaders
+    from dann_experiments.jobs.fit import together, train_loaders
 
     config, data, _ = loaded(rasters, data__source__batch_size=2, data__target__batch_size=3)
-    loader = _together(_train_loaders(config, data))
+    loader = together(train_loaders(config, data))
     steps = {name: len(data.sets[f"{name}_train"]) // size for name, size in (("source", 2), ("target", 3))}
     batches = [batch for batch, _, _ in loader]
     assert len(batches) == max(steps.values())

@@ -401,7 +401,7 @@ def test_sizes_that_a_file_only_claims_are_refused_without_taking_the_memory(tmp
 @pytest.mark.parametrize(
     "entry", ["main", "adapt", "pretrain", "evaluate", "check-data", "predict", "compare", "sweep"]
 )
-def test_every_parameter_of_mlproject_reaches_the_program_as_one_word(entry, workplace):
+def test_every_parameter_of_mlproject_reaches_the_program_as_one_word(entry, empty_place):
     from mlflow.projects._project_spec import load_project
 
     point = load_project(str(PROJECT)).get_entry_point(entry)
@@ -411,11 +411,11 @@ def test_every_parameter_of_mlproject_reaches_the_program_as_one_word(entry, wor
     for start in range(0, len(nasty), len(names)):
         values = dict(zip(names, nasty[start:], strict=False))
         shell = f"python() {{ printf '%s\\0' \"$@\"; }}; {point.compute_command(values, None)}"
-        done = subprocess.run(["bash", "-c", shell], cwd=workplace, capture_output=True, text=True, check=True)
+        done = subprocess.run(["bash", "-c", shell], cwd=empty_place, capture_output=True, text=True, check=True)
         words = done.stdout.split("\0")
         for name, value in values.items():
             assert words[words.index(f"--{name}") + 1] == value
-    assert not list(workplace.iterdir())
+    assert not list(empty_place.iterdir())
 
 
 def test_what_is_shown_to_be_typed_is_quoted():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-import psutil
 import pytest
 import yaml
 from conftest import small_settings, squares_in
@@ -23,7 +21,7 @@ from mlflow.entities import Run
 from dann_experiments import adapt, load_config
 from dann_experiments.config import config_to_yaml
 from sweeps.__main__ import main
-from sweeps.study import SOURCE_ONLY, Sweep, open_storage, superseded
+from sweeps.study import SOURCE_ONLY, Sweep, open_storage
 
 PROJECT = Path(__file__).parents[1]
 METHOD = "domain_adaptation.method"
@@ -285,124 +283,3 @@ def test_confirm_runs_the_best_over_new_seeds_and_registers_the_best_mean(place,
     before = len(study.trials())
     said(place, *words)
     assert len(study_in(place, "s-confirm").trials()) == before
-
-
-@pytest.mark.slow
-def test_failing_trials_fail_alone_and_too_many_in_a_row_end_the_sweep_with_the_cause(tmp_path, said):
-    place = make_place(tmp_path, {"optimizer.lr": {"type": "float", "low": 1e36, "high": 1e37}})
-    message = said(place, *run_words(place, "--n_trials", "6", "--max_failures", "2", "--workers", "1"), code=1)
-    assert "the last 2 trials failed" in message
-    assert "FloatingPointError" in message
-    study = study_in(place)
-    errors = {trial.number: str(trial.user_attrs.get("error")) for trial in study.counted()}
-    failed = [trial for trial in study.counted() if "FloatingPointError" in errors[trial.number]]
-    assert len(failed) in (2, 3)  # another may have been under way when the second failure was seen
-    assert study.counts()["waiting"] > 0
-    assert [trial.state.name for trial in study.trials()[:2]] == ["COMPLETE", "COMPLETE"]  # their own learning rate
-    client = mlflow.MlflowClient(f"sqlite:///{place / 'mlflow.db'}")
-    for trial in failed:
-        run_id = trial.user_attrs["run_id"]
-        assert client.get_run(run_id).info.status == "FAILED"
-        assert "traceback.txt" in {item.path for item in client.list_artifacts(run_id)}
-    assert runs_of(place, "sweep")[0].info.status == "FAILED"
-    assert "Stopped" in (place / "studies" / "s" / "report.md").read_text()
-
-
-@pytest.mark.slow
-def test_timeout_starts_no_further_trial_and_resume_runs_those_that_are_missing(tmp_path, said):
-    place = make_place(tmp_path)
-    said(place, *run_words(place, "--n_trials", "4", "--workers", "1", "--timeout", "0.1", "--nested", "true"))
-    assert len(study_in(place).trials()) == 4
-    waiting = sum(trial.state.name == "WAITING" for trial in study_in(place).trials())
-    assert waiting == 4
-    said(place, "resume", "--study", "s", "--workers", "1")
-    check_ended(place, 4)
-    parents = {run.data.tags["mlflow.parentRunId"] for run in runs_of(place, "trial")}
-    assert parents <= {run.info.run_id for run in runs_of(place, "sweep")}
-
-
-@pytest.mark.slow
-def test_a_killed_worker_costs_no_trial(tmp_path):
-    place = make_place(tmp_path)
-    process = sweeps(place, *run_words(place, "--n_trials", "5", "--workers", "2"))
-    os.kill(until(lambda: worker_in_a_run(place), process), signal.SIGKILL)
-    finish(process)
-    check_ended(place, 5)
-    study = study_in(place)
-    assert len(study.trials()) == 6
-    gone = [trial for trial in study.trials() if superseded(trial)]
-    assert len(gone) == 1
-    statuses = {run.data.tags["dann.trial"]: run.info.status for run in runs_of(place, "trial")}
-    assert statuses[str(gone[0].number)] == "KILLED"
-
-
-@pytest.mark.slow
-def test_a_killed_driver_takes_its_workers_along_and_resume_completes_the_study(tmp_path):
-    place = make_place(tmp_path)
-    process = sweeps(place, *run_words(place, "--n_trials", "5", "--workers", "2"))
-    worker = psutil.Process(until(lambda: worker_in_a_run(place), process))
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    finish(sweeps(place, "resume", "--study", "s", "--workers", "2"))
-    check_ended(place, 5)
-    assert not worker.is_running()
-    assert sorted(run.info.status for run in runs_of(place, "sweep")) == ["FINISHED", "KILLED"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_sweep_closes_all_its_runs_and_can_go_on(signum, tmp_path):
-    place = make_place(tmp_path)
-    process = sweeps(place, *run_words(place, "--n_trials", "4", "--workers", "1"))
-    worker = psutil.Process(until(lambda: worker_in_a_run(place), process))
-    os.kill(process.pid, signum)
-    finish(process, 143 if signum == signal.SIGTERM else 130)
-    assert not worker.is_running()
-    study = study_in(place)
-    assert len(study.counted()) == 4
-    assert not [trial for trial in study.trials() if trial.state.name == "RUNNING"]
-    assert runs_of(place, "sweep")[0].info.status == "KILLED"
-    assert {run.info.status for run in runs_of(place, "trial")} <= {"FINISHED", "KILLED"}
-    assert (place / "studies" / "s" / "report.md").exists()
-
-
-@pytest.mark.slow
-def test_a_second_driver_of_the_same_study_is_refused(tmp_path):
-    place = make_place(tmp_path)
-    process = sweeps(place, *run_words(place, "--n_trials", "3", "--workers", "1"))
-    until(lambda: worker_in_a_run(place), process)
-    assert "being run by another process" in finish(sweeps(place, *run_words(place)), 2).replace("\n", " ")
-    process.terminate()
-    finish(process, 143)
-
-
-@pytest.mark.slow
-def test_mlflow_run_starts_a_sweep(tmp_path):
-    place = make_place(tmp_path)
-    binaries = Path(sys.executable).parent
-    command = [
-        str(binaries / "mlflow"),
-        "run",
-        str(PROJECT),
-        "-e",
-        "sweep",
-        "--env-manager",
-        "local",
-        "--experiment-name",
-        "x",
-    ]
-    for name, value in {"config": place / "config.yaml", "space": place / "space.yaml", "study": "s", "n_trials": 3,
-                        "workers": 1, "trainer.max_epochs": 1, "confirm_top": 1, "confirm_seeds": 1}.items():  # fmt: skip
-        command += ["-P", f"{name}={value}"]
-    path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
-    uri = f"sqlite:///{place / 'mlflow.db'}"
-    environ = environment() | {"PATH": path, "MLFLOW_TRACKING_URI": uri}
-    done = subprocess.run(command, cwd=place, env=environ, text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    sweep_runs = runs_of(place, "sweep")
-    claimed = [run for run in sweep_runs if "mlflow.project.entryPoint" in run.data.tags]
-    assert len(claimed) == 1  # the run that `mlflow run` made is the sweep's own
-    assert {run.info.experiment_id for run in [*sweep_runs, *runs_of(place, "trial")]} == {
-        claimed[0].info.experiment_id
-    }
-    assert all(run.info.status == "FINISHED" for run in [*sweep_runs, *runs_of(place, "trial")])
