@@ -47,7 +47,7 @@ def claim_all(address: str, name: str, found) -> None:
 
 def test_each_trial_is_claimed_by_one_of_several_processes(address):
     new_study(address, [Slot("search", {})] * 20)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     found = context.Queue()
     processes = [context.Process(target=claim_all, args=(address, f"w{n}", found)) for n in range(3)]
     for process in processes:

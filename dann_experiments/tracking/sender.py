@@ -247,12 +247,12 @@ class Sender:
             self._keep_tags()
 
     def _keep_tags(self) -> None:
-        """Make the file hold the tags that wait; where the disk is full they wait in memory."""
+        """Make the file hold the tags that wait; where the disk takes nothing they wait in memory."""
         path, part = self._folder / TAGS, self._folder / f"{TAGS}.part"
-        if not self._tags:
-            path.unlink(missing_ok=True)
-            return
         with contextlib.suppress(OSError):
+            if not self._tags:
+                path.unlink(missing_ok=True)
+                return
             self._folder.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(self._tags), encoding="utf-8")
             os.replace(part, path)
