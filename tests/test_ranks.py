@@ -207,11 +207,11 @@ def started(config: Config, resume: str | None = None) -> multiprocessing.proces
     return process
 
 
-def until(found: Callable[[], object]) -> object:
-    """What `found` gives once it gives anything."""
-    while not (result := found()):
+def until_saved(name: str, process: multiprocessing.process.BaseProcess) -> None:
+    """Return when the run in `process` has saved this checkpoint."""
+    while not list(Path("outputs").glob(f"*/checkpoints/{name}")):
+        assert process.is_alive(), f"it ended before it saved {name}"
         time.sleep(0.01)
-    return result
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def adapted(config: Config) -> str | None:
 @pytest.mark.slow
 def test_a_run_of_two_processes_that_is_killed_goes_on_to_the_same_weights(killing):
     process = started(killing)
-    until(lambda: list(Path("outputs").glob("*/checkpoints/step_4.ckpt")))
+    until_saved("step_4.ckpt", process)
     others = processes_of(process.pid)
     assert len(others) == WORLD - 1
     os.kill(process.pid, signal.SIGKILL)
@@ -254,7 +254,7 @@ def test_a_run_of_two_processes_that_is_killed_goes_on_to_the_same_weights(killi
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_as_failed_and_says_so(killing):
     process = started(killing)
-    until(lambda: list(Path("outputs").glob("*/checkpoints/step_4.ckpt")))
+    until_saved("step_4.ckpt", process)
     (other,) = processes_of(process.pid)
     other.kill()
     process.join()
