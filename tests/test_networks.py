@@ -18,16 +18,14 @@ from dann_experiments.adaptation.dann import DANNMethod
 from dann_experiments.adaptation.method import Progress
 from dann_experiments.config.errors import InputError
 from dann_experiments.models.networks import build_network, logits_of_any_size
-from dann_experiments.models.taps import (
+from dann_experiments.models.passes import (
     check_joint,
-    deepest_map,
-    evaluating,
+    choose,
     forward_joint,
     forward_to_taps,
     forward_with_taps,
-    list_layers,
-    resolve_taps,
 )
+from dann_experiments.models.taps import deepest_map, evaluating, list_layers, resolve_taps
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.optimizers import build_optimizer
 from dann_experiments.training.scores import segmentation_loss
@@ -74,7 +72,9 @@ def make_module(network, layers, kind="pooled", batchnorm="separate"):
     def sgd(groups):
         return build_optimizer(groups, "sgd", 1e-3, (0.9, 0.999), 0.9, 0.0)
 
-    return AdaptationModule(network, method, taps, sgd, batchnorm=batchnorm)
+    module = AdaptationModule(network, method, taps, sgd, batchnorm=batchnorm)
+    module.passes = choose(network, module.taps, batchnorm, 3)
+    return module
 
 
 def make_batch():
@@ -186,33 +186,44 @@ def test_with_a_tap_in_the_encoder_the_decoder_runs_once_on_source_images_alone(
     batches_before = int(norm.num_batches_tracked)
     with batches_seen(unet, "encoder", "decoder", "segmentation_head") as seen:
         module.step_outputs(batch)
-    assert seen == {"encoder": [S, T], "decoder": [S], "segmentation_head": [S]}
+    assert seen == {"encoder": [S + T], "decoder": [S], "segmentation_head": [S]}
     assert int(norm.num_batches_tracked) == batches_before + 1
 
 
 def test_with_a_tap_at_the_decoder_the_head_runs_once_on_source_images_alone(unet):
+    module = make_module(unet, ["decoder"])
     with batches_seen(unet, "encoder", "decoder", "segmentation_head") as seen:
-        make_module(unet, ["decoder"]).step_outputs(make_batch())
-    # its own look-up of the layer, of one blank image, comes first
-    assert seen == {"encoder": [1, S, T], "decoder": [1, S, T], "segmentation_head": [1, S]}
+        module.step_outputs(make_batch())
+    assert seen == {"encoder": [S + T], "decoder": [S + T], "segmentation_head": [S]}
 
 
-@pytest.mark.parametrize("layer", ["encoder.layer2", "encoder.layer2.1.bn2"])
-def test_layers_behind_a_tapped_stage_do_not_run_on_target_images(unet, layer):
+@pytest.mark.parametrize(
+    ("layer", "up_to_it"),
+    [
+        ("encoder.layer2", [S + T]),
+        ("encoder.3", [S + T]),
+        ("encoder.layer2.1.bn2", [S, T]),
+    ],  # its sum needs both domains
+)
+def test_layers_behind_a_tapped_stage_do_not_run_on_target_images(unet, layer, up_to_it):
     module = make_module(unet, [layer])
     with batches_seen(unet, "encoder.layer1", "encoder.layer2", "encoder.layer3", "encoder.layer4") as seen:
         module.step_outputs(make_batch())
     assert seen == {
-        "encoder.layer1": [S, T], "encoder.layer2": [S, T], "encoder.layer3": [S], "encoder.layer4": [S],
+        "encoder.layer1": up_to_it, "encoder.layer2": up_to_it, "encoder.layer3": [S], "encoder.layer4": [S],
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("layers", [["encoder"], ["encoder.layer2"]], ids=str)
-def test_with_joint_batchnorm_the_encoder_runs_once_on_both_domains_and_the_decoder_on_source(unet, layers):
+@pytest.mark.parametrize(
+    ("layers", "deepest"),
+    [(["encoder"], [S + T]), (["encoder.layer2"], [S]), (["encoder.layer2.1.bn2"], [S + T])],
+    ids=str,
+)
+def test_with_joint_batchnorm_the_encoder_runs_once_on_both_domains_and_the_decoder_on_source(unet, layers, deepest):
     module = make_module(unet, layers, batchnorm="joint")
     with batches_seen(unet, "encoder", "encoder.layer4", "decoder", "segmentation_head") as seen:
         outputs = module.step_outputs(make_batch())
-    assert seen == {"encoder": [S + T], "encoder.layer4": [S + T], "decoder": [S], "segmentation_head": [S]}
+    assert seen == {"encoder": [S + T], "encoder.layer4": deepest, "decoder": [S], "segmentation_head": [S]}
     assert len(outputs.source_logits) == S
     assert len(outputs.source_features[layers[0]]) == S
     assert len(outputs.target_features[layers[0]]) == T
@@ -295,7 +306,7 @@ def test_training_steps_run_in_train_mode_and_frozen_modules_stay_frozen(frozen,
     )  # fmt: skip
     loaders = CombinedLoader({"source": DataLoader(items, 3), "target": DataLoader(items, 3)}, "max_size_cycle")
     trainer.fit(make_module(network, ["encoder"]), loaders, DataLoader(items, 3))
-    assert modes.training == [{f"network.{name}" for name in frozen}] * 4  # 2 epochs, source and target
+    assert modes.training == [{f"network.{name}" for name in frozen}] * 2  # 2 epochs, both domains in one pass
     assert len(modes.validation) == 2
     assert all("network.decoder" in names for names in modes.validation)
 

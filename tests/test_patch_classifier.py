@@ -8,7 +8,8 @@ import torch
 
 from dann_experiments import DANNMethod, DomainClassifier
 from dann_experiments.adaptation.method import Progress
-from dann_experiments.models.taps import forward_joint, resolve_taps
+from dann_experiments.models.passes import forward_joint
+from dann_experiments.models.taps import resolve_taps
 from dann_experiments.training.module import AdaptationModule
 
 

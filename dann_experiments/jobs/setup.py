@@ -41,7 +41,8 @@ from dann_experiments.data.samples import (
 from dann_experiments.data.statistics import measure, normalisation_from
 from dann_experiments.models.batchnorm import has_batchnorm
 from dann_experiments.models.networks import build_network, output_stride
-from dann_experiments.models.taps import Tap, check_joint, resolve_taps
+from dann_experiments.models.passes import check_joint
+from dann_experiments.models.taps import Tap, resolve_taps
 from dann_experiments.tracking.processes import available_cores, visible_gpus
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.optimizers import build_optimizer

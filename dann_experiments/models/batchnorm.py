@@ -7,8 +7,9 @@ its running mean and variance towards them; in eval mode it normalises with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,30 @@ def statistics_kept(network: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer in tracking:
             layer.track_running_stats = True
+
+
+@contextmanager
+def by_domain(network: nn.Module, count: int, keep_target: bool = False) -> Iterator[nn.Module]:
+    """In forwards of more than `count` images inside, every BatchNorm in training mode takes the first `count` (the source) and
+    the others (the target) each by themselves, one after the other, as two forwards would. With `keep_target` the target
+    moves no running statistics. Forwards of `count` images are as always. Given back as found."""
+
+    def normalise(layer: nn.Module, forward: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        if len(values) <= count:
+            return forward(values)
+        source, target = values.split([count, len(values) - count])
+        normalised = forward(source)
+        with statistics_kept(layer) if keep_target else nullcontext():
+            return torch.cat([normalised, forward(target)])
+
+    layers: list[nn.Module] = [module for module in network.modules() if isinstance(module, _KINDS) and module.training]
+    for layer in layers:
+        layer.forward = partial(normalise, layer, layer.forward)
+    try:
+        yield network
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def target_statistics(

@@ -1,4 +1,4 @@
-"""Feature taps: which layers there are, what they give, and forwards that record or stop at them.
+"""Feature taps: which layers there are, what they give, and how their features are recorded in a forward.
 
 A tap is the dotted name of a module. A module that returns several maps (an SMP `encoder`) means its deepest non-empty
 one; `NAME.K` picks map K of such a module where no module has that name. Of a module that runs several times in one
@@ -7,13 +7,14 @@ forward (a shared ReLU) the first call counts, everywhere. N images, C channels,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dann_experiments.config.errors import InputError
 
@@ -36,24 +37,35 @@ class Tap:
 
     name: str
     module: str
-    """Name of the module whose output holds the features."""
+    """Name of the module whose output holds the features; with `before`, whose input."""
     map_index: int | None
     """Which of several maps; None = the deepest non-empty one."""
     channels: int
     stride: float
     copy: bool
     """The following module overwrites this output in place, so recording must copy it."""
+    before: bool = False
+    """No module gives exactly these features: they are what `module` is given first."""
 
     def pick(self, output: Any) -> Tensor:
-        """The features (N, C, H, W) in the module's output."""
+        """The features (N, C, H, W) in the module's output, or in its inputs."""
+        if self.before:
+            return output[0]
         return output[self.map_index] if self.map_index is not None else deepest_map(output)
+
+    def hook(self, network: nn.Module, see: Callable[[Any], Any]) -> RemovableHandle:
+        """Call `see` with the module's output (or its inputs) in each forward; what it returns, if not None, takes its place."""
+        module = network.get_submodule(self.module)
+        if self.before:
+            return module.register_forward_pre_hook(lambda module, inputs: see(inputs))
+        return module.register_forward_hook(lambda module, inputs, output: see(output))
 
 
 JOINT_CUTS = ("encoder", "decoder", "segmentation_head")
 """Where a joint forward can part the domains, in the order of the forward pass."""
 
 
-class _AllTapsReached(Exception):
+class AllTapsReached(Exception):
     """Ends a forward that nobody needs any further."""
 
 
@@ -96,62 +108,101 @@ def resolve_taps(network: nn.Module, layers: Sequence[str], in_channels: int, si
             wanted[layer] = (parent, int(last))
         else:
             raise _no_such_layer(network, layer, in_channels, size)
-    outputs: dict[str, Any] = {}
-    versions: dict[str, int] = {}
-
-    def record(name: str, index: int | None):
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if name in outputs:
-                return
-            outputs[name] = output
-            with suppress(TypeError, IndexError):
-                versions[name] = (output[index] if index is not None else deepest_map(output))._version
-
-        return hook
-
-    handles = [modules[module].register_forward_hook(record(name, index)) for name, (module, index) in wanted.items()]
-    try:
-        _blank_forward(network, in_channels, size)
-    finally:
-        for handle in handles:
-            handle.remove()
+    calls = _first_calls(network, in_channels, size)
     taps = []
     for name, (module, index) in wanted.items():
         try:
-            features = outputs[name][index] if index is not None else deepest_map(outputs[name])
+            output = calls[module].output
+            features = output[index] if index is not None else deepest_map(output)
             if not _is_map(features):
                 raise TypeError
         except (TypeError, KeyError, IndexError):
             raise _no_such_layer(network, name, in_channels, size) from None
-        overwritten = features._version != versions[name]
-        taps.append(Tap(name, module, index, features.shape[1], size / features.shape[2], overwritten))
+        given = features.shape[1], size / features.shape[2]
+        sooner = None if index is None else _where_first(features, module, calls)
+        if sooner is not None:  # nothing behind the stage has to run for it
+            taps.append(Tap(name, sooner[0], None, *given, copy=False, before=sooner[1]))
+        else:
+            version = calls[module].versions[-1 if index is None else index]
+            taps.append(Tap(name, module, index, *given, copy=features._version != version))
     return taps
 
 
-def list_layers(network: nn.Module, in_channels: int, size: int = 64) -> list[LayerInfo]:
-    """Every layer that can be tapped, in the order of the forward pass; `size` is the side of the blank image used."""
-    maps: list[tuple[str, Tensor]] = []
-    encoder_maps: list[Tensor] = []
-    seen: set[str] = set()
+@dataclass
+class _Call:
+    """The first call of a module in a forward."""
 
-    def record(name: str):
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if name in seen:
-                return
-            seen.add(name)
-            if name == "encoder" and isinstance(output, (list, tuple)):
-                encoder_maps.extend(output)
-            with suppress(TypeError):
-                maps.append((name, deepest_map(output)))
+    output: Any = None
+    versions: Sequence[int] = ()
+    """torch's counts of in-place changes of the maps in `output`, when it was given; of a single map, or the deepest, last."""
+    given: Tensor | None = None
+    """Its first input."""
+    given_version: int = -1
+
+
+def _first_calls(network: nn.Module, in_channels: int, size: int) -> dict[str, _Call]:
+    """By module name, in the order in which the calls end. All maps are held, so that they can be told apart by identity."""
+    begun: dict[str, _Call] = {}
+    calls: dict[str, _Call] = {}
+
+    def begin(name: str):
+        def hook(module: nn.Module, inputs: Any) -> None:
+            if name not in begun:
+                first = inputs[0] if inputs and _is_map(inputs[0]) else None
+                begun[name] = _Call(given=first, given_version=-1 if first is None else first._version)
 
         return hook
 
-    handles = [module.register_forward_hook(record(name)) for name, module in network.named_modules() if name]
+    def end(name: str):
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if name in calls:
+                return
+            maps = list(output) if isinstance(output, (list, tuple)) else [output]
+            versions = [item._version if isinstance(item, Tensor) else -1 for item in maps]
+            with suppress(TypeError):
+                versions.append(deepest_map(output)._version)
+            calls[name] = begun[name]
+            calls[name].output, calls[name].versions = output, versions
+
+        return hook
+
+    handles = []
+    for name, module in network.named_modules():
+        if name:
+            handles += [module.register_forward_pre_hook(begin(name)), module.register_forward_hook(end(name))]
     try:
         _blank_forward(network, in_channels, size)
     finally:
         for handle in handles:
             handle.remove()
+    return calls
+
+
+def _where_first(features: Tensor, parent: str, calls: Mapping[str, _Call]) -> tuple[str, bool] | None:
+    """The module inside `parent` that gives exactly this map, outermost, and False; or that is given it first, and True."""
+    inside = {name: call for name, call in calls.items() if name.startswith(f"{parent}.")}
+    giving = [
+        name
+        for name, call in inside.items()
+        if call.output is features and call.versions[-1] == features._version  # not what a later layer made of it
+    ]
+    if giving:
+        return min(giving, key=lambda name: name.count(".")), False
+    taking = [
+        name for name, call in inside.items() if call.given is features and call.given_version == features._version
+    ]
+    return (min(taking, key=lambda name: name.count(".")), True) if taking else None
+
+
+def list_layers(network: nn.Module, in_channels: int, size: int = 64) -> list[LayerInfo]:
+    """Every layer that can be tapped, in the order of the forward pass; `size` is the side of the blank image used."""
+    calls = _first_calls(network, in_channels, size)
+    maps: list[tuple[str, Tensor]] = []
+    for name, call in calls.items():
+        with suppress(TypeError):
+            maps.append((name, deepest_map(call.output)))
+    whole = calls["encoder"].output if "encoder" in calls else None
+    encoder_maps = list(whole) if isinstance(whole, (list, tuple)) else []
     stages = {id(item): index for index, item in enumerate(encoder_maps) if _is_map(item) and index > 0}
     named: dict[int, str] = {}  # the outermost module that gives exactly a stage's map stands for the stage
     for name, features in maps:
@@ -169,77 +220,23 @@ def list_layers(network: nn.Module, in_channels: int, size: int = 64) -> list[La
     return layers[:position] + unnamed + layers[position:]
 
 
-def forward_with_taps(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The whole forward; returns the logits and each tap's features."""
-    with recording(network, taps) as features:
-        logits = network(images)
-    return logits, features
-
-
-def forward_to_taps(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> dict[str, Tensor]:
-    """Each tap's features; no layer behind the last of them runs."""
-    with recording(network, taps, stop=True) as features, suppress(_AllTapsReached):
-        network(images)
-    return features
-
-
-def forward_joint(
-    network: nn.Module, source_images: Tensor, target_images: Tensor, taps: Sequence[Tap]
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """One forward of both domains up to the last tap, the source alone from there on (S + T images, then S).
-
-    Taps must be `encoder`, inside it, the whole `decoder` or the `segmentation_head`: elsewhere skip connections would
-    meet with S + T and S images (`check_joint` refuses that beforehand). Returns source logits, source features, target features.
-    """
-    count = len(source_images)
-    total = count + len(target_images)
-
-    def source_part(module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, (list, tuple)):
-            return type(output)(item[:count] if len(item) == total else item for item in output)
-        return output[:count]
-
-    with recording(network, taps) as features:
-        # registered after the recording hooks, so these see the same full output and cut it behind them
-        tapped = {tap.module for tap in taps}
-        last = max((cut for cut in JOINT_CUTS if cut in tapped), key=JOINT_CUTS.index, default="encoder")
-        handle = network.get_submodule(last).register_forward_hook(source_part)
-        try:
-            logits = network(torch.cat([source_images, target_images]))
-        finally:
-            handle.remove()
-    source = {name: both[:count] for name, both in features.items()}
-    target = {name: both[count:] for name, both in features.items()}
-    return logits, source, target
-
-
-def check_joint(taps: Sequence[Tap]) -> None:
-    """Refuse taps at which a joint forward cannot part the domains."""
-    for tap in taps:
-        if tap.module not in JOINT_CUTS and not tap.module.startswith("encoder."):
-            raise InputError(
-                "domain_adaptation.batchnorm is 'joint', which works with layers of the encoder, with the whole 'decoder' and "
-                f"with 'segmentation_head', not with {tap.name!r}; tap one of those or set batchnorm to 'separate'."
-            )
-
-
 @contextmanager
 def recording(network: nn.Module, taps: Sequence[Tap], stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """The dictionary given holds each tap's features after a forward in the block; `stop` ends that forward at the last."""
     features: dict[str, Tensor] = {}
 
-    def hook_for(tap: Tap):
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+    def recorder(tap: Tap) -> Callable[[Any], None]:
+        def see(output: Any) -> None:
             if tap.name in features:
                 return
             picked = tap.pick(output)
             features[tap.name] = picked.clone() if tap.copy else picked
             if stop and len(features) == len(taps):
-                raise _AllTapsReached
+                raise AllTapsReached
 
-        return hook
+        return see
 
-    handles = [network.get_submodule(tap.module).register_forward_hook(hook_for(tap)) for tap in taps]
+    handles = [tap.hook(network, recorder(tap)) for tap in taps]
     try:
         yield features
     finally:

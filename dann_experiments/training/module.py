@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,9 @@ from torch.optim import Optimizer
 
 from dann_experiments.adaptation.domain_classifier import SOURCE
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
-from dann_experiments.models.batchnorm import statistics_kept
 from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
-from dann_experiments.models.taps import Tap, check_joint, forward_joint, forward_to_taps, forward_with_taps, recording
+from dann_experiments.models.passes import Passes, check_joint, choose, forward_with_taps
+from dann_experiments.models.taps import Tap, recording
 from dann_experiments.training import ranks
 from dann_experiments.training.optimizers import build_scheduler
 from dann_experiments.training.scores import segmentation_loss
@@ -69,6 +68,8 @@ class AdaptationModule(pl.LightningModule):
         self.batchnorm = batchnorm
         self.losses: StepLosses | None = None
         """Of the last training step."""
+        self.passes: Passes | None = None
+        """How both domains are forwarded: found in the first step."""
         self._total_steps: int | None = None
         self._started = False
         self.ended = False
@@ -106,15 +107,12 @@ class AdaptationModule(pl.LightningModule):
         """The forwards of one training step."""
         images, labels = batch["source"]["image"], batch["source"]["mask"]
         target_features: dict[str, Tensor] = {}
-        if self.method.uses_target and self.taps and self.batchnorm == "joint":
-            logits, source_features, target_features = forward_joint(
-                self.network, images, batch["target"]["image"], self.taps
-            )
+        if self.method.uses_target and self.taps:  # without a tap nobody would see the target's features
+            if self.passes is None:
+                self.passes = choose(self.network, self.taps, self.batchnorm, images.shape[1])
+            logits, source_features, target_features = self.passes(self.network, images, batch["target"]["image"])
         else:
             logits, source_features = forward_with_taps(self.network, images, self.taps)
-            if self.method.uses_target and self.taps:  # without a tap nobody would see the target's features
-                with statistics_kept(self.network) if self.batchnorm == "source_only" else nullcontext():
-                    target_features = forward_to_taps(self.network, batch["target"]["image"], self.taps)
         valid = (labels != self.ignore_index).to(images.dtype)
         target_valid = batch["target"].get("valid") if target_features else None
         return StepOutputs(logits, labels, valid, source_features, target_features, target_valid)

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, default_collate
 from dann_experiments.adaptation.dann import OUTPUT_LAYER
 from dann_experiments.adaptation.domain_classifier import resize_valid
 from dann_experiments.models.networks import output_stride
-from dann_experiments.models.taps import Tap, evaluating, forward_to_taps
+from dann_experiments.models.passes import forward_to_taps
+from dann_experiments.models.taps import Tap, evaluating
 
 FEWEST_IMAGES = 4
 """Images a domain needs for a probe: with 4 it is fitted four times to 3 + 3 images, which is little enough."""

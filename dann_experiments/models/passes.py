@@ -1,0 +1,180 @@
+"""The forwards of a training step: source through the whole network, target up to the last tap, in one pass or in two.
+
+Convolutions of one pass over both domains' images do the work of two passes with less reading of weights and fewer calls, and
+their gradients are added up once. BatchNorm then normalises each domain by itself, so that the numbers stay those of two passes.
+S source and T target images, C channels, H x W positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.models.batchnorm import by_domain, statistics_kept
+from dann_experiments.models.taps import JOINT_CUTS, AllTapsReached, Tap, recording
+
+Forwards = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
+"""Source logits (S, K, h, w); source and target features by layer name, (S, C, H, W) and (T, C, H, W)."""
+
+TRIAL_IMAGES = 4  # a domain: enough for the variance of a map of one position
+TRIAL_SIZE = 64
+SAME = 0.02
+"""Mean difference of two passes from one, in units of the features' mean size: rounding gives 1e-6 (1e-3 with TF32), an image
+normalised with the other domain, or another draw of dropout, 0.1 and more."""
+
+
+def forward_with_taps(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The whole forward; returns the logits and each tap's features."""
+    with recording(network, taps) as features:
+        logits = network(images)
+    return logits, features
+
+
+def forward_to_taps(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> dict[str, Tensor]:
+    """Each tap's features; no layer behind the last of them runs."""
+    with recording(network, taps, stop=True) as features, suppress(AllTapsReached):
+        network(images)
+    return features
+
+
+def forward_twice(
+    network: nn.Module, source_images: Tensor, target_images: Tensor, taps: Sequence[Tap], keep_statistics: bool = False
+) -> Forwards:
+    """Source, then target; with `keep_statistics` the target moves no BatchNorm's running statistics."""
+    logits, source_features = forward_with_taps(network, source_images, taps)
+    with statistics_kept(network) if keep_statistics else nullcontext():
+        return logits, source_features, forward_to_taps(network, target_images, taps)
+
+
+def forward_joint(
+    network: nn.Module, source_images: Tensor, target_images: Tensor, taps: Sequence[Tap], cut: Tap | None = None
+) -> Forwards:
+    """One pass of both domains up to `cut`, one of the taps (None = the end of the encoder, or the last of `JOINT_CUTS` that is
+    tapped); the source alone from there on."""
+    count, total = len(source_images), len(source_images) + len(target_images)
+    cut = cut or _late_cut(taps)
+
+    def source_part(given: Any) -> Any:
+        if isinstance(given, (list, tuple)):
+            return type(given)(item[:count] if len(item) == total else item for item in given)
+        return given[:count] if len(given) == total else given
+
+    # modules around the cut may give maps from before it as well: an encoder its skip connections
+    around = [name for name in _parents(cut.module) if name]
+    with recording(network, taps) as features:
+        # registered after the recording hooks, so these see the same full output and cut it behind them
+        handles = [cut.hook(network, source_part)]
+        for name in around:
+            handles.append(
+                network.get_submodule(name).register_forward_hook(lambda module, inputs, output: source_part(output))
+            )
+        try:
+            logits = network(torch.cat([source_images, target_images]))
+        finally:
+            for handle in handles:
+                handle.remove()
+    parts = {name: both.split([count, total - count]) for name, both in features.items()}
+    return logits, {name: part[0] for name, part in parts.items()}, {name: part[1] for name, part in parts.items()}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How one network's training steps forward both domains: found once, by trying (`choose`)."""
+
+    taps: Sequence[Tap]
+    batchnorm: str
+    """The setting's value (docs/batchnorm.md)."""
+    cut: Tap | None
+    """The tap where the target leaves a pass of both domains; None = two passes, or with `joint` a later cut."""
+
+    def __call__(self, network: nn.Module, source_images: Tensor, target_images: Tensor) -> Forwards:
+        """One training step's forwards."""
+        images, taps, kept = (source_images, target_images), self.taps, self.batchnorm == "source_only"
+        if self.batchnorm == "joint":
+            return forward_joint(network, *images, taps, self.cut)
+        if self.cut is None or source_images.shape[1:] != target_images.shape[1:]:
+            return forward_twice(network, *images, taps, kept)
+        with by_domain(network, len(source_images), kept):
+            return forward_joint(network, *images, taps, self.cut)
+
+
+def choose(network: nn.Module, taps: Sequence[Tap], batchnorm: str, in_channels: int) -> Passes:
+    """One pass where the network can be parted at its last tap and gives the numbers of two passes, which is tried on a few
+    noise images: layers that draw random numbers (dropout) or mix images in ways of their own keep two passes. Nothing
+    of the network or of torch's random state is changed."""
+    parameter = next(network.parameters())
+    device = parameter.device
+    devices = [device] if device.type == "cuda" else []
+    exact = torch.autocast(device.type, enabled=False)
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), exact, _unchanged(network):
+        torch.manual_seed(0)
+        noise = torch.randn(2, TRIAL_IMAGES, in_channels, TRIAL_SIZE, TRIAL_SIZE, device=device, dtype=parameter.dtype)
+        images = noise[0], 3 * noise[1] + 1  # of another distribution, or mixing the domains would show little
+        try:
+            cut = _last(network, images[0], taps)
+            if batchnorm == "joint":
+                forward_joint(network, *images, taps, cut)
+                return Passes(taps, batchnorm, cut)
+            torch.manual_seed(0)  # dropout behind the cut draws the same in both
+            apart = forward_twice(network, *images, taps)
+            torch.manual_seed(0)
+            with by_domain(network, TRIAL_IMAGES):
+                together = forward_joint(network, *images, taps, cut)
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            IndexError,
+        ):  # behind the cut, maps of both domains meet those of one
+            return Passes(taps, batchnorm, None)
+        return Passes(taps, batchnorm, cut if _same(apart, together) else None)
+
+
+def check_joint(taps: Sequence[Tap]) -> None:
+    """Refuse taps at which a joint forward cannot part the domains."""
+    for tap in taps:
+        if tap.module not in JOINT_CUTS and not tap.module.startswith("encoder."):
+            raise InputError(
+                "domain_adaptation.batchnorm is 'joint', which works with layers of the encoder, with the whole 'decoder' and "
+                f"with 'segmentation_head', not with {tap.name!r}; tap one of those or set batchnorm to 'separate'."
+            )
+
+
+def _late_cut(taps: Sequence[Tap]) -> Tap:
+    tapped = {tap.module for tap in taps}
+    last = max((cut for cut in JOINT_CUTS if cut in tapped), key=JOINT_CUTS.index, default="encoder")
+    return Tap(last, last, None, 0, 0.0, copy=False)
+
+
+def _parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+
+
+def _last(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> Tap:
+    """The tap that a forward reaches last."""
+    return {tap.name: tap for tap in taps}[list(forward_to_taps(network, images, taps))[-1]]
+
+
+def _same(one: Forwards, other: Forwards) -> bool:
+    pairs = [(one[0], other[0])]
+    for first, second in zip(one[1:], other[1:], strict=True):
+        pairs += [(features, second[name]) for name, features in first.items()]
+    return all(bool((first - second).abs().mean() <= SAME * first.abs().mean()) for first, second in pairs)
+
+
+@contextmanager
+def _unchanged(network: nn.Module) -> Iterator[None]:
+    """Buffers are given back as found."""
+    kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in network.named_buffers():
+            buffer.copy_(kept[name])
