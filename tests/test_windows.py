@@ -163,7 +163,7 @@ def test_crops_and_augmentations_depend_on_the_seed_alone_and_on_no_number_of_wo
     items = training_set(tmp_path, augmentation)
 
     def drawn(seed: int, workers: int) -> list[torch.Tensor]:
-        loader = train_loader(items, 3, "source", seed, workers)
+        loader = train_loader(items, 3, "source", seed, num_workers=workers)
         return [batch["image"] for _ in range(2) for batch in loader]
 
     first = drawn(1, 0)

@@ -99,9 +99,10 @@ class DANNMethod(DomainAdaptationMethod):
             SOURCE: (outputs.source_features[layer], outputs.source_valid),
             TARGET: (outputs.target_features[layer], outputs.target_valid),
         }
+        reversed_sides = [(self.reversal(features, lambda_now), valid) for features, valid in sides.values()]
         losses, accuracies = [], []
-        for domain, (features, valid) in sides.items():
-            loss, accuracy = classifier.domain_loss(self.reversal(features, lambda_now), domain, valid)
+        for (domain, (_, valid)), logits in zip(sides.items(), classifier.logits_of(reversed_sides), strict=True):
+            loss, accuracy = classifier.loss_of(logits, domain, valid)
             losses.append(loss)
             accuracies.append(accuracy)
         return torch.stack(losses).mean(), torch.stack(accuracies).mean()

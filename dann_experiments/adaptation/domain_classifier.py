@@ -5,6 +5,7 @@ Letters: N images, C channels, H x W positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -56,17 +57,28 @@ class DomainClassifier(nn.Module):
             features = features[:, :, None, None]
         if self.on_logits:
             features = features.softmax(1)
+        if self.kind == "pooled":
+            return self.layers(masked_mean(features, valid)).flatten(1)
         if self.kind == "patch":  # a map smaller than the convolutions is enlarged by repeating its edge
             missing = [max(4 - side, 0) for side in features.shape[2:]]
             if any(missing):
                 features = functional.pad(features, (0, missing[1], 0, missing[0]), mode="replicate")
-        if self.kind != "pooled":
-            return self.layers(features)
-        return self.layers(masked_mean(features, valid)).flatten(1)
+        return self.layers(features)
+
+    def logits_of(self, batches: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Tensor]:
+        """Logits of each batch of features and validity. Pooled features, a few numbers an image, go through the layers
+        together, which then read their weights once."""
+        if self.kind != "pooled" or self.on_logits:
+            return [self(features, valid) for features, valid in batches]
+        pooled = [masked_mean(features, valid) for features, valid in batches]
+        return self.layers(torch.cat(pooled)).flatten(1).split([len(features) for features in pooled])
 
     def domain_loss(self, features: Tensor, domain: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy and accuracy (0..1) on features that all come from `domain`."""
-        logits = self(features, valid)
+        return self.loss_of(self(features, valid), domain, valid)
+
+    def loss_of(self, logits: Tensor, domain: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`domain_loss`, from its logits."""
         labels = torch.full(logits.shape[:1] + logits.shape[2:], domain, device=logits.device)
         losses = functional.cross_entropy(logits.float(), labels, reduction="none")
         right = (logits.argmax(1) == labels).float().detach()

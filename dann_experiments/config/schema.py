@@ -243,13 +243,15 @@ class DataConfig:
     """Training takes a random crop of this many pixels square of each item, another each epoch; null = whole items."""
     eval_batch_size: int | None = None
     """Images a validation step; null = the training batch."""
-    num_workers: int = 0
-    """Processes that load each domain's training images; 0 = the training process (best for small images)."""
+    num_workers: int | None = None
+    """Processes that load each set's images; 0 = the training process. null = chosen from the machine: none on a CPU, whose cores
+    train; with a GPU up to 4, as there are cores. Changes no result."""
     memory_gb: float = 4.0
     """Decoded images are kept up to this many gigabytes, all sets together, and not decoded again; 0 = none are kept."""
 
     def __post_init__(self) -> None:
-        _between("data.num_workers", self.num_workers, 0, MOST_PROCESSES)
+        if self.num_workers is not None:
+            _between("data.num_workers", self.num_workers, 0, MOST_PROCESSES)
         for entry in self.oracle:
             _check_entry("data.oracle", entry)
         for key in ("crop_size", "window_size"):
@@ -448,6 +450,12 @@ class TrainerConfig:
     each one's (docs/several-processes.md)."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Lightning's precision."""
+    channels_last: bool = False
+    """Keep images and feature maps in memory with the channels last: faster on GPUs with tensor cores, and a little on many CPUs
+    (docs/performance.md). Results differ in the last digits."""
+    compile: bool = False
+    """Compile the network's parts with torch.compile: a minute or more before the first step, then faster steps on a GPU (not
+    on a CPU). Needs a C++ compiler. Results differ in the last digits."""
     gradient_clip_val: float | None = None
     """Largest gradient norm of the network, and of the domain classifiers, each by itself; null = not clipped."""
     skip_bad_steps: int = 0

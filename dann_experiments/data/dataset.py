@@ -168,9 +168,13 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
         if isinstance(index, tuple):
             index, seed = index
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            # of the CPU alone: torch.manual_seed would also note a traceback for each kind of device that is not in use yet
+            state = torch.default_generator.get_state()
+            torch.default_generator.manual_seed(seed)
+            try:
                 return self._item(index, self.augmentation)
+            finally:
+                torch.default_generator.set_state(state)
         return self._item(index, "none")
 
     def as_evaluated(self, most: int | None = None) -> SegmentationDataset:
@@ -386,8 +390,9 @@ def train_loader(
     batch_size: int,
     name: str,
     seed: int,
-    num_workers: int = 0,
     share: tuple[int, int] = (0, 1),
+    num_workers: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """Shuffled full batches; a set smaller than one batch is one smaller batch, and says so.
 
@@ -404,10 +409,17 @@ def train_loader(
     return DataLoader(
         dataset, batch_size, sampler=order, drop_last=True, num_workers=num_workers,
         generator=torch.Generator().manual_seed(seed),  # or the loader would draw from everybody's random state
-        persistent_workers=num_workers > 0,
+        persistent_workers=num_workers > 0, pin_memory=pin_memory,
     )  # fmt: skip
 
 
-def eval_loader(dataset: SegmentationDataset, batch_size: int, share: tuple[int, int] = (0, 1)) -> DataLoader:
+def eval_loader(
+    dataset: SegmentationDataset,
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
     """Every item, or those of a share (rank, how many ranks), once, in order; neighbours of one size together."""
-    return DataLoader(dataset, batch_sampler=_EqualSizes(dataset, batch_size, share))
+    sampler = _EqualSizes(dataset, batch_size, share)
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory)

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -24,7 +25,10 @@ from dann_experiments.jobs.curves import CURVES, CurveLogger, Curves
 from dann_experiments.jobs.resume import CHECKPOINTS
 from dann_experiments.jobs.setup import Data
 from dann_experiments.models.batchnorm import statistics_loader
+from dann_experiments.models.compiling import compile_parts
+from dann_experiments.models.passes import choose
 from dann_experiments.models.taps import Tap
+from dann_experiments.tracking.processes import available_cores, visible_gpus
 from dann_experiments.tracking.run import TrackedRun
 from dann_experiments.training import ranks
 from dann_experiments.training.bad_numbers import BadNumbers
@@ -41,6 +45,7 @@ from dann_experiments.training.random_states import RandomStates
 from dann_experiments.training.ranks import Rank
 
 log = logging.getLogger(__name__)
+MOST_WORKERS = 4  # a loader, where they are chosen from the machine
 ONE_POSITION = (
     "a training batch of one image meets a BatchNorm on a map of one position, which has no variance; raise "
     "data.source.batch_size and data.target.batch_size, or take larger images or crops."
@@ -74,17 +79,21 @@ class Fit:
             optimizer, epochs = config.pretraining.optimizer, config.pretraining.max_epochs
         self.module = AdaptationModule(
             network, method, taps, setup.optimizer_maker(optimizer, config.trainer.precision), optimizer.schedule,
-            config.data.ignore_index, config.domain_adaptation.batchnorm,
+            config.data.ignore_index, config.domain_adaptation.batchnorm, config.trainer.channels_last,
         )  # fmt: skip
+        if method.uses_target and self.module.taps:
+            self.module.passes = choose(
+                network, self.module.taps, config.domain_adaptation.batchnorm, config.model.in_channels
+            )
+        if config.trainer.compile:
+            compile_parts(network, {tap.module for tap in self.module.taps})
         self.monitor = DomainAdaptationMonitorCallback(
             config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
             config.monitor.forgetting_threshold, config.data.ignore_index,
         )  # fmt: skip
         self.curves = Curves()
         loaders = train_loaders(config, data, rank)
-        self._loaders = CombinedLoader(
-            dict(loaders), mode="max_size_cycle"
-        )  # an epoch: one pass over the larger domain
+        self._loaders = together(loaders)
         self._val_loaders = _val_loaders(config, data, rank)
         self.checkpoints = _checkpoints(config, folder, loaders, (lambda: None) if run is None else run.persist)
         own = [
@@ -186,7 +195,7 @@ def train_loaders(config: Config, data: Data, rank: Rank | None = None) -> dict[
         if dataset is not None:
             loaders[domain] = train_loader(
                 dataset, getattr(config.data, domain).batch_size, f"data.{domain}.train", config.seed + offset * 2**32,
-                config.data.num_workers, (rank or Rank()).share,
+                (rank or Rank()).share, **_how(config),
             )  # fmt: skip
     return loaders
 
@@ -210,7 +219,16 @@ def validation_loader(
 ) -> DataLoader:
     """Every item of a set of `domain`, or a rank's share of it, in the batches of validation."""
     batch_size = config.data.eval_batch_size or getattr(config.data, domain).batch_size
-    return eval_loader(dataset, batch_size, (rank or Rank()).share)
+    return eval_loader(dataset, batch_size, (rank or Rank()).share, **_how(config))
+
+
+def _how(config: Config) -> dict[str, Any]:
+    """How loaders bring what they load: by how many processes, and pinned in memory, from which a GPU copies by itself."""
+    on_gpu = bool(visible_gpus(config.trainer.accelerator))
+    workers = config.data.num_workers
+    if workers is None:
+        workers = min(MOST_WORKERS, available_cores() // (2 * len(DOMAINS))) if on_gpu else 0
+    return {"num_workers": workers, "pin_memory": on_gpu}
 
 
 def _statistics_of_the_target(config: Config, data: Data) -> list[pl.Callback]:

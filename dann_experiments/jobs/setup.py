@@ -24,7 +24,7 @@ from dann_experiments.adaptation.build import build_method, build_schedule, load
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.presets import IGNORED, filled
-from dann_experiments.config.schema import DomainDataConfig, OptimizerConfig
+from dann_experiments.config.schema import DomainDataConfig, OptimizerConfig, TrainerConfig
 from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes, checked_header
 from dann_experiments.data.digits import build_digits
 from dann_experiments.data.labels import label_map
@@ -95,7 +95,11 @@ class Data:
 
 @contextlib.contextmanager
 def seeded(config: Config) -> Iterator[None]:
-    """Seed everything random and set the threads; thread number and determinism are given back as found."""
+    """Seed everything random and set the threads; threads and determinism are given back as found."""
+    exact: Any = torch.utils.deterministic
+    filling = exact.fill_uninitialized_memory
+    # that would write each new map once more than needed, to make it show where somebody reads what nobody wrote
+    exact.fill_uninitialized_memory = False
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if config.threads is not None or config.trainer.devices > 1:
@@ -106,6 +110,7 @@ def seeded(config: Config) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        exact.fill_uninitialized_memory = filling
 
 
 def reseed(config: Config) -> None:
@@ -544,8 +549,10 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     del settings["tracking"], settings["threads"], settings["data"]["root"], settings["data"]["embedded"]
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
     del settings["data"]["oracle"]
-    if config.trainer.devices == 1:  # as before there was this setting
-        del settings["trainer"]["devices"]
+    defaults = dataclasses.asdict(TrainerConfig())
+    for key in ("devices", "channels_last", "compile"):  # as before there was the setting
+        if settings["trainer"][key] == defaults[key]:
+            del settings["trainer"][key]
     for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
         del settings["trainer"][key]
     settings["domain_adaptation"]["pretrained_checkpoint"]["path"] = source_model

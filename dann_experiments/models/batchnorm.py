@@ -7,9 +7,10 @@ its running mean and variance towards them; in eval mode it normalises with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,22 +57,33 @@ def by_domain(network: nn.Module, count: int, keep_target: bool = False) -> Iter
     the others (the target) each by themselves, one after the other, as two forwards would. With `keep_target` the target
     moves no running statistics. Forwards of `count` images are as always. Given back as found."""
 
-    def normalise(layer: nn.Module, forward: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-        if len(values) <= count:
-            return forward(values)
-        source, target = values.split([count, len(values) - count])
-        normalised = forward(source)
-        with statistics_kept(layer) if keep_target else nullcontext():
-            return torch.cat([normalised, forward(target)])
-
-    layers: list[nn.Module] = [module for module in network.modules() if isinstance(module, _KINDS) and module.training]
-    for layer in layers:
-        layer.forward = partial(normalise, layer, layer.forward)
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, _KINDS) and module.training]
+    kinds = [type(layer) for layer in layers]
+    for layer, kind in zip(layers, kinds, strict=True):
+        layer.__class__, layer.source_count, layer.keep_target = _by_domain(kind), count, keep_target
     try:
         yield network
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer.__class__ = kind
+            del layer.source_count, layer.keep_target
+
+
+@functools.cache  # one class for all steps: torch.compile compiles anew for another
+def _by_domain(kind: Any) -> Any:
+    class ByDomain(kind):
+        def forward(self, values: Tensor) -> Tensor:
+            if len(values) <= self.source_count:
+                return super().forward(values)
+            source, target = values.split([self.source_count, len(values) - self.source_count])
+            normalised = super().forward(source)
+            tracking = self.track_running_stats
+            self.track_running_stats = tracking and not self.keep_target  # as in `statistics_kept`
+            both = torch.cat([normalised, super().forward(target)])
+            self.track_running_stats = tracking
+            return both
+
+    return ByDomain
 
 
 def target_statistics(

@@ -92,16 +92,29 @@ class Passes:
     """The setting's value (docs/batchnorm.md)."""
     cut: Tap | None
     """The tap where the target leaves a pass of both domains; None = two passes, or with `joint` a later cut."""
+    weights: int = 0
+    """Of convolutions and linear layers up to the cut."""
+    values_a_pixel: float = 0.0
+    """That those layers give, for each pixel of an image."""
 
     def __call__(self, network: nn.Module, source_images: Tensor, target_images: Tensor) -> Forwards:
         """One training step's forwards."""
         images, taps, kept = (source_images, target_images), self.taps, self.batchnorm == "source_only"
         if self.batchnorm == "joint":
             return forward_joint(network, *images, taps, self.cut)
-        if self.cut is None or source_images.shape[1:] != target_images.shape[1:]:
+        if self.cut is None or not self.pays(source_images, target_images):
             return forward_twice(network, *images, taps, kept)
         with by_domain(network, len(source_images), kept):
             return forward_joint(network, *images, taps, self.cut)
+
+    def pays(self, source_images: Tensor, target_images: Tensor) -> bool:
+        """Whether one pass takes less time. It reads the weights once for both domains; on a CPU its larger maps leave the caches
+        sooner, which costs as much where there are more of them than weights (docs/performance.md). On other devices half as
+        many calls always pay."""
+        if source_images.shape[1:] != target_images.shape[1:]:
+            return False
+        pixels = source_images.shape[0] * source_images.shape[2] * source_images.shape[3]
+        return source_images.device.type != "cpu" or self.weights >= self.values_a_pixel * pixels
 
 
 def choose(network: nn.Module, taps: Sequence[Tap], batchnorm: str, in_channels: int) -> Passes:
@@ -117,7 +130,7 @@ def choose(network: nn.Module, taps: Sequence[Tap], batchnorm: str, in_channels:
         noise = torch.randn(2, TRIAL_IMAGES, in_channels, TRIAL_SIZE, TRIAL_SIZE, device=device, dtype=parameter.dtype)
         images = noise[0], 3 * noise[1] + 1  # of another distribution, or mixing the domains would show little
         try:
-            cut = _last(network, images[0], taps)
+            cut, weights, values = _last(network, images[0], taps)
             if batchnorm == "joint":
                 forward_joint(network, *images, taps, cut)
                 return Passes(taps, batchnorm, cut)
@@ -126,14 +139,10 @@ def choose(network: nn.Module, taps: Sequence[Tap], batchnorm: str, in_channels:
             torch.manual_seed(0)
             with by_domain(network, TRIAL_IMAGES):
                 together = forward_joint(network, *images, taps, cut)
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            IndexError,
-        ):  # behind the cut, maps of both domains meet those of one
-            return Passes(taps, batchnorm, None)
-        return Passes(taps, batchnorm, cut if _same(apart, together) else None)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return Passes(taps, batchnorm, None)  # behind the cut, maps of both domains meet those of one
+        pixels = TRIAL_IMAGES * TRIAL_SIZE**2
+        return Passes(taps, batchnorm, cut if _same(apart, together) else None, weights, values / pixels)
 
 
 def check_joint(taps: Sequence[Tap]) -> None:
@@ -157,9 +166,22 @@ def _parents(module: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
-def _last(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> Tap:
-    """The tap that a forward reaches last."""
-    return {tap.name: tap for tap in taps}[list(forward_to_taps(network, images, taps))[-1]]
+def _last(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> tuple[Tap, int, int]:
+    """The tap that a forward reaches last, the weights of convolutions and linear layers up to it, and the values they give."""
+    counts = [0, 0]
+
+    def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        counts[0] += sum(weight.numel() for weight in module.parameters(recurse=False))
+        counts[1] += output.numel()
+
+    layers = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        reached = list(forward_to_taps(network, images, taps))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {tap.name: tap for tap in taps}[reached[-1]], counts[0], counts[1]
 
 
 def _same(one: Forwards, other: Forwards) -> bool:

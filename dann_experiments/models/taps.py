@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.models.compiling import uncompiled
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ def deepest_map(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[nn.Module]:
-    """`network` in eval mode and without gradients; every module's own mode is given back as found."""
+    """`network` in eval mode, without gradients and `uncompiled`; every module's own mode is given back as found."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(network):
             yield network
     finally:
         for module, mode in modes.items():

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from dann_experiments.adaptation.domain_classifier import SOURCE
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
+from dann_experiments.models.compiling import uncompiled
 from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
 from dann_experiments.models.passes import Passes, check_joint, choose, forward_with_taps
 from dann_experiments.models.taps import Tap, recording
@@ -45,7 +46,8 @@ class AdaptationModule(pl.LightningModule):
     Training batches are {"source": {"image", "mask"}, "target": {"image"}}; "target" is not needed by methods that do
     not use it. Validation loader 0 is the source's, 1 the target's, whose batches need no "mask"; a validation step returns
     {"logits" (N, K, H, W), "labels" (N, H, W) or None, "valid" (N, H, W) or None, "domain_hits"}. `batchnorm`: how the
-    target's forward treats BatchNorm statistics in training, one of the setting's values (docs/batchnorm.md).
+    target's forward treats BatchNorm statistics in training, one of the setting's values (docs/batchnorm.md). `channels_last`:
+    the memory format of the network and of images.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class AdaptationModule(pl.LightningModule):
         lr_schedule: str = "constant",
         ignore_index: int = 255,
         batchnorm: str = "separate",
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -66,6 +69,9 @@ class AdaptationModule(pl.LightningModule):
         self.lr_schedule = lr_schedule
         self.ignore_index = ignore_index
         self.batchnorm = batchnorm
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        if channels_last:
+            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.losses: StepLosses | None = None
         """Of the last training step."""
         self.passes: Passes | None = None
@@ -105,12 +111,13 @@ class AdaptationModule(pl.LightningModule):
 
     def step_outputs(self, batch: dict[str, dict[str, Tensor]]) -> StepOutputs:
         """The forwards of one training step."""
-        images, labels = batch["source"]["image"], batch["source"]["mask"]
+        images, labels = batch["source"]["image"].to(memory_format=self.memory_format), batch["source"]["mask"]
         target_features: dict[str, Tensor] = {}
         if self.method.uses_target and self.taps:  # without a tap nobody would see the target's features
             if self.passes is None:
                 self.passes = choose(self.network, self.taps, self.batchnorm, images.shape[1])
-            logits, source_features, target_features = self.passes(self.network, images, batch["target"]["image"])
+            target_images = batch["target"]["image"].to(memory_format=self.memory_format)
+            logits, source_features, target_features = self.passes(self.network, images, target_images)
         else:
             logits, source_features = forward_with_taps(self.network, images, self.taps)
         valid = (labels != self.ignore_index).to(images.dtype)
@@ -123,7 +130,8 @@ class AdaptationModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         images, labels, valid = batch["image"], batch.get("mask"), batch.get("valid")
-        with recording(self.network, self.taps) as features:
+        images = images.to(memory_format=self.memory_format)
+        with recording(self.network, self.taps) as features, uncompiled(self.network):
             logits = logits_of_any_size(self.network, images)
         counted = valid  # the pixels on which a classifier judges the domain: as in training
         if dataloader_idx == SOURCE and labels is not None:
