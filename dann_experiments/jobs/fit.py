@@ -195,7 +195,7 @@ def train_loaders(config: Config, data: Data, rank: Rank | None = None) -> dict[
         if dataset is not None:
             loaders[domain] = train_loader(
                 dataset, getattr(config.data, domain).batch_size, f"data.{domain}.train", config.seed + offset * 2**32,
-                (rank or Rank()).share, **_how(config),
+                (rank or Rank()).share, **loading(config),
             )  # fmt: skip
     return loaders
 
@@ -219,10 +219,10 @@ def validation_loader(
 ) -> DataLoader:
     """Every item of a set of `domain`, or a rank's share of it, in the batches of validation."""
     batch_size = config.data.eval_batch_size or getattr(config.data, domain).batch_size
-    return eval_loader(dataset, batch_size, (rank or Rank()).share, **_how(config))
+    return eval_loader(dataset, batch_size, (rank or Rank()).share, **loading(config))
 
 
-def _how(config: Config) -> dict[str, Any]:
+def loading(config: Config) -> dict[str, Any]:
     """How loaders bring what they load: by how many processes, and pinned in memory, from which a GPU copies by itself."""
     on_gpu = bool(visible_gpus(config.trainer.accelerator))
     workers = config.data.num_workers

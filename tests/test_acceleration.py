@@ -1,0 +1,102 @@
+"""Switches that make training faster: memory format, compilation, loading processes. None of them changes what is computed."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from dann_experiments import adapt, load_config
+from dann_experiments.jobs import fit
+from dann_experiments.models.compiling import uncompiled
+from tests.conftest import small_settings
+
+ONE = {"trainer__max_epochs": 1}
+
+
+class Losses(pl.Callback):
+    """Of each training step, and what the network looks like then."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.channels_last: set[bool] = set()
+        self.compiled: set[bool] = set()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(float(outputs["loss"]))
+        convolutions = [part for part in pl_module.network.modules() if isinstance(part, nn.Conv2d)]
+        self.channels_last = {
+            part.weight.is_contiguous(memory_format=torch.channels_last)
+            for part in convolutions
+            if part.kernel_size != (1, 1)
+        }
+        self.compiled = {part._compiled_call_impl is not None for part in pl_module.network.decoder.modules()}
+
+
+@pytest.fixture
+def losses(workplace, squares):
+    """Trains for an epoch; all start from the same source model."""
+
+    def run(**more):
+        seen = Losses()
+        result = adapt(load_config(None, small_settings(squares, **ONE, **more)), callbacks=[seen])
+        return seen, result
+
+    return run
+
+
+def test_channels_last_changes_no_more_than_last_digits(losses):
+    plain, _ = losses()
+    other, result = losses(trainer__channels_last=True)
+    assert plain.channels_last == {False}
+    assert other.channels_last == {True}
+    assert other.values == pytest.approx(plain.values, rel=1e-3)
+    source = {"domain_adaptation__pretrained_checkpoint__path": f"runs:/{result.run_id}"}  # a warm start like any other
+    _, again = losses(**source)
+    assert again.baseline["iou/source_val"] == pytest.approx(result.metrics["iou/source_val"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["encoder", "encoder.layer2"])
+def test_a_compiled_network_learns_the_same(losses, layer):
+    plain, before = losses(domain_adaptation__method__feature_layer=layer)
+    other, after = losses(domain_adaptation__method__feature_layer=layer, trainer__compile=True)
+    assert plain.compiled == {False}
+    assert True in other.compiled
+    assert other.values == pytest.approx(plain.values, rel=1e-3)
+    assert after.metrics["loss/val_source"] == pytest.approx(before.metrics["loss/val_source"], rel=1e-2)
+
+
+def test_evaluation_runs_uncompiled():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for layer in network:
+        layer.compile(backend=backend)
+    with uncompiled(network):
+        network(torch.zeros(1, 2))
+    assert graphs == []
+    network(torch.zeros(1, 2))
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "given", "expected"),
+    [
+        ([], 16, None, (0, False)),
+        (["0"], 16, None, (4, True)),
+        (["0"], 8, None, (2, True)),
+        (["0"], 2, None, (0, True)),
+        (["0"], 16, 1, (1, True)),
+        ([], 16, 3, (3, False)),
+    ],
+)
+def test_loading_processes_are_chosen_from_the_machine(monkeypatch, squares, gpus, cores, given, expected):
+    monkeypatch.setattr(fit, "visible_gpus", lambda accelerator: gpus)
+    monkeypatch.setattr(fit, "available_cores", lambda: cores)
+    config = load_config(None, small_settings(squares, data__num_workers=given))
+    how = fit.loading(config)
+    assert (how["num_workers"], how["pin_memory"]) == expected

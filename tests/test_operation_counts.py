@@ -1,0 +1,104 @@
+"""What a run may cost, as counts of operations, which no other work changes: a guard against slow regressions."""
+
+import collections
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dann_experiments import adapt, load_config
+from dann_experiments.training.bad_numbers import BadNumbers
+from tests.conftest import small_settings
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount")
+"""Operations whose result has to reach the host before the program goes on (`.item()`, `bool()`, sizes that depend on values)."""
+
+
+class Waits(TorchDispatchMode):
+    """Names of the operations for which a program would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        self.operations += 1
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            item is not None and item.dtype in (torch.bool, torch.uint8) for item in args[1]
+        )
+        if name.strip("_") in {waiting.strip("_") for waiting in WAITING} or name.startswith("unique") or by_mask:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Counting(pl.Callback):
+    """Forwards of the network's parts, by images, and what steps wait for."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+        self.waits: list[Waits] = []
+        self.when = "training"
+
+    def on_fit_start(self, trainer, pl_module):
+        for part in ("encoder", "decoder"):
+            getattr(pl_module.network, part).register_forward_hook(
+                lambda module, inputs, output, part=part: self._seen(part, output)
+            )
+        (watch,) = [callback for callback in trainer.callbacks if isinstance(callback, BadNumbers)]
+        watch.at_once = False  # as on a GPU
+
+    def _seen(self, part, output):
+        last = output[-1] if isinstance(output, (list, tuple)) else output
+        self.images[self.when][part] += len(last)
+
+    def on_validation_start(self, trainer, pl_module):
+        self.when = f"validation {trainer.sanity_checking}"
+
+    def on_validation_end(self, trainer, pl_module):
+        self.when = "training"
+
+    def on_train_end(self, trainer, pl_module):
+        self.when = "after"
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.waits.append(Waits())
+        self.waits[-1].__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.waits[-1].__exit__(None, None, None)
+
+
+@pytest.fixture
+def counted(workplace, squares):
+    def run(**more):
+        counting = Counting()
+        adapt(load_config(None, small_settings(squares, **more)), callbacks=[counting])
+        return counting
+
+    return run
+
+
+STEPS, SOURCE, TARGET = 2 * 4, 4, 3  # 2 epochs of 13 target images in batches of 3; batches of 4 and 3 images
+VALIDATION = 4 + 5  # images of both domains
+
+
+def test_no_target_image_meets_the_decoder_and_each_meets_the_encoder_once(counted):
+    images = counted().images["training"]
+    assert images == {"encoder": STEPS * (SOURCE + TARGET), "decoder": STEPS * SOURCE}
+
+
+def test_a_validation_image_is_forwarded_once(counted):
+    images = counted(trainer__max_epochs=1).images
+    assert images["validation True"] == {"encoder": VALIDATION, "decoder": VALIDATION}  # the warm start
+    assert images["validation False"] == {"encoder": VALIDATION, "decoder": VALIDATION}
+
+
+@pytest.mark.parametrize("classifier", ["pooled", "pixel", "patch"])
+def test_a_training_step_waits_for_nothing(counted, classifier):
+    steps = counted(domain_adaptation__method__classifier=classifier, trainer__max_epochs=1).waits
+    assert len(steps) == 4
+    assert all(step.operations > 100 for step in steps)  # the count sees the step
+    assert [step.names for step in steps[1:]] == [[]] * 3  # the first decides at once (decision 10)
