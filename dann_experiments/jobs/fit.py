@@ -25,7 +25,7 @@ from dann_experiments.jobs.curves import CURVES, CurveLogger, Curves
 from dann_experiments.jobs.resume import CHECKPOINTS
 from dann_experiments.jobs.setup import Data
 from dann_experiments.models.batchnorm import statistics_loader
-from dann_experiments.models.compiling import compile_parts
+from dann_experiments.models.compiling import compile_parts, is_of_compiling
 from dann_experiments.models.passes import choose
 from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.processes import available_cores, visible_gpus
@@ -143,6 +143,13 @@ class Fit:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise InputError(ONE_POSITION) from None
+        except Exception as error:
+            if self._config.trainer.compile and is_of_compiling(error):
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(
+                    f"trainer.compile is true, but torch cannot compile this network here ({reason}); set it to false."
+                ) from None
+            raise
         if not self.module.ended:  # it went on from its last step, so that Lightning had nothing to do
             self.module.on_train_end()
         if self._config.monitor.final_model == "best":

@@ -21,6 +21,14 @@ def compile_parts(network: nn.Module, tapped: Set[str]) -> None:
         part.compile()
 
 
+def is_of_compiling(error: Exception) -> bool:
+    """Whether an exception comes from torch's compiler: a C++ compiler that is missing, a network that it cannot take."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return isinstance(error, (TorchDynamoException, InductorError))
+
+
 @contextmanager
 def uncompiled(network: nn.Module) -> Iterator[None]:
     """Forwards inside run as they were written: evaluation sees images of many sizes, each of which would be compiled."""
