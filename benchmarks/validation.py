@@ -83,7 +83,7 @@ def main() -> None:
         lines.append(row(*case, options))
         print(lines[-1], flush=True)
     lines += ["", f"{options.pairs} pairs a line, {options.images} images of each domain, batches of {options.batch}. "
-              f"{circumstances('torch', 'segmentation-models-pytorch', 'pytorch-lightning', 'torchmetrics')}"]  # fmt: skip
+              f"{circumstances('torch', 'segmentation-models-pytorch', 'pytorch-lightning')}"]  # fmt: skip
     if options.write:
         put("performance.md", "validation", "\n".join(lines))
 

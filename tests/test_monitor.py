@@ -37,6 +37,7 @@ from dann_experiments.config.schema import MonitorConfig
 from dann_experiments.jobs import setup
 from dann_experiments.models.batchnorm import statistics_loader, target_statistics
 from dann_experiments.models.networks import build_network
+from dann_experiments.models.passes import choose
 from dann_experiments.models.taps import resolve_taps
 from dann_experiments.tracking.run import RunLogger, tracked_run
 from dann_experiments.tracking.store import open_store
@@ -465,6 +466,7 @@ def test_each_image_is_forwarded_once_a_validation_and_every_module_gets_its_mod
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             self.changed += [name for name, part in pl_module.named_modules() if part.training != self.modes[name]]
 
+    module.passes = choose(module.network, module.taps, "target_stats", 3)
     module.network.encoder.register_forward_pre_hook(count)  # pyright: ignore[reportAttributeAccessIssue]
     train = {
         "source": DataLoader([batch_of(2, 1)], batch_size=None),  # pyright: ignore[reportArgumentType]

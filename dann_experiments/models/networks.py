@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -74,6 +75,19 @@ def logits_of_any_size(network: nn.Module, images: Tensor) -> Tensor:
     if any(padding):
         images = functional.pad(images, padding, mode="replicate")
     return network(images)[..., :height, :width]
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """(N, H, W) class ids of the greatest logits (N, K, H, W); the first of equal ones."""
+    if logits.device.type != "cpu":
+        return logits.argmax(1)
+    # argmax over a dimension that is not the last takes ten times as long on a CPU
+    best, classes = logits[:, 0], torch.zeros_like(logits[:, 0], dtype=torch.int64)
+    for index in range(1, logits.shape[1]):
+        candidate = logits[:, index]
+        classes.masked_fill_(candidate > best, index)
+        best = torch.maximum(best, candidate)
+    return classes
 
 
 def valid_as_seen(network: nn.Module, valid: Tensor) -> Tensor:

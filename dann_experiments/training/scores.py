@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from torchmetrics.classification import MulticlassConfusionMatrix
 
-from dann_experiments.models.networks import logits_of_any_size
+from dann_experiments.models.networks import logits_of_any_size, predicted_classes
 from dann_experiments.models.taps import evaluating
 from dann_experiments.training.ranks import sum_of
 
@@ -149,25 +148,36 @@ class Scorer:
     """Adds up batches of logits and labels; the sums stay on the device until `compute`."""
 
     def __init__(self, num_classes: int, ignore_index: int) -> None:
+        self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self._confusion = MulticlassConfusionMatrix(
-            num_classes, ignore_index=ignore_index, validate_args=False, sync_on_compute=False
-        )
+        self._confusion: Tensor = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self._loss: Tensor | float = 0.0
         self._pixels: Tensor | float = 0.0
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: logits (N, K, H, W), labels (N, H, W)."""
-        self._confusion.to(logits.device).update(logits.argmax(1), labels)
+        self._confusion = self._confusion.to(logits.device) + self._counts(predicted_classes(logits), labels)
         self._loss = (
             self._loss
             + functional.cross_entropy(logits.float(), labels, ignore_index=self.ignore_index, reduction="sum").double()
         )
         self._pixels = self._pixels + (labels != self.ignore_index).sum()
 
+    def _counts(self, predicted: Tensor, labels: Tensor) -> Tensor:
+        """(K, K) pixels by truth and prediction. Not torchmetrics': under deterministic algorithms, our default, it compares each
+        pixel with each of K x K pairs, which takes longer than the network's forward (docs/performance.md)."""
+        kinds = self.num_classes**2
+        pairs = torch.where(labels == self.ignore_index, kinds, labels * self.num_classes + predicted).flatten()
+        if pairs.device.type == "cpu":
+            counts = torch.bincount(pairs, minlength=kinds + 1)
+        else:  # bincount would wait for the device
+            counts = torch.zeros(kinds + 1, dtype=torch.int64, device=pairs.device)
+            counts.scatter_add_(0, pairs, torch.ones_like(pairs))
+        return counts[:kinds].view(self.num_classes, self.num_classes)
+
     def compute(self, over_ranks: bool = False) -> Scores:
         """The scores of everything added; `over_ranks`: by all ranks, which must all call this and get the same."""
-        confusion = self._confusion.compute()
+        confusion = self._confusion
         sums = torch.stack(
             [torch.as_tensor(part, device=confusion.device).double() for part in (self._loss, self._pixels)]
         )
@@ -191,4 +201,6 @@ def predict_images(network: nn.Module, images: Sequence[Tensor]) -> list[np.ndar
     """Class ids (H, W) for each normalised image (B, H, W), in eval mode."""
     device = next(network.parameters()).device
     with evaluating(network):
-        return [logits_of_any_size(network, image[None].to(device)).argmax(1)[0].cpu().numpy() for image in images]
+        return [
+            predicted_classes(logits_of_any_size(network, image[None].to(device)))[0].cpu().numpy() for image in images
+        ]
