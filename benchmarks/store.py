@@ -377,6 +377,8 @@ def table(kind: str, folder: Path, config: Config, sizes: list[tuple[int, int | 
             first_runs(uri, config)
             with_it = with_store(config, uri)
             filled = fill(open_store(uri, EXPERIMENT), address, with_it, size, points)
+            open_store(uri, EXPERIMENT)  # as the next job does, in a process of its own: with new connections
+            filled.store.client._tracking_client.store.engine.dispose()
             with sa.create_engine(address).connect() as connection:
                 counts = {of: connection.execute(sa.text(f"SELECT count(*) FROM {of}")).scalar_one()
                           for of in ("runs", "metrics", "params", "tags", "latest_metrics", "inputs")}  # fmt: skip

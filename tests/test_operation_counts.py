@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,16 +21,19 @@ from dann_experiments.comparison.arms import Cell
 from dann_experiments.comparison.result import Arm
 from dann_experiments.comparison.runner import find_cells
 from dann_experiments.jobs.overview import SOURCE_PARAM, overview
+from dann_experiments.tracking import sender as sender_module
 from dann_experiments.tracking.run import RunLogger, tracked_run
+from dann_experiments.tracking.sender import Sender
+from dann_experiments.tracking.spool import Point
 from dann_experiments.tracking.store import Store, found_runs, open_store, quoted
 
 SIX = ("loss/train_seg", "loss/train_da", "loss/train_total", "da/domain_loss", "da/domain_acc", "da/lambda")
 
 
 @contextmanager
-def statements() -> Iterator[list[tuple[str, object]]]:
+def statements() -> Iterator[list[tuple[str, Any]]]:
     """The SQL statements, with their values, that MLflow sends to a database in this process while the block runs."""
-    sent: list[tuple[str, object]] = []
+    sent: list[tuple[str, Any]] = []
 
     def one(connection, cursor, statement, values, context, executemany):
         sent.append((statement, values))
@@ -100,6 +104,30 @@ def test_a_hundred_training_steps_make_one_request_of_a_server(workplace):
     requests = re.findall(r'"(GET|POST) \S*/(\S+) HTTP', (workplace / "server.log").read_text())
     made = [(method, what.partition("?")[0]) for method, what in requests if what.partition("?")[0] != "health"]
     assert 0 < sum(what != "get-history" for _, what in made) <= 30, Counter(made)
+
+
+def test_a_disk_that_takes_nothing_is_not_tried_at_every_step(tmp_path, monkeypatch):
+    """Neither disk nor store takes metrics: they wait in memory, and a step costs no more for it."""
+    monkeypatch.setattr(sender_module, "MOST_IN_MEMORY", 100)
+    (tmp_path / "file").write_text("no folder")
+
+    class Away:
+        def log_batch(self, run_id: str, metrics: object) -> None:
+            raise ConnectionError("away")
+
+    sender = Sender(Away(), "0" * 32, tmp_path / "file" / "run")
+    tried, append = [], sender._spool.append
+
+    def counted(points: Sequence[Point], durable: bool = False) -> None:
+        tried.append(len(points))
+        append(points, durable)
+
+    monkeypatch.setattr(sender._spool, "append", counted)
+    for step in range(2000):
+        sender.put({"da/lambda": 0.5}, step)
+    assert len(sender._memory) == 2000
+    assert 1 <= len(tried) < 20
+    sender._given_up = True
 
 
 def test_the_run_table_fetches_a_few_runs_however_many_there_are(workplace):
