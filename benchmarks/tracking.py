@@ -39,7 +39,8 @@ from dann_experiments.tracking.store import open_store
 METRICS = (
     "loss/train_seg", "loss/train_da", "loss/train_total", "da/domain_loss", "da/domain_acc", "da/lambda",
 )  # fmt: skip
-BLOCK = 250  # steps
+BLOCK_SECONDS = 4.0
+LONGEST_BLOCK = 3000  # steps
 
 
 class Server:
@@ -92,6 +93,8 @@ class Place:
     """Mean seconds of a step, each block."""
     peak: int = 0
     """Most points in memory."""
+    sender_seconds: float = 0.0
+    """Of the processor, in the sending thread."""
 
     def log(self, values: Mapping[str, Any]) -> None:
         """One step, by the clock."""
@@ -106,6 +109,13 @@ class Place:
         sender = self.logger.run.sender
         while sender._memory or sender._spool.left:
             time.sleep(0.02)
+        time.sleep(0.1)  # what follows the answer
+
+    def processor(self) -> float:
+        """Seconds of the processor that the sending thread has had."""
+        thread = self.logger.run.sender._thread.ident
+        assert thread is not None
+        return time.clock_gettime(time.pthread_getcpuclockid(thread))
 
     def stored(self) -> int:
         """How many points the store has of the run."""
@@ -114,7 +124,7 @@ class Place:
 
     def forget(self) -> None:
         """Measure anew, in the same run."""
-        self.calls, self.whole, self.peak, self.requests = [], [], 0, 0
+        self.calls, self.whole, self.peak, self.requests, self.sender_seconds = [], [], 0, 0, 0.0
 
 
 @contextlib.contextmanager
@@ -158,21 +168,24 @@ def measured(places: list[Place], milliseconds: float, blocks: int) -> list[floa
     """Blocks of steps in each place and without logging, in turn; the mean seconds of a step of the latter, each block."""
     do, silent = work(milliseconds), []
     losses = torch.rand(6)
+    steps = min(LONGEST_BLOCK, round(BLOCK_SECONDS / (milliseconds / 1e3))) if milliseconds else LONGEST_BLOCK
 
     def block(log: Any) -> float:
         start = time.perf_counter()
-        for _ in range(BLOCK):
+        for _ in range(steps):
             do()
             log(
                 {name: losses[index] * 2 for index, name in enumerate(METRICS)}
             )  # six new tensors, as a step makes them
-        return (time.perf_counter() - start) / BLOCK
+        return (time.perf_counter() - start) / steps
 
     for _ in range(blocks):
         silent.append(block(lambda values: None))
         for one in places:
+            before = one.processor()
             one.whole.append(block(one.log))
             one.drain()
+            one.sender_seconds += one.processor() - before
     return silent
 
 
@@ -180,9 +193,11 @@ def row(one: Place, silent: list[float], work_name: str) -> str:
     """A line of the table."""
     calls = 1e3 * np.array(one.calls)
     longer = [1e3 * (logging - without) for logging, without in zip(one.whole, silent, strict=True)]
+    low, middle, high = np.quantile(longer, [0.25, 0.5, 0.75])
     return (
         f"| {one.name} | {work_name} | {len(calls)} | {np.median(calls):.3f} | {np.quantile(calls, 0.99):.3f} "
-        f"| {calls.mean():.3f} | {calls.max():.1f} | {statistics.median(longer):+.2f} | {len(calls) / one.requests:.0f} "
+        f"| {calls.mean():.3f} | {calls.max():.1f} | {1e3 * one.sender_seconds / len(calls):.2f} "
+        f"| {middle:+.2f} ({low:+.2f} to {high:+.2f}) | {len(calls) / one.requests:.0f} "
         f"| {one.peak:,} |"
     )
 
@@ -236,16 +251,16 @@ def away(server: Server, one: Place, seconds: float) -> str:
 def main() -> None:
     """Print the tables, and put them into the documentation with --write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=12, help=f"blocks of {BLOCK} steps a line")
+    parser.add_argument("--blocks", type=int, default=12, help=f"blocks of some {BLOCK_SECONDS:.0f} s a line")
     parser.add_argument("--ms", type=float, nargs="+", default=[20.0, 3.0, 0.0], help="torch work a step; 0 is none")
     parser.add_argument("--away", type=float, default=40.0, help="seconds without a server; 0 leaves it out")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/performance.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines = [
-        "| store | work of a step | steps | `log_metrics`: median, ms | 99 % | mean | most | whole step longer by, ms "
-        "| steps a request | most points in memory |",
-        "|" + "---|" * 10,
+        "| store | work of a step | steps | `log_metrics`: median, ms | 99 % | mean | most | the sender's processor, ms a step "
+        "| whole step longer by, ms (quartiles of blocks) | steps a request | most points in memory |",
+        "|" + "---|" * 11,
     ]
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
