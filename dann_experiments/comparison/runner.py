@@ -28,7 +28,7 @@ from dann_experiments.tracking.processes import (
     join_or_kill,
     visible_gpus,
 )
-from dann_experiments.tracking.store import Store, newest_finished, without_secrets
+from dann_experiments.tracking.store import Store, experiment_ids, newest_finished, without_secrets
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2  # a run whose process died is tried once more
@@ -48,8 +48,9 @@ class Done:
 def find_cells(cells: Sequence[Cell], store: Store) -> Done:
     """The cells' finished runs that the store has, whoever made them."""
     done = Done()
+    experiments = experiment_ids(store)
     for index, cell in enumerate(cells):
-        run_id = finished_run(store, cell.digest)
+        run_id = finished_run(store, cell.digest, experiments)
         if run_id is not None:
             done.run_ids[index] = run_id
             done.reused.add(index)
@@ -83,9 +84,9 @@ def run_cells(
         _Shift(cells, done, store, dict(tracking), tags, share, advance).work(crew)
 
 
-def finished_run(store: Store, digest: str) -> str | None:
-    """The newest finished run with this digest, in any experiment of the store."""
-    return newest_finished(store, {"dann.digest": digest})
+def finished_run(store: Store, digest: str, experiments: Sequence[str] | None = None) -> str | None:
+    """The newest finished run with this digest, in any experiment of the store; `experiments`: their ids."""
+    return newest_finished(store, {"dann.digest": digest}, experiments)
 
 
 Task = tuple[str, dict[str, Any], dict[str, str]]  # job, settings, tags

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.comparison import ARM_NAMES
-from dann_experiments.tracking.store import local_artifact_folder, open_store
+from dann_experiments.tracking.store import Store, found_runs, local_folder, open_store, quoted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +18,8 @@ ROW_NAMES = {
     "dann": ARM_NAMES["adapted"],
 }
 """By the method's name, in the table's order."""
+ADAPTED = "tags.`dann.job` = 'adapt' and attributes.status = 'FINISHED'"
+SOURCE_PARAM = "cfg.domain_adaptation.pretrained_checkpoint.path"
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,14 @@ def overview(config: Config) -> Overview:
     import pandas as pd
 
     store = open_store(config.tracking.uri, config.tracking.experiment, to_write=False)
-    wanted = "tags.`dann.job` = 'adapt' and attributes.status = 'FINISHED'"
-    runs = store.client.search_runs([store.experiment_id], wanted, order_by=["attributes.start_time DESC"])
-    if not runs:
+    newest = next(found_runs(store, [store.experiment_id], ADAPTED, page=1), None)
+    if newest is None:
         raise InputError(
             f"experiment {config.tracking.experiment!r} has no finished adaptation run; make one (`adapt`), or give "
             "--tracking.experiment."
         )
-    arms = {}
-    for run in runs:
-        if _basis(run) == _basis(runs[0]):
-            arms.setdefault(run.data.tags["dann.method"], run)
-    source_run_id = runs[0].data.tags.get("dann.source_run_id")
+    arms = _newest_of_each_method(store, newest)
+    source_run_id = newest.data.tags.get("dann.source_run_id")
     if source_run_id is not None and "source_only" not in arms:
         source = store.client.get_run(source_run_id)
         if source.data.tags.get("dann.job") == "pretrain":
@@ -64,15 +62,38 @@ def overview(config: Config) -> Overview:
         }
     table = pd.DataFrame.from_dict(rows, orient="index")
     scores_in_order = sorted((name for name in table.columns if _is_score(name)), key=_score_order)
-    folders = {arm: local_artifact_folder(store, str(row["run_id"])) for arm, row in rows.items()}
+    folders = {ROW_NAMES.get(method, method): local_folder(arms[method].info.artifact_uri) for method in order}
     artifacts = {arm: str(folder) for arm, folder in folders.items() if folder is not None}
     return Overview(table.reindex(columns=["run_id", "seed", *scores_in_order]), artifacts, store.experiment_id)
+
+
+def _newest_of_each_method(store: Store, newest: Any) -> dict[str, Any]:
+    """Method -> its newest run on the basis of run `newest`, the newest first. The store looks for them, one after the other:
+    of the runs that it has, however many, a few are fetched."""
+    source, sets = _basis(newest)
+    wanted = [ADAPTED, *(f"dataset.digest = '{digest}'" for digest in sorted({digest for _, digest in sets}))]
+    said = None if source is None else quoted(source)
+    if said is not None:
+        wanted.append(f"params.`{SOURCE_PARAM}` = {said}")
+    arms: dict[str, Any] = {}
+    found = newest
+    while found is not None:
+        method = found.data.tags["dann.method"]
+        arms[method] = found
+        said = quoted(method)
+        if said is not None:
+            wanted.append(f"tags.`dann.method` != {said}")
+        others = found_runs(store, [store.experiment_id], " and ".join(wanted), page=10)
+        # looked at again here: a filter cannot say all
+        fitting = (run for run in others if _basis(run) == (source, sets) and run.data.tags["dann.method"] not in arms)
+        found = next(fitting, None)
+    return arms
 
 
 def _basis(run: Any) -> tuple[str | None, frozenset[tuple[str, str]]]:
     """What runs must share to stand in one table: the source model and every data set."""
     sets = frozenset((item.tags[0].value, item.dataset.digest) for item in run.inputs.dataset_inputs)
-    return run.data.params.get("cfg.domain_adaptation.pretrained_checkpoint.path"), sets
+    return run.data.params.get(SOURCE_PARAM), sets
 
 
 def _is_score(metric: str) -> bool:

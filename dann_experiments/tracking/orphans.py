@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.processes import is_gone
-from dann_experiments.tracking.store import Store
+from dann_experiments.tracking.store import Store, found_runs
+
+RUNNING = "attributes.status = 'RUNNING'"
 
 
 def close_orphans(
@@ -20,7 +22,8 @@ def close_orphans(
     `dann.closed_by`. Returns their ids. Raises MlflowException if the store does not answer."""
     closed = []
     wanted = [store.experiment_id] if experiments is None else list(experiments)
-    for run in store.client.search_runs(wanted, "attributes.status = 'RUNNING'", max_results=1000):
+    # a list first: closing one changes what stands on the pages that follow
+    for run in list(found_runs(store, wanted, RUNNING)):
         process = run.data.tags.get("dann.process")
         if (process is not None and is_gone(process)) or also(run.data.tags):
             close_orphan(store, run.info.run_id, closed_by)

@@ -28,7 +28,7 @@ from dann_experiments.tracking.store import in_one_line
 log = logging.getLogger(__name__)
 SPOOL, TAGS = "unsent_metrics.jsonl", "unsent_tags.json"
 BATCH = 1000  # metrics a request, MLflow's limit
-MOST_IN_MEMORY = 20_000  # about 6 MB; beyond, they are written to the spool by whoever logs the next
+MOST_IN_MEMORY = 20_000  # about 15 MB of tensors; beyond, they are written to the spool by whoever logs the next
 VALID_NAME = re.compile(r"[\w\-. :/]+")
 PAUSE_SECONDS = 1.0  # between two sends while metrics keep coming
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 15.0
@@ -95,7 +95,9 @@ class Sender:
             )
             if len(self._memory) >= BATCH:
                 self._wake.notify()
-        if len(self._memory) > MOST_IN_MEMORY:  # the store is away, or slower than training
+        # the store is away, or slower than training; a disk that took nothing is tried by the sending thread alone, every few
+        # seconds: trying it at each step would cost a step more and more
+        if len(self._memory) > MOST_IN_MEMORY and not self._spool_refused:
             self._spill()
 
     def put_tags(self, tags: Mapping[str, str]) -> None:

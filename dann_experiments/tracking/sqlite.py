@@ -14,6 +14,10 @@ LOCKED_SECONDS = 20.0
 """How long a job that starts waits for another process to give the file free; MLflow waits as long in each request."""
 MADE_SECONDS = 300.0
 """How long it waits for other processes that open the store, which takes each of them seconds where it is new."""
+GROWN = 4
+"""So many times the points that were there when sqlite looked last make it look again."""
+LOOKED_AT = 1000
+"""So many rows of an index it looks at, which takes milliseconds, however many there are."""
 
 
 def absolute(uri: str) -> str:
@@ -55,6 +59,28 @@ def check_file(uri: str, given: str, to_write: bool) -> None:
         if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             raise InputError(f"{given}, but {file} cannot be written to ({error}); choose another.") from None
         raise InputError(f"{given}, which cannot be used: {file}: {error}.") from None
+
+
+def look_at_metrics(uri: str) -> None:
+    """Let a sqlite store count what its table of points holds, where that has grown much since: not knowing that a run has few
+    of them, sqlite looks for a run's history among the points of all runs. A file that another process writes is left for the
+    next time."""
+    file = sqlite_file(uri)
+    if not uri.startswith("sqlite:///") or not file.exists():
+        return
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(file, timeout=0)) as connection,
+        connection,
+    ):
+        known = 0
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_stat1'").fetchone():
+            found = connection.execute("SELECT max(CAST(stat AS INTEGER)) FROM sqlite_stat1 WHERE tbl = 'metrics'")
+            known = found.fetchone()[0] or 0
+        (points,) = connection.execute("SELECT max(rowid) FROM metrics").fetchone()  # at once, which count(*) is not
+        if (points or 0) > GROWN * known:
+            connection.execute(f"PRAGMA analysis_limit = {LOOKED_AT}")
+            connection.execute("ANALYZE metrics")
 
 
 @contextlib.contextmanager

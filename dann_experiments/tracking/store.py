@@ -9,14 +9,14 @@ import re
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
 from dann_experiments.config.errors import InputError, NotWritten, StoreAway
-from dann_experiments.tracking.sqlite import absolute, check_file, one_opens
+from dann_experiments.tracking.sqlite import absolute, check_file, look_at_metrics, one_opens
 
 log = logging.getLogger(__name__)
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -69,6 +69,8 @@ def open_store(uri: str | None, experiment: str | None, claim: bool = True, to_w
     _check_variables()
     try:
         with one_opens(uri, given):
+            if to_write:
+                look_at_metrics(uri)
             client = mlflow.MlflowClient(tracking_uri=uri)
             if claimed:
                 experiment_id = client.get_run(claimed).info.experiment_id
@@ -140,19 +142,48 @@ def known_run(store: Store, run_id: str) -> Any | None:
         return None
 
 
-def newest_finished(store: Store, tags: Mapping[str, str]) -> str | None:
-    """The id of the newest finished run with these tags, in any experiment of the store."""
-    experiments = [experiment.experiment_id for experiment in store.client.search_experiments()]
+def experiment_ids(store: Store) -> list[str]:
+    """The ids of all experiments of the store."""
+    return [experiment.experiment_id for experiment in store.client.search_experiments()]
+
+
+def found_runs(store: Store, experiments: Sequence[str], wanted: str, page: int = 1000) -> Iterator[Any]:
+    """The runs that MLflow's filter `wanted` leaves, newest first, fetched in pages of so many as they are looked at: a run
+    comes with all its params, tags and last values, a thousand of them take seconds."""
+    token = None
+    while True:
+        order = ["attributes.start_time DESC"]
+        runs = store.client.search_runs(experiments, wanted, max_results=page, order_by=order, page_token=token)
+        yield from runs
+        token = runs.token
+        if not token:
+            return
+
+
+def quoted(text: str) -> str | None:
+    """A text as MLflow's filters take it; None for what they cannot say: backslashes, or quotes of both kinds."""
+    quote = '"' if "'" in text else "'"
+    return None if quote in text or "\\" in text else f"{quote}{text}{quote}"
+
+
+def newest_finished(store: Store, tags: Mapping[str, str], experiments: Sequence[str] | None = None) -> str | None:
+    """The id of the newest finished run with these tags, in any experiment of the store. `experiments`: their ids, for whoever
+    asks many times."""
     wanted = " and ".join(
         [*(f"tags.`{key}` = '{value}'" for key, value in tags.items()), "attributes.status = 'FINISHED'"]
     )
-    runs = store.client.search_runs(experiments, wanted, max_results=1, order_by=["attributes.start_time DESC"])
-    return runs[0].info.run_id if runs else None
+    places = experiment_ids(store) if experiments is None else experiments
+    run = next(found_runs(store, places, wanted, page=1), None)
+    return None if run is None else run.info.run_id
 
 
 def local_artifact_folder(store: Store, run_id: str) -> Path | None:
     """Where the run's artifacts lie on this machine; None if the store keeps them elsewhere."""
-    uri = store.client.get_run(run_id).info.artifact_uri
+    return local_folder(store.client.get_run(run_id).info.artifact_uri)
+
+
+def local_folder(uri: str) -> Path | None:
+    """Where the artifacts of a run with that `artifact_uri` lie on this machine; None if they are elsewhere."""
     parts = urlsplit(uri)
     if parts.scheme == "file":
         from mlflow.utils.file_utils import local_file_uri_to_path
