@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -286,17 +287,43 @@ def check_type(path: Path, header: Header, reading: Reading) -> None:
         )
 
 
+class _Held(threading.local):
+    """Whether GDAL's settings stand already in this thread."""
+
+    options = False
+
+
+_held = _Held()
+
+
+@contextlib.contextmanager
+def many_files() -> Iterator[None]:
+    """Around the reading of many files: GDAL's settings are made once, not for each file, which takes longer than to read a
+    small one."""
+    import rasterio
+
+    if _held.options:
+        yield
+        return
+    with rasterio.Env(**GDAL_OPTIONS):
+        _held.options = True
+        try:
+            yield
+        finally:
+            _held.options = False
+
+
 @contextlib.contextmanager
 def open_raster(path: Path) -> Iterator[DatasetReader]:
     """A raster open for reading; whatever goes wrong in the block is an InputError that names the file."""
-    import rasterio
     from rasterio._err import CPLE_BaseError
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
+    from rasterio.io import DatasetReader as Reader  # `rasterio.open` makes GDAL's settings anew at each call
 
     try:
-        with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS):
+        with warnings.catch_warnings(), many_files():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as file:
+            with Reader(str(path)) as file:
                 if file.driver not in DRIVERS or file.count == 0:
                     raise InputError(f"{path} cannot be read as an image: {file.driver} files are not read.")
                 yield file

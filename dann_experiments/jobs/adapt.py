@@ -113,7 +113,8 @@ def adapt(
 
 def _found(config: Config) -> tuple[setup.Data, nn.Module]:
     """The data, by their headers, and the network without its weights: what takes little time."""
-    return setup.load_data(config), setup.make_network(config, with_weights=False)
+    every_weight_comes = config.domain_adaptation.pretrained_checkpoint.strict_loading
+    return setup.load_data(config), setup.make_network(config, with_weights=False, drawn=not every_weight_comes)
 
 
 def _prepared(

@@ -28,7 +28,7 @@ from dann_experiments.config.schema import DomainDataConfig, OptimizerConfig
 from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes, checked_header
 from dann_experiments.data.digits import build_digits
 from dann_experiments.data.labels import label_map
-from dann_experiments.data.reading import Header, Normalisation, Reading, reading_facts
+from dann_experiments.data.reading import Header, Normalisation, Reading, many_files, reading_facts
 from dann_experiments.data.samples import (
     Sample,
     content_digest,
@@ -140,7 +140,8 @@ def load_data(config: Config, names: tuple[str, ...] = SETS) -> Data:
     for name in names:
         found = find_set(config, name, problems.append)
         if found is not None:
-            samples, headers = problems.good(config, name, found)
+            with many_files():
+                samples, headers = problems.good(config, name, found)
             if samples:
                 try:
                     sets[name] = as_dataset(config, name, samples, memory, headers)
@@ -247,7 +248,8 @@ def check_data(config: Config, data: Data, network: nn.Module) -> None:
     """Read the files before anything trains, as far as they fit in memory; raises InputError for the first that is wrong,
     and for a useless monitor. Puts the measured normalisation into the sets."""
     for name, dataset in data.sets.items():
-        followed(config, dataset.fill(), len(dataset), f"reading data.{name.replace('_', '.')}")
+        with many_files():
+            followed(config, dataset.fill(), len(dataset), f"reading data.{name.replace('_', '.')}")
         if dataset.training:
             check_sizes(dataset, f"data.{name.replace('_', '.')}", output_stride(network))
     settle(config, data)
@@ -420,12 +422,13 @@ def public_settings(config: Config) -> Config:
     return dataclasses.replace(config, tracking=tracking)
 
 
-def make_network(config: Config, with_weights: bool = True) -> nn.Module:
-    """The network of `model`; `with_weights` False leaves the encoder's weights out, as a checkpoint will bring them."""
+def make_network(config: Config, with_weights: bool = True, drawn: bool = True) -> nn.Module:
+    """The network of `model`; `with_weights` False leaves the encoder's weights out, as a checkpoint will bring them. With
+    `drawn` False all weights are anything: a checkpoint must bring each of them."""
     model = config.model
     weights = model.encoder_weights if with_weights else None
     return build_network(
-        model.arch, model.encoder_name, weights, model.in_channels, model.classes, model.network_arguments()
+        model.arch, model.encoder_name, weights, model.in_channels, model.classes, model.network_arguments(), drawn
     )
 
 
