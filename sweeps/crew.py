@@ -119,6 +119,7 @@ class _Shift:
         self.watch = Watch(study, store)
         self.before = {trial.number for trial in study.trials() if trial.state.is_finished()}
         self.finished = len(self.before)
+        self.begun = False  # whether workers have been started: until then there is nothing to wait for
         self.idle_deaths = 0
         self.last_death = ""
         self.scorer: str | None = None
@@ -126,8 +127,9 @@ class _Shift:
 
     def is_over(self) -> bool:
         """Wait a moment for workers to end, look after what they left, start new ones; True when nothing is left to do."""
-        for token, reason in self.launcher.wait(POLL_SECONDS).items():
+        for token, reason in self.launcher.wait(POLL_SECONDS if self.begun else 0.0).items():
             self._worker_ended(token, reason)
+        self.begun = True
         self.watch.look()
         counts = self.study.counts()
         self._log_progress(counts)

@@ -12,6 +12,7 @@ import torch
 from conftest import small_settings
 
 from dann_experiments.config import load_config
+from dann_experiments.data import reading
 from dann_experiments.jobs import setup
 
 PROJECT = Path(__file__).parents[1]
@@ -49,6 +50,17 @@ def test_a_network_whose_weights_all_come_from_a_checkpoint_is_built_without_dra
     undrawn.load_state_dict(drawn.state_dict())
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(drawn.eval()(images), undrawn.eval()(images))
+
+
+def test_what_a_file_says_of_itself_is_asked_of_an_image_once(squares, monkeypatch):
+    config = load_config(None, small_settings(squares))
+    asked = []
+    header = reading._header
+    monkeypatch.setattr(reading, "_header", lambda file: asked.append(file.name) or header(file))
+    data = setup.load_data(config)
+    setup.check_data(config, data, setup.make_network(config, with_weights=False))
+    samples = [sample for one in data.sets.values() for sample in one.samples]
+    assert sorted(name for name in asked if "/images/" in name) == sorted(str(sample.image) for sample in samples)
 
 
 def test_gdal_is_set_up_once_a_set_not_once_a_file(squares, monkeypatch):

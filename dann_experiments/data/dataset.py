@@ -124,7 +124,9 @@ class SegmentationDataset(Dataset):
         if piece in self._kept:
             return self._kept[piece]
         sample = self.samples[piece.sample]
-        image, valid = read_pixels(sample.image, self.in_channels, self.reading, piece.window)
+        image, valid = read_pixels(
+            sample.image, self.in_channels, self.reading, piece.window, self.headers[piece.sample]
+        )
         mask = None
         if sample.mask is not None:
             factor = self.reading.factor(self.headers[piece.sample], sample.image)

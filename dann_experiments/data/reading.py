@@ -191,14 +191,16 @@ def read_header(path: Path) -> Header:
         return _header(file)
 
 
-def read_pixels(path: Path, in_channels: int, reading: Reading, window: Window | None = None) -> Pixels:
-    """A window of the working grid (None = all of it) with the bands that `reading` chooses.
+def read_pixels(
+    path: Path, in_channels: int, reading: Reading, window: Window | None = None, header: Header | None = None
+) -> Pixels:
+    """A window of the working grid (None = all of it) with the bands that `reading` chooses; `header` if it is known.
 
     Raises InputError for an unreadable file, for bands that are not there, and for another number of them than
     `in_channels`. One grey band among colour images is repeated to three; a palette becomes its colours.
     """
     with open_raster(path) as file:
-        header = _header(file)
+        header = header or _header(file)
         chosen = chosen_bands(path, header, reading, in_channels)
         height, width = reading.grid_size(header, path)
         window = window or Window(0, 0, height, width)
