@@ -117,9 +117,8 @@ def test_workers_that_die_end_a_sweep_only_when_none_takes_a_trial_or_trials_fai
     ):
         keep_going(study, sweep, BASE, store, "journal.log", run, Crew(launcher, 4))
     assert [seconds > 0 for started, seconds in launcher.waited] == [started > 0 for started, _ in launcher.waited]
-    assert launcher.scorers[:2] == [
-        number for number in (1, 5) if number <= launcher.started
-    ]  # one at a time scores the source model, and another where it died
+    # one at a time is to score the source model, and another where it died
+    assert launcher.scorers[:2] == [number for number in (1, 5) if number <= launcher.started]
     failed = [trial for trial in study.counted() if trial.state == TrialState.FAIL]
     assert len(study.counted()) == 12
     assert not study.trials(TrialState.RUNNING)
