@@ -27,12 +27,14 @@ from dann_experiments.command_line import (
 from dann_experiments.config import InputError, load_config
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.places import user_path
+from dann_experiments.tracking.processes import prepare_workers
 from sweeps.errors import SweepFailed
 from sweeps.settings import SweepConfig
 
 if TYPE_CHECKING:
     from sweeps.driver import SweepResult
 
+PRELOADED = "sweeps.preloaded"
 DEFAULT_SPACE = Path(__file__).with_name("dann.yaml")
 COMMANDS = {
     "run": "search: a new study, or the missing trials of one that exists",
@@ -85,6 +87,8 @@ def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Ma
     defaults = {} if _names_a_study(space, sweep_flags) else {"study": f"{space.stem}-{config_file.stem}"}
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
     warn_of_stored_secrets({**settings, **sweep_flags})
+    if sweep.launcher == "processes":
+        prepare_workers(PRELOADED)  # what they import is imported while this process imports it
     from sweeps.driver import run_sweep
 
     return _finish(run_sweep(sweep, config))
@@ -97,6 +101,8 @@ def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str
     unfit = [key for key in settings if not key.startswith("tracking.")]
     if unfit:
         raise InputError(f"--{unfit[0]} cannot be given to {command}: a study keeps the settings it was made with.")
+    if command in ("resume", "confirm"):
+        prepare_workers(PRELOADED)
     from sweeps import show
     from sweeps.driver import resume_sweep
 

@@ -15,7 +15,7 @@ from dann_experiments.config.stored import refuse_stored_code
 from dann_experiments.tracking.store import Store, open_store
 from sweeps.crew import crew_for
 from sweeps.definition import store_settings, stored_settings
-from sweeps.driver import check_launcher, drive, find_study, in_store, only_driver, study_config
+from sweeps.driver import check_launcher, drive, find_study, in_store, only_driver, sharing, study_config
 from sweeps.reaping import reap_at_start
 from sweeps.report import baselines, config_of, label, markdown, number, top_trials, write_trials
 from sweeps.settings import RAY_ONLY, SweepConfig
@@ -95,7 +95,11 @@ def confirm(
     for trial in contest.trials():
         named = config_of(parent, trial).domain_adaptation.method.class_path
         refuse_stored_code(named, sweep.allowed_classes, f"trial {trial.number} of study {name!r}")
-    with only_driver(address, name), crew_for(sweep, config) as crew:
+    with (
+        sharing(sweep, config) as decoded,
+        only_driver(address, name),
+        crew_for(sweep, config, decoded) as crew,
+    ):
         store = open_store(config.tracking.uri, config.tracking.experiment)
         check_launcher(sweep, address, store)
         config = in_store(config, store)

@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -37,17 +38,21 @@ class Crew:
     launcher: Launcher
     count: int
     """Trials at a time."""
+    decoded: Path | None = None
+    """Where the workers share their decoded data."""
 
 
 @contextlib.contextmanager
-def crew_for(sweep: SweepConfig, config: Config) -> Iterator[Crew]:
+def crew_for(sweep: SweepConfig, config: Config, decoded: Path | None = None) -> Iterator[Crew]:
     """The launcher that the settings name. Raises InputError where there is no Ray cluster, or none that holds a trial."""
     if sweep.launcher == "ray":
-        launcher = RayLauncher(sweep.ray_address, sweep.cpus_per_trial, sweep.gpus_per_trial)
+        launcher = RayLauncher(sweep.ray_address, sweep.cpus_per_trial, sweep.gpus_per_trial or 0.0)
         crew = Crew(launcher, sweep.workers or max(1, launcher.capacity))
     else:
         gpus = visible_gpus(config.trainer.accelerator)
-        crew = Crew(ProcessLauncher(gpus), _worker_count(sweep, gpus))
+        if sweep.gpus_per_trial is not None and not gpus:
+            log.warning("gpus_per_trial has no effect: there is no GPU that trainer.accelerator may use.")
+        crew = Crew(ProcessLauncher(gpus), worker_count(sweep, gpus), decoded)
     try:
         yield crew
     finally:
@@ -59,7 +64,7 @@ def with_threads(config: Config, sweep: SweepConfig) -> Config:
     if sweep.launcher == "ray":
         share = max(1, int(sweep.cpus_per_trial))
     else:
-        share = max(1, available_cores() // _worker_count(sweep, visible_gpus(config.trainer.accelerator)))
+        share = max(1, available_cores() // worker_count(sweep, visible_gpus(config.trainer.accelerator)))
     if config.threads is not None and config.threads <= share:
         return config
     log.info("threads: %d for each trial, so that the workers share the cores.", share)
@@ -109,18 +114,22 @@ class _Shift:
     ) -> None:  # fmt: skip
         self.study, self.sweep, self.store, self.run, self.deadline = study, sweep, store, run, deadline
         self.launcher, self.count = crew.launcher, crew.count
-        self.address = address
+        self.address, self.decoded = address, crew.decoded
         self.tracking = config_to_dict(config)["tracking"] | {"uri": store.uri}
         self.watch = Watch(study, store)
         self.before = {trial.number for trial in study.trials() if trial.state.is_finished()}
         self.finished = len(self.before)
+        self.begun = False  # whether workers have been started: until then there is nothing to wait for
         self.idle_deaths = 0
         self.last_death = ""
+        self.scorer: str | None = None
+        """Token of the worker that scores the source model beside the trials of the others."""
 
     def is_over(self) -> bool:
         """Wait a moment for workers to end, look after what they left, start new ones; True when nothing is left to do."""
-        for token, reason in self.launcher.wait(POLL_SECONDS).items():
+        for token, reason in self.launcher.wait(POLL_SECONDS if self.begun else 0.0).items():
             self._worker_ended(token, reason)
+        self.begun = True
         self.watch.look()
         counts = self.study.counts()
         self._log_progress(counts)
@@ -143,6 +152,7 @@ class _Shift:
     def _worker_ended(self, token: str, reason: str | None) -> None:
         how = f"its worker was {reason}" if reason else "its worker ended"
         reap_dead_workers(self.study, self.store, [token], how)
+        self.scorer = None if self.scorer == token else self.scorer
         if reason is None:
             self.idle_deaths = 0
             return
@@ -153,10 +163,12 @@ class _Shift:
 
     def _task(self) -> Task:
         token = uuid.uuid4().hex[:8]
+        self.scorer = self.scorer or token
         logs = str((study_folder(self.study.name) / "logs" / f"worker-{token}.log").resolve())
         return Task(
             self.address, self.study.name, self.tracking, self.run.run_id, token, os.getcwd(), logs, self.deadline,
-            classes=tuple(self.sweep.allowed_classes),
+            classes=tuple(self.sweep.allowed_classes), scores_source=self.scorer == token,
+            decoded=None if self.decoded is None else str(self.decoded),
         )  # fmt: skip
 
     def _log_progress(self, counts: Mapping[str, int]) -> None:
@@ -196,5 +208,8 @@ def _reasons(trials: list[FrozenTrial]) -> Counter[str]:
     return Counter(str(trial.user_attrs.get("error", "unknown")) for trial in trials)
 
 
-def _worker_count(sweep: SweepConfig, gpus: list[str]) -> int:
-    return default_workers(gpus) if sweep.workers is None else sweep.workers
+def worker_count(sweep: SweepConfig, gpus: list[str]) -> int:
+    """Processes at a time: as given, else as many as the GPUs hold, else one a core up to the usual limit."""
+    if sweep.workers is not None:
+        return sweep.workers
+    return default_workers(gpus * int(1 / (sweep.gpus_per_trial or 1.0) + 1e-6))

@@ -80,6 +80,8 @@ def stored_settings(study: Sweep, overrides: Mapping[str, Any]) -> SweepConfig:
     """The settings that are stored with a study, `overrides` on top."""
     definition, stored = study.attribute(DEFINITION), dict(study.attribute(SETTINGS))
     stored.pop("allow_class_path", None)  # whoever wrote it there: a storage allows nothing
+    if not stored.get("gpus_per_trial"):  # what it was by default before processes could share a GPU
+        stored.pop("gpus_per_trial", None)
     if overrides.get("launcher") == "processes":
         stored = {key: value for key, value in stored.items() if key not in RAY_ONLY}
     plain = {  # null stands for what is not given there

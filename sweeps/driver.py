@@ -20,7 +20,8 @@ from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.config.places import user_path
 from dann_experiments.config.stored import refuse_stored_code
-from dann_experiments.jobs import evaluate, prepare, setup
+from dann_experiments.jobs import prepare, setup
+from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, open_store, without_secrets
 from sweeps.crew import Crew, SweepFailed, crew_for, keep_going, with_threads
@@ -33,7 +34,7 @@ from sweeps.definition import (
     store_settings,
     stored_settings,
 )
-from sweeps.objective import check_objective, scores_of
+from sweeps.objective import check_objective, score_source_model
 from sweeps.reaping import close_runs, reap_at_start
 from sweeps.report import baselines, links, top_trials, write_report
 from sweeps.settings import SweepConfig
@@ -41,7 +42,7 @@ from sweeps.space import Space, read_space
 from sweeps.study import (
     DEFINITION,
     SETTINGS,
-    SOURCE_ONLY,
+    SOURCE_WANTED,
     SWEEP_RUNS,
     TRACKING,
     Slot,
@@ -90,28 +91,29 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
         raise InputError("study has no name; give one.")
     setup.refuse_several_processes(config, "the trials of a sweep")
     space = read_space(sweep.space, config)
-    setup.load_data(config)  # all that is wrong with the files, before a study is made
-    check_objective(sweep, config)
-    slots_of(sweep, space, config)  # refuse what has no grid before anything is opened
     address = storage_address(sweep.storage, sweep.study)
-    check_launcher(sweep, address)
-    with only_driver(address, sweep.study), crew_for(sweep, config) as crew:
-        storage = open_storage(address)
-        store = open_store(config.tracking.uri, config.tracking.experiment)
-        check_launcher(sweep, address, store)
-        config = in_store(config, store)
-        study = Sweep.find(storage, sweep.study)
-        if study is not None and study.attribute(DEFINITION) is None and study.trials():
-            raise InputError(f"study {study.name!r} was not made by this program; give another name.")
-        slots = slots_of(sweep, space, config)
-        if study is None or study.attribute(DEFINITION) is None:  # the latter: its driver died while it made it
-            study = study or Sweep.create(storage, sweep.study, sweep.maximizes)
-            _begin(study, sweep, space, config, store, slots)
-        else:
-            refuse_changes(study, sweep, space, config)
-            _go_on(study, sweep, slots, store, address)
-        base = replace(study_config(study, {}), {"tracking": config_to_dict(config)["tracking"]})
-        return drive(study, sweep, base, store, address, crew)
+    with sharing(sweep, config) as decoded:
+        data = setup.load_data(config)  # all that is wrong with the files, before a study is made
+        check_objective(sweep, config, data)
+        slots_of(sweep, space, config)  # refuse what has no grid before anything is opened
+        check_launcher(sweep, address)
+        with only_driver(address, sweep.study), crew_for(sweep, config, decoded) as crew:
+            storage = open_storage(address)
+            store = open_store(config.tracking.uri, config.tracking.experiment)
+            check_launcher(sweep, address, store)
+            config = in_store(config, store)
+            study = Sweep.find(storage, sweep.study)
+            if study is not None and study.attribute(DEFINITION) is None and study.trials():
+                raise InputError(f"study {study.name!r} was not made by this program; give another name.")
+            slots = slots_of(sweep, space, config)
+            if study is None or study.attribute(DEFINITION) is None:  # the latter: its driver died while it made it
+                study = study or Sweep.create(storage, sweep.study, sweep.maximizes)
+                _begin(study, sweep, space, config, store, slots, data)
+            else:
+                refuse_changes(study, sweep, space, config)
+                _go_on(study, sweep, slots, store, address)
+            base = replace(study_config(study, {}), {"tracking": config_to_dict(config)["tracking"]})
+            return drive(study, sweep, base, store, address, crew)
 
 
 def resume_sweep(
@@ -171,6 +173,7 @@ def drive(
         run.log_params({f"sweep.{key}": value for key, value in study.attribute(SETTINGS).items()})
         try:
             keep_going(study, sweep, config, store, address, run, crew)
+            score_source_model(study, config)  # if no worker has
         finally:
             report(study, store, folder)
             _into_run(folder, run.folder)
@@ -182,15 +185,18 @@ def drive(
     return SweepResult(study, sweep, best, run.run_id, config.tracking.experiment, store.uri, folder, pages)
 
 
-def _begin(study: Sweep, sweep: SweepConfig, space: Space, config: Config, store: Store, slots: list[Slot]) -> None:
+def _begin(
+    study: Sweep, sweep: SweepConfig, space: Space, config: Config, store: Store, slots: list[Slot], data: setup.Data
+) -> None:  # fmt: skip
     """Make the source model and the study's trials."""
     shared = not any(parameter.key.startswith(SOURCE_KEYS) for parameter in space.parameters)
-    prepared = prepare(config, store)
+    prepared = prepare(config, store, data)
     if slots and slots[0].reference:
         log.info(
             "The settings' own values are not in the space: their trial is shown, and the sampler does not see it."
         )
-    study.set_attribute(SOURCE_ONLY, _score_source_model(prepared, study.name) if shared else None)
+    scored_on = (config.data.source.val, config.data.source.test, config.data.target.test)
+    study.set_attribute(SOURCE_WANTED, shared and any(scored_on))
     _free_gpu_memory()  # all of it is the workers'
     experiment = config.tracking.experiment
     secret = without_secrets(store.uri) != store.uri
@@ -214,14 +220,6 @@ def _go_on(study: Sweep, sweep: SweepConfig, slots: list[Slot], store: Store, ad
     log.info("study %r exists: running what is missing of its %d trials.", study.name, max(present, wanted))
 
 
-def _score_source_model(config: Config, study: str) -> dict[str, Any] | None:
-    """Scores and run of the model that all trials start from, not adapted; None without labelled images."""
-    if not (config.data.source.val or config.data.source.test or config.data.target.test):
-        return None
-    result = evaluate(replace(config, {"tracking.run_name": f"{study} source model"}), {"dann.study": study})
-    return {"scores": scores_of(result.metrics), "run_id": result.run_id}
-
-
 def _free_gpu_memory() -> None:
     import torch
 
@@ -233,6 +231,16 @@ def in_store(config: Config, store: Store) -> Config:
     """Under `mlflow run`, store and experiment are those of its run: the trials belong there too."""
     name = store.client.get_experiment(store.experiment_id).name
     return replace(config, {"tracking.uri": store.uri, "tracking.experiment": name})
+
+
+@contextlib.contextmanager
+def sharing(sweep: SweepConfig, config: Config) -> Iterator[Path | None]:
+    """The folder in which driver and workers share their decoded data; None for the machines of a cluster."""
+    if sweep.launcher == "ray":
+        yield None
+        return
+    with shared_data(Path(config.tracking.folder)) as folder:
+        yield folder
 
 
 def check_launcher(sweep: SweepConfig, address: str, store: Store | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import multiprocessing
+import os
 import signal
 import socket
 import time
@@ -14,11 +14,18 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from dann_experiments.config import InputError
-from dann_experiments.tracking.processes import STOP_SECONDS, how_it_ended, join_or_kill
+from dann_experiments.tracking.processes import (
+    STOP_SECONDS,
+    how_it_ended,
+    join_or_kill,
+    prepare_workers,
+    worker_context,
+)
 from dann_experiments.tracking.store import without_secrets
 from sweeps.worker import Task, process_main, work
 
 REACH_SECONDS = 10.0
+PRELOADED = "sweeps.preloaded"
 
 
 class Launcher(ABC):
@@ -47,10 +54,11 @@ class Launcher(ABC):
 
 
 class ProcessLauncher(Launcher):
-    """Spawned processes; with GPUs, each gets the one that fewest others have."""
+    """Processes of this machine; with GPUs, each gets the one that fewest others have."""
 
     def __init__(self, gpus: list[str]) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        prepare_workers(PRELOADED)
+        self._context: Any = worker_context()
         self._gpus = gpus
         self._gpu_of: dict[str, str] = {}
         self._processes: dict[str, Any] = {}
@@ -60,7 +68,7 @@ class ProcessLauncher(Launcher):
             taken = list(self._gpu_of.values())
             self._gpu_of[task.token] = min(self._gpus, key=taken.count)
             task = dataclasses.replace(task, gpu=self._gpu_of[task.token])
-        process = self._context.Process(target=process_main, args=(task,), name=f"sweep {task.token}")
+        process = self._context.Process(target=process_main, args=(task, dict(os.environ)), name=f"sweep {task.token}")
         process.start()
         self._processes[task.token] = process
 

@@ -15,26 +15,26 @@ from optuna.trial import FrozenTrial, TrialState
 from dann_experiments.config import Config, InputError, replace
 from dann_experiments.config.errors import StoreAway
 from dann_experiments.config.stored import refuse_stored_code
-from dann_experiments.jobs import RunResult, adapt, setup
+from dann_experiments.jobs import RunResult, adapt, evaluate, setup
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.selection import PREFIX, choice_value
 from sweeps.pruning import Pruned, PruningCallback
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, settings_of
-from sweeps.study import STORAGE_ERRORS, Sweep, build_pruner, build_sampler
+from sweeps.study import SOURCE_ONLY, SOURCE_WANTED, STORAGE_ERRORS, Sweep, build_pruner, build_sampler
 
 log = logging.getLogger(__name__)
 EACH_STEP = ("da/domain_loss", "da/domain_acc", "loss/train_seg", "loss/train_da", "loss/train_total")
 VALIDATED = ("iou/", "class_iou/", "loss/val_")  # beginnings of the names that validation gives
 
 
-def check_objective(sweep: SweepConfig, config: Config) -> None:
+def check_objective(sweep: SweepConfig, config: Config, data: setup.Data) -> None:
     """Refuse an objective that no run logs; raises InputError. Warns where it cannot be pruned by."""
     name = sweep.objective
     known = setup.validation_metrics(config)
     own_method = config.domain_adaptation.method.class_path is not None and not name.startswith(VALIDATED)
     if name in known:
-        setup.check_labels(config, "objective", name)
+        setup.check_labels(data, "objective", name)
         return
     if name not in EACH_STEP and not name.startswith("da_layer/") and not own_method:
         raise InputError(
@@ -100,6 +100,22 @@ def run_trial(
     _free_memory()  # not in the handler above, where the traceback still holds what the trial held
     study.note(slot, seconds=round(time.monotonic() - started, 2))
     optuna_study.tell(trial, value, state, skip_if_finished=True)
+
+
+def score_source_model(study: Sweep, config: Config) -> None:
+    """Score the model that all trials start from, as it is, unless that is done or not wanted: a run of its own, whose scores
+    are stored with the study. An error leaves the study without them. Raises what ends the whole worker."""
+    if not study.attribute(SOURCE_WANTED) or study.attribute(SOURCE_ONLY) is not None:
+        return
+    try:
+        named = replace(config, {"tracking.run_name": f"{study.name} source model"})
+        result = evaluate(named, {"dann.study": study.name})
+        study.set_attribute(SOURCE_ONLY, {"scores": scores_of(result.metrics), "run_id": result.run_id})
+    except (StoreAway, *STORAGE_ERRORS):
+        raise
+    except Exception as error:
+        log.warning("The source model could not be scored as it is: %s", _reason(error))
+    _free_memory()
 
 
 def _objective_value(result: RunResult, objective: str) -> float:

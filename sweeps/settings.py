@@ -15,7 +15,8 @@ RANGES = {
     "n_trials": (1, 100_000), "workers": (1, MOST_PROCESSES), "max_failures": (1, 100_000), "confirm_seeds": (1, 1000),
     "confirm_top": (0, 1000), "gpus_per_trial": (0, 1000), "sampler_seed": (0, 2**32 - 1),
 }  # fmt: skip
-RAY_ONLY = ("ray_address", "cpus_per_trial", "gpus_per_trial")
+RAY_ONLY = ("ray_address", "cpus_per_trial")
+MOST_A_GPU = 64  # trials
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,16 @@ class SweepConfig:
     """Which trials are ended early, judged after each epoch: those below the median, by asynchronous successive halving, by
     Hyperband, or none."""
     workers: int | None = None
-    """Trials at a time; null = one a GPU where there are GPUs (ray: as many as the cluster holds), else one a core, at most 4.
-    The cores are shared among them."""
+    """Trials at a time; null = as many as the GPUs hold (gpus_per_trial) where there are GPUs (ray: as many as the cluster
+    holds), else one a core, at most 4. The cores are shared among them."""
     launcher: Literal["processes", "ray"] = "processes"
     """processes: on this machine; ray: on an existing Ray cluster."""
     ray_address: str = "auto"
     """Address of the Ray cluster; auto = the one this machine belongs to."""
     cpus_per_trial: float = 1.0
     """Cores a trial takes of the Ray cluster."""
-    gpus_per_trial: float = 0.0
-    """GPUs a trial takes of the Ray cluster; 0.5 = two trials share one."""
+    gpus_per_trial: float | None = None
+    """GPUs a trial takes; 0.5 = two trials share one. null = 1 (launcher ray: 0, and the GPUs are hidden from the trials)."""
     max_failures: int = 5
     """So many trials failing one after another stop the sweep."""
     nested: bool = False
@@ -107,6 +108,12 @@ class SweepConfig:
                     raise InputError(
                         f"{setting.name} has no effect with launcher: processes; remove it, or set launcher: ray."
                     )
+            given = self.gpus_per_trial
+            if given is not None and not 1 / MOST_A_GPU <= given <= 1:
+                raise InputError(
+                    f"gpus_per_trial is {given} with launcher: processes, where a trial has one GPU or shares it; give 1, or a "
+                    f"part such as 0.5 (two trials share one), not below {1 / MOST_A_GPU:g}."
+                )
         for key in ("study", "model_name"):
             value = getattr(self, key)
             if value is not None and not re.fullmatch(r"[\w][\w .+-]{0,99}", value):

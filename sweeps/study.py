@@ -36,6 +36,7 @@ HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 ATTEMPTS = 2  # a trial whose worker died is run once more
 DEFINITION, SETTINGS, HALT = "dann.definition", "dann.settings", "dann.halt"
 SOURCE_ONLY, TRACKING, SWEEP_RUNS = "dann.source_only", "dann.tracking", "dann.sweep_runs"
+SOURCE_WANTED = "dann.source_wanted"  # whether the source model is one for all and there are images to score it on
 AGAIN = "again"  # of a trial that ended for no fault of its settings: the attempt that shall follow
 # of a database that is away for a moment
 STORAGE_ERRORS = (

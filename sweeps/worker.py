@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 PATIENCE_SECONDS, PAUSE_SECONDS = 600.0, 5.0  # a tracking server or database that restarts is waited for
@@ -31,15 +32,19 @@ class Task:
     """time.time() after which no further trial is claimed."""
     classes: tuple[str, ...] = ()
     """The `class_path`s that the driver allows; what the study says of that does not count."""
+    scores_source: bool = False
+    """Whether it scores the source model as it is, after its first trial."""
+    decoded: str | None = None
+    """Folder in which the workers share their decoded data; None = each has its own."""
     gpu: str | None = None
     """What CUDA_VISIBLE_DEVICES becomes; None = as found."""
 
 
-def process_main(task: Task) -> None:
-    """A worker as a process of its own: with a log file, ending with its driver."""
+def process_main(task: Task, environment: dict[str, str]) -> None:
+    """A worker as a process of its own: with a log file and the driver's environment, ending with its driver."""
     from dann_experiments.tracking.processes import become_worker
 
-    become_worker(task.log_file)
+    become_worker(task.log_file, environment)
     try:
         work(task)
     except Exception:
@@ -60,13 +65,17 @@ def work(task: Task) -> None:
     from dann_experiments.config import replace
     from dann_experiments.config.errors import StoreAway
     from dann_experiments.config.parsing import config_from_dict, load_settings
+    from dann_experiments.data import decoded
+    from dann_experiments.jobs.source_model import keep_source_models
     from dann_experiments.tracking.processes import process_name
-    from sweeps.objective import run_trial
+    from sweeps.objective import run_trial, score_source_model
     from sweeps.settings import SweepConfig
     from sweeps.space import read_stored
     from sweeps.study import DEFINITION, HALT, SETTINGS, STORAGE_ERRORS, Sweep, heartbeats, open_storage
 
     quiet_libraries()
+    decoded.share(None if task.decoded is None else Path(task.decoded))
+    keep_source_models()
     log = logging.getLogger(__name__)
     study = Sweep(open_storage(task.storage), task.study)
     definition, settings = study.attribute(DEFINITION), study.attribute(SETTINGS)
@@ -75,13 +84,17 @@ def work(task: Task) -> None:
     base = config_from_dict(definition["config"])
     base = replace(base, {f"tracking.{key}": value for key, value in task.tracking.items()})
     space = read_stored(definition["space"])
-    me, answered = process_name(), time.monotonic()
+    me, answered, ran = process_name(), time.monotonic(), False
+    to_score = task.scores_source
     trial, why = None, ""  # a trial that is held after an error, to be given back
     while True:
         try:
             if trial is not None:
                 study.give_back(trial, why, stopped=True)
                 trial = None
+            if to_score and ran:
+                score_source_model(study, base)
+                to_score = False
             if study.attribute(HALT) or (task.deadline is not None and time.time() >= task.deadline):
                 return
             trial = study.claim(me, task.token)
@@ -90,7 +103,7 @@ def work(task: Task) -> None:
             log.info("trial %d", trial.number)
             with heartbeats(study.storage, trial):
                 run_trial(study, space, sweep, base, trial, task.sweep_run_id)
-            trial, answered = None, time.monotonic()
+            trial, answered, ran = None, time.monotonic(), True
         except (StoreAway, *STORAGE_ERRORS) as error:
             why = f"stopped: {type(error).__name__}"
             if time.monotonic() - answered > PATIENCE_SECONDS:

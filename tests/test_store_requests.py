@@ -1,4 +1,4 @@
-"""What the program may ask of its stores, counted in requests, statements and rows: the same on every machine, seconds are not."""
+"""What the program may ask of its stores, counted in requests, statements and rows: the same on every machine."""
 
 from __future__ import annotations
 

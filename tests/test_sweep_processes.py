@@ -113,7 +113,7 @@ def test_a_stopped_sweep_closes_all_its_runs_and_can_go_on(signum, tmp_path):
 @pytest.mark.slow
 def test_a_second_driver_of_the_same_study_is_refused(tmp_path):
     place = make_place(tmp_path, trainer__max_epochs=2)
-    process = sweeps(place, *run_words(place, "--n_trials", "3", "--workers", "1"))
+    process = sweeps(place, *run_words(place, "--n_trials", "40", "--workers", "1"))
     until(lambda: worker_in_a_run(place), process)
     assert "being run by another process" in finish(sweeps(place, *run_words(place)), 2).replace("\n", " ")
     process.terminate()

@@ -79,10 +79,14 @@ class Dying(Launcher):
 
     def __init__(self, study: Sweep, claims: bool) -> None:
         self.study, self.claims, self.tokens, self.started = study, claims, list[str](), 0
+        self.waited: list[tuple[int, float]] = []
+        """Workers started by then, seconds to wait."""
+        self.scorers: list[int] = []
 
     def start(self, task: Task) -> None:
         self.started += 1
         self.tokens.append(task.token)
+        self.scorers += [self.started] if task.scores_source else []
         if self.claims:
             self.study.claim(f"elsewhere:1:{self.started}", task.token)
 
@@ -91,6 +95,7 @@ class Dying(Launcher):
         return self.tokens
 
     def wait(self, seconds: float) -> dict[str, str | None]:
+        self.waited.append((self.started, seconds))
         ended, self.tokens = self.tokens, []
         return dict.fromkeys(ended, "killed by SIGKILL")
 
@@ -111,6 +116,9 @@ def test_workers_that_die_end_a_sweep_only_when_none_takes_a_trial_or_trials_fai
         pytest.raises(SweepFailed, match=cause),
     ):
         keep_going(study, sweep, BASE, store, "journal.log", run, Crew(launcher, 4))
+    assert [seconds > 0 for started, seconds in launcher.waited] == [started > 0 for started, _ in launcher.waited]
+    # one at a time is to score the source model, and another where it died
+    assert launcher.scorers[:2] == [number for number in (1, 5) if number <= launcher.started]
     failed = [trial for trial in study.counted() if trial.state == TrialState.FAIL]
     assert len(study.counted()) == 12
     assert not study.trials(TrialState.RUNNING)

@@ -138,7 +138,7 @@ def test_a_wrong_space_is_refused_with_its_key(case):
         (["--sampler", "grid"], "has no grid"),
         (["--timeout", ".nan"], "timeout is nan"),
         (["--storage", "sqlite://"], "storage is 'sqlite://'"),
-        (["--gpus_per_trial", "0.5"], "gpus_per_trial has no effect"),
+        (["--gpus_per_trial", "1.5"], "gpus_per_trial is 1.5 with launcher: processes"),
         (
             ["--launcher", "ray", "--storage", "postgresql://127.0.0.1/x", "--ray_address", "127.0.0.1:1"],
             "no Ray cluster answers",
@@ -160,16 +160,18 @@ def test_a_metric_that_no_run_logs_is_no_objective(squares):
     config = load_config(None, small_settings(squares, data__class_names=["ground (any)", "square"]))
     good = ("iou/target_val", "class_iou/target_val/ground _any_", "loss/val_source", "da/domain_acc")
     for name in good:
-        check_objective(load_settings(SweepConfig, None, {"objective": name}), config)
+        check_objective(load_settings(SweepConfig, None, {"objective": name}), config, setup.load_data(config))
     for name in ("iou/tarket_val", "class_iou/target_val/ground (any)", "da/domain_accuracy", "loss/train_x"):
         with pytest.raises(InputError, match="do not log"):
-            check_objective(load_settings(SweepConfig, None, {"objective": name}), config)
+            check_objective(load_settings(SweepConfig, None, {"objective": name}), config, setup.load_data(config))
     (squares / "bare").mkdir()
     (squares / "bare" / "images").symlink_to(squares / "target_val" / "images")
     unlabelled = replace(config, {"data.target.val": ["bare"]})
     for name in ("iou/target_val", "iou/gap_source_minus_target"):
         with pytest.raises(InputError, match=r"labelled images in data\.target\.val"):
-            check_objective(load_settings(SweepConfig, None, {"objective": name}), unlabelled)
+            check_objective(
+                load_settings(SweepConfig, None, {"objective": name}), unlabelled, setup.load_data(unlabelled)
+            )
 
 
 @pytest.mark.parametrize(

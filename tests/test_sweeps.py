@@ -167,7 +167,10 @@ def test_the_source_model_is_scored_once_as_it_was(place):
     pretraining = client.get_run(runs_of(place, "pretrain")[0].info.run_id).data.metrics
     for name in ("iou/source_val", "iou/target_val", "iou/target_test"):
         assert source["scores"][name] == pytest.approx(pretraining[name], abs=1e-6)
-    assert client.get_run(source["run_id"]).data.tags["dann.study"] == "s"
+    scored = client.get_run(source["run_id"])
+    assert scored.data.tags["dann.study"] == "s"
+    assert scored.info.start_time > min(run.info.start_time for run in runs_of(place, "trial"))  # none waited for it
+    assert len(runs_of(place, "evaluate")) == 1
     assert "source only" in (place / "studies" / "s" / "report.md").read_text()
 
 

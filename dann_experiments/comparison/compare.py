@@ -23,6 +23,7 @@ from dann_experiments.comparison.verdict import Verdict, difference_table, judge
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.jobs import setup
+from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.jobs.source_model import digest_of_model, fetched
 from dann_experiments.tracking.orphans import close_orphans
 from dann_experiments.tracking.run import TrackedRun, tracked_run
@@ -88,7 +89,8 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
             tracking = {**asdict(config.tracking), "uri": store.uri}
             tracking["experiment"] = store.client.get_experiment(store.experiment_id).name
             tags_of_runs = {"dann.comparison": run.run_id}
-            run_cells(cells, done, store, tracking, tags_of_runs, settings.workers, run.folder / "logs")
+            with shared_data(folder) as decoded:
+                run_cells(cells, done, store, tracking, tags_of_runs, settings.workers, run.folder / "logs", decoded)
             for index, cell in enumerate(cells):
                 if index in done.run_ids:
                     found.append(read_run(store, done.run_ids[index], cell.arm, index in done.reused))

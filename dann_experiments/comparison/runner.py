@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import sys
 import traceback
@@ -26,11 +25,14 @@ from dann_experiments.tracking.processes import (
     default_workers,
     how_it_ended,
     join_or_kill,
+    prepare_workers,
     visible_gpus,
+    worker_context,
 )
 from dann_experiments.tracking.store import Store, experiment_ids, newest_finished, without_secrets
 
 log = logging.getLogger(__name__)
+PRELOADED = "dann_experiments.comparison.preloaded"
 ATTEMPTS = 2  # a run whose process died is tried once more
 
 
@@ -65,9 +67,11 @@ def run_cells(
     tags: Mapping[str, str],
     workers: int | None,
     logs: Path,
+    decoded: Path | None = None,
 ) -> None:
-    """Run what is missing and add it to `done`. `tracking`: the `tracking.*` settings of the runs;
-    `tags` are added to theirs. A run that fails is noted and the others go on; one whose process is killed is tried again.
+    """Run what is missing and add it to `done`. `tracking`: the `tracking.*` settings of the runs; `tags` are added to theirs;
+    in folder `decoded` they share decoded data. A run that fails is noted and the others go on; one whose process is killed is
+    tried again.
 
     On SIGINT and SIGTERM (RunKilled) the processes are stopped: each closes its run as KILLED first.
     """
@@ -80,7 +84,7 @@ def run_cells(
     count = min(workers or default_workers(gpus), len(missing))
     share = max(1, available_cores() // count)
     log.info("%d at a time, %d threads each; what they print: %s", count, share, logs)
-    with _progress(config, len(missing)) as advance, contextlib.closing(_Crew(count, gpus, logs)) as crew:
+    with _progress(config, len(missing)) as advance, contextlib.closing(_Crew(count, gpus, logs, decoded)) as crew:
         _Shift(cells, done, store, dict(tracking), tags, share, advance).work(crew)
 
 
@@ -95,13 +99,16 @@ Task = tuple[str, dict[str, Any], dict[str, str]]  # job, settings, tags
 class _Worker:
     """A process that does one run after another."""
 
-    def __init__(self, gpu: str | None, logs: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, gpu: str | None, logs: Path, decoded: Path | None) -> None:
+        prepare_workers(PRELOADED)
+        context: Any = worker_context()
         self.gpu = gpu
         self.cell: int | None = None
         """Index of what it is running."""
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, str(logs.resolve()), gpu), name="comparison")
+        self.process = context.Process(
+            target=_work, args=(theirs, str(logs.resolve()), gpu, decoded, dict(os.environ)), name="comparison"
+        )
         self.process.start()
         theirs.close()  # only the process holds it now, so that its death ends the connection
 
@@ -109,8 +116,8 @@ class _Worker:
 class _Crew:
     """Up to `count` workers, started when there is work for them; with GPUs, each has one."""
 
-    def __init__(self, count: int, gpus: Sequence[str], logs: Path) -> None:
-        self._logs = logs
+    def __init__(self, count: int, gpus: Sequence[str], logs: Path, decoded: Path | None) -> None:
+        self._logs, self._decoded = logs, decoded
         self._free: list[str | None] = [gpus[index % len(gpus)] if gpus else None for index in range(count)]
         """The GPUs (None: no GPU) of the workers that may yet be started."""
         self.workers: list[_Worker] = []
@@ -124,7 +131,7 @@ class _Crew:
         """Hand the task of a cell to an idle worker, or to a new one."""
         worker = next((worker for worker in self.workers if worker.cell is None), None)
         if worker is None:
-            worker = _Worker(self._free.pop(0), self._logs)
+            worker = _Worker(self._free.pop(0), self._logs, self._decoded)
             self.workers.append(worker)
         worker.cell = index
         with contextlib.suppress(BrokenPipeError):  # it died while idle: `next_ended` finds that
@@ -243,12 +250,19 @@ def run_cell(job: str, settings: Mapping[str, Any], tags: Mapping[str, str]) -> 
     return {"adapt": adapt, "evaluate": evaluate, "pretrain": pretrain}[job](config, tags=tags).run_id
 
 
-def _work(connection: Connection, logs: str, gpu: str | None) -> None:
+def _work(
+    connection: Connection, logs: str, gpu: str | None, decoded: Path | None, environment: dict[str, str]
+) -> None:
     """The worker's side: runs until the parent closes the connection."""
-    become_worker(str(Path(logs) / f"worker-{os.getpid()}.log"))
+    become_worker(str(Path(logs) / f"worker-{os.getpid()}.log"), environment)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     quiet_libraries()
+    from dann_experiments.data.decoded import share
+    from dann_experiments.jobs.source_model import keep_source_models
+
+    share(decoded)
+    keep_source_models()
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             task: Task = connection.recv()

@@ -93,6 +93,7 @@ class SegmentationDataset(Dataset):
         self.may_lack_data = any(self.reading.may_lack_data(header) for header in self.headers)
         self.pieces = self._cut(window_size, random_windows and training, window_count, seed)
         self._kept: dict[Piece, Arrays] = {}
+        self._filled = False
         self.class_pixels: np.ndarray | None = None
         """(256,) pixels of each id in the masks, from `fill`; None until then, or where not all masks were read."""
 
@@ -123,7 +124,9 @@ class SegmentationDataset(Dataset):
         if piece in self._kept:
             return self._kept[piece]
         sample = self.samples[piece.sample]
-        image, valid = read_pixels(sample.image, self.in_channels, self.reading, piece.window)
+        image, valid = read_pixels(
+            sample.image, self.in_channels, self.reading, piece.window, self.headers[piece.sample]
+        )
         mask = None
         if sample.mask is not None:
             factor = self.reading.factor(self.headers[piece.sample], sample.image)
@@ -140,7 +143,10 @@ class SegmentationDataset(Dataset):
 
     def fill(self) -> Iterator[int]:
         """Read what can be kept in memory and what must be known before training: the masks, and which windows hold no data
-        (a training set drops them). Yields the number of items done after each; raises InputError for a bad file."""
+        (a training set drops them). Yields the number of items done after each, none if all was done before; raises InputError
+        for a bad file."""
+        if self._filled:
+            return
         pixels = np.zeros(256, np.int64)
         complete, kept = True, []
         for index, piece in enumerate(self.pieces):
@@ -164,6 +170,23 @@ class SegmentationDataset(Dataset):
             )
         self.pieces = kept
         self.class_pixels = pixels if complete and self.has_masks else None
+        self._filled = True
+
+    def kept(self) -> dict[Piece, Arrays] | None:
+        """What `fill` keeps in memory, if that is all of the set."""
+        whole = self._filled and all(piece in self._kept for piece in self.pieces)
+        return {piece: self._kept[piece] for piece in self.pieces} if whole else None
+
+    def keep(self, kept: Mapping[Piece, Arrays], class_pixels: np.ndarray | None, counted: bool = False) -> bool:
+        """Be as after a `fill` that found this; False, and as before, where it does not fit into memory. `counted`: it takes the
+        place of what is kept already."""
+        size = sum(array.nbytes for arrays in kept.values() for array in arrays if array is not None)
+        if not counted:
+            if self.memory.full or size > self.memory.bytes_left:
+                return False
+            self.memory.bytes_left -= size
+        self._kept, self.pieces, self.class_pixels, self._filled = dict(kept), list(kept), class_pixels, True
+        return True
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
         if isinstance(index, tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class LabelMap:
             return value
         return None
 
+    @functools.cached_property
     def table(self) -> np.ndarray:
         """(256,) id of the network for each 8 bit id; -1 where it is none."""
         found = [self.network_id(value) for value in range(256)]
@@ -77,7 +79,7 @@ def read_mask(path: Path, labels: LabelMap, window: Window | None = None, factor
     if not whole:
         raise InputError(f"mask {path} holds values that are no whole numbers; masks hold one class id a pixel.")
     if array.dtype == np.uint8:
-        mapped = labels.table()[array]
+        mapped = labels.table[array]
         if mapped.min(initial=0) >= 0:
             return mapped.astype(np.uint8)
     ids, places = np.unique(array, return_inverse=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -190,14 +191,16 @@ def read_header(path: Path) -> Header:
         return _header(file)
 
 
-def read_pixels(path: Path, in_channels: int, reading: Reading, window: Window | None = None) -> Pixels:
-    """A window of the working grid (None = all of it) with the bands that `reading` chooses.
+def read_pixels(
+    path: Path, in_channels: int, reading: Reading, window: Window | None = None, header: Header | None = None
+) -> Pixels:
+    """A window of the working grid (None = all of it) with the bands that `reading` chooses; `header` if it is known.
 
     Raises InputError for an unreadable file, for bands that are not there, and for another number of them than
     `in_channels`. One grey band among colour images is repeated to three; a palette becomes its colours.
     """
     with open_raster(path) as file:
-        header = _header(file)
+        header = header or _header(file)
         chosen = chosen_bands(path, header, reading, in_channels)
         height, width = reading.grid_size(header, path)
         window = window or Window(0, 0, height, width)
@@ -286,17 +289,43 @@ def check_type(path: Path, header: Header, reading: Reading) -> None:
         )
 
 
+class _Held(threading.local):
+    """Whether GDAL's settings stand already in this thread."""
+
+    options = False
+
+
+_held = _Held()
+
+
+@contextlib.contextmanager
+def many_files() -> Iterator[None]:
+    """Around the reading of many files: GDAL's settings are made once, not for each file, which takes longer than to read a
+    small one."""
+    import rasterio
+
+    if _held.options:
+        yield
+        return
+    with rasterio.Env(**GDAL_OPTIONS):
+        _held.options = True
+        try:
+            yield
+        finally:
+            _held.options = False
+
+
 @contextlib.contextmanager
 def open_raster(path: Path) -> Iterator[DatasetReader]:
     """A raster open for reading; whatever goes wrong in the block is an InputError that names the file."""
-    import rasterio
     from rasterio._err import CPLE_BaseError
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
+    from rasterio.io import DatasetReader as Reader  # `rasterio.open` makes GDAL's settings anew at each call
 
     try:
-        with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS):
+        with warnings.catch_warnings(), many_files():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as file:
+            with Reader(str(path)) as file:
                 if file.driver not in DRIVERS or file.count == 0:
                     raise InputError(f"{path} cannot be read as an image: {file.driver} files are not read.")
                 yield file

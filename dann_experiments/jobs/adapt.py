@@ -30,11 +30,12 @@ def method_name(config: Config) -> str:
     return method.name if method.class_path is None else method.class_path.rpartition(".")[2]
 
 
-def prepare(config: Config, store: Store) -> Config:
-    """All that `adapt` does before it adapts: files, network and method are checked, and the source model is found or
-    trained. Returns the settings with that source model in `pretrained_checkpoint.path`; raises what `adapt` raises."""
+def prepare(config: Config, store: Store, data: setup.Data | None = None) -> Config:
+    """All that `adapt` does before it adapts: files (`data` if they are loaded already), network and method are checked, and the
+    source model is found or trained. Returns the settings with that source model in `pretrained_checkpoint.path`; raises what
+    `adapt` raises."""
     with setup.seeded(config):
-        return _prepared(config, store, *_found(config))[0]
+        return _prepared(config, store, *_found(config, data))[0]
 
 
 def adapt(
@@ -111,9 +112,11 @@ def adapt(
     )
 
 
-def _found(config: Config) -> tuple[setup.Data, nn.Module]:
+def _found(config: Config, data: setup.Data | None = None) -> tuple[setup.Data, nn.Module]:
     """The data, by their headers, and the network without its weights: what takes little time."""
-    return setup.load_data(config), setup.make_network(config, with_weights=False)
+    every_weight_comes = config.domain_adaptation.pretrained_checkpoint.strict_loading
+    data = data or setup.load_data(config)
+    return data, setup.make_network(config, with_weights=False, drawn=not every_weight_comes)
 
 
 def _prepared(

@@ -25,10 +25,11 @@ from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.presets import IGNORED, filled
 from dann_experiments.config.schema import DomainDataConfig, OptimizerConfig, TrainerConfig
+from dann_experiments.data import decoded
 from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes, checked_header
 from dann_experiments.data.digits import build_digits
 from dann_experiments.data.labels import label_map
-from dann_experiments.data.reading import Header, Normalisation, Reading, reading_facts
+from dann_experiments.data.reading import Header, Normalisation, Reading, many_files, reading_facts
 from dann_experiments.data.samples import (
     Sample,
     content_digest,
@@ -146,14 +147,68 @@ def load_data(config: Config, names: tuple[str, ...] = SETS) -> Data:
     for name in names:
         found = find_set(config, name, problems.append)
         if found is not None:
-            samples, headers = problems.good(config, name, found)
-            if samples:
-                try:
-                    sets[name] = as_dataset(config, name, samples, memory, headers)
-                except InputError as error:  # a region beyond its image, a pixel size that is not known
-                    problems.append(str(error))
+            dataset = _loaded(config, name, found, memory, problems)
+            if dataset is not None:
+                sets[name] = dataset
     problems.refuse()
     return Data(sets)
+
+
+def _loaded(
+    config: Config, name: str, found: Sequence[Sample], memory: Memory, problems: Problems
+) -> SegmentationDataset | None:
+    """A set whose headers are right, None where none is. With processes that share what they read it comes filled."""
+    shared = decoded.in_use()
+    if shared is None or problems.texts:
+        return _with_headers(config, name, found, memory, problems)
+    key = shared.key(found, **_decided_by(config, name))
+    with shared.alone(key):
+        headers = shared.headers(key)
+        if headers is not None:
+            dataset = as_dataset(config, name, found, memory, headers)
+            shared.give(key, dataset)
+            return dataset
+        dataset = _with_headers(config, name, found, memory, problems)
+        if dataset is not None and not problems.texts:
+            try:
+                _fill(config, name, dataset)
+                shared.put(key, dataset)
+            except InputError as error:
+                problems.append(str(error))
+        return dataset
+
+
+def _with_headers(
+    config: Config, name: str, found: Sequence[Sample], memory: Memory, problems: Problems
+) -> SegmentationDataset | None:
+    with many_files():
+        samples, headers = problems.good(config, name, found)
+    if samples:
+        try:
+            return as_dataset(config, name, samples, memory, headers)
+        except InputError as error:  # a region beyond its image, a pixel size that is not known
+            problems.append(str(error))
+    return None
+
+
+def _decided_by(config: Config, name: str) -> dict[str, Any]:
+    """All settings on which the decoded windows of a set depend, beside its files."""
+    data, domain = config.data, filled(getattr(config.data, name.split("_")[0]))
+    training = name.endswith("_train")
+    return {
+        "labels": label_map(
+            config.class_names, data.ignore_index, domain.value_map, domain.colours, domain.ignore_values
+        ),
+        "reading": reading_of(domain),
+        "bands": config.model.in_channels,
+        "cut": (training, data.crop_size if training else None, data.window_size),
+        "random": (data.window_count, config.seed) if training and data.windows == "random" else None,
+    }
+
+
+def _fill(config: Config, name: str, dataset: SegmentationDataset) -> None:
+    with many_files():
+        followed(config, dataset.fill(), len(dataset), f"reading data.{name.replace('_', '.')}")
 
 
 class Problems:
@@ -253,7 +308,7 @@ def check_data(config: Config, data: Data, network: nn.Module) -> None:
     """Read the files before anything trains, as far as they fit in memory; raises InputError for the first that is wrong,
     and for a useless monitor. Puts the measured normalisation into the sets."""
     for name, dataset in data.sets.items():
-        followed(config, dataset.fill(), len(dataset), f"reading data.{name.replace('_', '.')}")
+        _fill(config, name, dataset)
         if dataset.training:
             check_sizes(dataset, f"data.{name.replace('_', '.')}", output_stride(network))
     settle(config, data)
@@ -404,10 +459,9 @@ def validation_metrics(config: Config) -> list[str]:
     return known + list(SCORES)
 
 
-def check_labels(config: Config, key: str, metric: str) -> None:
+def check_labels(data: Data, key: str, metric: str) -> None:
     """Refuse setting `key` = `metric` (one of `validation_metrics`) where the labels that it needs are not there."""
-    names = tuple(f"{domain}_val" for domain in ("source", "target") if domain in metric)
-    _refuse_unlabelled(load_data(config, names), key, metric, "or choose another metric")
+    _refuse_unlabelled(data, key, metric, "or choose another metric")
 
 
 def _refuse_unlabelled(data: Data, key: str, metric: str, way_out: str) -> None:
@@ -426,12 +480,13 @@ def public_settings(config: Config) -> Config:
     return dataclasses.replace(config, tracking=tracking)
 
 
-def make_network(config: Config, with_weights: bool = True) -> nn.Module:
-    """The network of `model`; `with_weights` False leaves the encoder's weights out, as a checkpoint will bring them."""
+def make_network(config: Config, with_weights: bool = True, drawn: bool = True) -> nn.Module:
+    """The network of `model`; `with_weights` False leaves the encoder's weights out, as a checkpoint will bring them. With
+    `drawn` False all weights are anything: a checkpoint must bring each of them."""
     model = config.model
     weights = model.encoder_weights if with_weights else None
     return build_network(
-        model.arch, model.encoder_name, weights, model.in_channels, model.classes, model.network_arguments()
+        model.arch, model.encoder_name, weights, model.in_channels, model.classes, model.network_arguments(), drawn
     )
 
 

@@ -7,10 +7,11 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.errors import NotWritten
@@ -22,6 +23,7 @@ from dann_experiments.models.files import load_into, read_weights
 from dann_experiments.tracking.store import Store, check_room, in_one_line, newest_finished
 
 log = logging.getLogger(__name__)
+_kept: dict[Any, tuple[Mapping[str, Tensor], str | None, str]] | None = None  # the last one, in a process that keeps it
 CHECKPOINT_KEY = "domain_adaptation.pretrained_checkpoint.path"
 
 
@@ -65,15 +67,50 @@ def digest_of_model(store: Store, path: str, local: Path, run_id: str | None) ->
 def load_source_model(config: Config, network: nn.Module, path: str, store: Store) -> tuple[str | None, str]:
     """Load the checkpoint at `path` (file, folder, runs:/, models:/) into `network`; the id of the run that made it, and
     `digest_of_model`."""
+    format_ = config.domain_adaptation.pretrained_checkpoint.source_format
+    identity = None if _kept is None else (_identity(path, store), format_, store.uri)
+    if _kept is not None and identity in _kept:
+        weights, run_id, digest = _kept[identity]
+        _load(config, network, weights, path)
+        return run_id, digest
     with fetched(path, store) as (local, run_id):
-        load_weights(config, network, local, path)
-        return run_id, digest_of_model(store, path, local, run_id)
+        weights = read_weights(local, format_)
+        _load(config, network, weights, path)
+        digest = digest_of_model(store, path, local, run_id)
+    if _kept is not None:
+        _kept.clear()
+        _kept[identity] = ({name: tensor.clone() for name, tensor in weights.items()}, run_id, digest)
+    return run_id, digest
+
+
+def keep_source_models() -> None:
+    """From now on this process keeps the last source model that it loaded, for jobs that start from the same one."""
+    global _kept
+    _kept = {}
+
+
+def _identity(path: str, store: Store) -> Any:
+    """What tells a source model from others, an alias that was moved and a file that was written anew included, without asking
+    for the model itself."""
+    if path.startswith("models:/"):
+        with contextlib.suppress(Exception):  # whoever fetches it tells what is wrong
+            return _registered(path, store)
+        return None
+    if path.startswith("runs:/"):
+        return path
+    place = user_path(path).resolve()
+    files = sorted(place.rglob("*")) if place.is_dir() else [place] if place.exists() else []
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def load_weights(config: Config, network: nn.Module, local: Path, path: str) -> None:
     """Load the weights in the file or folder `local`, which the settings call `path`, into `network`."""
-    settings = config.domain_adaptation.pretrained_checkpoint
-    left_out = load_into(network, read_weights(local, settings.source_format), settings.strict_loading, path)
+    format_ = config.domain_adaptation.pretrained_checkpoint.source_format
+    _load(config, network, read_weights(local, format_), path)
+
+
+def _load(config: Config, network: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
+    left_out = load_into(network, weights, config.domain_adaptation.pretrained_checkpoint.strict_loading, path)
     for problem in left_out:
         log.warning("checkpoint %s: %s", path, problem)
 

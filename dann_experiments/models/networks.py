@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional, init
+from torch.overrides import TorchFunctionMode
 
 from dann_experiments.config.errors import InputError
+
+DRAWS = {
+    Tensor.normal_, Tensor.uniform_, init.uniform_, init.normal_, init.trunc_normal_, init.xavier_uniform_,
+    init.xavier_normal_, init.kaiming_uniform_, init.kaiming_normal_, init.orthogonal_,
+}  # fmt: skip
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves weights as the memory is: a VGG draws a hundred million numbers that its segmentation network never uses."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def build_network(
@@ -20,8 +36,10 @@ def build_network(
     in_channels: int,
     classes: int,
     arguments: Mapping[str, Any],
+    drawn: bool = True,
 ) -> nn.Module:
     """`smp.create_model` with `arguments` for the network's own constructor; the output is logits (N, classes, H, W).
+    `drawn` False: weights are no random numbers but anything, for a network whose weights will all be replaced.
 
     Raises InputError for an encoder or an argument that this network does not take.
     """
@@ -33,9 +51,15 @@ def build_network(
         if name not in accepted:
             raise InputError(f"model.{name} is {value!r}, but {arch} takes no {name}; it takes {sorted(accepted)}.")
     try:
-        return smp.create_model(
-            arch, encoder_name, encoder_weights=encoder_weights, in_channels=in_channels, classes=classes, **arguments
-        )
+        with contextlib.nullcontext() if drawn else _Undrawn():
+            return smp.create_model(
+                arch,
+                encoder_name,
+                encoder_weights=encoder_weights,
+                in_channels=in_channels,
+                classes=classes,
+                **arguments,
+            )
     except KeyError as error:
         raise InputError(f"model: {error.args[0] if error.args else error}") from None
     except (ValueError, TypeError, RuntimeError, AssertionError, NotImplementedError) as error:

@@ -4,13 +4,17 @@ worker of another; and how many this machine can run."""
 from __future__ import annotations
 
 import contextlib
+import importlib
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -85,9 +89,41 @@ def join_or_kill(processes: Iterable[BaseProcess]) -> None:
             process.join()
 
 
-def become_worker(log_file: str | None = None) -> None:
-    """Make this process, spawned by another, its worker: with a log file instead of the terminal, no MLflow run of the
-    parent's, and an end that comes with the parent's. SIGTERM ends it in good order; SIGINT is left to the parent."""
+def prepare_workers(preloaded: str) -> None:
+    """Start the process that workers are forked from, if there is none yet. It imports module `preloaded`, once for all workers,
+    while this process goes on; it does nothing else, has no thread, touches no GPU, and ends with this process. Where
+    processes are not forked well (macOS, Windows) nothing is done: each worker imports for itself."""
+    if sys.platform == "linux":
+        from multiprocessing import forkserver
+
+        multiprocessing.set_forkserver_preload([preloaded])
+        forkserver.ensure_running()
+
+
+def preload(modules: Iterable[str]) -> None:
+    """Import them in the process that workers are forked from. What fails is left to the worker, which tells it in its log."""
+    with contextlib.suppress(OSError):  # the current folder may be gone while torch looks for it: stand in none
+        here = os.getcwd()
+        sys.path[:] = [entry or here for entry in sys.path]
+        os.chdir("/")
+    with warnings.catch_warnings():  # the parent shows its own
+        warnings.simplefilter("ignore")
+        for name in modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
+def worker_context() -> BaseContext:
+    """How workers are started."""
+    return multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+
+
+def become_worker(log_file: str | None, environment: Mapping[str, str]) -> None:
+    """Make this process, started by another, its worker: with a log file instead of the terminal, the parent's environment of
+    now without its MLflow run, and an end that comes with the parent's. SIGTERM ends it in good order; SIGINT is left to the
+    parent."""
+    os.environ.clear()  # a forked one has that of the time when `prepare_workers` was called
+    os.environ.update(environment)
     os.environ.pop("MLFLOW_RUN_ID", None)
     if log_file is not None:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +182,6 @@ def _end_after(process: psutil.Process) -> None:
 
 def _end_with_the_parent() -> None:
     """A parent that was killed cannot stop its workers: they see its end themselves."""
-    import multiprocessing
     from multiprocessing.connection import wait
 
     parent = multiprocessing.parent_process()

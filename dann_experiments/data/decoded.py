@@ -1,0 +1,161 @@
+"""Decoded sets that the processes of one sweep or comparison share: one of them reads the files, the others map what it wrote.
+
+A set is two files of a folder: KEY.bin, the arrays one after another, and KEY.json, what they are. The key stands for all that
+decides them: files (path, size, time of change), regions, and how they are read and cut. Nothing that lives longer than the
+folder, which one sweep or comparison makes and removes, relies on them. Where a set does not fit into `data.memory_gb` or onto
+the disk, each process reads for itself, as it does alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import mmap
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dann_experiments.data.dataset import Arrays, SegmentationDataset
+from dann_experiments.data.reading import Header, Window
+from dann_experiments.data.samples import Sample
+from dann_experiments.data.windows import Piece
+
+log = logging.getLogger(__name__)
+ALIGNED = 64  # bytes at which an array begins
+_in_use: DecodedSets | None = None
+
+
+class DecodedSets:
+    """The sets in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def key(self, samples: Sequence[Sample], **facts: Any) -> str:
+        """What tells a set from others: its files as they are now, and the `facts` of how they are read and cut."""
+        files = []
+        for sample in samples:
+            paths = [path for path in (sample.image, sample.mask) if path is not None]
+            found = [os.stat(path) for path in paths]
+            files.append(([f"{p}" for p in paths], [(s.st_size, s.st_mtime_ns) for s in found], sample.region))
+        text = repr((files, sorted(facts.items())))
+        return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+    @contextlib.contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """One process at a time, so that one reads and the others wait for what it writes."""
+        from filelock import FileLock
+
+        lock = FileLock(self.folder / f"{key}.lock")
+        held = False
+        with contextlib.suppress(OSError, NotImplementedError):  # a disk without locks: several may read, none is wrong
+            lock.acquire()
+            held = True
+        try:
+            yield
+        finally:
+            if held:
+                lock.release()
+
+    def headers(self, key: str) -> list[Header] | None:
+        """Of the set's images; None where nobody has written the set."""
+        found = self._index(key)
+        if found is None:
+            return None
+        return [Header(**{**header, "nodata": tuple(header["nodata"])}) for header in found["headers"]]
+
+    def put(self, key: str, dataset: SegmentationDataset) -> None:
+        """Write a set that was read, and let it give its own arrays up for the file's. Nothing happens where the set is not kept
+        in memory as a whole, or where the disk has no room."""
+        kept = dataset.kept()
+        if kept is None:
+            return
+        blob, index = self.folder / f"{key}.bin", self.folder / f"{key}.json"
+        parts = [path.with_suffix(f"{path.suffix}.{os.getpid()}") for path in (blob, index)]
+        try:
+            size = sum(array.nbytes + ALIGNED for arrays in kept.values() for array in arrays if array is not None)
+            if shutil.disk_usage(self.folder).free < 2 * size:
+                log.info("%s has no room for %.0f MB of decoded data: each process reads for itself.", blob, size / 1e6)
+                return
+            with open(parts[0], "wb") as file:
+                places = [[_write(file, array) for array in arrays] for arrays in kept.values()]
+            pixels = None if dataset.class_pixels is None else dataset.class_pixels.tolist()
+            facts = {
+                "headers": [dataclasses.asdict(header) for header in dataset.headers],
+                "pieces": [[p.sample, *p.window, p.counted_rows, p.counted_columns] for p in kept],
+                "places": places,
+                "class_pixels": pixels,
+            }
+            parts[1].write_text(json.dumps(facts))
+            for part, path in zip(parts, (blob, index), strict=True):  # the index last: it says that all is there
+                os.replace(part, path)
+        except OSError as error:
+            log.info("%s cannot be written (%s): each process reads for itself.", blob, error)
+            for part in parts:
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)
+            return
+        with contextlib.suppress(OSError):
+            dataset.keep(*self._read(key), counted=True)
+
+    def give(self, key: str, dataset: SegmentationDataset) -> bool:
+        """Let the set have what was written; False where that does not fit into its memory."""
+        try:
+            return dataset.keep(*self._read(key))
+        except OSError:
+            return False
+
+    def _index(self, key: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.folder / f"{key}.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _read(self, key: str) -> tuple[dict[Piece, Arrays], np.ndarray | None]:
+        found = self._index(key)
+        if found is None:
+            raise OSError(f"no set {key} in {self.folder}")
+        with open(self.folder / f"{key}.bin", "rb") as file:
+            # private: the pages are everybody's, and one that somebody wrote to would be that process's own
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        kept = {}
+        for (sample, *window, rows, columns), places in zip(found["pieces"], found["places"], strict=True):
+            image, mask, valid = (_view(content, place) for place in places)
+            kept[Piece(sample, Window(*window), rows, columns)] = (image, mask, valid)
+        pixels = found["class_pixels"]
+        return kept, None if pixels is None else np.array(pixels, np.int64)
+
+
+def in_use() -> DecodedSets | None:
+    """The sets that this process shares with others; None = it is alone."""
+    return _in_use
+
+
+def share(folder: Path | None) -> None:
+    """From now on this process shares what it reads in `folder`; None = no more."""
+    global _in_use
+    _in_use = None if folder is None else DecodedSets(folder)
+
+
+def _write(file: Any, array: np.ndarray | None) -> list[Any] | None:
+    """Where the array begins, its type and its shape."""
+    if array is None:
+        return None
+    file.write(b"\0" * (-file.tell() % ALIGNED))
+    begins = file.tell()
+    file.write(np.ascontiguousarray(array).data)
+    return [begins, array.dtype.str, list(array.shape)]
+
+
+def _view(content: mmap.mmap, place: Sequence[Any] | None) -> Any:
+    if place is None:
+        return None
+    begins, dtype, shape = place
+    return np.frombuffer(content, dtype, int(np.prod(shape)), begins).reshape(shape)
