@@ -90,6 +90,7 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     if sweep.study is None:
         raise InputError("study has no name; give one.")
     setup.refuse_several_processes(config, "the trials of a sweep")
+    setup.refuse_auto_batch_size(config, "the trials of a sweep")
     space = read_space(sweep.space, config)
     address = storage_address(sweep.storage, sweep.study)
     with sharing(sweep, config) as decoded:

@@ -77,6 +77,8 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         config = _config_of_runs(config, store, found, arms)
     else:
         cells = cells_of(arms, settings.seed_list(config.seed), config, _given_source(config, store))
+        for cell in cells:
+            setup.refuse_auto_batch_size(cell.config, "the runs of a comparison")
         done = find_cells(cells, store)
         check_arms([cell for index, cell in enumerate(cells) if index not in done.run_ids])
     names = [setup.domain_name(config, domain) for domain in ("source", "target")]

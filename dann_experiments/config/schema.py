@@ -456,6 +456,9 @@ class TrainerConfig:
     compile: bool = False
     """Compile the network's parts with torch.compile: a minute or more before the first step, then faster steps on a GPU (not
     on a CPU). Needs a C++ compiler. Results differ in the last digits."""
+    auto_batch_size: bool = False
+    """`adapt` on a GPU doubles both domains' batches, from those given, while a training step fits into memory. The run records
+    the sizes that it took. Not for sweeps and comparisons, whose runs would differ in more than what is compared."""
     gradient_clip_val: float | None = None
     """Largest gradient norm of the network, and of the domain classifiers, each by itself; null = not clipped."""
     skip_bad_steps: int = 0

@@ -10,6 +10,7 @@ from torch import nn
 from dann_experiments.config import Config, replace
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.alignment import Alignment
+from dann_experiments.jobs.batch_size import with_batch_sizes
 from dann_experiments.jobs.memory import memory_explained
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, checkpoint_to_go_on_from, folder_of_runs, run_to_go_on
@@ -67,6 +68,7 @@ def adapt(
         source_run_id, digest_of_source = load_source_model(config, network, source_model, store)
         setup.reseed(config)  # the same numbers whether the source model was just trained or found
         method = setup.make_method(config, taps)
+        config = with_batch_sizes(config, network, method, taps, data)
         digest = setup.run_digest("adapt", config, data.digests, digest_of_source)
         resumed = run_to_go_on(store, "adapt", resume, digest, config)
         own_tags = {

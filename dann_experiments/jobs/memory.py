@@ -26,11 +26,16 @@ def memory_explained(config: Config, data: Data) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or any(text.lower() in str(error).lower() for text in SAID)):
+        if not is_out_of_memory(error):
             raise
         # the frames of the failed step hold its maps: closing the run needs memory as well
         traceback.clear_frames(error.__traceback__)
         raise TrainingFailed(_advice(config, data, error)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch, its libraries or Python says that memory ran out."""
+    return isinstance(error, MemoryError) or any(text.lower() in str(error).lower() for text in SAID)
 
 
 def _advice(config: Config, data: Data, error: BaseException) -> str:

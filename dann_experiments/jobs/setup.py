@@ -344,6 +344,15 @@ def refuse_several_processes(config: Config, what: str) -> None:
         )
 
 
+def refuse_auto_batch_size(config: Config, what: str) -> None:
+    """Raise InputError where each run of `what` would take the batches that fit at its time."""
+    if config.trainer.auto_batch_size:
+        raise InputError(
+            f"trainer.auto_batch_size is true, but {what} must train with the same batches; set data.source.batch_size and "
+            "data.target.batch_size instead."
+        )
+
+
 def _check_devices(config: Config, data: Data) -> None:
     """Every rank needs a device, and an image of each set."""
     devices, gpus = config.trainer.devices, len(visible_gpus(config.trainer.accelerator))
@@ -605,7 +614,7 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
     del settings["data"]["oracle"]
     defaults = dataclasses.asdict(TrainerConfig())
-    for key in ("devices", "channels_last", "compile"):  # as before there was the setting
+    for key in ("devices", "channels_last", "compile", "auto_batch_size"):  # as before there was the setting
         if settings["trainer"][key] == defaults[key]:
             del settings["trainer"][key]
     for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
