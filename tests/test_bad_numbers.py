@@ -32,6 +32,8 @@ from dann_experiments import (
     pretrain,
 )
 from dann_experiments.__main__ import main
+from dann_experiments.data.reading import Normalisation, Reading, reading_facts
+from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import resolve_taps
 from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.module import AdaptationModule
@@ -277,13 +279,37 @@ from dann_experiments import jobs
 import dann_experiments.jobs.training
 used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 1_200_000_000,) * 2)
-sys.exit(main(["pretrain", "--config", "c.yaml"]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the address space is read from /proc")
-def test_memory_that_runs_out_fails_the_run_with_the_batch_size_and_what_helps(workplace, squares):
+@pytest.mark.parametrize(
+    ("command", "code", "told"),
+    [
+        (
+            "pretrain --config c.yaml", 1,
+            ("Training failed: out of memory", "data.source.batch_size is 4, with images or windows of 2048 x 2048 pixels "
+            "(data.crop_size is null)"),
+        ),
+        (
+            "evaluate --config c.yaml --source_checkpoint model", 2,
+            ("Error: out of memory", "A batch is 4 images or windows of 2048 x 2048 pixels. Take a smaller data.eval_batch_size"),
+        ),
+        (
+            "evaluate --config c.yaml --source_checkpoint model --domain_adaptation.batchnorm target_stats "
+            "--data.target.train [large]", 2,
+            ("Error: out of memory", "A batch is 3 images or windows of 2048 x 2048 pixels. Take a smaller "
+            "data.target.batch_size"),
+        ),
+        (
+            "predict --model model --input wide.png --output map.png --tile_size 2048", 2,
+            ("Error: out of memory", "batch_size is 4, with tiles of 2048 x 2048 pixels. Take a smaller batch_size"),
+        ),
+    ],
+)  # fmt: skip
+def test_memory_that_runs_out_is_told_with_the_sizes_and_what_helps(workplace, squares, command, code, told):
     from PIL import Image
 
     for folder in ("images", "masks"):
@@ -293,15 +319,21 @@ def test_memory_that_runs_out_fails_the_run_with_the_batch_size_and_what_helps(w
         values[:1024] = 1
         Image.fromarray(values).save(workplace / "large" / "masks" / f"{number}.png")
         Image.fromarray(np.stack([values * 200] * 3, 2)).save(workplace / "large" / "images" / f"{number}.png")
+    Image.fromarray(np.zeros((2048, 8192, 3), np.uint8)).save(workplace / "wide.png")
     settings = small_settings(squares) | {"data.source.train": [str(workplace / "large")], "data.source.batch_size": 4}
+    if not command.startswith("pretrain"):
+        settings |= {"data.source.val": [str(workplace / "large")], "data.target.train": [str(workplace / "large")]}
     (workplace / "c.yaml").write_text(yaml.safe_dump(nested(settings)))
-    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, cwd=workplace)
-    assert done.returncode == 1, done.stderr
-    assert "Training failed: out of memory" in done.stderr
-    assert (
-        "data.source.batch_size is 4, with images or windows of 2048 x 2048 pixels (data.crop_size is null)"
-        in done.stderr
-    )
+    arguments = {"encoder_name": "resnet18", "encoder_depth": 3, "decoder_channels": [16, 8, 8], "in_channels": 3}
+    network = smp.create_model("unet", encoder_weights=None, classes=2, **arguments)
+    facts = reading_facts(Reading(), Normalisation((0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3))
+    notes = {"class_names": ["ground", "square"], "reading": {"source": facts, "target": facts}}
+    save_model(workplace / "model", network, "unet", arguments | {"classes": 2}, notes)
+    words = command.replace("[large]", f"[{workplace / 'large'}]").split()
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, *words], capture_output=True, text=True, cwd=workplace)
+    assert done.returncode == code, done.stderr
+    for text in told:
+        assert text in done.stderr
     assert "Traceback" not in done.stderr
-    run = failed_run(workplace)
-    assert "can't allocate memory" in artifact(run, "traceback.txt").read_text()
+    if "target_stats" not in command:  # those are taken before a run is opened
+        assert "can't allocate memory" in artifact(failed_run(workplace), "traceback.txt").read_text()

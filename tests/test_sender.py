@@ -334,6 +334,53 @@ def test_a_run_that_is_opened_again_is_the_same_run_and_the_claimed_one_says_so(
     assert (empty.info.status, empty.data.tags["dann.resumed_run_id"]) == ("FINISHED", run.run_id)
 
 
+class Interrupted:
+    """A file that a signal interrupts while torch writes to it."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        self.writes = 0
+
+    def write(self, data: bytes) -> int:
+        self.writes += 1
+        if self.writes == 2:
+            os.kill(os.getpid(), self.signum)
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("signum", "kind"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_while_a_checkpoint_is_written_kills_the_run(store, signum, kind):
+    """torch's writer, left by the signal, raises an error of its own in its place."""
+    with (
+        pytest.raises(kind) as ended,
+        tracked_run(store, None, "x", {}, Path("outputs"), use_claimed=False) as run,
+    ):
+        torch.save({"weights": torch.zeros(1000)}, Interrupted(signum))  # pyright: ignore[reportArgumentType]
+    assert kind is KeyboardInterrupt or ended.value.code == 143
+    assert store.client.get_run(run.run_id).info.status == "KILLED"
+    assert not [item.path for item in store.client.list_artifacts(run.run_id)]
+
+
+def test_a_signal_while_a_failed_run_is_closed_leaves_it_failed(store, monkeypatch):
+    close = Sender.close
+
+    def interrupted(sender: Sender, *ending) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return close(sender, *ending)
+
+    monkeypatch.setattr(Sender, "close", interrupted)
+    with (
+        pytest.raises(ZeroDivisionError),
+        tracked_run(store, None, "x", {}, Path("outputs"), use_claimed=False) as run,
+    ):
+        raise ZeroDivisionError
+    assert store.client.get_run(run.run_id).info.status == "FAILED"
+    assert [item.path for item in store.client.list_artifacts(run.run_id)] == ["traceback.txt"]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_mlflow_run_ends_its_child_and_the_run_is_killed(workplace, signum):
     """A project whose command runs for ever in a tracked run, and says that it does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from dann_experiments.config.schema import DomainDataConfig
 from dann_experiments.data.dataset import SegmentationDataset, eval_loader
 from dann_experiments.data.reading import Reading
 from dann_experiments.jobs import setup
+from dann_experiments.jobs.memory import memory_told, size_of_largest
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.source_model import chosen_by_target_labels, fetched, load_weights
 from dann_experiments.jobs.training import describe_run
@@ -41,7 +43,7 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
     images in `data.target.train` (AdaBN; their masks are not looked for); its other values change nothing here. `tags` are
     added to the run's own, or replace them. Raises InputError before a run is opened: without a model or labelled images, for
     weights or classes that do not fit, for target statistics without images or without BatchNorm, and for files that cannot
-    be read (masks that do not fit into `data.memory_gb` are read while the run goes on).
+    be read (masks that do not fit into `data.memory_gb` are read while the run goes on). Where memory runs out, in the run too.
     """
     path = config.domain_adaptation.pretrained_checkpoint.path
     if path is None:
@@ -73,15 +75,19 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
         if _with_target_statistics(config):
             # batches as in training, so that data.eval_batch_size changes no score
             loader = statistics_loader(data.sets[STATISTICS_SET], config.data.target.batch_size)
-            target_statistics(network, loader)
+            size = config.data.target.batch_size
+            with _memory_explained("data.target.batch_size", size, data.sets[STATISTICS_SET]):
+                target_statistics(network, loader)
         all_tags = {**_tags(config, store, notes, model_run_id), **(tags or {})}
         folder = Path(config.tracking.folder)
         with tracked_run(store, config.tracking.run_name, "evaluate", all_tags, folder, use_claimed=True) as run:
             describe_run(run, config, data)
             scores = {}
             for name in [name for name in SETS if name in data.sets]:
-                loader = eval_loader(data.sets[name], config.data.eval_batch_size or config.data.source.batch_size)
-                scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
+                size = config.data.eval_batch_size or config.data.source.batch_size
+                with _memory_explained("data.eval_batch_size", size, data.sets[name]):
+                    loader = eval_loader(data.sets[name], size)
+                    scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
             names = config.class_names
             metrics = {
                 key: value for name, found in scores.items() for key, value in found.all_metrics(name, names).items()
@@ -93,6 +99,19 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
         job="evaluate", run_id=run.run_id, experiment_id=store.experiment_id, tracking_uri=store.uri,
         metrics=metrics, source_run_id=model_run_id, artifacts=None if folder is None else str(folder),
     )  # fmt: skip
+
+
+def _memory_explained(key: str, size: int, dataset: SegmentationDataset) -> contextlib.AbstractContextManager[None]:
+    """InputError where memory runs out with batches of `size`, which the setting `key` makes smaller."""
+
+    def advice() -> str:
+        largest = size_of_largest([dataset])
+        return (
+            f"A batch is {size} images or windows of {largest}. Take a smaller {key}, smaller windows (data.window_size), or "
+            "trainer.accelerator cpu if this was a GPU."
+        )
+
+    return memory_told(InputError, advice)
 
 
 def _device(config: Config) -> torch.device:

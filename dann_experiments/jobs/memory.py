@@ -1,12 +1,13 @@
-"""What a user is told when memory runs out in training."""
+"""What a user is told when memory runs out: in training, in evaluate, and in predict."""
 
 from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from dann_experiments.config import Config, TrainingFailed
+from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.jobs.setup import Data
 
 # What torch and its libraries say in a plain RuntimeError; torch.OutOfMemoryError has "out of memory" in its text, too.
@@ -21,8 +22,8 @@ SAID = (
 
 
 @contextlib.contextmanager
-def memory_explained(config: Config, data: Data) -> Iterator[None]:
-    """Where memory runs out in the block, raise TrainingFailed that names the sizes and what makes them smaller."""
+def memory_told(kind: type[Exception], advice: Callable[[], str]) -> Iterator[None]:
+    """Where memory runs out in the block, raise `kind` with the reason and the advice: the sizes, and what makes them smaller."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -30,7 +31,8 @@ def memory_explained(config: Config, data: Data) -> Iterator[None]:
             raise
         # the frames of the failed step hold its maps: closing the run needs memory as well
         traceback.clear_frames(error.__traceback__)
-        raise TrainingFailed(_advice(config, data, error)) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise kind(f"out of memory ({reason}). {advice()}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -38,27 +40,30 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(text.lower() in str(error).lower() for text in SAID)
 
 
-def _advice(config: Config, data: Data, error: BaseException) -> str:
+def memory_explained(config: Config, data: Data) -> contextlib.AbstractContextManager[None]:
+    """`memory_told` for training: TrainingFailed."""
+    return memory_told(TrainingFailed, lambda: _advice(config, data))
+
+
+def size_of_largest(datasets: Iterable[SegmentationDataset]) -> str:
+    """Of their images and windows: `512 x 512 pixels`."""
+    sizes = [piece.window[2:] for dataset in datasets for piece in dataset.pieces]
+    height, width = max(sizes, key=lambda size: size[0] * size[1])
+    return f"{height} x {width} pixels"
+
+
+def _advice(config: Config, data: Data) -> str:
     batches = [
         f"data.{domain}.batch_size is {getattr(config.data, domain).batch_size}"
         for domain in ("source", "target")
         if data.get(f"{domain}_train") is not None
     ]
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     crop = config.data.crop_size
     sizes = f"crops of {crop} x {crop} pixels (data.crop_size)"
     if crop is None:
-        largest = max(
-            (
-                piece.window[2:]
-                for name, dataset in data.sets.items()
-                if name.endswith("_train")
-                for piece in dataset.pieces
-            ),
-            key=lambda size: size[0] * size[1],
-        )
-        sizes = f"images or windows of {largest[0]} x {largest[1]} pixels (data.crop_size is null)"
+        largest = size_of_largest(dataset for name, dataset in data.sets.items() if name.endswith("_train"))
+        sizes = f"images or windows of {largest} (data.crop_size is null)"
     return (
-        f"out of memory ({reason}). {', '.join(batches)}, with {sizes}. Take smaller batches, smaller crops (data.crop_size), a "
+        f"{', '.join(batches)}, with {sizes}. Take smaller batches, smaller crops (data.crop_size), a "
         f"smaller network, or on a GPU trainer.precision bf16-mixed; if validation failed, a smaller data.eval_batch_size."
     )

@@ -49,6 +49,7 @@ from dann_experiments.data.writing import (
     write_map,
     write_probabilities,
 )
+from dann_experiments.jobs.memory import memory_told
 from dann_experiments.jobs.ready_model import Model, load_model
 from dann_experiments.models.tiling import Axis, Plan, Tiler, grid_stride, plan_tiles
 from dann_experiments.tracking.figures import class_colours, display_image
@@ -268,8 +269,9 @@ def _predict_all(
                 if _is_finished(scene, settings):
                     log.info("%s is finished already.", output)
                 else:
-                    for share in _predict_one(scene, model, settings, device, run_id, outcome):
-                        show(number + share, source.name)
+                    with memory_told(InputError, lambda plan=scene.plan: _smaller(plan, settings)):
+                        for share in _predict_one(scene, model, settings, device, run_id, outcome):
+                            show(number + share, source.name)
                     outcome.written.append(scene)
             except InputError as error:
                 if len(work) == 1:
@@ -279,6 +281,14 @@ def _predict_all(
             show(number + 1, source.name)
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+def _smaller(plan: Plan, settings: PredictConfig) -> str:
+    """What to do where memory runs out."""
+    return (
+        f"batch_size is {settings.batch_size}, with tiles of {plan.rows.tile} x {plan.columns.tile} pixels. Take a smaller "
+        "batch_size, then a smaller tile_size, or accelerator cpu if this was a GPU."
+    )
 
 
 def _is_finished(scene: _Scene, settings: PredictConfig) -> bool:

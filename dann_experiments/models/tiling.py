@@ -188,14 +188,8 @@ class Tiler:
         if not seen:
             return torch.zeros(len(images), self.classes, rows, columns, device=self.device)
         stack = torch.stack([_filled_up(images[number], rows, columns) for number in seen])
-        try:
-            with evaluating(self.network):
-                logits = logits_of_any_size(self.network, stack.to(self.device, non_blocking=True))
-        except torch.OutOfMemoryError:
-            raise InputError(
-                f"batch_size is {self.batch_size} and tile_size {max(rows, columns)}, which the device's memory does not "
-                "hold; give less of either, or accelerator cpu."
-            ) from None
+        with evaluating(self.network):
+            logits = logits_of_any_size(self.network, stack.to(self.device, non_blocking=True))
         wanted = (len(seen), self.classes, rows, columns)
         if tuple(logits.shape) != wanted:
             raise InputError(f"the model gives logits of shape {tuple(logits.shape)}; its settings say {wanted}.")

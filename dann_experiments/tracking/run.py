@@ -174,7 +174,7 @@ def tracked_run(
     claimed = store.claimed_run_id if use_claimed else None
     if claimed is not None:
         end_with_the_launcher()
-    with _signals_raise():  # around the closing too: a second Ctrl-C must not cut it short
+    with _signals_raise() as signals:  # around the closing too: a second Ctrl-C must not cut it short
         if resume is None and (
             run_name is not None or claimed is None
         ):  # `mlflow run --run-name` has named a claimed one
@@ -206,23 +206,19 @@ def tracked_run(
                     f"the run ended well, but the tracking store did not take all of it{why}; it is kept in {run_folder}. When "
                     f"the store takes it again: python -m dann_experiments sync --tracking.folder {folder}"
                 )
-        except RunKilled as killed:
-            log.warning("%s: the run is being closed as KILLED.", killed)
-            _close(run, "KILLED")
-            if claimed is not None:
-                have_last_word(store.uri, run.run_id)
-            if killed.signum == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise SystemExit(128 + killed.signum) from None
-        except KeyboardInterrupt:
-            _close(run, "KILLED")
-            raise
-        except EndedEarly:
-            _close(run, "FINISHED")
-            raise
         except NotStored:  # closed already
             raise
         except BaseException as error:
+            arrived = signals.hold()
+            if arrived is not None:  # whatever `error` is: code in C that a signal interrupts may raise its own instead
+                log.warning("%s: the run is being closed as KILLED.", arrived.name)
+                _close(run, "KILLED")
+                if claimed is not None:
+                    have_last_word(store.uri, run.run_id)
+                raise RunKilled(arrived) from None
+            if isinstance(error, (KeyboardInterrupt, EndedEarly)):
+                _close(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FINISHED")
+                raise
             with contextlib.suppress(OSError):
                 (run_folder / "traceback.txt").write_text(without_secrets(traceback.format_exc()))
             _close(run, "FAILED")
@@ -271,23 +267,41 @@ def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> Ite
     )
 
 
+class _Signals:
+    """What SIGINT and SIGTERM do: the first raises RunKilled, unless the run is being closed; more do nothing."""
+
+    def __init__(self) -> None:
+        self._arrived: signal.Signals | None = None
+        self._held = False
+
+    def arrive(self, signum: int, frame: FrameType | None) -> None:
+        is_first, self._arrived = self._arrived is None, self._arrived or signal.Signals(signum)
+        if is_first and not self._held:
+            raise RunKilled(signum)
+
+    def hold(self) -> signal.Signals | None:
+        """From now on none raises; which has come before."""
+        self._held = True
+        return self._arrived
+
+
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """SIGINT and SIGTERM raise RunKilled in the block; only the main thread can do that."""
+def _signals_raise() -> Iterator[_Signals]:
+    """SIGINT and SIGTERM raise RunKilled in the block, which leaves it as KeyboardInterrupt or SystemExit(143); only the main
+    thread can do that."""
+    signals = _Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
-
-    def raise_killed(signum: int, frame: FrameType | None) -> None:
-        for number in previous:  # closing the run must not be cut short by a second Ctrl-C
-            signal.signal(number, signal.SIG_IGN)
-        raise RunKilled(signum)
-
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous:
-        signal.signal(number, raise_killed)
+        signal.signal(number, signals.arrive)
     try:
-        yield
+        yield signals
+    except RunKilled as killed:
+        if killed.signum == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + killed.signum) from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
