@@ -647,7 +647,7 @@ def test_every_nonsense_in_data_settings_is_refused_by_key_or_file(place, capsys
 @pytest.mark.parametrize(
     "key",
     ["source.train", "target.test", "source.scale", "source.nodata", "source.ignore_values", "source.batch_size",
-     "source.augmentation", "ignore_index", "normalization", "mean", "std", "windows", "num_workers", "memory_gb"],
+     "source.augmentation", "ignore_index", "normalization", "mean", "std", "windows", "memory_gb"],
 )  # fmt: skip
 def test_null_is_refused_where_a_value_must_be(place, capsys, key):
     (place / "config.yaml").write_text(config_text(place, {f"data.{key}": None}))
