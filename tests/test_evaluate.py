@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -542,6 +543,15 @@ def test_another_job_s_own_key_is_named_where_a_model_is_not_there(workplace):
     for path in ("none.pt", "runs:/0123456789abcdef0123456789abcdef", "models:/nobody/1"):
         with pytest.raises(InputError, match=f"^model is '?{path}'?, which "), fetched(path, store, key="model"):
             raise AssertionError("never reached")
+
+
+@pytest.mark.parametrize("path", ["pipe.ckpt", "/dev/zero"])
+def test_what_is_no_file_and_no_folder_is_refused_unread(workplace, path):
+    """A pipe that nobody writes to would be waited for, a device without an end read until memory runs out."""
+    os.mkfifo("pipe.ckpt")
+    refusal = pytest.raises(InputError, match=f"path is {path}, which is neither a file nor a folder")
+    with refusal, fetched(path, open_store(None, "x")):
+        raise AssertionError("never reached")
 
 
 TARGET_STATISTICS = {"domain_adaptation__batchnorm": "target_stats", "data__target__train": ["target"]}

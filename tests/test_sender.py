@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -141,6 +142,21 @@ def test_the_sender_keeps_order_sends_at_most_1000_and_drops_nothing_while_the_s
     assert len(store.requests) < 20
     assert (store.files, store.end) == ([("config.yaml", None), ("f.png", "figures")], "FINISHED")
     assert not (tmp_path / SPOOL).exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the file of a handle is read from /proc")
+def test_persist_brings_to_the_disk_what_the_sending_thread_has_spilled_before(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    sender = Sender(Refusing(refusals=math.inf), "r", tmp_path)
+    sender.put({"loss": 1.0}, 0)
+    while not sender.refusal:  # then it stands in the file, and nothing waits in memory
+        time.sleep(0.01)
+    assert not synced
+    sender.persist()
+    assert synced == [str(tmp_path / SPOOL)]
+    monkeypatch.setattr("dann_experiments.tracking.sender.CLOSE_SECONDS", 0.0)
+    sender.close("FINISHED")
 
 
 def test_many_threads_may_log_at_once(tmp_path):

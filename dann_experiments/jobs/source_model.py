@@ -124,6 +124,8 @@ def fetched(path: str, store: Store, key: str = CHECKPOINT_KEY) -> Iterator[tupl
             raise InputError(
                 f"{key} is {path}, which does not exist; give a file, a folder, runs:/ID or models:/NAME@ALIAS."
             )
+        if not (local.is_file() or local.is_dir()):  # a pipe gives nothing, /dev/zero never ends
+            raise InputError(f"{key} is {path}, which is neither a file nor a folder; give one.")
         yield local, run_id
 
 

@@ -153,12 +153,15 @@ class Sender:
         with self._spilling:
             with self._wake:
                 waiting = list(self._memory)
-            if not waiting:
+            if not waiting and not durable:
                 return None
             points = [Point(name, float(value), timestamp, step) for name, value, timestamp, step in waiting]
             path = self._folder / SPOOL
             try:
-                self._spool.append(points, durable)
+                if points:
+                    self._spool.append(points, durable)
+                else:  # the sending thread has spilled them, which a power failure may undo
+                    self._spool.to_disk()
             except OSError as error:
                 problem = NotWritten(f"{path} cannot be written: {reason(error, path)}.")
                 if not self._spool_refused:

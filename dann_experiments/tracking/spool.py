@@ -63,6 +63,13 @@ class Spool:
                     raise
             self.left += len(points)
 
+    def to_disk(self) -> None:
+        """Make what stands in the file outlive a power failure. Raises OSError where the disk refuses."""
+        with self._lock:
+            if self.left:
+                with open(self._path, "ab") as file:
+                    os.fsync(file.fileno())
+
     def next(self, most: int) -> list[Point]:
         """The oldest points that the store does not have, at most `most`."""
         with self._lock:
