@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,8 +122,11 @@ def test_a_second_driver_of_the_same_study_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_mlflow_run_starts_a_sweep(tmp_path):
+def test_mlflow_run_starts_a_sweep(tmp_path, request):
     place = make_place(tmp_path, trainer__max_epochs=2)
+    study = f"test-{os.getpid()}"  # `mlflow run` puts it into the project's own folder
+    for name in (study, f"{study}-confirm"):
+        request.addfinalizer(lambda name=name: shutil.rmtree(PROJECT / "studies" / name, ignore_errors=True))
     binaries = Path(sys.executable).parent
     command = [
         str(binaries / "mlflow"),
@@ -135,7 +139,7 @@ def test_mlflow_run_starts_a_sweep(tmp_path):
         "--experiment-name",
         "x",
     ]
-    for name, value in {"config": place / "config.yaml", "space": place / "space.yaml", "study": "s", "n_trials": 3,
+    for name, value in {"config": place / "config.yaml", "space": place / "space.yaml", "study": study, "n_trials": 3,
                         "workers": 1, "trainer.max_epochs": 1, "confirm_top": 1, "confirm_seeds": 1}.items():  # fmt: skip
         command += ["-P", f"{name}={value}"]
     path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
