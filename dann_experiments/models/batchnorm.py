@@ -79,9 +79,10 @@ def _by_domain(kind: Any) -> Any:
             normalised = super().forward(source)
             tracking = self.track_running_stats
             self.track_running_stats = tracking and not self.keep_target  # as in `statistics_kept`
-            both = torch.cat([normalised, super().forward(target)])
-            self.track_running_stats = tracking
-            return both
+            try:
+                return torch.cat([normalised, super().forward(target)])
+            finally:
+                self.track_running_stats = tracking
 
     return ByDomain
 
