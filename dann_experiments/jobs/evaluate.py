@@ -18,6 +18,7 @@ from dann_experiments.config.schema import DomainDataConfig
 from dann_experiments.data.dataset import SegmentationDataset, eval_loader
 from dann_experiments.data.reading import Reading
 from dann_experiments.jobs import setup
+from dann_experiments.jobs.fit import loading
 from dann_experiments.jobs.memory import memory_told, size_of_largest
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.source_model import chosen_by_target_labels, fetched, load_weights
@@ -86,7 +87,7 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
             for name in [name for name in SETS if name in data.sets]:
                 size = config.data.eval_batch_size or config.data.source.batch_size
                 with _memory_explained("data.eval_batch_size", size, data.sets[name]):
-                    loader = eval_loader(data.sets[name], size)
+                    loader = eval_loader(data.sets[name], size, **loading(config))
                     scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
             names = config.class_names
             metrics = {

@@ -234,7 +234,8 @@ def loading(config: Config) -> dict[str, Any]:
     on_gpu = bool(visible_gpus(config.trainer.accelerator))
     workers = config.data.num_workers
     if workers is None:
-        workers = min(MOST_WORKERS, available_cores() // (2 * len(DOMAINS))) if on_gpu else 0
+        cores = available_cores() // config.trainer.devices
+        workers = min(MOST_WORKERS, cores // (2 * len(DOMAINS))) if on_gpu else 0
     return {"num_workers": workers, "pin_memory": on_gpu}
 
 
