@@ -17,10 +17,10 @@ from dann_experiments.jobs.setup import Data
 from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.processes import visible_gpus
 from dann_experiments.training.module import AdaptationModule
+from dann_experiments.training.monitor import DOMAINS
 from dann_experiments.training.scores import segmentation_loss
 
 log = logging.getLogger(__name__)
-DOMAINS = ("source", "target")
 MOST_TAKEN = 0.9  # of the GPU's memory: the rest is for what a step on noise does not show
 
 
@@ -83,6 +83,7 @@ def step_fits(
             images = [
                 torch.randn(size, *shape, device=device) for size, shape in zip(sizes, side.values(), strict=True)
             ]
+            module.on_train_start()  # a method of the user's own may make there what its loss needs
             masks = torch.zeros(sizes[0], *side["source"][1:], dtype=torch.int64, device=device)
             batch = {"source": {"image": images[0], "mask": masks}, "target": {"image": images[1]}}
             optimizer = module.make_optimizer(
