@@ -393,9 +393,10 @@ def test_a_store_that_is_locked_in_mid_training_gets_its_metrics_afterwards(plac
 @pytest.mark.slow
 def test_a_store_that_is_locked_to_the_end_gets_the_run_from_sync(place, workplace, whole, monkeypatch):
     here, locking = place(workplace / "outputs"), Locking(workplace / "mlflow.db")
-    monkeypatch.setattr("dann_experiments.tracking.sender.CLOSE_SECONDS", 0.0)
     try:
-        code, told = here.run("adapt", callbacks=[At(step_7=locking.start)])
+        with monkeypatch.context() as patch:  # `sync` gives the store the time that it has
+            patch.setattr("dann_experiments.tracking.sender.CLOSE_SECONDS", 0.0)
+            code, told = here.run("adapt", callbacks=[At(step_7=locking.start)])
     finally:
         locking.end()
     assert code == 2
