@@ -144,6 +144,45 @@ def test_the_sender_keeps_order_sends_at_most_1000_and_drops_nothing_while_the_s
     assert not (tmp_path / SPOOL).exists()
 
 
+def test_tags_and_files_do_not_wait_for_metrics_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("dann_experiments.tracking.sender.SPILL_SECONDS", 0.01)
+    monkeypatch.setattr("dann_experiments.tracking.sender.SEND_SECONDS", 0.0)
+    store = Refusing()
+    sender = Sender(store, "r", tmp_path)
+    (tmp_path / "config.yaml").write_text("x")
+    sender.put_file(tmp_path / "config.yaml")
+    sender.put_tags({"a": "1"})
+    for step in range(3000):
+        sender.put({"loss": 1.0}, step)
+        if store.tags and store.files:
+            break
+        time.sleep(0.001)
+    assert (store.tags, store.files, store.end) == ({"a": "1"}, [("config.yaml", None)], None)
+    assert sender.close("FINISHED")
+
+
+def test_between_two_sends_metrics_stand_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("dann_experiments.tracking.sender.SPILL_SECONDS", 0.01)
+    monkeypatch.setattr("dann_experiments.tracking.sender.SEND_SECONDS", math.inf)
+    store, spool = Refusing(), Spool(tmp_path / SPOOL)
+    sender = Sender(store, "r", tmp_path)
+    sender.put({"loss": 1.0}, 0)
+    while not store.taken:  # the first of a run go at once
+        time.sleep(0.001)
+    asked = len(store.requests)
+    for step in (1, 2):
+        sender.put({"loss": 1.0}, step)
+        while [point.step for point in spool.waiting()] != list(range(1, step + 1)):
+            time.sleep(0.001)
+    assert len(store.requests) == asked
+    for step in range(3, 1001):
+        sender.put({"loss": 1.0}, step)
+    while len(store.taken) < 1001:  # a full request waits for nobody
+        time.sleep(0.001)
+    assert len(store.requests) == asked + 1
+    assert sender.close("FINISHED")
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the file of a handle is read from /proc")
 def test_persist_brings_to_the_disk_what_the_sending_thread_has_spilled_before(tmp_path, monkeypatch):
     synced = []

@@ -30,7 +30,9 @@ SPOOL, TAGS = "unsent_metrics.jsonl", "unsent_tags.json"
 BATCH = 1000  # metrics a request, MLflow's limit
 MOST_IN_MEMORY = 20_000  # about 15 MB of tensors; beyond, they are written to the spool by whoever logs the next
 VALID_NAME = re.compile(r"[\w\-. :/]+")
-PAUSE_SECONDS = 1.0  # between two sends while metrics keep coming
+SPILL_SECONDS = 1.0  # after which metrics stand in the file, where a killed process does not lose them
+SEND_SECONDS = 5.0
+"""Between two sends, unless a full request waits: each costs the store, and the training beside it, milliseconds."""
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 15.0
 CLOSE_SECONDS = 60.0
 """The longest that closing waits for a store that takes nothing."""
@@ -77,6 +79,7 @@ class Sender:
         self._keeping_tags = threading.Lock()
         self._closing = self._given_up = self._failing = self._uploading = False
         self._last_success = time.monotonic()
+        self._send_from = 0.0  # the first metrics of a run go at once
         self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
         self._thread.start()
 
@@ -184,9 +187,10 @@ class Sender:
         while not self._given_up:
             with self._wake:
                 if not self._closing and len(self._memory) < BATCH:
-                    self._wake.wait(PAUSE_SECONDS)
+                    self._wake.wait(SPILL_SECONDS)
             try:
-                if not self._send_next() and self._closing:
+                self._spill()
+                if self._is_due() and not self._send_next() and self._closing:
                     return
             except Exception as error:  # whatever it is, nothing is dropped and training goes on
                 self.refusal = in_one_line(error)
@@ -197,59 +201,83 @@ class Sender:
                     self._wake.wait(retry)
                 retry = FIRST_RETRY_SECONDS if self._closing else min(2 * retry, LONGEST_RETRY_SECONDS)
                 continue
-            if self._failing:
-                log.info("The tracking store answers again.")
-            self._failing, self.refusal, retry = False, "", FIRST_RETRY_SECONDS
-            self._last_success = time.monotonic()
+            retry = FIRST_RETRY_SECONDS
+
+    def _is_due(self) -> bool:
+        waiting = self._spool.left + len(self._memory)
+        return self._closing or self._failing or waiting >= BATCH or time.monotonic() >= self._send_from
 
     def _send_next(self) -> bool:
-        """Send one batch, or a file, or the end; False if nothing is left."""
-        self._spill()
+        """Send a batch of points; where it was the last, tags and a file too, and the end after all else. False if nothing is
+        left."""
+        points = self._send_points()
+        if points < BATCH:  # else more may wait
+            others = (self._send_tags(), self._send_file())
+            if not points and not any(others):
+                return self._send_end()
+        self._send_from = time.monotonic() + SEND_SECONDS
+        return True
+
+    def _send_points(self) -> int:
+        """The oldest points; how many they were."""
         points = self._spool.next(BATCH)
         if points:
             self._send(points)
             self._spool.acknowledge(len(points))
-            return True
+            return len(points)
         # what the spool did not take; no lock is held while it is sent, or training would wait for the store
         with self._wake:
             waiting = [self._memory[index] for index in range(min(BATCH, len(self._memory)))]
         if waiting:
             self._send([Point(name, float(value), timestamp, step) for name, value, timestamp, step in waiting])
             self._forget(waiting)
-            return True
-        with self._keeping_tags:
-            tags = dict(self._tags)
-        if tags:
-            self._send_tags(tags)
-            return True
+        return len(waiting)
+
+    def _send_file(self) -> bool:
         with self._wake:
             path = next(iter(self._files), None)
-            if path is not None:
-                del self._files[path]  # before it is read: written anew meanwhile, it is queued again
-        if path is not None:
-            self._upload(path)
-            return True
-        if self._end is not None:
-            status, end_time = self._end
-            self._client.set_terminated(self._run_id, status, end_time)
-            self._end = None
-            return True
-        return False
+            if path is None:
+                return False
+            del self._files[path]  # before it is read: written anew meanwhile, it is queued again
+        self._upload(path)
+        return True
+
+    def _send_end(self) -> bool:
+        if self._end is None:
+            return False
+        self._client.set_terminated(self._run_id, *self._end)
+        self._end = None
+        self._answered()
+        return True
+
+    def _answered(self) -> None:
+        """The store has taken something."""
+        if self._failing:
+            log.info("The tracking store answers again.")
+        self._failing, self.refusal = False, ""
+        self._last_success = time.monotonic()
 
     def _send(self, points: list[Point]) -> None:
         from mlflow.entities import Metric
 
         self._client.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
+        self._answered()
 
-    def _send_tags(self, tags: Mapping[str, str]) -> None:
+    def _send_tags(self) -> bool:
         from mlflow.entities import RunTag
 
+        with self._keeping_tags:
+            tags = dict(self._tags)
+        if not tags:
+            return False
         self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         with self._keeping_tags:
             self._tags = {
                 key: value for key, value in self._tags.items() if tags.get(key) != value
             }  # those put meanwhile
             self._keep_tags()
+        self._answered()
+        return True
 
     def _keep_tags(self) -> None:
         """Make the file hold the tags that wait; where the disk takes nothing they wait in memory."""
@@ -272,6 +300,7 @@ class Sender:
         try:
             if path.exists():  # else it was removed meanwhile
                 self._client.log_artifact(self._run_id, str(path), None if inside == "." else inside)
+                self._answered()
         except Exception:
             with self._wake:
                 self._files = {path: None, **self._files}
