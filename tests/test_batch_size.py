@@ -9,7 +9,7 @@ from dann_experiments import adapt, load_config
 from dann_experiments.comparison.compare import compare
 from dann_experiments.config import InputError
 from dann_experiments.jobs import setup
-from dann_experiments.jobs.batch_size import largest_factor, step_fits
+from dann_experiments.jobs.batch_size import domains_of_a_step, largest_factor, step_fits
 from sweeps.driver import run_sweep
 from sweeps.settings import SweepConfig
 from tests.conftest import small_settings
@@ -31,8 +31,8 @@ def test_batches_are_doubled_while_they_fit_and_while_there_are_images(bound, mo
     assert tried == sorted(set(tried))
 
 
-def parts(squares):
-    config = load_config(None, small_settings(squares))
+def parts(squares, **more):
+    config = load_config(None, small_settings(squares, **more))
     data, network = setup.load_data(config), setup.make_network(config)
     setup.check_data(config, data, network)
     taps = setup.make_taps(config, network)
@@ -42,22 +42,31 @@ def parts(squares):
 def test_a_trial_step_changes_nothing(squares):
     given = parts(squares)
     before, random = copy.deepcopy((given[1].state_dict(), given[2].state_dict())), torch.get_rng_state()
-    assert step_fits(*given, [8, 6], torch.device("cpu"))
+    assert step_fits(*given, {"source": 8, "target": 6}, torch.device("cpu"))
     torch.testing.assert_close((given[1].state_dict(), given[2].state_dict()), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in given[1].parameters())
 
 
+def test_a_method_that_does_not_look_at_the_target_needs_no_images_of_it(squares):
+    config, network, method, taps, data = parts(squares, domain_adaptation__method__name="source_only")
+    del data.sets["target_train"]
+    assert domains_of_a_step(method, taps) == ("source",)
+    assert step_fits(config, network, method, taps, data, {"source": 4}, torch.device("cpu"))
+
+
 def test_a_trial_step_that_runs_out_of_memory_does_not_fit(squares):
     given = parts(squares)
-    assert not step_fits(*given, [2**40, 1], torch.device("cpu"))  # more than any machine has: torch refuses it at once
+    assert not step_fits(
+        *given, {"source": 2**40, "target": 1}, torch.device("cpu")
+    )  # more than any machine has: torch refuses it at once
 
 
 def test_other_errors_of_a_trial_step_are_not_taken_for_memory(squares):
     config, network, method, taps, data = parts(squares)
     network.decoder = torch.nn.Linear(3, 3)
     with pytest.raises((RuntimeError, TypeError)):
-        step_fits(config, network, method, taps, data, [2, 2], torch.device("cpu"))
+        step_fits(config, network, method, taps, data, {"source": 2, "target": 2}, torch.device("cpu"))
 
 
 def test_it_is_refused_without_a_gpu(workplace, squares):

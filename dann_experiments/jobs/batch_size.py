@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -37,13 +37,13 @@ def with_batch_sizes(
             "trainer.auto_batch_size is true, but there is no GPU (trainer.accelerator "
             f"{config.trainer.accelerator}): on a CPU the cores bound what a batch is worth, not memory. Set it to false."
         )
-    given = {domain: getattr(config.data, domain).batch_size for domain in DOMAINS}
+    given = {domain: getattr(config.data, domain).batch_size for domain in domains_of_a_step(method, taps)}
     most = min(len(data.sets[f"{domain}_train"]) // size for domain, size in given.items())
     device = torch.device("cuda")
 
     def fits(factor: int) -> bool:
         torch.cuda.reset_peak_memory_stats()
-        sizes = [factor * size for size in given.values()]
+        sizes = {domain: factor * size for domain, size in given.items()}
         fine = step_fits(config, network, method, taps, data, sizes, device)
         return (
             fine and torch.cuda.max_memory_reserved() <= MOST_TAKEN * torch.cuda.get_device_properties(0).total_memory
@@ -65,13 +65,18 @@ def largest_factor(fits: Callable[[int], bool], most: int) -> int:
     return found
 
 
+def domains_of_a_step(method: DomainAdaptationMethod, taps: Sequence[Tap]) -> Sequence[str]:
+    """The domains whose images a training step sees: a method that does not look at the target needs no images of it."""
+    return DOMAINS if method.uses_target and taps else ("source",)
+
+
 def step_fits(
     config: Config, network: nn.Module, method: DomainAdaptationMethod, taps: Sequence[Tap], data: Data,
-    sizes: Sequence[int], device: torch.device,
+    sizes: Mapping[str, int], device: torch.device,
 ) -> bool:  # fmt: skip
-    """Whether a training step (both forwards, backward, optimizer) of batches of these sizes, on noise of the images' size and
-    on copies of network and method, ends without running out of memory."""
-    side = {domain: data.sets[f"{domain}_train"][0]["image"].shape for domain in DOMAINS}
+    """Whether a training step (forwards, backward, optimizer) of batches of these sizes, by domain, on noise of the images'
+    size and on copies of network and method, ends without running out of memory."""
+    side = {domain: data.sets[f"{domain}_train"][0]["image"].shape for domain in sizes}
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -80,12 +85,13 @@ def step_fits(
                 setup.optimizer_maker(config.optimizer, config.trainer.precision), ignore_index=config.data.ignore_index,
                 batchnorm=config.domain_adaptation.batchnorm, channels_last=config.trainer.channels_last,
             ).to(device).train()  # fmt: skip
-            images = [
-                torch.randn(size, *shape, device=device) for size, shape in zip(sizes, side.values(), strict=True)
-            ]
             module.on_train_start()  # a method of the user's own may make there what its loss needs
-            masks = torch.zeros(sizes[0], *side["source"][1:], dtype=torch.int64, device=device)
-            batch = {"source": {"image": images[0], "mask": masks}, "target": {"image": images[1]}}
+            batch = {
+                domain: {"image": torch.randn(size, *side[domain], device=device)} for domain, size in sizes.items()
+            }
+            batch["source"]["mask"] = torch.zeros(
+                sizes["source"], *side["source"][1:], dtype=torch.int64, device=device
+            )
             optimizer = module.make_optimizer(
                 [{"params": list(module.network.parameters()), "name": "network"}, *module.method.param_groups()]
             )
@@ -102,6 +108,6 @@ def step_fits(
             raise
         return False
     finally:
-        module = images = masks = batch = optimizer = outputs = loss = share = None  # pyright: ignore
+        module = batch = optimizer = outputs = loss = share = None  # pyright: ignore
         if device.type == "cuda":
             torch.cuda.empty_cache()
