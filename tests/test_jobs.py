@@ -309,6 +309,10 @@ def test_evaluate_scores_a_run_s_model_to_the_same_numbers(run, squares, workpla
         ({"model__psp_dropout": 0.1}, "unet takes no psp_dropout"),
         ({"model__encoder_name": "resnet17"}, "resnet17"),
         ({"tracking__uri": "http://127.0.0.1:9"}, "no server answers there"),
+        (
+            {"tracking__uri": "postgresql://me:hidden@127.0.0.1:9/runs"},
+            r"tracking.uri is 'postgresql://127.0.0.1:9/runs', but no database answers at 127.0.0.1, port 9 (Connection refused)",
+        ),
         ({"tracking__uri": "sqlite:////nowhere/at/all.db"}, "does not exist"),
         ({"domain_adaptation__pretrained_checkpoint__path": "none.ckpt"}, "none.ckpt, which does not exist"),
         ({"domain_adaptation__pretrained_checkpoint__path": "runs:/abc"}, "tracking store does not give"),

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from dann_experiments.tracking.sqlite import absolute, check_file, look_at_metri
 log = logging.getLogger(__name__)
 DEFAULT_URI = "sqlite:///mlflow.db"
 ANSWER_SECONDS = 10.0
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306}
 EXPERIMENT_KIND = "mlflow.experimentKind"  # so that the UI opens on training runs and charts, not on its GenAI pages
 _NAMED_SO = "user|passw|pwd|token|secret|api_?key|auth|sig|cred"  # parts of what an address calls them
 SHORTEST_SECRET = 4  # shorter ones would be found in every word; addresses are cleaned in any case
@@ -243,8 +245,27 @@ def _check_answers(uri: str, given: str, to_write: bool) -> None:
         if shown != uri:
             raise InputError(f"{given}; a sqlite file has no password, leave it out.")
         check_file(uri, given, to_write)
-    elif scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql"):
+    elif scheme.partition("+")[0] in DATABASE_PORTS:
+        _check_listens(uri, given, DATABASE_PORTS[scheme.partition("+")[0]])
+    elif scheme.partition("+")[0] != "mssql":  # what looks like its host may be the name of an ODBC source
         raise InputError(f"{given}; give sqlite:///FILE, http://HOST:PORT or a database's address.")
+
+
+def _check_listens(uri: str, given: str, usual_port: int) -> None:
+    """Raises StoreAway if nothing listens at the address's host: MLflow would try for two minutes."""
+    try:
+        host, port = urlsplit(uri).hostname, urlsplit(uri).port or usual_port
+    except ValueError:  # several hosts; the driver knows
+        return
+    if not host:  # a local socket, or named elsewhere in the address
+        return
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        raise StoreAway(
+            f"{given}, but no database answers at {host}, port {port} ({error.strerror or error}); start it, or set tracking.uri "
+            "to sqlite:///mlflow.db."
+        ) from None
 
 
 def _check_variables() -> None:
