@@ -31,8 +31,8 @@ import optuna
 import sqlalchemy as sa
 import torch
 from pages import circumstances, put
-from PIL import Image
 from sqlalchemy import event
+from squares import small_settings, write_domain
 
 from dann_experiments import Config, load_config
 from dann_experiments.command_line import quiet_libraries
@@ -71,29 +71,10 @@ OWN_TAGS = ("dann.digest", "seed", "mlflow.runName", "dann.trial", "dann.sweep_r
 
 def squares(root: Path) -> Config:
     """Settings of runs of seconds on images that are written to `root`."""
-    rng = np.random.default_rng(0)
-    for name, count in {"source": 8, "source_val": 3, "target": 8, "target_val": 3, "target_test": 3}.items():
-        for kind in ("images", "masks"):
-            (root / name / kind).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            image = rng.integers(0, 60, (32, 32, 3)).astype(np.uint8)
-            mask = np.zeros((32, 32), np.uint8)
-            top, left = rng.integers(0, 18, 2)
-            image[top : top + 14, left : left + 14] += 180
-            mask[top : top + 14, left : left + 14] = 1
-            Image.fromarray(image if "source" in name else 255 - image).save(root / name / "images" / f"{number}.png")
-            Image.fromarray(mask).save(root / name / "masks" / f"{number}.png")
-    return load_config(
-        None,
-        {
-            "model.arch": "unet", "model.encoder_name": "resnet18", "model.encoder_weights": None, "model.encoder_depth": 3,
-            "model.decoder_channels": [16, 8, 8], "data.root": str(root), "data.class_names": ["ground", "square"],
-            "data.source.train": ["source"], "data.source.val": ["source_val"], "data.source.batch_size": 4,
-            "data.target.train": ["target"], "data.target.val": ["target_val"], "data.target.test": ["target_test"],
-            "data.target.batch_size": 4, "domain_adaptation.method.hidden_size": 16, "pretraining.max_epochs": 1,
-            "trainer.max_epochs": 5, "trainer.accelerator": "cpu", "trainer.enable_progress_bar": False, "threads": 1,
-        },
-    )  # fmt: skip
+    counts = {"source": 8, "source_val": 3, "target": 8, "target_val": 3, "target_test": 3}
+    for seed, (name, count) in enumerate(counts.items()):
+        write_domain(root / name, count, seed, inverted=name.startswith("target"))
+    return load_config(None, small_settings(root) | {"data.target.batch_size": 4, "trainer.max_epochs": 5})
 
 
 @dataclass(frozen=True)

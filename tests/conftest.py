@@ -14,33 +14,14 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning
+
+from benchmarks.squares import small_settings as squares_settings
+from benchmarks.squares import write_domain
 
 # Each worker of pytest-xdist is one process a core: more threads would only fight for them.
 torch.set_num_threads(1)
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-
-
-def write_domain(
-    folder: Path, count: int, seed: int, inverted: bool = False, size: int = 32, masks: bool = True
-) -> Path:
-    """A folder pair images/ + masks/: bright squares on dark noise (or, inverted, dark on bright)."""
-    rng = np.random.default_rng(seed)
-    (folder / "images").mkdir(parents=True)
-    if masks:
-        (folder / "masks").mkdir()
-    for number in range(count):
-        image = rng.integers(0, 60, (size, size, 3)).astype(np.uint8)
-        mask = np.zeros((size, size), np.uint8)
-        side = size // 2 - 2
-        top, left = rng.integers(0, size - side, 2)
-        image[top : top + side, left : left + side] += 180
-        mask[top : top + side, left : left + side] = 1
-        Image.fromarray(255 - image if inverted else image).save(folder / "images" / f"{number}.png")
-        if masks:
-            Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
-    return folder
 
 
 def write_raster(path: Path, values: np.ndarray, **profile: object) -> Path:
@@ -73,29 +54,7 @@ def squares_in(root: Path) -> Path:
 
 def small_settings(root: Path, **more: object) -> dict[str, object]:
     """Dotted settings of a run of seconds on `squares`; `more` uses __ for the dots."""
-    settings: dict[str, object] = {
-        "model.arch": "unet",
-        "model.encoder_name": "resnet18",
-        "model.encoder_weights": None,
-        "model.encoder_depth": 3,
-        "model.decoder_channels": [16, 8, 8],
-        "data.root": str(root),
-        "data.class_names": ["ground", "square"],
-        "data.source.train": ["source"],
-        "data.source.val": ["source_val"],
-        "data.source.batch_size": 4,
-        "data.target.train": ["target"],
-        "data.target.val": ["target_val"],
-        "data.target.test": ["target_test"],
-        "data.target.batch_size": 3,
-        "domain_adaptation.method.hidden_size": 16,
-        "pretraining.max_epochs": 1,
-        "trainer.max_epochs": 2,
-        "trainer.accelerator": "cpu",
-        "trainer.enable_progress_bar": False,
-        "threads": 1,
-    }
-    return settings | {key.replace("__", "."): value for key, value in more.items()}
+    return squares_settings(root) | {key.replace("__", "."): value for key, value in more.items()}
 
 
 @pytest.fixture(scope="session")

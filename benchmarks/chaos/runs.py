@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 
+from benchmarks.squares import small_settings, write_domain
 from dann_experiments.config import Config, load_config
 from dann_experiments.jobs.adapt import adapt
 from dann_experiments.jobs.pretrain import pretrain
@@ -35,39 +35,20 @@ Points = Counter[tuple[str, int, float | None]]
 
 def write_data(root: Path, seed: int) -> None:
     """Folder pairs of 32 px pictures: bright squares on dark noise (source), and dark ones on bright (target)."""
-    rng = np.random.default_rng(seed)
-    for folder, count in {"source": 24, "source_val": 4, "target": 36, "target_val": 5, "target_test": 3}.items():
-        for kind in ("images", "masks"):
-            (root / folder / kind).mkdir(parents=True)
-        for number in range(count):
-            image, mask = rng.integers(0, 60, (32, 32, 3)).astype(np.uint8), np.zeros((32, 32), np.uint8)
-            top, left = rng.integers(0, 18, 2)
-            image[top : top + 14, left : left + 14] += 180
-            mask[top : top + 14, left : left + 14] = 1
-            Image.fromarray(255 - image if "target" in folder else image).save(
-                root / folder / "images" / f"{number}.png"
-            )
-            Image.fromarray(mask).save(root / folder / "masks" / f"{number}.png")
+    counts = {"source": 24, "source_val": 4, "target": 36, "target_val": 5, "target_test": 3}
+    for number, (folder, count) in enumerate(counts.items()):
+        write_domain(root / folder, count, 10 * seed + number, inverted=folder.startswith("target"))
 
 
 def settings(root: Path, uri: str, outputs: Path, more: Mapping[str, Any]) -> Config:
     """A run of seconds: 2 epochs of 12 steps, in which the source begins anew, with a checkpoint each fourth step; `more` are
     dotted names."""
-    return load_config(
-        None,
-        {
-            "model.arch": "unet", "model.encoder_name": "resnet18", "model.encoder_weights": None, "model.encoder_depth": 3,
-            "model.decoder_channels": [16, 8, 8], "data.root": str(root), "data.class_names": ["ground", "square"],
-            "data.source.train": ["source"], "data.source.val": ["source_val"], "data.source.batch_size": 4,
-            "data.target.train": ["target"], "data.target.val": ["target_val"], "data.target.test": ["target_test"],
-            "data.target.batch_size": 3, "data.crop_size": 24, "data.source.augmentation": "light",
-            "data.target.augmentation": "strong", "domain_adaptation.method.hidden_size": 16,
-            "domain_adaptation.method.step_mode": "batch", "optimizer.name": "adamw", "optimizer.schedule": "annealed",
-            "pretraining.max_epochs": 1, "trainer.max_epochs": 2, "trainer.checkpoint_every_n_steps": 4,
-            "trainer.accelerator": "cpu", "trainer.enable_progress_bar": False, "threads": 1, "tracking.uri": uri,
-            "tracking.folder": str(outputs), **more,
-        },
-    )  # fmt: skip
+    own = {
+        "data.crop_size": 24, "data.source.augmentation": "light", "data.target.augmentation": "strong",
+        "domain_adaptation.method.step_mode": "batch", "optimizer.name": "adamw", "optimizer.schedule": "annealed",
+        "trainer.checkpoint_every_n_steps": 4, "tracking.uri": uri, "tracking.folder": str(outputs),
+    }  # fmt: skip
+    return load_config(None, {**small_settings(root), **own, **more})
 
 
 class Noise(pl.Callback):
