@@ -537,8 +537,7 @@ def draw_summary(path: Path, comparison: Comparison) -> None:
 
 def _summary(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(16, 10))
-    lines = max(len(comparison.verdicts), 1)
-    top = 1.15 + (0.95 if lines < 3 else 0.42) * lines  # inches of the header
+    top = 1.15 + sum(_inches(verdict, comparison) for verdict in comparison.verdicts or [None])  # of the header
     _write_header(figure, comparison, top)
     high = 1 - top / 10
     confidence = confidence_of(comparison.verdicts)
@@ -561,6 +560,19 @@ def confidence_of(verdicts: Sequence[Verdict]) -> float:
     return verdicts[0].confidence if verdicts else CONFIDENCE
 
 
+def _reason(verdict: Verdict | None, comparison: Comparison) -> list[str]:
+    """Lines of a verdict's reason; none where many arms are judged."""
+    if verdict is None or len(comparison.verdicts) >= 3:
+        return []
+    return textwrap.wrap(verdict.reason, 175, max_lines=4, placeholder=" …")
+
+
+def _inches(verdict: Verdict | None, comparison: Comparison) -> float:
+    """The height of a verdict in the header."""
+    lines = len(_reason(verdict, comparison))
+    return 0.52 + 0.215 * lines if lines else 0.42
+
+
 def _write_header(figure: Figure, comparison: Comparison, top: float) -> None:
     inch = 0.1  # of the figure's height
     seeds = len({run.seed for run in comparison.runs})
@@ -575,11 +587,9 @@ def _write_header(figure: Figure, comparison: Comparison, top: float) -> None:
         colour = OUTCOME_COLOURS.get(verdict.outcome, INK)
         head = f"{mark} {short(verdict.arm, 40)}: {verdict.outcome}"
         figure.text(0.02, place, head, fontsize=16, weight="bold", color=colour, va="center")
-        place -= 0.36 * inch
-        if len(comparison.verdicts) < 3:
-            reason = textwrap.wrap(verdict.reason, 165, max_lines=2, placeholder=" …")
-            figure.text(0.02, place + 0.1 * inch, "\n".join(reason), fontsize=12, va="top", linespacing=1.3)
-            place -= 0.59 * inch
+        reason = _reason(verdict, comparison)
+        if reason:
+            figure.text(0.02, place - 0.26 * inch, "\n".join(reason), fontsize=12, va="top", linespacing=1.3)
         else:
             told = [
                 f"{points(interval.mean):+.1f} points against {other}".replace("-", MINUS)
@@ -589,8 +599,8 @@ def _write_header(figure: Figure, comparison: Comparison, top: float) -> None:
                 )
                 if interval.n
             ]
-            figure.text(0.985, place + 0.36 * inch, ",  ".join(told), fontsize=12, va="center", ha="right")
-            place -= 0.06 * inch
+            figure.text(0.985, place, ",  ".join(told), fontsize=12, va="center", ha="right")
+        place -= _inches(verdict, comparison) * inch
     if not comparison.verdicts:
         figure.text(0.02, place, "no adapted arm to judge", fontsize=14, color=MUTED, va="center")
     figure.add_artist(Line2D([0.02, 0.985], [1 - top * inch + 0.004] * 2, color=GRID, linewidth=1))
@@ -660,7 +670,8 @@ def _draw_tiles(
             if pixels is not None:
                 axis.imshow(pixels if pixels.ndim == 3 else painted(pixels, count), interpolation="nearest")
             if row == 0:
-                axis.set_title(short(name, int(side * 11.5)), fontsize=10, loc="center", pad=4)
+                width = int(side * 11.5)  # letters
+                axis.set_title(textwrap.fill(short(name, 2 * width - 4), width), fontsize=10, loc="center", pad=4)
     palette = distinct_class_colours(count)
     handles = [
         Patch(facecolor=palette[i], edgecolor=MUTED, linewidth=0.6, label=short(name, 22))
