@@ -40,6 +40,7 @@ from dann_experiments.models.taps import Tap, resolve_taps
 ENCODERS = ("resnet18", "resnet34", "mobilenet_v2", "mit_b0")
 TAPS = {"deepest": "encoder", "middle": "encoder.3"}
 CLASSES = 5
+SIZE = 128
 WARM_UP = 3
 
 
@@ -209,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoders", nargs="+", default=list(ENCODERS))
     parser.add_argument("--taps", nargs="+", default=list(TAPS), choices=list(TAPS))
-    parser.add_argument("--size", type=int, default=128, help="side of the images, pixels")
+    parser.add_argument("--size", type=int, default=SIZE, help="side of the images, pixels; 256 has a table of its own")
     parser.add_argument("--batch", type=int, default=4, help="images of each domain a step")
     parser.add_argument("--turns", type=int, default=21, help="measured turns of each line")
     parser.add_argument("--block", type=int, help="steps a turn; default: 1 on the CPU, 10 on a GPU")
@@ -233,7 +234,8 @@ def main() -> None:
               f"{circumstances('torch', 'segmentation-models-pytorch', 'pytorch-lightning', 'mlflow')}"]  # fmt: skip
     print("\n".join(lines[-2:]))
     if options.write:
-        put("performance.md", f"step_{options.device}", "\n".join(lines))
+        size = "" if options.size == SIZE else f"_{options.size}"
+        put("performance.md", f"step_{options.device}{size}", "\n".join(lines))
 
 
 if __name__ == "__main__":
