@@ -35,7 +35,7 @@ from dann_experiments.__main__ import main
 from dann_experiments.data.reading import Normalisation, Reading, reading_facts
 from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import resolve_taps
-from dann_experiments.training.bad_numbers import BadNumbers
+from dann_experiments.training.bad_numbers import BadNumbers, _Buffers
 from dann_experiments.training.module import AdaptationModule
 
 
@@ -337,3 +337,22 @@ def test_memory_that_runs_out_is_told_with_the_sizes_and_what_helps(workplace, s
     assert "Traceback" not in done.stderr
     if "target_stats" not in command:  # those are taken before a run is opened
         assert "can't allocate memory" in artifact(failed_run(workplace), "traceback.txt").read_text()
+
+
+@pytest.mark.parametrize("sizes", [[()], [(3,)], [(), (2, 3), (0,), (4,)]])
+@pytest.mark.parametrize("where", [None, True, False])
+def test_buffers_are_put_back_as_they_were_kept(sizes, where):
+    module = nn.Module()
+    for number, size in enumerate(sizes):
+        module.register_buffer(f"buffer_{number}", torch.randn(size))
+        module.register_buffer(f"count_{number}", torch.zeros(size, dtype=torch.int64))
+    buffers = _Buffers(module)
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    buffers.keep()
+    for buffer in module.buffers():
+        buffer += 1
+    module.buffer_0 = module.buffer_0.clone()  # another tensor in its place
+    moved = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    buffers.put_back(None if where is None else torch.tensor(where))
+    expected = moved if where is False else before
+    assert all(torch.equal(buffer, expected[name]) for name, buffer in module.named_buffers())

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from dann_experiments.adaptation.dann import DANNMethod, LambdaZero, SourceOnly
-from dann_experiments.adaptation.domain_classifier import DomainClassifier
+from dann_experiments.adaptation.domain_classifier import DomainClassifier, Pointwise
 from dann_experiments.adaptation.method import Progress, StepOutputs
 from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler
 from dann_experiments.models.taps import resolve_taps
@@ -340,6 +340,17 @@ def test_a_position_with_some_ignored_pixels_weighs_by_its_labelled_share(kind):
         a_position = -classifier(features).log_softmax(1)[0, 0, 0]
         expected = (0.25 * a_position[0] + a_position[1]) / 1.25
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+
+
+def test_at_one_position_a_pointwise_convolution_is_the_linear_layer_that_it_is():
+    layer = Pointwise(5, 7)
+    features = torch.randn(3, 5, 1, 1, requires_grad=True)
+    twice = torch.cat([features, features], 3)  # as a convolution
+    alone, whole = layer(features), layer(twice)
+    torch.testing.assert_close(alone, whole[..., :1])
+    gradients = torch.autograd.grad(alone.square().sum(), [features, *layer.parameters()])
+    expected = torch.autograd.grad(whole.square().sum() / 2, [features, *layer.parameters()])
+    torch.testing.assert_close(gradients, expected)
 
 
 @EVERY_KIND

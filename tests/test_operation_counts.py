@@ -7,8 +7,9 @@ import pytorch_lightning as pl
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dann_experiments import adapt, load_config
+from dann_experiments import DomainClassifier, adapt, load_config
 from dann_experiments.training.bad_numbers import BadNumbers
+from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
 from tests.conftest import small_settings
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount")
@@ -31,6 +32,18 @@ class Waits(TorchDispatchMode):
         )
         if name.strip("_") in {waiting.strip("_") for waiting in WAITING} or name.startswith("unique") or by_mask:
             self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Operations(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.__name__.split(".")[0]] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -102,3 +115,23 @@ def test_a_training_step_waits_for_nothing(counted, classifier):
     assert len(steps) == 4
     assert all(step.operations > 100 for step in steps)  # the count sees the step
     assert [step.names for step in steps[1:]] == [[]] * 3  # the first decides at once (decision 10)
+
+
+def test_the_loss_and_the_scores_without_labels_share_one_softmax_a_batch(tmp_path):
+    logits, labels = torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)
+    monitor = DomainAdaptationMonitorCallback(3)
+    with Operations() as operations:
+        outputs = {"logits": logits, "labels": labels, "valid": torch.ones(2, 8, 8)}
+        monitor.on_validation_batch_end(pl.Trainer(logger=False, default_root_dir=tmp_path), None, outputs, None, 0, 1)
+    assert operations.counts["_log_softmax"] == 1
+    assert operations.counts["_softmax"] == 0
+    assert operations.counts["argmax"] == operations.counts["max"] == 0  # slow on a CPU over a dimension in the middle
+
+
+def test_a_pooled_classifier_runs_no_convolution_forward_or_backward():
+    classifier = DomainClassifier(6, 8)
+    features = torch.randn(3, 6, 4, 4, requires_grad=True)
+    with Operations() as operations:
+        classifier(features).sum().backward()
+    assert not [name for name in operations.counts if "convolution" in name]
+    assert operations.counts["addmm"] == 3

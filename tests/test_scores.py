@@ -11,9 +11,11 @@ from sklearn.metrics import accuracy_score, jaccard_score, precision_recall_fsco
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dann_experiments.models.networks import predicted_classes
 from dann_experiments.training.scores import (
     Scorer,
     Scores,
+    log_shares,
     macro_mean,
     metric_name,
     predict_images,
@@ -172,6 +174,35 @@ def test_predictions_are_maps_of_class_ids_made_in_eval_mode():
     (prediction,) = predict_images(network, [image])
     assert prediction.tolist() == [[1, 0, 1], [0, 1, 0]]
     assert network.training
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [1, 2, 7, 300])  # bfloat16 counts to 256
+def test_the_predicted_class_is_the_first_of_the_greatest_logits(kind, classes):
+    logits = (
+        torch.randint(0, 5, (2, classes, 9, 9), generator=torch.Generator().manual_seed(0)).to(kind).requires_grad_()
+    )
+    before = logits.detach().clone()
+    predicted = predicted_classes(logits)
+    assert predicted.dtype == torch.int64
+    assert predicted.tolist() == logits.detach().double().numpy().argmax(1).tolist()  # numpy's gives the first
+    assert torch.equal(logits.detach(), before)
+
+
+def test_a_batch_handled_in_parts_or_with_its_softmax_given_scores_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, 6, 6, generator=generator)
+    labels = torch.randint(0, 3, (5, 6, 6), generator=generator)
+    labels[2] = IGNORED
+    found = []
+    for logs in (None, log_shares(logits)):
+        for values in (10**9, 2 * 3 * 6 * 6, 1):
+            monkeypatch.setattr("dann_experiments.training.scores.CPU_VALUES", values)
+            scorer = Scorer(3, IGNORED)
+            scorer.update(logits, labels, logs)
+            found.append(scorer.compute())
+    assert all(np.array_equal(scores.confusion, found[0].confusion) for scores in found)
+    assert [scores.loss for scores in found] == pytest.approx([found[0].loss] * 6, abs=1e-6)
 
 
 # rows = truth: of 8 field, 6 found; of 4 wood, 1 found; no town, but 3 pixels called so; no lake at all

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dann_experiments.training.scores import log_shares
 from dann_experiments.training.selection import (
     COMPARED,
     KEPT,
@@ -132,7 +133,7 @@ def test_how_images_are_split_into_batches_does_not_matter(count, batch_size, wi
 def test_a_large_batch_is_handled_in_parts_without_changing_anything(monkeypatch):
     logits, valid = noise(9, 3, 12, 11), noise(9, 12, 11, seed=1) > 0
     whole = scored(logits, valid)
-    monkeypatch.setattr("dann_experiments.training.selection._VALUES", 2 * 3 * 12 * 11)
+    monkeypatch.setattr("dann_experiments.training.scores.CPU_VALUES", 2 * 3 * 12 * 11)
     assert scored(logits, valid) == pytest.approx(whole, abs=1e-6)
 
 
@@ -152,6 +153,17 @@ def test_an_image_without_data_changes_nothing_but_the_places_of_the_pixels_comp
     valid = torch.ones(3, 6, 6)
     valid[1] = 0
     assert scored(logits, valid) == pytest.approx(scored(logits[[0, 2]]), abs=1e-6)  # of 36 pixels all are compared
+
+
+@pytest.mark.parametrize("with_valid", [False, True])
+def test_a_softmax_that_is_given_changes_nothing(with_valid):
+    logits = noise(3, 4, 10, 10)
+    valid = noise(3, 10, 10, seed=1) > 0 if with_valid else None
+    if valid is not None:
+        logits.masked_fill_(~valid[:, None], math.nan)
+    scorer = SelectionScorer()
+    scorer.update(logits, valid, log_shares(logits))
+    assert scorer.compute() == scored(logits, valid)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])

@@ -29,10 +29,15 @@ def is_of_compiling(error: Exception) -> bool:
     return isinstance(error, (TorchDynamoException, InductorError))
 
 
+def has_compiled(network: nn.Module) -> bool:
+    """Whether any of its modules was compiled."""
+    return any(module._compiled_call_impl is not None for module in network.modules())
+
+
 @contextmanager
 def uncompiled(network: nn.Module) -> Iterator[None]:
     """Forwards inside run as they were written: evaluation sees images of many sizes, each of which would be compiled."""
-    if any(module._compiled_call_impl is not None for module in network.modules()):
+    if has_compiled(network):
         with torch.compiler.set_stance("force_eager"):
             yield
     else:

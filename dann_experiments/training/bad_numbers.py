@@ -18,6 +18,7 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
@@ -221,16 +222,19 @@ class _Buffers:
         for dtype, old in self._kept.items():
             now = self._now(dtype)
             values = old if where is None else torch.where(where, old, _flat(now))
-            parts = values.split([buffer.numel() for buffer in now])
-            torch._foreach_copy_(now, [part.view_as(buffer) for part, buffer in zip(parts, now, strict=True)])
+            torch._foreach_copy_(now, list(_unflatten_dense_tensors(values, now)))
 
     def _now(self, dtype: torch.dtype) -> list[Tensor]:
-        # looked up each time: a module may put a new tensor in a buffer's place
-        return [owner.get_buffer(name) for owner, name in self._places[dtype]]
+        # looked up each time: a module may put a new tensor in a buffer's place. By `_buffers`, as `get_buffer` looks at much
+        # else, which for the 186 buffers of a mobilenet_v2 takes a millisecond
+        found = [owner._buffers[name] for owner, name in self._places[dtype]]
+        return [buffer for buffer in found if buffer is not None]
 
 
 def _flat(buffers: list[Tensor]) -> Tensor:
-    return torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
+    """A copy of them all (N,), made in one call from Python."""
+    flat = _flatten_dense_tensors(buffers)
+    return flat.clone() if len(buffers) == 1 else flat  # of a single one torch gives a view
 
 
 def _copied(numbers: Tensor, later: bool) -> torch.cuda.Event | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 
 from dann_experiments.adaptation.domain_classifier import SOURCE
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
-from dann_experiments.models.compiling import uncompiled
+from dann_experiments.models.compiling import has_compiled, uncompiled
 from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
 from dann_experiments.models.passes import Passes, check_joint, choose, forward_with_taps
 from dann_experiments.models.taps import Tap, recording
@@ -78,6 +79,7 @@ class AdaptationModule(pl.LightningModule):
         """How both domains are forwarded: found in the first step."""
         self._total_steps: int | None = None
         self._started = False
+        self._may_have_compiled = True  # looked up once a validation: in a batch's time it shows
         self.ended = False
         """Whether the method has been told the end of training."""
         if batchnorm == "joint" and method.uses_target:
@@ -125,13 +127,15 @@ class AdaptationModule(pl.LightningModule):
         return StepOutputs(logits, labels, valid, source_features, target_features, target_valid)
 
     def on_validation_start(self) -> None:
+        self._may_have_compiled = has_compiled(self.network)
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             ranks.average_buffers(self)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         images, labels, valid = batch["image"], batch.get("mask"), batch.get("valid")
         images = images.to(memory_format=self.memory_format)
-        with recording(self.network, self.taps) as features, uncompiled(self.network):
+        as_written = uncompiled(self.network) if self._may_have_compiled else nullcontext()
+        with recording(self.network, self.taps) as features, as_written:
             logits = logits_of_any_size(self.network, images)
         counted = valid  # the pixels on which a classifier judges the domain: as in training
         if dataloader_idx == SOURCE and labels is not None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from dann_experiments.models.batchnorm import target_statistics
 from dann_experiments.training.ranks import sum_of
-from dann_experiments.training.scores import Scorer, Scores
+from dann_experiments.training.scores import Scorer, Scores, in_parts, log_shares
 from dann_experiments.training.selection import KEPT, PREFIX, SelectionScorer, choice_value
 
 log = logging.getLogger(__name__)
@@ -105,13 +105,17 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs["labels"] is not None:
-            if dataloader_idx not in self._scorers:
-                self._scorers[dataloader_idx] = Scorer(self.num_classes, self.ignore_index)
-            self._scorers[dataloader_idx].update(outputs["logits"], outputs["labels"])
-        if DOMAINS[dataloader_idx] == "target":
-            self._unlabelled = self._unlabelled or SelectionScorer(_first_item(trainer, dataloader_idx))
-            self._unlabelled.update(outputs["logits"], outputs.get("valid"))
+        logits, labels, valid = outputs["logits"], outputs["labels"], outputs.get("valid")
+        if labels is not None and dataloader_idx not in self._scorers:
+            self._scorers[dataloader_idx] = Scorer(self.num_classes, self.ignore_index)
+        if DOMAINS[dataloader_idx] == "target" and self._unlabelled is None:
+            self._unlabelled = SelectionScorer(_first_item(trainer, dataloader_idx))
+        for part in in_parts(logits):
+            logs = log_shares(logits[part])  # for both scorers
+            if labels is not None:
+                self._scorers[dataloader_idx].update(logits[part], labels[part], logs)
+            if DOMAINS[dataloader_idx] == "target" and self._unlabelled is not None:
+                self._unlabelled.update(logits[part], None if valid is None else valid[part], logs)
         for layer, hits in outputs.get("domain_hits", {}).items():
             of_layer = self._hits.setdefault(layer, {})
             of_layer[dataloader_idx] = of_layer.get(dataloader_idx, 0) + hits
@@ -134,10 +138,12 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
         if not trainer.sanity_checking:
-            shown = {"iou/source_val", "iou/target_val"}
-            for name in metrics:  # for checkpoints and the progress bar; the loggers have them already
-                value = choice_value(name, metrics)
-                pl_module.log(name, value, prog_bar=name in shown, logger=False, add_dataloader_idx=False)
+            values = {name: choice_value(name, metrics) for name in metrics}
+            # for checkpoints; `log` would take a millisecond for each
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+            for name in ("iou/source_val", "iou/target_val"):  # the progress bar; the loggers have all already
+                if name in values:
+                    pl_module.log(name, values[name], prog_bar=True, logger=False, add_dataloader_idx=False)
             self._warn_of_forgetting(trainer.loggers)
 
     def metrics(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ Letters: N images, K classes, H x W pixels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,11 @@ from torch.utils.data import DataLoader
 from dann_experiments.models.networks import logits_of_any_size, predicted_classes
 from dann_experiments.models.taps import evaluating
 from dann_experiments.training.ranks import sum_of
+
+CPU_VALUES = 2**19
+"""Logits of a batch that are scored at a time on a CPU, in whole images: 2 MB, which stay in its cache."""
+MOST_VALUES = 2**23
+"""The same on other devices, where each call costs: bounds the memory that scores need (128 MB)."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,21 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tens
     return total / (labels != ignore_index).sum().clamp_min(1)
 
 
+def in_parts(logits: Tensor) -> Iterator[slice]:
+    """A batch of logits (N, K, H, W) as slices of a few images, so that what is made of them stays in a processor's cache and
+    needs little memory."""
+    most = CPU_VALUES if logits.device.type == "cpu" else MOST_VALUES
+    images = max(most // max(logits[:1].numel(), 1), 1)
+    for start in range(0, len(logits), images):
+        yield slice(start, start + images)
+
+
+def log_shares(logits: Tensor) -> Tensor:
+    """Logarithms of the classes' probabilities (N, K, H, W), in single precision."""
+    with torch.no_grad():
+        return logits.float().log_softmax(1)
+
+
 class Scorer:
     """Adds up batches of logits and labels; the sums stay on the device until `compute`."""
 
@@ -152,22 +172,23 @@ class Scorer:
         self.ignore_index = ignore_index
         self._confusion: Tensor = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self._loss: Tensor | float = 0.0
-        self._pixels: Tensor | float = 0.0
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits (N, K, H, W), labels (N, H, W)."""
+    def update(self, logits: Tensor, labels: Tensor, logs: Tensor | None = None) -> None:
+        """Add a batch: logits (N, K, H, W), labels (N, H, W); `logs`: the logits' `log_shares`, if somebody has them."""
+        for part in in_parts(logits):
+            self._add(logits[part], labels[part], log_shares(logits[part]) if logs is None else logs[part])
+
+    def _add(self, logits: Tensor, labels: Tensor, logs: Tensor) -> None:
         self._confusion = self._confusion.to(logits.device) + self._counts(predicted_classes(logits), labels)
         self._loss = (
-            self._loss
-            + functional.cross_entropy(logits.float(), labels, ignore_index=self.ignore_index, reduction="sum").double()
+            self._loss + functional.nll_loss(logs, labels, ignore_index=self.ignore_index, reduction="sum").double()
         )
-        self._pixels = self._pixels + (labels != self.ignore_index).sum()
 
     def _counts(self, predicted: Tensor, labels: Tensor) -> Tensor:
         """(K, K) pixels by truth and prediction. Not torchmetrics': under deterministic algorithms, our default, it compares each
         pixel with each of K x K pairs, which takes longer than the network's forward (docs/performance.md)."""
         kinds = self.num_classes**2
-        pairs = torch.where(labels == self.ignore_index, kinds, labels * self.num_classes + predicted).flatten()
+        pairs = (labels * self.num_classes).add_(predicted).masked_fill_(labels == self.ignore_index, kinds).flatten()
         if pairs.device.type == "cpu":
             counts = torch.bincount(pairs, minlength=kinds + 1)
         else:  # bincount would wait for the device
@@ -178,13 +199,11 @@ class Scorer:
     def compute(self, over_ranks: bool = False) -> Scores:
         """The scores of everything added; `over_ranks`: by all ranks, which must all call this and get the same."""
         confusion = self._confusion
-        sums = torch.stack(
-            [torch.as_tensor(part, device=confusion.device).double() for part in (self._loss, self._pixels)]
-        )
+        loss = torch.as_tensor(self._loss, device=confusion.device).double()
         if over_ranks:
-            confusion, sums = sum_of(confusion), sum_of(sums)
-        loss, pixels = sums.tolist()
-        return Scores(confusion.cpu().numpy(), loss / pixels if pixels else float("nan"))
+            confusion, loss = sum_of(confusion), sum_of(loss)
+        pixels = int(confusion.sum())  # every labelled one is in it
+        return Scores(confusion.cpu().numpy(), float(loss) / pixels if pixels else float("nan"))
 
 
 def score_set(network: nn.Module, loader: DataLoader, num_classes: int, ignore_index: int) -> Scores:

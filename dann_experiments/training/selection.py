@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dann_experiments.training.ranks import gathered, sum_of, world
+from dann_experiments.training.scores import in_parts, log_shares
 
 PREFIX = "select/"
 KEPT = "select/source_kept"
@@ -30,7 +31,6 @@ COMPARED = 2048
 """Most pixels that are compared with each other (their similarities take 16 MB)."""
 SLOTS = 256
 """Most pixels of one image among them."""
-_VALUES = 2**21  # probabilities handled at a time, in whole images: bounds what validation needs in memory
 _ROWS = 256  # similarities of so many pixels at a time: 2 MB, which stays in the processor's cache
 _WEYL = 2654435769  # 2^32 / golden ratio: its multiples, modulo 2^32, spread evenly (Knuth, TAOCP 3, 6.4)
 
@@ -98,40 +98,38 @@ class SelectionScorer:
         self._pixels: Tensor | float = 0.0
         self._entropy: Tensor | float = 0.0
         self._gram: Tensor | float = 0.0
-        self._sum: Tensor | float = 0.0
         self._classes = 0
 
-    def update(self, logits: Tensor, valid: Tensor | None = None) -> None:
-        """Add a batch: logits (N, K, H, W) of any float type, valid (N, H, W), 0 where a pixel has no data (None = all have).
-        Raises ValueError for fewer than two classes."""
+    def update(self, logits: Tensor, valid: Tensor | None = None, logs: Tensor | None = None) -> None:
+        """Add a batch: logits (N, K, H, W) of any float type, valid (N, H, W), 0 where a pixel has no data (None = all have);
+        `logs`: the logits' `log_shares`, if somebody has them and needs them no more, as they are overwritten. Raises
+        ValueError for fewer than two classes."""
         if logits.shape[1] < 2:
             raise ValueError(
                 f"logits of shape {tuple(logits.shape)} have fewer than two classes: nothing to be unsure of"
             )
         self._classes = logits.shape[1]
-        images = max(_VALUES // logits[0].numel(), 1)
         with torch.no_grad():
-            for start in range(0, len(logits), images):
-                part = slice(start, start + images)
-                self._add(logits[part].flatten(2), None if valid is None else valid[part].flatten(1) != 0)
+            for part in in_parts(logits):
+                of_part = log_shares(logits[part]) if logs is None else logs[part]
+                self._add(of_part.flatten(2), None if valid is None else valid[part].flatten(1) != 0)
 
-    def _add(self, logits: Tensor, known: Tensor | None) -> None:
-        """Some images: logits (N, K, H W), known (N, H W)."""
-        logits = logits.float()
-        if known is not None:
-            logits = logits.masked_fill(~known[:, None], 0.0)  # nodata may have made NaN, which times 0 is NaN
-        logs = logits.log_softmax(1)
+    def _add(self, logs: Tensor, known: Tensor | None) -> None:
+        """Some images: log p (N, K, H W), overwritten, known (N, H W)."""
         shares = logs.exp()
         if known is not None:
-            shares = shares * known[:, None]  # a row of zeros adds nothing to any sum
-        self._pixels = self._pixels + (logits[:, 0].numel() if known is None else known.sum().double())
+            # A row of zeros adds nothing to any sum. By bits, as NaN, which nodata may have made, times 0 is NaN; filling by a
+            # mask takes many times as long on a CPU.
+            bits = known.to(torch.int32).neg_()[:, None]  # all 1 or all 0
+            shares.view(torch.int32).bitwise_and_(bits)
+            logs.view(torch.int32).bitwise_and_(bits)
+        self._pixels = self._pixels + (logs[:, 0].numel() if known is None else known.sum().double())
         self._entropy = self._entropy - logs.mul_(shares).sum((1, 2)).double().sum()
-        self._sum = self._sum + shares.sum(2).double().sum(0)
         # the roots of small eigenvalues show the rounding of the sums, so these are made in double precision
         wide = shares.double()
         self._gram = self._gram + torch.bmm(wide, wide.mT).sum(0)
         self._keep(shares, known)
-        self._images += len(logits)
+        self._images += len(logs)
 
     def compute(self, over_ranks: bool = False) -> dict[str, float]:
         """`entropy`, `infomax`, `snd` and `bnm` of everything added, 0..1. All are NaN without a pixel that has data, and where
@@ -143,12 +141,12 @@ class SelectionScorer:
         scores = dict.fromkeys((name.removeprefix(PREFIX) for name in SCORES), math.nan)
         if not pixels:
             return scores
-        assert isinstance(self._sum, Tensor)
         assert isinstance(self._gram, Tensor)
         entropy, greatest = float(self._entropy) / pixels, math.log(self._classes)
-        mean, gram = (self._sum / pixels).cpu().numpy(), self._gram.cpu().numpy()
+        gram = self._gram.cpu().numpy()
         if not (math.isfinite(entropy) and np.isfinite(gram).all()):
             return scores
+        mean = gram.sum(0) / pixels  # of p, as each p has the sum 1
         of_mean = -float(np.sum(mean * np.log(np.maximum(mean, np.finfo(float).tiny))))
         norm = float(np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0.0)).sum())  # of the singular values
         scores |= {
@@ -208,9 +206,8 @@ class SelectionScorer:
         slots, rows, filled = (torch.cat(parts) for parts in zip(*self._pool, strict=True))
         sums = [torch.as_tensor(part, device=rows.device) for part in (self._pixels, self._entropy)]
         merged._pixels, merged._entropy = sum_of(torch.stack([part.double() for part in sums]))
-        assert isinstance(self._sum, Tensor)
         assert isinstance(self._gram, Tensor)
-        merged._sum, merged._gram = sum_of(self._sum), sum_of(self._gram)
+        merged._gram = sum_of(self._gram)
         strides = gathered(torch.tensor([self._stride], device=rows.device))
         merged._stride = int(torch.cat(strides).max())
         slots, rows, filled = (torch.cat(gathered(part)) for part in (slots, rows, filled.to(torch.uint8)))
