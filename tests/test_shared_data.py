@@ -19,7 +19,7 @@ from conftest import small_settings, write_domain, write_raster
 from dann_experiments import adapt, pretrain
 from dann_experiments.config import Config, InputError, load_config
 from dann_experiments.config.parsing import load_settings
-from dann_experiments.data import dataset, decoded
+from dann_experiments.data import dataset, decoded, looking
 from dann_experiments.data.reading import read_pixels as reading
 from dann_experiments.jobs import setup, source_model
 from dann_experiments.jobs.shared_data import OWNER, PLACE, shared_data
@@ -53,7 +53,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         found.append(path)
         return read(path, *arguments)
 
-    monkeypatch.setattr(dataset, "read_pixels", read_pixels)
+    for module in (dataset, looking):
+        monkeypatch.setattr(module, "read_pixels", read_pixels)
     return found
 
 
@@ -131,7 +132,8 @@ def setup_alone(config: Config) -> setup.Data:
     sharing, decoded._in_use = decoded._in_use, None
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dataset, "read_pixels", reading)
+            for module in (dataset, looking):
+                patch.setattr(module, "read_pixels", reading)
             return loaded(config)
     finally:
         decoded._in_use = sharing

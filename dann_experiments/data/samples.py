@@ -15,6 +15,8 @@ from typing import Any
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.places import user_path
 
+SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")
+PRETRAINING_SETS = tuple(name for name in SETS if name != "target_train")  # those that the source model's training uses
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".vrt")
 Key = tuple[str, ...]  # what an image and its mask have in common
 
