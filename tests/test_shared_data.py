@@ -110,6 +110,19 @@ def test_images_are_decoded_once_and_every_item_is_the_same(squares, tmp_path, r
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_process_that_finds_small_files_decoded_opens_none_of_them(squares, tmp_path, monkeypatch):
+    config = load_config(None, small_settings(squares))
+    alone = loaded(config).digests
+    with shared_data(tmp_path / "outputs"):
+        loaded(config)
+        opened, plain = [], open
+        monkeypatch.setattr(
+            "builtins.open", lambda path, *more, **named: opened.append(path) or plain(path, *more, **named)
+        )
+        assert loaded(config).digests == alone
+    assert not [path for path in opened if str(path).endswith(".png")]
+
+
 @pytest.mark.parametrize("windows", ["grid", "random"])
 def test_windows_without_data_are_shared_as_they_are(tmp_path, windows, reads):
     root = lacking(tmp_path / "data")

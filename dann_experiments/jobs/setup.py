@@ -139,17 +139,18 @@ def _loaded(
         return _with_headers(config, name, found, memory, problems, ahead, begun)
     key = shared.key(found, **_decided_by(config, name))
     with shared.alone(key):
-        headers = shared.headers(key)
-        if headers is not None:
-            dataset = as_dataset(config, name, found, memory, headers)
-            if not shared.give(key, dataset):
+        index = shared.index(key)
+        if index is not None:
+            ahead.digests.update(shared.digests(index, found))
+            dataset = as_dataset(config, name, found, memory, shared.headers(index))
+            if not shared.give(key, index, dataset):
                 ahead.stop()
             return dataset
         dataset = _with_headers(config, name, found, memory, problems, ahead, begun)
         if dataset is not None and not problems.texts:
             try:
                 _fill(config, name, dataset)
-                shared.put(key, dataset)
+                shared.put(key, dataset, ahead.digests)
             except InputError as error:
                 problems.append(str(error))
         return dataset
