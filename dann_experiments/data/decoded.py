@@ -25,7 +25,7 @@ import numpy as np
 
 from dann_experiments.data.dataset import Arrays, SegmentationDataset
 from dann_experiments.data.reading import Header, Window
-from dann_experiments.data.samples import Sample
+from dann_experiments.data.samples import Sample, files_of
 from dann_experiments.data.windows import Piece
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class DecodedSets:
         """What tells a set from others: its files as they are now, and the `facts` of how they are read and cut."""
         files = []
         for sample in samples:
-            paths = _files([sample])
+            paths = files_of([sample])
             found = [os.stat(path) for path in paths]
             files.append(([f"{p}" for p in paths], [(s.st_size, s.st_mtime_ns) for s in found], sample.region))
         text = repr((files, sorted(facts.items())))
@@ -79,7 +79,7 @@ class DecodedSets:
 
     def digests(self, index: Mapping[str, Any], samples: Sequence[Sample]) -> dict[Path, bytes]:
         """Of the set's files, as far as they were known to who wrote it."""
-        found = zip(_files(samples), index["digests"], strict=True)
+        found = zip(files_of(samples), index["digests"], strict=True)
         return {path: bytes.fromhex(digest) for path, digest in found if digest is not None}
 
     def put(self, key: str, dataset: SegmentationDataset, digests: Mapping[Path, bytes]) -> None:
@@ -102,7 +102,7 @@ class DecodedSets:
             facts = {
                 "headers": [dataclasses.asdict(header) for header in kinds],
                 "header_of": [kinds[header] for header in dataset.headers],
-                "digests": [digests[path].hex() if path in digests else None for path in _files(dataset.samples)],
+                "digests": [digests[path].hex() if path in digests else None for path in files_of(dataset.samples)],
                 "pieces": [[p.sample, *p.window, p.counted_rows, p.counted_columns] for p in kept],
                 "places": places,
                 "class_pixels": pixels,
@@ -136,10 +136,6 @@ class DecodedSets:
             kept[Piece(sample, Window(*window), rows, columns)] = (image, mask, valid)
         pixels = index["class_pixels"]
         return kept, None if pixels is None else np.array(pixels, np.int64)
-
-
-def _files(samples: Sequence[Sample]) -> list[Path]:
-    return [path for sample in samples for path in (sample.image, sample.mask) if path is not None]
 
 
 def in_use() -> DecodedSets | None:

@@ -17,19 +17,30 @@ import threading
 import warnings
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dann_experiments.config import Config
 from dann_experiments.data.samples import SETS
 
 
+MOST_GB = 0.25  # of pixels: while they are handed over there are several copies of them
+
+
+class OfSet(NamedTuple):
+    """What the child found of a set with which nothing is wrong."""
+
+    files: list[str]
+    """Images and masks in their order: as texts, which are handed over faster than paths."""
+    digests: list[bytes | None]
+    headers: list[Any]
+    read: dict[int, Any]
+    """As `sets.Looked` has them."""
+
+
 class Early(NamedTuple):
     """What the child found."""
 
-    looked: Mapping[str, Any]
-    """`sets.Looked` by the set's name."""
-    digests: Mapping[Path, bytes]
+    sets: Mapping[str, OfSet]
     all_read: bool
     """Whether every image was read ahead."""
 
@@ -89,16 +100,20 @@ def _look(its_parents: Connection, sender: Connection, config: Config, names: tu
 def _found(config: Config, names: tuple[str, ...]) -> Early | None:
     from dann_experiments.data.looking import Ahead, Memory
     from dann_experiments.data.reading import many_files
+    from dann_experiments.data.samples import files_of
     from dann_experiments.data.sets import Problems, find_set, is_there
 
     if not is_there(config):  # the parent builds them, and says so
         return None
-    problems, ahead, looked = Problems(), Ahead(Memory(config.data.memory_gb)), {}
+    problems, ahead, sets = Problems(), Ahead(Memory(min(config.data.memory_gb, MOST_GB))), {}
     found = {name: find_set(config, name, problems.append) for name in names}
     with many_files():
         for name, samples in found.items():
             if problems.texts:
                 return None
             if samples is not None:
-                looked[name] = problems.good(config, name, samples, ahead)
-    return None if problems.texts else Early(looked, ahead.digests, ahead.goes_on)
+                _, headers, read = problems.good(config, name, samples, ahead)
+                files = files_of(samples)
+                digests = [ahead.digests.get(path) for path in files]
+                sets[name] = OfSet([str(path) for path in files], digests, headers, read)
+    return None if problems.texts else Early(sets, ahead.goes_on)

@@ -78,6 +78,11 @@ def find_samples(
     return labelled
 
 
+def files_of(samples: Sequence[Sample]) -> list[Path]:
+    """Images and masks in their order."""
+    return [path for sample in samples for path in (sample.image, sample.mask) if path is not None]
+
+
 def content_digest(samples: Sequence[Sample], digest_of: Callable[[Path], bytes] | None = None) -> str:
     """32 hex digits over the bytes of all files in order: equal data, wherever it stands, has equal digests."""
     digest_of = digest_of or file_digest

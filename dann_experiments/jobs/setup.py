@@ -28,7 +28,7 @@ from dann_experiments.data import decoded, early
 from dann_experiments.data.dataset import SegmentationDataset, check_sizes
 from dann_experiments.data.looking import Ahead, Arrays, Memory
 from dann_experiments.data.reading import Header, Normalisation, many_files, reading_facts
-from dann_experiments.data.samples import SETS, Sample, content_digest, file_digest, shared_images
+from dann_experiments.data.samples import SETS, Sample, content_digest, file_digest, files_of, shared_images
 from dann_experiments.data.sets import Looked, Problems, find_set, labels_of, reading_of
 from dann_experiments.data.statistics import measure, normalisation_from
 from dann_experiments.models.batchnorm import has_batchnorm
@@ -160,9 +160,12 @@ def _with_headers(
     config: Config, name: str, found: Sequence[Sample], memory: Memory, problems: Problems, ahead: Ahead,
     begun: early.Early | None,
 ) -> SegmentationDataset | None:  # fmt: skip
-    looked: Looked | None = None if begun is None else begun.looked.get(name)
-    if looked is not None and begun is not None and looked.samples == found:
-        ahead.take_over(begun.digests, looked.read.values(), begun.all_read)
+    known, files = None if begun is None else begun.sets.get(name), files_of(found)
+    as_found = known is not None and (len(known.headers), known.files) == (len(found), [str(path) for path in files])
+    if begun is not None and known is not None and as_found:
+        digests = {path: digest for path, digest in zip(files, known.digests, strict=True) if digest is not None}
+        ahead.take_over(digests, known.read.values(), begun.all_read)
+        looked = Looked(list(found), known.headers, known.read)
     else:
         with many_files():
             looked = problems.good(config, name, found, ahead)
