@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from dann_experiments.config import Config
 from dann_experiments.data.samples import SETS
 
-
 MOST_GB = 0.25  # of pixels: while they are handed over there are several copies of them
 
 
