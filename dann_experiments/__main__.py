@@ -28,6 +28,8 @@ from dann_experiments.config import Config, InputError, TrainingFailed, config_t
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.data import early
+from dann_experiments.data.samples import PRETRAINING_SETS, SETS
 
 if TYPE_CHECKING:
     from dann_experiments.jobs.upkeep import Health
@@ -47,6 +49,7 @@ COMMANDS = {
     "config": "print the resolved settings as YAML",
 }
 RESUMABLE = ("pretrain", "adapt")
+SETS_OF = {"pretrain": PRETRAINING_SETS, "adapt": SETS}
 WITHOUT_EFFECT = {
     "pretrain": ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer"),
     "check-data": ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer", "max_epochs"),
@@ -114,6 +117,8 @@ def _run(known: argparse.Namespace, config: Config) -> int:
     if known.command == "runs":
         _print_overview(config)
         return 0
+    if known.command in SETS_OF:
+        early.begin(config, SETS_OF[known.command])
     from dann_experiments import jobs
 
     if known.command == "sync":

@@ -22,7 +22,7 @@ from torch import nn
 from dann_experiments.config import Config, InputError, config_to_dict, known_keys, replace
 from dann_experiments.config.parsing import scalar
 from dann_experiments.jobs import setup
-from dann_experiments.models.taps import list_layers
+from dann_experiments.models.taps import Tap, list_layers
 
 FEATURE_LAYER = "domain_adaptation.method.feature_layer"
 FOLLOW_THE_LAYER = ("domain_adaptation.method.in_channels", "domain_adaptation.feature_layers")
@@ -310,7 +310,7 @@ def _useful_layers(config: Config) -> list[str]:
 def _refused(config: Config, chosen: Mapping[str, Label]) -> InputError | None:
     try:
         changed = replace(config, settings_of(chosen))
-        setup.make_method(changed, setup.make_taps(changed, _network(changed)))
+        setup.make_method(changed, _taps(changed))
     except InputError as error:
         return error
     except RuntimeError as error:  # memory, above all
@@ -319,6 +319,16 @@ def _refused(config: Config, chosen: Mapping[str, Label]) -> InputError | None:
 
 
 _networks: dict[str, nn.Module] = {}  # the newest alone: a space is checked at many points of one network
+_found_taps: dict[str, list[Tap]] = {}  # of that network, by what they depend on
+
+
+def _taps(config: Config) -> list[Tap]:
+    network, da = _network(config), config.domain_adaptation
+    named = (da.layers, da.method.layers, da.method.name, da.method.class_path)
+    key = repr((named, da.batchnorm, config.model.in_channels, setup.blank_size(config)))
+    if key not in _found_taps:
+        _found_taps[key] = setup.make_taps(config, network)
+    return _found_taps[key]
 
 
 def _network(config: Config) -> nn.Module:
@@ -326,6 +336,7 @@ def _network(config: Config) -> nn.Module:
     if key not in _networks:
         network = setup.make_network(config, with_weights=False)
         _networks.clear()
+        _found_taps.clear()
         _networks[key] = network
     return _networks[key]
 

@@ -19,7 +19,7 @@ from conftest import small_settings, write_domain, write_raster
 from dann_experiments import adapt, pretrain
 from dann_experiments.config import Config, InputError, load_config
 from dann_experiments.config.parsing import load_settings
-from dann_experiments.data import dataset, decoded
+from dann_experiments.data import dataset, decoded, looking
 from dann_experiments.data.reading import read_pixels as reading
 from dann_experiments.jobs import setup, source_model
 from dann_experiments.jobs.shared_data import OWNER, PLACE, shared_data
@@ -53,7 +53,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         found.append(path)
         return read(path, *arguments)
 
-    monkeypatch.setattr(dataset, "read_pixels", read_pixels)
+    for module in (dataset, looking):
+        monkeypatch.setattr(module, "read_pixels", read_pixels)
     return found
 
 
@@ -109,6 +110,19 @@ def test_images_are_decoded_once_and_every_item_is_the_same(squares, tmp_path, r
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_process_that_finds_small_files_decoded_opens_none_of_them(squares, tmp_path, monkeypatch):
+    config = load_config(None, small_settings(squares))
+    alone = loaded(config).digests
+    with shared_data(tmp_path / "outputs"):
+        loaded(config)
+        opened, plain = [], open
+        monkeypatch.setattr(
+            "builtins.open", lambda path, *more, **named: opened.append(path) or plain(path, *more, **named)
+        )
+        assert loaded(config).digests == alone
+    assert not [path for path in opened if str(path).endswith(".png")]
+
+
 @pytest.mark.parametrize("windows", ["grid", "random"])
 def test_windows_without_data_are_shared_as_they_are(tmp_path, windows, reads):
     root = lacking(tmp_path / "data")
@@ -131,7 +145,8 @@ def setup_alone(config: Config) -> setup.Data:
     sharing, decoded._in_use = decoded._in_use, None
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dataset, "read_pixels", reading)
+            for module in (dataset, looking):
+                patch.setattr(module, "read_pixels", reading)
             return loaded(config)
     finally:
         decoded._in_use = sharing

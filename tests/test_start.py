@@ -63,6 +63,26 @@ def test_what_a_file_says_of_itself_is_asked_of_an_image_once(squares, monkeypat
     assert sorted(name for name in asked if "/images/" in name) == sorted(str(sample.image) for sample in samples)
 
 
+def test_a_small_file_is_opened_once_for_its_header_and_its_pixels_and_once_for_its_bytes(squares, monkeypatch):
+    config = load_config(None, small_settings(squares))
+    opened, reader = [], rasterio.io.DatasetReader
+    monkeypatch.setattr(rasterio.io, "DatasetReader", lambda path: opened.append(path) or reader(path))
+    read, plain = [], open
+    monkeypatch.setattr("builtins.open", lambda path, *more, **named: read.append(path) or plain(path, *more, **named))
+    data = setup.load_data(config)
+    setup.check_data(config, data, setup.make_network(config, with_weights=False))
+    assert data.digests
+    files = [
+        str(path)
+        for one in data.sets.values()
+        for sample in one.samples
+        for path in (sample.image, sample.mask)
+        if path is not None
+    ]
+    assert sorted(opened) == sorted(files)
+    assert sorted(str(path) for path in read if str(path).endswith(".png")) == sorted(files)
+
+
 def test_gdal_is_set_up_once_a_set_not_once_a_file(squares, monkeypatch):
     made, real = [], rasterio.Env
     monkeypatch.setattr(rasterio, "Env", lambda **options: made.append(options) or real(**options))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dann_experiments.config import InputError, config_to_yaml, load_config, replace
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.jobs import setup
+from sweeps import space as space_module
 from sweeps.__main__ import main
 from sweeps.objective import check_objective
 from sweeps.settings import SweepConfig
@@ -69,6 +70,15 @@ def test_in_channels_follows_the_layer():
     for layer in space_of({FEATURE_LAYER: "auto"}, config).described()[FEATURE_LAYER]["choices"]:
         changed = replace(config, settings_of({FEATURE_LAYER: layer}))
         setup.make_method(changed, setup.make_taps(changed, setup.make_network(changed)))  # refuses a wrong number
+
+
+def test_a_layer_is_looked_up_once_however_many_ends_are_checked_with_it(monkeypatch):
+    asked, make_taps = [], setup.make_taps
+    monkeypatch.setattr(setup, "make_taps", lambda config, network: asked.append(1) or make_taps(config, network))
+    monkeypatch.setattr(space_module, "_networks", {})
+    entries = {GAMMA: FLOAT, f"{METHOD}.hidden_size": {"type": "int", "low": 32, "high": 256}}
+    assert len(space_of(entries).parameters) == 2
+    assert len(asked) == 1
 
 
 FLOAT = {"type": "float", "low": 1, "high": 20}

@@ -15,10 +15,10 @@ from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.comparison import ARM_NAMES, DEFAULT_ARMS, CompareConfig
 from dann_experiments.config.parsing import known_keys
 from dann_experiments.config.presets import filled
+from dann_experiments.data.samples import PRETRAINING_SETS
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.evaluate import SETS as SCORED_SETS
 from dann_experiments.jobs.evaluate import STATISTICS_SET
-from dann_experiments.jobs.pretrain import SETS as PRETRAINING_SETS
 
 log = logging.getLogger(__name__)
 PATH = "domain_adaptation.pretrained_checkpoint.path"

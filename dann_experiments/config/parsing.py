@@ -300,7 +300,9 @@ def _build(cls: type[Settings], settings: dict[str, Any]) -> Settings:
 
     parser = _parser(cls)
     try:
-        parsed = parser.parse_object(_without_empty_groups(settings, _groups(cls)), defaults=True)
+        given = _without_empty_groups(settings, _groups(cls))
+        # defaults that nothing asks for would take longer than all the rest: a sweep changes settings dozens of times
+        parsed = parser.parse_object(given, defaults=not _is_complete(cls, given))
         return cls(**vars(parser.instantiate_classes(parsed)))
     except InputError:
         raise
@@ -311,6 +313,17 @@ def _build(cls: type[Settings], settings: dict[str, Any]) -> Settings:
         if isinstance(cause, InputError):
             raise cause from None
         raise InputError(_readable(cls, str(error), settings)) from None
+
+
+def _is_complete(cls: type, settings: Mapping[str, Any]) -> bool:
+    """Whether every setting is given."""
+    for key in _field_types(cls):
+        node: Any = settings
+        for name in key.split("."):
+            if not isinstance(node, Mapping) or name not in node:
+                return False
+            node = node[name]
+    return True
 
 
 def _without_empty_groups(settings: Mapping[str, Any], groups: set[str], prefix: str = "") -> dict[str, Any]:

@@ -17,40 +17,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.augmentation import Strength, augmented
 from dann_experiments.data.labels import LabelMap, read_mask
-from dann_experiments.data.reading import (
-    Header,
-    Normalisation,
-    Reading,
-    Window,
-    check_type,
-    chosen_bands,
-    for_type,
-    read_header,
-    read_pixels,
-)
+from dann_experiments.data.looking import Arrays, Memory, checked_header
+from dann_experiments.data.reading import Header, Normalisation, Reading, Window, for_type, read_pixels
 from dann_experiments.data.samples import Sample
 from dann_experiments.data.windows import Piece, at_random, default_size, grid
 
 log = logging.getLogger(__name__)
-Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]  # image (B, h, w) as stored, mask (h, w), valid (h, w)
-
-
-class Memory:
-    """How much decoded data may still be kept, shared by the sets of a job."""
-
-    def __init__(self, gigabytes: float) -> None:
-        self.bytes_left = gigabytes * 1e9
-        self.full = gigabytes <= 0
-        """Whether something had to be left out: reading ahead has no use any more."""
-
-    def take(self, arrays: Arrays) -> bool:
-        """Whether these arrays may be kept; if so they are counted."""
-        size = sum(array.nbytes for array in arrays if array is not None)
-        if size > self.bytes_left:
-            self.full = True
-            return False
-        self.bytes_left -= size
-        return True
 
 
 class SegmentationDataset(Dataset):
@@ -78,6 +50,7 @@ class SegmentationDataset(Dataset):
         seed: int = 0,
         memory: Memory | None = None,
         headers: Sequence[Header] | None = None,
+        read: Mapping[int, Arrays] | None = None,
     ) -> None:
         self.samples = list(samples)
         self.labels = labels
@@ -93,6 +66,8 @@ class SegmentationDataset(Dataset):
         self.may_lack_data = any(self.reading.may_lack_data(header) for header in self.headers)
         self.pieces = self._cut(window_size, random_windows and training, window_count, seed)
         self._kept: dict[Piece, Arrays] = {}
+        for number, arrays in (read or {}).items():  # whole images that are read, and counted, already
+            self._kept[Piece(number, Window(0, 0, *arrays[0].shape[1:]))] = arrays
         self._filled = False
         self.class_pixels: np.ndarray | None = None
         """(256,) pixels of each id in the masks, from `fill`; None until then, or where not all masks were read."""
@@ -131,11 +106,11 @@ class SegmentationDataset(Dataset):
         if sample.mask is not None:
             factor = self.reading.factor(self.headers[piece.sample], sample.image)
             mask = read_mask(sample.mask, self.labels, piece.window, factor)
-            if piece.counted_rows or piece.counted_columns or valid is not None:
+            if piece.counted_rows or piece.counted_columns:
                 mask[: piece.counted_rows] = self.labels.ignore_index
                 mask[:, : piece.counted_columns] = self.labels.ignore_index
-                if valid is not None:
-                    mask[~valid] = self.labels.ignore_index
+            if valid is not None:
+                mask[~valid] = self.labels.ignore_index
         arrays = (image, mask, valid)
         if self.memory.take(arrays):
             self._kept[piece] = arrays
@@ -286,21 +261,6 @@ class SegmentationDataset(Dataset):
         first_row, first_column = round(top / factor), round(left / factor)
         rows = max(min(round(bottom / factor), height) - first_row, 1)
         return Window(first_row, first_column, rows, max(min(round(right / factor), width) - first_column, 1))
-
-
-def checked_header(sample: Sample, reading: Reading, in_channels: int) -> Header:
-    """The image's header; raises InputError for bands or a type that do not fit, a mask of another size, or no image."""
-    header = read_header(sample.image)
-    chosen_bands(sample.image, header, reading, in_channels)
-    check_type(sample.image, header, reading)
-    if sample.mask is not None:
-        mask = read_header(sample.mask)
-        if (mask.height, mask.width) != (header.height, header.width):
-            raise InputError(
-                f"image {sample.image} is {header.height} x {header.width} pixels, its mask {sample.mask} "
-                f"{mask.height} x {mask.width}; they must be of one size."
-            )
-    return header
 
 
 def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> None:

@@ -13,10 +13,11 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from dann_experiments.data.dataset import Arrays, SegmentationDataset
 from dann_experiments.data.reading import Header, Window
-from dann_experiments.data.samples import Sample
+from dann_experiments.data.samples import Sample, files_of
 from dann_experiments.data.windows import Piece
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class DecodedSets:
         """What tells a set from others: its files as they are now, and the `facts` of how they are read and cut."""
         files = []
         for sample in samples:
-            paths = [path for path in (sample.image, sample.mask) if path is not None]
+            paths = files_of([sample])
             found = [os.stat(path) for path in paths]
             files.append(([f"{p}" for p in paths], [(s.st_size, s.st_mtime_ns) for s in found], sample.region))
         text = repr((files, sorted(facts.items())))
@@ -64,14 +65,24 @@ class DecodedSets:
             if held:
                 lock.release()
 
-    def headers(self, key: str) -> list[Header] | None:
-        """Of the set's images; None where nobody has written the set."""
-        found = self._index(key)
-        if found is None:
+    def index(self, key: str) -> Mapping[str, Any] | None:
+        """What is known of a set; None where nobody has written it."""
+        try:
+            return json.loads((self.folder / f"{key}.json").read_text())
+        except (OSError, ValueError):
             return None
-        return [Header(**{**header, "nodata": tuple(header["nodata"])}) for header in found["headers"]]
 
-    def put(self, key: str, dataset: SegmentationDataset) -> None:
+    def headers(self, index: Mapping[str, Any]) -> list[Header]:
+        """Of the set's images."""
+        kinds = [Header(**{**header, "nodata": tuple(header["nodata"])}) for header in index["headers"]]
+        return [kinds[kind] for kind in index["header_of"]]
+
+    def digests(self, index: Mapping[str, Any], samples: Sequence[Sample]) -> dict[Path, bytes]:
+        """Of the set's files, as far as they were known to who wrote it."""
+        found = zip(files_of(samples), index["digests"], strict=True)
+        return {path: bytes.fromhex(digest) for path, digest in found if digest is not None}
+
+    def put(self, key: str, dataset: SegmentationDataset, digests: Mapping[Path, bytes]) -> None:
         """Write a set that was read, and let it give its own arrays up for the file's. Nothing happens where the set is not kept
         in memory as a whole, or where the disk has no room."""
         kept = dataset.kept()
@@ -87,8 +98,11 @@ class DecodedSets:
             with open(parts[0], "wb") as file:
                 places = [[_write(file, array) for array in arrays] for arrays in kept.values()]
             pixels = None if dataset.class_pixels is None else dataset.class_pixels.tolist()
+            kinds = {header: kind for kind, header in enumerate(dict.fromkeys(dataset.headers))}
             facts = {
-                "headers": [dataclasses.asdict(header) for header in dataset.headers],
+                "headers": [dataclasses.asdict(header) for header in kinds],
+                "header_of": [kinds[header] for header in dataset.headers],
+                "digests": [digests[path].hex() if path in digests else None for path in files_of(dataset.samples)],
                 "pieces": [[p.sample, *p.window, p.counted_rows, p.counted_columns] for p in kept],
                 "places": places,
                 "class_pixels": pixels,
@@ -103,33 +117,24 @@ class DecodedSets:
                     part.unlink(missing_ok=True)
             return
         with contextlib.suppress(OSError):
-            dataset.keep(*self._read(key), counted=True)
+            dataset.keep(*self._read(key, facts), counted=True)
 
-    def give(self, key: str, dataset: SegmentationDataset) -> bool:
+    def give(self, key: str, index: Mapping[str, Any], dataset: SegmentationDataset) -> bool:
         """Let the set have what was written; False where that does not fit into its memory."""
         try:
-            return dataset.keep(*self._read(key))
+            return dataset.keep(*self._read(key, index))
         except OSError:
             return False
 
-    def _index(self, key: str) -> dict[str, Any] | None:
-        try:
-            return json.loads((self.folder / f"{key}.json").read_text())
-        except (OSError, ValueError):
-            return None
-
-    def _read(self, key: str) -> tuple[dict[Piece, Arrays], np.ndarray | None]:
-        found = self._index(key)
-        if found is None:
-            raise OSError(f"no set {key} in {self.folder}")
+    def _read(self, key: str, index: Mapping[str, Any]) -> tuple[dict[Piece, Arrays], np.ndarray | None]:
         with open(self.folder / f"{key}.bin", "rb") as file:
             # private: the pages are everybody's, and one that somebody wrote to would be that process's own
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         kept = {}
-        for (sample, *window, rows, columns), places in zip(found["pieces"], found["places"], strict=True):
+        for (sample, *window, rows, columns), places in zip(index["pieces"], index["places"], strict=True):
             image, mask, valid = (_view(content, place) for place in places)
             kept[Piece(sample, Window(*window), rows, columns)] = (image, mask, valid)
-        pixels = found["class_pixels"]
+        pixels = index["class_pixels"]
         return kept, None if pixels is None else np.array(pixels, np.int64)
 
 
@@ -158,4 +163,4 @@ def _view(content: mmap.mmap, place: Sequence[Any] | None) -> Any:
     if place is None:
         return None
     begins, dtype, shape = place
-    return np.frombuffer(content, dtype, int(np.prod(shape)), begins).reshape(shape)
+    return np.frombuffer(content, dtype, math.prod(shape), begins).reshape(shape)

@@ -48,8 +48,8 @@ def build_digits(root: str | Path, seed: int = 0, name: EmbeddedName = "digits")
     PNG files they name; `target/train.csv` has no masks. `seed` draws other digits per set, other photo strips, other
     crops. Same seed, same files. The folder appears whole or not at all, also when several processes build it at once.
     """
-    folder = Path(root).expanduser() / f"{name}-v{FORMAT}-seed{seed}"
-    if (folder / "done.json").is_file():
+    folder = digits_folder(root, seed, name)
+    if is_built(folder):
         return folder
     log.info("Building the data set %s in %s (once) ...", name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +60,21 @@ def build_digits(root: str | Path, seed: int = 0, name: EmbeddedName = "digits")
         try:
             os.rename(half_built, folder)
         except OSError:
-            if not (folder / "done.json").is_file():  # not just another process that was faster
+            if not is_built(folder):  # not just another process that was faster
                 raise
     finally:
         shutil.rmtree(half_built, ignore_errors=True)
     return folder
+
+
+def digits_folder(root: str | Path, seed: int, name: EmbeddedName) -> Path:
+    """Where `build_digits` puts a data set."""
+    return Path(root).expanduser() / f"{name}-v{FORMAT}-seed{seed}"
+
+
+def is_built(folder: Path) -> bool:
+    """Whether a data set stands in its folder."""
+    return (folder / "done.json").is_file()
 
 
 def photographs() -> dict[str, np.ndarray]:

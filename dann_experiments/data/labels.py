@@ -6,11 +6,15 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.data.reading import Window, colours_of, read_labels
+from dann_experiments.data.reading import Header, Window, colours_of, read_labels
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
 
 Colour = tuple[int, int, int]
 
@@ -63,9 +67,13 @@ def label_map(
     )
 
 
-def read_mask(path: Path, labels: LabelMap, window: Window | None = None, factor: float = 1.0) -> np.ndarray:
-    """(h, w) uint8 of network ids. Raises InputError naming file and id (or colour) for what the map does not know."""
-    values, palette = read_labels(path, window, factor)
+def read_mask(
+    path: Path, labels: LabelMap, window: Window | None = None, factor: float = 1.0, header: Header | None = None,
+    file: DatasetReader | None = None,
+) -> np.ndarray:  # fmt: skip
+    """(h, w) uint8 of network ids; `header` if it is known, `file` if it is open. Raises InputError naming file and id (or
+    colour) for what the map does not know."""
+    values, palette = read_labels(path, window, factor, header, file)
     if labels.colours is not None:
         return _from_colours(path, _colours(path, values, palette), labels)
     if len(values) == 3 and np.array_equal(values[0], values[1]) and np.array_equal(values[0], values[2]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import threading
 import warnings
@@ -182,24 +183,44 @@ class Pixels(NamedTuple):
 def read_header(path: Path) -> Header:
     """Size, bands, type, nodata and resolution, without reading pixels. Raises InputError for what is no image."""
     with open_raster(path) as file:
-        if file.driver == "PNG":  # GDAL fills what a cut off PNG lacks without a word
-            try:
-                with Image.open(path) as image:
-                    image.verify()
-            except Exception as error:  # Pillow raises many kinds for broken files
-                raise InputError(f"{path} cannot be read as an image: {error}") from None
-        return _header(file)
+        return header_of(file, path)
+
+
+def header_of(file: DatasetReader, path: Path, content: bytes | None = None) -> Header:
+    """`read_header` of a file that is open; `content`: its bytes, if somebody has them."""
+    if file.driver == "PNG" and not (content is not None and _is_whole(io.BytesIO(content))):
+        try:
+            _verify(path)
+        except Exception as error:  # Pillow raises many kinds for broken files
+            raise InputError(f"{path} cannot be read as an image: {error}") from None
+    return _header(file)
+
+
+def _verify(stored: Path | io.BytesIO) -> None:
+    """GDAL fills what a cut off PNG lacks without a word; Pillow raises."""
+    with Image.open(stored, formats=["PNG"]) as image:
+        image.verify()
+
+
+def _is_whole(stored: io.BytesIO) -> bool:
+    try:
+        _verify(stored)
+    except Exception:  # told by the file's name, by whoever asks again
+        return False
+    return True
 
 
 def read_pixels(
-    path: Path, in_channels: int, reading: Reading, window: Window | None = None, header: Header | None = None
-) -> Pixels:
-    """A window of the working grid (None = all of it) with the bands that `reading` chooses; `header` if it is known.
+    path: Path, in_channels: int, reading: Reading, window: Window | None = None, header: Header | None = None,
+    file: DatasetReader | None = None,
+) -> Pixels:  # fmt: skip
+    """A window of the working grid (None = all of it) with the bands that `reading` chooses; `header` if it is known, `file` if
+    it is open.
 
     Raises InputError for an unreadable file, for bands that are not there, and for another number of them than
     `in_channels`. One grey band among colour images is repeated to three; a palette becomes its colours.
     """
-    with open_raster(path) as file:
+    with _opened(path, file) as file:
         header = header or _header(file)
         chosen = chosen_bands(path, header, reading, in_channels)
         height, width = reading.grid_size(header, path)
@@ -215,12 +236,13 @@ def read_pixels(
 
 
 def read_labels(
-    path: Path, window: Window | None = None, factor: float = 1.0
-) -> tuple[np.ndarray, dict[int, Any] | None]:
+    path: Path, window: Window | None = None, factor: float = 1.0, header: Header | None = None,
+    file: DatasetReader | None = None,
+) -> tuple[np.ndarray, dict[int, Any] | None]:  # fmt: skip
     """(bands, h, w) of a mask as stored, and its colour table if it has one. `factor`: file pixels a pixel of the working
-    grid, of which the nearest is taken."""
-    with open_raster(path) as file:
-        header = _header(file)
+    grid, of which the nearest is taken. `header` if it is known, `file` if it is open."""
+    with _opened(path, file) as file:
+        header = header or _header(file)
         if header.bands > 4:
             raise InputError(f"mask {path} has {header.bands} bands; masks hold one class id a pixel, or a colour.")
         whole = Window(0, 0, max(round(header.height / factor), 1), max(round(header.width / factor), 1))
@@ -302,12 +324,14 @@ _held = _Held()
 def many_files() -> Iterator[None]:
     """Around the reading of many files: GDAL's settings are made once, not for each file, which takes longer than to read a
     small one."""
-    import rasterio
-
     if _held.options:
         yield
         return
-    with rasterio.Env(**GDAL_OPTIONS):
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning
+
+    with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS):
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
         _held.options = True
         try:
             yield
@@ -319,16 +343,14 @@ def many_files() -> Iterator[None]:
 def open_raster(path: Path) -> Iterator[DatasetReader]:
     """A raster open for reading; whatever goes wrong in the block is an InputError that names the file."""
     from rasterio._err import CPLE_BaseError
-    from rasterio.errors import NotGeoreferencedWarning, RasterioError
+    from rasterio.errors import RasterioError
     from rasterio.io import DatasetReader as Reader  # `rasterio.open` makes GDAL's settings anew at each call
 
     try:
-        with warnings.catch_warnings(), many_files():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with Reader(str(path)) as file:
-                if file.driver not in DRIVERS or file.count == 0:
-                    raise InputError(f"{path} cannot be read as an image: {file.driver} files are not read.")
-                yield file
+        with many_files(), Reader(str(path)) as file:
+            if file.driver not in DRIVERS or file.count == 0:
+                raise InputError(f"{path} cannot be read as an image: {file.driver} files are not read.")
+            yield file
     except InputError:
         raise
     except (
@@ -344,6 +366,11 @@ def open_raster(path: Path) -> Iterator[DatasetReader]:
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split()) or type(cause).__name__
         raise InputError(f"{path} cannot be read as an image: {reason}") from None
+
+
+def _opened(path: Path, file: DatasetReader | None) -> contextlib.AbstractContextManager[DatasetReader]:
+    """The file, which stays open if it is."""
+    return open_raster(path) if file is None else contextlib.nullcontext(file)
 
 
 def _header(file: DatasetReader) -> Header:
@@ -377,6 +404,8 @@ def _read(
     from rasterio.enums import Resampling
     from rasterio.windows import Window as FileWindow
 
+    if factor == 1.0 and window == (0, 0, header.height, header.width):  # what rasterio does about windows takes time
+        return file.read(list(bands))
     if factor == 1.0:
         return file.read(list(bands), window=FileWindow(window.left, window.top, window.width, window.height))  # pyright: ignore[reportCallIssue]
     left, top = window.left * factor, window.top * factor

@@ -15,6 +15,8 @@ from typing import Any
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.places import user_path
 
+SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")
+PRETRAINING_SETS = tuple(name for name in SETS if name != "target_train")  # those that the source model's training uses
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".vrt")
 Key = tuple[str, ...]  # what an image and its mask have in common
 
@@ -74,6 +76,11 @@ def find_samples(
         if sample.mask is None:
             report(f"{key}: image {sample.image} has no mask, but others of this set have; give all or none.")
     return labelled
+
+
+def files_of(samples: Sequence[Sample]) -> list[Path]:
+    """Images and masks in their order."""
+    return [path for sample in samples for path in (sample.image, sample.mask) if path is not None]
 
 
 def content_digest(samples: Sequence[Sample], digest_of: Callable[[Path], bytes] | None = None) -> str:
@@ -247,7 +254,8 @@ def _lines(path: Path, key: str) -> list[Path]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{key}: list {path} cannot be read: {error}") from None
-    return [_beside(path, line) for line in lines if line.strip()]
+    folder = path.parent
+    return [_beside(folder, line) for line in lines if line.strip()]
 
 
 def _from_manifest(path: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
@@ -265,7 +273,7 @@ def _from_manifest(path: Path, key: str, with_masks: bool, report: Callable[[str
                 raise InputError(
                     f"{key}: manifest {path} has columns {header}; the one with the masks must be called mask."
                 )
-            samples, splits = [], set()
+            samples, splits, folder = [], set(), path.parent
             for row in reader:
                 surplus: Any = row.get(None)  # pyright: ignore[reportArgumentType, reportCallIssue]
                 if any(text.strip() for text in surplus or ()):
@@ -279,7 +287,7 @@ def _from_manifest(path: Path, key: str, with_masks: bool, report: Callable[[str
                     if (row["split"] or "").strip() != split:
                         continue
                 mask = (row.get("mask") or "").strip() if with_masks else ""
-                samples.append(Sample(_beside(path, row["image"]), _beside(path, mask) if mask else None))
+                samples.append(Sample(_beside(folder, row["image"]), _beside(folder, mask) if mask else None))
             if splits and not samples:
                 raise InputError(f"{key}: manifest {path} has no rows with split {split}; it has {sorted(splits)}.")
             return samples
@@ -336,6 +344,5 @@ def under(root: Path, name: str) -> Path:
     return path if path.is_absolute() else root / path
 
 
-def _beside(manifest: Path, name: str) -> Path:
-    path = Path(name.strip())
-    return path if path.is_absolute() else manifest.parent / path
+def _beside(folder: Path, name: str) -> Path:
+    return Path(folder, name.strip())  # an absolute one stays as it is

@@ -75,7 +75,7 @@ def check_data(config: Config) -> DataReport:
             continue
         if found is None:
             continue
-        samples[name], headers = problems.good(config, name, found)
+        samples[name], headers, _ = problems.good(config, name, found)
         for sample in found:
             if sample not in samples[name]:
                 _check_mask(config, name, sample, problems)

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 from dann_experiments.adaptation.dann import SourceOnly
 from dann_experiments.config import Config
+from dann_experiments.data.samples import PRETRAINING_SETS
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.memory import memory_explained
 from dann_experiments.jobs.result import RunResult
@@ -18,7 +19,6 @@ from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
 
 log = logging.getLogger(__name__)
-SETS = ("source_train", "source_val", "source_test", "target_val", "target_test")
 
 
 def pretrain(
@@ -50,7 +50,7 @@ def pretrain_with(
     if callbacks:
         setup.refuse_several_processes(config, "callbacks")
     with setup.seeded(config):
-        data = setup.load_data(config, SETS)
+        data = setup.load_data(config, PRETRAINING_SETS)
         store = store or open_store(config.tracking.uri, config.tracking.experiment)
         digest = setup.run_digest("pretrain", config, data.digests)
         by_target, config = config.monitor, setup.as_pretrained(config)

@@ -8,9 +8,8 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +24,12 @@ from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.presets import IGNORED, filled
 from dann_experiments.config.schema import DomainDataConfig, OptimizerConfig, TrainerConfig
-from dann_experiments.data import decoded
-from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes, checked_header
-from dann_experiments.data.digits import build_digits
-from dann_experiments.data.labels import label_map
-from dann_experiments.data.reading import Header, Normalisation, Reading, many_files, reading_facts
-from dann_experiments.data.samples import (
-    Sample,
-    content_digest,
-    file_digest,
-    find_samples,
-    refuse,
-    shared_images,
-    under,
-)
+from dann_experiments.data import decoded, early
+from dann_experiments.data.dataset import SegmentationDataset, check_sizes
+from dann_experiments.data.looking import Ahead, Arrays, Memory
+from dann_experiments.data.reading import Header, Normalisation, many_files, reading_facts
+from dann_experiments.data.samples import SETS, Sample, content_digest, file_digest, files_of, shared_images
+from dann_experiments.data.sets import Looked, Problems, find_set, labels_of, reading_of
 from dann_experiments.data.statistics import measure, normalisation_from
 from dann_experiments.models.batchnorm import has_batchnorm
 from dann_experiments.models.networks import build_network, output_stride
@@ -51,10 +42,8 @@ from dann_experiments.training.scores import metric_name
 from dann_experiments.training.selection import PREFIX, SCORES
 
 log = logging.getLogger(__name__)
-PROBLEMS_SHOWN = 20
 LARGEST_BLANK = 1024  # pixels; divisible by every network's stride
 MOST_STANDING_IN = 200  # training images that stand in for validation images that no domain has
-SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")
 
 
 @dataclass(eq=False)
@@ -119,73 +108,70 @@ def reseed(config: Config) -> None:
     pl.seed_everything(config.seed, workers=True, verbose=False)
 
 
-def data_root(config: Config) -> Path:
-    """The folder that the data lists are relative to; builds the embedded data if it is asked for and not there yet."""
-    embedded = config.data.embedded
-    if config.data.root is not None:
-        return under(Path(), config.data.root)
-    if embedded.name is None:
-        return Path.cwd()
-    folder = embedded_folder(embedded.folder)
-    try:
-        return build_digits(folder, embedded.seed, embedded.name)
-    except OSError as error:
-        raise InputError(f"data.embedded.folder is {folder}, where the data cannot be built ({error}).") from None
-
-
-def embedded_folder(folder: str | None) -> Path:
-    """Where embedded data are built: `folder`, else the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dann_experiments"
-    return under(Path(), folder) if folder is not None else cache
-
-
 def load_data(config: Config, names: tuple[str, ...] = SETS) -> Data:
     """Find the named sets and look at every file's header: the fast part of `check-data`. Raises InputError for all that is
     wrong at once. Target training masks are never looked for."""
     memory, problems = Memory(config.data.memory_gb), Problems()
+    ahead, begun = Ahead(memory), early.taken(config, names)
+    missing = {name: Problems() for name in names}
+    found = {name: find_set(config, name, missing[name].append) for name in names}
+    if any(of_set.texts for of_set in missing.values()):  # it will be refused: nothing is read for nothing
+        ahead.stop()
     sets = {}
-    for name in names:
-        found = find_set(config, name, problems.append)
-        if found is not None:
-            dataset = _loaded(config, name, found, memory, problems)
+    for name, samples in found.items():
+        for text in missing[name].texts:
+            problems.append(text)
+        if samples is not None:
+            dataset = _loaded(config, name, samples, memory, problems, ahead, begun)
             if dataset is not None:
                 sets[name] = dataset
     problems.refuse()
-    return Data(sets)
+    return Data(sets, ahead.digests)
 
 
 def _loaded(
-    config: Config, name: str, found: Sequence[Sample], memory: Memory, problems: Problems
-) -> SegmentationDataset | None:
+    config: Config, name: str, found: Sequence[Sample], memory: Memory, problems: Problems, ahead: Ahead,
+    begun: early.Early | None,
+) -> SegmentationDataset | None:  # fmt: skip
     """A set whose headers are right, None where none is. With processes that share what they read it comes filled."""
     shared = decoded.in_use()
     if shared is None or problems.texts:
-        return _with_headers(config, name, found, memory, problems)
+        return _with_headers(config, name, found, memory, problems, ahead, begun)
     key = shared.key(found, **_decided_by(config, name))
     with shared.alone(key):
-        headers = shared.headers(key)
-        if headers is not None:
-            dataset = as_dataset(config, name, found, memory, headers)
-            shared.give(key, dataset)
+        index = shared.index(key)
+        if index is not None:
+            ahead.digests.update(shared.digests(index, found))
+            dataset = as_dataset(config, name, found, memory, shared.headers(index))
+            if not shared.give(key, index, dataset):
+                ahead.stop()
             return dataset
-        dataset = _with_headers(config, name, found, memory, problems)
+        dataset = _with_headers(config, name, found, memory, problems, ahead, begun)
         if dataset is not None and not problems.texts:
             try:
                 _fill(config, name, dataset)
-                shared.put(key, dataset)
+                shared.put(key, dataset, ahead.digests)
             except InputError as error:
                 problems.append(str(error))
         return dataset
 
 
 def _with_headers(
-    config: Config, name: str, found: Sequence[Sample], memory: Memory, problems: Problems
-) -> SegmentationDataset | None:
-    with many_files():
-        samples, headers = problems.good(config, name, found)
-    if samples:
+    config: Config, name: str, found: Sequence[Sample], memory: Memory, problems: Problems, ahead: Ahead,
+    begun: early.Early | None,
+) -> SegmentationDataset | None:  # fmt: skip
+    known, files = None if begun is None else begun.sets.get(name), files_of(found)
+    as_found = known is not None and (len(known.headers), known.files) == (len(found), [str(path) for path in files])
+    if begun is not None and known is not None and as_found:
+        digests = {path: digest for path, digest in zip(files, known.digests, strict=True) if digest is not None}
+        ahead.take_over(digests, known.read.values(), begun.all_read)
+        looked = Looked(list(found), known.headers, known.read)
+    else:
+        with many_files():
+            looked = problems.good(config, name, found, ahead)
+    if looked.samples:
         try:
-            return as_dataset(config, name, samples, memory, headers)
+            return as_dataset(config, name, looked.samples, memory, looked.headers, looked.read)
         except InputError as error:  # a region beyond its image, a pixel size that is not known
             problems.append(str(error))
     return None
@@ -196,9 +182,7 @@ def _decided_by(config: Config, name: str) -> dict[str, Any]:
     data, domain = config.data, filled(getattr(config.data, name.split("_")[0]))
     training = name.endswith("_train")
     return {
-        "labels": label_map(
-            config.class_names, data.ignore_index, domain.value_map, domain.colours, domain.ignore_values
-        ),
+        "labels": labels_of(config, domain),
         "reading": reading_of(domain),
         "bands": config.model.in_channels,
         "cut": (training, data.crop_size if training else None, data.window_size),
@@ -211,88 +195,18 @@ def _fill(config: Config, name: str, dataset: SegmentationDataset) -> None:
         followed(config, dataset.fill(), len(dataset), f"reading data.{name.replace('_', '.')}")
 
 
-class Problems:
-    """What is wrong with the files, collected."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def append(self, text: str) -> None:
-        """Note a problem, once."""
-        if text not in self.texts:
-            self.texts.append(text)
-
-    def good(self, config: Config, name: str, samples: Sequence[Sample]) -> tuple[list[Sample], list[Header]]:
-        """The samples whose headers are right, and these; what is wrong with the others is noted."""
-        reading = reading_of(filled(getattr(config.data, name.split("_")[0])))
-        kept, headers = [], []
-        for sample in samples:
-            try:
-                headers.append(checked_header(sample, reading, config.model.in_channels))
-                kept.append(sample)
-            except InputError as error:
-                self.append(str(error))
-        return kept, headers
-
-    def refuse(self) -> None:
-        """Raise InputError that lists the problems, if there are any."""
-        if len(self.texts) == 1:
-            raise InputError(self.texts[0])
-        if self.texts:
-            shown = "".join(f"\n  - {text}" for text in self.texts[:PROBLEMS_SHOWN])
-            more = len(self.texts) - PROBLEMS_SHOWN
-            raise InputError(
-                f"{len(self.texts)} problems with the data:{shown}"
-                + (f"\n  and {more} more; `check-data` lists all." if more > 0 else "")
-            )
-
-
-def find_set(config: Config, name: str, report: Callable[[str], None] = refuse) -> list[Sample] | None:
-    """The samples of one set, None if it is not given; a training set must be given."""
-    domain_name, split = name.split("_")
-    key = f"data.{domain_name}.{split}"
-    domain = filled(getattr(config.data, domain_name))
-    entries = getattr(domain, split)
-    if not entries:
-        if split == "train":
-            report(f"{key} is empty; name a CSV manifest or a folder with images/ to train on.")
-        return None
-    masks = "no" if name == "target_train" else "required" if name in ("source_train", "source_val") else "if present"
-    preset = getattr(config.data, domain_name).preset
-
-    def report_with_preset(text: str) -> None:
-        report(text if preset is None else f"{text} (preset {preset})")
-
-    return find_samples(entries, domain_root(config, domain), key, masks, report_with_preset)
-
-
 def as_dataset(
-    config: Config, name: str, samples: Sequence[Sample], memory: Memory, headers: Sequence[Header] | None = None
-) -> SegmentationDataset:
-    """A set's samples, read as the settings say."""
+    config: Config, name: str, samples: Sequence[Sample], memory: Memory, headers: Sequence[Header] | None = None,
+    read: Mapping[int, Arrays] | None = None,
+) -> SegmentationDataset:  # fmt: skip
+    """A set's samples, read as the settings say; `headers` and what is `read`, by the sample's number, where that is known."""
     domain_name, split = name.split("_")
     data, domain = config.data, filled(getattr(config.data, domain_name))
     return SegmentationDataset(
-        samples, label_map(config.class_names, data.ignore_index, domain.value_map, domain.colours, domain.ignore_values),
-        fixed_normalisation(config, domain), reading_of(domain), split == "train", data.crop_size, data.window_size,
-        data.windows == "random", data.window_count, domain.augmentation, config.seed, memory, headers,
+        samples, labels_of(config, domain), fixed_normalisation(config, domain), reading_of(domain), split == "train",
+        data.crop_size, data.window_size, data.windows == "random", data.window_count, domain.augmentation, config.seed,
+        memory, headers, read,
     )  # fmt: skip
-
-
-def domain_root(config: Config, domain: DomainDataConfig) -> Path:
-    """The folder that a domain's entries are relative to."""
-    return data_root(config) if domain.root is None else under(Path(), domain.root)
-
-
-def reading_of(domain: DomainDataConfig) -> Reading:
-    """How a domain's files are read."""
-    return Reading(
-        None if domain.bands is None else tuple(domain.bands),
-        (domain.scale[0], domain.scale[1]) if isinstance(domain.scale, list) else domain.scale,
-        domain.nodata_values,
-        domain.pixel_size,
-        domain.file_pixel_size,
-    )
 
 
 def fixed_normalisation(config: Config, domain: DomainDataConfig) -> Normalisation:
