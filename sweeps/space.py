@@ -334,7 +334,7 @@ def _taps(config: Config) -> list[Tap]:
 def _network(config: Config) -> nn.Module:
     key = repr(config.model)
     if key not in _networks:
-        network = setup.make_network(config, with_weights=False)
+        network = setup.make_network(config, with_weights=False, drawn=False)  # only its layers are looked at
         _networks.clear()
         _found_taps.clear()
         _networks[key] = network
