@@ -10,7 +10,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -73,7 +72,7 @@ def taken(config: Config, names: tuple[str, ...] = SETS) -> Early | None:
     found = None
     if facts == _facts(config, names):
         with contextlib.suppress(EOFError, OSError):
-            found = pickle.loads(mine.recv_bytes())  # noqa: S301  (from our own child)
+            found = mine.recv()
     mine.close()
     process.terminate()
     process.join()
@@ -93,7 +92,7 @@ def _look(its_parents: Connection, sender: Connection, config: Config, names: tu
     with contextlib.suppress(Exception), sender:
         found = _found(config, names)
         if found is not None:
-            sender.send_bytes(pickle.dumps(found, pickle.HIGHEST_PROTOCOL))
+            sender.send(found)
 
 
 def _found(config: Config, names: tuple[str, ...]) -> Early | None:
