@@ -243,7 +243,8 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(plac
 
 
 @pytest.mark.slow
-def test_outputs_and_store_on_one_full_disk_damage_neither(place, small_disk, whole):
+def test_outputs_and_store_on_one_full_disk_damage_neither(place, small_disk, whole, monkeypatch):
+    monkeypatch.setattr("dann_experiments.tracking.sender.SEND_SECONDS", 0.0)  # so that the full store is asked
     disk = small_disk(8 * CHECKPOINT)
     here = place(disk / "outputs", disk / "store")
     code, told = here.run("adapt", callbacks=[At(step_5=lambda: fill(disk))])
