@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -227,8 +227,7 @@ class _Buffers:
     def _now(self, dtype: torch.dtype) -> list[Tensor]:
         # looked up each time: a module may put a new tensor in a buffer's place. By `_buffers`, as `get_buffer` looks at much
         # else, which for the 186 buffers of a mobilenet_v2 takes a millisecond
-        found = [owner._buffers[name] for owner, name in self._places[dtype]]
-        return [buffer for buffer in found if buffer is not None]
+        return [cast(Tensor, owner._buffers[name]) for owner, name in self._places[dtype]]
 
 
 def _flat(buffers: list[Tensor]) -> Tensor:
