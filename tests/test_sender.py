@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import mlflow
 import psutil
 import pytest
 import torch
+from test_sweeps import until
 from test_tracking import clean_environment
 
 from dann_experiments.__main__ import main
@@ -152,11 +154,13 @@ def test_tags_and_files_do_not_wait_for_metrics_to_end(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text("x")
     sender.put_file(tmp_path / "config.yaml")
     sender.put_tags({"a": "1"})
-    for step in range(3000):
-        sender.put({"loss": 1.0}, step)
-        if store.tags and store.files:
-            break
-        time.sleep(0.001)
+    steps = itertools.count()
+
+    def both_sent_while_metrics_come() -> bool:
+        sender.put({"loss": 1.0}, next(steps))
+        return bool(store.tags and store.files)
+
+    until(both_sent_while_metrics_come, pause=0.001)
     assert (store.tags, store.files, store.end) == ({"a": "1"}, [("config.yaml", None)], None)
     assert sender.close("FINISHED")
 
@@ -167,18 +171,16 @@ def test_between_two_sends_metrics_stand_in_the_file(tmp_path, monkeypatch):
     store, spool = Refusing(), Spool(tmp_path / SPOOL)
     sender = Sender(store, "r", tmp_path)
     sender.put({"loss": 1.0}, 0)
-    while not store.taken:  # the first of a run go at once
-        time.sleep(0.001)
+    until(lambda: store.taken, pause=0.001)  # the first of a run go at once
     asked = len(store.requests)
     for step in (1, 2):
         sender.put({"loss": 1.0}, step)
-        while [point.step for point in spool.waiting()] != list(range(1, step + 1)):
-            time.sleep(0.001)
+        written = list(range(1, step + 1))
+        until(lambda steps=written: [point.step for point in spool.waiting()] == steps, pause=0.001)
     assert len(store.requests) == asked
     for step in range(3, 1001):
         sender.put({"loss": 1.0}, step)
-    while len(store.taken) < 1001:  # a full request waits for nobody
-        time.sleep(0.001)
+    until(lambda: len(store.taken) == 1001, pause=0.001)  # a full request waits for nobody
     assert len(store.requests) == asked + 1
     assert sender.close("FINISHED")
 

@@ -75,8 +75,8 @@ def runs_of(place: Path, job: str, uri: str | None = None) -> list[Run]:
     return list(client.search_runs(ids, f"tags.`dann.job` = '{job}'"))
 
 
-def until(met: Callable[[], Any], process: subprocess.Popen | None = None) -> Any:
-    """Poll until `met` gives something true; what it gives."""
+def until(met: Callable[[], Any], process: subprocess.Popen | None = None, pause: float = 0.1) -> Any:
+    """Poll, with pauses of so many seconds, until `met` gives something true; what it gives."""
     end = time.monotonic() + 300
     while time.monotonic() < end:
         with contextlib.suppress(KeyError, FileNotFoundError, StopIteration):
@@ -84,7 +84,7 @@ def until(met: Callable[[], Any], process: subprocess.Popen | None = None) -> An
             if found:
                 return found
         assert process is None or process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
+        time.sleep(pause)
     raise AssertionError("waited in vain")
 
 
