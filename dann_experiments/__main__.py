@@ -238,12 +238,12 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> int:
         idle = [key for key in (*own, *overrides) if not key.startswith(("runs", "threads", "tracking."))]
         if idle:
             logging.getLogger("dann_experiments").warning("With runs, these have no effect: %s.", ", ".join(idle))
-    if not settings.runs:
-        from dann_experiments.tracking.processes import prepare_workers
-
-        prepare_workers("dann_experiments.comparison.preloaded")  # it imports while this process does
     from dann_experiments.comparison.compare import ComparisonFailed, compare
+    from dann_experiments.comparison.runner import PRELOADED
+    from dann_experiments.tracking.processes import fork_workers_from_here
 
+    if not settings.runs:
+        fork_workers_from_here(PRELOADED)
     try:
         result = compare(config, settings)
     except ComparisonFailed as error:

@@ -28,7 +28,7 @@ from dann_experiments.config import InputError, load_config
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.places import user_path
 from dann_experiments.data import early
-from dann_experiments.tracking.processes import prepare_workers
+from dann_experiments.tracking.processes import fork_workers_from_here
 from sweeps.errors import SweepFailed
 from sweeps.settings import SweepConfig
 
@@ -79,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-
     space = DEFAULT_SPACE if known.space in (None, *NOT_GIVEN) else user_path(known.space)
     config_file = DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else Path(known.config)
     if not os.path.exists(space):
@@ -89,10 +88,10 @@ def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Ma
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
     warn_of_stored_secrets({**settings, **sweep_flags})
     early.begin(config)
-    if sweep.launcher == "processes":
-        prepare_workers(PRELOADED)  # what they import is imported while this process imports it
     from sweeps.driver import run_sweep
 
+    if sweep.launcher == "processes":
+        fork_workers_from_here(PRELOADED)
     return _finish(run_sweep(sweep, config))
 
 
@@ -103,11 +102,11 @@ def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str
     unfit = [key for key in settings if not key.startswith("tracking.")]
     if unfit:
         raise InputError(f"--{unfit[0]} cannot be given to {command}: a study keeps the settings it was made with.")
-    if command in ("resume", "confirm"):
-        prepare_workers(PRELOADED)
     from sweeps import show
     from sweeps.driver import resume_sweep
 
+    if command in ("resume", "confirm"):
+        fork_workers_from_here(PRELOADED)
     storage = sweep_flags.pop("storage", None)
     if command == "resume":
         if "space" in sweep_flags:

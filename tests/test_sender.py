@@ -304,6 +304,14 @@ def run_that_ends_while_the_store_is_away(store: Store, monkeypatch) -> None:
         (run.folder / "figures" / "f.txt").write_text("seen")
 
 
+def test_while_a_run_is_open_its_sender_gives_way_to_training_within_microseconds(store):
+    before = sys.getswitchinterval()
+    with tracked_run(store, None, "kept", {}, Path("outputs"), use_claimed=False):
+        within = sys.getswitchinterval()
+    assert (within, before) == (pytest.approx(1e-5), pytest.approx(sys.getswitchinterval()))
+    assert within < before
+
+
 def test_a_run_that_ends_while_the_store_is_away_is_whole_after_sync(store, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(NotStored, match="sync"):
         run_that_ends_while_the_store_is_away(store, patch)

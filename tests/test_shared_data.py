@@ -372,3 +372,56 @@ def test_a_worker_has_the_environment_of_the_moment_it_is_started(monkeypatch):
     its.close()
     assert mine.recv() == (None, "2", None)
     process.join()
+
+
+FORKED = """
+import multiprocessing.forkserver, os, threading
+from dann_experiments.config import load_config
+from dann_experiments.data import early
+from dann_experiments.tracking.processes import fork_workers_from_here, worker_context
+
+def tell(connection):
+    import torch, mlflow, segmentation_models_pytorch, rasterio
+    origin = os.getppid()
+    connection.send((getattr(torch, "seen", None), early._begun, origin, threading.active_count()))
+
+if __name__ == "__main__":
+    early.os.sched_getaffinity = lambda pid: {0, 1}
+    early.begin(load_config(None))
+    assert early._begun is not None
+    from sweeps import driver
+    import torch
+    torch.seen = "imported by the driver"
+    fork_workers_from_here("sweeps.preloaded")
+    fork_workers_from_here("sweeps.preloaded")  # there is one already
+    found = []
+    for _ in range(2):
+        mine, its = worker_context().Pipe()
+        process = worker_context().Process(target=tell, args=(its,))
+        process.start()
+        its.close()
+        found.append(mine.recv())
+        process.join()
+        assert process.exitcode == 0
+    origin = multiprocessing.forkserver._forkserver._forkserver_pid
+    assert found == 2 * [("imported by the driver", None, origin, 1)], found
+    assert os.waitpid(origin, os.WNOHANG) == (0, 0)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or sys.version_info >= (3, 14), reason="workers import for themselves there"
+)
+def test_workers_of_the_command_line_are_forked_from_what_the_driver_imported(tmp_path):
+    (tmp_path / "forked.py").write_text(FORKED)
+    path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "forked.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # it would not come back before the process that it forks has ended, which holds its output
+    assert done.returncode == 0, done.stderr

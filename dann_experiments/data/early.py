@@ -79,6 +79,18 @@ def taken(config: Config, names: tuple[str, ...] = SETS) -> Early | None:
     return found
 
 
+def _forget() -> None:
+    """In a process that was forked from this one: what the child found is not for it."""
+    global _begun
+    if _begun is not None:
+        _begun[1].close()
+        _begun = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 def _facts(config: Config, names: tuple[str, ...]) -> str:
     """All settings on which the child's findings depend."""
     return repr((names, config.data, config.model.in_channels, config.class_names))

@@ -18,6 +18,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -91,13 +92,45 @@ def join_or_kill(processes: Iterable[BaseProcess]) -> None:
 
 def prepare_workers(preloaded: str) -> None:
     """Start the process that workers are forked from, if there is none yet. It imports module `preloaded`, once for all workers,
-    while this process goes on; it does nothing else, has no thread, touches no GPU, and ends with this process. Where
-    processes are not forked well (macOS, Windows) nothing is done: each worker imports for itself."""
+    while this process goes on; it does nothing else, touches no GPU, and ends with this process. Where processes are not forked
+    well (macOS, Windows) nothing is done: each worker imports for itself."""
     if sys.platform == "linux":
         from multiprocessing import forkserver
 
         multiprocessing.set_forkserver_preload([preloaded])
         forkserver.ensure_running()
+
+
+def fork_workers_from_here(preloaded: str) -> None:
+    """As `prepare_workers`, for a process that has imported most of `preloaded` and done nothing else yet: the process that
+    workers are forked from is forked from this one, so that nothing is imported twice. In a process that has begun to work
+    it could take over half a computation, a GPU or a database's connection."""
+    # Python's own fork server is a new interpreter; these attributes of it are those of 3.11 to 3.13
+    if sys.platform != "linux" or sys.version_info >= (3, 14) or threading.active_count() > 1:
+        return prepare_workers(preloaded)
+    from multiprocessing import forkserver, resource_tracker, util
+
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        return None
+    multiprocessing.set_forkserver_preload([preloaded])  # of the one that is started should this one die
+    resource_tracker.ensure_running()
+    with socket.socket(socket.AF_UNIX) as listener:
+        # of a folder that is this user's alone and goes with this process: who asks gets code run
+        listener.bind(address := f"{util.get_temp_dir()}/workers")
+        listener.listen()
+        alive, ours = os.pipe()  # whoever may ask for workers holds `ours`: when all are gone, the server ends
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(ours)
+                importlib.import_module(preloaded)
+                forkserver.main(listener.detach(), alive, [])
+            finally:
+                os._exit(0)  # nothing of what the parent would do at its end
+        os.close(alive)
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, ours, pid
+    return None
 
 
 def preload(modules: Iterable[str]) -> None:

@@ -25,7 +25,7 @@ from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.failures import explained_in_run
 from dann_experiments.tracking.last_word import have_last_word
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
-from dann_experiments.tracking.sender import SPOOL, TAGS, Sender
+from dann_experiments.tracking.sender import SPOOL, TAGS, Sender, giving_way
 from dann_experiments.tracking.spool import Point
 from dann_experiments.tracking.store import Store, check_run_id, without_secrets
 
@@ -174,7 +174,8 @@ def tracked_run(
     claimed = store.claimed_run_id if use_claimed else None
     if claimed is not None:
         end_with_the_launcher()
-    with _signals_raise() as signals:  # around the closing too: a second Ctrl-C must not cut it short
+    # around the closing too: a second Ctrl-C must not cut it short
+    with _signals_raise() as signals, giving_way():
         if resume is None and (
             run_name is not None or claimed is None
         ):  # `mlflow run --run-name` has named a claimed one
