@@ -376,14 +376,16 @@ def test_a_worker_has_the_environment_of_the_moment_it_is_started(monkeypatch):
 
 FORKED = """
 import multiprocessing.forkserver, os, threading
+import rich
 from dann_experiments.config import load_config
 from dann_experiments.data import early
-from dann_experiments.tracking.processes import fork_workers_from_here, worker_context
+from dann_experiments.tracking.processes import become_worker, fork_workers_from_here, worker_context
 
 def tell(connection):
     import torch, mlflow, segmentation_models_pytorch, rasterio
-    origin = os.getppid()
-    connection.send((getattr(torch, "seen", None), early._begun, origin, threading.active_count()))
+    origin, threads = os.getppid(), threading.active_count()
+    become_worker("log.txt", {})
+    connection.send((getattr(torch, "seen", None), early._begun, origin, threads, rich.get_console().color_system))
 
 if __name__ == "__main__":
     early.os.sched_getaffinity = lambda pid: {0, 1}
@@ -392,6 +394,7 @@ if __name__ == "__main__":
     from sweeps import driver
     import torch
     torch.seen = "imported by the driver"
+    rich.reconfigure(force_terminal=True, color_system="truecolor")
     fork_workers_from_here("sweeps.preloaded")
     fork_workers_from_here("sweeps.preloaded")  # there is one already
     found = []
@@ -404,7 +407,7 @@ if __name__ == "__main__":
         process.join()
         assert process.exitcode == 0
     origin = multiprocessing.forkserver._forkserver._forkserver_pid
-    assert found == 2 * [("imported by the driver", None, origin, 1)], found
+    assert found == 2 * [("imported by the driver", None, origin, 1, None)], found
     assert os.waitpid(origin, os.WNOHANG) == (0, 0)
 """
 

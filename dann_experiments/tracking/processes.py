@@ -163,6 +163,9 @@ def become_worker(log_file: str | None, environment: Mapping[str, str]) -> None:
         file = open(log_file, "a", buffering=1)  # noqa: SIM115  (open as long as the process)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        import rich
+
+        rich.reconfigure()  # a forked one has the console of the parent's terminal, with its colours
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers itself
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
