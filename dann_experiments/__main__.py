@@ -21,8 +21,8 @@ from dann_experiments.command_line import (
     dotted,
     quiet_libraries,
     tell_of_failure,
-    ui_command,
     warn_of_stored_secrets,
+    where_to_look,
 )
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, load_config
 from dann_experiments.config.comparison import CompareConfig
@@ -215,7 +215,7 @@ def _predict(known: argparse.Namespace, rest: Sequence[str]) -> int:
     total = sum(result.class_pixels.values())
     for name, pixels in result.class_pixels.items():
         print(f"  {name}: {pixels / max(total, 1):.1%} of the pixels with data")
-    print(f"Preview and class shares: run {result.run_id}; {ui_command(result.tracking_uri)}")
+    print(f"Preview and class shares: run {result.run_id}; {where_to_look(result.tracking_uri)}")
     return 0
 
 
@@ -279,7 +279,7 @@ def _print_comparison(result: Any) -> None:
         print(f"Note: {note}")
     if result.artifacts:
         print(f"Report: {Path(result.artifacts) / 'report.html'}")
-    print(f"Run {result.run_id}; {ui_command(result.tracking_uri)}")
+    print(f"Run {result.run_id}; {where_to_look(result.tracking_uri)}")
 
 
 def _print_layers(config: Config, every: bool) -> None:
@@ -311,7 +311,7 @@ def _print_result(result: Any) -> None:
     Console().print(table)
     if result.artifacts:
         print(f"Pictures, model, checkpoints: {result.artifacts}")
-    print(f"Look at it: {ui_command(result.tracking_uri)}")
+    print(f"Look at it: {where_to_look(result.tracking_uri)}")
 
 
 def _print_data_report(report: Any) -> int:
@@ -374,6 +374,7 @@ def _print_overview(config: Config) -> None:
     from rich.table import Table
 
     from dann_experiments.jobs.overview import overview
+    from dann_experiments.tracking.store import TRAINING_PAGES
 
     found = overview(config)
     scores = [name for name in found.table.columns if name.startswith("iou/")]
@@ -389,7 +390,7 @@ def _print_overview(config: Config) -> None:
         print(f"Pictures, {arm}: {Path(folder) / 'figures'}")
     print(
         "MLflow UI: make ui, then http://127.0.0.1:5000/#/experiments/"
-        + f"{found.experiment_id}/runs?compareRunsMode=CHART"
+        + f"{found.experiment_id}/runs?compareRunsMode=CHART&{TRAINING_PAGES}"
     )
 
 

@@ -119,3 +119,8 @@ def ui_command(uri: str) -> str:
 
     uri = without_secrets(uri)
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def where_to_look(uri: str) -> str:
+    """As `ui_command`, with the way to the runs: MLflow 3.17 begins with its GenAI pages, where there are none."""
+    return f"{ui_command(uri)} (there: Model training, at the top left)"

@@ -19,7 +19,7 @@ from dann_experiments.comparison.selection_quality import score_quality
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.config.schema import TARGET_LABEL_METRICS
-from dann_experiments.tracking.store import Store
+from dann_experiments.tracking.store import TRAINING_PAGES, Store
 from dann_experiments.training.selection import SCORES as SCORES_WITHOUT_LABELS
 from sweeps.objective import trial_config
 from sweeps.study import DEFINITION, HALT, SETTINGS, SOURCE_ONLY, Sweep, superseded
@@ -228,7 +228,7 @@ def links(store: Store, study: Sweep, trials: Sequence[FrozenTrial]) -> dict[str
     """Pages of the MLflow UI: the chart of all trials, and the comparison of some; beginning with `#`."""
     runs = [trial.user_attrs["run_id"] for trial in trials if "run_id" in trial.user_attrs]
     escaped = quote(f"tags.`dann.study` = '{study.name}'", safe="")
-    chart = f"#/experiments/{store.experiment_id}/runs?searchFilter={escaped}&compareRunsMode=CHART"
+    chart = f"#/experiments/{store.experiment_id}/runs?searchFilter={escaped}&compareRunsMode=CHART&{TRAINING_PAGES}"
     compare = (
         f"#/compare-runs?runs={quote(json.dumps(runs), safe='')}"
         f"&experiments={quote(json.dumps([store.experiment_id]), safe='')}"

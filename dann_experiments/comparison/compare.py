@@ -27,7 +27,7 @@ from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.jobs.source_model import digest_of_model, fetched
 from dann_experiments.tracking.orphans import close_orphans
 from dann_experiments.tracking.run import TrackedRun, tracked_run
-from dann_experiments.tracking.store import Store, local_artifact_folder, open_store, without_secrets
+from dann_experiments.tracking.store import TRAINING_PAGES, Store, local_artifact_folder, open_store, without_secrets
 from dann_experiments.training.scores import metric_name
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def _links(store: Store, comparison: Comparison) -> dict[str, str]:
     if not store.uri.startswith(("http://", "https://")):
         return {}
     place = f"{without_secrets(store.uri).rstrip('/')}/#/experiments/{store.experiment_id}/runs"
-    return {run.run_id: f"{place}/{run.run_id}" for run in comparison.runs}
+    return {run.run_id: f"{place}/{run.run_id}?{TRAINING_PAGES}" for run in comparison.runs}
 
 
 def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: Mapping[str, str]) -> None:

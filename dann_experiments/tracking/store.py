@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 DEFAULT_URI = "sqlite:///mlflow.db"
 ANSWER_SECONDS = 10.0
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306}
-EXPERIMENT_KIND = "mlflow.experimentKind"  # so that the UI opens on training runs and charts, not on its GenAI pages
+EXPERIMENT_KIND = "mlflow.experimentKind"  # so that the UI takes its runs for trainings
+TRAINING_PAGES = "workflowType=machine_learning"  # in an address: MLflow shows its pages for trainings, not for GenAI
 _NAMED_SO = "user|passw|pwd|token|secret|api_?key|auth|sig|cred"  # parts of what an address calls them
 SHORTEST_SECRET = 4  # shorter ones would be found in every word; addresses are cleaned in any case
 _secrets: set[str] = set()
