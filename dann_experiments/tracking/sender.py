@@ -46,7 +46,7 @@ SWITCH_SECONDS = 1e-5
 @contextlib.contextmanager
 def giving_way() -> Iterator[None]:
     """In the block, the sending thread hands Python over to training at each operator that training comes back from, rather
-    than when it has had its milliseconds: it then works while operators compute (docs/performance.md has the gain)."""
+    than when it has had its milliseconds: it then works while operators compute (docs/log.md has the gain)."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
