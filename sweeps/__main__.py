@@ -35,7 +35,6 @@ from sweeps.settings import SweepConfig
 if TYPE_CHECKING:
     from sweeps.driver import SweepResult
 
-PRELOADED = "sweeps.preloaded"
 DEFAULT_SPACE = Path(__file__).with_name("dann.yaml")
 COMMANDS = {
     "run": "search: a new study, or the missing trials of one that exists",
@@ -89,6 +88,7 @@ def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Ma
     warn_of_stored_secrets({**settings, **sweep_flags})
     early.begin(config)
     from sweeps.driver import run_sweep
+    from sweeps.launchers import PRELOADED
 
     if sweep.launcher == "processes":
         fork_workers_from_here(PRELOADED)
@@ -104,6 +104,7 @@ def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str
         raise InputError(f"--{unfit[0]} cannot be given to {command}: a study keeps the settings it was made with.")
     from sweeps import show
     from sweeps.driver import resume_sweep
+    from sweeps.launchers import PRELOADED
 
     if command in ("resume", "confirm"):
         fork_workers_from_here(PRELOADED)
