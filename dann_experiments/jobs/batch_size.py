@@ -83,7 +83,7 @@ def step_fits(
             module = AdaptationModule(
                 copy.deepcopy(network), copy.deepcopy(method), taps,
                 setup.optimizer_maker(config.optimizer, config.trainer.precision), ignore_index=config.data.ignore_index,
-                batchnorm=config.domain_adaptation.batchnorm, channels_last=config.trainer.channels_last,
+                batchnorm=config.domain_adaptation.batchnorm, channels_last=bool(config.trainer.channels_last),
             ).to(device).train()  # fmt: skip
             module.on_train_start()  # a method of the user's own may make there what its loss needs
             batch = {

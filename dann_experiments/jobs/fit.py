@@ -26,6 +26,7 @@ from dann_experiments.jobs.resume import CHECKPOINTS
 from dann_experiments.jobs.setup import Data
 from dann_experiments.models.batchnorm import statistics_loader
 from dann_experiments.models.compiling import compile_parts, is_of_compiling
+from dann_experiments.models.networks import quicker_channels_last
 from dann_experiments.models.passes import choose
 from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.processes import available_cores, visible_gpus
@@ -77,16 +78,6 @@ class Fit:
         optimizer, epochs = config.optimizer, config.trainer.max_epochs
         if pretraining:
             optimizer, epochs = config.pretraining.optimizer, config.pretraining.max_epochs
-        self.module = AdaptationModule(
-            network, method, taps, setup.optimizer_maker(optimizer, config.trainer.precision), optimizer.schedule,
-            config.data.ignore_index, config.domain_adaptation.batchnorm, config.trainer.channels_last,
-        )  # fmt: skip
-        if method.uses_target and self.module.taps:
-            self.module.passes = choose(
-                network, self.module.taps, config.domain_adaptation.batchnorm, config.model.in_channels
-            )
-        if config.trainer.compile:
-            compile_parts(network, {tap.module for tap in self.module.taps})
         self.monitor = DomainAdaptationMonitorCallback(
             config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
             config.monitor.forgetting_threshold, config.data.ignore_index,
@@ -123,6 +114,19 @@ class Fit:
             default_root_dir=str(folder),
             use_distributed_sampler=False,  # our loaders take their rank's share themselves
         )
+        channels_last = config.trainer.channels_last
+        if channels_last is None:
+            channels_last = quicker_channels_last(network, self.device)
+        self.module = AdaptationModule(
+            network, method, taps, setup.optimizer_maker(optimizer, config.trainer.precision), optimizer.schedule,
+            config.data.ignore_index, config.domain_adaptation.batchnorm, channels_last,
+        )  # fmt: skip
+        if method.uses_target and self.module.taps:
+            self.module.passes = choose(
+                network, self.module.taps, config.domain_adaptation.batchnorm, config.model.in_channels
+            )
+        if config.trainer.compile:
+            compile_parts(network, {tap.module for tap in self.module.taps})
 
     @property
     def device(self) -> torch.device:
