@@ -52,8 +52,8 @@ class Clock(pl.Callback):
 def one(size: int, batch: int, hidden_size: int) -> None:
     """Train, and print what was measured as JSON."""
     options = argparse.Namespace(
-        device="cpu", precision="32-true", batchnorm="separate", threads=1, channels_last=False, compile=False, workers=0,
-        batch=batch,
+        device="cpu", precision="32-true", batchnorm="separate", threads=1, channels_last="as by default", compile=False,
+        workers=0, batch=batch,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, quiet():
         root = Path(folder)

@@ -5,9 +5,9 @@
 `adapt` as users run it (its loaders, tracking, watch and checkpoints, on a real store) trains a network, and after each of its
 steps the same is done in plain torch: the *floor* (full network on the source, encoder up to the tapped layer on the target, in
 two passes, backward, optimizer) and a *source-only* step. Everything is timed in turn in one process, so that other work on the
-machine meets all alike. Ratios are of one turn; medians over turns. `--device cuda` measures blocks of steps, the device
-waited for at their ends; `--precision bf16-mixed` gives floor and source-only the same autocast. `--write` puts the table into
-docs/performance.md.
+machine meets all alike. Ratios are of one turn; medians over turns. Where ours keeps its maps channels last, the floor is
+measured in torch's own order and in that one. `--device cuda` measures blocks of steps, the device waited for at their ends;
+`--precision bf16-mixed` gives floor and source-only the same autocast. `--write` puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from dann_experiments import Config, adapt, load_config
 from dann_experiments.command_line import quiet_libraries
 from dann_experiments.jobs import setup
 from dann_experiments.models.files import save_model
+from dann_experiments.models.networks import quicker_channels_last
 from dann_experiments.models.passes import forward_to_taps
 from dann_experiments.models.taps import Tap, resolve_taps
 
@@ -84,16 +85,16 @@ def plain_steps(config: Config, device: torch.device, tap: str) -> dict[str, Cal
     def images(count: int) -> Tensor:
         return torch.randn(count, 3, side, side, device=device)
 
-    def make(with_target: bool) -> Callable[[], object]:
+    def make(with_target: bool, channels_last: bool = False) -> Callable[[], object]:
         network = setup.make_network(config, with_weights=False).to(device).train()
-        if config.trainer.channels_last:
-            network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        order = torch.channels_last if channels_last else torch.contiguous_format
+        network = network.to(memory_format=order)  # pyright: ignore[reportCallIssue]
         taps: list[Tap] = resolve_taps(network, [tap], 3)
         optimizer = setup.optimizer_maker(config.optimizer, config.trainer.precision)(
             [{"params": list(network.parameters()), "name": "network"}]
         )
         labels = torch.randint(0, classes, (source, side, side), device=device)
-        source_images, target_images = images(source), images(target)
+        source_images, target_images = (images(count).to(memory_format=order) for count in (source, target))
         precise = config.trainer.precision == "32-true"
 
         def step() -> None:
@@ -108,7 +109,13 @@ def plain_steps(config: Config, device: torch.device, tap: str) -> dict[str, Cal
 
         return step
 
-    return {"floor": lambda: make(True), "source only": lambda: make(False)}
+    chosen = config.trainer.channels_last
+    if chosen is None:
+        chosen = quicker_channels_last(setup.make_network(config, with_weights=False), device)
+    steps: dict[str, Callable[[], Callable[[], object]]] = {
+        "floor": lambda: make(True), "source only": lambda: make(False)
+    }  # fmt: skip
+    return steps | ({"floor, channels last": lambda: make(True, True)} if chosen else {})
 
 
 def config_of(
@@ -136,7 +143,7 @@ def config_of(
         "trainer.max_epochs": 1,
         "trainer.accelerator": "gpu" if options.device == "cuda" else "cpu",
         "trainer.precision": options.precision,
-        "trainer.channels_last": options.channels_last,
+        "trainer.channels_last": {"yes": True, "no": False}.get(options.channels_last),
         "trainer.compile": options.compile,
         "trainer.enable_progress_bar": False,
         "tracking.uri": f"sqlite:///{root}/mlflow.db",
@@ -190,19 +197,27 @@ def rows(options: argparse.Namespace) -> Iterator[str]:
         "floor, ms",
         "ours, ms",
         "ours / floor, median (quartiles)",
+        "ours / floor in ours' memory format",
     )
     yield f"| {' | '.join([*names, 'ours / source only'])} |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|"
     for encoder in options.encoders:
         for place in options.taps:
             with tempfile.TemporaryDirectory() as folder, quiet():
                 root = Path(folder)
                 write_images(root, options.size, options.batch * options.block * (options.turns + WARM_UP))
                 found = measured(config_of(encoder, TAPS[place], root, options, options.size), TAPS[place], options)
-            low, middle, high = np.quantile(found["ours"] / found["floor"], [0.25, 0.5, 0.75])
+            floors = {name: ratio(found["ours"] / values) for name, values in found.items() if "floor" in name}
             times = " | ".join(f"{1e3 * np.median(found[name]):.1f}" for name in ("source only", "floor", "ours"))
             over = np.median(found["ours"] / found["source only"])
-            yield f"| {encoder} | {place} | {times} | {middle:.3f} ({low:.3f} to {high:.3f}) | {over:.3f} |"
+            same = floors.get("floor, channels last", "the same")
+            yield f"| {encoder} | {place} | {times} | {floors['floor']} | {same} | {over:.3f} |"
+
+
+def ratio(values: np.ndarray) -> str:
+    """Median (quartiles)."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
@@ -216,7 +231,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, help="steps a turn; default: 1 on the CPU, 10 on a GPU")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
-    parser.add_argument("--channels_last", action="store_true")
+    parser.add_argument("--channels_last", choices=["as by default", "yes", "no"], default="as by default")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batchnorm", default="separate")
     parser.add_argument("--threads", type=int, default=1)

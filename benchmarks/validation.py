@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table into docs/performance.md")
     options = parser.parse_args()
     options.device, options.precision, options.batchnorm, options.threads = "cpu", "32-true", "separate", 1
-    options.channels_last, options.compile, options.workers = False, False, 0
+    options.channels_last, options.compile, options.workers = "as by default", False, 0
     lines = [
         "| encoder of the Unet | classes | images | bare loop, s | validation, s | ratio, median (quartiles) |",
         "|---|---|---|---|---|---|",
