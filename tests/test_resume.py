@@ -256,8 +256,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_is_killed_ag
         {"monitor__final_model": "best", "monitor__metric": "iou/target_val"},
         {"domain_adaptation__batchnorm": "target_stats", "optimizer__schedule": "cosine", "optimizer__name": "sgd"},
         {"trainer__limit_train_batches": 3, "optimizer__schedule": "one_cycle"},
+        {"trainer__channels_last": True},  # the optimizer's state too has the order of the weights
     ],
-    ids=["workers", "best", "target_stats", "limited"],
+    ids=["workers", "best", "target_stats", "limited", "channels_last"],
 )
 def test_other_settings_go_on_to_the_same_weights_too(workplace, squares, whole, more):
     uninterrupted = whole.adapted  # workers change no number
