@@ -2,14 +2,17 @@
 
 import pytest
 import pytorch_lightning as pl
+import segmentation_models_pytorch as smp
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from dann_experiments import adapt, load_config
+from dann_experiments import SourceOnly, adapt, load_config
 from dann_experiments.config import InputError
 from dann_experiments.jobs import fit
 from dann_experiments.models.compiling import uncompiled
 from dann_experiments.models.networks import quicker_channels_last
+from dann_experiments.training.module import AdaptationModule
 from tests.conftest import small_settings
 
 ONE = {"trainer__max_epochs": 1}
@@ -66,6 +69,37 @@ def test_depthwise_convolutions_are_computed_channels_last_on_a_cpu(losses, enco
     few = {"trainer__limit_train_batches": 1, "pretraining__max_epochs": 1}
     seen, _ = losses(**network, **few, trainer__channels_last=given, domain_adaptation__method__feature_layer="encoder")
     assert seen.channels_last == expected
+
+
+@pytest.mark.parametrize("then", [False, True])
+def test_a_checkpoint_goes_on_in_another_memory_format(tmp_path, then):
+    """As of a run that a GPU began and a CPU goes on with: torch's fused Adam is wrong where its state has another order."""
+
+    def fitted(epochs, channels_last, checkpoint=None):
+        torch.manual_seed(0)
+        network = smp.Unet("resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=[16, 8, 8], classes=2)
+        module = AdaptationModule(
+            network, SourceOnly(), [], lambda groups: torch.optim.Adam(groups, lr=1e-3, fused=True),
+            channels_last=channels_last,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        items = [
+            {"source": {"image": torch.randn(3, 32, 32, generator=generator), "mask": torch.zeros(32, 32).long()}}
+            for _ in range(4)
+        ]
+        trainer = pl.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(items, batch_size=2), ckpt_path=checkpoint, weights_only=True)  # pyright: ignore[reportArgumentType]
+        return trainer, module
+
+    trainer, _ = fitted(1, not then)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    _, went_on = fitted(2, then, tmp_path / "one.ckpt")
+    _, whole = fitted(2, not then)
+    for (name, one), other in zip(went_on.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3, check_stride=False, msg=name)
 
 
 def test_nothing_is_assumed_of_other_devices():

@@ -121,7 +121,7 @@ def predicted_classes(logits: Tensor) -> Tensor:
 
 def quicker_channels_last(network: nn.Module, device: torch.device) -> bool:
     """Whether a training step of this network takes less time with maps whose channels come last in memory: on a CPU with
-    depthwise convolutions (0.89 to 0.98 of eight networks tried; without them 0.93 to 1.25, docs/log.md). By the layers, not by
+    depthwise convolutions (0.89 to 0.98 of six networks tried; without them 0.93 to 1.25, docs/log.md). By the layers, not by
     a clock: a run gives the same digits each time. Of other devices nothing is known here: False."""
     depthwise = (layer.groups == layer.in_channels > 1 for layer in network.modules() if isinstance(layer, nn.Conv2d))
     return device.type == "cpu" and any(depthwise)

@@ -26,7 +26,7 @@ from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
 from dann_experiments.models.passes import Passes, check_joint, choose, forward_with_taps
 from dann_experiments.models.taps import Tap, recording
 from dann_experiments.training import ranks
-from dann_experiments.training.optimizers import build_scheduler
+from dann_experiments.training.optimizers import build_scheduler, order_states
 from dann_experiments.training.scores import segmentation_loss
 
 
@@ -167,6 +167,8 @@ class AdaptationModule(pl.LightningModule):
         self._started = True
 
     def on_train_start(self) -> None:
+        for optimizer in self.trainer.optimizers:  # a checkpoint's states are in by now
+            order_states(optimizer)
         if not self._started:
             self.method.on_train_start(self.network)
             self._started = True

@@ -29,6 +29,16 @@ def build_optimizer(
     return kind(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=kernel)
 
 
+def order_states(optimizer: Optimizer) -> None:
+    """Give each state of a parameter's shape the parameter's order in memory. A checkpoint brings the order that it was saved
+    with, which may be another (channels last on a CPU, not on a GPU), and torch's fused kernels on a CPU take both to be the
+    same: they would mix up the values, silently (torch 2.15)."""
+    for parameter, states in optimizer.state.items():
+        for name, value in states.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                states[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def annealing(progress: float) -> float:
     """1 / (1 + alpha p)^beta with alpha = 10, beta = 0.75 (Ganin & Lempitsky 2015, section 4), p in 0..1."""
     return (1.0 + 10.0 * progress) ** -0.75
