@@ -3,6 +3,7 @@ is told with the sizes."""
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import subprocess
@@ -37,6 +38,13 @@ from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import resolve_taps
 from dann_experiments.training.bad_numbers import BadNumbers, _Buffers
 from dann_experiments.training.module import AdaptationModule
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """Each test keeps all states of a training in cycles of objects: hundreds of megabytes until Python looks for such."""
+    yield
+    gc.collect()
 
 
 class Spoiled(DomainAdaptationMethod):
