@@ -85,9 +85,8 @@ def step_fits(
                 setup.optimizer_maker(config.optimizer, config.trainer.precision), ignore_index=config.data.ignore_index,
                 batchnorm=config.domain_adaptation.batchnorm, channels_last=bool(config.trainer.channels_last),
             ).to(device).train()  # fmt: skip
-            module.method.on_train_start(
-                module.network
-            )  # a method of the user's own may make there what its loss needs
+            # a method of the user's own may make there what its loss needs
+            module.method.on_train_start(module.network)
             batch = {
                 domain: {"image": torch.randn(size, *side[domain], device=device)} for domain, size in sizes.items()
             }
