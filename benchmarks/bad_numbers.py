@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pages import circumstances, put
+from pages import circumstances, put, spread
 from torch.utils.data import DataLoader
 
 from dann_experiments import Config, load_config
@@ -76,11 +76,7 @@ def row(name: str, config: Config, side: int, count: int, steps: int) -> str:
     trainer.fit(module, loader)
     own, whole = np.array(watch.own[WARM_UP:]), np.array(watch.whole[WARM_UP:])
     share = own / (whole - own)
-    low, middle, high = np.quantile(share, [0.25, 0.5, 0.75])
-    return (
-        f"| {name} | {1e3 * np.median(whole - own):.0f} | {1e3 * np.median(own):.2f} "
-        f"| {middle:.2%} ({low:.2%} to {high:.2%}) |"
-    )
+    return f"| {name} | {1e3 * np.median(whole - own):.0f} | {1e3 * np.median(own):.2f} | {spread(share, '.2%')} |"
 
 
 def main() -> None:

@@ -7,6 +7,9 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -19,6 +22,12 @@ def put(page: str, name: str, text: str) -> None:
     _, closed, after = rest.partition(end)
     assert found and closed, f"{file} has no markers {start} ... {end}"  # noqa: PT018
     file.write_text(f"{before}{start}\n{text}\n{end}{after}")
+
+
+def spread(values: Any, form: str = ".3f") -> str:
+    """Median (quartiles), each in the format `form`."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
 def circumstances(*packages: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pages import circumstances, put
+from pages import circumstances, put, spread
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -62,9 +62,8 @@ def row(name: str, network: nn.Module, loader: DataLoader, num_classes: int, rep
         pairs.append((seconds[False], seconds[True]))
     plain, both = np.array(pairs).swapaxes(0, 1)  # (pairs, 2) each: processor, elapsed
     ratios = both / plain
-    low, middle, high = np.quantile(ratios[:, 0], [0.25, 0.5, 0.75])
     return (
-        f"| {name} | {np.median(plain[:, 0]):.2f} | {np.median(both[:, 0]):.2f} | {middle:.3f} ({low:.3f} to {high:.3f}) "
+        f"| {name} | {np.median(plain[:, 0]):.2f} | {np.median(both[:, 0]):.2f} | {spread(ratios[:, 0])} "
         f"| {np.median(ratios[:, 1]):.3f} |"
     )
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pages import circumstances, put
+from pages import circumstances, put, spread
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -207,17 +207,11 @@ def rows(options: argparse.Namespace) -> Iterator[str]:
                 root = Path(folder)
                 write_images(root, options.size, options.batch * options.block * (options.turns + WARM_UP))
                 found = measured(config_of(encoder, TAPS[place], root, options, options.size), TAPS[place], options)
-            floors = {name: ratio(found["ours"] / values) for name, values in found.items() if "floor" in name}
+            floors = {name: spread(found["ours"] / values) for name, values in found.items() if "floor" in name}
             times = " | ".join(f"{1e3 * np.median(found[name]):.1f}" for name in ("source only", "floor", "ours"))
             over = np.median(found["ours"] / found["source only"])
             same = floors.get("floor, channels last", "the same")
             yield f"| {encoder} | {place} | {times} | {floors['floor']} | {same} | {over:.3f} |"
-
-
-def ratio(values: np.ndarray) -> str:
-    """Median (quartiles)."""
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from pages import circumstances, put
+from pages import circumstances, put, spread
 
 from dann_experiments.tracking.run import RunLogger, tracked_run
 from dann_experiments.tracking.sender import MOST_IN_MEMORY, SPOOL
@@ -199,14 +199,8 @@ def row(one: Place, silent: list[tuple[float, float]], work_name: str) -> str:
     return (
         f"| {one.name} | {work_name} | {len(calls)} | {np.median(calls):.3f} | {np.quantile(calls, 0.99):.3f} "
         f"| {calls.mean():.3f} | {calls.max():.1f} | {1e3 * one.sender_seconds / len(calls):.2f} "
-        f"| {spread(longer)} | {spread(waits)} | {len(calls) / one.requests:.0f} | {one.peak:,} |"
+        f"| {spread(longer, '+.2f')} | {spread(waits, '+.2f')} | {len(calls) / one.requests:.0f} | {one.peak:,} |"
     )
-
-
-def spread(values: np.ndarray) -> str:
-    """Median (quartiles)."""
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def bytes_a_point() -> float:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from pages import circumstances, put
+from pages import circumstances, put, spread
 from step import config_of, quiet, write_images
 
 from dann_experiments import adapt
@@ -58,10 +58,9 @@ def row(encoder: str, side: int, classes: int, options: argparse.Namespace) -> s
         pairs = Pairs()
         adapt(config, callbacks=[pairs])
     ours, bare = np.array(pairs.seconds[1:]).T
-    low, middle, high = np.quantile(ours / bare, [0.25, 0.5, 0.75])
     return (
         f"| {encoder} | {classes} | {side} x {side} | {np.median(bare):.2f} | {np.median(ours):.2f} "
-        f"| {middle:.3f} ({low:.3f} to {high:.3f}) |"
+        f"| {spread(ours / bare)} |"
     )
 
 
