@@ -34,7 +34,7 @@ from dann_experiments import Config, adapt, load_config
 from dann_experiments.command_line import quiet_libraries
 from dann_experiments.jobs import setup
 from dann_experiments.models.files import save_model
-from dann_experiments.models.networks import quicker_channels_last
+from dann_experiments.models.networks import keeps_channels_last
 from dann_experiments.models.passes import forward_to_taps
 from dann_experiments.models.taps import Tap, resolve_taps
 
@@ -109,9 +109,7 @@ def plain_steps(config: Config, device: torch.device, tap: str) -> dict[str, Cal
 
         return step
 
-    chosen = config.trainer.channels_last
-    if chosen is None:
-        chosen = quicker_channels_last(setup.make_network(config, with_weights=False), device)
+    chosen = keeps_channels_last(config.trainer.channels_last, setup.make_network(config, with_weights=False), device)
     steps: dict[str, Callable[[], Callable[[], object]]] = {
         "floor": lambda: make(True), "source only": lambda: make(False)
     }  # fmt: skip

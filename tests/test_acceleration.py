@@ -11,7 +11,7 @@ from dann_experiments import SourceOnly, adapt, load_config
 from dann_experiments.config import InputError
 from dann_experiments.jobs import fit
 from dann_experiments.models.compiling import uncompiled
-from dann_experiments.models.networks import quicker_channels_last
+from dann_experiments.models.networks import keeps_channels_last
 from dann_experiments.training.module import AdaptationModule
 from tests.conftest import small_settings
 
@@ -104,9 +104,10 @@ def test_a_checkpoint_goes_on_in_another_memory_format(tmp_path, then):
 
 def test_nothing_is_assumed_of_other_devices():
     network = nn.Conv2d(4, 4, 3, groups=4)
-    assert quicker_channels_last(network, torch.device("cpu"))
-    assert not quicker_channels_last(network, torch.device("cuda"))
-    assert not quicker_channels_last(nn.Conv2d(4, 4, 3, groups=2), torch.device("cpu"))
+    assert keeps_channels_last(None, network, torch.device("cpu"))
+    assert not keeps_channels_last(None, network, torch.device("cuda"))
+    assert keeps_channels_last(True, network, torch.device("cuda"))
+    assert not keeps_channels_last(None, nn.Conv2d(4, 4, 3, groups=2), torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from dann_experiments.config import Config, InputError, replace
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.memory import is_out_of_memory
 from dann_experiments.jobs.setup import Data
+from dann_experiments.models.networks import keeps_channels_last
 from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.processes import visible_gpus
 from dann_experiments.training.module import AdaptationModule
@@ -83,7 +84,8 @@ def step_fits(
             module = AdaptationModule(
                 copy.deepcopy(network), copy.deepcopy(method), taps,
                 setup.optimizer_maker(config.optimizer, config.trainer.precision), ignore_index=config.data.ignore_index,
-                batchnorm=config.domain_adaptation.batchnorm, channels_last=bool(config.trainer.channels_last),
+                batchnorm=config.domain_adaptation.batchnorm,
+                channels_last=keeps_channels_last(config.trainer.channels_last, network, device),
             ).to(device).train()  # fmt: skip
             # a method of the user's own may make there what its loss needs
             module.method.on_train_start(module.network)

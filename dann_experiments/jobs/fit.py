@@ -26,7 +26,7 @@ from dann_experiments.jobs.resume import CHECKPOINTS
 from dann_experiments.jobs.setup import Data
 from dann_experiments.models.batchnorm import statistics_loader
 from dann_experiments.models.compiling import compile_parts, is_of_compiling
-from dann_experiments.models.networks import quicker_channels_last
+from dann_experiments.models.networks import keeps_channels_last
 from dann_experiments.models.passes import choose
 from dann_experiments.models.taps import Tap
 from dann_experiments.tracking.processes import available_cores, visible_gpus
@@ -114,9 +114,7 @@ class Fit:
             default_root_dir=str(folder),
             use_distributed_sampler=False,  # our loaders take their rank's share themselves
         )
-        channels_last = config.trainer.channels_last
-        if channels_last is None:
-            channels_last = quicker_channels_last(network, self.device)
+        channels_last = keeps_channels_last(config.trainer.channels_last, network, self.device)
         self.module = AdaptationModule(
             network, method, taps, setup.optimizer_maker(optimizer, config.trainer.precision), optimizer.schedule,
             config.data.ignore_index, config.domain_adaptation.batchnorm, channels_last,

@@ -119,10 +119,12 @@ def predicted_classes(logits: Tensor) -> Tensor:
     return classes.long()
 
 
-def quicker_channels_last(network: nn.Module, device: torch.device) -> bool:
-    """Whether a training step of this network takes less time with maps whose channels come last in memory: on a CPU with
-    depthwise convolutions (0.89 to 0.98 of six networks tried; without them 0.93 to 1.25, docs/log.md). By the layers, not by
-    a clock: a run gives the same digits each time. Of other devices nothing is known here: False."""
+def keeps_channels_last(setting: bool | None, network: nn.Module, device: torch.device) -> bool:
+    """Whether training keeps maps with their channels last in memory: as `trainer.channels_last` says; None = where a step is
+    known to take less time, on a CPU with depthwise convolutions (0.89 to 0.98 of six networks tried; without them 0.93 to 1.25,
+    docs/log.md). By the layers, not by a clock: a run gives the same digits each time."""
+    if setting is not None:
+        return setting
     depthwise = (layer.groups == layer.in_channels > 1 for layer in network.modules() if isinstance(layer, nn.Conv2d))
     return device.type == "cpu" and any(depthwise)
 
