@@ -160,6 +160,13 @@ def test_flat_names_are_the_keys_that_overrides_take():
     assert load_config(None, flat) == config
 
 
+def test_a_mapping_that_a_user_fills_is_one_value_whatever_its_keys():
+    maps = {"data.source.color_map": {"255,255,255": "a", "0,0,255": "b"}, "data.target.value_map": {3: "a", 7: "b"}}
+    flat = flatten(load_config(None, maps))
+    assert set(flat) == set(known_keys())
+    assert {key: flat[key] for key in maps} == maps
+
+
 DIALECT = """
 model:
   _target_: segmentation_models_pytorch.Unet

@@ -99,18 +99,19 @@ def config_to_yaml(config: Config) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, width=120)
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Dotted name -> value for every setting."""
+def flatten(config: Any) -> dict[str, Any]:
+    """Return dotted name -> plain value for every setting of a dataclass.
+
+    A mapping that a user fills freely (`value_map`, `color_map`, `init_args`) is one value: its keys are data, and no store
+    takes every text as a name.
+    """
+    plain = config_to_dict(config)
     flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                walk(f"{prefix}{key}.", inner)
-        else:
-            flat[prefix[:-1]] = value
-
-    walk("", config_to_dict(config))
+    for key in _field_types(type(config)):
+        value: Any = plain
+        for name in key.split("."):
+            value = value[name]
+        flat[key] = value
     return flat
 
 
