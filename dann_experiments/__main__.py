@@ -334,13 +334,23 @@ def _print_data_report(report: Any) -> int:
                 shown, *("" if value != value else f"{value:.4g}" if value % 1 else f"{value:.0f}" for value in row)
             )
         console.print(table)
+    for line in report.grids:
+        print(line)
+    for remark in report.remarks:
+        print(f"Look at this: {remark}")
     if report.problems:
         count = len(report.problems)
         print(f"Error: {count} problem{'s' * (count > 1)} with the data:", file=sys.stderr)
         for problem in report.problems:
             print(f"  - {problem}", file=sys.stderr)
         return 2
-    print(f"Nothing is wrong with the data. Tables and figure: run {report.run_id}.")
+    count = len(report.remarks)
+    verdict = (
+        f"The data can be used, but {count} thing{'s' * (count > 1)} should be looked at (above)."
+        if report.remarks
+        else "Nothing is wrong with the data."
+    )
+    print(f"{verdict} Tables and figure: run {report.run_id}.")
     return 0
 
 

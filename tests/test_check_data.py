@@ -258,8 +258,8 @@ def sizes_that_differ(root):
 
 def smaller_than_the_crop(root):
     return ["data.source.train: image", "source/images/0.png is 32 x 32 pixels, smaller than data.crop_size 48"], {
-        "data__crop_size": 48
-    }
+        "data__crop_size": 48, "data__pad_to_crop": False
+    }  # fmt: skip
 
 
 def region_beyond_the_image(root):

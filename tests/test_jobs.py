@@ -316,7 +316,8 @@ def test_evaluate_scores_a_run_s_model_to_the_same_numbers(run, squares, workpla
         ({"domain_adaptation__pretrained_checkpoint__path": "runs:/abc"}, "tracking store does not give"),
         ({"domain_adaptation__pretrained_checkpoint__path": "models:/no@champion"}, "tracking store does not give"),
         ({"data__crop_size": 30, "model__arch": "fpn", "model__decoder_channels": None}, "needs a multiple of 8"),
-        ({"data__crop_size": 64}, "smaller than data.crop_size"),
+        ({"data__crop_size": 64, "data__pad_to_crop": False}, "smaller than data.crop_size"),
+        ({"data__crop_size": 1024}, "smaller than data.crop_size"),
         (
             {"monitor__metric": "select/bnm", "data__source__val": [], "data__target__val": []},
             "give labelled images in data.source.val",

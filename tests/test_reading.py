@@ -18,7 +18,7 @@ from dann_experiments.data.reading import (
     Reading,
     Window,
     check_type,
-    for_type,
+    for_file,
     read_header,
     read_pixels,
     reading_facts,
@@ -73,20 +73,34 @@ def test_palette_images_are_their_colours_and_an_alpha_band_is_no_band(tmp_path)
     assert (~pixels.valid).nonzero() == (0, 0)
 
 
-def test_a_pixel_is_nodata_where_all_its_bands_hold_the_value_or_one_is_nan(tmp_path):
-    values = np.full((2, 2, 3), 5, np.float32)
-    values[:, 0, 0] = -9999
-    values[0, 0, 1] = -9999  # one band alone: a value like any other
-    values[1, 0, 2] = np.nan
-    expected = np.array([[False, True, False], [True, True, True]])
+@pytest.mark.parametrize(
+    ("dtype", "way", "third"),
+    [
+        ("float32", None, False), ("float32", "all", True), ("int16", None, False), ("uint16", None, False),
+        ("uint8", None, True), ("uint8", "any", False), ("uint8", "all", True),
+    ],
+)  # fmt: skip
+def test_a_pixel_is_nodata_where_its_bands_hold_the_value(tmp_path, dtype, way, third):
+    """By default where all do in 8 bit pictures, in which 0 is a color too, and where any does in all other types."""
+    fill = 0 if dtype.startswith("u") else -9999
+    values = np.full((2, 1, 4), 5, dtype)
+    values[:, 0, 0] = fill
+    values[0, 0, 1] = values[1, 0, 2] = fill
+    expected = np.array([[False, third, third, True]])
     for file, reading in (
-        (write_raster(tmp_path / "own.tif", values, nodata=-9999), Reading()),
-        (write_raster(tmp_path / "given.tif", values), Reading(nodata=(0.0, -9999.0))),
+        (write_raster(tmp_path / "own.tif", values, nodata=fill), Reading(nodata_bands=way)),
+        (write_raster(tmp_path / "given.tif", values), Reading(nodata=(77.0, float(fill)), nodata_bands=way)),
     ):
         assert np.array_equal(read_pixels(file, 2, reading).valid, expected)
-    found = read_pixels(tmp_path / "given.tif", 2, Reading(nodata=())).valid
+
+
+def test_nan_in_any_band_is_nodata_whatever_the_settings(tmp_path):
+    values = np.full((2, 2, 3), 5, np.float32)
+    values[1, 0, 2] = np.nan
+    values[0, 1, 0] = np.inf
+    found = read_pixels(write_raster(tmp_path / "given.tif", values), 2, Reading(nodata=(), nodata_bands="all")).valid
     assert found is not None
-    assert found.sum() == 5  # NaN alone
+    assert [tuple(place) for place in np.argwhere(~found)] == [(0, 2), (1, 0)]
 
 
 @pytest.mark.parametrize("value", [0, 255, -9999])
@@ -123,8 +137,9 @@ def test_values_are_scaled_by_the_range_and_clipped_and_nodata_is_the_mean():
 
 def test_the_range_of_a_type_is_known_for_8_and_16_bit_and_asked_for_otherwise(tmp_path):
     normalisation = Normalisation((0.0,), (1.0,), (0.0,), (1.0,))
-    assert for_type(normalisation, Reading(), "uint8").high == (255.0,)
-    assert for_type(normalisation, Reading(), "uint16").high == (65535.0,)
+    for dtype, end in (("uint8", 255.0), ("uint16", 65535.0)):
+        header = read_header(write_raster(tmp_path / f"{dtype}.tif", np.zeros((1, 4, 4), dtype)))
+        assert for_file(normalisation, Reading(), header).high == (end,)
     file = write_raster(tmp_path / "f.tif", np.zeros((1, 4, 4), np.float32))
     with pytest.raises(InputError, match=r"f\.tif holds float32 values, whose range is not known; set scale"):
         check_type(file, read_header(file), Reading())

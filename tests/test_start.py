@@ -56,7 +56,7 @@ def test_what_a_file_says_of_itself_is_asked_of_an_image_once(squares, monkeypat
     config = load_config(None, small_settings(squares))
     asked = []
     header = reading._header
-    monkeypatch.setattr(reading, "_header", lambda file: asked.append(file.name) or header(file))
+    monkeypatch.setattr(reading, "_header", lambda file, *known: asked.append(file.name) or header(file, *known))
     data = setup.load_data(config)
     setup.check_data(config, data, setup.make_network(config, with_weights=False))
     samples = [sample for one in data.sets.values() for sample in one.samples]

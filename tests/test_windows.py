@@ -127,9 +127,9 @@ def test_normalisation_is_measured_over_the_windows_where_there_is_data(tmp_path
     assert found.std == pytest.approx(real.std(1), rel=0.05)
     assert found.low == pytest.approx(np.percentile(real, 2, axis=1), rel=0.03)
     assert found.minimum.min() > 0
-    own = normalisation_from(found, given, (0.0, 4000.0), "float32", own=True)
+    own = normalisation_from(found, given, (0.0, 4000.0), 1.0, own=True)
     assert own.mean == pytest.approx(tuple(found.mean / 4000))
-    by_percentiles = normalisation_from(found, given, "percentiles", "float32", own=False)
+    by_percentiles = normalisation_from(found, given, "percentiles", 1.0, own=False)
     assert by_percentiles.low == tuple(found.low)
     assert by_percentiles.mean == (0.5, 0.5)
 

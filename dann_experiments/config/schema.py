@@ -132,8 +132,11 @@ class DomainDataConfig:
     """What becomes 0..1: type = the range of 8 or 16 bit; percentiles = the 2nd to 98th of the training windows, a band;
     [LOW, HIGH] = this range (float, signed and 12 bit images)."""
     nodata: Literal["file"] | float | list[float] = "file"
-    """Pixels whose bands all hold this value (or one of these) count nowhere; file = the file's own nodata value, mask or
-    alpha band; [] = none. NaN in any band always is nodata."""
+    """Pixels that hold this value (or one of these) count nowhere; file = the file's own nodata value. The file's own mask and
+    alpha band count as well; [] = none of these. NaN in any band always is nodata."""
+    nodata_bands: Literal["any", "all"] | None = None
+    """Whether a pixel lacks data where any of its bands holds a nodata value, or only where all do. null = all for 8 bit
+    images, in which 0 and 255 are also colors, any for other types, whose fill values would be taken for measurements."""
     ignore_values: list[int] = field(default_factory=list)
     """Mask values that count nowhere, beside data.ignore_index."""
     value_map: dict[int, str] | None = None
@@ -141,7 +144,8 @@ class DomainDataConfig:
     color_map: dict[str, str] | None = None
     """"RED,GREEN,BLUE" -> class name, for masks in colours."""
     pixel_size: float | None = None
-    """Resample to pixels of this size (units of the CRS), so that two sensors meet; null = the files' own pixels."""
+    """Resample to pixels of this size, in the unit of the files' CRS (metre, degree), so that two sensors meet; null = the
+    files' own pixels."""
     file_pixel_size: float | None = None
     """Size of the files' pixels where they are not georeferenced."""
     augmentation: Literal["none", "light", "strong"] = "none"
@@ -241,6 +245,9 @@ class DataConfig:
     """How many random windows a domain has; null = as many as the grid."""
     crop_size: int | None = None
     """Training takes a random crop of this many pixels square of each item, another each epoch; null = whole items."""
+    pad_to_crop: bool = True
+    """Fill training images that are smaller than crop_size up to it, at a random place, with pixels that count as nodata; false
+    = refuse such images."""
     eval_batch_size: int | None = None
     """Images a validation step; null = the training batch."""
     num_workers: int | None = None

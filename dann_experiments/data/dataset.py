@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +19,12 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.data.augmentation import Strength, augmented
 from dann_experiments.data.labels import LabelMap, read_mask
 from dann_experiments.data.looking import Arrays, Memory, checked_header
-from dann_experiments.data.reading import Header, Normalisation, Reading, Window, for_type, read_pixels
+from dann_experiments.data.reading import Header, Normalisation, Reading, Window, for_file, read_pixels
 from dann_experiments.data.samples import Sample
 from dann_experiments.data.windows import Piece, at_random, default_size, grid
 
 log = logging.getLogger(__name__)
+MOST_PADDED = 8  # times a side of an image that a crop may be: beyond, hardly any of it would hold data
 
 
 class SegmentationDataset(Dataset):
@@ -32,6 +34,7 @@ class SegmentationDataset(Dataset):
     An item is a window of an image (`window_size`, see `windows.py`), or an image. Pixels without data are 0 in the image (the
     mean) and `ignore_index` in the mask. A training set (`training`) draws a crop and an augmentation for each item from
     torch's random state, or from the seed that comes with the index as (index, seed); its windows may lie at random places.
+    An item smaller than the crop is put at a random place of it, with pixels without data around it (`pad_to_crop`).
     Raises InputError for a file that is no image, and for one whose bands or type do not fit.
     """
 
@@ -51,6 +54,7 @@ class SegmentationDataset(Dataset):
         memory: Memory | None = None,
         headers: Sequence[Header] | None = None,
         read: Mapping[int, Arrays] | None = None,
+        pad_to_crop: bool = False,
     ) -> None:
         self.samples = list(samples)
         self.labels = labels
@@ -63,8 +67,14 @@ class SegmentationDataset(Dataset):
         self.headers = list(headers or ())
         if headers is None:
             self.headers = [checked_header(sample, self.reading, self.in_channels) for sample in self.samples]
-        self.may_lack_data = any(self.reading.may_lack_data(header) for header in self.headers)
+        if self.reading.unit is None and self.reading.file_pixel_size is None and self.reading.pixel_size is not None:
+            known = (header.unit for header in self.headers)
+            self.reading = dataclasses.replace(self.reading, unit=next(filter(None, known), None))
+        self.pad_to_crop = pad_to_crop
         self.pieces = self._cut(window_size, random_windows and training, window_count, seed)
+        self.may_lack_data = any(self.reading.may_lack_data(header) for header in self.headers) or (
+            pad_to_crop and any(self._is_smaller_than_crop(piece.window) for piece in self.pieces)
+        )
         self._kept: dict[Piece, Arrays] = {}
         for number, arrays in (read or {}).items():  # whole images that are read, and counted, already
             self._kept[Piece(number, Window(0, 0, *arrays[0].shape[1:]))] = arrays
@@ -191,7 +201,7 @@ class SegmentationDataset(Dataset):
 
     def normalisation_of(self, sample: int) -> Normalisation:
         """With the range of the sample's own type where that counts."""
-        return for_type(self.normalisation, self.reading, self.headers[sample].dtype)
+        return for_file(self.normalisation, self.reading, self.headers[sample])
 
     def _item(self, index: int, augmentation: Strength) -> dict[str, Tensor]:
         arrays = self.read(index)
@@ -227,15 +237,38 @@ class SegmentationDataset(Dataset):
         assert size is not None
         height, width = arrays[0].shape[1:]
         if height < size or width < size:
-            raise InputError(
-                f"image {self.samples[self.pieces[index].sample].image} is {height} x {width} pixels, smaller than "
-                f"data.crop_size {size}."
-            )
+            if not self.pads(height, width):
+                raise InputError(
+                    f"image {self.samples[self.pieces[index].sample].image} is {height} x {width} pixels, smaller than "
+                    f"data.crop_size {size}."
+                )
+            arrays = self._padded(arrays, max(height, size), max(width, size))
+            height, width = arrays[0].shape[1:]
         top = int(torch.randint(height - size + 1, ()))
         left = int(torch.randint(width - size + 1, ()))
         window = (slice(top, top + size), slice(left, left + size))
         image, mask, valid = arrays
         return image[:, *window], None if mask is None else mask[window], None if valid is None else valid[window]
+
+    def pads(self, height: int, width: int) -> bool:
+        """Return whether an item of this size is filled up to the crop where it is smaller."""
+        return self.pad_to_crop and self.crop_size is not None and self.crop_size <= MOST_PADDED * min(height, width)
+
+    def _padded(self, arrays: Arrays, height: int, width: int) -> Arrays:
+        """An item at a random place of a larger one that holds no data around it."""
+        image, mask, valid = arrays
+        rows, columns = image.shape[1:]
+        top = int(torch.randint(height - rows + 1, ()))
+        left = int(torch.randint(width - columns + 1, ()))
+        sides = ((top, height - rows - top), (left, width - columns - left))
+        return (
+            np.pad(image, ((0, 0), *sides)),
+            None if mask is None else np.pad(mask, sides, constant_values=self.labels.ignore_index),
+            np.pad(np.ones((rows, columns), bool) if valid is None else valid, sides),
+        )
+
+    def _is_smaller_than_crop(self, window: Window) -> bool:
+        return self.crop_size is not None and min(window.height, window.width) < self.crop_size
 
     def _cut(self, window_size: int | None, at_random_places: bool, count: int | None, seed: int) -> list[Piece]:
         areas = []
@@ -273,10 +306,11 @@ def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> Non
         sizes.setdefault((piece.window.height, piece.window.width), dataset.samples[piece.sample].image)
     if dataset.crop_size is not None:
         for size, path in sizes.items():
-            if min(size) < dataset.crop_size:
+            if min(size) < dataset.crop_size and not dataset.pads(*size):
+                or_else = f" ({MOST_PADDED} times its side at most)" if dataset.pad_to_crop else ""
                 raise InputError(
                     f"{name}: image {path} is {size[0]} x {size[1]} pixels, smaller than data.crop_size "
-                    f"{dataset.crop_size}; give a smaller one."
+                    f"{dataset.crop_size}; give a smaller one{or_else or ', or set data.pad_to_crop to true'}."
                 )
         if dataset.crop_size % stride:
             raise InputError(f"data.crop_size is {dataset.crop_size}; this network needs a multiple of {stride}.")
@@ -293,6 +327,29 @@ def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> Non
                 f"{name}: image {path} is {height} x {width} pixels; this network needs sides divisible by {stride}: "
                 "set data.crop_size to a multiple of it."
             )
+
+
+def unit_problems(sets: Mapping[str, SegmentationDataset]) -> list[str]:
+    """What is wrong with pixel sizes of several sets (by name, such as source_train): one number that means two units."""
+    first: dict[tuple[str, float], tuple[str, str, Path]] = {}
+    problems = []
+    for name, dataset in sets.items():
+        size, unit = dataset.reading.pixel_size, dataset.reading.unit
+        if size is None or unit is None:
+            continue
+        path = next(s.image for s, h in zip(dataset.samples, dataset.headers, strict=True) if h.unit == unit)
+        domain = name.split("_")[0]
+        for other in (domain, "source" if domain == "target" else "target"):
+            key = (other, size)
+            if key in first and first[key][1] != unit:
+                problems.append(
+                    f"data.{name.replace('_', '.')}: pixel_size {size:g} means {unit} for image {path}, but "
+                    f"{first[key][1]} for image {first[key][2]} of data.{first[key][0].replace('_', '.')}; reproject the files "
+                    "to one CRS, or give each domain's pixel_size in the unit of its files."
+                )
+                break
+        first.setdefault((domain, size), (name, unit, path))
+    return problems
 
 
 class SeededOrder(Sampler[tuple[int, int]]):

@@ -126,4 +126,4 @@ def _found(config: Config, names: tuple[str, ...]) -> Early | None:
                 files = files_of(samples)
                 digests = [ahead.digests.get(path) for path in files]
                 sets[name] = OfSet([str(path) for path in files], digests, headers, read)
-    return None if problems.texts else Early(sets, ahead.goes_on)
+    return None if problems.texts or problems.remarks.lines() else Early(sets, ahead.goes_on)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.data.reading import Header, Window, colours_of, read_labels
+from dann_experiments.data.reading import Header, StoredLabels, Window, colours_of, read_labels
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -71,11 +71,28 @@ def read_mask(
     path: Path, labels: LabelMap, window: Window | None = None, factor: float = 1.0, header: Header | None = None,
     file: DatasetReader | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """(h, w) uint8 of network ids; `header` if it is known, `file` if it is open. Raises InputError naming file and id (or
-    colour) for what the map does not know."""
-    values, palette = read_labels(path, window, factor, header, file)
+    """(h, w) uint8 of network ids; `header` if it is known, `file` if it is open.
+
+    Where the file itself says that there is no label (NaN, its nodata value, its mask or alpha band), the pixel is ignored,
+    unless `labels` names its value; the transparency of a picture hides only what `labels` does not know. Raises InputError
+    naming file and id (or color) for what the map does not know.
+    """
+    stored = read_labels(path, window, factor, header, file)
+    try:
+        return _network_ids(path, stored, labels)
+    except InputError as error:
+        if not stored.lossy:
+            raise
+        raise InputError(
+            f"{str(error).partition(';')[0].rstrip('.')}. The file is compressed with loss (as JPEG is), which makes such values "
+            "at every border: save masks without loss, for example as PNG, from the labels as they were drawn."
+        ) from None
+
+
+def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarray:
+    values, hidden = stored.values, stored.hidden
     if labels.colours is not None:
-        return _from_colours(path, _colours(path, values, palette), labels)
+        return _from_colours(path, _colours(path, values, stored.palette), labels, hidden)
     if len(values) == 3 and np.array_equal(values[0], values[1]) and np.array_equal(values[0], values[2]):
         values = values[:1]  # ids written as grey colours
     if len(values) != 1:
@@ -83,19 +100,28 @@ def read_mask(
             f"mask {path} has {len(values)} bands; masks hold one class id a pixel, or colours that color_map names."
         )
     array = values[0]
+    if hidden is not None:
+        named = np.isin(array, list(labels.ids or ()))
+        if stored.transparent and labels.ids is None:
+            named |= np.isin(array, np.arange(labels.num_classes))
+        hidden = hidden & ~named
+        array = np.where(hidden, labels.ignore_index, array) if array.dtype.kind == "f" else array
     whole = array.dtype.kind in "ui" or (array.dtype.kind == "f" and np.isfinite(array).all() and not (array % 1).any())
     if not whole:
         raise InputError(f"mask {path} holds values that are no whole numbers; masks hold one class id a pixel.")
-    if array.dtype == np.uint8:
+    if array.dtype == np.uint8 and hidden is None:
         mapped = labels.table[array]
         if mapped.min(initial=0) >= 0:
             return mapped.astype(np.uint8)
     ids, places = np.unique(array, return_inverse=True)
     known = [labels.network_id(int(value)) for value in ids]
-    wrong = [int(value) for value, found in zip(ids, known, strict=True) if found is None]
-    if wrong:
-        raise InputError(f"mask {path} holds id {wrong[0]}, {_what_is_known(labels)}")
-    return np.array(known, np.uint8)[places].reshape(array.shape)
+    result = np.array([-1 if found is None else found for found in known], np.int16)[places].reshape(array.shape)
+    if hidden is not None:
+        result[hidden] = labels.ignore_index
+    if result.min(initial=0) < 0:
+        wrong = int(array[result < 0].min())
+        raise InputError(f"mask {path} holds id {wrong}, {_what_is_known(labels)}")
+    return result.astype(np.uint8)
 
 
 def _what_is_known(labels: LabelMap) -> str:
@@ -120,11 +146,13 @@ def _colours(path: Path, values: np.ndarray, palette: Mapping[int, Sequence[int]
     return (bands[0] << 16) | (bands[1] << 8) | bands[2]
 
 
-def _from_colours(path: Path, codes: np.ndarray, labels: LabelMap) -> np.ndarray:
+def _from_colours(path: Path, codes: np.ndarray, labels: LabelMap, hidden: np.ndarray | None) -> np.ndarray:
     assert labels.colours is not None
     result = np.full(codes.shape, -1, np.int16)
     for (red, green, blue), index in labels.colours.items():
         result[codes == (red << 16 | green << 8 | blue)] = index
+    if hidden is not None:
+        result[hidden & (result < 0)] = labels.ignore_index
     unknown = result < 0
     if unknown.any():
         code = int(codes[unknown][0])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.data.georeference import FARTHEST, Place, described, pixels_apart, place_of
 from dann_experiments.data.labels import LabelMap, read_mask
 from dann_experiments.data.reading import (
     Header,
@@ -21,6 +22,7 @@ from dann_experiments.data.reading import (
     open_raster,
     read_pixels,
 )
+from dann_experiments.data.remarks import Remarks, image_remarks, mask_remarks
 from dann_experiments.data.samples import Sample
 
 if TYPE_CHECKING:
@@ -96,16 +98,21 @@ def checked_header(sample: Sample, reading: Reading, in_channels: int) -> Header
 
 
 def looked_at(
-    sample: Sample, reading: Reading, in_channels: int, labels: LabelMap | None = None, ahead: Ahead | None = None
-) -> tuple[Header, Arrays | None]:
+    sample: Sample, reading: Reading, in_channels: int, labels: LabelMap | None = None, ahead: Ahead | None = None,
+    remarks: Remarks | None = None,
+) -> tuple[Header, Arrays | None]:  # fmt: skip
     """`checked_header`; with `labels` and `ahead` also what `SegmentationDataset.read` gives of the whole image, if it is small.
-    Pixels that cannot be read, and labels that no class is, are left to that: it tells of them."""
+    Pixels that cannot be read, and labels that no class is, are left to that: it tells of them. What is odd about the files
+    and yet allowed goes to `remarks`."""
     pixels = values = None
     with open_raster(sample.image) as file:
         content = None if ahead is None else ahead.content(sample.image, file)
         header = header_of(file, sample.image, content)
         chosen_bands(sample.image, header, reading, in_channels)
         check_type(sample.image, header, reading)
+        place = place_of(file)
+        if remarks is not None:
+            remarks.take(sample.image, image_remarks(file, sample.image, header, reading))
         if content is not None and ahead is not None and ahead.goes_on:
             with contextlib.suppress(Exception):
                 pixels = read_pixels(sample.image, in_channels, reading, None, header, file)
@@ -118,6 +125,9 @@ def looked_at(
                     f"image {sample.image} is {header.height} x {header.width} pixels, its mask {sample.mask} "
                     f"{of_mask.height} x {of_mask.width}; they must be of one size."
                 )
+            _check_same_place(sample, place, place_of(file))
+            if remarks is not None and labels is not None:
+                remarks.take(sample.mask, mask_remarks(file, of_mask, labels))
             if pixels is not None and labels is not None:
                 with contextlib.suppress(Exception):
                     factor = reading.factor(header, sample.image)
@@ -132,3 +142,15 @@ def looked_at(
             return header, arrays
     ahead.stop()
     return header, None
+
+
+def _check_same_place(sample: Sample, image: Place | None, mask: Place | None) -> None:
+    """Raises InputError where both files say where they lie, and disagree."""
+    if image is None or mask is None:
+        return
+    apart = pixels_apart(image, mask)
+    if apart is not None and not apart <= FARTHEST:
+        raise InputError(
+            f"image {sample.image} and its mask {sample.mask} lie in different places, {apart:.4g} pixels apart (image: "
+            f"{described(image)}; mask: {described(mask)}); pair files of one place, or mend the georeference that is wrong."
+        )

@@ -22,14 +22,19 @@ import numpy as np
 from PIL import Image
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.data.georeference import unit_of
+from dann_experiments.data.nodata import NodataBands, all_valid_behind, default_nodata_bands, hides
+from dann_experiments.data.orientation import TURNS, Turn, orientation_of
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
+WORDS_OF_A_TURN = (b"xif", b"XIF", b"Orientation")
 DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP", "GIF", "JP2OpenJPEG", "VRT")  # of GDAL's many
 CACHE_MB = 128  # of decoded blocks that GDAL keeps; its own default is a share of the machine's memory
 LARGEST_SIDE, MOST_PIXELS, MOST_BANDS = 10**7, 10**12, 4096  # a header that claims more is damaged
-LARGEST_ENLARGEMENT = 100.0  # pixels of the working grid that one of the file may become, along a side
+LARGEST_CHANGE = 100.0  # of a pixel's side by resampling, either way: more is a mistake in the unit
+BLOCK_BYTES = 64 * 2**20  # of full-size pixels that are held at a time to make smaller ones of them
 Image.MAX_IMAGE_PIXELS = None  # aerial mosaics are larger than Pillow's guard against decompression bombs
 GDAL_OPTIONS = {
     "GDAL_CACHEMAX": CACHE_MB,
@@ -65,6 +70,19 @@ class Header:
     """Side of a pixel in units of the file's CRS; None = not georeferenced."""
     palette: bool
     """One band of indices into a colour table."""
+    unit: str | None = None
+    """Unit of `pixel_size`, such as metre or degree; None = not known."""
+    orientation: int = 1
+    """EXIF orientation, 1 to 8. Height and width are those of the picture as it is shown."""
+    bits: int | None = None
+    """Bits of a value where they are fewer than its type has (1, 2 and 4 bit PNG, 12 bit TIFF); None = all."""
+    alpha: bool = False
+    """Whether `masked` is for an alpha band, the last."""
+
+    @property
+    def turn(self) -> Turn:
+        """How the stored pixels are turned to be shown."""
+        return TURNS[self.orientation]
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,10 @@ class Reading:
     """Side of a pixel of the working grid; None = the file's pixels."""
     file_pixel_size: float | None = None
     """Side of the files' pixels, same unit; None = from their georeference."""
+    nodata_bands: NodataBands | None = None
+    """Whether a pixel lacks data where any of its bands holds a nodata value, or where all do; None = by the type."""
+    unit: str | None = None
+    """Unit of `pixel_size`: that of the files it was set for; None = not known yet, or no georeference has to tell."""
 
     def factor(self, header: Header, path: Path) -> float:
         """File pixels a pixel of the working grid, along a side."""
@@ -92,10 +114,23 @@ class Reading:
                 f"image {path} has no georeference that tells its pixel size, but pixel_size is {self.pixel_size}; give "
                 "file_pixel_size, the side of its pixels."
             )
-        if self.pixel_size * LARGEST_ENLARGEMENT < own:
+        unit = None if self.file_pixel_size else header.unit
+        shown = f"{own:g} {unit}" if unit else f"{own:g}"
+        if self.unit is not None and unit is not None and self.unit != unit:
             raise InputError(
-                f"image {path} has pixels of {own:g}, which pixel_size {self.pixel_size:g} would cut into more than "
-                f"{LARGEST_ENLARGEMENT:g} each along a side; give both in the same unit."
+                f"image {path} has pixels of {shown}, but pixel_size {self.pixel_size:g} was set for files in {self.unit}; "
+                "reproject the files to one CRS (for example with gdalwarp)."
+            )
+        if not own / LARGEST_CHANGE <= self.pixel_size <= own * LARGEST_CHANGE:
+            ratio = max(own / self.pixel_size, self.pixel_size / own)
+            made = (
+                f"which pixel_size {self.pixel_size:g} would cut into {ratio:.4g} each along a side"
+                if self.pixel_size < own
+                else f"of which pixel_size {self.pixel_size:g} would make one of {ratio:.4g} along a side"
+            )
+            raise InputError(
+                f"image {path} has pixels of {shown}, {made} (at most {LARGEST_CHANGE:g}); give pixel_size in the unit of the "
+                f"file's CRS{f', {unit}' if unit else ''}."
             )
         return self.pixel_size / own
 
@@ -108,9 +143,16 @@ class Reading:
         """Whether pixels without data are possible, so that validity has to be read."""
         if header.dtype.startswith("float"):
             return True
-        if self.nodata == "file":
-            return header.masked or any(value is not None for value in header.nodata)
-        return bool(self.nodata)
+        if self.nodata == ():
+            return False
+        return header.masked or self.nodata != "file" or any(value is not None for value in header.nodata)
+
+    def nodata_of(self, header: Header, bands: Sequence[int]) -> list[list[float]]:
+        """Return the nodata values of each of `bands` (from 1), NaN aside, which always is one."""
+        if self.nodata != "file":
+            return [[value for value in self.nodata if value == value]] * len(bands)
+        own = [header.nodata[band - 1] for band in bands]
+        return [[] if value is None or value != value else [value] for value in own]
 
 
 @dataclass(frozen=True)
@@ -143,12 +185,18 @@ class Normalisation:
         return result
 
 
-def for_type(normalisation: Normalisation, reading: Reading, dtype: str) -> Normalisation:
-    """With the range of 8 or 16 bit as low and high, where `scale` says that the file's type tells it."""
+def for_file(normalisation: Normalisation, reading: Reading, header: Header) -> Normalisation:
+    """With the range of the file's values as low and high, where `scale` says that the file's type tells it."""
     if reading.scale != "type":
         return normalisation
     bands = len(normalisation.mean)
-    return dataclasses.replace(normalisation, low=(0.0,) * bands, high=(TYPE_RANGES[dtype],) * bands)
+    return dataclasses.replace(normalisation, low=(0.0,) * bands, high=(largest_value(header),) * bands)
+
+
+def largest_value(header: Header) -> float:
+    """Return the end of the range that `scale: type` means: of 1, 2 and 4 bit images 1, 3 and 15, else that of the type."""
+    few = header.bits is not None and header.bits < 8 and not header.palette
+    return float(2**header.bits - 1) if few and header.bits is not None else TYPE_RANGES[header.dtype]
 
 
 def reading_facts(reading: Reading, normalisation: Normalisation) -> dict[str, Any]:
@@ -166,6 +214,7 @@ def reading_from_facts(facts: Mapping[str, Any]) -> tuple[Reading, Normalisation
         })  # fmt: skip
 
     try:
+        facts = {"nodata_bands": "all", **facts}  # as models read their images before there was a choice
         return made(Reading), made(Normalisation)
     except (TypeError, AttributeError) as error:
         raise InputError(f"the model's notes on how its images are read cannot be used: {error}") from None
@@ -193,7 +242,9 @@ def header_of(file: DatasetReader, path: Path, content: bytes | None = None) -> 
             _verify(path)
         except Exception as error:  # Pillow raises many kinds for broken files
             raise InputError(f"{path} cannot be read as an image: {error}") from None
-    return _header(file)
+    # metadata of cameras and scanners has one of these words; to look for them takes less than to open the file once more
+    upright = content is not None and file.driver != "GTiff" and not any(word in content for word in WORDS_OF_A_TURN)
+    return _header(file, upright)
 
 
 def _verify(stored: Path | io.BytesIO) -> None:
@@ -235,19 +286,62 @@ def read_pixels(
     return Pixels(np.ascontiguousarray(values), valid)
 
 
+class StoredLabels(NamedTuple):
+    """What a mask file holds."""
+
+    values: np.ndarray
+    """(bands, h, w) as stored."""
+    palette: dict[int, Any] | None
+    """Its color table."""
+    hidden: np.ndarray | None
+    """(h, w) bool, True where the file says that there is no label: its nodata value, its mask or alpha band, NaN; None =
+    nowhere."""
+    transparent: bool
+    """Whether `hidden` is the transparency of a picture (PNG, GIF, WebP), which may be there for looks alone."""
+    lossy: bool
+    """Whether the file is compressed in a way that changes values."""
+
+
 def read_labels(
     path: Path, window: Window | None = None, factor: float = 1.0, header: Header | None = None,
     file: DatasetReader | None = None,
-) -> tuple[np.ndarray, dict[int, Any] | None]:  # fmt: skip
-    """(bands, h, w) of a mask as stored, and its colour table if it has one. `factor`: file pixels a pixel of the working
-    grid, of which the nearest is taken. `header` if it is known, `file` if it is open."""
+) -> StoredLabels:  # fmt: skip
+    """A window of a mask, of which the nearest pixel is taken. `factor`: file pixels a pixel of the working grid. `header` if it
+    is known, `file` if it is open."""
     with _opened(path, file) as file:
         header = header or _header(file)
         if header.bands > 4:
             raise InputError(f"mask {path} has {header.bands} bands; masks hold one class id a pixel, or a colour.")
         whole = Window(0, 0, max(round(header.height / factor), 1), max(round(header.width / factor), 1))
-        values = _read(file, list(range(1, header.bands + 1)), window or whole, factor, header, smooth=False)
-        return values, file.colormap(1) if header.palette else None
+        window = window or whole
+        bands = list(range(1, header.bands + 1))
+        values = _read(file, bands, window, factor, header, smooth=False)
+        return StoredLabels(
+            values, file.colormap(1) if header.palette else None, _hidden(file, header, values, window, factor),
+            file.driver in ("PNG", "GIF", "WEBP"), changes_values(file),
+        )  # fmt: skip
+
+
+def changes_values(file: DatasetReader) -> bool:
+    """Whether the file is compressed with loss, as far as it says so."""
+    facts = file.tags(ns="IMAGE_STRUCTURE")
+    of_jpeg = facts.get("COMPRESSION", "") in ("JPEG", "YCbCr JPEG")
+    return file.driver == "JPEG" or of_jpeg or facts.get("COMPRESSION_REVERSIBILITY", "").startswith("LOSSY")
+
+
+def _hidden(
+    file: DatasetReader, header: Header, values: np.ndarray, window: Window, factor: float
+) -> np.ndarray | None:
+    """Where a mask itself says that there is no label."""
+    hidden = np.zeros(values.shape[1:], bool)
+    if values.dtype.kind == "f":
+        hidden |= np.isnan(values).all(0)  # an infinite id is a mistake, not a hole
+    own = [[] if value is None else [value] for value in header.nodata]
+    if any(own):
+        hidden |= hides(values, own, "all")
+    if header.masked:
+        hidden |= _masked(file, header, window, factor)
+    return hidden if hidden.any() else None
 
 
 def check_deflated(path: Path) -> None:
@@ -373,7 +467,8 @@ def _opened(path: Path, file: DatasetReader | None) -> contextlib.AbstractContex
     return open_raster(path) if file is None else contextlib.nullcontext(file)
 
 
-def _header(file: DatasetReader) -> Header:
+def _header(file: DatasetReader, upright: bool = False) -> Header:
+    """`upright`: it is known to have no orientation tag."""
     from rasterio.enums import ColorInterp, MaskFlags
 
     side, pixels = max(file.height, file.width), file.height * file.width
@@ -386,51 +481,127 @@ def _header(file: DatasetReader) -> Header:
     flags = file.mask_flag_enums[0]
     transform = file.transform
     georeferenced = file.crs is not None or not transform.is_identity
+    orientation = 1 if upright else orientation_of(file)
+    height, width = TURNS[orientation].size(file.height, file.width)
+    bits = file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
     return Header(
-        height=file.height,
-        width=file.width,
+        height=height,
+        width=width,
         bands=file.count - alpha,
         dtype=file.dtypes[0],
         nodata=tuple(file.nodatavals[: file.count - alpha]),
         masked=alpha or (MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags),
         pixel_size=float(abs(transform.a * transform.e - transform.b * transform.d) ** 0.5) if georeferenced else None,
         palette=file.count - alpha == 1 and file.colorinterp[0] == ColorInterp.palette,
+        unit=unit_of(file.crs) if georeferenced else None,
+        orientation=orientation,
+        bits=int(bits) if bits else None,
+        alpha=alpha,
     )
 
 
 def _read(
     file: DatasetReader, bands: Sequence[int], window: Window, factor: float, header: Header, smooth: bool
 ) -> np.ndarray:
+    """(bands, h, w) of a window of the working grid."""
     from rasterio.enums import Resampling
-    from rasterio.windows import Window as FileWindow
 
-    if factor == 1.0 and window == (0, 0, header.height, header.width):  # what rasterio does about windows takes time
-        return file.read(list(bands))
+    bands = list(bands)
     if factor == 1.0:
-        return file.read(list(bands), window=FileWindow(window.left, window.top, window.width, window.height))  # pyright: ignore[reportCallIssue]
-    left, top = window.left * factor, window.top * factor
-    width = min(window.width * factor, header.width - left)
+        return _stored(file, bands, window, header)
+    top, left = window.top * factor, window.left * factor
     height = min(window.height * factor, header.height - top)
+    width = min(window.width * factor, header.width - left)
     way = Resampling.nearest
     if smooth and not header.palette:
         way = Resampling.average if factor > 1 else Resampling.bilinear
-    return file.read(
-        list(bands),
-        window=FileWindow(left, top, width, height),  # pyright: ignore[reportCallIssue]
-        out_shape=(len(bands), window.height, window.width),
-        resampling=way,
-    )
+    shape = (window.height, window.width)
+    box = header.turn.stored((top, left, height, width), header.height, header.width)
+    # reduced copies inside or beside the file (overviews, wavelets of JPEG 2000) need not be averages of its pixels, and those
+    # of a mask can hold ids that are not in it; a VRT asks its sources for theirs, whatever it says of itself
+    if factor > 1 and (file.driver == "VRT" or file.overviews(bands[0])):
+        values = _reduced(file, bands, header, box, header.turn.size(*shape), way)
+    else:
+        values = file.read(
+            bands, window=_box(*box), out_shape=(len(bands), *header.turn.size(*shape)), resampling=way
+        )  # fmt: skip
+    return header.turn.shown(values)
+
+
+def _stored(file: DatasetReader, bands: list[int], window: Window, header: Header) -> np.ndarray:
+    """(bands, h, w) of the file's own pixels, as they are shown."""
+    if window == (0, 0, header.height, header.width):  # what rasterio does about windows takes time
+        return header.turn.shown(file.read(bands))
+    return header.turn.shown(file.read(bands, window=_box(*header.turn.stored(window, header.height, header.width))))
+
+
+def _masked(file: DatasetReader, header: Header, window: Window, factor: float) -> np.ndarray:
+    """(h, w) bool of the working grid, nearest pixel: where an alpha band is 0 or a mask inside the file hides pixels.
+
+    The alpha band itself is read: GDAL passes it over in a file that has a nodata value as well.
+    """
+    if factor != 1.0:
+        rows, columns = (
+            np.minimum(((first + np.arange(count) + 0.5) * factor).astype(int), size - 1)
+            for first, count, size in (
+                (window.top, window.height, header.height), (window.left, window.width, header.width),
+            )
+        )  # fmt: skip
+        top, left = int(rows[0]), int(columns[0])
+        around = Window(top, left, int(rows[-1]) - top + 1, int(columns[-1]) - left + 1)
+        return _masked(file, header, around, 1.0)[np.ix_(rows - top, columns - left)]
+    if header.alpha:
+        return _stored(file, [file.count], window, header)[0] == 0
+    box = header.turn.stored(window, header.height, header.width)
+    return header.turn.shown(file.read_masks(1, window=_box(*box))) == 0
+
+
+def _reduced(
+    file: DatasetReader, bands: list[int], header: Header, box: tuple[float, float, float, float],
+    shape: tuple[int, int], way: Any,
+) -> np.ndarray:  # fmt: skip
+    """(bands, *shape) of a stored box (top, left, height, width), made of the pixels at full size, some rows at a time."""
+    from rasterio.io import MemoryFile
+
+    top, left, height, width = box
+    step = height / shape[0]
+    first_column, last_column = int(left), min(int(np.ceil(left + width - 1e-9)), file.width)
+    line = len(bands) * np.dtype(header.dtype).itemsize * (last_column - first_column) * step
+    rows_at_a_time = max(int(BLOCK_BYTES / line), 1)
+    parts = []
+    for row in range(0, shape[0], rows_at_a_time):
+        rows = min(rows_at_a_time, shape[0] - row)
+        begin, end = top + row * step, top + (row + rows) * step
+        first, last = int(begin), min(int(np.ceil(end - 1e-9)), file.height)
+        pixels = file.read(bands, window=_box(first, first_column, last - first, last_column - first_column))
+        profile = {
+            "driver": "GTiff", "count": len(bands), "height": pixels.shape[1], "width": pixels.shape[2],
+            "dtype": pixels.dtype, "nodata": header.nodata[bands[0] - 1], "photometric": "MINISBLACK",
+            "BIGTIFF": "IF_SAFER",
+        }  # fmt: skip
+        with MemoryFile() as memory:
+            with memory.open(**profile) as copy:
+                copy.write(pixels)
+            with memory.open() as copy:
+                inside = (begin - first, left - first_column, min(end, last) - begin, min(width, last_column - left))
+                parts.append(copy.read(window=_box(*inside), out_shape=(len(bands), rows, shape[1]), resampling=way))
+    return np.concatenate(parts, axis=1)
+
+
+def _box(top: float, left: float, height: float, width: float) -> Any:
+    from rasterio.windows import Window as FileWindow
+
+    return FileWindow(left, top, width, height)  # pyright: ignore[reportCallIssue]
 
 
 def _valid(
     file: DatasetReader, header: Header, bands: Sequence[int], reading: Reading, window: Window, factor: float,
     values: np.ndarray,
 ) -> np.ndarray | None:  # fmt: skip
-    """Where there is data: not where a band is NaN or infinite, nor where every band holds a nodata value."""
+    """Where there is data: not where a band is NaN or infinite, nor where bands hold nodata values (`nodata_bands`: any or all
+    of them), nor where the file's own mask or alpha band hides a pixel."""
     if not reading.may_lack_data(header):
         return None
-    from rasterio.windows import Window as FileWindow
-
     if factor == 1.0:
         own, around = values, window
     else:  # validity of the file's pixels: a resampled one is valid only if all that it is made of are
@@ -438,40 +609,16 @@ def _valid(
         bottom = min(int(np.ceil((window.top + window.height) * factor)) + 1, header.height)
         right = min(int(np.ceil((window.left + window.width) * factor)) + 1, header.width)
         around = Window(top, left, bottom - top, right - left)
-        own = _read(file, bands, around, 1.0, header, smooth=False)
+        own = _stored(file, list(bands), around, header)
     valid = np.ones(own.shape[1:], bool)
     if own.dtype.kind == "f":
         valid &= np.isfinite(own).all(0)
-    if reading.nodata == "file":
-        if header.masked:
-            box = FileWindow(around.left, around.top, around.width, around.height)  # pyright: ignore[reportCallIssue]
-            valid &= file.dataset_mask(window=box) > 0
-        given = [header.nodata[band - 1] for band in bands]
-        if all(value is not None for value in given):
-            valid &= ~np.all([band == value for band, value in zip(own, given, strict=True)], axis=0)
-    elif reading.nodata:
-        valid &= ~np.isin(own, [value for value in reading.nodata if value == value]).all(0)
+    if header.masked and reading.nodata != ():
+        valid &= ~_masked(file, header, around, 1.0)
+    nodata = reading.nodata_of(header, bands)
+    if any(nodata):
+        valid &= ~hides(own, nodata, reading.nodata_bands or default_nodata_bands(header.dtype))
     if factor != 1.0:
-        valid = _all_valid(valid, around, window, factor)
+        shape = (window.height, window.width)
+        valid = all_valid_behind(valid, (around.top, around.left), (window.top, window.left), shape, factor)
     return None if valid.all() else valid
-
-
-def _all_valid(valid: np.ndarray, around: Window, window: Window, factor: float) -> np.ndarray:
-    """(h, w) of the working grid: True where every file pixel behind it, its neighbours included, is valid."""
-    missing = np.zeros((valid.shape[0] + 1, valid.shape[1] + 1), np.int64)
-    missing[1:, 1:] = (~valid).cumsum(0).cumsum(1)
-
-    def bounds(start: int, count: int, offset: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        first = np.floor((start + np.arange(count)) * factor).astype(int) - 1 - offset
-        last = np.ceil((start + np.arange(count) + 1) * factor).astype(int) + 1 - offset
-        return np.clip(first, 0, size), np.clip(last, 0, size)
-
-    rows, bottom = bounds(window.top, window.height, around.top, valid.shape[0])
-    columns, right = bounds(window.left, window.width, around.left, valid.shape[1])
-    count = (
-        missing[np.ix_(bottom, right)]
-        - missing[np.ix_(rows, right)]
-        - missing[np.ix_(bottom, columns)]
-        + missing[np.ix_(rows, columns)]
-    )
-    return count == 0

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import fnmatch
 import glob
 import hashlib
+import io
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +19,7 @@ from typing import Any
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.places import user_path
 
+log = logging.getLogger(__name__)
 SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")
 PRETRAINING_SETS = tuple(name for name in SETS if name != "target_train")  # those that the source model's training uses
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".vrt")
@@ -59,8 +64,13 @@ def find_samples(
         if not found:
             report(f"{key} names {_shown(entry, root)}, which holds no images.")
         samples += found
-    good = []
+    good: list[Sample] = []
+    masks_of: dict[tuple[Path, Any], Path | None] = {}
     for sample in samples:
+        other = masks_of.setdefault((sample.image, sample.region), sample.mask)
+        if other != sample.mask:
+            report(f"{key}: image {sample.image} is given two masks, {other} and {sample.mask}; keep one.")
+            continue
         if not _is_file(sample.image):
             report(f"{key}: image {sample.image} {_lacking(sample.image)}.")
         elif sample.mask is not None and not _is_file(sample.mask):
@@ -135,8 +145,9 @@ def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[s
         if path.suffix.lower() in IMAGE_SUFFIXES:
             return [Sample(path, None)]
         if path.suffix.lower() == ".txt":
-            return [Sample(image, None) for image in _lines(path, key)]
-        return _from_manifest(path, key, masks != "no", report)
+            pairs = _pairs(path, root, key)
+            return [Sample(image, mask if masks != "no" else None) for image, mask in pairs]
+        return _from_manifest(path, root, key, masks != "no", report)
     if glob.has_magic(entry):
         return [Sample(image, None) for image in _globbed(entry, root, key)]
     raise InputError(
@@ -171,7 +182,9 @@ def _located(where: Any, root: Path, key: str, report: Callable[[str], None]) ->
         return {(stem,): file for stem, file in _by_stem(path, key, report).items()}
     if _is_file(path):
         if path.suffix.lower() == ".txt":
-            return {("#", str(number)): file for number, file in enumerate(_lines(path, key))}
+            return {
+                ("#", str(number)): _beside(path.parent, line, root) for number, line in enumerate(_lines(path, key))
+            }
         return {("#", "0"): path}
     if glob.has_magic(text):
         return {wildcards: file for file, wildcards in _globbed(text, root, key).items()}
@@ -203,14 +216,37 @@ def _paired(
 
 
 def _named(images: Mapping[Key, Path], names: Any, root: Path, key: str) -> dict[Key, Path]:
-    """The images whose file name, stem or wildcard text is listed."""
+    """The images whose file name, stem or wildcard text is listed, or matches a shell pattern (`*`, `?`, `[0-9]`) of the list."""
     if isinstance(names, str):
         path = under(root, names)
         if not _is_file(path):
             raise InputError(f"{key}: the file of names {path} does not exist.")
-        names = [line.as_posix() for line in _lines(path, key)]
-    wanted = {str(name).replace("\\", "/").rpartition("/")[2] for name in names}
-    return {wildcards: image for wildcards, image in images.items() if wanted & {image.name, image.stem, *wildcards}}
+        names = _lines(path, key)
+    wanted = [str(name).replace("\\", "/").rpartition("/")[2] for name in names]
+    plain, patterns = set(wanted), [name for name in wanted if glob.has_magic(name)]
+    kept: dict[Key, Path] = {}
+    matched: set[str] = set()
+    for wildcards, image in images.items():
+        texts = {image.name, image.stem, *wildcards}
+        found = plain & texts
+        found |= {name for name in patterns if any(fnmatch.fnmatchcase(text, name) for text in texts)}
+        if found:
+            kept[wildcards] = image
+            matched |= found
+    lonely = [name for name in dict.fromkeys(wanted) if name not in matched]
+    if images and not kept:
+        example = next(iter(images.values())).name
+        raise InputError(
+            f"{key}: no file matches names {_some(lonely)}; names are file names (such as {example}), stems, the texts that "
+            "wildcards stand for, or shell patterns of these."
+        )
+    if lonely:
+        log.warning("%s: no file matches %d of the names: %s.", key, len(lonely), _some(lonely))
+    return kept
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _globbed(pattern: str, root: Path, key: str) -> dict[Path, Key]:
@@ -248,51 +284,91 @@ def _expression(pattern: str) -> str:
     return "".join(parts)
 
 
-def _lines(path: Path, key: str) -> list[Path]:
-    """A path a line, relative to the list file."""
+def _lines(path: Path, key: str) -> list[str]:
+    """The lines of a list file, without blank ones."""
+    lines = _text(path, f"{key}: list").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _text(path: Path, what: str) -> str:
+    """A text file of any of the encodings that spreadsheets write: UTF-8 or UTF-16, with or without a byte-order mark."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{key}: list {path} cannot be read: {error}") from None
-    folder = path.parent
-    return [_beside(folder, line) for line in lines if line.strip()]
+        content = path.read_bytes()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read: {error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} {path} cannot be read: {error}; save it as UTF-8 text (CSV UTF-8).") from None
 
 
-def _from_manifest(path: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
+def _pairs(path: Path, root: Path, key: str) -> list[tuple[Path, Path | None]]:
+    """An image on each line, or an image and its mask, separated by a tab, semicolon, comma or blanks."""
+    return [_pair(path.parent, line, root) for line in _lines(path, key)]
+
+
+def _pair(folder: Path, line: str, root: Path) -> tuple[Path, Path | None]:
+    whole = _beside(folder, line, root)
+    if _is_file(whole):  # a name may hold blanks and commas
+        return whole, None
+    for separator in "\t;,":
+        image, found, mask = line.partition(separator)
+        if found and mask.strip() and separator not in mask:
+            return _beside(folder, image, root), _beside(folder, mask, root)
+    halves = [(line[: blank.start()], line[blank.end() :]) for blank in re.finditer(r"\s+", line)]
+    paths = [(_beside(folder, image, root), _beside(folder, mask, root)) for image, mask in halves]
+    there = [pair for pair in paths if _is_file(pair[0]) and _is_file(pair[1])]
+    return next(iter(there or paths), (whole, None))  # where none is there, one is named as missing
+
+
+def _from_manifest(path: Path, root: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
     split = key.rpartition(".")[2]
+    text = _text(path, f"{key}: manifest")
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            twice = [name for number, name in enumerate(header) if name in header[:number]]
-            if twice:
-                raise InputError(f"{key}: manifest {path} has two columns called {twice[0]!r}; keep one.")
-            if "image" not in header:
-                raise InputError(f"{key}: manifest {path} has columns {header}; it needs one called image.")
-            if with_masks and set(header) - {"image", "split"} and "mask" not in header:
-                raise InputError(
-                    f"{key}: manifest {path} has columns {header}; the one with the masks must be called mask."
-                )
-            samples, splits, folder = [], set(), path.parent
-            for row in reader:
-                surplus: Any = row.get(None)  # pyright: ignore[reportArgumentType, reportCallIssue]
-                if any(text.strip() for text in surplus or ()):
-                    report(f"{key}: manifest {path}, line {reader.line_num} has more fields than the header names.")
+        reader = _manifest_reader(text)
+        header = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+        twice = [name for number, name in enumerate(header) if name in header[:number]]
+        if twice:
+            raise InputError(f"{key}: manifest {path} has two columns called {twice[0]!r}; keep one.")
+        if "image" not in header:
+            raise InputError(f"{key}: manifest {path} has columns {header}; it needs one called image.")
+        if with_masks and set(header) - {"image", "split"} and "mask" not in header:
+            raise InputError(
+                f"{key}: manifest {path} has columns {header}; the one with the masks must be called mask."
+            )
+        samples, splits, folder = [], set(), path.parent
+        for row in reader:
+            surplus: Any = row.get(None)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            if any(text.strip() for text in surplus or ()):
+                report(f"{key}: manifest {path}, line {reader.line_num} has more fields than the header names.")
+                continue
+            if not (row["image"] or "").strip():
+                report(f"{key}: manifest {path}, line {reader.line_num}: the image is empty.")
+                continue
+            if "split" in header:
+                splits.add((row["split"] or "").strip())
+                if (row["split"] or "").strip() != split:
                     continue
-                if not (row["image"] or "").strip():
-                    report(f"{key}: manifest {path}, line {reader.line_num}: the image is empty.")
-                    continue
-                if "split" in header:
-                    splits.add((row["split"] or "").strip())
-                    if (row["split"] or "").strip() != split:
-                        continue
-                mask = (row.get("mask") or "").strip() if with_masks else ""
-                samples.append(Sample(_beside(folder, row["image"]), _beside(folder, mask) if mask else None))
-            if splits and not samples:
-                raise InputError(f"{key}: manifest {path} has no rows with split {split}; it has {sorted(splits)}.")
-            return samples
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+            mask = (row.get("mask") or "").strip() if with_masks else ""
+            samples.append(Sample(_beside(folder, row["image"], root), _beside(folder, mask, root) if mask else None))
+        if splits and not samples:
+            raise InputError(f"{key}: manifest {path} has no rows with split {split}; it has {sorted(splits)}.")
+        return samples
+    except (csv.Error, ValueError) as error:
         raise InputError(f"{key}: manifest {path} cannot be read: {error}") from None
+
+
+def _manifest_reader(text: str) -> csv.DictReader[str]:
+    """A reader whose separator is the one that makes a column called image of the first line: spreadsheets write semicolons
+    where the comma is for decimals, and tabs as "Unicode text". A line `sep=;` before it is Excel's own."""
+    lines = io.StringIO(text, newline="")
+    first = lines.readline()
+    if first.strip().lower().startswith("sep="):
+        text = text[len(first) :]
+        first = lines.readline()
+    columns = {separator: [name.strip(' \t\r\n"').lower() for name in first.split(separator)] for separator in ",;\t|"}
+    separator = next((one for one, names in columns.items() if "image" in names and len(names) > 1), ",")
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
 
 
 def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
@@ -344,5 +420,13 @@ def under(root: Path, name: str) -> Path:
     return path if path.is_absolute() else root / path
 
 
-def _beside(folder: Path, name: str) -> Path:
-    return Path(folder, name.strip())  # an absolute one stays as it is
+def _beside(folder: Path, name: str, root: Path) -> Path:
+    """A path as a list or manifest in `folder` writes it: relative to that folder, or else to the domain's `root`.
+
+    Separators of Windows, and a slash before a path that is relative all the same, are understood where only so a file is there.
+    """
+    name = name.strip().strip('"')
+    slashed = name.replace("\\", "/")
+    texts = dict.fromkeys((name, slashed, slashed.lstrip("/")))
+    places = [Path(base, text) for text in texts for base in (folder, root)]  # an absolute path stays as it is
+    return next((place for place in places if _is_file(place)), places[0])

@@ -17,6 +17,7 @@ from dann_experiments.data.digits import build_digits, digits_folder, is_built
 from dann_experiments.data.labels import LabelMap, label_map
 from dann_experiments.data.looking import Ahead, Arrays, looked_at
 from dann_experiments.data.reading import Header, Reading
+from dann_experiments.data.remarks import Remarks
 from dann_experiments.data.samples import Sample, find_samples, refuse, under
 
 PROBLEMS_SHOWN = 20
@@ -37,6 +38,8 @@ class Problems:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.remarks = Remarks()
+        """What is odd and yet allowed."""
 
     def append(self, text: str) -> None:
         """Note a problem, once."""
@@ -56,7 +59,7 @@ class Problems:
             if ahead is not None and (sample.region is not None or self.texts):
                 ahead.stop()
             try:
-                header, arrays = looked_at(sample, reading, config.model.in_channels, labels, ahead)
+                header, arrays = looked_at(sample, reading, config.model.in_channels, labels, ahead, self.remarks)
             except InputError as error:
                 self.append(str(error))
                 continue
@@ -139,6 +142,7 @@ def reading_of(domain: DomainDataConfig) -> Reading:
         domain.nodata_values,
         domain.pixel_size,
         domain.file_pixel_size,
+        domain.nodata_bands,
     )
 
 

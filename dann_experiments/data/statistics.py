@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dann_experiments.data.dataset import SegmentationDataset
-from dann_experiments.data.reading import TYPE_RANGES, Normalisation
+from dann_experiments.data.reading import Header, Normalisation, largest_value
 
 SAMPLED = 4096  # pixels a window that percentiles are taken from
 PERCENTILES = (2, 98)
+NARROW = {"uint8": 0.1, "uint16": 0.25}  # share of a type's range below which nearly all values look like another range
+NARROW_OF_A_GIVEN_RANGE = 0.02
+CLIPPED = 0.1  # share of the values beyond the range above which it is the wrong one
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,18 @@ def measure(dataset: SegmentationDataset) -> Iterator[BandSums]:
 
 
 def normalisation_from(
-    found: BandStatistics, given: Normalisation, scale: object, dtype: str, own: bool
+    found: BandStatistics, given: Normalisation, scale: object, largest: float, own: bool
 ) -> Normalisation:
     """`given` with the percentiles as range where `scale` says so, and (`own`) with the data's mean and deviation.
 
+    `largest`: the end of the range that `scale: type` means.
     Mean and deviation are of the unclipped values, scaled; a band without any spread gets the deviation 1.
     """
     low, high = np.array(given.low), np.array(given.high)
     if scale == "percentiles":
         low, high = found.low, np.where(found.high > found.low, found.high, found.low + 1)
     elif scale == "type":
-        low, high = np.zeros_like(low), np.full_like(high, TYPE_RANGES[dtype])
+        low, high = np.zeros_like(low), np.full_like(high, largest)
     made = dataclasses.replace(given, low=_tuple(low), high=_tuple(high))
     if not own:
         return made
@@ -102,3 +106,29 @@ def normalisation_from(
 
 def _tuple(values: np.ndarray) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
+
+
+def range_remark(found: BandStatistics, scale: object, header: Header, key: str) -> str | None:
+    """Return a remark where the range that `scale` makes 0..1 does not suit the values, else None.
+
+    `key`: the domain's settings, such as data.source. Percentiles suit by themselves.
+    """
+    if scale == "percentiles" or not found.pixels:
+        return None
+    if isinstance(scale, tuple):
+        low, high, narrow = *scale, NARROW_OF_A_GIVEN_RANGE
+        what = f"{key}.scale makes {low:g} to {high:g} the range of 0 to 1"
+    else:
+        low, high, narrow = 0.0, largest_value(header), NARROW[header.dtype]
+        what = f"{key}.scale type makes 0 to {high:g}, the range of {header.dtype}, the range of 0 to 1"
+    ways = f"set {key}.scale to [LOW, HIGH] (for surface reflectance often [0, 10000]) or to percentiles."
+    beyond = float(np.mean((found.drawn < low) | (found.drawn > high)))
+    if beyond > CLIPPED:
+        return f"{what}, but {beyond:.0%} of the values lie beyond it and are clipped: {ways}"
+    smallest, largest = float(found.low.min()), float(found.high.max())
+    if largest - smallest < narrow * (high - low):
+        return (
+            f"{what}, but nearly all values lie between {smallest:g} and {largest:g}, {(largest - smallest) / (high - low):.1%} "
+            f"of it: to the network the images are nearly of one shade. If that is not what was measured, {ways}"
+        )
+    return None

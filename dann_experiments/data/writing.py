@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.data.orientation import TURNS, orientation_of
 from dann_experiments.data.reading import CACHE_MB, Window, open_raster
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def read_grid(path: Path) -> Grid:
     """Size and georeference of a file. Raises InputError for what is no image."""
     with open_raster(path) as file:
         points, crs_of_points = file.gcps
+        height, width = TURNS[orientation_of(file)].size(file.height, file.width)
         return Grid(
-            file.height, file.width, crs_of_points if points else file.crs, file.transform, tuple(points),
+            height, width, crs_of_points if points else file.crs, file.transform, tuple(points),
             file.tags().get("AREA_OR_POINT"),
         )  # fmt: skip
 
@@ -76,13 +78,14 @@ def read_tags(path: Path) -> dict[str, str]:
 
 
 def read_decimated(path: Path, bands: Sequence[int], side: int) -> np.ndarray:
-    """(bands, h, w) of the whole file, nearest pixel, at most `side` pixels high and wide."""
+    """(bands, h, w) of the whole file as it is shown, nearest pixel, at most `side` pixels high and wide."""
     from rasterio.enums import Resampling
 
     with open_raster(path) as file:
         factor = max(file.height / side, file.width / side, 1.0)
         size = (max(round(file.height / factor), 1), max(round(file.width / factor), 1))
-        return file.read(list(bands), out_shape=(len(bands), *size), resampling=Resampling.nearest)
+        values = file.read(list(bands), out_shape=(len(bands), *size), resampling=Resampling.nearest)
+        return TURNS[orientation_of(file)].shown(values)
 
 
 class PartialMap:

@@ -13,11 +13,12 @@ import numpy as np
 
 from dann_experiments.config import Config, InputError, config_to_yaml, flatten
 from dann_experiments.config.presets import filled
-from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes
+from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes, unit_problems
 from dann_experiments.data.labels import label_map, read_mask
-from dann_experiments.data.reading import Header, Window, check_deflated, read_header
+from dann_experiments.data.nodata import NodataBands, default_nodata_bands
+from dann_experiments.data.reading import Header, Window, check_deflated, chosen_bands, read_header, read_pixels
 from dann_experiments.data.samples import Sample, shared_images
-from dann_experiments.data.statistics import BandStatistics, BandSums
+from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
 from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs import setup
 from dann_experiments.tracking.figures import draw_domains
@@ -35,9 +36,14 @@ class DataReport:
     """What was found."""
 
     problems: list[str]
-    """One sentence a problem, with the file's name; empty = the data can be used."""
+    """One sentence for each problem, with the file's name; empty = the data can be used."""
+    remarks: list[str]
+    """What is odd about the data and yet allowed, with the way out."""
+    grids: list[str]
+    """One line for each domain: the pixel size of its files with its unit, and what it is resampled to."""
     counts: pd.DataFrame
-    """Index: set; columns: images, windows, pixels, the share without data, and the share of each class."""
+    """Index: set; columns: images, windows, pixels, the share without data, the share that is partly without data (in some bands
+    and not in others), and the share of each class."""
     bands: pd.DataFrame
     """Index: (domain, band); columns: minimum, p2, mean, std, p98, maximum of the values as stored."""
     run_id: str | None
@@ -55,6 +61,14 @@ class _Set:
     sums: BandSums
     class_pixels: np.ndarray
     """(256,) pixels of each id of the network."""
+    partly: int = 0
+    """Pixels with nodata values in some of their bands, not in all."""
+
+    @property
+    def pixels(self) -> int:
+        """All pixels of its images, at least 1."""
+        found = self.sums.result()
+        return max(found.pixels + found.nodata, 1)
 
 
 def check_data(config: Config) -> DataReport:
@@ -97,8 +111,60 @@ def check_data(config: Config) -> DataReport:
         domain: sums.result() for domain in ("source", "target") if (sums := _sums_of(sets, domain)) is not None
     }
     bands = _band_table(statistics)
+    for text in unit_problems({name: found.dataset for name, found in sets.items()}):
+        problems.append(text)
+    for domain, found in statistics.items():
+        dataset = next(known.dataset for name, known in sets.items() if name.startswith(domain))
+        text = range_remark(found, dataset.reading.scale, dataset.headers[0], f"data.{domain}")
+        if text is not None and config.data.normalization == "fixed":
+            problems.remarks.add(f"range {domain}", text)
+    for domain in ("source", "target"):
+        text = _partly_remark(domain, {name: found for name, found in sets.items() if name.startswith(domain)})
+        if text is not None:
+            problems.remarks.add(f"partly {domain}", text)
     run_id = None if problems.texts else _log(config, counts, bands, statistics, sets)
-    return DataReport(problems.texts, counts, bands, run_id)
+    return DataReport(problems.texts, problems.remarks.lines(), _grid_lines(sets), counts, bands, run_id)
+
+
+def _partly_remark(domain: str, sets: dict[str, _Set]) -> str | None:
+    shares = {name: found.partly / found.pixels for name, found in sets.items() if found.partly}
+    if not shares:
+        return None
+    ways = {
+        found.dataset.reading.nodata_bands or default_nodata_bands(header.dtype)
+        for name, found in sets.items() if name in shares
+        for header in found.dataset.headers
+    }  # fmt: skip
+    meaning = {
+        "any": "they count as without data (nodata_bands any)",
+        "all": "they count as data, fill values included (nodata_bands all)",
+    }
+    shown = ", ".join(f"{share:.1%} of {name.split('_')[1]}" for name, share in shares.items())
+    return (
+        f"data.{domain}: some pixels hold a nodata value in some bands and not in others ({shown}); "
+        f"{' or '.join(meaning[way] for way in sorted(ways))}. data.{domain}.nodata_bands chooses."
+    )
+
+
+def _grid_lines(sets: dict[str, _Set]) -> list[str]:
+    """One line for each domain whose files tell the size of their pixels."""
+    lines = []
+    for domain in ("source", "target"):
+        mine = [found.dataset for name, found in sets.items() if name.startswith(domain)]
+        sizes = sorted(
+            {(h.unit or "units of no CRS", h.pixel_size) for d in mine for h in d.headers if h.pixel_size is not None}
+        )
+        if not sizes:
+            continue
+        shown = ", ".join(
+            f"{low:.6g} {unit}" if low == high else f"{low:.6g} to {high:.6g} {unit}"
+            for unit in dict.fromkeys(unit for unit, _ in sizes)
+            for low, high in [(min(s for u, s in sizes if u == unit), max(s for u, s in sizes if u == unit))]
+        )
+        wanted = mine[0].reading.pixel_size
+        how = "read as they are" if wanted is None else f"resampled to {wanted:g} {mine[0].reading.unit or ''}".rstrip()
+        lines.append(f"{domain}: pixels of {shown}, {how}.")
+    return lines
 
 
 def _cut(
@@ -149,6 +215,7 @@ def _read(config: Config, name: str, found: _Set, problems: setup.Problems) -> _
                     _check_mask(config, name, dataset.samples[piece.sample], problems)
                 else:
                     own = (slice(piece.counted_rows, None), slice(piece.counted_columns, None))
+                    found.partly += _partly(dataset, index, own)
                     found.sums.add(values[:, *own], None if valid is None else valid[own])
                     if mask is not None:
                         found.class_pixels += np.bincount(mask[own].ravel(), minlength=256)
@@ -161,6 +228,22 @@ def _read(config: Config, name: str, found: _Set, problems: setup.Problems) -> _
             f"(nodata is {dataset.reading.nodata}; data.source.nodata, data.target.nodata)."
         )
     return found
+
+
+def _partly(dataset: SegmentationDataset, index: int, own: tuple[slice, slice]) -> int:
+    """Pixels of an item that hold nodata values in some of their bands, not in all."""
+    piece = dataset.pieces[index]
+    path, header = dataset.samples[piece.sample].image, dataset.headers[piece.sample]
+    bands = chosen_bands(path, header, dataset.reading, dataset.in_channels)
+    if len(bands) < 2 or not any(dataset.reading.nodata_of(header, bands)):
+        return 0
+
+    def valid(way: NodataBands) -> np.ndarray:
+        reading = dataclasses.replace(dataset.reading, nodata_bands=way)
+        found = read_pixels(path, dataset.in_channels, reading, piece.window, header).valid
+        return np.ones(piece.window[2:], bool) if found is None else found
+
+    return int((valid("all") & ~valid("any"))[own].sum())
 
 
 def _check_mask(config: Config, name: str, sample: Sample, problems: setup.Problems) -> None:
@@ -189,18 +272,18 @@ def _labelled(config: Config, found: _Set) -> np.ndarray:
 
 def _counts(config: Config, found: _Set) -> dict[str, Any]:
     result = found.sums.result()
-    pixels = result.pixels + result.nodata
     row: dict[str, Any] = {
         "images": len(found.dataset.samples),
         "windows": found.windows,
-        "pixels": pixels,
-        "without data": result.nodata / max(pixels, 1),
+        "pixels": result.pixels + result.nodata,
+        "without data": result.nodata / found.pixels,
+        "partly without data": found.partly / found.pixels,
     }
     labelled = _labelled(config, found)
     for name, count in zip(config.class_names, labelled, strict=True):
         row[name] = count / labelled.sum() if labelled.sum() else float("nan")
     if found.dataset.has_masks:
-        row["not labelled"] = 1 - labelled.sum() / max(pixels, 1)
+        row["not labelled"] = 1 - labelled.sum() / found.pixels
     return row
 
 

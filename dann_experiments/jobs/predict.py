@@ -31,7 +31,7 @@ from dann_experiments.data.reading import (
     Window,
     check_type,
     chosen_bands,
-    for_type,
+    for_file,
     read_header,
     read_pixels,
 )
@@ -230,7 +230,7 @@ class _Scene:
         }  # fmt: skip
         return cls(
             source, output, header, bands, read_grid(source), model.reading.factor(header, source), (height, width), plan,
-            for_type(model.normalisation, model.reading, header.dtype), json.loads(json.dumps(facts)),
+            for_file(model.normalisation, model.reading, header), json.loads(json.dumps(facts)),
         )  # fmt: skip
 
     @property

@@ -25,12 +25,12 @@ from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.presets import IGNORED, filled
 from dann_experiments.config.schema import DomainDataConfig, OptimizerConfig, TrainerConfig
 from dann_experiments.data import decoded, early
-from dann_experiments.data.dataset import SegmentationDataset, check_sizes
+from dann_experiments.data.dataset import SegmentationDataset, check_sizes, unit_problems
 from dann_experiments.data.looking import Ahead, Arrays, Memory
-from dann_experiments.data.reading import Header, Normalisation, many_files, reading_facts
+from dann_experiments.data.reading import Header, Normalisation, largest_value, many_files, reading_facts
 from dann_experiments.data.samples import SETS, Sample, content_digest, file_digest, files_of, shared_images
 from dann_experiments.data.sets import Looked, Problems, find_set, labels_of, reading_of
-from dann_experiments.data.statistics import measure, normalisation_from
+from dann_experiments.data.statistics import BandSums, measure, normalisation_from, range_remark
 from dann_experiments.models.batchnorm import has_batchnorm
 from dann_experiments.models.networks import build_network, output_stride
 from dann_experiments.models.passes import check_joint
@@ -43,6 +43,7 @@ from dann_experiments.training.selection import PREFIX, SCORES
 
 log = logging.getLogger(__name__)
 LARGEST_BLANK = 1024  # pixels; divisible by every network's stride
+LOOKED_AT_FOR_RANGE = 16  # training windows, by which a range that does not suit is seen
 MOST_STANDING_IN = 200  # training images that stand in for validation images that no domain has
 
 
@@ -125,7 +126,11 @@ def load_data(config: Config, names: tuple[str, ...] = SETS) -> Data:
             dataset = _loaded(config, name, samples, memory, problems, ahead, begun)
             if dataset is not None:
                 sets[name] = dataset
+    for text in unit_problems(sets):
+        problems.append(text)
     problems.refuse()
+    for line in problems.remarks.lines():
+        log.warning("%s", line)
     return Data(sets, ahead.digests)
 
 
@@ -205,7 +210,7 @@ def as_dataset(
     return SegmentationDataset(
         samples, labels_of(config, domain), fixed_normalisation(config, domain), reading_of(domain), split == "train",
         data.crop_size, data.window_size, data.windows == "random", data.window_count, domain.augmentation, config.seed,
-        memory, headers, read,
+        memory, headers, read, data.pad_to_crop,
     )  # fmt: skip
 
 
@@ -226,6 +231,7 @@ def check_data(config: Config, data: Data, network: nn.Module) -> None:
         if dataset.training:
             check_sizes(dataset, f"data.{name.replace('_', '.')}", output_stride(network))
     settle(config, data)
+    _check_ranges(config, data)
     _check_classes(config, data)
     shared = shared_images({name: dataset.samples for name, dataset in data.sets.items()}, data.digest_of)
     if shared:
@@ -292,14 +298,15 @@ def settle(config: Config, data: Data) -> None:
         if not mine or not (own or domain.scale == "percentiles"):
             continue
         measured = data.get(f"{domain_name}_train") or _unread_train_set(config, domain_name) or mine[0]
+        ends = {largest_value(header) if domain.scale == "type" else 0.0 for header in measured.headers}
         types = sorted({header.dtype for header in measured.headers})
-        if len(types) > 1:  # the sums of such values would mean nothing
+        if len(types) > 1 or len(ends) > 1:  # the sums of such values would mean nothing
             raise InputError(
                 f"data.{domain_name} has images of {' and '.join(types)}, whose bands cannot be measured together; convert "
                 "them to one type, or set data.normalization to fixed and scale to type or a range."
             )
         *_, sums = followed(config, measure(measured), len(measured), f"measuring the bands of data.{domain_name}")
-        found = normalisation_from(sums.result(), measured.normalisation, domain.scale, measured.headers[0].dtype, own)
+        found = normalisation_from(sums.result(), measured.normalisation, domain.scale, ends.pop(), own)
         for dataset in mine:
             dataset.normalisation = found
 
@@ -320,6 +327,21 @@ def followed(config: Config, steps: Iterable[Any], count: int, what: str) -> lis
     for step in track(steps, description=what, total=count, disable=silent, transient=True):
         last = [step]
     return last
+
+
+def _check_ranges(config: Config, data: Data) -> None:
+    """Say where a domain's `scale` does not suit its values, by a look at some of its training images."""
+    for domain in ("source", "target"):
+        dataset = data.get(f"{domain}_train")
+        if dataset is None or config.data.normalization != "fixed" or dataset.reading.scale == "percentiles":
+            continue
+        sums = BandSums(dataset.in_channels)
+        for index in np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT_FOR_RANGE).astype(int)):
+            values, _, valid = dataset.read(int(index))
+            sums.add(values, valid)
+        text = range_remark(sums.result(), dataset.reading.scale, dataset.headers[0], f"data.{domain}")
+        if text is not None:
+            log.warning("%s", text)
 
 
 def _check_classes(config: Config, data: Data) -> None:
@@ -502,6 +524,8 @@ def source_digest(config: Config, data: Data) -> str:
     kept = ("normalization", "mean", "std", "crop_size", "window_size", "windows", "window_count", "ignore_index")
     unread = {"name", "preset", "scene", "root", "train", "val", "test", "batch_size"}
     source = {key: value for key, value in dataclasses.asdict(filled(config.data.source)).items() if key not in unread}
+    if source["nodata_bands"] is None:  # as before there was the setting
+        del source["nodata_bands"]
     facts = {
         "model": dataclasses.asdict(config.model),
         "classes": config.class_names,
@@ -531,6 +555,8 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     for key in ("devices", "channels_last", "compile", "auto_batch_size"):  # as before there was the setting
         if settings["trainer"][key] == defaults[key]:
             del settings["trainer"][key]
+    if settings["data"]["pad_to_crop"]:  # data that it changes were refused before there was the setting
+        del settings["data"]["pad_to_crop"]
     for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
         del settings["trainer"][key]
     settings["domain_adaptation"]["pretrained_checkpoint"]["path"] = source_model
@@ -538,6 +564,8 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
         reading = dataclasses.asdict(filled(getattr(config.data, domain)))
         for key in ("name", "preset", "scene", "root", "train", "val", "test"):  # the digests tell
             del reading[key]
+        if reading["nodata_bands"] is None:
+            del reading["nodata_bands"]
         settings["data"][domain] = reading
     if job == "pretrain":
         del settings["domain_adaptation"], settings["optimizer"], settings["trainer"]["max_epochs"]

@@ -306,6 +306,8 @@ class _NoteChecker:
             "nodata": (_is_nodata(reading.nodata), "file or a list of numbers"),
             "pixel_size": (_is_size(reading.pixel_size), "null or a number above 0"),
             "file_pixel_size": (_is_size(reading.file_pixel_size), "null or a number above 0"),
+            "nodata_bands": (reading.nodata_bands in (None, "any", "all"), "null, any or all"),
+            "unit": (reading.unit is None or isinstance(reading.unit, str), "null or a text"),
         }
         for key, (right, what) in wanted.items():
             if not right:

@@ -1,0 +1,77 @@
+"""Where files say that they lie: units of their pixel size, and whether an image and its mask show the same place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
+FARTHEST = 0.5  # pixels that the corners of an image and its mask may lie apart: rounding of a georeference is far less
+
+
+class Place(NamedTuple):
+    """Size and georeference of a file, without its pixels."""
+
+    height: int
+    width: int
+    crs: Any
+    """None where only a transform is known (a world file)."""
+    transform: Any
+
+
+def place_of(file: DatasetReader) -> Place | None:
+    """Return where an open file says it lies; None without a georeference, or with ground control points alone."""
+    if file.transform.is_identity or not _has_area(file.transform):
+        return None
+    return Place(file.height, file.width, file.crs, file.transform)
+
+
+def unit_of(crs: Any) -> str | None:
+    """Return the unit of a CRS's coordinates, such as metre or degree; None without a CRS."""
+    if crs is None:
+        return None
+    if crs.is_geographic:
+        return "degree"
+    try:
+        name = crs.units_factor[0]
+    except Exception:  # a CRS of a kind that PROJ gives no unit of
+        return None
+    return str(name) or None
+
+
+def pixels_apart(image: Place, mask: Place) -> float | None:
+    """Return how far the corners of two files of one size lie apart, at most, in pixels of the first.
+
+    None where their CRS cannot be compared. Catches a shift, another pixel size, and rows stored from south to north.
+    """
+    corners = [(0, 0), (mask.width, 0), (0, mask.height), (mask.width, mask.height)]
+    points = [_at(mask.transform, *corner) for corner in corners]
+    if image.crs is not None and mask.crs is not None and image.crs != mask.crs:
+        from rasterio.warp import transform
+
+        try:
+            found = transform(mask.crs, image.crs, [x for x, _ in points], [y for _, y in points])
+        except Exception:  # PROJ knows no way between them
+            return None
+        points = list(zip(found[0], found[1], strict=True))
+    back = ~image.transform
+    found = [_at(back, *point) for point in points]
+    return max(max(abs(x - column), abs(y - row)) for (x, y), (column, row) in zip(found, corners, strict=True))
+
+
+def described(place: Place) -> str:
+    """Return a place as a person reads it: upper left corner, pixel size, CRS."""
+    x, y = _at(place.transform, 0, 0)
+    name = "no CRS" if place.crs is None else place.crs.to_string()
+    name = name if len(name) <= 60 else f"{name[:60]}..."
+    return f"upper left corner {x:.10g}, {y:.10g}, pixels of {place.transform.a:.6g} x {place.transform.e:.6g}, {name}"
+
+
+def _at(transform: Any, column: float, row: float) -> tuple[float, float]:
+    a, b, c, d, e, f = transform[:6]
+    return a * column + b * row + c, d * column + e * row + f
+
+
+def _has_area(transform: Any) -> bool:
+    return transform.determinant != 0

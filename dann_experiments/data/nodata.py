@@ -1,0 +1,88 @@
+"""Which pixels of a file hold data: nodata values, masks inside the file, alpha bands, NaN.
+
+Letters: B bands, h x w pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+NodataBands = Literal["any", "all"]
+
+
+def holds(values: np.ndarray, value: float) -> np.ndarray:
+    """Return where pixels hold the nodata `value`; bool, the shape of `values`.
+
+    Compared as GDAL's ARE_REAL_EQUAL does: in the pixels' own type, floating point numbers up to a few units of the last
+    place, since a tag is a decimal text that writers cut short. A value that the type cannot hold marks no pixel.
+    """
+    if values.dtype.kind == "f":
+        if math.isnan(value):
+            return np.isnan(values)
+        if math.isinf(value):
+            return values == value
+        limits = np.finfo(values.dtype)
+        slack = 4 * float(limits.eps) * abs(value)
+        low, high = (np.clip(side, float(limits.min), float(limits.max)) for side in (value - slack, value + slack))
+        return (values >= values.dtype.type(low)) & (values <= values.dtype.type(high))
+    if not fits(value, values.dtype):
+        return np.zeros(values.shape, bool)
+    return values == values.dtype.type(int(value))
+
+
+def fits(value: float, dtype: np.dtype | str) -> bool:
+    """Return whether a pixel of this type can hold the value."""
+    dtype = np.dtype(dtype)
+    if dtype.kind not in "iu":
+        return True
+    return math.isfinite(value) and value == int(value) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
+
+
+def default_nodata_bands(dtype: str) -> NodataBands:
+    """Return what `nodata_bands` unset means for files of this type.
+
+    In 8 bit pictures 0 or 255 in one band is a color like any other (the green of pure red is 0), so only a pixel with the
+    value in all bands lacks data. In all other types a nodata value is no measurement, and a pixel one of whose bands lacks
+    data cannot be shown to a network: the fill value would be taken for a number. docs/data.md compares other tools.
+    """
+    return "all" if dtype in ("uint8", "int8") else "any"
+
+
+def hides(values: np.ndarray, nodata: Sequence[Sequence[float]], way: NodataBands) -> np.ndarray:
+    """Return (h, w) bool, True where the bands (B, h, w) hold their nodata values (some for each band, or none)."""
+    bands = [
+        np.logical_or.reduce([holds(band, value) for value in own]) if own else np.zeros(band.shape, bool)
+        for band, own in zip(values, nodata, strict=True)
+    ]
+    return np.logical_or.reduce(bands) if way == "any" else np.logical_and.reduce(bands)
+
+
+def all_valid_behind(
+    valid: np.ndarray, around: tuple[int, int], start: tuple[int, int], shape: tuple[int, int], factor: float
+) -> np.ndarray:
+    """Return `shape` bool of the working grid: True where every file pixel behind it, its neighbors included, is valid.
+
+    `valid`: (H, W) of file pixels, whose first one stands at row and column `around` of the file; `start`: first row and
+    column of the working grid's window; `factor`: file pixels per pixel of the working grid along a side.
+    """
+    missing = np.zeros((valid.shape[0] + 1, valid.shape[1] + 1), np.int64)
+    missing[1:, 1:] = (~valid).cumsum(0).cumsum(1)
+
+    def bounds(first: int, count: int, offset: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        begin = np.floor((first + np.arange(count)) * factor).astype(int) - 1 - offset
+        end = np.ceil((first + np.arange(count) + 1) * factor).astype(int) + 1 - offset
+        return np.clip(begin, 0, size), np.clip(end, 0, size)
+
+    rows, bottom = bounds(start[0], shape[0], around[0], valid.shape[0])
+    columns, right = bounds(start[1], shape[1], around[1], valid.shape[1])
+    count = (
+        missing[np.ix_(bottom, right)]
+        - missing[np.ix_(rows, right)]
+        - missing[np.ix_(bottom, columns)]
+        + missing[np.ix_(rows, columns)]
+    )
+    return count == 0

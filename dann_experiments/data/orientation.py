@@ -1,0 +1,93 @@
+"""Turns pictures the way their EXIF orientation tag says: cameras store the sensor's rows and note how the camera was held.
+
+A *stored* window is one of the file's own rows and columns, a *shown* window one of the picture as people see it. All other
+code works with shown windows.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
+TAG = 0x0112  # Orientation, EXIF 2.32 table 4; its values 1 to 8
+FORMATS = {
+    "JPEG": ["JPEG", "MPO"],
+    "PNG": ["PNG"],
+    "WEBP": ["WEBP"],
+    "GTiff": ["TIFF"],
+}  # GDAL driver: Pillow's formats
+
+
+class Turn(NamedTuple):
+    """How stored pixels become shown ones: transpose first, then flip."""
+
+    transposed: bool
+    rows_flipped: bool
+    columns_flipped: bool
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the shown (height, width) of a stored one, or the stored of a shown one."""
+        return (width, height) if self.transposed else (height, width)
+
+    def stored(
+        self, box: tuple[float, float, float, float], height: int, width: int
+    ) -> tuple[float, float, float, float]:
+        """Return the stored (top, left, height, width) of a shown box; `height`, `width`: the shown size of the file."""
+        top, left, rows, columns = box
+        if self.rows_flipped:
+            top = height - top - rows
+        if self.columns_flipped:
+            left = width - left - columns
+        return (left, top, columns, rows) if self.transposed else (top, left, rows, columns)
+
+    def shown(self, values: np.ndarray) -> np.ndarray:
+        """Return stored values (..., h, w) as they are shown."""
+        if self.transposed:
+            values = values.swapaxes(-1, -2)
+        return values[..., :: -1 if self.rows_flipped else 1, :: -1 if self.columns_flipped else 1]
+
+
+UPRIGHT = Turn(False, False, False)
+TURNS = {
+    1: UPRIGHT,
+    2: Turn(False, False, True),
+    3: Turn(False, True, True),
+    4: Turn(False, True, False),
+    5: Turn(True, False, False),
+    6: Turn(True, False, True),
+    7: Turn(True, True, True),
+    8: Turn(True, True, False),
+}
+
+
+def orientation_of(file: DatasetReader) -> int:
+    """Return the orientation tag of an open file, 1 to 8; 1 where it has none.
+
+    A georeferenced file is upright: its georeference belongs to the rows as stored, and GIS programs show them so.
+    """
+    formats = FORMATS.get(file.driver)
+    if formats is None or file.crs is not None or not file.transform.is_identity:
+        return 1
+    try:
+        status = os.stat(file.name)
+    except OSError:  # not a file of its own, such as one inside an archive
+        return 1
+    return _tag(file.name, status.st_size, status.st_mtime_ns, tuple(formats))
+
+
+@functools.lru_cache(maxsize=2**16)  # asked for at every reading of a window; size and time tell a changed file
+def _tag(name: str, size: int, time: int, formats: tuple[str, ...]) -> int:
+    try:
+        with Image.open(Path(name), formats=list(formats)) as image:
+            found = image.getexif().get(TAG, 1)
+    except Exception:  # Pillow raises many kinds for damaged metadata, which is no reason not to read the pixels
+        return 1
+    return found if found in TURNS else 1

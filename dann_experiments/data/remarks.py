@@ -1,0 +1,126 @@
+"""What is odd about files and yet allowed: said once for each kind, with the first file and the way out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import TiffImagePlugin
+
+from dann_experiments.data.labels import LabelMap
+from dann_experiments.data.nodata import fits
+from dann_experiments.data.reading import Header, Reading, changes_values
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
+NODATA_TAG = 42113  # GDAL_NODATA of a TIFF
+NOT_SQUARE = 0.01  # relative difference of a pixel's sides
+
+
+class Remarks:
+    """Remarks by kind: how many files each concerns, and what it says of the first."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, text: str) -> None:
+        """Note a remark; of a kind that is known it is counted."""
+        count, first = self._kinds.get(kind, (0, text))
+        self._kinds[kind] = (count + 1, first)
+
+    def take(self, path: Path, found: Iterator[tuple[str, str]]) -> None:
+        """Note (kind, text) remarks on a file; the texts go on after its name."""
+        for kind, text in found:
+            self.add(kind, f"{path} {text}")
+
+    def lines(self) -> list[str]:
+        """One line for each kind."""
+        return [
+            text if count == 1 else f"{text} (This holds for {count} files.)" for count, text in self._kinds.values()
+        ]
+
+
+def image_remarks(file: DatasetReader, path: Path, header: Header, reading: Reading) -> Iterator[tuple[str, str]]:
+    """Yield (kind, text) for an open image."""
+    if file.driver == "GTiff" and len(file.subdatasets) > 1:
+        yield (
+            "pages",
+            (f"holds {len(file.subdatasets)} images (pages), of which the first is read; save the others as files."),
+        )
+    if reading.nodata == "file":
+        tag = _unusable_nodata(path, file, header)
+        if tag is not None:
+            yield (
+                f"nodata {tag}",
+                (
+                    f"says that {tag} is its nodata value, which {header.dtype} pixels cannot hold: no pixel lacks data by it. "
+                    "If another value stands for it, set nodata to that; else set nodata to []."
+                ),
+            )
+    plain = all(scale == 1 for scale in file.scales) and not any(file.offsets)
+    if not plain:
+        yield (
+            "scale",
+            (
+                f"says that its values mean value x {file.scales[0]:g} + {file.offsets[0]:g} (first band); values are taken as "
+                "stored, so give scale in stored values."
+            ),
+        )
+    a, b, d, e = file.transform.a, file.transform.b, file.transform.d, file.transform.e
+    width, height = (a * a + d * d) ** 0.5, (b * b + e * e) ** 0.5
+    if reading.pixel_size is not None and abs(width - height) > NOT_SQUARE * max(width, height):
+        yield (
+            "not square",
+            (
+                f"has pixels that are not square ({width:.6g} x {height:.6g} {header.unit or ''}".rstrip()
+                + "); pixel_size changes both sides by one factor. Reproject the file if shapes matter."
+            ),
+        )
+
+
+def mask_remarks(file: DatasetReader, header: Header, labels: LabelMap) -> Iterator[tuple[str, str]]:
+    """Yield (kind, text) for an open mask."""
+    if changes_values(file):
+        yield (
+            "lossy mask",
+            (
+                "is compressed with loss (as JPEG is), which changes labels at borders; save masks without loss, for example "
+                "as PNG, from the labels as they were drawn."
+            ),
+        )
+    value = header.nodata[0]
+    a_class = value is not None and value == value and value == int(value) and labels.ids is None
+    if a_class and labels.colours is None and file.driver not in ("PNG", "GIF", "WEBP"):
+        found = labels.network_id(int(value))  # pyright: ignore[reportArgumentType]
+        if found is not None and found != labels.ignore_index:
+            yield (
+                f"mask nodata {value}",
+                (
+                    f"says that {value:g} is its nodata value, so these pixels are not labelled, though {value:g} is a class id. "
+                    "If they are that class, name the ids in value_map."
+                ),
+            )
+
+
+def _unusable_nodata(path: Path, file: DatasetReader, header: Header) -> str | None:
+    """The nodata tag of a file, as it is written there, if no pixel can hold it."""
+    if header.dtype.startswith(("float", "complex")):
+        return None
+    known = header.nodata[0]
+    if known is not None:
+        return None if fits(known, header.dtype) else f"{known:g}"
+    if file.driver != "GTiff":
+        return None
+    with contextlib.suppress(Exception), open(path, "rb") as stored:  # GDAL hands on no tag that the type cannot hold
+        start = stored.read(16)
+        head = start if 43 in (start[2], start[3]) else start[:8]
+        directory = TiffImagePlugin.ImageFileDirectory_v2(head)
+        stored.seek(directory.next)
+        directory.load(stored)
+        text = directory.get(NODATA_TAG)
+        if text is not None and not fits(float(str(text).strip("\0 ")), header.dtype):
+            return str(text).strip("\0 ")
+    return None
