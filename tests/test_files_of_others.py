@@ -21,16 +21,27 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.shutil import copy
 from rasterio.transform import Affine, from_origin
 
-from dann_experiments import InputError, load_config
+from dann_experiments import InputError, adapt, load_config
+from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.labels import LabelMap, label_map, read_mask
 from dann_experiments.data.looking import looked_at
 from dann_experiments.data.nodata import fits, holds
-from dann_experiments.data.reading import Normalisation, Reading, Window, for_file, read_header, read_pixels
+from dann_experiments.data.reading import (
+    Normalisation,
+    Reading,
+    Window,
+    for_file,
+    read_header,
+    read_pixels,
+    reading_facts,
+    reading_from_facts,
+)
 from dann_experiments.data.remarks import Remarks
 from dann_experiments.data.samples import Sample, find_samples
 from dann_experiments.data.writing import read_decimated, read_grid
 from dann_experiments.jobs import check_data, setup
+from dann_experiments.jobs.predict import predict
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 RNG = np.random.default_rng(0)
@@ -613,3 +624,93 @@ def test_the_fixture_writes_what_it_says(tmp_path):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             reduced = file.read(1, out_shape=(128, 128), resampling=Resampling.nearest)
         assert (set(np.unique(reduced)) <= {0, 4}) == (name == "plain"), name
+
+
+# --- to the end of the jobs ---
+
+TO_STORED = {
+    2: 0,
+    3: 3,
+    4: 1,
+    5: 5,
+    6: 2,
+    7: 6,
+    8: 4,
+}  # orientation tag: Pillow's Transpose from shown to stored pixels
+
+
+def turned_copy(squares: Path, folder: Path) -> Path:
+    """The same pictures as a camera held in eight ways would have stored them, with the tag that says how; masks upright."""
+    for number, path in enumerate(sorted(squares.rglob("*.png"))):
+        target = folder / path.relative_to(squares)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image, tag = Image.open(path), number % 8 + 1
+        if path.parent.name == "images" and tag in TO_STORED:
+            exif = Image.Exif()
+            exif[0x0112] = tag
+            image.transpose(Image.Transpose(TO_STORED[tag])).save(target, exif=exif)
+        else:
+            image.save(target)
+    return folder
+
+
+def test_pictures_stored_turned_train_and_predict_as_those_stored_upright(workplace, squares):
+    turned = turned_copy(squares, workplace / "turned")
+    stored_otherwise = [
+        path
+        for path in turned.rglob("images/*.png")
+        if not np.array_equal(np.array(Image.open(path)), np.array(Image.open(squares / path.relative_to(turned))))
+    ]
+    assert len(stored_otherwise) > 20
+    results = [adapt(load_config(None, small_settings(root))) for root in (squares, turned)]
+    assert results[0].metrics == results[1].metrics
+    maps = []
+    for root in (squares, turned):
+        images, output = root / "target_test" / "images", workplace / f"{root.name}_maps"
+        predict(PredictConfig(model=f"runs:/{results[0].run_id}", input=str(images), output=str(output)))
+        maps.append({path.name: np.array(Image.open(path)) for path in sorted(output.glob("*.png"))})
+    assert len(maps[0]) == 3
+    for name, expected in maps[0].items():
+        assert np.array_equal(maps[1][name], expected)
+
+
+def test_a_photograph_held_upright_gets_an_upright_map(workplace, squares):
+    result = adapt(load_config(None, small_settings(squares)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(40, 64)).save(workplace / "photo.jpg", exif=exif)
+    predict(PredictConfig(model=f"runs:/{result.run_id}", input="photo.jpg", output="map.png", probabilities=True))
+    assert Image.open("map.png").size == (40, 64)
+    with rasterio.open("map_probabilities.tif") as file:
+        assert (file.width, file.height) == (40, 64)
+
+
+def test_a_model_knows_the_unit_of_its_pixel_size(workplace):
+    config = two_domains(workplace, {}, {}, **{"data.source.pixel_size": 2.0, "data.target.pixel_size": 2.0})
+    result = adapt(config)
+    degrees = {"transform": from_origin(14, 36, 0.1, 0.1), "crs": "EPSG:4326"}
+    georeferenced(workplace / "near.tif", picture(40, 40).transpose(2, 0, 1), **degrees)
+    with pytest.raises(
+        InputError, match=r"near\.tif has pixels of 0\.1 degree, but pixel_size 2 was set for files in metre"
+    ):
+        predict(PredictConfig(model=f"runs:/{result.run_id}", input="near.tif", output="map.tif"))
+
+
+def test_a_training_with_images_of_all_sizes_runs_to_its_end(workplace):
+    sizes_of = {"source": (20, 32, 60), "source_val": (32, 40), "target": (16, 50, 33), "target_val": (32,)}
+    for name, sizes in sizes_of.items():
+        for number, size in enumerate(sizes):
+            values = RNG.integers(0, 255, (3, size, size + 8), np.uint8)
+            write_raster(workplace / name / "images" / f"{number}.tif", values)
+            write_raster(workplace / name / "masks" / f"{number}.tif", (values[:1] > 128).astype(np.uint8))
+    given = {**small_settings(workplace), "data.target.test": [], "data.crop_size": 48}
+    assert check_data(load_config(None, given)).problems == []
+    result = adapt(load_config(None, given))
+    assert 0 <= result.metrics["iou/target_val"] <= 1
+
+
+def test_a_model_of_before_the_choice_reads_partial_nodata_as_it_did():
+    older = {"low": [0.0], "high": [1.0], "mean": [0.5], "std": [0.2], "nodata": "file"}
+    assert reading_from_facts(older)[0].nodata_bands == "all"
+    facts = reading_facts(Reading(), Normalisation((0.0,), (1.0,), (0.0,), (1.0,)))
+    assert reading_from_facts(facts)[0].nodata_bands is None

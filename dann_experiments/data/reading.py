@@ -29,7 +29,7 @@ from dann_experiments.data.orientation import TURNS, Turn, orientation_of
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-WORDS_OF_A_TURN = (b"xif", b"XIF", b"Orientation")
+WORDS_OF_A_TURN = (b"exif", b"orientation")  # in small letters
 DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP", "GIF", "JP2OpenJPEG", "VRT")  # of GDAL's many
 CACHE_MB = 128  # of decoded blocks that GDAL keeps; its own default is a share of the machine's memory
 LARGEST_SIDE, MOST_PIXELS, MOST_BANDS = 10**7, 10**12, 4096  # a header that claims more is damaged
@@ -243,7 +243,10 @@ def header_of(file: DatasetReader, path: Path, content: bytes | None = None) -> 
         except Exception as error:  # Pillow raises many kinds for broken files
             raise InputError(f"{path} cannot be read as an image: {error}") from None
     # metadata of cameras and scanners has one of these words; to look for them takes less than to open the file once more
-    upright = content is not None and file.driver != "GTiff" and not any(word in content for word in WORDS_OF_A_TURN)
+    upright = content is not None and file.driver != "GTiff"
+    if content is not None and upright:
+        small = content.lower()
+        upright = not any(word in small for word in WORDS_OF_A_TURN)
     return _header(file, upright)
 
 
