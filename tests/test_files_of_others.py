@@ -38,7 +38,7 @@ from dann_experiments.data.reading import (
     reading_from_facts,
 )
 from dann_experiments.data.remarks import Remarks
-from dann_experiments.data.samples import Sample, find_samples
+from dann_experiments.data.samples import Sample, content_digest, find_samples
 from dann_experiments.data.writing import read_decimated, read_grid
 from dann_experiments.jobs import check_data, setup
 from dann_experiments.jobs.predict import predict
@@ -714,3 +714,17 @@ def test_a_model_of_before_the_choice_reads_partial_nodata_as_it_did():
     assert reading_from_facts(older)[0].nodata_bands == "all"
     facts = reading_facts(Reading(), Normalisation((0.0,), (1.0,), (0.0,), (1.0,)))
     assert reading_from_facts(facts)[0].nodata_bands is None
+
+
+def test_data_that_are_read_by_a_newer_rule_have_another_digest_than_before_and_others_have_not(workplace, squares):
+    plain = setup.load_data(load_config(None, small_settings(squares)))
+    assert plain.digests["source_train"] == content_digest(plain.sets["source_train"].samples)
+    for name in ("source", "source_val", "target", "target_val"):
+        values = RNG.integers(20, 250, (3, 32, 32)).astype(np.int16)
+        georeferenced(workplace / name / "images" / "0.tif", values, nodata=-9999)
+        georeferenced(workplace / name / "masks" / "0.tif", (values[:1] > 99).astype(np.uint8))
+    given = {**small_settings(workplace), "data.target.test": []}
+    given |= {"data.source.scale": [0, 255], "data.target.scale": [0, 255], "data.target.nodata_bands": "all"}
+    data = setup.load_data(load_config(None, given))
+    same = {name: data.digests[name] == content_digest(dataset.samples) for name, dataset in data.sets.items()}
+    assert same == {"source_train": False, "source_val": False, "target_train": True, "target_val": True}

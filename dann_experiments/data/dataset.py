@@ -19,7 +19,17 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.data.augmentation import Strength, augmented
 from dann_experiments.data.labels import LabelMap, read_mask
 from dann_experiments.data.looking import Arrays, Memory, checked_header
-from dann_experiments.data.reading import Header, Normalisation, Reading, Window, for_file, read_pixels
+from dann_experiments.data.nodata import default_nodata_bands
+from dann_experiments.data.reading import (
+    TYPE_RANGES,
+    Header,
+    Normalisation,
+    Reading,
+    Window,
+    for_file,
+    largest_value,
+    read_pixels,
+)
 from dann_experiments.data.samples import Sample
 from dann_experiments.data.windows import Piece, at_random, default_size, grid
 
@@ -94,6 +104,22 @@ class SegmentationDataset(Dataset):
     def has_masks(self) -> bool:
         """Whether the items bring masks."""
         return bool(self.samples) and self.samples[0].mask is not None
+
+    @property
+    def later_rules(self) -> list[str]:
+        """Names of the rules, newer than version 0.1, by which images of this set are read otherwise than they were then."""
+        rules = set()
+        for header in self.headers:
+            if header.orientation != 1:
+                rules.add("orientation")
+            if self.reading.scale == "type" and largest_value(header) != TYPE_RANGES[header.dtype]:
+                rules.add("bits")
+            several = sum(bool(own) for own in self.reading.nodata_of(header, range(1, header.bands + 1))) > 1
+            if several and self.reading.nodata_bands is None and default_nodata_bands(header.dtype) == "any":
+                rules.add("nodata of any band")
+            if header.masked and self.reading.nodata != () and (several or self.reading.nodata != "file"):
+                rules.add("alpha beside nodata")
+        return sorted(rules)
 
     def name_of(self, index: int) -> str:
         """The image file of an item, with the window's place where the image has several."""

@@ -62,8 +62,15 @@ class Data:
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """Of each set, over the bytes of its files."""
-        return {name: content_digest(dataset.samples, self.digest_of) for name, dataset in self.sets.items()}
+        """Of each set, over the bytes of its files, and over what is read of them otherwise than in version 0.1, so that numbers
+        of before are not taken for those of now."""
+        digests = {}
+        for name, dataset in self.sets.items():
+            digest, rules = content_digest(dataset.samples, self.digest_of), dataset.later_rules
+            if rules:
+                digest = hashlib.blake2b(f"{digest} {rules}".encode(), digest_size=16).hexdigest()
+            digests[name] = digest
+        return digests
 
     def get(self, name: str) -> SegmentationDataset | None:
         """The set, None if it is not given."""
