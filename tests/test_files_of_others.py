@@ -408,14 +408,16 @@ def test_transparent_pixels_of_a_colored_mask_are_not_labelled_where_no_color_is
     assert read_mask(tmp_path / "m.png", black).tolist() == [[0, 1, 0]]
 
 
-@pytest.mark.parametrize("way", ["jpg", "jpeg in tiff", "jp2"])
+@pytest.mark.parametrize("way", ["jpg", "jpeg in tiff", "jp2", "lerc"])
 def test_ids_that_compression_made_are_told_as_such(tmp_path, way):
     ids = np.kron(RNG.integers(0, 2, (8, 8)), np.ones((4, 4), int)).astype(np.uint8) * 255
+    ids[0, 0] = ids[5, 5] = 255 - ids[5, 5]
     plain = write_raster(tmp_path / "plain.tif", ids[None])
     path, driver, more = {
         "jpg": (tmp_path / "m.jpg", "JPEG", {"QUALITY": 60}),
         "jpeg in tiff": (tmp_path / "m.tif", "GTiff", {"COMPRESS": "JPEG", "JPEG_QUALITY": 60}),
         "jp2": (tmp_path / "m.jp2", "JP2OpenJPEG", {"QUALITY": 5}),
+        "lerc": (tmp_path / "l.tif", "GTiff", {"COMPRESS": "LERC", "MAX_Z_ERROR": 9}),
     }[way]
     copy(plain, path, driver=driver, **more)
     labels = label_map(["a", "b"], 255, {0: "a", 255: "b"}, None, [])
@@ -606,6 +608,17 @@ def test_names_that_match_nothing_are_said(tree, caplog):
         found_in(tree, entry)
     assert len(found_in(tree, {**entry, "names": ["b", "tile_*"]})) == 1
     assert "no file matches 1 of the names: tile_*" in caplog.text
+
+
+def test_files_of_kinds_that_are_not_read_are_named(tree):
+    (tree / "arrays" / "images").mkdir(parents=True)
+    np.save(tree / "arrays" / "images" / "a.npy", np.zeros(3))
+    with pytest.raises(InputError, match=r"arrays, which holds no images but \.npy files \(\.png, .*are read\)"):
+        find_samples(["arrays"], tree, "data.source.train")
+    (tree / "data" / "masks" / "b.png").unlink()
+    (tree / "data" / "masks" / "b.geojson").write_text("{}")
+    with pytest.raises(InputError, match=r"b\.png has no mask of the same stem in .*masks; b\.geojson is no image"):
+        find_samples(["data"], tree, "data.source.train")
 
 
 def test_an_image_with_two_masks_in_one_set_is_refused(tree):

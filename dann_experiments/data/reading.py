@@ -329,7 +329,8 @@ def changes_values(file: DatasetReader) -> bool:
     """Whether the file is compressed with loss, as far as it says so."""
     facts = file.tags(ns="IMAGE_STRUCTURE")
     of_jpeg = facts.get("COMPRESSION", "") in ("JPEG", "YCbCr JPEG")
-    return file.driver == "JPEG" or of_jpeg or facts.get("COMPRESSION_REVERSIBILITY", "").startswith("LOSSY")
+    said = facts.get("COMPRESSION_REVERSIBILITY", "").startswith("LOSSY") or float(facts.get("MAX_Z_ERROR", 0)) > 0
+    return file.driver == "JPEG" or of_jpeg or said
 
 
 def _hidden(

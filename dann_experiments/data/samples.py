@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import fnmatch
 import glob
@@ -62,7 +63,7 @@ def find_samples(
             report(str(error))
             continue
         if not found:
-            report(f"{key} names {_shown(entry, root)}, which holds no images.")
+            report(f"{key} names {_shown(entry, root)}, which holds no images{_kinds_there(entry, root)}.")
         samples += found
     good: list[Sample] = []
     masks_of: dict[tuple[Path, Any], Path | None] = {}
@@ -376,9 +377,14 @@ def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str],
     if not images or not with_masks or not (path / "masks").is_dir():
         return [Sample(image, None) for _, image in sorted(images.items())]
     masks = _by_stem(path / "masks", key, report)
+    others = {file.stem: file for file in sorted((path / "masks").iterdir()) if file.stem not in masks}
     for stem in images:
         if stem not in masks:
-            report(f"{key}: image {images[stem]} has no mask of the same stem in {path / 'masks'}.")
+            hint = f"; {others[stem].name} is no image ({_READ})" if stem in others else ""
+            report(
+                f"{key}: image {images[stem]} has no mask of the same stem in {path / 'masks'}{hint}. Masks of other names are "
+                'paired by patterns: {images: "images/*.png", masks: "masks/*_mask.png"}.'
+            )
     for stem in masks:
         if stem not in images:
             report(f"{key}: mask {masks[stem]} has no image of the same stem in {path / 'images'}.")
@@ -399,6 +405,22 @@ def _by_stem(folder: Path, key: str, report: Callable[[str], None]) -> dict[str,
                 report(f"{key}: {files[file.stem]} and {file} have the same stem; keep one.")
             files.setdefault(file.stem, file)
     return files
+
+
+_READ = f"{', '.join(IMAGE_SUFFIXES)} are read"
+
+
+def _kinds_there(entry: Any, root: Path) -> str:
+    """What a message says of the files in a folder without images: their suffixes, and those that are read."""
+    if isinstance(entry, Mapping):
+        return ""
+    folder = under(root, str(entry))
+    folder = folder / "images" if os.path.isdir(folder / "images") else folder
+    with contextlib.suppress(OSError):
+        suffixes = {file.suffix.lower() for file in folder.iterdir() if file.is_file() and file.suffix}
+        if suffixes and not suffixes & set(IMAGE_SUFFIXES):
+            return f" but {', '.join(sorted(suffixes)[:5])} files ({_READ})"
+    return ""
 
 
 def _is_file(path: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,12 +108,15 @@ def _tuple(values: np.ndarray) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def range_remark(found: BandStatistics, scale: object, header: Header, key: str) -> str | None:
+def range_remark(found: BandStatistics, scale: object, headers: Sequence[Header], key: str) -> str | None:
     """Return a remark where the range that `scale` makes 0..1 does not suit the values, else None.
 
-    `key`: the domain's settings, such as data.source. Percentiles suit by themselves.
+    `headers`: of the files; `key`: the domain's settings, such as data.source. Percentiles suit by themselves, and files of
+    several types, each with its own range, are not judged.
     """
-    if scale == "percentiles" or not found.pixels:
+    header = headers[0]
+    several = scale == "type" and len({largest_value(other) for other in headers}) > 1
+    if scale == "percentiles" or not found.pixels or several:
         return None
     if isinstance(scale, tuple):
         low, high, narrow = *scale, NARROW_OF_A_GIVEN_RANGE

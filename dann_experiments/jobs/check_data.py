@@ -115,7 +115,7 @@ def check_data(config: Config) -> DataReport:
         problems.append(text)
     for domain, found in statistics.items():
         dataset = next(known.dataset for name, known in sets.items() if name.startswith(domain))
-        text = range_remark(found, dataset.reading.scale, dataset.headers[0], f"data.{domain}")
+        text = range_remark(found, dataset.reading.scale, dataset.headers, f"data.{domain}")
         if text is not None and config.data.normalization == "fixed":
             problems.remarks.add(f"range {domain}", text)
     for domain in ("source", "target"):

@@ -346,7 +346,7 @@ def _check_ranges(config: Config, data: Data) -> None:
         for index in np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT_FOR_RANGE).astype(int)):
             values, _, valid = dataset.read(int(index))
             sums.add(values, valid)
-        text = range_remark(sums.result(), dataset.reading.scale, dataset.headers[0], f"data.{domain}")
+        text = range_remark(sums.result(), dataset.reading.scale, dataset.headers, f"data.{domain}")
         if text is not None:
             log.warning("%s", text)
 
