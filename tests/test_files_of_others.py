@@ -467,14 +467,17 @@ def test_values_of_a_normalized_domain_may_fill_any_part_of_the_range(workplace)
 def test_a_file_of_several_pages_or_with_scaled_values_says_so(tmp_path):
     pages = [Image.fromarray(picture()) for _ in range(3)]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    hyperstack = {270: "ImageJ=1.54f\nimages=40\nslices=40\nloop=false\n"}
+    Image.fromarray(picture()).save(tmp_path / "stack.tif", tiffinfo=hyperstack)
     scaled = write_raster(tmp_path / "scaled.tif", np.zeros((3, 8, 8), np.uint16))
     with rasterio.open(scaled, "r+") as file:
         file.scales, file.offsets = (2.75e-05,) * 3, (-0.2,) * 3
     remarks = Remarks()
-    for path in (tmp_path / "pages.tif", scaled):
+    for path in (tmp_path / "pages.tif", tmp_path / "stack.tif", scaled):
         looked_at(Sample(path, None), Reading(), 3, remarks=remarks)
     one, two = remarks.lines()
     assert "pages.tif holds 3 images (pages), of which the first is read" in one
+    assert "(This holds for 2 files.)" in one
     assert "scaled.tif says that its values mean value x 2.75e-05 + -0.2" in two
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,10 +46,14 @@ class Remarks:
 
 def image_remarks(file: DatasetReader, path: Path, header: Header, reading: Reading) -> Iterator[tuple[str, str]]:
     """Yield (kind, text) for an open image."""
-    if file.driver == "GTiff" and len(file.subdatasets) > 1:
+    images = len(file.subdatasets) if file.driver == "GTiff" else 0
+    # ImageJ keeps large stacks behind one page, and says in its description how many images there are
+    described = re.search(r"^images=(\d+)", file.tags().get("TIFFTAG_IMAGEDESCRIPTION", ""), re.MULTILINE)
+    images = max(images, int(described[1]) if described else 0)
+    if images > 1:
         yield (
             "pages",
-            (f"holds {len(file.subdatasets)} images (pages), of which the first is read; save the others as files."),
+            (f"holds {images} images (pages), of which the first is read; save the others as files."),
         )
     if reading.nodata == "file":
         tag = _unusable_nodata(path, file, header)
