@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ DOCUMENTS = [
     for path in (PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md")))
     if str(path.relative_to(PROJECT)) not in NO_INSTRUCTIONS
 ]
+SETTINGS_FILES = [*sorted(PROJECT.glob("recipes/*.yaml")), *sorted(PROJECT.glob("sweeps/*.yaml"))]
 PROGRAMS = ("python", "mlflow", "make", "pip", "git", "ray", "createdb", "optuna-dashboard")
 JOBS = (
     "check-data",
@@ -79,8 +80,20 @@ class Piece:
 
 
 def pieces() -> list[Piece]:
-    """Everything that the documents show to be run, in their order."""
-    return [piece for path in DOCUMENTS for piece in pieces_of(str(path.relative_to(PROJECT)), path.read_text())]
+    """Everything that the documents and the headers of settings files show to be run, in their order."""
+    found = [piece for path in DOCUMENTS for piece in pieces_of(str(path.relative_to(PROJECT)), path.read_text())]
+    for path in SETTINGS_FILES:
+        found += header_pieces(str(path.relative_to(PROJECT)), path.read_text())
+    return found
+
+
+def header_pieces(document: str, text: str) -> list[Piece]:
+    """The commands in the comment above the settings of a file: its indented lines."""
+    return [
+        Piece(document, number, "header", "command", re.split(r"\s{2,}", line[1:].strip())[0])
+        for number, line in enumerate(text.splitlines(), 1)
+        if re.match(r"#\s{2,}\S", line)
+    ]
 
 
 def pieces_of(document: str, text: str) -> list[Piece]:
@@ -161,11 +174,13 @@ class Example:
 
 
 SHORT = "--trainer.max_epochs 1 --pretraining.max_epochs 1 --threads 1 --trainer.enable_progress_bar false"
-DIGITS = f"{SHORT} --trainer.limit_train_batches 2"
+FEW_STEPS = f"{SHORT} --trainer.limit_train_batches 2"
+DIGITS = f"{FEW_STEPS} --data.root few_digits"
 ONE_IMAGE = "--data.source.batch_size 1 --data.target.batch_size 1"
 SMALL_UNET = "--model.encoder_name resnet18 --model.encoder_weights null --model.decoder_channels '[32, 16, 16, 8, 8]'"
 SCENES = f"{SHORT} {SMALL_UNET} {ONE_IMAGE} --trainer.limit_train_batches 1"
-TREES = f"{DIGITS} --data.source.batch_size 2 --data.target.batch_size 2"
+FEW_ARMS = "--arms few.yaml"
+TREES = f"{FEW_STEPS} --data.source.batch_size 2 --data.target.batch_size 2"
 
 
 def for_mlflow(more: str) -> str:
@@ -181,9 +196,9 @@ def digits(**more: Any) -> Example:
     return Example("digits", DIGITS, slow=True, **more)
 
 
-def digits_by_mlflow(**more: Any) -> Example:
+def digits_by_mlflow(more: str = DIGITS, **others: Any) -> Example:
     """The same by `mlflow run`."""
-    return Example("digits", for_mlflow(DIGITS), slow=True, **more)
+    return Example("digits", for_mlflow(more), slow=True, **others)
 
 
 ONE_RUN = {"RUN_ID": "{run}", "ID": "{run}", "NAME": "{model}"}
@@ -204,7 +219,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python -m dann_experiments compare --runs ID ID ID ...": Example("squares", fill=SAME),
         "python -m dann_experiments compare --config recipes/digits.yaml --seeds 5": digits(instead={"seeds": "1"}),
         "python -m dann_experiments compare --config recipes/neon_trees.yaml --seeds 3": Example(
-            "trees", TREES, {"seeds": "1"}, slow=True
+            "trees", f"{FEW_ARMS} {TREES}", {"seeds": "1"}, after="neon_trees", slow=True
         ),
     },
     ("README.md", "Sweeps"): {
@@ -221,7 +236,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python -m dann_experiments check-data --config mine.yaml": Example("cities", "--model.encoder_weights null"),
         "python -m dann_experiments adapt --config mine.yaml": Example("cities", SCENES),
         "python -m dann_experiments compare --config mine.yaml --seeds 3": Example(
-            "cities", SCENES, {"seeds": "1"}, slow=True
+            "cities", f"{FEW_ARMS} {SCENES}", {"seeds": "1"}, slow=True
         ),
         "python -m dann_experiments predict --model runs:/RUN_ID --input region_b.tif --output map.tif": Example(
             "cities", fill=ONE_RUN
@@ -279,7 +294,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     },
     ("docs/results.md", "Tree crowns, Yellowstone to Florida"): {
         "python -m dann_experiments adapt --config recipes/neon_trees.yaml --data.root FOLDER --threads 1": Example(
-            "trees", TREES.replace("--threads 1 ", ""), fill={"FOLDER": "neon_trees"}, slow=True
+            "trees", TREES.replace("--threads 1 ", ""), fill={"FOLDER": "neon_trees"}, after="neon_trees", slow=True
         ),
     },
     ("docs/resume.md", "Going on after a kill"): {
@@ -300,7 +315,10 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     ("docs/selection.md", "How well they choose"): {
         "python -m sweeps run --config recipes/digits.yaml --space sweeps/dann.yaml --study digits16 --n_trials 16 --workers 2"
         " --pruner none --seed 0 --max_epochs 1 --trainer.limit_train_batches 110": Example(
-            "digits", "--pretraining.max_epochs 1", {"n_trials": "3", "trainer.limit_train_batches": "2"}, slow=True
+            "digits",
+            "--pretraining.max_epochs 1 --data.root few_digits",
+            {"n_trials": "3", "trainer.limit_train_batches": "2"},
+            slow=True,
         ),
     },
     ("docs/several-processes.md", "Several processes, one training"): {
@@ -327,7 +345,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
             instead={
                 "n_trials=8": "n_trials=3, workers=1",
                 '"recipes/digits.yaml"': '"recipes/digits.yaml", {"trainer.max_epochs": 1, "pretraining.max_epochs": 1,'
-                ' "trainer.limit_train_batches": 2}',
+                ' "trainer.limit_train_batches": 2, "data.root": "few_digits"}',
             },
             slow=True,
         ),
@@ -343,6 +361,38 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python -m dann_experiments adapt --domain_adaptation.method.class_path my_methods.MeanAlignment"
         " --domain_adaptation.method.init_args '{weight: 0.1}' --feature_layer encoder": digits(apart=True),
     },
+    **{
+        (f"recipes/{name}.yaml", "header"): {
+            f"mlflow run . -e adapt --env-manager local -P config=recipes/{name}.yaml": digits_by_mlflow(
+                DIGITS.replace("few_digits", root)
+            )
+        }
+        for name, root in (
+            ("classic", "few_digits"),
+            ("digits", "few_digits"),
+            ("digits_classes", "few_digits_classes"),
+        )
+    },
+    ("recipes/target_dialect.yaml", "header"): {
+        "python -m dann_experiments adapt --config recipes/target_dialect.yaml": digits()
+    },
+    ("recipes/neon_trees.yaml", "header"): {
+        "python -m dann_experiments.data.neon_trees deepforest-2.1.0-py3-none-any.whl neon_trees": Example("trees"),
+        "mlflow run . -e adapt --env-manager local -P config=recipes/neon_trees.yaml -P data.root=neon_trees": Example(
+            "trees", for_mlflow(TREES), after="neon_trees", slow=True
+        ),
+    },
+    ("sweeps/dann.yaml", "header"): {
+        "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
+        "python -m sweeps run --space sweeps/dann.yaml --config recipes/digits.yaml --n_trials 20": digits(
+            instead={"n_trials": "2"}
+        ),
+    },
+    ("sweeps/wide.yaml", "header"): {
+        "python -m sweeps run --space sweeps/wide.yaml --config recipes/digits.yaml --n_trials 40": digits(
+            instead={"n_trials": "2"}
+        ),
+    },
 }
 
 CLUSTER = "addresses of a cluster; tests/test_sweep_cluster.py runs a real Ray cluster, PostgreSQL and MLflow server"
@@ -357,6 +407,7 @@ NOT_RUN: Mapping[str, str] = {
     "pip install '.[dashboard]'": INSTALLS,
     "pip install '.[postgresql]'": INSTALLS,
     "pip install '.[ray,postgresql]'": INSTALLS,
+    "pip download deepforest==2.1.0 --no-deps": "downloads from the network; the test draws such a package",
     "git clone ... && cd dann-experiments && make install && source .venv/bin/activate": INSTALLS,
     "optuna-dashboard studies/NAME/journal.log": "a program of the extra `dashboard`, which the tests do not install",
     "createdb dann": CLUSTER,
@@ -411,25 +462,40 @@ class _Domain:
         """The files of one entry of `train`, `val` or `test`: two images, or one raster of more than a window."""
         labelled = self.labelled[split]
         if isinstance(entry, Mapping):
-            for name in (f"{split}0", f"{split}1") if "*" in entry["images"] else ("",):
-                masks = entry.get("masks")
-                self._pair(entry["images"].replace("*", name), masks and masks.replace("*", name))
-            if "names" in entry:
-                (self.root / entry["names"]).write_text(f"{split}0\n{split}1\n")
+            self._mapping(entry, split)
         elif entry.endswith((".csv", ".txt")):
-            rows = [
-                [f"{Path(entry).stem}/{kind}{number}.tif" for kind in ("", "mask")[: 1 + labelled]] for number in (0, 1)
-            ]
-            for row in rows:
-                self._pair(*(str(Path(entry).parent / name) for name in row))
-            header = [["image", "mask"][: 1 + labelled]] if entry.endswith(".csv") else []
-            (self.root / entry).write_text("".join(",".join(row) + "\n" for row in header + rows))
+            self._list(entry, split, ("image", "mask")[: 1 + labelled])
         elif "*" in entry or Path(entry).suffix:
             for name in (f"{split}0", f"{split}1") if "*" in entry else ("",):
-                self._pair(entry.replace("**", "some").replace("*", name), None, self.large)
+                self._pair(entry.replace("*", name), None, self.large)
         else:
             for number in (0, 1):
                 self._pair(f"{entry}/images/{number}.png", f"{entry}/masks/{number}.png" if labelled else None)
+
+    def _mapping(self, entry: Mapping[str, str], split: str) -> None:
+        suffix = Path(entry["images"]).suffix
+        for name in (f"{split}0", f"{split}1") if "*" in entry["images"] or suffix in ("", ".txt") else ("",):
+            pair = []
+            for kind in ("images", "masks"):
+                text = entry.get(kind)
+                if text and suffix == ".txt":  # a list a kind
+                    with (self.root / text).open("a") as lines:
+                        lines.write(f"listed_{kind}/{name}.tif\n")
+                    text = f"listed_{kind}/{name}.tif"
+                elif text and not suffix:  # a folder a kind
+                    text = f"{text}/{name}.png"
+                pair.append(text and text.replace("*", name))
+            self._pair(*pair)
+        if "names" in entry:
+            (self.root / entry["names"]).write_text(f"{split}0\n{split}1\n")
+
+    def _list(self, entry: str, split: str, kinds: Sequence[str]) -> None:
+        rows = [[f"{Path(entry).stem}/{kind}{number}.tif" for kind in kinds] for number in (0, 1)]
+        for row in rows:
+            self._pair(*(str(Path(entry).parent / name) for name in row))
+        if entry.endswith(".csv"):
+            rows = [[*kinds, "split"], *([*row, split] for row in rows)]
+        (self.root / entry).write_text("".join(",".join(row) + "\n" for row in rows))
 
     def _pair(self, image: str, mask: str | None = None, width: int | None = None) -> None:
         height, width = self.side, width or self.side

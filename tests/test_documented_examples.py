@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +51,24 @@ from benchmarks.squares import write_domain
 from dann_experiments import __main__ as program
 from dann_experiments.comparison.verdict import Outcome
 from dann_experiments.config import config_to_yaml, load_config
+from dann_experiments.data.digits import build_digits
+from dann_experiments.data.neon_trees import TILES
+from dann_experiments.data.sets import embedded_folder
 from dann_experiments.jobs import adapt
 from sweeps import __main__ as sweeps
 
 FOUND = pieces()
-SHARED = ("dann_experiments", "sweeps", "recipes", "benchmarks", "MLproject", "conda.yaml", "Makefile")  # of a clone
+SHARED = (
+    "dann_experiments",
+    "sweeps",
+    "recipes",
+    "benchmarks",
+    "MLproject",
+    "conda.yaml",
+    "Makefile",
+    "pyproject.toml",
+)  # of a clone
+FEW_ARMS = {"source only": {"kind": "source_only"}, "lambda = 0 control": {"kind": "control"}, "DANN": {}}
 ABLATION = "# ablation.yaml"
 README_DATA, REGION_DATA = "model: {arch: unet, encoder_name: resnet34", "model: {in_channels: 4"
 
@@ -72,8 +88,9 @@ class Place:
         self.folder = folder
         self._ran: dict[tuple[str, ...], Ran] = {}
         self._facts: dict[str, str] = {}
-        for name in SHARED:
+        for name in CLONE:
             (folder / name).symlink_to(PROJECT / name)
+        (folder / "few.yaml").write_text(yaml.safe_dump({"arms": FEW_ARMS}, sort_keys=False))
 
     def run(self, words: list[str], apart: bool = False) -> Ran:
         """Run a command; the same one is not run again."""
@@ -85,22 +102,23 @@ class Place:
 
     def _run(self, words: list[str], apart: bool) -> Ran:
         if words[:2] == ["mlflow", "run"]:
-            return self._in_a_process([sys.executable, "-m", *words]) if apart else self.run(entry_point(words))
+            return self.run_apart([sys.executable, "-m", *words]) if apart else self.run(entry_point(words))
         assert words[:2] == ["python", "-m"], words
         module, arguments = words[2], words[3:]
         here = {
             "dann_experiments": program.main,
             "sweeps": sweeps.main if arguments[0] in ("status", "report") else None,
         }
-        main = here[module]
+        main = here.get(module)
         if apart or main is None:
-            return self._in_a_process([sys.executable, *words[1:]])
+            return self.run_apart([sys.executable, *words[1:]])
         printed = io.StringIO()
         with contextlib.chdir(self.folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             code = main(arguments)
         return Ran(code, printed.getvalue())
 
-    def _in_a_process(self, words: list[str]) -> Ran:
+    def run_apart(self, words: list[str]) -> Ran:
+        """Run a program, however it ends."""
         done = subprocess.run(
             words, cwd=self.folder, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -156,12 +174,19 @@ def squares_place(place: Place) -> None:
 
 
 def digits_place(place: Place) -> None:
-    """Nothing but the clone: settings are those of recipes/digits.yaml."""
+    """The clone, a method of one's own, arms; few of the embedded digits, with which the recipe's settings take seconds."""
+    for name, few in (("digits", "few_digits"), ("digits_classes", "few_digits_classes")):
+        whole = build_digits(embedded_folder(None), name=name)
+        for list_of in whole.rglob("*.csv"):
+            path = place.folder / few / list_of.relative_to(whole)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            count = 32 if "train" in path.name else 12
+            path.write_text("".join(list_of.read_text().splitlines(keepends=True)[: 1 + count]))
+        for images in (*whole.glob("*/images"), *whole.glob("*/masks")):
+            (place.folder / few / images.relative_to(whole)).symlink_to(images)
     (place.folder / "my_methods.py").write_text(block("docs/your-own-method.md", "# my_methods.py"))
     arms = {
-        "source only": {"kind": "source_only"},
-        "lambda = 0 control": {"kind": "control"},
-        "DANN": {},
+        **FEW_ARMS,
         "channels last": {"trainer.channels_last": True},
         "bfloat16": {"trainer.precision": "bf16-mixed"},
     }
@@ -186,20 +211,21 @@ def region_place(place: Place) -> None:
 
 
 def trees_place(place: Place) -> None:
-    """Drawn tiles of the names and sizes of recipes/neon_trees.yaml."""
+    """A package with drawn tiles of the sizes that recipes/neon_trees.yaml reads."""
     rng = np.random.default_rng(0)
-    for name, size in {
-        "source_yellowstone/{}/yell_a.png": (2472, 2299),
-        "source_yellowstone/{}/yell_b.png": (1035, 1249),
-        "target_florida/{}/osbs_029.png": (400, 400),
-    }.items():
-        coarse = rng.integers(0, 2, (size[0] // 40 + 1, size[1] // 40 + 1), np.uint8)
-        mask = np.kron(coarse, np.ones((40, 40), np.uint8))[: size[0], : size[1]]
-        image = np.repeat((mask * 100 + rng.integers(0, 90, size, np.uint8))[..., None], 3, axis=2)
-        for kind, values in (("images", image), ("masks", mask)):
-            path = place.folder / "neon_trees" / name.format(kind)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(values).save(path, compress_level=1)
+    with zipfile.ZipFile(place.folder / "deepforest-2.1.0-py3-none-any.whl", "w") as package:
+        for tile, (height, width) in zip(TILES, ((2472, 2299), (1035, 1249), (400, 400)), strict=True):
+            image = rng.integers(0, 90, (height, width), np.uint8)
+            boxes = []
+            for top, left in itertools.product(range(0, height - 60, 80), range(0, width - 60, 80)):
+                image[top : top + 40, left : left + 40] += 120
+                corners = {"xmin": left, "ymin": top, "xmax": left + 40, "ymax": top + 40}
+                boxes.append("".join(f"<{name}>{value}</{name}>" for name, value in corners.items()))
+            text = "".join(f"<object><bndbox>{box}</bndbox></object>" for box in boxes)
+            package.writestr(f"deepforest/data/{tile}.xml", f"<annotation>{text}</annotation>")
+            png = io.BytesIO()
+            Image.fromarray(np.repeat(image[..., None], 3, axis=2)).save(png, "png", compress_level=1)
+            package.writestr(f"deepforest/data/{tile}.png", png.getvalue())
 
 
 PLACES: dict[str, Callable[[Place], None]] = {
@@ -258,6 +284,13 @@ def registered(place: Place) -> str:
     return "crops"
 
 
+def unpacked(place: Place) -> str:
+    """The folder of the tiles."""
+    header = EXAMPLES["recipes/neon_trees.yaml", "header"]
+    place.run(shlex.split(next(title for title in header if ".neon_trees " in title)))
+    return "neon_trees"
+
+
 def study(document: str, heading: str, start: str) -> Callable[[Place], str]:
     """Runs the documented sweep whose command begins so."""
 
@@ -273,6 +306,7 @@ FACTS: dict[str, Callable[[Place], str]] = {
     "run": newest_run,
     "runs": two_runs,
     "model": registered,
+    "neon_trees": unpacked,
     "wide_mine": study("README.md", "Sweeps", "python -m sweeps run --space sweeps/wide.yaml"),
     "dann_digits": study("docs/sweeps.md", "Sweeps", "mlflow run . -e sweep"),
 }
@@ -342,6 +376,9 @@ def check(words: list[str], ran: Ran, place: Place) -> None:
     if words[0] == "mlflow":
         words = entry_point(words)
     module, job = words[2:4]
+    if module == "dann_experiments.data.neon_trees":
+        assert len(list((place.folder / words[4]).rglob("*.png"))) == 2 * len(TILES)
+        return
     given = {word[2:]: words[at + 1] for at, word in enumerate(words[:-1]) if word.startswith("--")}
     if "--help" in words:
         assert "usage:" in ran.printed
@@ -403,7 +440,7 @@ def searched(place: Place, given: dict[str, str], printed: str) -> None:
     trials = pd.read_csv(folder / "trials.csv")
     if "n_trials" in given:
         assert len(trials) >= int(given["n_trials"])
-    assert all(run.info.status in ("FINISHED", "FAILED") for run in place.runs("trial"))
+    assert {run.info.status for run in place.runs("trial")} == {"FINISHED"}
     assert [run.info.status for run in place.runs("sweep", newest_by="end_time")][:1] == ["FINISHED"]
 
 
@@ -445,12 +482,13 @@ CHECKS_OF_SWEEPS: dict[str, Callable[[Place, dict[str, str], str], None]] = {
 
 
 def runnable(kind: str) -> list[Any]:
-    """The pieces of a kind that have an example, as parameters; those of minutes are slow."""
+    """The pieces of a kind that have an example, as parameters, those shown twice under a heading once; minutes are slow."""
+    found = {(piece.document, piece.heading, piece.title): piece for piece in FOUND if piece.kind == kind}
     return [
         pytest.param(piece, piece.example, id=f"{piece.document}:{piece.title[:90]}",
                      marks=[pytest.mark.slow] if piece.example.slow else [])
-        for piece in FOUND
-        if piece.kind == kind and piece.example is not None
+        for piece in found.values()
+        if piece.example is not None
     ]  # fmt: skip
 
 
@@ -520,6 +558,18 @@ def test_the_command_runs(piece: Piece, example: Example, places):
         check(words, place.run(words, example.apart), place)
 
 
+@pytest.mark.slow
+def test_mlflow_asks_for_conda_where_no_other_manager_is_named(places, monkeypatch):
+    path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
+    if shutil.which("conda", path=path):
+        pytest.skip("conda is here")
+    monkeypatch.setenv("PATH", path)
+    (title,) = [title for title in NOT_RUN if title == "mlflow run . -e adapt"]
+    ran = places("squares").run_apart([sys.executable, "-m", *title.split()])
+    assert ran.code != 0
+    assert "Could not find Conda executable" in ran.printed
+
+
 @pytest.mark.parametrize(("piece", "example"), runnable("yaml"))
 def test_the_block_runs(piece: Piece, example: Example, places):
     place = places(example.place)
@@ -568,12 +618,41 @@ def run_space(place: Place, example: Example) -> None:
 BLOCKS: dict[str, Callable[[Place, Example], None]] = {"data": run_settings, "arms": run_arms, "space": run_space}
 
 
+def test_every_way_to_name_files_is_read_and_trained_on(places):
+    place = places("squares")
+    table = (
+        (PROJECT / "docs" / "data.md").read_text().partition("## Where images and masks lie")[2].partition("\n\nA ")[0]
+    )
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    entries = [yaml.safe_load(span) for row in rows for span in re.findall(r"`([^`]+)`", row)]
+    assert len(entries) == 8
+    plain = ("scene.tif", "tiles/*.tif", "list.txt")  # images alone
+    data = {
+        "class_names": ["ground", "square"],
+        "window_size": 64,
+        "source": {"root": "named", "train": [entry for entry in entries if entry not in plain], "val": ["val"]},
+        "target": {"root": "named", "train": [*plain], "val": ["target_val"]},
+    }
+    with contextlib.chdir(place.folder):
+        Path("named").mkdir()
+        write_files({"data": data, "model": {}}, Path())
+        settings = settings_of(Path("mine.yaml").read_text())
+        sides = {side: {**data[side], "batch_size": 2} for side in ("source", "target")}
+        named = {**settings, "data": {**{key: data[key] for key in ("class_names", "window_size")}, **sides}}
+        Path("named.yaml").write_text(yaml.safe_dump(named))
+        for job in ("check-data", "adapt"):
+            command = ["python", "-m", "dann_experiments", job, "--config", "named.yaml"]
+            check(command, place.run(command), place)
+
+
 @pytest.mark.slow
 def test_the_settings_of_the_data_page_are_compared(places):
     place = places("region")
     piece = next(piece for piece in FOUND if piece.document == "docs/data.md" and piece.kind == "yaml")
     assert piece.example is not None
-    command = shlex.split(f"python -m dann_experiments compare --config mine.yaml --seeds 1 {piece.example.more}")
+    command = shlex.split(
+        f"python -m dann_experiments compare --config mine.yaml --seeds 1 --arms few.yaml {piece.example.more}"
+    )
     with contextlib.chdir(place.folder):
         check(command, place.run(command), place)
 
@@ -591,7 +670,7 @@ def test_the_python_block_runs(piece: Piece, example: Example, places, monkeypat
         if "run_sweep(" in text:  # its workers import the script
             lines = "".join(f"    {line}\n" for line in text.splitlines())
             Path("script.py").write_text(f"if __name__ == '__main__':\n{lines}    print(len(result.sweep.counted()))\n")
-            ran = place._in_a_process([sys.executable, "script.py"])
+            ran = place.run_apart([sys.executable, "script.py"])
             assert ran.code == 0, ran.printed
             assert ran.printed.split()[-1] == "3"
         else:
