@@ -1,0 +1,533 @@
+"""What README and docs show to be run: finds it, and says for each piece where and with what it runs in the tests.
+
+A piece of the documentation is a YAML block, a Python block or a command. Each is in `EXAMPLES`, or in `NOT_RUN` with the
+reason. `more` and `instead` of an example only make it smaller (fewer epochs, batches, seeds, trials) or say where its files are.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from conftest import write_raster
+from PIL import Image
+from rasterio.transform import from_origin
+
+PROJECT = Path(__file__).parents[1]
+NO_INSTRUCTIONS = {
+    "docs/inputs.md": "tables of wrong input, made by benchmarks.inputs and given again by tests/test_inputs.py",
+    "docs/log.md": "a diary of what was tried, with the program as it was then",
+}
+DOCUMENTS = [
+    path
+    for path in (PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md")))
+    if str(path.relative_to(PROJECT)) not in NO_INSTRUCTIONS
+]
+SETTINGS_FILES = [*sorted(PROJECT.glob("recipes/*.yaml")), *sorted(PROJECT.glob("sweeps/*.yaml"))]
+PROGRAMS = ("python", "mlflow", "make", "pip", "git", "ray", "createdb", "optuna-dashboard")
+JOBS = (
+    "check-data",
+    "pretrain",
+    "adapt",
+    "evaluate",
+    "predict",
+    "compare",
+    "runs",
+    "sync",
+    "doctor",
+    "layers",
+    "config",
+)
+ONLY_NAMED = ("mlflow run", "mlflow server")  # a program that a sentence speaks of
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One thing that a document shows to be run."""
+
+    document: str
+    line: int
+    heading: str
+    kind: str
+    """`command`, `yaml` or `python`."""
+    text: str
+
+    @property
+    def title(self) -> str:
+        """The command, or the first line of the block: what it is called in the registry."""
+        return self.text if self.kind == "command" else f"{self.kind}: {self.text.splitlines()[0].strip()}"
+
+    @property
+    def where(self) -> str:
+        """For a message."""
+        return f"{self.document}, line {self.line}, under {self.heading!r}"
+
+    @property
+    def is_benchmark(self) -> bool:
+        """Whether it measures for minutes to hours and writes into the documentation: only its arguments are tried."""
+        return self.title.startswith(("python benchmarks/", "python -m benchmarks."))
+
+    @property
+    def example(self) -> Example | None:
+        """How it is run; None if nobody said so."""
+        return EXAMPLES.get((self.document, self.heading), {}).get(self.title)
+
+
+def pieces() -> list[Piece]:
+    """Everything that the documents and the headers of settings files show to be run, in their order."""
+    found = [piece for path in DOCUMENTS for piece in pieces_of(str(path.relative_to(PROJECT)), path.read_text())]
+    for path in SETTINGS_FILES:
+        found += header_pieces(str(path.relative_to(PROJECT)), path.read_text())
+    return found
+
+
+def header_pieces(document: str, text: str) -> list[Piece]:
+    """The commands in the comment above the settings of a file: its indented lines."""
+    return [
+        Piece(document, number, "header", "command", re.split(r"\s{2,}", line[1:].strip())[0])
+        for number, line in enumerate(text.splitlines(), 1)
+        if re.match(r"#\s{2,}\S", line)
+    ]
+
+
+def pieces_of(document: str, text: str) -> list[Piece]:
+    """The same for one document."""
+    found, heading, lines = [], "", text.splitlines()
+    number = 0
+    while number < len(lines):
+        line = lines[number]
+        if line.startswith("#"):
+            heading = line.lstrip("#").strip()
+        fence = re.match(r"\s*```+\s*(\S*)", line)
+        if fence:
+            end = next(at for at in range(number + 1, len(lines)) if re.match(r"\s*```+\s*$", lines[at]))
+            block = "\n".join(lines[number + 1 : end]) + "\n"
+            found += [Piece(document, number + 1, heading, *pair) for pair in _in_block(fence[1], block)]
+            number = end
+        else:
+            found += [Piece(document, number + 1, heading, "command", text) for text in _in_prose(line)]
+        number += 1
+    return found
+
+
+def _in_block(language: str, block: str) -> Iterator[tuple[str, str]]:
+    if language in ("yaml", "python"):
+        yield language, block
+        for comment in re.findall(r"#(.*)", block):
+            yield from (("command", text) for text in _in_prose(comment))
+        return
+    for line in block.replace("\\\n", " ").splitlines():
+        command = re.split(r"(?:^|\s+)#\s", " ".join(line.split()))[0]
+        if command and (language or command.split(" ")[0] in PROGRAMS):
+            yield "command", command
+        _, _, comment = line.partition(" # ")
+        yield from (("command", text) for text in re.findall(r"\bor: (python .*)", comment))
+
+
+def _in_prose(line: str) -> Iterator[str]:
+    for span in re.findall(r"`+([^`]+)`+", line):
+        words = span.split()
+        if len(words) > 1 and words[0] in PROGRAMS and span not in ONLY_NAMED:
+            yield span
+        elif len(words) > 2 and words[0] in JOBS and words[1].startswith("--"):
+            yield f"python -m dann_experiments {span}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """How a piece is run."""
+
+    place: str
+    """The folder in which it runs: a name in `test_documented_examples.PLACES`."""
+    more: str = ""
+    """Words behind the command."""
+    instead: Mapping[str, str] = field(default_factory=dict)
+    """Other values of options that the command has; in a Python block, texts that replace others."""
+    fill: Mapping[str, str] = field(default_factory=dict)
+    """What stands for RUN_ID and the like: text, or the name of a fact of the place in braces."""
+    after: str = ""
+    """A fact of the place that must be there before."""
+    slow: bool = False
+    apart: bool = False
+    """In processes of its own; of `mlflow run`, itself and not its entry point's command alone."""
+
+    def words(self, text: str, fact: Callable[[str], str]) -> list[str]:
+        """The words of a command, as they are run."""
+        for name, value in self.fill.items():
+            if value.startswith("{"):
+                value = fact(value.strip("{}"))
+            text = re.sub(rf"(?<![A-Za-z_]){re.escape(name)}(?![A-Za-z_])", lambda _, value=value: value, text)
+        words = [*shlex.split(text), *shlex.split(self.more)]
+        for name, value in self.instead.items():
+            for at, word in enumerate(words):
+                if word == f"--{name}":
+                    words[at + 1] = value
+                elif word.startswith(f"{name}=") and words[at - 1] == "-P":
+                    words[at] = f"{name}={value}"
+        return words
+
+
+SHORT = "--trainer.max_epochs 1 --pretraining.max_epochs 1 --threads 1 --trainer.enable_progress_bar false"
+FEW_STEPS = f"{SHORT} --trainer.limit_train_batches 2"
+DIGITS = f"{FEW_STEPS} --data.root few_digits"
+ONE_IMAGE = "--data.source.batch_size 1 --data.target.batch_size 1"
+SMALL_UNET = "--model.encoder_name resnet18 --model.encoder_weights null --model.decoder_channels '[32, 16, 16, 8, 8]'"
+SCENES = f"{SHORT} {SMALL_UNET} {ONE_IMAGE} --trainer.limit_train_batches 1"
+FEW_ARMS = "--arms few.yaml"
+TREES = f"{FEW_STEPS} --data.source.batch_size 2 --data.target.batch_size 2"
+
+
+def for_mlflow(more: str) -> str:
+    """The same settings as parameters of `mlflow run`."""
+    words = shlex.split(more)
+    return shlex.join(
+        part for name, value in zip(words[::2], words[1::2], strict=True) for part in ("-P", f"{name[2:]}={value}")
+    )
+
+
+def digits(**more: Any) -> Example:
+    """A command whose settings are those of recipes/digits.yaml."""
+    return Example("digits", DIGITS, slow=True, **more)
+
+
+def digits_by_mlflow(more: str = DIGITS, **others: Any) -> Example:
+    """The same by `mlflow run`."""
+    return Example("digits", for_mlflow(more), slow=True, **others)
+
+
+ONE_RUN = {"RUN_ID": "{run}", "ID": "{run}", "NAME": "{model}"}
+SAME = {"ID ID ID ...": "{runs}"}
+
+EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
+    ("README.md", "Two commands"): {"make demo": digits_by_mlflow(), "make ui": Example("squares", slow=True)},
+    ("README.md", "`mlflow run`"): {
+        "mlflow run . -e adapt --env-manager local": digits_by_mlflow(apart=True),
+        "mlflow run . -e adapt --env-manager local -P gamma=2.5 -P domain_adaptation.method.classifier=pooled"
+        " -P optimizer.lr=3e-4": digits_by_mlflow(),
+    },
+    ("README.md", "Did adaptation help?"): {
+        "mlflow run . -e compare --env-manager local -P config=mine.yaml -P seeds=5": Example(
+            "squares", instead={"seeds": "1"}, slow=True, apart=True
+        ),
+        "python -m dann_experiments compare --config mine.yaml": Example("squares", "--seeds 2", slow=True),
+        "python -m dann_experiments compare --runs ID ID ID ...": Example("squares", fill=SAME),
+        "python -m dann_experiments compare --config recipes/digits.yaml --seeds 5": digits(instead={"seeds": "1"}),
+        "python -m dann_experiments compare --config recipes/neon_trees.yaml --seeds 3": Example(
+            "trees", f"{FEW_ARMS} {TREES}", {"seeds": "1"}, after="neon_trees", slow=True
+        ),
+    },
+    ("README.md", "Sweeps"): {
+        "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
+        "python -m sweeps run --space sweeps/wide.yaml --config mine.yaml --n_trials 40 --confirm_top 3": Example(
+            "squares", "--workers 1 --confirm_seeds 1", {"n_trials": "3", "confirm_top": "1"}, slow=True
+        ),
+        "python -m sweeps resume --study wide-mine": Example("squares", after="wide_mine", slow=True),
+    },
+    ("README.md", "Your own data"): {
+        "yaml: model: {arch: unet, encoder_name: resnet34, encoder_weights: imagenet, classes: 3}   "
+        "# any network of segmentation-models-pytorch": Example("cities", SCENES),
+        "python -m dann_experiments layers --config mine.yaml": Example("cities"),
+        "python -m dann_experiments check-data --config mine.yaml": Example("cities", "--model.encoder_weights null"),
+        "python -m dann_experiments adapt --config mine.yaml": Example("cities", SCENES),
+        "python -m dann_experiments compare --config mine.yaml --seeds 3": Example(
+            "cities", f"{FEW_ARMS} {SCENES}", {"seeds": "1"}, slow=True
+        ),
+        "python -m dann_experiments predict --model runs:/RUN_ID --input region_b.tif --output map.tif": Example(
+            "cities", fill=ONE_RUN
+        ),
+        "python -m dann_experiments adapt --help": Example("squares"),
+    },
+    ("docs/batchnorm.md", "AdaBN of any model, without training"): {
+        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint runs:/ID"
+        " --domain_adaptation.batchnorm target_stats": Example("squares", fill=ONE_RUN),
+    },
+    ("docs/compare.md", "Did adaptation help? `compare`"): {
+        "mlflow run . -e compare --env-manager local -P config=mine.yaml": Example("squares", "-P seeds=2", slow=True),
+        "python -m dann_experiments compare --config mine.yaml --seeds 3 --workers 2": Example(
+            "squares", instead={"seeds": "2"}, slow=True
+        ),
+        "python -m dann_experiments compare --config mine.yaml --arms ablation.yaml": Example(
+            "squares", "--seeds 1", slow=True
+        ),
+        "python -m dann_experiments compare --runs ID ID ID ...": Example("squares", fill=SAME),
+    },
+    ("docs/compare.md", "Arms"): {"yaml: # ablation.yaml": Example("squares", "--seeds 1", slow=True)},
+    ("docs/data.md", "Your own data"): {
+        "yaml: model: {in_channels: 4, classes: 3}": Example(
+            "region", f"{SCENES} --data.source.root data/city_a --data.target.root data/region_b"
+        ),
+        "python -m dann_experiments check-data --config mine.yaml": Example("squares"),
+    },
+    ("docs/evaluate.md", "Scoring a model"): {
+        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint runs:/ID": Example(
+            "squares", fill=ONE_RUN
+        ),
+        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint models:/NAME@champion"
+        " --data.target.test '[city_c/test]'": Example("squares", fill=ONE_RUN),
+        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint last.ckpt": Example("squares"),
+    },
+    ("docs/performance.md", "Switches"): {
+        "python -m dann_experiments compare --config recipes/digits.yaml --arms switches.yaml": Example(
+            "digits", f"{DIGITS} --seeds 1", slow=True
+        ),
+    },
+    ("docs/predict.md", "Predict: class maps of rasters of any size"): {
+        "mlflow run . -e predict --env-manager local -P model=models:/NAME@champion -P input=scene.tif"
+        " -P output=map.tif": Example("squares", "-P overwrite=true", fill=ONE_RUN),
+        "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif"
+        " --probabilities true": Example("squares", "--overwrite true", fill=ONE_RUN),
+        "python -m dann_experiments predict --model mlruns/1/RUN_ID/artifacts/model --input photos/ --output maps/": Example(
+            "squares", fill=ONE_RUN
+        ),
+        "python -m dann_experiments predict --model best.ckpt --config config.yaml --input scene.tif --output map.png": Example(
+            "squares"
+        ),
+        "python: from dann_experiments.config.prediction import PredictConfig": Example(
+            "squares", instead={"map.tif": "by_python.tif"}, fill=ONE_RUN
+        ),
+    },
+    ("docs/results.md", "Tree crowns, Yellowstone to Florida"): {
+        "python -m dann_experiments adapt --config recipes/neon_trees.yaml --data.root FOLDER --threads 1": Example(
+            "trees", TREES.replace("--threads 1 ", ""), fill={"FOLDER": "neon_trees"}, after="neon_trees", slow=True
+        ),
+    },
+    ("docs/resume.md", "Going on after a kill"): {
+        "python -m dann_experiments adapt --resume RUN_ID": Example("squares", fill={"RUN_ID": "{killed}"}),
+        "python -m dann_experiments adapt --config mine.yaml --resume auto": Example("squares", after="killed"),
+        "mlflow run . -e adapt --env-manager local -P config=mine.yaml -P resume=auto": Example(
+            "squares", after="killed"
+        ),
+    },
+    ("docs/selection.md", "Choosing without target labels"): {
+        "python -m dann_experiments adapt --config mine.yaml --monitor.metric select/infomax --monitor.final_model best": Example(
+            "squares"
+        ),
+        "python -m sweeps run --space sweeps/dann.yaml --config mine.yaml --objective select/infomax": Example(
+            "squares", "--n_trials 3 --workers 1", slow=True
+        ),
+    },
+    ("docs/selection.md", "How well they choose"): {
+        "python -m sweeps run --config recipes/digits.yaml --space sweeps/dann.yaml --study digits16 --n_trials 16 --workers 2"
+        " --pruner none --seed 0 --max_epochs 1 --trainer.limit_train_batches 110": Example(
+            "digits",
+            "--pretraining.max_epochs 1 --data.root few_digits",
+            {"n_trials": "3", "trainer.limit_train_batches": "2"},
+            slow=True,
+        ),
+    },
+    ("docs/several-processes.md", "Several processes, one training"): {
+        "python -m dann_experiments adapt --trainer.devices 2": digits(apart=True),
+        "mlflow run . -e adapt --env-manager local -P trainer.devices=2": digits_by_mlflow(),
+    },
+    ("docs/sweeps.md", "Sweeps"): {
+        "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
+        "python -m sweeps run --space sweeps/wide.yaml --config mine.yaml --n_trials 40": Example(
+            "squares", "--workers 1 --study wide-again", {"n_trials": "3"}, slow=True
+        ),
+        "python -m sweeps status --study dann-digits": Example("digits", after="dann_digits", slow=True),
+        "python -m sweeps resume --study dann-digits": Example("digits", after="dann_digits", slow=True),
+        "python -m sweeps report --study dann-digits": Example("digits", after="dann_digits", slow=True),
+        "python -m sweeps confirm --study dann-digits": Example(
+            "digits", "--confirm_top 1 --confirm_seeds 1", after="dann_digits", slow=True
+        ),
+        "python -m sweeps COMMAND --help": Example("squares", fill={"COMMAND": "confirm"}),
+    },
+    ("docs/sweeps.md", "The space"): {"yaml: space:": Example("squares", "--n_trials 3 --workers 1", slow=True)},
+    ("docs/sweeps.md", "From Python"): {
+        "python: from dann_experiments import load_config": Example(
+            "digits",
+            instead={
+                "n_trials=8": "n_trials=3, workers=1",
+                '"recipes/digits.yaml"': '"recipes/digits.yaml", {"trainer.max_epochs": 1, "pretraining.max_epochs": 1,'
+                ' "trainer.limit_train_batches": 2, "data.root": "few_digits"}',
+            },
+            slow=True,
+        ),
+    },
+    ("docs/tracking.md", "When the store is away, or a process is killed"): {
+        "python -m dann_experiments doctor": Example("squares"),
+        "python -m dann_experiments sync": Example("squares"),
+    },
+    ("docs/your-own-method.md", "Your own method"): {
+        "python: # my_methods.py, importable where you run (installed, or beside you with PYTHONPATH=.)": Example(
+            "digits"
+        ),
+        "python -m dann_experiments adapt --domain_adaptation.method.class_path my_methods.MeanAlignment"
+        " --domain_adaptation.method.init_args '{weight: 0.1}' --feature_layer encoder": digits(apart=True),
+    },
+    **{
+        (f"recipes/{name}.yaml", "header"): {
+            f"mlflow run . -e adapt --env-manager local -P config=recipes/{name}.yaml": digits_by_mlflow(
+                DIGITS.replace("few_digits", root)
+            )
+        }
+        for name, root in (
+            ("classic", "few_digits"),
+            ("digits", "few_digits"),
+            ("digits_classes", "few_digits_classes"),
+        )
+    },
+    ("recipes/target_dialect.yaml", "header"): {
+        "python -m dann_experiments adapt --config recipes/target_dialect.yaml": digits()
+    },
+    ("recipes/neon_trees.yaml", "header"): {
+        "python -m dann_experiments.data.neon_trees deepforest-2.1.0-py3-none-any.whl neon_trees": Example("trees"),
+        "mlflow run . -e adapt --env-manager local -P config=recipes/neon_trees.yaml -P data.root=neon_trees": Example(
+            "trees", for_mlflow(TREES), after="neon_trees", slow=True
+        ),
+    },
+    ("sweeps/dann.yaml", "header"): {
+        "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
+        "python -m sweeps run --space sweeps/dann.yaml --config recipes/digits.yaml --n_trials 20": digits(
+            instead={"n_trials": "2"}
+        ),
+    },
+    ("sweeps/wide.yaml", "header"): {
+        "python -m sweeps run --space sweeps/wide.yaml --config recipes/digits.yaml --n_trials 40": digits(
+            instead={"n_trials": "2"}
+        ),
+    },
+}
+
+CLUSTER = "addresses of a cluster; tests/test_sweep_cluster.py runs a real Ray cluster, PostgreSQL and MLflow server"
+INSTALLS = "installs packages from the network"
+NOT_RUN: Mapping[str, str] = {
+    "make test": "the suite that this test is part of",
+    "make install": INSTALLS,
+    "make chaos": "6 to 12 minutes; CI runs it each time (.ci/run), and its arguments are tested as `python -m benchmarks.chaos`",
+    "mlflow run . -e adapt --env-manager uv": "makes an environment from the network (tests/test_tracking.py, with one at hand)",
+    "mlflow run . -e adapt --env-manager virtualenv": "makes an environment from the network",
+    "mlflow run . -e adapt": "needs conda; that MLflow asks for it without is asserted",
+    "pip install '.[dashboard]'": INSTALLS,
+    "pip install '.[postgresql]'": INSTALLS,
+    "pip install '.[ray,postgresql]'": INSTALLS,
+    "pip download deepforest==2.1.0 --no-deps": "downloads from the network; the test draws such a package",
+    "git clone ... && cd dann-experiments && make install && source .venv/bin/activate": INSTALLS,
+    "optuna-dashboard studies/NAME/journal.log": "a program of the extra `dashboard`, which the tests do not install",
+    "createdb dann": CLUSTER,
+    "mlflow server --host 10.0.0.1 --port 5000 --backend-store-uri sqlite:///server.db"
+    " --artifacts-destination ./artifacts &": CLUSTER,
+    "ray start --head --node-ip-address 10.0.0.1 --port 6379": CLUSTER,
+    "ray start --address 10.0.0.1:6379": CLUSTER,
+    "ray stop": CLUSTER,
+    "python -m sweeps run --space sweeps/dann.yaml --config mine.yaml --n_trials 40 --launcher ray --ray_address 10.0.0.1:6379"
+    " --storage postgresql://me@10.0.0.1/dann --tracking.uri http://10.0.0.1:5000 --cpus_per_trial 4"
+    " --gpus_per_trial 0.5": CLUSTER,
+}
+
+
+# Files for the settings of a YAML block
+
+COLORS_AND_NOISE = 40  # the images are noise around a level that the class gives
+SPLITS = ("train", "val", "test")
+
+
+def write_files(settings: Mapping[str, Any], folder: Path) -> None:
+    """Small files of the folders, patterns, lists, bands and labels that a block's `data` describes."""
+    data = settings["data"]
+    for side in ("source", "target"):
+        domain = _Domain(side, data, settings["model"], folder)
+        for split in SPLITS:
+            for entry in data[side].get(split, ()):
+                domain.write(entry, split)
+
+
+class _Domain:
+    """Writes the files of one domain."""
+
+    def __init__(self, side: str, data: Mapping[str, Any], model: Mapping[str, Any], folder: Path) -> None:
+        given = data[side]
+        self.labelled = {"train": side == "source", "val": True, "test": True}
+        self.root = folder / str(given.get("root", "")).lstrip("/")
+        self.bands = max([*given.get("bands", ()), model.get("in_channels", 3)])
+        self.type = np.uint16 if given.get("scale") == "percentiles" else np.uint8
+        nodata = given.get("nodata", [])
+        self.nodata = [value for value in ([nodata] if isinstance(nodata, int) else nodata) if value >= 0]
+        names = given.get("color_map") or given.get("value_map") or range(len(data["class_names"]))
+        self.labels = np.array([[int(part) for part in str(name).split(",")] for name in names], np.uint8)
+        # a file's pixels are a little smaller than those of training, where these are named
+        self.pixel = 0.8 * given["pixel_size"] if "pixel_size" in given else 1.0
+        scale = given.get("pixel_size", 1.0) / self.pixel
+        self.side = int(scale * data.get("crop_size", data.get("window_size", 64)))
+        self.large = int(1.25 * scale * data.get("window_size", 64))
+        self.rng = np.random.default_rng(len(side))
+
+    def write(self, entry: Any, split: str) -> None:
+        """The files of one entry of `train`, `val` or `test`: two images, or one raster of more than a window."""
+        labelled = self.labelled[split]
+        if isinstance(entry, Mapping):
+            self._mapping(entry, split)
+        elif entry.endswith((".csv", ".txt")):
+            self._list(entry, split, ("image", "mask")[: 1 + labelled])
+        elif "*" in entry or Path(entry).suffix:
+            for name in (f"{split}0", f"{split}1") if "*" in entry else ("",):
+                self._pair(entry.replace("*", name), None, self.large)
+        else:
+            for number in (0, 1):
+                self._pair(f"{entry}/images/{number}.png", f"{entry}/masks/{number}.png" if labelled else None)
+
+    def _mapping(self, entry: Mapping[str, str], split: str) -> None:
+        suffix = Path(entry["images"]).suffix
+        for name in (f"{split}0", f"{split}1") if "*" in entry["images"] or suffix in ("", ".txt") else ("",):
+            pair = []
+            for kind in ("images", "masks"):
+                text = entry.get(kind)
+                if text and suffix == ".txt":  # a list a kind
+                    with (self.root / text).open("a") as lines:
+                        lines.write(f"listed_{kind}/{name}.tif\n")
+                    text = f"listed_{kind}/{name}.tif"
+                elif text and not suffix:  # a folder a kind
+                    text = f"{text}/{name}.png"
+                pair.append(text and text.replace("*", name))
+            self._pair(*pair)
+        if "names" in entry:
+            (self.root / entry["names"]).write_text(f"{split}0\n{split}1\n")
+
+    def _list(self, entry: str, split: str, kinds: Sequence[str]) -> None:
+        rows = [[f"{Path(entry).stem}/{kind}{number}.tif" for kind in kinds] for number in (0, 1)]
+        for row in rows:
+            self._pair(*(str(Path(entry).parent / name) for name in row))
+        if entry.endswith(".csv"):
+            rows = [[*kinds, "split"], *([*row, split] for row in rows)]
+        (self.root / entry).write_text("".join(",".join(row) + "\n" for row in rows))
+
+    def _pair(self, image: str, mask: str | None = None, width: int | None = None) -> None:
+        height, width = self.side, width or self.side
+        ids = np.zeros((height, width), np.intp)
+        for number in range(len(self.labels)):  # upright stripes of all classes
+            ids[:, number * width // len(self.labels) :] = number
+        level = 30 + ids * 150 // len(self.labels)
+        noise = self.rng.integers(1, COLORS_AND_NOISE, (self.bands, height, width))
+        values = ((level + noise) * (16 if self.type == np.uint16 else 1)).astype(self.type)
+        for value in self.nodata:
+            values[:, : height // 8, : width // 8] = value
+        self._save(self.root / image, values)
+        if mask is not None:
+            self._save(self.root / mask, self.labels[ids].transpose(2, 0, 1))
+
+    def _save(self, path: Path, values: np.ndarray) -> None:
+        if path.suffix == ".tif":
+            place = from_origin(500000, 4000000, self.pixel, self.pixel)
+            write_raster(path, values, crs="EPSG:32633", transform=place)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)).save(path)
+
+
+def block(document: str, first_line: str) -> str:
+    """The block of a document that begins with this line."""
+    return next(
+        piece.text for piece in pieces()
+        if piece.document == document and piece.kind != "command" and piece.text.startswith(first_line)
+    )  # fmt: skip
+
+
+def settings_of(text: str) -> dict[str, Any]:
+    """A YAML block as a mapping."""
+    return yaml.safe_load(text)
