@@ -140,8 +140,8 @@ class SegmentationDataset(Dataset):
             yield index + 1
         if not kept and self.pieces:
             raise InputError(
-                f"image {self.samples[0].image} and the others of its set hold no data: every pixel is nodata (nodata is "
-                f"{self.reading.nodata}; data.source.nodata, data.target.nodata)."
+                f"image {self.samples[0].image} and the others of its set hold no data: every pixel is nodata "
+                f"({self.reading.settings}nodata is {self.reading.nodata})."
             )
         self.pieces = kept
         self.class_pixels = pixels if complete and self.has_masks else None

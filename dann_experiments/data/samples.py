@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import user_path
+from dann_experiments.config.places import local_path, local_text, user_path
 
 SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")
 PRETRAINING_SETS = tuple(name for name in SETS if name != "target_train")  # those that the source model's training uses
@@ -49,6 +49,7 @@ def find_samples(
     samples: list[Sample] = []
     for entry in entries:
         try:
+            entry = _on_disk(entry, key)
             if isinstance(entry, Mapping):
                 found = _from_mapping(entry, root, key, masks, report)
             else:
@@ -76,6 +77,15 @@ def find_samples(
         if sample.mask is None:
             report(f"{key}: image {sample.image} has no mask, but others of this set have; give all or none.")
     return labelled
+
+
+def _on_disk(entry: Any, key: str) -> Any:
+    """An entry with `file://` left out. Raises InputError for the addresses in it."""
+    if isinstance(entry, Mapping):
+        return {name: _on_disk(value, key) for name, value in entry.items()}
+    if isinstance(entry, list):
+        return [_on_disk(value, key) for value in entry]
+    return local_text(entry, key) if isinstance(entry, str) else entry
 
 
 def files_of(samples: Sequence[Sample]) -> list[Path]:
@@ -255,7 +265,7 @@ def _lines(path: Path, key: str) -> list[Path]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{key}: list {path} cannot be read: {error}") from None
     folder = path.parent
-    return [_beside(folder, line) for line in lines if line.strip()]
+    return [_beside(folder, line, f"{key}: a line of {path}") for line in lines if line.strip()]
 
 
 def _from_manifest(path: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
@@ -287,10 +297,17 @@ def _from_manifest(path: Path, key: str, with_masks: bool, report: Callable[[str
                     if (row["split"] or "").strip() != split:
                         continue
                 mask = (row.get("mask") or "").strip() if with_masks else ""
-                samples.append(Sample(_beside(folder, row["image"]), _beside(folder, mask) if mask else None))
+                line = f"{key}: manifest {path}, line {reader.line_num}"
+                try:
+                    image = _beside(folder, row["image"], line)
+                    samples.append(Sample(image, _beside(folder, mask, line) if mask else None))
+                except InputError as error:
+                    report(str(error))
             if splits and not samples:
                 raise InputError(f"{key}: manifest {path} has no rows with split {split}; it has {sorted(splits)}.")
             return samples
+    except InputError:
+        raise
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
         raise InputError(f"{key}: manifest {path} cannot be read: {error}") from None
 
@@ -338,11 +355,11 @@ def _shown(entry: Any, root: Path) -> str:
     return str(dict(entry)) if isinstance(entry, Mapping) else str(under(root, str(entry)))
 
 
-def under(root: Path, name: str) -> Path:
-    """A path as a user writes it, `~` included, relative to `root`."""
-    path = user_path(name)
+def under(root: Path, name: str, key: str | None = None) -> Path:
+    """A path as a user writes it, `~` included, relative to `root`. Raises InputError for an address as the setting `key`."""
+    path = user_path(name) if key is None else local_path(name, key)
     return path if path.is_absolute() else root / path
 
 
-def _beside(folder: Path, name: str) -> Path:
-    return Path(folder, name.strip())  # an absolute one stays as it is
+def _beside(folder: Path, name: str, place: str) -> Path:
+    return Path(folder, local_text(name.strip(), place))  # an absolute one stays as it is
