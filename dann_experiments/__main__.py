@@ -7,6 +7,7 @@ the settings that are changed most; they are also the declared parameters of the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from dann_experiments.command_line import (
     dotted,
     quiet_libraries,
     tell_of_failure,
+    tell_of_input,
     warn_of_stored_secrets,
     where_to_look,
 )
@@ -40,7 +42,7 @@ COMMANDS = {
     "pretrain": "train a source model on labelled source images",
     "adapt": "adapt a source model to the unlabelled target domain (pretrains first where needed)",
     "evaluate": "score a model on every labelled val and test set",
-    "predict": "write the class map of a raster of any size, or of a folder of images",
+    "predict": "write the class map of a raster of any size, or of many images: files, folders, patterns",
     "compare": "did adaptation help? source only, control, DANN and oracle over several seeds; a verdict and a report",
     "runs": "show the newest runs of an experiment side by side",
     "sync": "send what runs left in tracking.folder because the store was away or their process was killed",
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known.command is None:
             parser.print_help()
             return 2
-        warn_of_stored_secrets(dotted(rest) if not known.help else {})
+        warn_of_stored_secrets({**vars(known), **dotted(rest)} if not known.help else {})
         if known.help:
             print(_command_help(parser, known.command))
             return 0
@@ -76,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _compare(known, rest)
         return _run(known, _settings(known, rest))
     except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+        return tell_of_input(error)
     except TrainingFailed as error:
         print(f"Training failed: {error}", file=sys.stderr)
         return 1
@@ -151,7 +152,14 @@ def _argument_parser() -> Parser:
         command.add_argument("-h", "--help", action="store_true", help="show this and every setting")
         if name == "predict":
             command.usage = (
-                "python -m dann_experiments predict --model MODEL --input FILE --output FILE [--KEY VALUE ...]"
+                "python -m dann_experiments predict --model MODEL --input FILE [FILE ...] --output FILE [--KEY VALUE]"
+            )
+            command.add_argument(
+                "--input",
+                metavar="FILE",
+                nargs="*",
+                action="append",
+                help="image files, folders and patterns ('a/*.tif')",
             )
             command.add_argument(
                 "--config", metavar="FILE", help="settings of the network, for a checkpoint without them"
@@ -203,8 +211,13 @@ def _overrides(known: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]
 
 
 def _predict(known: argparse.Namespace, rest: Sequence[str]) -> int:
-    given = {key: value for key, value in dotted(rest).items() if value not in NOT_GIVEN}
-    settings = load_settings(PredictConfig, None, given)
+    given: dict[str, Any] = {key: value for key, value in dotted(rest).items() if value not in NOT_GIVEN}
+    if [] in (known.input or ()):
+        raise InputError("--input has no value; give --input FILE, several files, a folder or a pattern.")
+    inputs = [text for texts in known.input or () for text in texts if text not in NOT_GIVEN]
+    settings = load_settings(PredictConfig, None, given | {"input": inputs} if inputs else given)
+    if len(inputs) == 1:  # as it was written: a name may look like a list
+        settings = dataclasses.replace(settings, input=inputs[0])
     config = None if known.config in (None, *NOT_GIVEN) else load_config(known.config)
     quiet_libraries()
     from dann_experiments import jobs

@@ -72,6 +72,14 @@ def _tell_of_error(kind: type[BaseException], error: BaseException, trace: Trace
     print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
+def tell_of_input(error: InputError) -> int:
+    """Print what the user can mend, without passwords, and give the exit code."""
+    from dann_experiments.tracking.store import without_secrets
+
+    print(f"Error: {without_secrets(str(error))}", file=sys.stderr)
+    return 2
+
+
 def tell_of_failure(error: Exception) -> int:
     """Print what a disk or the tracking store answered, and give the exit code; any other error is raised again."""
     from dann_experiments.tracking.failures import explained

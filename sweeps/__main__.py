@@ -21,12 +21,13 @@ from dann_experiments.command_line import (
     dotted,
     quiet_libraries,
     tell_of_failure,
+    tell_of_input,
     ui_command,
     warn_of_stored_secrets,
 )
 from dann_experiments.config import InputError, load_config
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
-from dann_experiments.config.places import user_path
+from dann_experiments.config.places import local_path
 from dann_experiments.data import early
 from dann_experiments.tracking.processes import fork_workers_from_here
 from sweeps.errors import SweepFailed
@@ -65,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(known, sweep_flags, settings)
         return _of_a_study(known.command, sweep_flags, settings)
     except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+        return tell_of_input(error)
     except SweepFailed as error:
         print(f"The sweep was stopped: {error}", file=sys.stderr)
         return 1
@@ -78,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-    space = DEFAULT_SPACE if known.space in (None, *NOT_GIVEN) else user_path(known.space)
-    config_file = DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else Path(known.config)
+    space = DEFAULT_SPACE if known.space in (None, *NOT_GIVEN) else local_path(known.space, "--space")
+    config_file = DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else local_path(known.config, "--config")
     if not os.path.exists(space):
         raise InputError(f"space file {space} does not exist; sweeps/ holds some to start from.")
     config = load_config(config_file, settings)

@@ -342,12 +342,13 @@ def test_files_of_one_domain_in_two_units_share_no_pixel_size(workplace):
     georeferenced(workplace / "source" / "images" / "9.tif", np.zeros((3, 32, 32), np.uint8))
     georeferenced(workplace / "source" / "masks" / "9.tif", np.zeros((1, 32, 32), np.uint8))
     with pytest.raises(
-        InputError, match=r"9\.tif has pixels of 1 metre, but pixel_size 2 was set for files in US survey foot"
+        InputError,
+        match=r"9\.tif has pixels of 1 metre, but data\.source\.pixel_size is 2, set for files in US survey foot",
     ):
         setup.load_data(config)
 
 
-@pytest.mark.parametrize(("size", "what"), [(1.0, "make one of 1.111e"), (1e-8, "cut into 900")])
+@pytest.mark.parametrize(("size", "what"), [(1.0, "would be made of 1.111e"), (1e-8, "cut into 900")])
 def test_a_pixel_size_that_changes_pixels_beyond_reason_is_refused(tmp_path, size, what):
     path = georeferenced(tmp_path / "a.tif", np.zeros((3, 8, 8), np.uint8), **DEGREES)
     with pytest.raises(InputError, match=r"pixels of 9e-06 degree, .*in the unit of the file's CRS, degree") as told:
@@ -707,7 +708,8 @@ def test_a_model_knows_the_unit_of_its_pixel_size(workplace):
     degrees = {"transform": from_origin(14, 36, 0.1, 0.1), "crs": "EPSG:4326"}
     georeferenced(workplace / "near.tif", picture(40, 40).transpose(2, 0, 1), **degrees)
     with pytest.raises(
-        InputError, match=r"near\.tif has pixels of 0\.1 degree, but pixel_size 2 was set for files in metre"
+        InputError,
+        match=r"near\.tif has pixels of 0\.1 degree, but the model works on pixels of 2, set for files in metre",
     ):
         predict(PredictConfig(model=f"runs:/{result.run_id}", input="near.tif", output="map.tif"))
 

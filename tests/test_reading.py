@@ -33,9 +33,9 @@ def test_the_bands_are_those_chosen_in_the_order_chosen(tmp_path):
     file = write_raster(tmp_path / "a.tif", values)
     assert np.array_equal(read_pixels(file, 3, Reading(bands=(4, 1, 2))).values, values[[3, 0, 1]])
     assert np.array_equal(read_pixels(file, 5, Reading()).values, values)
-    with pytest.raises(InputError, match=r"a.tif has 5 bands, but bands is \[6\]; choose from 1 to 5"):
+    with pytest.raises(InputError, match=r"a.tif has 5 bands, but the bands to read are \[6\]; choose from 1 to 5"):
         read_pixels(file, 1, Reading(bands=(6,)))
-    with pytest.raises(InputError, match=r"has 5 bands, but model\.in_channels is 3"):
+    with pytest.raises(InputError, match=r"has 5 bands, but the model takes 3"):
         read_pixels(file, 3, Reading())
 
 
@@ -141,8 +141,10 @@ def test_the_range_of_a_type_is_known_for_8_and_16_bit_and_asked_for_otherwise(t
         header = read_header(write_raster(tmp_path / f"{dtype}.tif", np.zeros((1, 4, 4), dtype)))
         assert for_file(normalisation, Reading(), header).high == (end,)
     file = write_raster(tmp_path / "f.tif", np.zeros((1, 4, 4), np.float32))
-    with pytest.raises(InputError, match=r"f\.tif holds float32 values, whose range is not known; set scale"):
-        check_type(file, read_header(file), Reading())
+    with pytest.raises(
+        InputError, match=r"f\.tif holds float32 values, whose range is not known; set data\.target\.scale"
+    ):
+        check_type(file, read_header(file), Reading(settings="data.target."))
     check_type(file, read_header(file), Reading(scale=(0.0, 1.0)))
 
 

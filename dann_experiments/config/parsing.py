@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import re
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 from yaml.composer import ComposerError
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import user_path
+from dann_experiments.config.places import local_path
 from dann_experiments.config.schema import Config, MethodConfig
 from dann_experiments.config.target_dialect import translate
 
@@ -156,7 +157,7 @@ def _checked(cls: type[Settings], settings: dict[str, Any]) -> Settings:
 
 
 def _read_yaml(file: str | Path) -> dict[str, Any]:
-    path = user_path(file)
+    path = local_path(file, "config file")
     try:
         with open(path, encoding="utf-8") as opened:
             text = opened.read(MOST_LETTERS + 1)
@@ -203,7 +204,20 @@ def _scalar(value: Any, wanted: Any) -> Any:
         return value
     if _count(meant, {}) > MOST_VALUES:  # it holds itself, or grows too large: a text at most
         return value
-    return meant
+    parts = typing.get_args(wanted) if typing.get_origin(wanted) in (types.UnionType, typing.Union) else (wanted,)
+    if str in parts and any(typing.get_origin(part) is list for part in parts):  # a text, or a list of them
+        return meant if isinstance(meant, list) or (meant is None and type(None) in parts) else value
+    of_numbers = any(typing.get_args(part) and set(typing.get_args(part)) <= {int, float} for part in parts)
+    return _listed(meant, parts) if of_numbers else meant
+
+
+def _listed(meant: Any, parts: tuple[Any, ...]) -> Any:
+    """`1,2,3` as the list of numbers that it is, and a number as a list of one where it would not do alone."""
+    if isinstance(meant, str) and re.fullmatch(r"[-+.\w\s]+(,[-+.\w\s]+)+", meant):
+        numbers = yaml.load(f"[{meant}]", _Loader)  # noqa: S506
+        return numbers if all(isinstance(number, (int, float)) for number in numbers) else meant
+    alone = isinstance(meant, (int, float)) and not isinstance(meant, bool) and not {int, float} & set(parts)
+    return [meant] if alone else meant
 
 
 def _set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
@@ -274,13 +288,13 @@ def _shown(value: Any) -> str:
 @functools.cache
 def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    types: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
-            types |= _field_types(typing.cast(type, hints[field.name]), f"{prefix}{field.name}.")
+            found |= _field_types(typing.cast(type, hints[field.name]), f"{prefix}{field.name}.")
         else:
-            types[f"{prefix}{field.name}"] = hints[field.name]
-    return types
+            found[f"{prefix}{field.name}"] = hints[field.name]
+    return found
 
 
 @functools.cache  # building it reads every docstring

@@ -11,17 +11,28 @@ from dann_experiments.config.schema import MOST_IMAGES, TrackingConfig
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """A class map of a raster of any size, or of every image in a folder."""
+    """A class map of a raster of any size, or of each of many images."""
 
     model: str = ""
     """The model: a folder, a file, runs:/ID[/path] or models:/NAME@ALIAS. A checkpoint without its network's settings
     beside it needs them as a config (`--config`)."""
-    input: str = ""
-    """An image file, or a folder of them."""
+    input: str | list[str] = ""
+    """An image file, a folder (its subfolders included), a pattern such as 'scenes/*.tif', or a list of these. One text may be
+    a list too, with commas or blanks between, if there is no file of that name."""
     output: str = ""
-    """Where the map goes: a .tif or .png file, or a folder if the input is one."""
+    """Where the map goes: a .tif or .png file; of several images, or of a folder, a folder, in which the maps lie as the images
+    do below the folder that they have in common."""
     domain: Literal["target", "source"] = "target"
     """Whose images these are: the model knows how the bands, range and nodata of either are read."""
+    bands: list[int] | None = None
+    """Bands to read, in this order, counted from 1 (1,2,3), for images whose bands are others than in training; null = as the
+    model was trained."""
+    nodata: Literal["file"] | float | list[float] | None = None
+    """Pixels whose bands all hold this value (or one of these) get no class; file = the file's own nodata value, mask or alpha
+    band; [] = none; null = as the model was trained."""
+    file_pixel_size: float | None = None
+    """Size of the images' pixels where they are not georeferenced, for a model that was trained on pixels of one size; null = as
+    the model was trained."""
     tile_size: int = 512
     """Pixels along a side of what the network sees at a time; rounded up to what the network can take."""
     overlap: int | None = None
@@ -39,6 +50,20 @@ class PredictConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
+    def inputs(self) -> list[str]:
+        """`input` as a list."""
+        return [self.input] if isinstance(self.input, str) else list(self.input)
+
+    @property
+    def nodata_values(self) -> Literal["file"] | tuple[float, ...] | None:
+        """`nodata` as values, or file; None = the model's own."""
+        if self.nodata is None:
+            return None
+        if self.nodata == "file":
+            return "file"
+        return tuple(self.nodata) if isinstance(self.nodata, list) else (float(self.nodata),)
+
+    @property
     def shared(self) -> int:
         """`overlap`, or what its null means."""
         return self.tile_size // 4 if self.overlap is None else self.overlap
@@ -46,11 +71,16 @@ class PredictConfig:
     def __post_init__(self) -> None:
         for key, what in (
             ("model", "give a folder, a file, runs:/ID or models:/NAME@ALIAS"),
-            ("input", "give an image file or a folder of images"),
-            ("output", "give a .tif or .png file, or a folder if the input is one"),
+            ("input", "give an image file, a folder of images or a pattern"),
+            ("output", "give a .tif or .png file, or a folder for several images"),
         ):
-            if not getattr(self, key):
+            value = getattr(self, key)
+            if not value or (isinstance(value, list) and not all(value)):
                 raise InputError(f"{key} is not given; {what}.")
+        if self.bands is not None and (not self.bands or min(self.bands) < 1):
+            raise InputError(f"bands is {self.bands}; name bands counted from 1.")
+        if self.file_pixel_size is not None and not 0 < self.file_pixel_size < float("inf"):
+            raise InputError(f"file_pixel_size is {self.file_pixel_size}; give a number above 0.")
         if not 16 <= self.tile_size <= 16384:
             raise InputError(f"tile_size is {self.tile_size}; give 16 to 16384 pixels.")
         if not 0 <= self.shared <= self.tile_size // 2:

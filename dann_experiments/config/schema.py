@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.places import local_text
 from dann_experiments.config.presets import IGNORED, filled
 
 Arch = Literal[
@@ -554,6 +555,9 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         if not self.experiment.strip():
             raise InputError(f"tracking.experiment is {self.experiment!r}; give it a name.")
+        folder = local_text(self.folder, "tracking.folder")
+        if folder != self.folder:
+            raise InputError(f"tracking.folder is {self.folder!r}; give it as a path, {folder!r}.")
 
 
 @dataclass(frozen=True)

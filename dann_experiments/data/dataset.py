@@ -177,7 +177,7 @@ class SegmentationDataset(Dataset):
         if not kept and self.pieces:
             raise InputError(
                 f"image {self.samples[0].image} and the others of its set hold no data: every pixel is nodata, by its value or "
-                f"by the file's mask or alpha band (nodata is {self.reading.nodata}; data.source.nodata, data.target.nodata)."
+                f"by the file's mask or alpha band ({self.reading.settings}nodata is {self.reading.nodata})."
             )
         self.pieces = kept
         self.class_pixels = pixels if complete and self.has_masks else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,8 @@ class LabelMap:
     """Red, green, blue in the file -> id of the network (or ignore_index); instead of ids."""
     ignored: frozenset[int] = frozenset()
     """More ids of the file that count nowhere."""
+    settings: str = field(default="", compare=False, repr=False)
+    """What stands before the names of these settings, for messages: data.source., data.target."""
 
     def network_id(self, value: int) -> int | None:
         """Id of the network for an id of the file; None = it is none."""
@@ -55,6 +57,7 @@ def label_map(
     value_map: Mapping[int, str] | None,
     color_map: Mapping[Colour, str] | None,
     ignore_values: Sequence[int],
+    settings: str = "",
 ) -> LabelMap:
     """The map of a domain whose ids or colours are named; a name that is no class of the network is ignored."""
     index = {name: position for position, name in enumerate(class_names)}
@@ -64,6 +67,7 @@ def label_map(
         None if value_map is None else {value: index.get(name, ignore_index) for value, name in value_map.items()},
         None if color_map is None else {rgb: index.get(name, ignore_index) for rgb, name in color_map.items()},
         frozenset(ignore_values),
+        settings,
     )
 
 
@@ -92,12 +96,13 @@ def read_mask(
 def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarray:
     values, hidden = stored.values, stored.hidden
     if labels.colours is not None:
-        return _from_colours(path, _colours(path, values, stored.palette), labels, hidden)
+        return _from_colours(path, _colours(path, values, stored.palette, labels), labels, hidden)
     if len(values) == 3 and np.array_equal(values[0], values[1]) and np.array_equal(values[0], values[2]):
         values = values[:1]  # ids written as grey colours
     if len(values) != 1:
         raise InputError(
-            f"mask {path} has {len(values)} bands; masks hold one class id a pixel, or colours that color_map names."
+            f"mask {path} has {len(values)} bands; masks hold one class id a pixel, or colours that {labels.settings}color_map "
+            "names."
         )
     array = values[0]
     if hidden is not None:
@@ -126,14 +131,16 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
 
 def _what_is_known(labels: LabelMap) -> str:
     if labels.ids is not None:
-        return f"but value_map knows {sorted(labels.ids)}; add it there, or to ignore_values."
+        return f"but {labels.settings}value_map knows {sorted(labels.ids)}; add it there, or to {labels.settings}ignore_values."
     return (
         f"but classes go from 0 to {labels.num_classes - 1} (model.classes) and {labels.ignore_index} is ignored "
-        "(data.ignore_index); name other ids in value_map, or list them in ignore_values."
+        f"(data.ignore_index); name other ids in {labels.settings}value_map, or list them in {labels.settings}ignore_values."
     )
 
 
-def _colours(path: Path, values: np.ndarray, palette: Mapping[int, Sequence[int]] | None) -> np.ndarray:
+def _colours(
+    path: Path, values: np.ndarray, palette: Mapping[int, Sequence[int]] | None, labels: LabelMap
+) -> np.ndarray:
     """(h, w) int32, red * 65536 + green * 256 + blue."""
     if palette is not None:
         bands = colours_of(values[0], palette).astype(np.int32)
@@ -141,7 +148,8 @@ def _colours(path: Path, values: np.ndarray, palette: Mapping[int, Sequence[int]
         bands = values.astype(np.int32)
     else:
         raise InputError(
-            f"mask {path} has {len(values)} bands of {values.dtype}; with color_map, masks are 8 bit RGB or have a palette."
+            f"mask {path} has {len(values)} bands of {values.dtype}; with {labels.settings}color_map, masks are 8 bit RGB or "
+            "have a palette."
         )
     return (bands[0] << 16) | (bands[1] << 8) | bands[2]
 
@@ -157,5 +165,7 @@ def _from_colours(path: Path, codes: np.ndarray, labels: LabelMap, hidden: np.nd
     if unknown.any():
         code = int(codes[unknown][0])
         colour = (code >> 16, code >> 8 & 255, code & 255)
-        raise InputError(f"mask {path} holds the colour {colour}, which color_map does not name; add it.")
+        raise InputError(
+            f"mask {path} holds the colour {colour}, which {labels.settings}color_map does not name; add it."
+        )
     return result.astype(np.uint8)

@@ -14,7 +14,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -103,6 +103,14 @@ class Reading:
     """Whether a pixel lacks data where any of its bands holds a nodata value, or where all do; None = by the type."""
     unit: str | None = None
     """Unit of `pixel_size`: that of the files it was set for; None = not known yet, or no georeference has to tell."""
+    settings: str = field(default="", compare=False, repr=False)
+    """What stands before the names of these settings in the job at hand, for messages: data.target., or nothing where a
+    finished model is only used. No part of how images are read."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a finished model is used, whose network and scale nothing changes any more."""
+        return not self.settings
 
     def factor(self, header: Header, path: Path) -> float:
         """File pixels a pixel of the working grid, along a side."""
@@ -111,28 +119,30 @@ class Reading:
         own = self.file_pixel_size or header.pixel_size
         if own is None:
             raise InputError(
-                f"image {path} has no georeference that tells its pixel size, but pixel_size is {self.pixel_size}; give "
-                "file_pixel_size, the side of its pixels."
+                f"image {path} has no georeference that tells its pixel size, but {self._working_size()}; give "
+                f"{self.settings}file_pixel_size, the side of its pixels."
             )
         unit = None if self.file_pixel_size else header.unit
         shown = f"{own:g} {unit}" if unit else f"{own:g}"
         if self.unit is not None and unit is not None and self.unit != unit:
             raise InputError(
-                f"image {path} has pixels of {shown}, but pixel_size {self.pixel_size:g} was set for files in {self.unit}; "
-                "reproject the files to one CRS (for example with gdalwarp)."
+                f"image {path} has pixels of {shown}, but {self._working_size()}, set for files in {self.unit}; reproject the "
+                "files to one CRS (for example with gdalwarp)."
             )
         if not own / LARGEST_CHANGE <= self.pixel_size <= own * LARGEST_CHANGE:
             ratio = max(own / self.pixel_size, self.pixel_size / own)
-            made = (
-                f"which pixel_size {self.pixel_size:g} would cut into {ratio:.4g} each along a side"
-                if self.pixel_size < own
-                else f"of which pixel_size {self.pixel_size:g} would make one of {ratio:.4g} along a side"
-            )
+            made = "each would be cut into" if self.pixel_size < own else "one would be made of"
+            wrong = "file_pixel_size" if self.is_finished or self.file_pixel_size else "pixel_size"
             raise InputError(
-                f"image {path} has pixels of {shown}, {made} (at most {LARGEST_CHANGE:g}); give pixel_size in the unit of the "
-                f"file's CRS{f', {unit}' if unit else ''}."
+                f"image {path} has pixels of {shown}, but {self._working_size()}: {made} {ratio:.4g} along a side, more than "
+                f"{LARGEST_CHANGE:g}. Give {self.settings}{wrong} in the unit of the file's CRS{f', {unit}' if unit else ''}."
             )
         return self.pixel_size / own
+
+    def _working_size(self) -> str:
+        if self.is_finished:
+            return f"the model works on pixels of {self.pixel_size:g}"
+        return f"{self.settings}pixel_size is {self.pixel_size:g}"
 
     def grid_size(self, header: Header, path: Path) -> tuple[int, int]:
         """(height, width) of the working grid."""
@@ -201,14 +211,19 @@ def largest_value(header: Header) -> float:
 
 def reading_facts(reading: Reading, normalisation: Normalisation) -> dict[str, Any]:
     """Both as plain values, to be kept with a model."""
-    return dataclasses.asdict(reading) | dataclasses.asdict(normalisation)
+    return plain_reading(reading) | dataclasses.asdict(normalisation)
+
+
+def plain_reading(reading: Reading) -> dict[str, Any]:
+    """All that decides how images are read."""
+    return {name: value for name, value in dataclasses.asdict(reading).items() if name != "settings"}
 
 
 def reading_from_facts(facts: Mapping[str, Any]) -> tuple[Reading, Normalisation]:
     """What `reading_facts` took apart. Raises InputError for anything else."""
 
     def made(cls: Any) -> Any:
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {item.name for item in dataclasses.fields(cls)} - {"settings"}
         return cls(**{
             name: tuple(value) if isinstance(value, list) else value for name, value in facts.items() if name in names
         })  # fmt: skip
@@ -384,18 +399,36 @@ def colours_of(indices: np.ndarray, palette: Mapping[int, Sequence[int]]) -> np.
 def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int) -> list[int]:
     """Indices from 1 of the bands to read; raises InputError where they are not there or not `in_channels` many."""
     chosen = list(reading.bands or range(1, header.bands + 1))
+    has = f"image {path} has {header.bands} band{'s' * (header.bands != 1)}"
+    key = "--bands" if reading.is_finished else f"{reading.settings}bands"
     if max(chosen) > header.bands:
-        raise InputError(
-            f"image {path} has {header.bands} bands, but bands is {chosen}; choose from 1 to {header.bands}."
-        )
+        its = "the bands to read are" if reading.is_finished else f"{key} is"
+        raise InputError(f"{has}, but {its} {chosen}; choose from 1 to {header.bands} with {key}.")
     if reading.bands is None and header.bands == 1 and in_channels == 3:
         return chosen
     if len(chosen) != in_channels:
-        raise InputError(
-            f"image {path} has {len(chosen)} bands, but model.in_channels is {in_channels}; choose {in_channels} of them "
-            f"with bands (data.source.bands, data.target.bands), or set model.in_channels to {len(chosen)}."
-        )
+        read = "" if reading.bands is None else f", of which {chosen} are read"
+        takes = f"the {'model' if reading.is_finished else 'network'} takes {in_channels}"
+        if reading.bands is None and in_channels == 3 and _is_cmyk(path):
+            raise InputError(f"image {path} is in CMYK, the inks of print, but {takes} bands; convert it to RGB.")
+        way_out = f"choose {in_channels} of them with {key}"
+        if in_channels <= 8:
+            example = range(1, in_channels + 1)
+            way_out += f" {','.join(map(str, example))}" if reading.is_finished else f", for example {list(example)}"
+        if header.bands < in_channels:
+            way_out = "give images with all bands" + " that it was trained on" * reading.is_finished
+        if not reading.is_finished:
+            way_out += f", or train a network of {len(chosen)} (model.in_channels {len(chosen)})"
+        raise InputError(f"{has}{read}, but {takes}; {way_out}.")
     return chosen
+
+
+def _is_cmyk(path: Path) -> bool:
+    """Whether the first bands of a file are inks; of 8 bit GDAL makes colours of them by itself."""
+    from rasterio.enums import ColorInterp
+
+    with open_raster(path) as file:
+        return ColorInterp.cyan in file.colorinterp
 
 
 def check_type(path: Path, header: Header, reading: Reading) -> None:
@@ -403,9 +436,14 @@ def check_type(path: Path, header: Header, reading: Reading) -> None:
     if not header.dtype.startswith(("uint", "int", "float")):  # GDAL has types that numpy lacks
         raise InputError(f"image {path} holds {header.dtype} values; whole and floating point numbers are read.")
     if reading.scale == "type" and header.dtype not in TYPE_RANGES:
+        if reading.is_finished:
+            raise InputError(
+                f"image {path} holds {header.dtype} values, but the model was trained on images of 8 or 16 bit, read by the "
+                "range of that type; convert the image to what the training images were."
+            )
         raise InputError(
-            f"image {path} holds {header.dtype} values, whose range is not known; set scale (data.source.scale, "
-            "data.target.scale) to [LOW, HIGH] or percentiles."
+            f"image {path} holds {header.dtype} values, whose range is not known; set {reading.settings}scale, in training too, "
+            "to [LOW, HIGH] or percentiles."
         )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import user_path
+from dann_experiments.config.places import local_path, local_text, user_path
 
 log = logging.getLogger(__name__)
 SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")
@@ -55,6 +55,7 @@ def find_samples(
     samples: list[Sample] = []
     for entry in entries:
         try:
+            entry = _on_disk(entry, key)
             if isinstance(entry, Mapping):
                 found = _from_mapping(entry, root, key, masks, report)
             else:
@@ -87,6 +88,15 @@ def find_samples(
         if sample.mask is None:
             report(f"{key}: image {sample.image} has no mask, but others of this set have; give all or none.")
     return labelled
+
+
+def _on_disk(entry: Any, key: str) -> Any:
+    """An entry with `file://` left out. Raises InputError for the addresses in it."""
+    if isinstance(entry, Mapping):
+        return {name: _on_disk(value, key) for name, value in entry.items()}
+    if isinstance(entry, list):
+        return [_on_disk(value, key) for value in entry]
+    return local_text(entry, key) if isinstance(entry, str) else entry
 
 
 def files_of(samples: Sequence[Sample]) -> list[Path]:
@@ -184,7 +194,8 @@ def _located(where: Any, root: Path, key: str, report: Callable[[str], None]) ->
     if _is_file(path):
         if path.suffix.lower() == ".txt":
             return {
-                ("#", str(number)): _beside(path.parent, line, root) for number, line in enumerate(_lines(path, key))
+                ("#", str(number)): _beside(path.parent, line, root, f"{key}: a line of {path}")
+                for number, line in enumerate(_lines(path, key))
             }
         return {("#", "0"): path}
     if glob.has_magic(text):
@@ -305,19 +316,19 @@ def _text(path: Path, what: str) -> str:
 
 def _pairs(path: Path, root: Path, key: str) -> list[tuple[Path, Path | None]]:
     """An image on each line, or an image and its mask, separated by a tab, semicolon, comma or blanks."""
-    return [_pair(path.parent, line, root) for line in _lines(path, key)]
+    return [_pair(path.parent, line, root, f"{key}: a line of {path}") for line in _lines(path, key)]
 
 
-def _pair(folder: Path, line: str, root: Path) -> tuple[Path, Path | None]:
-    whole = _beside(folder, line, root)
+def _pair(folder: Path, line: str, root: Path, place: str) -> tuple[Path, Path | None]:
+    whole = _beside(folder, line, root, place)
     if _is_file(whole):  # a name may hold blanks and commas
         return whole, None
     for separator in "\t;,":
         image, found, mask = line.partition(separator)
         if found and mask.strip() and separator not in mask:
-            return _beside(folder, image, root), _beside(folder, mask, root)
+            return _beside(folder, image, root, place), _beside(folder, mask, root, place)
     halves = [(line[: blank.start()], line[blank.end() :]) for blank in re.finditer(r"\s+", line)]
-    paths = [(_beside(folder, image, root), _beside(folder, mask, root)) for image, mask in halves]
+    paths = [(_beside(folder, image, root, place), _beside(folder, mask, root, place)) for image, mask in halves]
     there = [pair for pair in paths if _is_file(pair[0]) and _is_file(pair[1])]
     return next(iter(there or paths), (whole, None))  # where none is there, one is named as missing
 
@@ -351,10 +362,17 @@ def _from_manifest(path: Path, root: Path, key: str, with_masks: bool, report: C
                 if (row["split"] or "").strip() != split:
                     continue
             mask = (row.get("mask") or "").strip() if with_masks else ""
-            samples.append(Sample(_beside(folder, row["image"], root), _beside(folder, mask, root) if mask else None))
+            line = f"{key}: manifest {path}, line {reader.line_num}"
+            try:
+                image = _beside(folder, row["image"], root, line)
+                samples.append(Sample(image, _beside(folder, mask, root, line) if mask else None))
+            except InputError as error:
+                report(str(error))
         if splits and not samples:
             raise InputError(f"{key}: manifest {path} has no rows with split {split}; it has {sorted(splits)}.")
         return samples
+    except InputError:
+        raise
     except (csv.Error, ValueError) as error:
         raise InputError(f"{key}: manifest {path} cannot be read: {error}") from None
 
@@ -436,18 +454,19 @@ def _shown(entry: Any, root: Path) -> str:
     return str(dict(entry)) if isinstance(entry, Mapping) else str(under(root, str(entry)))
 
 
-def under(root: Path, name: str) -> Path:
-    """A path as a user writes it, `~` included, relative to `root`."""
-    path = user_path(name)
+def under(root: Path, name: str, key: str | None = None) -> Path:
+    """A path as a user writes it, `~` included, relative to `root`. Raises InputError for an address as the setting `key`."""
+    path = user_path(name) if key is None else local_path(name, key)
     return path if path.is_absolute() else root / path
 
 
-def _beside(folder: Path, name: str, root: Path) -> Path:
+def _beside(folder: Path, name: str, root: Path, place: str) -> Path:
     """A path as a list or manifest in `folder` writes it: relative to that folder, or else to the domain's `root`.
 
     Separators of Windows, and a slash before a path that is relative all the same, are understood where only so a file is there.
+    `place`: the line, for messages. Raises InputError for an address.
     """
-    name = name.strip().strip('"')
+    name = local_text(name.strip().strip('"'), place)
     slashed = name.replace("\\", "/")
     texts = dict.fromkeys((name, slashed, slashed.lstrip("/")))
     places = [Path(base, text) for text in texts for base in (folder, root)]  # an absolute path stays as it is

@@ -48,8 +48,8 @@ class Problems:
 
     def good(self, config: Config, name: str, samples: Sequence[Sample], ahead: Ahead | None = None) -> Looked:
         """The samples whose headers are right, these, and what was read `ahead`; what is wrong with the others is noted."""
-        data, domain = config.data, filled(getattr(config.data, name.split("_")[0]))
-        reading, labels = reading_of(domain), labels_of(config, domain)
+        data = config.data
+        reading, labels = reading_of(config, name), labels_of(config, name)
         at_random = data.windows == "random" and name.endswith("_train")
         if ahead is not None and (at_random or data.window_size is not None or reading.pixel_size is not None):
             ahead.stop()  # its windows are not known yet
@@ -98,14 +98,16 @@ def find_set(config: Config, name: str, report: Callable[[str], None] = refuse) 
     def report_with_preset(text: str) -> None:
         report(text if preset is None else f"{text} (preset {preset})")
 
-    return find_samples(entries, domain_root(config, domain), key, masks, report_with_preset)
+    return find_samples(
+        entries, domain_root(config, domain, f"data.{domain_name}.root"), key, masks, report_with_preset
+    )
 
 
 def data_root(config: Config) -> Path:
     """The folder that the data lists are relative to; builds the embedded data if it is asked for and not there yet."""
     embedded = config.data.embedded
     if config.data.root is not None:
-        return under(Path(), config.data.root)
+        return under(Path(), config.data.root, "data.root")
     if embedded.name is None:
         return Path.cwd()
     folder = embedded_folder(embedded.folder)
@@ -126,16 +128,18 @@ def is_there(config: Config) -> bool:
 def embedded_folder(folder: str | None) -> Path:
     """Where embedded data are built: `folder`, else the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dann_experiments"
-    return under(Path(), folder) if folder is not None else cache
+    return under(Path(), folder, "data.embedded.folder") if folder is not None else cache
 
 
-def domain_root(config: Config, domain: DomainDataConfig) -> Path:
-    """The folder that a domain's entries are relative to."""
-    return data_root(config) if domain.root is None else under(Path(), domain.root)
+def domain_root(config: Config, domain: DomainDataConfig, key: str) -> Path:
+    """The folder that a domain's entries are relative to; `key` is the setting that names it."""
+    return data_root(config) if domain.root is None else under(Path(), domain.root, key)
 
 
-def reading_of(domain: DomainDataConfig) -> Reading:
-    """How a domain's files are read."""
+def reading_of(config: Config, name: str) -> Reading:
+    """How the files of a set, or of a domain, are read."""
+    domain_name = name.split("_")[0]
+    domain = filled(getattr(config.data, domain_name))
     return Reading(
         None if domain.bands is None else tuple(domain.bands),
         (domain.scale[0], domain.scale[1]) if isinstance(domain.scale, list) else domain.scale,
@@ -143,11 +147,15 @@ def reading_of(domain: DomainDataConfig) -> Reading:
         domain.pixel_size,
         domain.file_pixel_size,
         domain.nodata_bands,
+        settings=f"data.{domain_name}.",
     )
 
 
-def labels_of(config: Config, domain: DomainDataConfig) -> LabelMap:
-    """What a domain's masks mean."""
+def labels_of(config: Config, name: str) -> LabelMap:
+    """What the masks of a set, or of a domain, mean."""
+    domain_name = name.split("_")[0]
+    domain = filled(getattr(config.data, domain_name))
     return label_map(
-        config.class_names, config.data.ignore_index, domain.value_map, domain.colours, domain.ignore_values
-    )
+        config.class_names, config.data.ignore_index, domain.value_map, domain.colours, domain.ignore_values,
+        f"data.{domain_name}.",
+    )  # fmt: skip

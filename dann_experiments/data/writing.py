@@ -30,6 +30,8 @@ NODATA = 255  # of class maps and of probabilities
 PROBABILITY_STEPS = 254  # a probability p is stored as round(254 p)
 TIFF_SUFFIXES = (".tif", ".tiff")
 MAP_SUFFIXES = (*TIFF_SUFFIXES, ".png")
+SIGNATURE_TAG = "dann_signature"  # of a map's metadata: what made it
+PARTIAL_SUFFIX = ".partial"
 FORMAT = 1  # of the partial folder
 BLOCK = 512  # side of a GeoTIFF's tiles
 

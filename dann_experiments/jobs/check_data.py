@@ -225,7 +225,7 @@ def _read(config: Config, name: str, found: _Set, problems: setup.Problems) -> _
     if not broken and not found.sums.result().pixels:
         problems.append(
             f"{key}: image {dataset.samples[0].image} and the others of its set hold no data: every pixel is nodata "
-            f"(nodata is {dataset.reading.nodata}; data.source.nodata, data.target.nodata)."
+            f"({dataset.reading.settings}nodata is {dataset.reading.nodata})."
         )
     return found
 

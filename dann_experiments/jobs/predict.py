@@ -1,4 +1,4 @@
-"""Makes class maps: of a raster of any size, or of every image in a folder, in a run of its own."""
+"""Makes class maps: of a raster of any size, or of many images, in a run of its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,22 +21,23 @@ import yaml
 from torch import Tensor
 
 from dann_experiments.config import Config, InputError, config_to_dict, flatten
-from dann_experiments.config.places import user_path
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.reading import (
     Header,
     Normalisation,
+    Reading,
     Window,
     check_type,
     chosen_bands,
     for_file,
+    plain_reading,
     read_header,
     read_pixels,
 )
-from dann_experiments.data.samples import IMAGE_SUFFIXES
 from dann_experiments.data.writing import (
-    MAP_SUFFIXES,
     NODATA,
+    PARTIAL_SUFFIX,
+    SIGNATURE_TAG,
     TIFF_SUFFIXES,
     Grid,
     Legend,
@@ -51,6 +50,7 @@ from dann_experiments.data.writing import (
 )
 from dann_experiments.jobs.memory import memory_told
 from dann_experiments.jobs.ready_model import Model, load_model
+from dann_experiments.jobs.scenes import find_work, probabilities_path
 from dann_experiments.models.tiling import Axis, Plan, Tiler, grid_stride, plan_tiles
 from dann_experiments.tracking.figures import class_colours, display_image
 from dann_experiments.tracking.run import RunKilled, TrackedRun, tracked_run
@@ -59,6 +59,8 @@ from dann_experiments.tracking.store import local_artifact_folder, open_store, w
 log = logging.getLogger(__name__)
 STRIP_BYTES = 32 * 2**20  # of the image that are read at a time
 PREVIEW_SIDE = 1000  # pixels
+# mean of 0..1: reflectances in 16 bit, and 12 bit in 16, lie below it, pictures that use their type far above
+DARK = 0.05
 PREVIEWS = 3  # at most so many maps are shown
 
 
@@ -87,25 +89,26 @@ class _Unreadable(InputError):
 
 
 def predict(settings: PredictConfig, config: Config | None = None) -> PredictResult:
-    """Write the class map of `settings.input` to `settings.output`; of a folder, a map an image.
+    """Write the class map of `settings.input` to `settings.output`; of several images, or a folder, a map of each.
 
     `config` brings the network's settings for a checkpoint that has none beside it. Raises InputError for what the user
-    can mend, before a run is opened where it can be seen by then; of a folder's images the bad ones are named at the end.
+    can mend, before a run is opened where it can be seen by then; of several images the bad ones are named at the end.
     """
-    work = _find_work(settings)
+    work = find_work(settings)
     device = _device(settings.accelerator)
     store = open_store(settings.tracking.uri, settings.tracking.experiment)
-    model = load_model(settings.model, settings.domain, config, store)
-    if len(work) == 1 and not user_path(settings.input).is_dir():
+    model = _with_own_reading(load_model(settings.model, settings.domain, config, store), settings)
+    if len(work) == 1:
         _Scene.open(*work[0], model, settings)  # so that a bad file is told before a run is opened
     model.network.to(device)
-    for _, output in work:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    for folder in {output.parent for _, output in work}:
+        folder.mkdir(parents=True, exist_ok=True)
     tags = {"dann.job": "predict", **({} if model.run_id is None else {"dann.source_run_id": model.run_id})}
     folder = Path(settings.tracking.folder)
     with tracked_run(store, settings.tracking.run_name, "predict", tags, folder, use_claimed=True) as run:
         _describe(run, settings)
         outcome = _predict_all(work, model, settings, device, run.run_id)
+        _warn(outcome)
         _write_results(run, model, outcome)
         metrics = {"predict/maps": float(len(outcome.written)), "predict/pixels": float(outcome.pixels)}
         if outcome.pixels:
@@ -131,67 +134,23 @@ def _device(accelerator: str) -> torch.device:
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _find_work(settings: PredictConfig) -> list[tuple[Path, Path]]:
-    """Pairs of image and map. Raises InputError for what is missing, would be overwritten or cannot be written."""
-    source, target = user_path(settings.input), user_path(settings.output)
-    if not os.path.exists(source):  # never raises, whatever the name
-        raise InputError(f"input is {source}, which does not exist; give an image file or a folder of images.")
-    if source.is_dir():
-        pairs = _find_in_folder(source, target)
-        taken = {output for _, output in pairs} & {_probabilities_path(output) for _, output in pairs}
-        if settings.probabilities and taken:
+def _with_own_reading(model: Model, settings: PredictConfig) -> Model:
+    """The model, which reads images as the settings say where they say it."""
+    changes: dict[str, Any] = {}
+    if settings.bands is not None:
+        if len(settings.bands) != model.in_channels:
+            raise InputError(f"bands is {settings.bands}, but the model takes {model.in_channels}; name as many.")
+        changes["bands"] = tuple(settings.bands)
+    if settings.nodata_values is not None:
+        changes["nodata"] = settings.nodata_values
+    if settings.file_pixel_size is not None:
+        if model.reading.pixel_size is None:
             raise InputError(
-                f"output {taken.pop()} would be both a map and the probabilities of another; rename an image."
+                f"file_pixel_size is {settings.file_pixel_size:g}, but the model was trained on pixels of any size, so it has no "
+                "effect; leave it out."
             )
-        return pairs
-    if target.suffix.lower() not in MAP_SUFFIXES:
-        raise InputError(
-            f"output is {target}; a class map is written as {', '.join(MAP_SUFFIXES)} (JPEG would change the classes)."
-        )
-    if target.is_dir() or (target.exists() and source.samefile(target)):
-        raise InputError(f"output is {target}, which is {'a folder' if target.is_dir() else 'the input'}; name a file.")
-    written = [target, *([_probabilities_path(target)] if settings.probabilities else [])]
-    for path in written:
-        if path.exists() and not settings.overwrite:
-            raise InputError(f"output {path} exists; name another, or set overwrite to true.")
-    _check_writable(target.parent)
-    return [(source, target)]
-
-
-def _find_in_folder(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    if target.is_file() or target.suffix.lower() in MAP_SUFFIXES:
-        raise InputError(f"input {source} is a folder, but output is {target}; name a folder, for a map an image.")
-    if target.exists() and source.samefile(target):
-        raise InputError(f"output is {target}, the folder of the images; name another.")
-    images = sorted(
-        path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
-    if not images:
-        raise InputError(f"input folder {source} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-    pairs: dict[str, tuple[Path, Path]] = {}
-    for path in images:
-        suffix = path.suffix if path.suffix.lower() in TIFF_SUFFIXES else ".png"
-        if path.stem in pairs:
-            raise InputError(
-                f"input: {pairs[path.stem][0]} and {path} have the same stem, as their maps would; keep one."
-            )
-        pairs[path.stem] = (path, target / f"{path.stem}{suffix}")
-    _check_writable(target)
-    return list(pairs.values())
-
-
-def _check_writable(folder: Path) -> None:
-    """Tries the nearest folder there is: permissions alone do not tell (a read-only disk, or root)."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise InputError(f"output folder {there} cannot be written to ({error}); choose another output.") from None
-
-
-def _probabilities_path(output: Path) -> Path:
-    return output.with_name(f"{output.stem}_probabilities.tif")
+        changes["file_pixel_size"] = settings.file_pixel_size
+    return dataclasses.replace(model, reading=dataclasses.replace(model.reading, **changes))
 
 
 @dataclass(frozen=True)
@@ -201,6 +160,7 @@ class _Scene:
     input: Path
     output: Path
     header: Header
+    reading: Reading
     bands: list[int]
     grid: Grid
     factor: float
@@ -216,21 +176,25 @@ class _Scene:
     def open(cls, source: Path, output: Path, model: Model, settings: PredictConfig) -> _Scene:
         """Raises InputError for an image that the model cannot take."""
         header = read_header(source)
-        bands = chosen_bands(source, header, model.reading, model.in_channels)
-        check_type(source, header, model.reading)
-        height, width = model.reading.grid_size(header, source)
+        reading = model.reading
+        # grey, or a palette, which has no fewer colours
+        if header.bands == 1 and settings.bands is None and reading.bands == (1, 2, 3):
+            reading = dataclasses.replace(reading, bands=None)
+        bands = chosen_bands(source, header, reading, model.in_channels)
+        check_type(source, header, reading)
+        height, width = reading.grid_size(header, source)
         plan = plan_tiles(height, width, settings.tile_size, settings.shared, grid_stride(model.network))
         status = source.stat()
         # not the device: an interrupted map may be finished on another
         facts = {
             "model": model.digest, "input": str(source.resolve()), "input size": status.st_size,
-            "input time": status.st_mtime_ns, "reading": dataclasses.asdict(model.reading),
+            "input time": status.st_mtime_ns, "reading": plain_reading(reading),
             "normalisation": dataclasses.asdict(model.normalisation), "tile_size": settings.tile_size,
             "overlap": settings.shared, "batch_size": settings.batch_size, "probabilities": settings.probabilities,
         }  # fmt: skip
         return cls(
-            source, output, header, bands, read_grid(source), model.reading.factor(header, source), (height, width), plan,
-            for_file(model.normalisation, model.reading, header), json.loads(json.dumps(facts)),
+            source, output, header, reading, bands, read_grid(source), reading.factor(header, source), (height, width), plan,
+            for_file(model.normalisation, reading, header), json.loads(json.dumps(facts)),
         )  # fmt: skip
 
     @property
@@ -241,7 +205,7 @@ class _Scene:
     @property
     def partial_folder(self) -> Path:
         """Where what is done is kept until the map is whole."""
-        return self.output.with_name(self.output.name + ".partial")
+        return self.output.with_name(self.output.name + PARTIAL_SUFFIX)
 
 
 @dataclass
@@ -252,6 +216,10 @@ class _Outcome:
     """(K + 1,) pixels a class, those without data last."""
     written: list[_Scene] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    empty: list[Path] = field(default_factory=list)
+    """Images without data."""
+    dark: list[Path] = field(default_factory=list)
+    """Images of 16 bit that use little of them."""
     pixels: int = 0
     """Of the working grids, forwarded in this process."""
     seconds: float = 0.0
@@ -295,7 +263,7 @@ def _is_finished(scene: _Scene, settings: PredictConfig) -> bool:
     """Whether the map is there and made as it would be made now; one made otherwise is not touched."""
     if settings.overwrite or not scene.output.exists():
         return False
-    if read_tags(scene.output).get("dann_signature") != scene.signature:
+    if read_tags(scene.output).get(SIGNATURE_TAG) != scene.signature:
         raise InputError(
             f"{scene.output} exists and is not what these settings would give; remove it, or set overwrite to true."
         )
@@ -331,8 +299,28 @@ def _predict_one(
         except _Unreadable:
             partial.remove()
             raise
-        outcome.counts += _write(scene, model, settings, partial, run_id)
+        counts = _write(scene, model, settings, partial, run_id)
+        outcome.counts += counts
         partial.remove()
+    if not counts[:-1].any():
+        outcome.empty.append(scene.input)
+    elif scene.header.dtype == "uint16" and read.mean() < DARK < np.mean(scene.normalisation.mean):
+        outcome.dark.append(scene.input)
+
+
+def _warn(outcome: _Outcome) -> None:
+    """Say what may be wrong with maps that could be made."""
+    for images, what in (
+        (outcome.empty, "holds no data: every pixel is nodata, and so is every pixel of its map."),
+        (
+            outcome.dark,
+            "uses little of the range of 16 bit, so the model sees it nearly black, unless it was trained on such images. If it "
+            "was not, convert it to what the training images were.",
+        ),
+    ):
+        if images:
+            more = f" So it is with {len(images) - 1} more." if len(images) > 1 else ""
+            log.warning("%s %s%s", images[0], what, more)
 
 
 def _write(scene: _Scene, model: Model, settings: PredictConfig, partial: PartialMap, run_id: str) -> np.ndarray:
@@ -341,13 +329,13 @@ def _write(scene: _Scene, model: Model, settings: PredictConfig, partial: Partia
 
     tags = {
         "model": settings.model, "software": f"dann_experiments {__version__}", "dann_run_id": run_id,
-        "dann_signature": scene.signature,
+        SIGNATURE_TAG: scene.signature,
     }  # fmt: skip
     names = model.class_names
     legend = Legend(names, class_colours(len(names)), tags)
     windows = list(scene.plan.pieces())
     if settings.probabilities:  # the class map is the last: where it is, all is
-        path = _probabilities_path(scene.output)
+        path = probabilities_path(scene.output)
         write_probabilities(path, partial, windows, scene.size, scene.grid, scene.factor, legend)
     if scene.grid.crs is not None and scene.output.suffix.lower() not in TIFF_SUFFIXES:
         log.warning("%s is no GeoTIFF: where the image lies is not in it.", scene.output)
@@ -368,6 +356,7 @@ class _Strips:
         self._rows_a_part = self._fitting(rows, columns.length * pixel)
         self._columns_a_part = len(columns.starts) if self._rows_a_part else self._fitting(columns, rows.tile * pixel)
         self._part: tuple[Window, np.ndarray, np.ndarray | None] | None = None
+        self._sum, self._count = 0.0, 0
 
     def __call__(self, window: Window) -> tuple[Tensor, np.ndarray | None]:
         """Normalised image (B, h, w) of a tile, and where it holds data."""
@@ -376,6 +365,15 @@ class _Strips:
         box = (slice(top, top + window.height), slice(left, left + window.width))
         inside = None if valid is None else valid[box]
         return torch.from_numpy(self.scene.normalisation(values[:, *box], inside)), inside
+
+    def mean(self) -> float:
+        """Of the values with data so far, in 0..1 of the type's range, where `_add` counts them; NaN where it does not."""
+        return self._sum / self._count / self.scene.normalisation.high[0] if self._count else float("nan")
+
+    def _add(self, values: np.ndarray) -> None:
+        if self.scene.header.dtype == "uint16" and self.scene.reading.scale == "type":
+            self._sum += float(values.sum(dtype=np.float64))
+            self._count += values.size
 
     @staticmethod
     def _fitting(axis: Axis, line: int) -> int:
@@ -390,9 +388,10 @@ class _Strips:
         if self._part is None or self._part[0] != part:
             self._part = None  # the old part's memory is needed for the new one
             try:
-                values, valid = read_pixels(self.scene.input, self.model.in_channels, self.model.reading, part)
+                values, valid = read_pixels(self.scene.input, self.model.in_channels, self.scene.reading, part)
             except InputError as error:
                 raise _Unreadable(str(error)) from None
+            self._add(values if valid is None else values[:, valid])
             self._part = (part, values, valid)
         return self._part
 

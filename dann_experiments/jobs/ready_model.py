@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -47,12 +48,12 @@ def load_model(where: str, domain: str, config: Config | None, store: Store) -> 
         network, names, in_channels = notes.build(), notes.class_names, notes.in_channels
         reading, normalisation = _noted_reading(notes, where, domain)
     elif config is not None:
-        network, names, in_channels = (
-            setup.make_network(config, with_weights=False),
-            config.class_names,
-            config.model.in_channels,
-        )
-        reading, normalisation = _reading_of_settings(config, domain)
+        names, in_channels = config.class_names, config.model.in_channels
+        try:
+            network = setup.make_network(config, with_weights=False)
+            reading, normalisation = _reading_of_settings(config, domain)
+        except InputError as error:  # of the file's settings, which the job has not
+            raise InputError(f"in the settings that --config gives: {error}") from None
     else:
         raise InputError(
             f"model is {where!r}, which has no settings of its network beside it (config.json and dann.json); give them "
@@ -85,6 +86,7 @@ def _reading_of_settings(config: Config, domain: str) -> tuple[Reading, Normalis
     if config.data.normalization == "domain" or settings.scale == "percentiles":  # measured over the training images
         data = setup.load_data(config, (f"{domain}_train",))
         setup.settle(config, data)
-        dataset = data.sets[f"{domain}_train"]
-        return dataset.reading, dataset.normalisation
-    return setup.reading_of(settings), setup.fixed_normalisation(config, settings)
+        normalisation = data.sets[f"{domain}_train"].normalisation
+    else:
+        normalisation = setup.fixed_normalisation(config, settings)
+    return dataclasses.replace(setup.reading_of(config, domain), settings=""), normalisation

@@ -191,11 +191,11 @@ def _with_headers(
 
 def _decided_by(config: Config, name: str) -> dict[str, Any]:
     """All settings on which the decoded windows of a set depend, beside its files."""
-    data, domain = config.data, filled(getattr(config.data, name.split("_")[0]))
+    data = config.data
     training = name.endswith("_train")
     return {
-        "labels": labels_of(config, domain),
-        "reading": reading_of(domain),
+        "labels": labels_of(config, name),
+        "reading": reading_of(config, name),
         "bands": config.model.in_channels,
         "cut": (training, data.crop_size if training else None, data.window_size),
         "random": (data.window_count, config.seed) if training and data.windows == "random" else None,
@@ -215,7 +215,7 @@ def as_dataset(
     domain_name, split = name.split("_")
     data, domain = config.data, filled(getattr(config.data, domain_name))
     return SegmentationDataset(
-        samples, labels_of(config, domain), fixed_normalisation(config, domain), reading_of(domain), split == "train",
+        samples, labels_of(config, name), fixed_normalisation(config, domain), reading_of(config, name), split == "train",
         data.crop_size, data.window_size, data.windows == "random", data.window_count, domain.augmentation, config.seed,
         memory, headers, read, data.pad_to_crop,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.errors import NotWritten
-from dann_experiments.config.places import user_path
+from dann_experiments.config.places import local_path
 from dann_experiments.data.samples import file_digest
 from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.jobs.setup import Data, source_digest
@@ -98,7 +98,7 @@ def _identity(path: str, store: Store) -> Any:
         return None
     if path.startswith("runs:/"):
         return path
-    place = user_path(path).resolve()
+    place = local_path(path, CHECKPOINT_KEY).resolve()
     files = sorted(place.rglob("*")) if place.is_dir() else [place] if place.exists() else []
     return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
@@ -133,7 +133,7 @@ def fetch(path: str, folder: Path, store: Store, key: str = CHECKPOINT_KEY) -> t
     """A local copy of a model (file, folder, runs:/ID[/path], models:/NAME@ALIAS or /VERSION), and the run it belongs to if
     the store says so. `key` names the setting in errors."""
     if not path.startswith(("runs:/", "models:/")):
-        return user_path(path), None
+        return local_path(path, key), None
     import mlflow
     from mlflow.exceptions import MlflowException
 

@@ -123,7 +123,7 @@ def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict
     """
     path = user_path(path)
     if not path.exists():
-        raise InputError(f"domain_adaptation.pretrained_checkpoint.path is {path}, which does not exist.")
+        raise InputError(f"checkpoint {path} does not exist.")
     if path.is_dir():
         if not (path / WEIGHTS_NAME).is_file():
             raise InputError(f"checkpoint folder {path} holds no {WEIGHTS_NAME}; give an SMP save_pretrained folder.")
@@ -137,7 +137,10 @@ def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict
         except (SafetensorError, OSError) as error:
             raise InputError(f"checkpoint {path} cannot be read: {error}") from None
     if source_format == "smp":
-        raise InputError(f"checkpoint {path} is a file, but source_format is 'smp'; give the save_pretrained folder.")
+        raise InputError(
+            f"checkpoint {path} is a file, but domain_adaptation.pretrained_checkpoint.source_format is 'smp'; give the "
+            "save_pretrained folder, or auto."
+        )
     content = load_tensors(path)
     if source_format == "auto":
         source_format = "pytorch_lightning" if "pytorch-lightning_version" in content else "pytorch"
@@ -173,7 +176,7 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], strict: bool, w
         )
     fitting = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
     if not fitting:
-        raise InputError(f"checkpoint {where} has no weight in common with the network of `model`.")
+        raise InputError(f"checkpoint {where} has no weight in common with the network that is built for it.")
     network.load_state_dict(fitting, strict=False)
     return problems
 

@@ -1,0 +1,240 @@
+"""Which images `predict` maps, out of files, folders and patterns, and where the map of each goes."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dann_experiments.config import InputError
+from dann_experiments.config.places import local_path, local_text, user_path
+from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.data.reading import many_files
+from dann_experiments.data.samples import IMAGE_SUFFIXES
+from dann_experiments.data.writing import MAP_SUFFIXES, PARTIAL_SUFFIX, SIGNATURE_TAG, TIFF_SUFFIXES, read_tags
+
+
+class _Found(NamedTuple):
+    """What one of the inputs names."""
+
+    images: list[Path]
+    root: Path
+    """The folder whose structure the maps repeat: the one that was named, or that the pattern begins with."""
+    is_folder: bool = False
+
+
+def find_work(settings: PredictConfig) -> list[tuple[Path, Path]]:
+    """Pairs of image and map. Raises InputError for what is missing, would be overwritten or cannot be written."""
+    target = local_path(settings.output, "output")
+    found = _find(settings, target)
+    images = _each_once(image for one in found for image in one.images)
+    if len(images) == 1 and not any(one.is_folder for one in found) and not _is_folder(settings.output):
+        return [_one(images[0], target, settings)]
+    if target.is_file() or target.suffix.lower() in MAP_SUFFIXES:
+        what = (
+            f"input {found[0].root} is a folder"
+            if len(found) == 1 and found[0].is_folder
+            else f"{len(images)} images are given"
+        )
+        raise InputError(f"{what}, but output is {target}; name a folder, for a map of each image.")
+    pairs = _mirrored(images, _common_root(found), target)
+    _check_apart(pairs, settings)
+    for folder in sorted({output.parent for _, output in pairs}):
+        _check_writable(folder)
+    return pairs
+
+
+def probabilities_path(output: Path) -> Path:
+    """Where the probabilities of a map go."""
+    return output.with_name(f"{output.stem}_probabilities.tif")
+
+
+def _is_folder(text: str) -> bool:
+    """Whether an output is meant as a folder: it is one, is written as one, or has no suffix."""
+    path = user_path(text)
+    return path.is_dir() or text.endswith(("/", os.sep)) or not path.suffix
+
+
+def _one(source: Path, target: Path, settings: PredictConfig) -> tuple[Path, Path]:
+    if target.suffix.lower() not in MAP_SUFFIXES:
+        raise InputError(
+            f"output is {target}; a class map is written as {', '.join(MAP_SUFFIXES)} (JPEG would change the classes)."
+        )
+    if target.exists() and source.samefile(target):
+        raise InputError(f"output is {target}, which is the input; name another file.")
+    for path in (target, *([probabilities_path(target)] if settings.probabilities else [])):
+        if path.exists() and not settings.overwrite:
+            raise InputError(f"output {path} exists; name another, or set overwrite to true.")
+    _check_writable(target.parent)
+    return source, target
+
+
+def _find(settings: PredictConfig, target: Path) -> list[_Found]:
+    """What the inputs name, in their order. Raises InputError that names all that name nothing."""
+    texts = [local_text(text, "input") for text in settings.inputs]
+    if len(texts) == 1 and not _names_something(texts[0]):
+        texts = _listed(texts[0])
+    found, problems = [], []
+    with many_files():
+        for text in texts:
+            try:
+                found.append(_named(text, target))
+            except InputError as error:
+                problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return found
+
+
+def _named(text: str, target: Path) -> _Found:
+    path = user_path(text)
+    if os.path.isdir(path):  # these never raise, whatever the name
+        if target.exists() and path.samefile(target):
+            raise InputError(f"output is {target}, the folder of the images; name another.")
+        images = _unmade(_walk(path, target))
+        if not images:
+            raise InputError(
+                f"input folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}), its subfolders included; class maps of "
+                "predict are none."
+            )
+        return _Found(images, path, is_folder=True)
+    if os.path.exists(path):
+        return _Found([path], path.parent)
+    if glob.has_magic(text):
+        images, root = _matching(str(path), target)
+        if not images:
+            raise InputError(f"input is the pattern {text}, which matches no image ({', '.join(IMAGE_SUFFIXES)}).")
+        return _Found(images, root)
+    raise InputError(f"input is {text}, which does not exist; give an image file, a folder of images or a pattern.")
+
+
+def _names_something(text: str) -> bool:
+    path = user_path(text)
+    return os.path.exists(path) or (glob.has_magic(text) and next(_glob(str(path)), None) is not None)
+
+
+def _listed(text: str) -> list[str]:
+    """The parts of a text that names nothing as a whole, if it can be read as a list in one way; else the text.
+
+    `mlflow run -P input=...` gives several images as one text.
+    """
+    inner = re.sub(r"^\[(.*)\]$", r"\1", text.strip(), flags=re.DOTALL)
+    ways = {tuple(part.strip() for part in re.split(by, inner) if part.strip()) for by in (",", r"\s+", r"[,\s]+")}
+    ways |= {tuple(part.strip("'\"") for part in way) for way in ways}
+    whole = {way for way in ways if way and all(_names_something(local_text(part, "input")) for part in way)}
+    if len(whole) > 1:
+        shown = " or ".join(str(list(way)) for way in sorted(whole))
+        raise InputError(f"input is {text!r}, which can be read in two ways, {shown}; give the images one by one.")
+    return [local_text(part, "input") for part in whole.pop()] if whole else [text]
+
+
+def _walk(folder: Path, target: Path) -> Iterator[Path]:
+    """The image files of a folder and its subfolders, those behind links included, in a fixed order."""
+    own, seen = os.path.realpath(target), set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and not _is_ours(name) and os.path.realpath(Path(place, name)) != own
+        )
+        if os.path.realpath(place) in seen:  # a link to where we have been
+            folders[:] = []
+            continue
+        seen.add(os.path.realpath(place))
+        yield from (Path(place, name) for name in sorted(files) if _is_image_name(name))
+
+
+def _matching(pattern: str, target: Path) -> tuple[list[Path], Path]:
+    """The images that match, and the folder that the pattern begins with."""
+    parts = Path(pattern).parts
+    fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    root = Path(*parts[:fixed])
+    own = Path(os.path.realpath(target))
+    is_below = own != Path(os.path.realpath(root)) and own.is_relative_to(os.path.realpath(root))
+    images = [
+        path
+        for path in _glob(pattern)
+        if not any(map(_is_ours, path.parts[fixed:-1]))
+        and not (is_below and Path(os.path.realpath(path)).is_relative_to(own))
+    ]
+    return _unmade(images), root
+
+
+def _glob(pattern: str) -> Iterator[Path]:
+    """Image files; hidden ones, as in a shell, only where the pattern says so."""
+    with contextlib.suppress(OSError, ValueError, re.error):  # a pattern that cannot be searched for matches nothing
+        for name in sorted(glob.glob(pattern, recursive=True)):
+            if _is_image_name(os.path.basename(name)) and os.path.isfile(name):
+                yield Path(name)
+
+
+def _is_ours(folder: str) -> bool:
+    """Whether a folder of that name holds a map in the making, or MLflow's files: previews are no images to map."""
+    return folder.endswith(PARTIAL_SUFFIX) or folder in ("mlruns", "mlartifacts")
+
+
+def _is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def _unmade(images: Iterator[Path] | Sequence[Path]) -> list[Path]:
+    """Without the maps that `predict` wrote: their own metadata say so."""
+    return [path for path in images if path.suffix.lower() not in MAP_SUFFIXES or not _is_map(path)]
+
+
+def _is_map(path: Path) -> bool:
+    try:
+        return SIGNATURE_TAG in read_tags(path)
+    except InputError:  # told when it is its turn
+        return False
+
+
+def _each_once(images: Iterator[Path]) -> list[Path]:
+    return list({os.path.normpath(os.path.abspath(path)): path for path in images}.values())
+
+
+def _common_root(found: Sequence[_Found]) -> Path:
+    return Path(os.path.commonpath([os.path.abspath(one.root) for one in found]))
+
+
+def _mirrored(images: Sequence[Path], root: Path, target: Path) -> list[tuple[Path, Path]]:
+    pairs: dict[Path, tuple[Path, Path]] = {}
+    for path in images:
+        suffix = path.suffix if path.suffix.lower() in TIFF_SUFFIXES else ".png"
+        output = (target / os.path.relpath(os.path.abspath(path), root)).with_suffix(suffix)
+        name = output.with_suffix("")
+        if name in pairs:
+            raise InputError(f"input: {pairs[name][0]} and {path} have the same stem, as their maps would; keep one.")
+        pairs[name] = (path, output)
+    return list(pairs.values())
+
+
+def _check_apart(pairs: Sequence[tuple[Path, Path]], settings: PredictConfig) -> None:
+    """Raises InputError where a map would take the place of an image, or of the probabilities of another."""
+    outputs = {os.path.realpath(output): output for _, output in pairs}
+    for source, _ in pairs:
+        if os.path.realpath(source) in outputs:
+            raise InputError(
+                f"output is {settings.output}, where the map of {source} would be the image itself; name another."
+            )
+    if settings.probabilities:
+        taken = set(outputs.values()) & {probabilities_path(output) for output in outputs.values()}
+        if taken:
+            raise InputError(
+                f"output {taken.pop()} would be both a map and the probabilities of another; rename an image."
+            )
+
+
+def _check_writable(folder: Path) -> None:
+    """Tries the nearest folder there is: permissions alone do not tell (a read-only disk, or root)."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"output folder {there} cannot be written to ({error}); choose another output.") from None
