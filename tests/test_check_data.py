@@ -161,7 +161,7 @@ def id_outside_the_classes(root):
 
 def id_outside_the_map(root):
     named = {"data__source__value_map": {0: "ground"}}
-    return [f"source/masks/{n}.png holds id 1, but value_map knows [0]" for n in range(10)], named
+    return [f"source/masks/{n}.png holds id 1, but data.source.value_map knows [0]" for n in range(10)], named
 
 
 def colour_outside_the_map(root):
@@ -169,7 +169,7 @@ def colour_outside_the_map(root):
         for path in (root / name / "masks").iterdir():
             Image.fromarray(np.stack([np.asarray(Image.open(path)) * 255] * 3, -1)).save(path)
     colours = {"data__source__color_map": {"0,0,0": "ground", "255,255,254": "square"}}
-    return ["source/masks/1.png holds the colour (255, 255, 255), which color_map does not name"], colours
+    return ["source/masks/1.png holds the colour (255, 255, 255), which data.source.color_map does not name"], colours
 
 
 def mask_of_fractions(root):

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dann_experiments.config import Config, InputError, config_to_yaml, flatten
-from dann_experiments.config.presets import filled
 from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes, unit_problems
-from dann_experiments.data.labels import label_map, read_mask
+from dann_experiments.data.labels import read_mask
 from dann_experiments.data.nodata import NodataBands, default_nodata_bands
 from dann_experiments.data.reading import Header, Window, check_deflated, chosen_bands, read_header, read_pixels
 from dann_experiments.data.samples import Sample, shared_images
@@ -252,10 +251,7 @@ def _check_mask(config: Config, name: str, sample: Sample, problems: setup.Probl
         return
     try:
         header = read_header(sample.mask)
-        domain = filled(getattr(config.data, name.split("_")[0]))
-        labels = label_map(
-            config.class_names, config.data.ignore_index, domain.value_map, domain.colours, domain.ignore_values
-        )
+        labels = setup.labels_of(config, name)
         size = default_size(header.height, header.width, None, None)
         for piece in grid(0, Window(0, 0, header.height, header.width), size):
             read_mask(sample.mask, labels, piece.window)
