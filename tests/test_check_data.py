@@ -142,11 +142,11 @@ def other_size(root):
 def four_bands(root):
     (root / "target" / "images" / "1.png").unlink()
     write_raster(root / "target" / "images" / "1.tif", np.zeros((4, 32, 32), np.uint8))
-    return ["target/images/1.tif has 4 bands, but model.in_channels is 3"]
+    return ["target/images/1.tif has 4 bands, but the network takes 3"]
 
 
 def band_that_is_not_there(root):
-    return ["source/images/0.png has 3 bands, but bands is [1, 2, 4]"], {"data__source__bands": [1, 2, 4]}
+    return ["source/images/0.png has 3 bands, but data.source.bands is [1, 2, 4]"], {"data__source__bands": [1, 2, 4]}
 
 
 def mask_of_three_bands(root):
@@ -161,7 +161,7 @@ def id_outside_the_classes(root):
 
 def id_outside_the_map(root):
     named = {"data__source__value_map": {0: "ground"}}
-    return [f"source/masks/{n}.png holds id 1, but value_map knows [0]" for n in range(10)], named
+    return [f"source/masks/{n}.png holds id 1, but data.source.value_map knows [0]" for n in range(10)], named
 
 
 def colour_outside_the_map(root):
@@ -169,7 +169,7 @@ def colour_outside_the_map(root):
         for path in (root / name / "masks").iterdir():
             Image.fromarray(np.stack([np.asarray(Image.open(path)) * 255] * 3, -1)).save(path)
     colours = {"data__source__color_map": {"0,0,0": "ground", "255,255,254": "square"}}
-    return ["source/masks/1.png holds the colour (255, 255, 255), which color_map does not name"], colours
+    return ["source/masks/1.png holds the colour (255, 255, 255), which data.source.color_map does not name"], colours
 
 
 def mask_of_fractions(root):
@@ -273,7 +273,7 @@ def pixel_size_that_is_not_known(root):
 
 def pixel_size_in_another_unit(root):
     sizes = {"data__target__pixel_size": 1e-9, "data__target__file_pixel_size": 0.5}
-    return ["target/images/0.png has pixels of 0.5, which pixel_size 1e-09 would cut"], sizes
+    return ["target/images/0.png has pixels of 0.5, but data.target.pixel_size is 1e-09"], sizes
 
 
 ALONE = [

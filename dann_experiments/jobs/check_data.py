@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dann_experiments.config import Config, InputError, config_to_yaml, flatten
-from dann_experiments.config.presets import filled
 from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes
-from dann_experiments.data.labels import label_map, read_mask
+from dann_experiments.data.labels import read_mask
 from dann_experiments.data.reading import Header, Window, check_deflated, read_header
 from dann_experiments.data.samples import Sample, shared_images
+from dann_experiments.data.sets import labels_of
 from dann_experiments.data.statistics import BandStatistics, BandSums
 from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs import setup
@@ -169,10 +169,7 @@ def _check_mask(config: Config, name: str, sample: Sample, problems: setup.Probl
         return
     try:
         header = read_header(sample.mask)
-        domain = filled(getattr(config.data, name.split("_")[0]))
-        labels = label_map(
-            config.class_names, config.data.ignore_index, domain.value_map, domain.colours, domain.ignore_values
-        )
+        labels = labels_of(config, name)
         size = default_size(header.height, header.width, None, None)
         for piece in grid(0, Window(0, 0, header.height, header.width), size):
             read_mask(sample.mask, labels, piece.window)
