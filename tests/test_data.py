@@ -141,7 +141,7 @@ def class_outside(root: Path) -> str:
 def four_bands(root: Path) -> str:
     write_raster(root / "target" / "images" / "1.tif", np.zeros((4, 32, 32), np.uint8))
     (root / "target" / "images" / "1.png").unlink()
-    return "target/images/1.tif has 4 bands, but model.in_channels is 3"
+    return "target/images/1.tif has 4 bands, but the network takes 3"
 
 
 def colour_mask(root: Path) -> str:

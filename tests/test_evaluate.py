@@ -384,8 +384,8 @@ def test_sets_without_masks_are_left_out_with_a_word(trained, squares, workplace
         ({"data.class_names": ["square", "ground"]}, "has the model's classes in another order"),
         ({"data.target.value_map": {0: "tree", 1: "lake"}}, "names ['tree', 'lake'], but the model's classes are"),
         ({"data.target.ignore_values": [0, 1]}, "data.target.val: no pixel of its masks is of a class"),
-        ({"data.target.value_map": {0: "ground"}}, "holds id 1, but value_map knows [0]"),
-        ({"data.target.bands": [1, 2, 4]}, "has 3 bands, but bands is [1, 2, 4]"),
+        ({"data.target.value_map": {0: "ground"}}, "holds id 1, but data.target.value_map knows [0]"),
+        ({"data.target.bands": [1, 2, 4]}, "has 3 bands, but data.target.bands is [1, 2, 4]"),
         (
             {"data.target.bands": [1, 2, 3, 4], "model.in_channels": 4, "data.normalization": "domain"},
             "bands names 4 bands",

@@ -17,6 +17,7 @@ from dann_experiments.data.labels import read_mask
 from dann_experiments.data.nodata import NodataBands, default_nodata_bands
 from dann_experiments.data.reading import Header, Window, check_deflated, chosen_bands, read_header, read_pixels
 from dann_experiments.data.samples import Sample, shared_images
+from dann_experiments.data.sets import labels_of
 from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
 from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs import setup
@@ -251,7 +252,7 @@ def _check_mask(config: Config, name: str, sample: Sample, problems: setup.Probl
         return
     try:
         header = read_header(sample.mask)
-        labels = setup.labels_of(config, name)
+        labels = labels_of(config, name)
         size = default_size(header.height, header.width, None, None)
         for piece in grid(0, Window(0, 0, header.height, header.width), size):
             read_mask(sample.mask, labels, piece.window)
