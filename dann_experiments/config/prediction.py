@@ -16,6 +16,9 @@ class PredictConfig:
     model: str = ""
     """The model: a folder, a file, runs:/ID[/path] or models:/NAME@ALIAS. A checkpoint without its network's settings
     beside it needs them as a config (`--config`)."""
+    source_prefix: str | None = None
+    """The part before the network's own names, such as model or ema_model, where a checkpoint holds several networks; a full
+    stop for names without such a part. null takes the only network there is and refuses a file with several."""
     input: str = ""
     """An image file, or a folder of them."""
     output: str = ""

@@ -95,7 +95,7 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
     work = _find_work(settings)
     device = _device(settings.accelerator)
     store = open_store(settings.tracking.uri, settings.tracking.experiment)
-    model = load_model(settings.model, settings.domain, config, store)
+    model = load_model(settings.model, settings.domain, config, store, settings.source_prefix)
     if len(work) == 1 and not user_path(settings.input).is_dir():
         _Scene.open(*work[0], model, settings)  # so that a bad file is told before a run is opened
     model.network.to(device)
@@ -141,7 +141,7 @@ def _find_work(settings: PredictConfig) -> list[tuple[Path, Path]]:
         taken = {output for _, output in pairs} & {_probabilities_path(output) for _, output in pairs}
         if settings.probabilities and taken:
             raise InputError(
-                f"output {taken.pop()} would be both a map and the probabilities of another; rename an image."
+                f"output {min(taken)} would be both a map and the probabilities of another; rename an image."
             )
         return pairs
     if target.suffix.lower() not in MAP_SUFFIXES:
