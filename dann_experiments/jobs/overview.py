@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.comparison import ARM_NAMES
 from dann_experiments.tracking.store import Store, found_runs, local_folder, open_store, quoted
+from dann_experiments.tracking.values import last_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +55,7 @@ def overview(config: Config) -> Overview:
     order = [*[name for name in ROW_NAMES if name in arms], *[name for name in arms if name not in ROW_NAMES]]
     for method in order:
         run = arms[method]
-        scores = {name: value for name, value in run.data.metrics.items() if _is_score(name)}
+        scores = {name: value for name, value in last_values(run).items() if _is_score(name)}
         rows[ROW_NAMES.get(method, method)] = {
             "run_id": run.info.run_id,
             "seed": run.data.tags.get("seed", ""),
