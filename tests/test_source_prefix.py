@@ -78,6 +78,9 @@ FORMS: dict[str, Callable[[], Any]] = {
     "compiled DataParallel": lambda: torch.compile(nn.DataParallel(network())).state_dict(),  # pyright: ignore
     "wrapped thrice": lambda: renamed(lambda name: f"model._orig_mod.module.{name}"),
     "module in the middle": lambda: renamed(lambda name: name.replace("encoder.", "encoder.module.", 1)),
+    "FSDP with checkpointing": lambda: renamed(
+        lambda name: f"_fsdp_wrapped_module.{name.replace('encoder.', 'encoder._checkpoint_wrapped_module.', 1)}"
+    ),
     "AveragedModel": lambda: AveragedModel(network()).state_dict(),
     **{
         f"under {key}": (lambda key=key: {"epoch": 1, key: state_of(), "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}})

@@ -18,7 +18,7 @@ from dann_experiments.config.errors import StoreAway
 from dann_experiments.config.stored import without_code
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, known_run, without_secrets
-from dann_experiments.tracking.values import last_values, logged_points
+from dann_experiments.tracking.values import context_of, last_values, logged_points
 from dann_experiments.training.selection import PREFIX
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def _refuse_other_images(runs: Sequence[Any]) -> None:
     first: dict[str, tuple[str, str]] = {}
     for run in runs:
         for item in run.inputs.dataset_inputs:
-            context = next((tag.value for tag in item.tags if tag.key == "mlflow.data.context"), "")
+            context = context_of(item)
             if context in ("target val", "target test"):
                 digest, other = first.setdefault(context, (item.dataset.digest, run.info.run_id))
                 if digest != item.dataset.digest:

@@ -21,7 +21,8 @@ from dann_experiments.config.errors import InputError
 
 log = logging.getLogger(__name__)
 PREFIX_KEY = "domain_adaptation.pretrained_checkpoint.source_prefix"
-WRAPPERS = ("_orig_mod", "module")  # put into names by torch.compile, and by DataParallel, DDP and AveragedModel
+# put into names by torch.compile; DataParallel, DDP and AveragedModel; FSDP; activation checkpointing
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 COUNTER = "num_batches_tracked"  # older tools do not save it, and only BatchNorm without a momentum reads it
 RIVAL_SHARE = 0.5  # of the weights under the fullest prefix: with so many, another prefix may be meant as well
 ROOT = "."  # how the empty prefix is shown, and may be given where an empty text means "not set"

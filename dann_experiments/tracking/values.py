@@ -1,4 +1,4 @@
-"""Reads metrics back from the store as they were logged: the one place where jobs, sweeps and comparisons do so.
+"""Reads metrics of runs back from the store as they were logged: the one place where jobs, sweeps and comparisons do so.
 
 MLflow's database stores, and servers in front of them, keep infinity as the largest float, 1.797e308, and NaN as NaN. Taken as
 it comes, a mean over values of which one was infinite is finite, and 1e307 looks like a score.
@@ -29,3 +29,8 @@ def logged_points(client: Any, run_id: str, name: str) -> list[Point]:
     points = client.get_metric_history(run_id, name)
     found = (Point(name, as_logged(point.value), point.timestamp, point.step) for point in points)
     return sorted(found, key=lambda point: (point.step, point.timestamp))
+
+
+def context_of(dataset_input: Any) -> str:
+    """The set that a data set of a run is, such as `target val`; an empty text if the run does not say."""
+    return next((tag.value for tag in dataset_input.tags if tag.key == "mlflow.data.context"), "")
