@@ -204,7 +204,8 @@ class _Contest:
         table = pd.DataFrame(rows)
         if not rows:
             return table
-        return table.sort_values(f"{objective} mean", ascending=not self.parent.maximizes, ignore_index=True)
+        order = {"ascending": not self.parent.maximizes, "kind": "stable", "ignore_index": True}
+        return table.sort_values(f"{objective} mean", **order)
 
     def winner(self, study: Sweep) -> FrozenTrial | None:
         """The candidate (or recipe) with the best mean, once all have run; one that failed by a seed cannot win."""
@@ -216,11 +217,15 @@ class _Contest:
 
     def beats_control(self, table: pd.DataFrame, winner: FrozenTrial | None) -> bool | None:
         """Whether the winner's mean is better than the control's; None if one of them is missing."""
-        order = table["trial"].tolist() if len(table) else []
-        control = [trial.number for trial in self.trials() if trial.user_attrs["role"] == "control"]
-        if winner is None or not control or control[0] not in order:
+        if winner is None or not len(table):
             return None
-        return order.index(winner.number) < order.index(control[0])
+        column = f"{self.parent.attribute(DEFINITION)['objective']} mean"
+        means = dict(zip(table["trial"], table[column], strict=True))
+        control = next((trial.number for trial in self.trials() if trial.user_attrs["role"] == "control"), None)
+        if control not in means:
+            return None
+        better, worse = (winner.number, control) if self.parent.maximizes else (control, winner.number)
+        return bool(means[better] > means[worse])
 
 
 def _failed(trial: FrozenTrial) -> bool:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
@@ -128,9 +128,14 @@ def _objective_value(result: RunResult, objective: str) -> float:
         found = history[history["metric"] == objective]
         if found.empty:
             raise InputError(f"objective is {objective!r}, which run {result.run_id} did not log.")
-        values: Sequence[float] = found["value"].tolist()
-        last = values[-max(1, len(values) // 10) :]
-        value = sum(last) / len(last)
+        points = list(zip(found["step"].tolist(), found["value"].tolist(), strict=True))
+        last = points[-max(1, len(points) // 10) :]
+        for step, one in last:
+            if not math.isfinite(one):
+                raise FloatingPointError(
+                    f"{objective} is {one} at step {step}, among the last tenth of its values, whose mean is the objective"
+                )
+        value = sum(one for _, one in last) / len(last)
     if not math.isfinite(value):
         raise FloatingPointError(f"{objective} is {value}")
     return value

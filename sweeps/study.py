@@ -23,12 +23,12 @@ from urllib.parse import urlsplit
 import optuna
 import sqlalchemy.exc
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import InputError
 from dann_experiments.config.places import user_path
 from dann_experiments.tracking.store import remember_secrets, without_secrets
+from sweeps.journal import damaged_line, journal, last_line_is_damaged
 from sweeps.settings import SweepConfig
 from sweeps.space import Label
 
@@ -102,11 +102,19 @@ def open_storage(address: str) -> BaseStorage:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab"):
                 pass
-            return JournalStorage(JournalFileBackend(str(path)))
+            if last_line_is_damaged(path):
+                raise ValueError("its last line is damaged")
+            return JournalStorage(journal(path))
         except OSError as error:
             raise InputError(f"storage is {shown!r}, which cannot be written ({error}); choose another.") from None
         except Exception as error:  # Optuna raises whatever the broken line makes of its parser
-            raise InputError(f"storage is {shown!r}, which is no journal file of Optuna: {error}") from None
+            number = damaged_line(path)
+            if number is None or number == 1:
+                raise InputError(f"storage is {shown!r}, which is no journal file of Optuna: {error}") from None
+            raise InputError(
+                f"storage is {shown!r}, whose line {number} is damaged: no record of Optuna. Restore the file from a copy; or, "
+                "with a copy of it kept, remove that line, which loses what it recorded; or start a new study."
+            ) from None
     known = urlsplit(address).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql")
     if not known or (address.startswith("sqlite") and not sqlite_file(address)):
         raise InputError(

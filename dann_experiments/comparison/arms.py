@@ -19,6 +19,7 @@ from dann_experiments.data.samples import PRETRAINING_SETS
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.evaluate import SETS as SCORED_SETS
 from dann_experiments.jobs.evaluate import STATISTICS_SET
+from dann_experiments.models.weights import PREFIX_KEY
 
 log = logging.getLogger(__name__)
 PATH = "domain_adaptation.pretrained_checkpoint.path"
@@ -28,7 +29,7 @@ JOBS = {
 SOURCE_ONLY = ARM_NAMES["source_only"]
 NO_CONTROL = "There is no lambda = 0 control, without which no help can be claimed."
 ADVERSARY = ("domain_adaptation.method.", "domain_adaptation.feature_layers")
-SET_HERE = ("seed", "threads", "tracking.", PATH, "data.oracle")
+SET_HERE = ("seed", "threads", "tracking.", PATH, PREFIX_KEY, "data.oracle")
 """What the comparison sets itself, for all arms."""
 ALIKE = (
     "model.", "data.class_names", "data.ignore_index", "data.source.val", "data.source.test", "data.target.val",
@@ -215,6 +216,7 @@ def _trained_on_the_target(config: Config) -> dict[str, Any]:
         "data.class_names": list(config.class_names),
         "data.oracle": [],
         PATH: None,
+        PREFIX_KEY: None,
     }
 
 

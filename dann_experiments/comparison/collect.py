@@ -18,6 +18,7 @@ from dann_experiments.config.errors import StoreAway
 from dann_experiments.config.stored import without_code
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, known_run, without_secrets
+from dann_experiments.tracking.values import context_of, last_values, logged_points
 from dann_experiments.training.selection import PREFIX
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ NOT_THE_ARM = (
 def read_run(store: Store, run_id: str, arm: Arm, reused: bool) -> ArmRun:
     """A run's final values and curves."""
     run = store.client.get_run(run_id)
-    metrics = dict(run.data.metrics)
+    metrics = last_values(run)
     if arm.kind == "oracle":  # what its own settings call the source is the target
         metrics = {name: value for name, value in metrics.items() if "source" not in name and "gap" not in name}
     wanted = [name for name in metrics if name in (*CURVES, *PROBES) or name.startswith(PREFIX)]
@@ -92,7 +93,7 @@ def with_probe_of_the_start(runs: Sequence[ArmRun], arms: Sequence[Arm]) -> list
     """The runs, those of the source model with its probe, which the runs that start from it measured at step 0."""
     sources = {arm.name for arm in arms if arm.kind == "source_only"}
     starts = {
-        run.seed: {name: run.history[name][0][1] for name in PROBES if name in run.history}
+        run.seed: {name: value for name in PROBES for step, value in run.history.get(name, ())[:1] if step == 0}
         for run in runs
         if run.history
     }
@@ -173,7 +174,7 @@ def _refuse_other_images(runs: Sequence[Any]) -> None:
     first: dict[str, tuple[str, str]] = {}
     for run in runs:
         for item in run.inputs.dataset_inputs:
-            context = next((tag.value for tag in item.tags if tag.key == "mlflow.data.context"), "")
+            context = context_of(item)
             if context in ("target val", "target test"):
                 digest, other = first.setdefault(context, (item.dataset.digest, run.info.run_id))
                 if digest != item.dataset.digest:
@@ -221,6 +222,5 @@ def _settings(run: Any, kind: Kind) -> dict[str, str]:
 
 
 def _history(store: Store, run_id: str, name: str) -> list[tuple[int, float]]:
-    points = store.client.get_metric_history(run_id, name)
-    points = sorted(points, key=lambda point: (point.step, point.timestamp))
+    points = logged_points(store.client, run_id, name)
     return [(point.step, point.value) for point in points if math.isfinite(point.value)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from dann_experiments.comparison.arms import NO_CONTROL, arms_of, cells_of, check_arms
-from dann_experiments.comparison.collect import arms_of_runs, config_of, read_run, with_probe_of_the_start
+from dann_experiments.comparison.collect import PROBES, arms_of_runs, config_of, read_run, with_probe_of_the_start
 from dann_experiments.comparison.evidence import feature_clouds, panels
 from dann_experiments.comparison.figures import draw_summary
 from dann_experiments.comparison.page import write_page
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 JUDGED = ("iou/target_test", "iou/target_val")  # the first that all judged runs have
 TABLE_SCORES = ("iou/source_val", "iou/source_test", "iou/target_val", "iou/target_test")
 LONGEST_TAG = 5000  # MLflow's own limit is 8000, a database's may be 5000
+SHOWN = (*TABLE_SCORES, *PROBES, "class_iou/")  # names, or beginnings of names, of what a report shows of a run
 PAGE, SUMMARY = "report.html", "summary.png"
 
 
@@ -140,7 +142,7 @@ def _missing(arms: Sequence[Arm]) -> Iterator[str]:
 def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[ArmRun], notes: list[str]) -> Comparison:
     adapted = [arm.name for arm in arms if arm.kind == "adapted"]
     metric = next((name for name in JUDGED if all(name in run.metrics for run in runs if run.arm in adapted)), "")
-    scores = {arm.name: {run.seed: run.metrics[metric] for run in runs if run.arm == arm.name and metric in run.metrics}
+    scores = {arm.name: {run.seed: run.metrics[metric] for run in runs if run.arm == arm.name and _has(run, metric)}
               for arm in arms}  # fmt: skip
     source = next((scores[arm.name] for arm in arms if arm.kind == "source_only"), {})
     control = next((scores[arm.name] for arm in arms if arm.kind == "control"), {})
@@ -165,6 +167,10 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
     )  # fmt: skip
 
 
+def _has(run: ArmRun, metric: str) -> bool:
+    return math.isfinite(run.metrics.get(metric, math.nan))
+
+
 def _median_seed(scores: Mapping[str, Mapping[int, float]], adapted: Sequence[str], runs: Sequence[ArmRun]) -> int:
     """The seed whose first adapted arm scores in the middle: pictures of the best would flatter."""
     of_first = scores[adapted[0]]
@@ -184,6 +190,10 @@ def _selection(runs: Sequence[ArmRun], adapted: Sequence[str]) -> pd.DataFrame |
 
 def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
     """What a reader must know about the runs."""
+    for run in runs:
+        bad = [name for name in run.metrics if name.startswith(SHOWN) and not _has(run, name)]
+        if bad:
+            yield f"{run.arm}, seed {run.seed}: {', '.join(sorted(bad))} of run {run.run_id} is no finite number and is left out."
     if any(run.tags.get("dann.selected_with_target_labels") == "true" for run in runs if run.arm in adapted):
         yield "Checkpoints or settings of these runs were chosen by target labels: scores on the same labels flatter."
     commits = {run.tags.get("mlflow.source.git.commit", "")[:9] for run in runs} - {""}
@@ -229,7 +239,7 @@ def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: 
     table.to_csv(tables / "scores.csv", index=False, float_format="%.6f")
     rows = [
         {"arm": one.arm, "seed": one.seed, "run_id": one.run_id, "reused": one.reused,
-         **{name: one.metrics.get(name) for name in (*TABLE_SCORES, "da/probe_acc", "da/domain_acc_val")}}
+         **{name: one.metrics[name] for name in (*TABLE_SCORES, "da/probe_acc", "da/domain_acc_val") if _has(one, name)}}
         for one in comparison.runs
     ]  # fmt: skip
     pd.DataFrame(rows).dropna(axis="columns", how="all").to_csv(tables / "runs.csv", index=False, float_format="%.6f")

@@ -16,6 +16,9 @@ class PredictConfig:
     model: str = ""
     """The model: a folder, a file, runs:/ID[/path] or models:/NAME@ALIAS. A checkpoint without its network's settings
     beside it needs them as a config (`--config`)."""
+    source_prefix: str | None = None
+    """The part before the network's own names, such as model or ema_model, where a checkpoint holds several networks; a full
+    stop for names without such a part. null takes the only network there is and refuses a file with several."""
     input: str | list[str] = ""
     """An image file, a folder (its subfolders included), a pattern such as 'scenes/*.tif', or a list of these. One text may be
     a list too, with commas or blanks between, if there is no file of that name."""
@@ -28,8 +31,8 @@ class PredictConfig:
     """Bands to read, in this order, counted from 1 (1,2,3), for images whose bands are others than in training; null = as the
     model was trained."""
     nodata: Literal["file"] | float | list[float] | None = None
-    """Pixels whose bands all hold this value (or one of these) get no class; file = the file's own nodata value, mask or alpha
-    band; [] = none; null = as the model was trained."""
+    """Pixels that hold this value (or one of these) get no class; file = the file's own nodata value. The file's own mask and alpha
+    band count as well; [] = none of these; null = as the model was trained."""
     file_pixel_size: float | None = None
     """Size of the images' pixels where they are not georeferenced, for a model that was trained on pixels of one size; null = as
     the model was trained."""

@@ -375,6 +375,16 @@ class CheckpointConfig:
     """pytorch_lightning: .ckpt; pytorch: a plain state dict; smp: a save_pretrained folder; auto: told from the file."""
     strict_loading: bool = True
     """Refuse a checkpoint that lacks weights or brings others; false loads what fits and says what did not."""
+    source_prefix: str | None = None
+    """The part before the network's own names, such as model or ema_model, where a checkpoint holds several networks; a full
+    stop for names without such a part. null takes the only network there is and refuses a file with several."""
+
+    def __post_init__(self) -> None:
+        if self.source_prefix is not None and self.path is None:
+            raise InputError(
+                f"domain_adaptation.pretrained_checkpoint.source_prefix is {self.source_prefix!r}, but no checkpoint is given; "
+                "give domain_adaptation.pretrained_checkpoint.path, or leave source_prefix out."
+            )
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,7 @@ def _reading_changes(config: Config, domain: str, reading: Reading) -> dict[str,
         changes["nodata"] = list(reading.nodata)
     if given.pixel_size is None and reading.pixel_size is not None:
         changes["pixel_size"] = reading.pixel_size
-    for key in set(changes) - {"scale"}:
+    for key in [name for name in changes if name != "scale"]:
         log.info("data.%s.%s is the model's, %s.", domain, key, changes[key])
     return {f"data.{domain}.{key}": value for key, value in changes.items()}
 

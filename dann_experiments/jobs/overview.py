@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.comparison import ARM_NAMES
 from dann_experiments.tracking.store import Store, found_runs, local_folder, open_store, quoted
+from dann_experiments.tracking.values import context_of, last_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +21,9 @@ ROW_NAMES = {
 """By the method's name, in the table's order."""
 ADAPTED = "tags.`dann.job` = 'adapt' and attributes.status = 'FINISHED'"
 SOURCE_PARAM = "cfg.domain_adaptation.pretrained_checkpoint.path"
+PREFIX_PARAM = (
+    "cfg.domain_adaptation.pretrained_checkpoint.source_prefix"  # runs of before there was the setting lack it
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def overview(config: Config) -> Overview:
     order = [*[name for name in ROW_NAMES if name in arms], *[name for name in arms if name not in ROW_NAMES]]
     for method in order:
         run = arms[method]
-        scores = {name: value for name, value in run.data.metrics.items() if _is_score(name)}
+        scores = {name: value for name, value in last_values(run).items() if _is_score(name)}
         rows[ROW_NAMES.get(method, method)] = {
             "run_id": run.info.run_id,
             "seed": run.data.tags.get("seed", ""),
@@ -70,7 +74,8 @@ def overview(config: Config) -> Overview:
 def _newest_of_each_method(store: Store, newest: Any) -> dict[str, Any]:
     """Method -> its newest run on the basis of run `newest`, the newest first. The store looks for them, one after the other:
     of the runs that it has, however many, a few are fetched."""
-    source, sets = _basis(newest)
+    basis = _basis(newest)
+    source, _, sets = basis
     wanted = [ADAPTED, *(f"dataset.digest = '{digest}'" for digest in sorted({digest for _, digest in sets}))]
     said = None if source is None else quoted(source)
     if said is not None:
@@ -85,15 +90,16 @@ def _newest_of_each_method(store: Store, newest: Any) -> dict[str, Any]:
             wanted.append(f"tags.`dann.method` != {said}")
         others = found_runs(store, [store.experiment_id], " and ".join(wanted), page=10)
         # looked at again here: a filter cannot say all
-        fitting = (run for run in others if _basis(run) == (source, sets) and run.data.tags["dann.method"] not in arms)
+        fitting = (run for run in others if _basis(run) == basis and run.data.tags["dann.method"] not in arms)
         found = next(fitting, None)
     return arms
 
 
-def _basis(run: Any) -> tuple[str | None, frozenset[tuple[str, str]]]:
-    """What runs must share to stand in one table: the source model and every data set."""
-    sets = frozenset((item.tags[0].value, item.dataset.digest) for item in run.inputs.dataset_inputs)
-    return run.data.params.get(SOURCE_PARAM), sets
+def _basis(run: Any) -> tuple[str | None, str, frozenset[tuple[str, str]]]:
+    """What runs must share to stand in one table: the source model, which network of its file, and every data set."""
+    sets = frozenset((context_of(item), item.dataset.digest) for item in run.inputs.dataset_inputs)
+    params = run.data.params
+    return params.get(SOURCE_PARAM), params.get(PREFIX_PARAM, "None"), sets
 
 
 def _is_score(metric: str) -> bool:

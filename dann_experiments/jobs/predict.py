@@ -97,7 +97,8 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
     work = find_work(settings)
     device = _device(settings.accelerator)
     store = open_store(settings.tracking.uri, settings.tracking.experiment)
-    model = _with_own_reading(load_model(settings.model, settings.domain, config, store), settings)
+    model = load_model(settings.model, settings.domain, config, store, settings.source_prefix)
+    model = _with_own_reading(model, settings)
     if len(work) == 1:
         _Scene.open(*work[0], model, settings)  # so that a bad file is told before a run is opened
     model.network.to(device)

@@ -35,11 +35,12 @@ class Model:
     """The run that made it, where known."""
 
 
-def load_model(where: str, domain: str, config: Config | None, store: Store) -> Model:
+def load_model(where: str, domain: str, config: Config | None, store: Store, source_prefix: str | None = None) -> Model:
     """The model at `where` (folder, file, runs:/, models:/), to read images as those of `domain`.
 
-    The network is built from the settings kept with the model; a checkpoint without takes those of `config`. Raises
-    InputError where there is neither, and for weights that do not fit.
+    The network is built from the settings kept with the model; a checkpoint without takes those of `config`. `source_prefix`
+    chooses one of several networks in a checkpoint. Raises InputError where there are no settings, and for weights that do not
+    fit or may be several networks'.
     """
     with fetched(where, store, key="model") as (local, run_id):
         notes = read_model_notes(local, where)
@@ -60,7 +61,7 @@ def load_model(where: str, domain: str, config: Config | None, store: Store) -> 
             "with --config, for example the config.yaml of the run that made it, or name the run's model: runs:/ID."
         )
     # load_into would suggest strict_loading, which a finished model has no use for
-    problems = load_into(network, weights, strict=False, where=where)
+    problems = load_into(network, weights, False, where, source_prefix, "source_prefix")
     if problems:
         raise InputError(
             f"model is {where!r}, whose weights do not fit its network ({listed(problems)}); give its own settings."

@@ -34,16 +34,18 @@ class RunResult:
         return f"runs:/{self.run_id}/model"
 
     def history(self) -> pd.DataFrame:
-        """Every logged value, read back from MLflow: columns metric, step, value."""
+        """Every logged value, read back from MLflow: columns metric, step, value. Infinity and NaN are as they were logged."""
         import mlflow
         import pandas as pd
+
+        from dann_experiments.tracking.values import logged_points
 
         client = mlflow.MlflowClient(tracking_uri=self.tracking_uri)
         rows = [
             {"metric": name, "step": point.step, "value": point.value}
             for name in sorted(client.get_run(self.run_id).data.metrics)
-            for point in client.get_metric_history(self.run_id, name)
+            for point in logged_points(client, self.run_id, name)
         ]
         return pd.DataFrame(rows, columns=["metric", "step", "value"]).sort_values(
-            ["metric", "step"], ignore_index=True
+            ["metric", "step"], ignore_index=True, kind="stable"
         )

@@ -566,7 +566,10 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
         del settings["data"]["pad_to_crop"]
     for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
         del settings["trainer"][key]
-    settings["domain_adaptation"]["pretrained_checkpoint"]["path"] = source_model
+    checkpoint = settings["domain_adaptation"]["pretrained_checkpoint"]
+    checkpoint["path"] = source_model
+    if checkpoint["source_prefix"] is None:  # as before there was the setting
+        del checkpoint["source_prefix"]
     for domain in ("source", "target"):
         reading = dataclasses.asdict(filled(getattr(config.data, domain)))
         for key in ("name", "preset", "scene", "root", "train", "val", "test"):  # the digests tell

@@ -110,7 +110,8 @@ def load_weights(config: Config, network: nn.Module, local: Path, path: str) -> 
 
 
 def _load(config: Config, network: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
-    left_out = load_into(network, weights, config.domain_adaptation.pretrained_checkpoint.strict_loading, path)
+    checkpoint = config.domain_adaptation.pretrained_checkpoint
+    left_out = load_into(network, weights, checkpoint.strict_loading, path, checkpoint.source_prefix)
     for problem in left_out:
         log.warning("checkpoint %s: %s", path, problem)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from dann_experiments.config.places import user_path
 from dann_experiments.data.reading import Normalisation, Reading, reading_from_facts
 from dann_experiments.models.checkpoints import load_tensors
 from dann_experiments.models.networks import build_network
+from dann_experiments.models.weights import PREFIX_KEY, find_weights, is_counter
 
 SourceFormat = Literal["auto", "pytorch_lightning", "pytorch", "smp"]
 WEIGHTS_NAME = "model.safetensors"
@@ -31,6 +32,7 @@ CONFIG_NAME = "config.json"
 NOTES_NAME = "dann.json"
 DOMAINS = ("source", "target")
 BASIC_ARGUMENTS = ("encoder_name", "in_channels", "classes")
+DEEPEST = 4  # mappings inside mappings of a checkpoint that are looked into
 # of config.json: what says nothing about the weights, and an activation at the end, since our networks give logits
 NO_ARGUMENTS = ("_model_class", "encoder_weights", "activation")
 
@@ -117,9 +119,11 @@ def read_model_notes(path: str | Path, where: str | None = None) -> ModelNotes |
 
 
 def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict[str, Tensor]:
-    """The network's state dict in a file or folder: Lightning `.ckpt`, plain state dict, SMP folder, safetensors.
+    """The tensors in a file or folder by name: Lightning `.ckpt`, state dict, SMP folder, safetensors.
 
-    Only tensors and plain values are read, never code (`checkpoints.py`). Raises InputError for anything else.
+    State dicts inside mappings (`net`, `model.state_dict`) are all read; where there are several, their names begin with the
+    keys that lead to them. Only tensors and plain values are read, never code (`checkpoints.py`). Raises InputError for
+    anything else.
     """
     path = user_path(path)
     if not path.exists():
@@ -142,39 +146,51 @@ def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict
             "save_pretrained folder, or auto."
         )
     content = load_tensors(path)
-    if source_format == "auto":
-        source_format = "pytorch_lightning" if "pytorch-lightning_version" in content else "pytorch"
-    state = content.get("state_dict", content) if source_format == "pytorch_lightning" else _plain_state(content)
-    if not isinstance(state, dict):
+    is_lightning = source_format == "pytorch_lightning" or "pytorch-lightning_version" in content
+    if is_lightning and not isinstance(content.get("state_dict", content), dict):
         raise InputError(
-            f"checkpoint {path} holds {type(state).__name__} as state_dict; give one of names and tensors."
+            f"checkpoint {path} holds {type(content['state_dict']).__name__} as state_dict; give one of names and tensors."
         )
-    weights = {str(name): value for name, value in state.items() if isinstance(value, Tensor) and _holds_values(value)}
+    only = content.get("state_dict", content) if source_format == "pytorch_lightning" else content
+    found = dict(_state_dicts(only))
+    weights = {
+        ".".join([*keys, name] if len(found) > 1 else [name]): tensor
+        for keys, state in found.items()
+        for name, tensor in state.items()
+    }
     if not weights:
         raise InputError(f"checkpoint {path} holds no tensors under {sorted(map(str, content))[:8]}.")
     return weights
 
 
-def load_into(network: nn.Module, weights: Mapping[str, Tensor], strict: bool, where: str) -> list[str]:
-    """Load `weights` into `network`, after dropping a common prefix such as `model.` or `network.` they may carry.
+def load_into(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    strict: bool,
+    where: str,
+    source_prefix: str | None = None,
+    prefix_key: str = PREFIX_KEY,
+) -> list[str]:
+    """Load `weights` into `network`: those under `source_prefix`, or under the one prefix, such as `model.`, that brings a
+    network (`weights.py`). Their values are cast to the network's type.
 
     Returns what did not fit, one line each; with `strict` raises InputError listing it by name instead.
     """
     wanted = network.state_dict()
-    found = _without_prefix(weights, wanted)
-    problems = [f"missing: {name}" for name in wanted if name not in found]
-    problems += [f"not in the network: {name}" for name in found if name not in wanted]
+    found, surplus = find_weights(weights, wanted, where, source_prefix, prefix_key)
+    problems = [f"missing: {name}" for name in wanted if name not in found and not is_counter(name)]
+    problems += [f"not in the network: {name}" for name in surplus]
     problems += [
         f"other shape: {name} is {tuple(found[name].shape)}, the network's {tuple(tensor.shape)}"
         for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
+        if name in found and found[name].shape != tensor.shape and not is_counter(name)
     ]
     if problems and strict:
         raise InputError(
             f"checkpoint {where} does not fit the network of `model` ({listed(problems)}). Give the checkpoint's own model "
             "settings, or set domain_adaptation.pretrained_checkpoint.strict_loading to false to load what fits."
         )
-    fitting = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
+    fitting = {name: tensor for name, tensor in found.items() if tensor.shape == wanted[name].shape}
     if not fitting:
         raise InputError(f"checkpoint {where} has no weight in common with the network that is built for it.")
     network.load_state_dict(fitting, strict=False)
@@ -191,28 +207,23 @@ def _holds_values(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
-def _plain_state(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            return content[key]
-    return content
+def _state_dicts(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Every mapping of names to tensors in `content`, itself included, by the keys that lead to it. State dicts have dotted
+    names: where there are some, mappings without, such as an optimizer's, are none."""
+    found = list(_tensors_inside(content, (), 0))
+    dotted = [(keys, state) for keys, state in found if any("." in name for name in state)]
+    yield from dotted or found
 
 
-def _without_prefix(weights: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Checkpoints of training wrappers name the network's weights `network.encoder...`; take those, drop the prefix."""
-    candidates: Sequence[str] = [
-        "",
-        *{name[: name.index(key)] for name in weights for key in [_first_part(wanted)] if key in name},
-    ]
-    best = max(
-        candidates,
-        key=lambda prefix: sum(name.startswith(prefix) and name[len(prefix) :] in wanted for name in weights),
-    )
-    return {name[len(best) :]: tensor for name, tensor in weights.items() if name.startswith(best)}
-
-
-def _first_part(wanted: Mapping[str, Any]) -> str:
-    return next(iter(wanted)).split(".")[0] + "."
+def _tensors_inside(
+    content: Mapping[Any, Any], keys: tuple[str, ...], depth: int
+) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor) and _holds_values(value)}
+    if state:
+        yield keys, state
+    for key, value in content.items() if depth < DEEPEST else ():
+        if isinstance(key, str) and isinstance(value, dict):
+            yield from _tensors_inside(value, (*keys, key), depth + 1)
 
 
 def _read_json(file: Path, where: str) -> dict[str, Any]:

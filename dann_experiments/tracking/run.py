@@ -28,6 +28,7 @@ from dann_experiments.tracking.processes import end_with_the_launcher, process_n
 from dann_experiments.tracking.sender import SPOOL, TAGS, Sender, giving_way
 from dann_experiments.tracking.spool import Point
 from dann_experiments.tracking.store import Store, check_run_id, without_secrets
+from dann_experiments.tracking.values import logged_points
 
 log = logging.getLogger(__name__)
 PARAMS_A_REQUEST = 100  # MLflow's limit
@@ -261,11 +262,7 @@ def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> Ite
     run = store.client.get_run(run_id)
     if "dann.closed_by" in run.data.tags:
         store.client.delete_tag(run_id, "dann.closed_by")
-    return (
-        Point(name, point.value, point.timestamp, point.step)
-        for name in run.data.metrics
-        for point in store.client.get_metric_history(run_id, name)
-    )
+    return (point for name in run.data.metrics for point in logged_points(store.client, run_id, name))
 
 
 class _Signals:

@@ -1,0 +1,187 @@
+"""Finds a network's weights among the tensors of a checkpoint, whatever prefixes training tools put before their names.
+
+A prefix is what comes before the network's own names: `model` in `model.encoder.conv1.weight`, the empty one in a plain state
+dict. It is complete if it brings every weight of the network in the network's shape; counters of batches are no weights.
+
+- One complete prefix is taken. Others, of which a checkpoint has only parts, are left out and logged.
+- Several complete prefixes with different values (a network and its running average) are refused: the user chooses one.
+- Without a complete prefix, the one with most weights is taken, unless another brings at least half as many.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dann_experiments.config.errors import InputError
+
+log = logging.getLogger(__name__)
+PREFIX_KEY = "domain_adaptation.pretrained_checkpoint.source_prefix"
+# put into names by torch.compile; DataParallel, DDP and AveragedModel; FSDP; activation checkpointing
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+COUNTER = "num_batches_tracked"  # older tools do not save it, and only BatchNorm without a momentum reads it
+RIVAL_SHARE = 0.5  # of the weights under the fullest prefix: with so many, another prefix may be meant as well
+ROOT = "."  # how the empty prefix is shown, and may be given where an empty text means "not set"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The weights of the network under one prefix of a checkpoint."""
+
+    prefix: str
+    names: Mapping[str, str]
+    """The network's own name -> the checkpoint's."""
+    fitting: int
+    """Weights in the network's shape, counters left out."""
+
+    @property
+    def shown(self) -> str:
+        """The prefix as messages show it."""
+        return repr(self.prefix or ROOT)
+
+
+def find_weights(
+    weights: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    where: str,
+    source_prefix: str | None = None,
+    prefix_key: str = PREFIX_KEY,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of `weights` by the names of `wanted`, a network's state dict, and the names under the same prefix that the
+    network does not have. `source_prefix` chooses the prefix; messages call that setting `prefix_key` and the checkpoint `where`.
+
+    Raises InputError if several prefixes may be meant, and for a `source_prefix` that is not there.
+    """
+    candidates = _candidates(weights, wanted, where)
+    total = sum(not is_counter(name) for name in wanted)
+    if source_prefix is not None:
+        chosen = _named(candidates, source_prefix, where, prefix_key, total)
+    elif candidates:
+        chosen = _only_one(candidates, weights, where, prefix_key, total)
+    else:
+        return {}, sorted(name for name in weights if not is_counter(name))
+    found = {own: weights[chosen.names[own]] for own in wanted if own in chosen.names}
+    return found, _surplus(weights, chosen, candidates)
+
+
+def is_counter(name: str) -> bool:
+    """Whether the name is that of a counter of batches, which is no weight."""
+    return name.rpartition(".")[2] == COUNTER
+
+
+def _candidates(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> list[Candidate]:
+    """Every prefix with at least one weight of the network, by name."""
+    known = {_without_wrappers(name): name for name in wanted}
+    found: dict[str, dict[str, str]] = {}
+    for name in sorted(weights):
+        parts = name.split(".")
+        for start, part in enumerate(parts):
+            own = None if part in WRAPPERS else known.get(_without_wrappers(".".join(parts[start:])))
+            if own is None:
+                continue
+            names = found.setdefault(".".join(parts[:start]), {})
+            if own in names and not torch.equal(weights[names[own]], weights[name]):
+                raise InputError(
+                    f"checkpoint {where} holds {own} twice, as {names[own]} and as {name}, with different values; "
+                    "save the state_dict of one network."
+                )
+            names.setdefault(own, name)
+    candidates = []
+    for prefix, names in sorted(found.items()):
+        fitting = sum(weights[name].shape == wanted[own].shape for own, name in names.items() if not is_counter(own))
+        if not all(is_counter(own) for own in names):
+            candidates.append(Candidate(prefix, names, fitting))
+    return candidates
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _named(candidates: Sequence[Candidate], source_prefix: str, where: str, prefix_key: str, total: int) -> Candidate:
+    """The candidate that a user means: by the whole prefix, with or without wrappers, or by some parts of it."""
+    given = source_prefix.strip(".")
+    tests = [
+        lambda prefix: prefix == given,
+        lambda prefix: _without_wrappers(prefix) == given,
+    ]
+    if given:
+        tests.append(lambda prefix: f".{given}." in f".{prefix}." or f".{given}." in f".{_without_wrappers(prefix)}.")
+    for test in tests:
+        meant = [candidate for candidate in candidates if test(candidate.prefix)]
+        if len(meant) > 1:
+            raise InputError(
+                f"{prefix_key} is {source_prefix!r}, which may mean {_listed(meant, total)} of checkpoint {where}; "
+                "give the whole prefix."
+            )
+        if meant:
+            return meant[0]
+    there = f"it has them under {_listed(candidates, total)}; give one of these" if candidates else "nor anywhere else"
+    raise InputError(
+        f"{prefix_key} is {source_prefix!r}, but checkpoint {where} has no weights of this network there, {there}."
+    )
+
+
+def _only_one(
+    candidates: Sequence[Candidate], weights: Mapping[str, Tensor], where: str, prefix_key: str, total: int
+) -> Candidate:
+    """The candidate to take without being told; raises InputError if there may be several."""
+    fullest = max(
+        candidates, key=lambda candidate: (candidate.fitting, len(candidate.names))
+    )  # the first of equal ones
+    if fullest.fitting == total:
+        rivals = [one for one in candidates if one.fitting == total]
+    elif fullest.fitting:
+        rivals = [one for one in candidates if one.fitting >= RIVAL_SHARE * fullest.fitting]
+    else:  # another network's names, in other shapes
+        rivals = [one for one in candidates if len(one.names) >= RIVAL_SHARE * len(fullest.names)]
+    if any(not _equal(fullest, one, weights) for one in rivals):
+        raise InputError(
+            f"checkpoint {where} holds several networks that may be meant, under {_listed(rivals, total)}; choose one by "
+            f"{prefix_key}."
+        )
+    left_out = [one for one in candidates if one not in rivals]
+    if left_out:
+        log.info(
+            "checkpoint %s: the weights under %s are loaded; left out: %s.",
+            where, fullest.shown, _listed(left_out, total),
+        )  # fmt: skip
+    return fullest
+
+
+def _equal(one: Candidate, other: Candidate, weights: Mapping[str, Tensor]) -> bool:
+    """Whether both bring the same values: one network that was saved, or registered, under two names."""
+    if one is other:
+        return True
+    names = {own for own in one.names if not is_counter(own)}
+    if names != {own for own in other.names if not is_counter(own)}:
+        return False
+    pairs = ((weights[one.names[own]], weights[other.names[own]]) for own in sorted(names))
+    return all(left.dtype == right.dtype and torch.equal(left, right) for left, right in pairs)
+
+
+def _surplus(weights: Mapping[str, Tensor], chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
+    """What stands beside the weights under the chosen prefix and is neither theirs nor another candidate's."""
+    start = chosen.prefix and f"{chosen.prefix}."
+    taken = {_without_wrappers(own) for own in chosen.names}
+    others = tuple(
+        f"{one.prefix}." for one in candidates if one.prefix.startswith(start) and one.prefix != chosen.prefix
+    )
+    return sorted(
+        name.removeprefix(start)
+        for name in weights
+        if name.startswith(start)
+        and _without_wrappers(name.removeprefix(start)) not in taken
+        and not name.startswith(others)
+        and not is_counter(name)
+    )
+
+
+def _listed(candidates: Sequence[Candidate], total: int) -> str:
+    """Prefixes with the share of the network that each brings, as far as a sentence holds them."""
+    shown = [f"{one.shown} ({one.fitting} of {total} weights)" for one in candidates[:8]]
+    return ", ".join(shown) + (f" and {len(candidates) - 8} more" if len(candidates) > 8 else "")

@@ -1,0 +1,84 @@
+"""What the report of a sweep says of its own numbers: what importances rest on, and ties between winner and control."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+from conftest import small_settings
+from optuna.trial import TrialState
+
+from dann_experiments import load_config
+from dann_experiments.tracking.store import open_store
+from sweeps.confirm import _Contest
+from sweeps.definition import describe
+from sweeps.report import FEWEST_FOR_IMPORTANCES, importances_note, write_report
+from sweeps.settings import SweepConfig
+from sweeps.space import read_space
+from sweeps.study import Slot, Sweep, build_pruner, open_storage
+
+KEYS = ("optimizer.lr", "optimizer.weight_decay", "monitor.forgetting_threshold", "domain_adaptation.method.lambda_da",
+        "domain_adaptation.method.discriminator_lr", "domain_adaptation.method.lambda_schedule.gamma")  # fmt: skip
+
+
+def study_of(count: int, keys: tuple[str, ...]) -> Sweep:
+    """A study in which nothing matters."""
+    config = load_config(None, small_settings(Path("nowhere")))
+    sweep = SweepConfig(
+        space={key: {"type": "float", "low": 1e-3, "high": 0.1} for key in keys}, study="s", n_trials=count
+    )
+    space = read_space(sweep.space, config)
+    study = Sweep.create(open_storage("journal.log"), "s", maximizes=True)
+    describe(study, sweep, space, config, count)
+    study.add([Slot("control", {}, reference=True), *[Slot("search", {})] * count, Slot("search", {})])
+    for number in range(count + 1):
+        slot = study.claim("host:1:0", "t")
+        assert slot is not None
+        seen = study.for_sampling(optuna.samplers.RandomSampler(seed=number), build_pruner("none", 3))
+        trial = optuna.Trial(seen, slot._trial_id)
+        if number:
+            study.note(slot, point=space.suggest(trial))
+        seen.tell(trial, 0.5 + (number * 7 % 5) / 100, TrialState.COMPLETE)
+    return study
+
+
+@pytest.mark.parametrize("keys", [KEYS[:2], KEYS], ids=["two settings", "six settings"])
+def test_importances_say_on_how_many_trials_they_rest_and_that_these_are_few(workplace, keys):
+    study, folder = study_of(8, keys), Path("report")
+    folder.mkdir()
+    write_report(study, open_store(None, "e"), folder)
+    words = "Importances from 8 complete trials: a hint at most. Below about 50, settings that do not matter get large shares"
+    report, page = (folder / "report.md").read_text(), (folder / "figures" / "study.html").read_text()
+    assert words in report
+    assert words in page
+    assert ("The contour shows the 5 settings" in report) is (len(keys) > 5)
+    assert (folder / "figures" / "importances.png").stat().st_size > 5000
+
+
+def test_enough_trials_are_named_without_a_warning():
+    assert FEWEST_FOR_IMPORTANCES == 50
+    assert "hint" in importances_note(49)
+    assert importances_note(50) == "Importances from 50 complete trials."
+
+
+def test_a_winner_that_is_as_good_as_the_control_does_not_beat_it(workplace):
+    parent = study_of(2, KEYS[:2])
+    control, *others = parent.trials(TrialState.COMPLETE)
+    contest = _Contest(parent, others, [1, 2])
+    study = Sweep.create(open_storage("journal.log"), "s-confirm", maximizes=True)
+    for scores, beats in (
+        ({control.number: 0.5}, False),
+        ({control.number: 0.4}, True),
+        ({control.number: 0.6}, False),
+    ):
+        study.storage.delete_study(study.study_id)
+        study = Sweep.create(open_storage("journal.log"), "s-confirm", maximizes=True)
+        study.add(contest.slots())
+        while (slot := study.claim("host:1:0", "t")) is not None:
+            value = scores.get(slot.user_attrs["candidate"], 0.5)
+            study.storage.set_trial_state_values(slot._trial_id, TrialState.COMPLETE, [value])
+        winner, table = contest.winner(study), contest.table(study)
+        assert winner is not None
+        assert winner.number == others[0].number
+        assert contest.beats_control(table, winner) is beats
