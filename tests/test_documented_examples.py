@@ -127,7 +127,8 @@ class Place:
 
     def fact(self, name: str) -> str:
         """What an example needs of the place: the id of a run, the name of a model, ...; made when first asked for."""
-        if name == "killed":  # a new one each time, since a run goes on once
+        if name == "killed":  # a new one each time, since a run is resumed once
+            self._ran = {words: ran for words, ran in self._ran.items() if "--resume" not in words}
             return killed(self)
         if name not in self._facts:
             self._facts[name] = FACTS[name](self)
