@@ -180,7 +180,7 @@ ONE_IMAGE = "--data.source.batch_size 1 --data.target.batch_size 1"
 SMALL_UNET = "--model.encoder_name resnet18 --model.encoder_weights null --model.decoder_channels '[32, 16, 16, 8, 8]'"
 SCENES = f"{SHORT} {SMALL_UNET} {ONE_IMAGE} --trainer.limit_train_batches 1"
 FEW_ARMS = "--arms few.yaml"
-TREES = f"{FEW_STEPS} --data.source.batch_size 2 --data.target.batch_size 2"
+TREES = f"{FEW_STEPS} --model.decoder_channels '[16, 8, 8, 8]' --data.source.batch_size 2 --data.target.batch_size 2"
 
 
 def for_mlflow(more: str) -> str:
@@ -309,7 +309,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
             "squares"
         ),
         "python -m sweeps run --space sweeps/dann.yaml --config mine.yaml --objective select/infomax": Example(
-            "squares", "--n_trials 3 --workers 1", slow=True
+            "squares", "--n_trials 2 --workers 1", slow=True
         ),
     },
     ("docs/selection.md", "How well they choose"): {
@@ -328,7 +328,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     ("docs/sweeps.md", "Sweeps"): {
         "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
         "python -m sweeps run --space sweeps/wide.yaml --config mine.yaml --n_trials 40": Example(
-            "squares", "--workers 1 --study wide-again", {"n_trials": "3"}, slow=True
+            "squares", "--workers 1", {"n_trials": "3"}, slow=True
         ),
         "python -m sweeps status --study dann-digits": Example("digits", after="dann_digits", slow=True),
         "python -m sweeps resume --study dann-digits": Example("digits", after="dann_digits", slow=True),
@@ -345,7 +345,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
             instead={
                 "n_trials=8": "n_trials=3, workers=1",
                 '"recipes/digits.yaml"': '"recipes/digits.yaml", {"trainer.max_epochs": 1, "pretraining.max_epochs": 1,'
-                ' "trainer.limit_train_batches": 2, "data.root": "few_digits"}',
+                ' "trainer.limit_train_batches": 2, "data.root": "few_digits", "threads": 1}',
             },
             slow=True,
         ),

@@ -58,16 +58,7 @@ from dann_experiments.jobs import adapt
 from sweeps import __main__ as sweeps
 
 FOUND = pieces()
-SHARED = (
-    "dann_experiments",
-    "sweeps",
-    "recipes",
-    "benchmarks",
-    "MLproject",
-    "conda.yaml",
-    "Makefile",
-    "pyproject.toml",
-)  # of a clone
+CLONE = ["dann_experiments", "sweeps", "recipes", "benchmarks", "MLproject", "conda.yaml", "Makefile", "pyproject.toml"]
 FEW_ARMS = {"source only": {"kind": "source_only"}, "lambda = 0 control": {"kind": "control"}, "DANN": {}}
 ABLATION = "# ablation.yaml"
 README_DATA, REGION_DATA = "model: {arch: unet, encoder_name: resnet34", "model: {in_channels: 4"
@@ -93,10 +84,11 @@ class Place:
         (folder / "few.yaml").write_text(yaml.safe_dump({"arms": FEW_ARMS}, sort_keys=False))
 
     def run(self, words: list[str], apart: bool = False) -> Ran:
-        """Run a command; the same one is not run again."""
-        if tuple(words) not in self._ran:
-            self._ran[tuple(words)] = self._run(words, apart)
-        ran = self._ran[tuple(words)]
+        """Run a command; one of the same settings is not run again."""
+        settings = meaning(words)
+        if settings not in self._ran:
+            self._ran[settings] = self._run(words, apart)
+        ran = self._ran[settings]
         assert ran.code == 0, f"{shlex.join(words)} ended with exit code {ran.code}:\n{ran.printed[-4000:]}"
         return ran
 
@@ -104,17 +96,12 @@ class Place:
         if words[:2] == ["mlflow", "run"]:
             return self.run_apart([sys.executable, "-m", *words]) if apart else self.run(entry_point(words))
         assert words[:2] == ["python", "-m"], words
-        module, arguments = words[2], words[3:]
-        here = {
-            "dann_experiments": program.main,
-            "sweeps": sweeps.main if arguments[0] in ("status", "report") else None,
-        }
-        main = here.get(module)
+        main = {"dann_experiments": program.main, "sweeps": sweeps.main}.get(words[2])
         if apart or main is None:
             return self.run_apart([sys.executable, *words[1:]])
         printed = io.StringIO()
         with contextlib.chdir(self.folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            code = main(arguments)
+            code = main(words[3:])
         return Ran(code, printed.getvalue())
 
     def run_apart(self, words: list[str]) -> Ran:
@@ -140,7 +127,8 @@ class Place:
 
     def fact(self, name: str) -> str:
         """What an example needs of the place: the id of a run, the name of a model, ...; made when first asked for."""
-        if name == "killed":  # a new one each time, since a run goes on once
+        if name == "killed":  # a new one each time, since a run is resumed once
+            self._ran = {words: ran for words, ran in self._ran.items() if "--resume" not in words}
             return killed(self)
         if name not in self._facts:
             self._facts[name] = FACTS[name](self)
@@ -323,6 +311,14 @@ def environment() -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "COLUMNS": "200",
     }
+
+
+def meaning(words: list[str]) -> tuple[str, ...]:
+    """The words of a command without options that are empty, and in one order: what is the same run."""
+    if words[0] != "python" or not all(word.startswith("--") for word in words[4::2]):
+        return tuple(words)
+    options = sorted(zip(words[4::2], words[5::2], strict=False))
+    return (*words[:4], *(word for pair in options if pair[1] for word in pair))
 
 
 def entry_point(words: list[str]) -> list[str]:
