@@ -17,7 +17,6 @@ from dann_experiments.training.scores import (
     Scores,
     log_shares,
     macro_mean,
-    metric_name,
     predict_images,
     row_shares,
     score_set,
@@ -138,11 +137,6 @@ def test_metrics_name_the_classes_present():
         "class_iou/target_val/trees_shrubs": 2 / 3,
     }
     assert scores.metrics("target_val", ["ground", "water", "trees/shrubs"]) == pytest.approx(expected)
-
-
-def test_characters_that_mlflow_refuses_become_underscores():
-    assert metric_name("low_veg 2.0-a") == "low_veg 2.0-a"
-    assert metric_name("Straße/Weg (asphalt)") == "Stra_e_Weg _asphalt_"
 
 
 class Threshold(nn.Module):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
 from dann_experiments.comparison.result import Arm, ArmRun
-from dann_experiments.config import Config, InputError, load_config
+from dann_experiments.config import Config, InputError, flatten, load_config
 from dann_experiments.config.comparison import ARM_NAMES, KINDS, Kind
 from dann_experiments.config.errors import StoreAway
+from dann_experiments.config.names import LONGEST_PARAM
 from dann_experiments.config.stored import without_code
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, known_run, without_secrets
@@ -24,6 +26,7 @@ from dann_experiments.training.selection import PREFIX
 log = logging.getLogger(__name__)
 CURVES = ("iou/source_val", "iou/target_val", "da/lambda", "da/domain_acc", "da/domain_acc_val")
 PROBES = ("da/probe_acc", "da/a_distance")  # at step 0 of the warm start, at the last step of the adapted network
+METHOD = "domain_adaptation.method."  # config_of leaves a class of somebody's own out
 NOT_THE_ARM = (
     "seed", "threads", "tracking.", "domain_adaptation.pretrained_checkpoint.", "trainer.enable_progress_bar",
     "data.memory_gb", "data.num_workers", "data.root", "data.embedded.", "data.oracle",
@@ -56,7 +59,7 @@ def arms_of_runs(store: Store, run_ids: Sequence[str]) -> tuple[list[Arm], list[
     groups: dict[tuple[Kind, str, tuple], list[str]] = {}
     for run_id, run in runs.items():
         if kinds[run_id] != "source_only":
-            settings = _settings(run, kinds[run_id])
+            settings = _settings(store, run, kinds[run_id])
             groups.setdefault((kinds[run_id], _method(run), tuple(sorted(settings.items()))), []).append(run_id)
     arms, found = [], []
     if sources:
@@ -210,7 +213,7 @@ def _method(run: Any) -> str:
     return run.data.tags.get("dann.method", "")
 
 
-def _settings(run: Any, kind: Kind) -> dict[str, str]:
+def _settings(store: Store, run: Any, kind: Kind) -> dict[str, str]:
     """The settings that tell arms apart; of what is not trained, none."""
     if kind == "statistics":
         return {}
@@ -218,7 +221,52 @@ def _settings(run: Any, kind: Kind) -> dict[str, str]:
     params = {
         key.removeprefix(PARAM_PREFIX): value for key, value in run.data.params.items() if key.startswith(PARAM_PREFIX)
     }
-    return {key: value for key, value in params.items() if not key.startswith(unused)}
+    return {key: value for key, value in _as_any_version(store, run, params).items() if not key.startswith(unused)}
+
+
+def _as_any_version(store: Store, run: Any, params: Mapping[str, str]) -> dict[str, str]:
+    """Params in one form, whichever version of this program kept them. Runs of earlier versions keep a mapping that a user fills
+    as `...value_map.0` and so on, later ones as one value, and a run that one began and the other went on with has both; a
+    setting that was not there yet is at its default; a value that was cut is taken from the run's `config.yaml`."""
+    values: dict[str, Any] = {
+        key: (_read_mapping(text) or text) if text.startswith("{") else text for key, text in params.items()
+    }
+    cut = [key for key, text in params.items() if len(text) >= LONGEST_PARAM and not key.startswith(METHOD)]
+    known = config_of(store, run.info.run_id) if cut else None
+    if known is not None:
+        whole = flatten(known)
+        values |= {key: whole[key] for key in cut if key in whole}
+    for key, value in flatten(Config()).items():
+        if key not in values and not any(other.startswith(f"{key}.") for other in params):
+            values[key] = value
+    return dict(_leaves(values))
+
+
+def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+def _read_mapping(text: str) -> dict[Any, Any] | None:
+    """A mapping of plain values out of its text; None where the text is none, such as one that was cut."""
+    try:
+        tree = ast.parse(text, mode="eval")
+        for node in [node for node in ast.walk(tree) if isinstance(node, (ast.Dict, ast.List, ast.UnaryOp))]:
+            for name, inner in ast.iter_fields(node):
+                read = [_number(item) for item in inner] if isinstance(inner, list) else _number(inner)
+                setattr(node, name, read)
+        found = ast.literal_eval(tree)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _number(node: Any) -> Any:
+    """nan and inf as the numbers that they are; Python writes them as names."""
+    return ast.Constant(float(node.id)) if isinstance(node, ast.Name) and node.id in ("nan", "inf") else node
 
 
 def _history(store: Store, run_id: str, name: str) -> list[tuple[int, float]]:

@@ -23,18 +23,17 @@ from dann_experiments.comparison.selection_quality import per_epoch_choices, sco
 from dann_experiments.comparison.verdict import Verdict, difference_table, judge
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.comparison import CompareConfig
+from dann_experiments.config.names import labels_in_store
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.jobs.source_model import digest_of_model, fetched
 from dann_experiments.tracking.orphans import close_orphans
 from dann_experiments.tracking.run import TrackedRun, tracked_run
 from dann_experiments.tracking.store import TRAINING_PAGES, Store, local_artifact_folder, open_store, without_secrets
-from dann_experiments.training.scores import metric_name
 
 log = logging.getLogger(__name__)
 JUDGED = ("iou/target_test", "iou/target_val")  # the first that all judged runs have
 TABLE_SCORES = ("iou/source_val", "iou/source_test", "iou/target_val", "iou/target_test")
-LONGEST_TAG = 5000  # MLflow's own limit is 8000, a database's may be 5000
 SHOWN = (*TABLE_SCORES, *PROBES, "class_iou/")  # names, or beginnings of names, of what a report shows of a run
 PAGE, SUMMARY = "report.html", "summary.png"
 
@@ -246,15 +245,16 @@ def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: 
     if comparison.selection is not None:
         comparison.selection.to_csv(tables / "selection.csv", index=False, float_format="%.6f")
     metrics = {}
+    called = labels_in_store([arm.name for arm in comparison.arms])
     for row in table.to_dict("records"):
         if row["metric"] in TABLE_SCORES:
-            name = f"compare/{row['metric'].removeprefix('iou/')}/{metric_name(str(row['arm']))}"
+            name = f"compare/{row['metric'].removeprefix('iou/')}/{called[row['arm']]}"
             metrics |= {f"{name}/mean": row["mean"], f"{name}/std": row["std"]}
     run.log_metrics({name: value for name, value in metrics.items() if value == value}, step=0)
     lines = [verdict.line for verdict in comparison.verdicts] or list(comparison.notes)
     (run.folder / "verdict.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     outcomes = "; ".join(f"{verdict.arm}: {verdict.outcome}" for verdict in comparison.verdicts)
     texts = {"dann.verdict": outcomes or "no target labels", "mlflow.note.content": "\n\n".join(lines)}
-    run.set_tags({name: text[:LONGEST_TAG] for name, text in texts.items()})
+    run.set_tags(texts)
     write_page(run.folder / PAGE, comparison, links)
     draw_summary(run.folder / SUMMARY, comparison)

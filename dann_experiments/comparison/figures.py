@@ -27,8 +27,8 @@ from sklearn.decomposition import PCA
 
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison, FeatureCloud, Panel
 from dann_experiments.comparison.verdict import CONFIDENCE, Interval, Verdict, paired
+from dann_experiments.config.names import labels_in_store
 from dann_experiments.tracking.figures import COLOURS, DOMAIN_COLOURS, IGNORED_COLOUR, class_colours
-from dann_experiments.training.scores import metric_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +113,7 @@ def seed_scores(comparison: Comparison, arm: str, metric: str) -> dict[int, floa
 
 def class_scores(comparison: Comparison, arm: str, class_name: str) -> np.ndarray:
     """(n,) IoU of one class on the set that the verdict judges."""
-    name = f"class_{comparison.metric}/{metric_name(class_name)}"
+    name = f"class_{comparison.metric}/{labels_in_store(comparison.class_names)[class_name]}"
     return np.array(list(seed_scores(comparison, arm, name).values()))
 
 

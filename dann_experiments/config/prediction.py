@@ -31,7 +31,7 @@ class PredictConfig:
     """Bands to read, in this order, counted from 1 (1,2,3), for images whose bands are others than in training; null = as the
     model was trained."""
     nodata: Literal["file"] | float | list[float] | None = None
-    """Pixels that hold this value (or one of these) get no class; file = the file's own nodata value. The file's own mask and alpha
+    """Pixels that hold this value (or one of these) get no class; file = the file's own nodata value. The file's mask and alpha
     band count as well; [] = none of these; null = as the model was trained."""
     file_pixel_size: float | None = None
     """Size of the images' pixels where they are not georeferenced, for a model that was trained on pixels of one size; null = as

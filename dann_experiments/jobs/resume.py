@@ -16,6 +16,7 @@ from dann_experiments.config.disk import writing
 from dann_experiments.config.parsing import given_settings
 from dann_experiments.config.stored import CLASS_PATH
 from dann_experiments.jobs import setup
+from dann_experiments.tracking.deleted import is_deleted
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, check_room, in_one_line, known_run, open_store, without_secrets
@@ -128,6 +129,10 @@ def _unfinished(store: Store, run_id: str, job: str) -> Any:
         raise InputError(
             f"resume is {run_id!r}, but the tracking store {without_secrets(store.uri)} has no such run; give the id of a run, "
             "or auto."
+        )
+    if is_deleted(run):
+        raise InputError(
+            f"resume is {run_id}, which was deleted in the store; bring it back: mlflow runs restore --run-id {run_id}."
         )
     found = run.data.tags.get("dann.job")
     if found != job:

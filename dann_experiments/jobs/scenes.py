@@ -226,7 +226,7 @@ def _check_apart(pairs: Sequence[tuple[Path, Path]], settings: PredictConfig) ->
         taken = set(outputs.values()) & {probabilities_path(output) for output in outputs.values()}
         if taken:
             raise InputError(
-                f"output {taken.pop()} would be both a map and the probabilities of another; rename an image."
+                f"output {min(taken)} would be both a map and the probabilities of another; rename an image."
             )
 
 

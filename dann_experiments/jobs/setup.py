@@ -22,6 +22,7 @@ from torch import nn
 from dann_experiments.adaptation.build import build_method, build_schedule, load_own_method
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.config import Config, InputError, config_to_dict, replace
+from dann_experiments.config.names import labels_in_store
 from dann_experiments.config.presets import IGNORED, filled
 from dann_experiments.config.schema import DomainDataConfig, OptimizerConfig, TrainerConfig
 from dann_experiments.data import decoded, early
@@ -38,7 +39,6 @@ from dann_experiments.models.taps import Tap, resolve_taps
 from dann_experiments.tracking.processes import available_cores, visible_gpus
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.optimizers import build_optimizer
-from dann_experiments.training.scores import metric_name
 from dann_experiments.training.selection import PREFIX, SCORES
 
 log = logging.getLogger(__name__)
@@ -407,7 +407,7 @@ def validation_metrics(config: Config) -> list[str]:
     known = ["iou/gap_source_minus_target", "iou/source_drop_from_baseline"]
     for domain in ("source", "target"):
         known += [f"iou/{domain}_val", f"loss/val_{domain}"]
-        known += [f"class_iou/{domain}_val/{metric_name(name)}" for name in config.class_names]
+        known += [f"class_iou/{domain}_val/{name}" for name in labels_in_store(config.class_names).values()]
     return known + list(SCORES)
 
 

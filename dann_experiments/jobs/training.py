@@ -17,6 +17,7 @@ from torch import nn
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.disk import writing
+from dann_experiments.config.names import labels_in_store
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.alignment import Alignment
@@ -34,7 +35,7 @@ from dann_experiments.training.monitor import (
     DOMAINS,
     DomainAdaptationMonitorCallback,
 )
-from dann_experiments.training.scores import Scores, metric_name, predict_images, score_set
+from dann_experiments.training.scores import Scores, predict_images, score_set
 from dann_experiments.training.selection import KEPT
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ def _write_results(
 
 def _write_class_table(path: Path, outcome: Outcome, class_names: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    called = labels_in_store(class_names)
     with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["set", "class", "iou_before", "iou_after"])
@@ -205,5 +207,5 @@ def _write_class_table(path: Path, outcome: Outcome, class_names: Sequence[str])
             before = outcome.before.get(name)
             for index, label in enumerate(class_names):
                 earlier = "" if before is None else f"{before.class_iou[index]:.6f}"
-                writer.writerow([name, metric_name(label), earlier, f"{scores.class_iou[index]:.6f}"])
+                writer.writerow([name, called[label], earlier, f"{scores.class_iou[index]:.6f}"])
             writer.writerow([name, "mean", "" if before is None else f"{before.iou:.6f}", f"{scores.iou:.6f}"])

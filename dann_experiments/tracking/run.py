@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,17 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from dann_experiments.config.errors import InputError, StoreAway
+from dann_experiments.config.names import (
+    LONGEST_DATA_SET,
+    LONGEST_PARAM,
+    LONGEST_RUN_NAME,
+    LONGEST_SOURCE,
+    LONGEST_TAG,
+    is_key,
+    shortened,
+)
 from dann_experiments.tracking.clock import Clock
+from dann_experiments.tracking.deleted import restored
 from dann_experiments.tracking.failures import explained_in_run
 from dann_experiments.tracking.last_word import have_last_word
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
@@ -33,6 +43,7 @@ from dann_experiments.tracking.values import logged_points
 log = logging.getLogger(__name__)
 PARAMS_A_REQUEST = 100  # MLflow's limit
 END = "end.json"  # how a run ended, for `sync` where the store was away
+RUN_NAME = "mlflow.runName"
 PARAM_PREFIX = "cfg."  # `mlflow run` logs its own raw strings under the plain names, and params cannot change
 
 
@@ -86,33 +97,44 @@ class TrackedRun:
         """Log settings under the prefix `cfg.`."""
         from mlflow.entities import Param
 
-        entries = [Param(PARAM_PREFIX + key, str(value)[:6000]) for key, value in params.items()]
+        entries = [Param(PARAM_PREFIX + key, shortened(value, LONGEST_PARAM)) for key, value in params.items()]
         for start in range(0, len(entries), PARAMS_A_REQUEST):
-            self.store.client.log_batch(self.run_id, params=entries[start : start + PARAMS_A_REQUEST])
+            some = entries[start : start + PARAMS_A_REQUEST]
+            self._asked(lambda some=some: self.store.client.log_batch(self.run_id, params=some))
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Queue tags; see Sender."""
-        self.sender.put_tags({key: str(value) for key, value in tags.items()})
+        self.sender.put_tags(_texts(tags))
 
     def log_input(self, name: str, digest: str, context: str, source: str, profile: str) -> None:
         """Log a data set the run read: MLflow shows name, digest and context (such as `source train`)."""
-        import json
-
         from mlflow.entities import Dataset, DatasetInput, InputTag
         from mlflow.exceptions import MlflowException
 
         dataset = Dataset(
-            name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": source}), profile=profile
-        )
+            name=shortened(name, LONGEST_DATA_SET), digest=digest[:36], source_type="local",
+            source=json.dumps({"uri": shortened(source, LONGEST_SOURCE)}), profile=profile,
+        )  # fmt: skip
         entry = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
         for attempts_left in (2, 1, 0):
             try:
-                self.store.client.log_inputs(self.run_id, entry)
+                self._asked(lambda: self.store.client.log_inputs(self.run_id, entry))
                 return
             except MlflowException:
                 # two runs that bring the same new data set at once: MLflow refuses the second, and takes it when asked again
                 if not attempts_left:
                     raise
+
+    def _asked(self, request: Callable[[], object]) -> None:
+        """Make a request that writes to the run; once more where the run had been deleted, and is restored."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            request()
+        except MlflowException as refusal:
+            if not restored(self.store.client, self.run_id, refusal):
+                raise
+            request()
 
 
 class RunLogger(Logger):
@@ -180,15 +202,14 @@ def tracked_run(
         if resume is None and (
             run_name is not None or claimed is None
         ):  # `mlflow run --run-name` has named a claimed one
-            tags = {**tags, "mlflow.runName": run_name or default_name}
+            tags = {**tags, RUN_NAME: run_name or default_name}
         tags = {**_provenance(), **({} if claimed else {"mlflow.source.type": "LOCAL"}), **tags}
         already = None
         if resume is not None:
             check_run_id(resume)
             run_id, already = resume, _reopen(store, resume, claimed, folder / resume)
         elif claimed is None:  # with its tags from the first moment, so that whoever looks for a killed one finds it
-            texts = {key: str(value) for key, value in tags.items()}
-            run_id = store.client.create_run(store.experiment_id, tags=texts).info.run_id
+            run_id = store.client.create_run(store.experiment_id, tags=_texts(tags)).info.run_id
         else:
             run_id = claimed
         check_run_id(run_id)
@@ -199,7 +220,7 @@ def tracked_run(
         try:
             run_folder.mkdir(exist_ok=True)
             if resume is not None or claimed is not None:
-                entries = [RunTag(key, str(value)) for key, value in tags.items()]
+                entries = [RunTag(key, text) for key, text in _texts(tags).items()]
                 store.client.log_batch(run_id, tags=entries)  # now: whoever looks for a killed run finds it by them
             yield run
             if not _close(run, "FINISHED"):
@@ -228,6 +249,14 @@ def tracked_run(
             if told is not None:
                 raise told from error
             raise
+
+
+def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Tags as the store takes them. Raises InputError for a name that it does not."""
+    for key in tags:
+        if not is_key(key):
+            raise InputError(f"tag {key!r}: MLflow takes letters, digits, and _ - . / : and blanks; give another name.")
+    return {key: shortened(value, LONGEST_RUN_NAME if key == RUN_NAME else LONGEST_TAG) for key, value in tags.items()}
 
 
 def _close(run: TrackedRun, status: str) -> bool:

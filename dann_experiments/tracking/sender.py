@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -22,7 +21,9 @@ from typing import Any
 
 from dann_experiments.config.disk import reason
 from dann_experiments.config.errors import NotWritten
+from dann_experiments.config.names import LONGEST_KEY, is_key
 from dann_experiments.tracking.clock import Clock
+from dann_experiments.tracking.deleted import restored
 from dann_experiments.tracking.spool import Point, Spool
 from dann_experiments.tracking.store import in_one_line
 
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 SPOOL, TAGS = "unsent_metrics.jsonl", "unsent_tags.json"
 BATCH = 1000  # metrics a request, MLflow's limit
 MOST_IN_MEMORY = 20_000  # about 15 MB of tensors; beyond, they are written to the spool by whoever logs the next
-VALID_NAME = re.compile(r"[\w\-. :/]+")
 SPILL_SECONDS = 1.0  # after which metrics stand in the file, where a killed process does not lose them
 SEND_SECONDS = 5.0
 """Between two sends, unless a full request waits: each costs the store, and the training beside it, milliseconds."""
@@ -102,8 +102,11 @@ class Sender:
         """Queue metrics of one step; returns at once. `again`: they stand beside other values of that step, so that a store
         which has one of each has not got these. Raises ValueError for what MLflow would never take."""
         for name, value in values.items():
-            if not VALID_NAME.fullmatch(name):
-                raise ValueError(f"metric {name!r}: MLflow takes letters, digits, and _ - . / : and blanks in a name")
+            if not is_key(name):
+                raise ValueError(
+                    f"metric {name!r}: MLflow takes letters, digits, and _ - . / : and blanks in a name, at most {LONGEST_KEY}, "
+                    "and no empty part, . or .. between slashes"
+                )
             if getattr(value, "shape", None) not in (None, ()) and value.shape.numel() != 1:
                 raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}; log one number")
         now = self.clock.now()
@@ -208,6 +211,8 @@ class Sender:
                 if self._is_due() and not self._send_next() and self._closing:
                     return
             except Exception as error:  # whatever it is, nothing is dropped and training goes on
+                if self._is_restored(error):
+                    continue
                 self.refusal = in_one_line(error)
                 if not self._failing:
                     log.warning("The tracking store does not take what is sent (%s); trying again.", self.refusal)
@@ -217,6 +222,13 @@ class Sender:
                 retry = FIRST_RETRY_SECONDS if self._closing else min(2 * retry, LONGEST_RETRY_SECONDS)
                 continue
             retry = FIRST_RETRY_SECONDS
+
+    def _is_restored(self, refusal: Exception) -> bool:
+        """Whether the store refused because somebody deleted the run, which is back now."""
+        try:
+            return restored(self._client, self._run_id, refusal)
+        except Exception:  # the store is away, which is told of the request that found it so
+            return False
 
     def _is_due(self) -> bool:
         waiting = self._spool.left + len(self._memory)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.tracking.clock import Clock
+from dann_experiments.tracking.deleted import is_deleted
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.run import END, send_folder
 from dann_experiments.tracking.sender import Sender
@@ -47,6 +48,10 @@ def sync(store: Store, folder: Path) -> Iterator[Leftover]:
         run = known_run(store, path.name)
         if run is None:
             yield Leftover(path.name, path, "is none of this store's runs (see tracking.uri): left", True)
+            continue
+        if is_deleted(run):
+            way = f"bring it back (mlflow runs restore --run-id {path.name}), or remove the folder"
+            yield Leftover(path.name, path, f"was deleted in the store: left; {way}", True)
             continue
         writer = _writer(run)
         if writer is not None:

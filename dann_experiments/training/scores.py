@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from dann_experiments.config.names import labels_in_store
 from dann_experiments.models.networks import logits_of_any_size, predicted_classes
 from dann_experiments.models.taps import evaluating
 from dann_experiments.training.ranks import sum_of
@@ -131,16 +132,12 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _by_class(kind: str, name: str, class_names: Sequence[str], scores: np.ndarray) -> dict[str, float]:
+    called = labels_in_store(class_names)
     return {
-        f"{kind}/{name}/{metric_name(label)}": float(value)
+        f"{kind}/{name}/{called[label]}": float(value)
         for label, value in zip(class_names, scores, strict=True)
         if not np.isnan(value)
     }
-
-
-def metric_name(label: str) -> str:
-    """`label` with the characters that MLflow refuses in a metric's name, and slashes, replaced by _."""
-    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "_-. ") else "_" for letter in label)
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
