@@ -21,7 +21,9 @@ ROW_NAMES = {
 """By the method's name, in the table's order."""
 ADAPTED = "tags.`dann.job` = 'adapt' and attributes.status = 'FINISHED'"
 SOURCE_PARAM = "cfg.domain_adaptation.pretrained_checkpoint.path"
-PREFIX_PARAM = "cfg.domain_adaptation.pretrained_checkpoint.source_prefix"  # runs of before there was the setting lack it
+PREFIX_PARAM = (
+    "cfg.domain_adaptation.pretrained_checkpoint.source_prefix"  # runs of before there was the setting lack it
+)
 
 
 @dataclass(frozen=True)
