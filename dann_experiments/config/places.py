@@ -15,6 +15,7 @@ ONE_SLASH = {
     "http", "https", "ftp", "ftps", "sftp", "s3", "s3a", "s3n", "gs", "gcs", "az", "abfs", "abfss", "wasb", "wasbs", "adl",
     "hdfs", "dbfs", "file", "runs", "models", "mlflow-artifacts", "oss", "swift", "r2", "zip",
 }  # fmt: skip
+WRITTEN = ("output", "tracking.folder", "data.embedded.folder")  # settings that say where files go
 WAYS_OUT = {
     "copy it with `aws s3 cp` first": ("s3", "s3a", "s3n", "s3_streaming"),
     "copy it with `gcloud storage cp` first": ("gs", "gcs", "gs_streaming"),
@@ -51,10 +52,15 @@ def local_text(text: str, key: str) -> str:
                 f"{key} is {_shown(text)}, a file on another machine; copy it here and give its path (file:///PATH is one here)."
             )
         return unquote(parts.path)
+    if key in WRITTEN:
+        raise InputError(
+            f"{key} is {_shown(text)}, which is an address; files are written to the disk alone. Give a path, and copy "
+            "what is there afterwards."
+        )
     way_out = next((way for way, schemes in WAYS_OUT.items() if scheme in schemes), "download it first")
     raise InputError(
-        f"{key} is {_shown(text)}, which is an address; files are read from and written to the disk alone. If it is to be "
-        f"read, {way_out} and give the path of the copy; if it is to be written, give a path and copy the result."
+        f"{key} is {_shown(text)}, which is an address; files are read from the disk alone: {way_out}, and give the path of the "
+        "copy."
     )
 
 
