@@ -121,6 +121,32 @@ def test_an_alpha_band_counts_beside_a_nodata_value(tmp_path, given):
     assert valid_of(path, nodata=()).all()
 
 
+def test_a_band_that_is_only_marked_as_alpha_is_data_where_it_is_named(tmp_path):
+    values = RNG.integers(0, 255, (4, 6, 6), dtype=np.uint8)
+    values[3, 0, 0] = 0
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", count=4, height=6, width=6, dtype="uint8") as file:
+        file.write(values)
+        assert file.colorinterp[3] == ColorInterp.alpha  # so rasterio writes four bands where nobody says what they are
+    whole = read_pixels(tmp_path / "a.tif", 4, Reading(bands=(4, 1, 2, 3)))
+    assert np.array_equal(whole.values, values[[3, 0, 1, 2]])
+    assert whole.valid is None
+    assert not valid_of(tmp_path / "a.tif")[0, 0]
+    with pytest.raises(
+        InputError, match=r"has 3 bands and an alpha band, .*is only marked as alpha, .*bands \[1, 2, 3, 4\]"
+    ):
+        read_pixels(tmp_path / "a.tif", 4, Reading(settings="data.source."))
+    tagged = write_raster(tmp_path / "b.tif", values, nodata=7)
+    with rasterio.open(tagged, "r+") as file:
+        file.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
+    values[:, 2, 2] = 7
+    with rasterio.open(tagged, "r+") as file:
+        file.write(values)
+    pixels = read_pixels(tagged, 4, Reading(bands=(1, 2, 3, 4)))
+    assert pixels.valid is not None
+    hidden = ~pixels.valid
+    assert [tuple(place) for place in np.argwhere(hidden)] == [(2, 2)]
+
+
 def test_statistics_kept_beside_a_file_are_not_believed(tmp_path):
     path = write_raster(tmp_path / "a.tif", np.full((3, 8, 8), 9, np.uint16))
     with rasterio.open(path) as file:

@@ -161,7 +161,9 @@ class Reading:
         """Return the nodata values of each of `bands` (from 1), NaN aside, which always is one."""
         if self.nodata != "file":
             return [[value for value in self.nodata if value == value]] * len(bands)
-        own = [header.nodata[band - 1] for band in bands]
+        own = [
+            header.nodata[min(band, header.bands) - 1] for band in bands
+        ]  # an alpha band that is read as data: as the others
         return [[] if value is None or value != value else [value] for value in own]
 
 
@@ -400,10 +402,13 @@ def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int)
     """Indices from 1 of the bands to read; raises InputError where they are not there or not `in_channels` many."""
     chosen = list(reading.bands or range(1, header.bands + 1))
     has = f"image {path} has {header.bands} band{'s' * (header.bands != 1)}"
+    if header.alpha:
+        has += " and an alpha band"
     key = "--bands" if reading.is_finished else f"{reading.settings}bands"
-    if max(chosen) > header.bands:
+    total = header.bands + header.alpha
+    if max(chosen) > total:
         its = "the bands to read are" if reading.is_finished else f"{key} is"
-        raise InputError(f"{has}, but {its} {chosen}; choose from 1 to {header.bands} with {key}.")
+        raise InputError(f"{has}, but {its} {chosen}; choose from 1 to {total} with {key}.")
     if reading.bands is None and header.bands == 1 and in_channels == 3:
         return chosen
     if len(chosen) != in_channels:
@@ -415,7 +420,14 @@ def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int)
         if in_channels <= 8:
             example = range(1, in_channels + 1)
             way_out += f" {','.join(map(str, example))}" if reading.is_finished else f", for example {list(example)}"
-        if header.bands < in_channels:
+        if header.alpha and total == in_channels:
+            every = range(1, total + 1)
+            given = ",".join(map(str, every)) if reading.is_finished else str(list(every))
+            way_out = (
+                f"if the last holds data and is only marked as alpha, as writers of four 8 bit bands do by themselves, name "
+                f"all with {key} {given}; else {way_out}"
+            )
+        elif header.bands < in_channels:
             way_out = "give images with all bands" + " that it was trained on" * reading.is_finished
         if not reading.is_finished:
             way_out += f", or train a network of {len(chosen)} (model.in_channels {len(chosen)})"
@@ -655,7 +667,8 @@ def _valid(
     valid = np.ones(own.shape[1:], bool)
     if own.dtype.kind == "f":
         valid &= np.isfinite(own).all(0)
-    if header.masked and reading.nodata != ():
+    alpha_is_data = header.alpha and file.count in bands
+    if header.masked and not alpha_is_data and reading.nodata != ():
         valid &= ~_masked(file, header, around, 1.0)
     nodata = reading.nodata_of(header, bands)
     if any(nodata):

@@ -65,6 +65,15 @@ def image_remarks(file: DatasetReader, path: Path, header: Header, reading: Read
                     "If another value stands for it, set nodata to that; else set nodata to []."
                 ),
             )
+    size, own = reading.file_pixel_size, header.pixel_size
+    if size is not None and own is not None and abs(size - own) > NOT_SQUARE * own:
+        yield (
+            "file_pixel_size",
+            (
+                f"has pixels of {own:g} {header.unit or ''}".rstrip()
+                + f" by its georeference, but {reading.settings}file_pixel_size {size:g} is used; leave that out to use its own."
+            ),
+        )
     plain = all(scale == 1 for scale in file.scales) and not any(file.offsets)
     if not plain:
         yield (
