@@ -394,6 +394,7 @@ def _print_health(health: Health) -> int:
 
 def _print_overview(config: Config) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from dann_experiments.jobs.overview import overview
@@ -401,7 +402,7 @@ def _print_overview(config: Config) -> None:
 
     found = overview(config)
     scores = [name for name in found.table.columns if name.startswith("iou/")]
-    table = Table("", *scores, "run", title=f"experiment {config.tracking.experiment}")
+    table = Table("", *scores, "run", title=f"experiment {escape(found.experiment)}")
     for arm in found.table.index:
         values = [float(found.table.at[arm, name]) for name in scores]  # pyright: ignore[reportArgumentType]
         table.add_row(

@@ -183,7 +183,7 @@ def drive(
                 run.log_metrics({"sweep/best": best.value}, step=len(study.counted()))
     shown = [*baselines(study), *top_trials(study)]
     pages = links(store, study, list({trial.number: trial for trial in shown}.values()))
-    return SweepResult(study, sweep, best, run.run_id, config.tracking.experiment, store.uri, folder, pages)
+    return SweepResult(study, sweep, best, run.run_id, store.experiment, store.uri, folder, pages)
 
 
 def _begin(
@@ -230,8 +230,7 @@ def _free_gpu_memory() -> None:
 
 def in_store(config: Config, store: Store) -> Config:
     """Under `mlflow run`, store and experiment are those of its run: the trials belong there too."""
-    name = store.client.get_experiment(store.experiment_id).name
-    return replace(config, {"tracking.uri": store.uri, "tracking.experiment": name})
+    return replace(config, {"tracking.uri": store.uri, "tracking.experiment": store.experiment})
 
 
 @contextlib.contextmanager

@@ -101,7 +101,8 @@ def report(name: str, storage: str | None, tracking: Mapping[str, Any]) -> None:
     config = study_config(study, tracking)
     folder = study_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
-    write_report(study, open_store(config.tracking.uri, config.tracking.experiment), folder)
+    store = open_store(config.tracking.uri, config.tracking.experiment, for_runs=False)
+    write_report(study, store, folder)
     print_table(study)
     print(f"Report, figures, best_config.yaml, trials.csv: {folder}")
 

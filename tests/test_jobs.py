@@ -387,4 +387,4 @@ def test_passwords_of_the_store_reach_neither_params_nor_config_yaml():
     from dann_experiments.jobs.setup import public_settings
 
     config = load_config(None, {"tracking.uri": "http://me:secret@127.0.0.1:5000"})
-    assert "secret" not in str(public_settings(config))
+    assert "secret" not in str(public_settings(config, "dann"))

@@ -86,11 +86,11 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
     tags = {"dann.job": "compare", "dann.source": names[0], "dann.target": names[1], "seed": config.seed}
     folder = Path(config.tracking.folder)
     with tracked_run(store, config.tracking.run_name, "compare", tags, folder, use_claimed=True) as run:
-        run.log_params(flatten(setup.public_settings(config)))
-        (run.folder / "config.yaml").write_text(config_to_yaml(setup.public_settings(config)))
+        public = setup.public_settings(config, store.experiment)
+        run.log_params(flatten(public))
+        (run.folder / "config.yaml").write_text(config_to_yaml(public))
         if cells:
-            tracking = {**asdict(config.tracking), "uri": store.uri}
-            tracking["experiment"] = store.client.get_experiment(store.experiment_id).name
+            tracking = {**asdict(config.tracking), "uri": store.uri, "experiment": store.experiment}
             tags_of_runs = {"dann.comparison": run.run_id}
             with shared_data(folder) as decoded:
                 run_cells(cells, done, store, tracking, tags_of_runs, settings.workers, run.folder / "logs", decoded)

@@ -555,15 +555,15 @@ class TrackingConfig:
 
     uri: str | None = None
     """Tracking store; null = MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
-    experiment: str = "dann"
-    """Experiment's name."""
+    experiment: str | None = None
+    """Experiment's name; null = MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, else dann."""
     run_name: str | None = None
     """Run's name; null = one that says the method."""
     folder: str = "outputs"
     """Where a run keeps its files until the store has them."""
 
     def __post_init__(self) -> None:
-        if not self.experiment.strip():
+        if self.experiment is not None and not self.experiment.strip():
             raise InputError(f"tracking.experiment is {self.experiment!r}; give it a name.")
         folder = local_text(self.folder, "tracking.folder")
         if folder != self.folder:

@@ -323,7 +323,7 @@ def _log(
     with tracked_run(
         store, config.tracking.run_name, "check-data", tags, Path(config.tracking.folder), use_claimed=True
     ) as run:
-        public = setup.public_settings(config)
+        public = setup.public_settings(config, store.experiment)
         run.log_params(flatten(public))
         (run.folder / "config.yaml").write_text(config_to_yaml(public))
         (run.folder / "tables").mkdir()

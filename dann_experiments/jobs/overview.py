@@ -35,17 +35,20 @@ class Overview:
     artifacts: dict[str, str]
     """Arm -> folder of its run's files, for those on this machine."""
     experiment_id: str
+    experiment: str
+    """Its name."""
 
 
 def overview(config: Config) -> Overview:
     """The newest adaptation run, the newest run of every other method from the same source model, and that model's run."""
     import pandas as pd
 
-    store = open_store(config.tracking.uri, config.tracking.experiment, to_write=False)
-    newest = next(found_runs(store, [store.experiment_id], ADAPTED, page=1), None)
+    store = open_store(config.tracking.uri, config.tracking.experiment, for_runs=False, to_write=False)
+    experiments = [store.experiment_id] if store.experiment_id else []
+    newest = next(found_runs(store, experiments, ADAPTED, page=1), None) if experiments else None
     if newest is None:
         raise InputError(
-            f"experiment {config.tracking.experiment!r} has no finished adaptation run; make one (`adapt`), or give "
+            f"experiment {store.experiment!r} has no finished adaptation run; make one (`adapt`), or give "
             "--tracking.experiment."
         )
     arms = _newest_of_each_method(store, newest)
@@ -68,7 +71,8 @@ def overview(config: Config) -> Overview:
     scores_in_order = sorted((name for name in table.columns if _is_score(name)), key=_score_order)
     folders = {ROW_NAMES.get(method, method): local_folder(arms[method].info.artifact_uri) for method in order}
     artifacts = {arm: str(folder) for arm, folder in folders.items() if folder is not None}
-    return Overview(table.reindex(columns=["run_id", "seed", *scores_in_order]), artifacts, store.experiment_id)
+    columns = ["run_id", "seed", *scores_in_order]
+    return Overview(table.reindex(columns=columns), artifacts, store.experiment_id, store.experiment)
 
 
 def _newest_of_each_method(store: Store, newest: Any) -> dict[str, Any]:

@@ -428,9 +428,9 @@ def _progress(count: int, shown: bool) -> Iterator[Callable[[float, str], None]]
 def _describe(run: TrackedRun, settings: PredictConfig) -> None:
     """Params and `config.yaml`, without a password in the tracking store's address."""
     uri = settings.tracking.uri
-    if uri is not None:
-        tracking = dataclasses.replace(settings.tracking, uri=without_secrets(uri))
-        settings = dataclasses.replace(settings, tracking=tracking)
+    uri = None if uri is None else without_secrets(uri)
+    tracking = dataclasses.replace(settings.tracking, uri=uri, experiment=run.store.experiment)
+    settings = dataclasses.replace(settings, tracking=tracking)
     plain: Any = settings
     run.log_params(flatten(plain))
     (run.folder / "config.yaml").write_text(yaml.safe_dump(config_to_dict(settings), sort_keys=False, width=120))

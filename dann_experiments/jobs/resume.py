@@ -31,7 +31,7 @@ SETTINGS = "config.yaml"
 SOURCE_MODEL = "domain_adaptation.pretrained_checkpoint.path"
 FOLDER_PARAM = f"{PARAM_PREFIX}tracking.folder"
 MAY_DIFFER = (
-    "tracking.uri", "tracking.folder", "trainer.enable_progress_bar", "trainer.checkpoint_every_n_steps",
+    "tracking.uri", "tracking.experiment", "tracking.folder", "trainer.enable_progress_bar", "trainer.checkpoint_every_n_steps",
     "trainer.checkpoint_every_minutes", "trainer.checkpoints_kept", "data.num_workers", "data.memory_gb", "data.root",
     "data.embedded.folder",
 )  # fmt: skip
@@ -52,7 +52,7 @@ def settings_to_resume(run_id: str, job: str, file: str | Path | None, overrides
     says beside; of these, settings that change no number count. Raises InputError for others that differ, and for a run that
     cannot go on."""
     given = given_settings(file, overrides)
-    store = open_store(given.get("tracking.uri"), given.get("tracking.experiment"), claim=False)
+    store = open_store(given.get("tracking.uri"), given.get("tracking.experiment"), for_runs=False)
     recorded = _recorded(store, _unfinished(store, run_id, job), given.get("tracking.folder"))
     _refuse_foreign_class(recorded, given.get(CLASS_PATH))
     return _agreed(job, recorded.config, replace(recorded.config, {"tracking.uri": None, **given}))

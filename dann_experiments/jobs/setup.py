@@ -424,11 +424,11 @@ def _refuse_unlabelled(data: Data, key: str, metric: str, way_out: str) -> None:
             )
 
 
-def public_settings(config: Config) -> Config:
-    """The settings as a run may show them: without a password in the tracking store's address."""
-    if config.tracking.uri is None:
-        return config
-    tracking = dataclasses.replace(config.tracking, uri=without_secrets(config.tracking.uri))
+def public_settings(config: Config, experiment: str) -> Config:
+    """The settings as a run of `experiment` may show them: without a password in the tracking store's address."""
+    uri = config.tracking.uri
+    uri = None if uri is None else without_secrets(uri)
+    tracking = dataclasses.replace(config.tracking, uri=uri, experiment=experiment)
     return dataclasses.replace(config, tracking=tracking)
 
 

@@ -59,7 +59,7 @@ class Outcome:
 
 def describe_run(run: TrackedRun, config: Config, data: Data) -> None:
     """Params, `config.yaml` and data sets: what the run was given. A resumed run has most or all of it already."""
-    config = setup.public_settings(config)
+    config = setup.public_settings(config, run.store.experiment)
     if not (run.folder / SETTINGS).exists():  # first: without it a killed run cannot go on
         part = run.folder / f"{SETTINGS}.part"
         with writing(run.folder / SETTINGS, part):

@@ -35,12 +35,12 @@ def sync_runs(config: Config) -> Iterator[Leftover]:
         raise InputError(
             f"tracking.folder is {str(folder)!r}, which is no folder; name the one that runs kept their files in."
         )
-    return sync(open_store(config.tracking.uri, config.tracking.experiment), folder)
+    return sync(open_store(config.tracking.uri, config.tracking.experiment, for_runs=False), folder)
 
 
 def doctor(config: Config) -> Health:
     """Close, in every experiment of the store, the runs whose process on this machine is gone; look at what is left."""
-    store = open_store(config.tracking.uri, config.tracking.experiment)
+    store = open_store(config.tracking.uri, config.tracking.experiment, for_runs=False)
     experiments = experiment_ids(store)
     closed = close_orphans(store, "doctor", experiments=experiments)
     open_runs = found_runs(store, experiments, RUNNING)

@@ -12,7 +12,7 @@ _GOES_ON = ("adapt", "pretrain")  # jobs whose runs go on with --resume
 def explained(error: BaseException) -> InputError | None:
     """The one message for an error of a disk or of the tracking store; None for any other."""
     answer = told(error)
-    if answer is not None or not _of_the_store(error):
+    if answer is not None or not of_the_store(error):
         return answer
     return StoreAway(f"the tracking store does not take or give what is asked of it: {in_one_line(error)}.")
 
@@ -29,7 +29,7 @@ def explained_in_run(error: BaseException, run_id: str, job: str | None) -> Inpu
     return type(found)(f"{found} When that is mended (free some space, make it writable), {again}")
 
 
-def _of_the_store(error: BaseException) -> bool:
+def of_the_store(error: BaseException) -> bool:
     """Whether the store could not be reached or its database refused, as opposed to a request that was wrong."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import OperationalError

@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import shutil
 import socket
+import typing
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,6 +19,9 @@ from typing import Any
 from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
 from dann_experiments.config.errors import InputError, NotWritten, StoreAway
+from dann_experiments.config.names import LONGEST_EXPERIMENT
+from dann_experiments.tracking.deleted import DELETED
+from dann_experiments.tracking.environment import EXPERIMENT_ID, RUN_ID, given_run, wanted_experiment
 from dann_experiments.tracking.sqlite import absolute, check_file, look_at_metrics, one_opens
 
 log = logging.getLogger(__name__)
@@ -43,22 +48,32 @@ class Store:
     uri: str = field(repr=False)  # it may hold a password
     client: Any = field(repr=False)
     experiment_id: str
+    """Empty if the experiment is not there and none was to be made."""
+    experiment: str
+    """Its name."""
     claimed_run_id: str | None
     """The run that `mlflow run` made for this process, to be used by its main job."""
 
 
-def open_store(uri: str | None, experiment: str | None, claim: bool = True, to_write: bool = True) -> Store:
-    """The store at `uri`, else at MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, with its experiment made if new.
+def open_store(uri: str | None, experiment: str | None, for_runs: bool = True, to_write: bool = True) -> Store:
+    """The store at `uri`, else at MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, with its experiment, made if new: `experiment`,
+    else the one that MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID names, else `dann`.
 
-    Under `mlflow run` (MLFLOW_RUN_ID set) the store, experiment and run are those it made; the variable is removed, so
-    that further runs of this process, and its children, are runs of their own. To look only: `claim` False leaves the
-    variable, `experiment` None makes none, and `to_write` False takes a sqlite file that is read-only. Raises InputError if
-    nothing answers.
+    Under `mlflow run` (MLFLOW_RUN_ID names a run that waits for a job) the store, experiment and run are those it made; the
+    variable is removed, so that further runs of this process, and its children, are runs of their own. `for_runs` False, where
+    none will be made, leaves the variable, makes no experiment and does not try where its files are kept; `to_write` False takes
+    a sqlite file that is read-only. Raises InputError if nothing answers, or no file can be put where the experiment keeps them.
     """
-    claimed = os.environ.pop("MLFLOW_RUN_ID", None) if claim else os.environ.get("MLFLOW_RUN_ID")
+    run_id = os.environ.pop(RUN_ID, None) if for_runs else os.environ.get(RUN_ID)
+    store = _open(uri, experiment, run_id, for_runs, to_write) if run_id else None
+    return store or typing.cast(Store, _open(uri, experiment, None, for_runs, to_write))
+
+
+def _open(uri: str | None, experiment: str | None, run_id: str | None, for_runs: bool, to_write: bool) -> Store | None:
+    """`open_store`, with run `run_id` to be used; None if that is no run for a new job."""
     from_environment = os.environ.get("MLFLOW_TRACKING_URI")
-    name = "MLFLOW_TRACKING_URI" if from_environment and (claimed or not uri) else "tracking.uri"
-    uri = absolute((from_environment if claimed else None) or uri or from_environment or DEFAULT_URI)
+    name = "MLFLOW_TRACKING_URI" if from_environment and (run_id or not uri) else "tracking.uri"
+    uri = absolute((from_environment if run_id else None) or uri or from_environment or DEFAULT_URI)
     for address in (uri, os.environ.get("MLFLOW_REGISTRY_URI", "")):
         remember_secrets(address)
     given = f"{name} is {without_secrets(uri)!r}"
@@ -66,6 +81,8 @@ def open_store(uri: str | None, experiment: str | None, claim: bool = True, to_w
     import mlflow
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
+
+    from dann_experiments.tracking.artifacts import check_artifacts
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # one line for each of dozens of migrations of a new store
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for each refusal, told by us
@@ -75,23 +92,45 @@ def open_store(uri: str | None, experiment: str | None, claim: bool = True, to_w
             if to_write:
                 look_at_metrics(uri)
             client = mlflow.MlflowClient(tracking_uri=uri)
-            if claimed:
-                experiment_id = client.get_run(claimed).info.experiment_id
-                known = client.get_experiment(experiment_id)
-            elif experiment is None:
-                return Store(uri, client, "", None)
+            if run_id:
+                run = given_run(client, run_id)
+                if run is None:
+                    return None
+                known = client.get_experiment(run.info.experiment_id)
             else:
-                known = client.get_experiment_by_name(experiment)
-                if known is not None and known.lifecycle_stage != "active":
+                wanted, known, named_by = wanted_experiment(client, experiment)
+                if known is None and not for_runs:
+                    return Store(uri, client, "", wanted, None)
+                known = known or _made_experiment(client, wanted, named_by)
+                if known.lifecycle_stage == DELETED and for_runs:
                     raise InputError(
-                        f"tracking.experiment is {experiment!r}, which was deleted; restore it or name another."
+                        f"{named_by} is {known.experiment_id if named_by == EXPERIMENT_ID else wanted!r}, an experiment that was "
+                        f"deleted; restore it (mlflow experiments restore --experiment-id {known.experiment_id}) or name another."
                     )
-                experiment_id = client.create_experiment(experiment) if known is None else known.experiment_id
-            if known is None or EXPERIMENT_KIND not in known.tags:
-                client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development")
+            if for_runs and EXPERIMENT_KIND not in known.tags:
+                client.set_experiment_tag(known.experiment_id, EXPERIMENT_KIND, "custom_model_development")
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         raise InputError(f"{given}, which cannot be used: {in_one_line(error)}") from None
-    return Store(uri, client, experiment_id, claimed)
+    if for_runs and to_write:
+        check_artifacts(uri, known)
+    return Store(uri, client, known.experiment_id, known.name, run_id)
+
+
+def _made_experiment(client: Any, name: str, named_by: str) -> Any:
+    """A new experiment, with its files where the store puts them."""
+    from mlflow.exceptions import MlflowException
+
+    if len(name) > LONGEST_EXPERIMENT:
+        raise InputError(
+            f"{named_by} has {len(name)} letters, but a store takes at most {LONGEST_EXPERIMENT}; shorten it."
+        )
+    try:
+        return client.get_experiment(client.create_experiment(name))
+    except MlflowException:
+        known = client.get_experiment_by_name(name)  # another process may have made it meanwhile
+        if known is None:
+            raise
+        return known
 
 
 def without_secrets(text: str) -> str:
@@ -248,8 +287,24 @@ def _check_answers(uri: str, given: str, to_write: bool) -> None:
         check_file(uri, given, to_write)
     elif scheme.partition("+")[0] in DATABASE_PORTS:
         _check_listens(uri, given, DATABASE_PORTS[scheme.partition("+")[0]])
+    elif scheme in ("", "file"):
+        _refuse_folder(uri, given)
     elif scheme.partition("+")[0] != "mssql":  # what looks like its host may be the name of an ODBC source
         raise InputError(f"{given}; give sqlite:///FILE, http://HOST:PORT or a database's address.")
+
+
+def _refuse_folder(uri: str, given: str) -> None:
+    """Raises InputError for a store of files, which MLflow no longer writes, with the way out for the runs in it."""
+    folder = (local_folder(uri) or Path(uri)).expanduser().resolve()
+    told = f"{given}, a folder; MLflow keeps runs in a database now: give sqlite:///mlflow.db."
+    if any(folder.glob("*/meta.yaml")) or any(folder.glob("mlruns/*/meta.yaml")):
+        names = ("mlflow.db", *(f"mlflow_{number}.db" for number in range(2, 100)))
+        new = next(name for name in names if not Path(name).exists())  # the command would overwrite it
+        told = (
+            f"{given}, a folder of runs; MLflow keeps them in a database now. Move them there: mlflow migrate-filestore --source "
+            f"{shlex.quote(str(folder))} --target sqlite:///{new} (their files stay in that folder), then give sqlite:///{new}."
+        )
+    raise InputError(told)
 
 
 def _check_listens(uri: str, given: str, usual_port: int) -> None:
