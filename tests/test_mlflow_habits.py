@@ -391,5 +391,5 @@ def test_the_command_that_moves_runs_works_as_it_is_told_and_overwrites_no_store
 
 @pytest.mark.parametrize("spelled", ["mlruns", "file:./mlruns", "file:///nowhere/mlruns"])
 def test_a_folder_without_runs_is_told_to_be_a_database(workplace, spelled):
-    with pytest.raises(InputError, match=r"a folder; MLflow keeps runs in a database now: give sqlite:///mlflow\.db"):
+    with pytest.raises(InputError, match=r"give sqlite:///FILE, .*: MLflow no longer keeps runs in a folder"):
         open_store(spelled, None)

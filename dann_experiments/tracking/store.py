@@ -26,6 +26,7 @@ from dann_experiments.tracking.sqlite import absolute, check_file, look_at_metri
 
 log = logging.getLogger(__name__)
 DEFAULT_URI = "sqlite:///mlflow.db"
+ADDRESSES = "give sqlite:///FILE, http://HOST:PORT or a database's address"
 ANSWER_SECONDS = 10.0
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306}
 EXPERIMENT_KIND = "mlflow.experimentKind"  # so that the UI takes its runs for trainings
@@ -290,13 +291,13 @@ def _check_answers(uri: str, given: str, to_write: bool) -> None:
     elif scheme in ("", "file"):
         _refuse_folder(uri, given)
     elif scheme.partition("+")[0] != "mssql":  # what looks like its host may be the name of an ODBC source
-        raise InputError(f"{given}; give sqlite:///FILE, http://HOST:PORT or a database's address.")
+        raise InputError(f"{given}; {ADDRESSES}.")
 
 
 def _refuse_folder(uri: str, given: str) -> None:
     """Raises InputError for a store of files, which MLflow no longer writes, with the way out for the runs in it."""
     folder = (local_folder(uri) or Path(uri)).expanduser().resolve()
-    told = f"{given}, a folder; MLflow keeps runs in a database now: give sqlite:///mlflow.db."
+    told = f"{given}; {ADDRESSES}: MLflow no longer keeps runs in a folder."
     if any(folder.glob("*/meta.yaml")) or any(folder.glob("mlruns/*/meta.yaml")):
         names = ("mlflow.db", *(f"mlflow_{number}.db" for number in range(2, 100)))
         new = next(name for name in names if not Path(name).exists())  # the command would overwrite it
