@@ -241,6 +241,9 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python -m dann_experiments predict --model runs:/RUN_ID --input region_b.tif --output map.tif": Example(
             "cities", fill=ONE_RUN
         ),
+        "python -m dann_experiments predict --model runs:/RUN_ID --input scenes/ --output maps/ --bands 1,2,3": Example(
+            "cities", fill=ONE_RUN
+        ),
         "python -m dann_experiments adapt --help": Example("squares"),
     },
     ("docs/batchnorm.md", "AdaBN of any model, without training"): {
@@ -284,6 +287,12 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         " --probabilities true": Example("squares", "--overwrite true", fill=ONE_RUN),
         "python -m dann_experiments predict --model mlruns/1/RUN_ID/artifacts/model --input photos/ --output maps/": Example(
             "squares", fill=ONE_RUN
+        ),
+        'python -m dann_experiments predict --model runs:/RUN_ID --input a.tif "scenes/*.tif" --output maps/': Example(
+            "squares", fill=ONE_RUN
+        ),
+        "python -m dann_experiments predict --model runs:/RUN_ID --input orthophoto.tif --bands 1,2,3 --output map.tif": Example(
+            "squares", "--overwrite true", fill=ONE_RUN
         ),
         "python -m dann_experiments predict --model best.ckpt --config config.yaml --input scene.tif --output map.png": Example(
             "squares"
@@ -400,6 +409,7 @@ INSTALLS = "installs packages from the network"
 NOT_RUN: Mapping[str, str] = {
     "make test": "the suite that this test is part of",
     "make install": INSTALLS,
+    "mlflow migrate-filestore --source FOLDER --target sqlite:///mlflow.db": "run in tests/test_mlflow_habits.py, as printed",
     "make chaos": "6 to 12 minutes; CI runs it each time (.ci/run), and its arguments are tested as `python -m benchmarks.chaos`",
     "mlflow run . -e adapt --env-manager uv": "makes an environment from the network (tests/test_tracking.py, with one at hand)",
     "mlflow run . -e adapt --env-manager virtualenv": "makes an environment from the network",

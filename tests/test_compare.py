@@ -530,7 +530,7 @@ def test_runs_scored_on_other_images_of_the_target_are_refused(here):
         ({"DANN": {}, "c": {"kind": "control", f"{METHOD}.name": "dann"}}, "makes an arm of kind control"),
         ({"source only": {}}, "arms.source only is not of kind source_only"),
         ({"DANN": {f"{METHOD}.feature_layer": "encoder.layer9"}}, "arms.DANN: "),
-        ({"DANN": {"data.crop_size": 64}}, "arms.DANN: "),
+        ({"DANN": {"data.crop_size": 1024}}, "arms.DANN: "),
         ({"DANN": 3}, "arms"),
     ],
 )

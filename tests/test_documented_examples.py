@@ -152,6 +152,10 @@ def squares_place(place: Place) -> None:
     write_raster(
         folder / "scene.tif", picture, crs="EPSG:32633", transform=rasterio.Affine(1, 0, 500000, 0, -1, 4000000)
     )
+    place_of = {"crs": "EPSG:32633", "transform": rasterio.Affine(1, 0, 500000, 0, -1, 4000000)}
+    for name in ("a.tif", "scenes/b.tif", "scenes/c.tif"):
+        write_raster(folder / name, picture, **place_of)
+    write_raster(folder / "orthophoto.tif", np.concatenate([picture, picture[:1]]), **place_of)
     (folder / "photos").mkdir()
     for number in (1, 2):
         Image.fromarray(picture.transpose(1, 2, 0)).save(folder / "photos" / f"{number}.png")
@@ -186,6 +190,8 @@ def cities_place(place: Place) -> None:
     text = block("README.md", README_DATA)
     (place.folder / "mine.yaml").write_text(text)
     write_files(settings_of(text), place.folder)
+    (place.folder / "scenes").mkdir()
+    shutil.copy(place.folder / "region_b.tif", place.folder / "scenes" / "one.tif")
 
 
 def region_place(place: Place) -> None:
@@ -399,7 +405,10 @@ def scored(place: Place, given: dict[str, str], printed: str, job: str) -> None:
 
 def mapped(place: Place, given: dict[str, str], printed: str) -> None:
     output, source = place.folder / given["output"], place.folder / given["input"]
-    pairs = [(output, source)] if source.is_file() else [(output / p.name, p) for p in sorted(source.iterdir())]
+    pairs = [(output, source)] if source.is_file() else [(output / p.name, p) for p in sorted(source.glob("*"))]
+    if output.is_dir() and not source.is_dir():  # several inputs, all of the scene's size
+        pairs = [(path, place.folder / "scene.tif") for path in sorted(output.rglob("*.tif"))]
+        assert len(pairs) >= 3
     run = place.runs("predict")[0]
     assert run.info.status == "FINISHED"
     for path, image in pairs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,10 @@ def test_a_map_of_before_these_settings_is_known_as_finished(model):
     scene("a.tif")
     settings = loaded(PredictConfig, None, {"model": model, "input": "a.tif", "output": "b.tif"})
     found = load_model(model, "target", None, None)  # pyright: ignore[reportArgumentType]
-    facts = _Scene.open(Path("a.tif"), Path("b.tif"), found, settings).facts
+    older = replace(
+        found, reading=replace(found.reading, nodata_bands="all")
+    )  # as models were read before there was a choice
+    facts = _Scene.open(Path("a.tif"), Path("b.tif"), older, settings).facts
     assert set(facts["reading"]) == {"bands", "scale", "nodata", "pixel_size", "file_pixel_size"}
 
 

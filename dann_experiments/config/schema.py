@@ -601,6 +601,14 @@ class Config:
                 f"class (they are {self.class_names})."
             )
         filled(self.data.target)  # a preset that is none is refused here
+        if self.data.ignore_index < self.model.classes:
+            for domain in ("source", "target"):
+                if filled(getattr(self.data, domain)).class_names is not None:
+                    raise InputError(
+                        f"data.ignore_index is {self.data.ignore_index}, which is the network's id of class "
+                        f"{self.class_names[self.data.ignore_index]!r}, so that class would count nowhere; leave it at 255, and "
+                        f"list what the masks of data.{domain} hold for it in data.{domain}.ignore_values."
+                    )
         for domain in ("source", "target"):
             bands = filled(getattr(self.data, domain)).bands
             if bands is not None and len(bands) != self.model.in_channels:

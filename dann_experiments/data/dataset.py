@@ -114,7 +114,7 @@ class SegmentationDataset(Dataset):
                 rules.add("orientation")
             if self.reading.scale == "type" and largest_value(header) != TYPE_RANGES[header.dtype]:
                 rules.add("bits")
-            several = sum(bool(own) for own in self.reading.nodata_of(header, range(1, header.bands + 1))) > 1
+            several = sum(bool(own) for own in self.reading.nodata_of(header, header.data_bands)) > 1
             if several and self.reading.nodata_bands is None and default_nodata_bands(header.dtype) == "any":
                 rules.add("nodata of any band")
             if header.masked and self.reading.nodata != () and (several or self.reading.nodata != "file"):

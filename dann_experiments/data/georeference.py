@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-FARTHEST = 0.5  # pixels that the corners of an image and its mask may lie apart: rounding of a georeference is far less
+# pixels that the corners of an image and its mask may lie apart: half a one, as where one file names the pixels' corners and the
+# other their centers, and what rounding adds to it
+FARTHEST = 0.501
 
 
 class Place(NamedTuple):

@@ -112,7 +112,7 @@ def looked_at(
         check_type(sample.image, header, reading)
         place = place_of(file)
         if remarks is not None:
-            remarks.take(sample.image, image_remarks(file, sample.image, header, reading))
+            remarks.take(sample.image, image_remarks(file, sample.image, header, reading, in_channels))
         if content is not None and ahead is not None and ahead.goes_on:
             with contextlib.suppress(Exception):
                 pixels = read_pixels(sample.image, in_channels, reading, None, header, file)

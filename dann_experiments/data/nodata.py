@@ -62,23 +62,24 @@ def hides(values: np.ndarray, nodata: Sequence[Sequence[float]], way: NodataBand
 
 
 def all_valid_behind(
-    valid: np.ndarray, around: tuple[int, int], start: tuple[int, int], shape: tuple[int, int], factor: float
+    valid: np.ndarray, around: tuple[int, int], box: tuple[float, float, float, float], shape: tuple[int, int]
 ) -> np.ndarray:
     """Return `shape` bool of the working grid: True where every file pixel behind it, its neighbors included, is valid.
 
-    `valid`: (H, W) of file pixels, whose first one stands at row and column `around` of the file; `start`: first row and
-    column of the working grid's window; `factor`: file pixels per pixel of the working grid along a side.
+    `valid`: (H, W) of file pixels, whose first one stands at row and column `around` of the file; `box`: (top, left, height,
+    width) in pixels of the file of what becomes `shape` pixels.
     """
-    missing = np.zeros((valid.shape[0] + 1, valid.shape[1] + 1), np.int64)
-    missing[1:, 1:] = (~valid).cumsum(0).cumsum(1)
+    kind = np.int32 if valid.size < 2**31 else np.int64
+    missing = np.zeros((valid.shape[0] + 1, valid.shape[1] + 1), kind)
+    missing[1:, 1:] = (~valid).cumsum(0, dtype=kind).cumsum(1, dtype=kind)
 
-    def bounds(first: int, count: int, offset: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        begin = np.floor((first + np.arange(count)) * factor).astype(int) - 1 - offset
-        end = np.ceil((first + np.arange(count) + 1) * factor).astype(int) + 1 - offset
-        return np.clip(begin, 0, size), np.clip(end, 0, size)
+    def bounds(side: int) -> tuple[np.ndarray, np.ndarray]:
+        edges = box[side] + np.arange(shape[side] + 1) * (box[side + 2] / shape[side])
+        begin = np.floor(edges[:-1]).astype(int) - 1 - around[side]
+        end = np.ceil(edges[1:]).astype(int) + 1 - around[side]
+        return np.clip(begin, 0, valid.shape[side]), np.clip(end, 0, valid.shape[side])
 
-    rows, bottom = bounds(start[0], shape[0], around[0], valid.shape[0])
-    columns, right = bounds(start[1], shape[1], around[1], valid.shape[1])
+    (rows, bottom), (columns, right) = bounds(0), bounds(1)
     count = (
         missing[np.ix_(bottom, right)]
         - missing[np.ix_(rows, right)]

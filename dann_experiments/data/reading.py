@@ -29,7 +29,8 @@ from dann_experiments.data.orientation import TURNS, Turn, orientation_of
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-WORDS_OF_A_TURN = (b"exif", b"orientation")  # in small letters
+# in small letters; the texts of the last two may be compressed
+WORDS_OF_A_TURN = (b"exif", b"orientation", b"itxt", b"ztxt")
 DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP", "GIF", "JP2OpenJPEG", "VRT")  # of GDAL's many
 CACHE_MB = 128  # of decoded blocks that GDAL keeps; its own default is a share of the machine's memory
 LARGEST_SIDE, MOST_PIXELS, MOST_BANDS = 10**7, 10**12, 4096  # a header that claims more is damaged
@@ -63,7 +64,7 @@ class Header:
     """Without an alpha band."""
     dtype: str
     nodata: tuple[float | None, ...]
-    """The file's own nodata value, a band."""
+    """The file's own nodata value of each band, an alpha band included."""
     masked: bool
     """Whether an alpha band or an internal mask says which pixels hold data."""
     pixel_size: float | None
@@ -76,8 +77,18 @@ class Header:
     """EXIF orientation, 1 to 8. Height and width are those of the picture as it is shown."""
     bits: int | None = None
     """Bits of a value where they are fewer than its type has (1, 2 and 4 bit PNG, 12 bit TIFF); None = all."""
-    alpha: bool = False
-    """Whether `masked` is for an alpha band, the last."""
+    alpha: int = 0
+    """Number of its alpha band, from 1; 0 = none."""
+
+    @property
+    def count(self) -> int:
+        """Bands, an alpha band included."""
+        return self.bands + (self.alpha > 0)
+
+    @property
+    def data_bands(self) -> list[int]:
+        """Numbers of the bands without the alpha band, from 1."""
+        return [band for band in range(1, self.count + 1) if band != self.alpha]
 
     @property
     def turn(self) -> Turn:
@@ -161,9 +172,7 @@ class Reading:
         """Return the nodata values of each of `bands` (from 1), NaN aside, which always is one."""
         if self.nodata != "file":
             return [[value for value in self.nodata if value == value]] * len(bands)
-        own = [
-            header.nodata[min(band, header.bands) - 1] for band in bands
-        ]  # an alpha band that is read as data: as the others
+        own = [header.nodata[band - 1] for band in bands]
         return [[] if value is None or value != value else [value] for value in own]
 
 
@@ -334,7 +343,7 @@ def read_labels(
             raise InputError(f"mask {path} has {header.bands} bands; masks hold one class id a pixel, or a colour.")
         whole = Window(0, 0, max(round(header.height / factor), 1), max(round(header.width / factor), 1))
         window = window or whole
-        bands = list(range(1, header.bands + 1))
+        bands = header.data_bands
         values = _read(file, bands, window, factor, header, smooth=False)
         return StoredLabels(
             values, file.colormap(1) if header.palette else None, _hidden(file, header, values, window, factor),
@@ -357,7 +366,7 @@ def _hidden(
     hidden = np.zeros(values.shape[1:], bool)
     if values.dtype.kind == "f":
         hidden |= np.isnan(values).all(0)  # an infinite id is a mistake, not a hole
-    own = [[] if value is None else [value] for value in header.nodata]
+    own = [[] if value is None else [value] for value in (header.nodata[band - 1] for band in header.data_bands)]
     if any(own):
         hidden |= hides(values, own, "all")
     if header.masked:
@@ -400,12 +409,12 @@ def colours_of(indices: np.ndarray, palette: Mapping[int, Sequence[int]]) -> np.
 
 def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int) -> list[int]:
     """Indices from 1 of the bands to read; raises InputError where they are not there or not `in_channels` many."""
-    chosen = list(reading.bands or range(1, header.bands + 1))
+    chosen = list(reading.bands or header.data_bands)
     has = f"image {path} has {header.bands} band{'s' * (header.bands != 1)}"
     if header.alpha:
         has += " and an alpha band"
     key = "--bands" if reading.is_finished else f"{reading.settings}bands"
-    total = header.bands + header.alpha
+    total = header.count
     if max(chosen) > total:
         its = "the bands to read are" if reading.is_finished else f"{key} is"
         raise InputError(f"{has}, but {its} {chosen}; choose from 1 to {total} with {key}.")
@@ -424,8 +433,8 @@ def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int)
             every = range(1, total + 1)
             given = ",".join(map(str, every)) if reading.is_finished else str(list(every))
             way_out = (
-                f"if the last holds data and is only marked as alpha, as writers of four 8 bit bands do by themselves, name "
-                f"all with {key} {given}; else {way_out}"
+                f"if band {header.alpha} holds data and is only marked as alpha, as many writers mark a fourth 8 bit "
+                f"band, name all with {key} {given}; else {way_out}"
             )
         elif header.bands < in_channels:
             way_out = "give images with all bands" + " that it was trained on" * reading.is_finished
@@ -454,8 +463,8 @@ def check_type(path: Path, header: Header, reading: Reading) -> None:
                 "range of that type; convert the image to what the training images were."
             )
         raise InputError(
-            f"image {path} holds {header.dtype} values, whose range is not known; set {reading.settings}scale, in training too, "
-            "to [LOW, HIGH] or percentiles."
+            f"image {path} holds {header.dtype} values, whose range is not known; set {reading.settings}scale to "
+            "[LOW, HIGH] or percentiles."
         )
 
 
@@ -531,7 +540,12 @@ def _header(file: DatasetReader, upright: bool = False) -> Header:
             f"{file.name} cannot be read as an image: it claims {file.count} bands of {file.height} x {file.width} pixels, "
             "so its header is damaged."
         )
-    alpha = file.count > 1 and file.colorinterp[-1] == ColorInterp.alpha
+    if len(set(file.dtypes)) > 1:
+        raise InputError(
+            f"{file.name} has bands of several types ({', '.join(dict.fromkeys(file.dtypes))}), which have no common range; "
+            "write them with one type, for example with gdal_translate -ot."
+        )
+    alpha = file.colorinterp.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in file.colorinterp[1:] else 0
     flags = file.mask_flag_enums[0]
     transform = file.transform
     georeferenced = file.crs is not None or not transform.is_identity
@@ -541,12 +555,12 @@ def _header(file: DatasetReader, upright: bool = False) -> Header:
     return Header(
         height=height,
         width=width,
-        bands=file.count - alpha,
+        bands=file.count - (alpha > 0),
         dtype=file.dtypes[0],
-        nodata=tuple(file.nodatavals[: file.count - alpha]),
-        masked=alpha or (MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags),
+        nodata=tuple(file.nodatavals),
+        masked=alpha > 0 or (MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags),
         pixel_size=float(abs(transform.a * transform.e - transform.b * transform.d) ** 0.5) if georeferenced else None,
-        palette=file.count - alpha == 1 and file.colorinterp[0] == ColorInterp.palette,
+        palette=file.count - (alpha > 0) == 1 and file.colorinterp[0] == ColorInterp.palette,
         unit=unit_of(file.crs) if georeferenced else None,
         orientation=orientation,
         bits=int(bits) if bits else None,
@@ -563,23 +577,31 @@ def _read(
     bands = list(bands)
     if factor == 1.0:
         return _stored(file, bands, window, header)
-    top, left = window.top * factor, window.left * factor
-    height = min(window.height * factor, header.height - top)
-    width = min(window.width * factor, header.width - left)
     way = Resampling.nearest
     if smooth and not header.palette:
         way = Resampling.average if factor > 1 else Resampling.bilinear
     shape = (window.height, window.width)
-    box = header.turn.stored((top, left, height, width), header.height, header.width)
+    box = header.turn.stored(_span(window, factor, header), header.height, header.width)
     # reduced copies inside or beside the file (overviews, wavelets of JPEG 2000) need not be averages of its pixels, and those
     # of a mask can hold ids that are not in it; a VRT asks its sources for theirs, whatever it says of itself
-    if factor > 1 and (file.driver == "VRT" or file.overviews(bands[0])):
+    own_sizes = factor > 1 and (file.driver == "VRT" or bool(file.overviews(bands[0])))
+    # GDAL would leave out of an average what the file hides, which may count as data: `nodata` and `nodata_bands` decide that
+    hiding = way != Resampling.nearest and (header.masked or any(value is not None for value in header.nodata))
+    if own_sizes or hiding:
         values = _reduced(file, bands, header, box, header.turn.size(*shape), way)
     else:
         values = file.read(
             bands, window=_box(*box), out_shape=(len(bands), *header.turn.size(*shape)), resampling=way
         )  # fmt: skip
     return header.turn.shown(values)
+
+
+def _span(window: Window, factor: float, header: Header) -> tuple[float, float, float, float]:
+    """(top, left, height, width) in pixels of the file of a window of the working grid, whose last row and column end with it."""
+    top, left = window.top * factor, window.left * factor
+    return (
+        top, left, min(window.height * factor, header.height - top), min(window.width * factor, header.width - left)
+    )  # fmt: skip
 
 
 def _stored(file: DatasetReader, bands: list[int], window: Window, header: Header) -> np.ndarray:
@@ -595,17 +617,16 @@ def _masked(file: DatasetReader, header: Header, window: Window, factor: float) 
     The alpha band itself is read: GDAL passes it over in a file that has a nodata value as well.
     """
     if factor != 1.0:
+        box = _span(window, factor, header)
         rows, columns = (
-            np.minimum(((first + np.arange(count) + 0.5) * factor).astype(int), size - 1)
-            for first, count, size in (
-                (window.top, window.height, header.height), (window.left, window.width, header.width),
-            )
-        )  # fmt: skip
+            np.minimum((box[side] + (np.arange(count) + 0.5) * box[side + 2] / count).astype(int), size - 1)
+            for side, count, size in ((0, window.height, header.height), (1, window.width, header.width))
+        )
         top, left = int(rows[0]), int(columns[0])
         around = Window(top, left, int(rows[-1]) - top + 1, int(columns[-1]) - left + 1)
         return _masked(file, header, around, 1.0)[np.ix_(rows - top, columns - left)]
     if header.alpha:
-        return _stored(file, [file.count], window, header)[0] == 0
+        return _stored(file, [header.alpha], window, header)[0] == 0
     box = header.turn.stored(window, header.height, header.width)
     return header.turn.shown(file.read_masks(1, window=_box(*box))) == 0
 
@@ -619,19 +640,20 @@ def _reduced(
 
     top, left, height, width = box
     step = height / shape[0]
-    first_column, last_column = int(left), min(int(np.ceil(left + width - 1e-9)), file.width)
+    margin = 0 if step >= 1 else 2  # pixels that smaller ones are interpolated from as well
+    first_column = max(int(left) - margin, 0)
+    last_column = min(int(np.ceil(left + width - 1e-9)) + margin, file.width)
     line = len(bands) * np.dtype(header.dtype).itemsize * (last_column - first_column) * step
     rows_at_a_time = max(int(BLOCK_BYTES / line), 1)
     parts = []
     for row in range(0, shape[0], rows_at_a_time):
         rows = min(rows_at_a_time, shape[0] - row)
         begin, end = top + row * step, top + (row + rows) * step
-        first, last = int(begin), min(int(np.ceil(end - 1e-9)), file.height)
+        first, last = max(int(begin) - margin, 0), min(int(np.ceil(end - 1e-9)) + margin, file.height)
         pixels = file.read(bands, window=_box(first, first_column, last - first, last_column - first_column))
         profile = {
             "driver": "GTiff", "count": len(bands), "height": pixels.shape[1], "width": pixels.shape[2],
-            "dtype": pixels.dtype, "nodata": header.nodata[bands[0] - 1], "photometric": "MINISBLACK",
-            "BIGTIFF": "IF_SAFER",
+            "dtype": pixels.dtype, "photometric": "MINISBLACK", "BIGTIFF": "IF_SAFER",
         }  # fmt: skip
         with MemoryFile() as memory:
             with memory.open(**profile) as copy:
@@ -667,7 +689,7 @@ def _valid(
     valid = np.ones(own.shape[1:], bool)
     if own.dtype.kind == "f":
         valid &= np.isfinite(own).all(0)
-    alpha_is_data = header.alpha and file.count in bands
+    alpha_is_data = header.alpha in bands
     if header.masked and not alpha_is_data and reading.nodata != ():
         valid &= ~_masked(file, header, around, 1.0)
     nodata = reading.nodata_of(header, bands)
@@ -675,5 +697,5 @@ def _valid(
         valid &= ~hides(own, nodata, reading.nodata_bands or default_nodata_bands(header.dtype))
     if factor != 1.0:
         shape = (window.height, window.width)
-        valid = all_valid_behind(valid, (around.top, around.left), (window.top, window.left), shape, factor)
+        valid = all_valid_behind(valid, (around.top, around.left), _span(window, factor, header), shape)
     return None if valid.all() else valid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,9 @@ class Remarks:
         ]
 
 
-def image_remarks(file: DatasetReader, path: Path, header: Header, reading: Reading) -> Iterator[tuple[str, str]]:
+def image_remarks(
+    file: DatasetReader, path: Path, header: Header, reading: Reading, in_channels: int
+) -> Iterator[tuple[str, str]]:
     """Yield (kind, text) for an open image."""
     images = len(file.subdatasets) if file.driver == "GTiff" else 0
     # ImageJ keeps large stacks behind one page, and says in its description how many images there are
@@ -65,6 +68,17 @@ def image_remarks(file: DatasetReader, path: Path, header: Header, reading: Read
                     "If another value stands for it, set nodata to that; else set nodata to []."
                 ),
             )
+    lost = [value for value in reading.nodata if not fits(value, header.dtype)] if reading.nodata != "file" else []
+    if lost and len(lost) == len(reading.nodata):
+        yield (
+            "nodata of the settings",
+            (
+                f"has {header.dtype} pixels, which cannot hold {reading.settings}nodata "
+                f"{', '.join(f'{value:g}' for value in lost)}: no pixel lacks data by it."
+            ),
+        )
+    if header.palette and reading.bands is None and in_channels == 1:
+        yield "palette", "is a picture with a palette, of which a network of one band gets the numbers, not the colors."
     size, own = reading.file_pixel_size, header.pixel_size
     if size is not None and own is not None and abs(size - own) > NOT_SQUARE * own:
         yield (
@@ -75,7 +89,7 @@ def image_remarks(file: DatasetReader, path: Path, header: Header, reading: Read
             ),
         )
     plain = all(scale == 1 for scale in file.scales) and not any(file.offsets)
-    if not plain:
+    if not plain and reading.scale == "type":
         yield (
             "scale",
             (
@@ -106,7 +120,7 @@ def mask_remarks(file: DatasetReader, header: Header, labels: LabelMap) -> Itera
             ),
         )
     value = header.nodata[0]
-    a_class = value is not None and value == value and value == int(value) and labels.ids is None
+    a_class = value is not None and math.isfinite(value) and value == int(value) and labels.ids is None
     if a_class and labels.colours is None and file.driver not in ("PNG", "GIF", "WEBP"):
         found = labels.network_id(int(value))  # pyright: ignore[reportArgumentType]
         if found is not None and found != labels.ignore_index:

@@ -222,7 +222,8 @@ def _paired(
         for lonely in (name for name in one if name not in other):
             report(
                 f"{key}: {kind} {one[lonely]} has no {partner} ({partner}s: {entry[f'{partner}s']}; they are paired by "
-                "stem, by what wildcards stand for, or by their place in a list)."
+                "stem, by what wildcards stand for, or by their place in a list). To keep some of the images alone, list them in "
+                "names."
             )
     return [(image, masks[name]) for name, image in images.items() if name in masks]
 
@@ -235,7 +236,9 @@ def _named(images: Mapping[Key, Path], names: Any, root: Path, key: str) -> dict
             raise InputError(f"{key}: the file of names {path} does not exist.")
         names = _lines(path, key)
     wanted = [str(name).replace("\\", "/").rpartition("/")[2] for name in names]
-    plain, patterns = set(wanted), [name for name in wanted if glob.has_magic(name)]
+    there = {text for key_, image in images.items() for text in (image.name, image.stem, *key_)}
+    plain = set(wanted)  # a name that is there is no pattern, whatever signs it holds
+    patterns = [name for name in wanted if glob.has_magic(name) and name not in there]
     kept: dict[Key, Path] = {}
     matched: set[str] = set()
     for wildcards, image in images.items():
@@ -297,9 +300,9 @@ def _expression(pattern: str) -> str:
 
 
 def _lines(path: Path, key: str) -> list[str]:
-    """The lines of a list file, without blank ones."""
-    lines = _text(path, f"{key}: list").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    """The lines of a list file, without blank ones and comments (#)."""
+    lines = (line.strip() for line in _text(path, f"{key}: list").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _text(path: Path, what: str) -> str:
@@ -323,6 +326,7 @@ def _pair(folder: Path, line: str, root: Path, place: str) -> tuple[Path, Path |
     whole = _beside(folder, line, root, place)
     if _is_file(whole):  # a name may hold blanks and commas
         return whole, None
+    line = line.rstrip(" \t;,")
     for separator in "\t;,":
         image, found, mask = line.partition(separator)
         if found and mask.strip() and separator not in mask:
@@ -339,12 +343,12 @@ def _from_manifest(path: Path, root: Path, key: str, with_masks: bool, report: C
     try:
         reader = _manifest_reader(text)
         header = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
-        twice = [name for number, name in enumerate(header) if name in header[:number]]
+        twice = [name for number, name in enumerate(header) if name and name in header[:number]]
         if twice:
             raise InputError(f"{key}: manifest {path} has two columns called {twice[0]!r}; keep one.")
         if "image" not in header:
             raise InputError(f"{key}: manifest {path} has columns {header}; it needs one called image.")
-        if with_masks and set(header) - {"image", "split"} and "mask" not in header:
+        if with_masks and set(header) - {"image", "split", ""} and "mask" not in header:
             raise InputError(
                 f"{key}: manifest {path} has columns {header}; the one with the masks must be called mask."
             )
@@ -354,6 +358,8 @@ def _from_manifest(path: Path, root: Path, key: str, with_masks: bool, report: C
             if any(text.strip() for text in surplus or ()):
                 report(f"{key}: manifest {path}, line {reader.line_num} has more fields than the header names.")
                 continue
+            if not any((text or "").strip() for name, text in row.items() if isinstance(name, str)):
+                continue  # spreadsheets end with rows of separators alone
             if not (row["image"] or "").strip():
                 report(f"{key}: manifest {path}, line {reader.line_num}: the image is empty.")
                 continue
@@ -387,10 +393,14 @@ def _manifest_reader(text: str) -> csv.DictReader[str]:
         first = lines.readline()
     columns = {separator: [name.strip(' \t\r\n"').lower() for name in first.split(separator)] for separator in ",;\t|"}
     separator = next((one for one, names in columns.items() if "image" in names and len(names) > 1), ",")
-    return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
 
 
 def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
+    if not (path / "images").is_dir():
+        alone = _by_stem(path, key, report)
+        if alone:  # a folder of images, without masks
+            return [Sample(image, None) for _, image in sorted(alone.items())]
     images = _by_stem(path / "images", key, report)
     if not images or not with_masks or not (path / "masks").is_dir():
         return [Sample(image, None) for _, image in sorted(images.items())]
@@ -466,7 +476,7 @@ def _beside(folder: Path, name: str, root: Path, place: str) -> Path:
     Separators of Windows, and a slash before a path that is relative all the same, are understood where only so a file is there.
     `place`: the line, for messages. Raises InputError for an address.
     """
-    name = local_text(name.strip().strip('"'), place)
+    name = local_text(name.strip().strip("\"'"), place)
     slashed = name.replace("\\", "/")
     texts = dict.fromkeys((name, slashed, slashed.lstrip("/")))
     places = [Path(base, text) for text in texts for base in (folder, root)]  # an absolute path stays as it is

@@ -97,15 +97,19 @@ def check_data(config: Config) -> DataReport:
         if cut is not None:
             sets[name] = _read(config, name, cut, problems)
     for name, image, other, twin in shared_images(samples, data.digest_of):
+        same = "stands in" if image == twin else f"holds the same bytes as {twin} of"
         problems.append(
-            f"data.{name.replace('_', '.')}: image {image} holds the same bytes as {twin} of "
-            f"data.{other.replace('_', '.')}; an image may stand in one set alone."
+            f"data.{name.replace('_', '.')}: image {image} {same} data.{other.replace('_', '.')}{' as well' * (image == twin)}; "
+            "an image may stand in one set alone, as scores on trained images say little: keep it in one, for example by names."
         )
     if "source_train" in sets and sets["source_train"].class_pixels.any():
         try:
-            setup.check_classes(config, sets["source_train"].class_pixels)
+            for text in setup.check_classes(config, sets["source_train"].class_pixels):
+                problems.remarks.add("absent classes", text)
         except InputError as error:
             problems.append(str(error))
+    for text in setup.label_map_remarks(config):
+        problems.remarks.add(text, text)
     counts = pd.DataFrame.from_dict({name: _counts(config, found) for name, found in sets.items()}, orient="index")
     statistics = {
         domain: sums.result() for domain in ("source", "target") if (sums := _sums_of(sets, domain)) is not None
@@ -127,6 +131,8 @@ def check_data(config: Config) -> DataReport:
 
 
 def _partly_remark(domain: str, sets: dict[str, _Set]) -> str | None:
+    if any(found.dataset.reading.nodata_bands is not None for found in sets.values()):
+        return None  # the user has decided; the table has the share
     shares = {name: found.partly / found.pixels for name, found in sets.items() if found.partly}
     if not shares:
         return None

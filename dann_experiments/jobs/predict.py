@@ -135,6 +135,13 @@ def _device(accelerator: str) -> torch.device:
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def _as_signed(reading: Reading) -> dict[str, Any]:
+    """A reading in the signature of a map: what it says as before there was the choice is left out, so that maps of before are
+    known as finished."""
+    as_before = {"nodata_bands": "all", "unit": None}
+    return {name: value for name, value in plain_reading(reading).items() if as_before.get(name, ...) != value}
+
+
 def _with_own_reading(model: Model, settings: PredictConfig) -> Model:
     """The model, which reads images as the settings say where they say it."""
     changes: dict[str, Any] = {}
@@ -189,7 +196,7 @@ class _Scene:
         # not the device: an interrupted map may be finished on another
         facts = {
             "model": model.digest, "input": str(source.resolve()), "input size": status.st_size,
-            "input time": status.st_mtime_ns, "reading": plain_reading(reading),
+            "input time": status.st_mtime_ns, "reading": _as_signed(reading),
             "normalisation": dataclasses.asdict(model.normalisation), "tile_size": settings.tile_size,
             "overlap": settings.shared, "batch_size": settings.batch_size, "probabilities": settings.probabilities,
         }  # fmt: skip

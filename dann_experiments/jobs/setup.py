@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
@@ -353,24 +354,38 @@ def _check_ranges(config: Config, data: Data) -> None:
 
 def _check_classes(config: Config, data: Data) -> None:
     """Say which classes a side lacks; masks of 0 and 255 would train on nothing, as 255 is ignored by default."""
-    names = config.class_names
-    for domain_name in ("source", "target"):
-        mapped = filled(getattr(config.data, domain_name)).class_names
-        if mapped is not None:
-            lacking = [name for name in names if name not in mapped]
-            more = [name for name in mapped if name not in names and name != IGNORED]
-            if lacking:
-                log.warning("data.%s: its label map has no class %s.", domain_name, lacking)
-            if more:
-                log.warning(
-                    "data.%s: its classes %s are none of data.class_names and count nowhere.", domain_name, more
-                )
+    for text in label_map_remarks(config):
+        log.warning("%s", text)
     dataset = data.labelled("source_train")
     if dataset is not None and dataset.class_pixels is not None:
-        check_classes(config, dataset.class_pixels)
+        for text in check_classes(config, dataset.class_pixels):
+            log.warning("%s", text)
 
 
-def check_classes(config: Config, class_pixels: np.ndarray) -> None:
+def label_map_remarks(config: Config) -> list[str]:
+    """Sentences on label maps that name other classes than the network has, or lack some of them."""
+    names, remarks = config.class_names, []
+    for domain_name in ("source", "target"):
+        settings = getattr(config.data, domain_name)
+        mapped = filled(settings).class_names
+        if mapped is None:
+            continue
+        lacking = [name for name in names if name not in mapped]
+        more = [name for name in mapped if name not in names and name != IGNORED]
+        own = settings.preset is None or settings.value_map is not None or settings.color_map is not None
+        if more and own:  # a preset knows all classes of its set, of which a network may have some
+            near = {name: difflib.get_close_matches(name, lacking or names, n=1) for name in more}
+            hint = "".join(f"; did you mean {found[0]!r} by {name!r}?" for name, found in near.items() if found)
+            remarks.append(
+                f"data.{domain_name}: its label map names {more}, which are none of the network's classes {names} and count "
+                f"nowhere (write {IGNORED} if that is meant){hint}"
+            )
+        if lacking:
+            remarks.append(f"data.{domain_name}: its label map has no class {lacking}.")
+    return remarks
+
+
+def check_classes(config: Config, class_pixels: np.ndarray) -> list[str]:
     """Refuse source masks (256 counts of ids) that leave fewer than two classes; says which classes no mask holds."""
     ignored, names = config.data.ignore_index, config.class_names
     found = np.flatnonzero(class_pixels).tolist()
@@ -379,11 +394,10 @@ def check_classes(config: Config, class_pixels: np.ndarray) -> None:
         raise InputError(
             f"data.source.train: the masks hold the ids {found}, of which {ignored} is ignored (data.ignore_index); that "
             f"leaves {len(classes)} class to learn. Write the classes as 0 to {len(names) - 1}, or name the masks' values "
-            "in data.source.value_map."
+            "in data.source.value_map." + "".join(f" {text}" for text in label_map_remarks(config))
         )
     absent = [name for index, name in enumerate(names) if index not in classes]
-    if absent:
-        log.warning("data.source.train: no mask holds the classes %s.", absent)
+    return [f"data.source.train: no mask holds the classes {absent}."] if absent else []
 
 
 def _check_monitor(config: Config, data: Data) -> None:

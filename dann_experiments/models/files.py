@@ -193,6 +193,11 @@ def load_into(
     fitting = {name: tensor for name, tensor in found.items() if tensor.shape == wanted[name].shape}
     if not fitting:
         raise InputError(f"checkpoint {where} has no weight in common with the network that is built for it.")
+    for name, tensor in fitting.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(
+                f"checkpoint {where} holds NaN or infinity in {name}: the training that wrote it diverged. Give an earlier one."
+            )
     network.load_state_dict(fitting, strict=False)
     return problems
 
