@@ -630,8 +630,8 @@ def test_every_way_to_name_files_is_read_and_trained_on(places):
     )
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     entries = [yaml.safe_load(span) for row in rows for span in re.findall(r"`([^`]+)`", row)]
-    assert len(entries) == 8
-    plain = ("scene.tif", "tiles/*.tif", "list.txt")  # images alone
+    assert len(entries) == 9
+    plain = ("city_b/photos", "scene.tif", "tiles/*.tif", "list.txt")  # images alone
     data = {
         "class_names": ["ground", "square"],
         "window_size": 64,
@@ -641,6 +641,11 @@ def test_every_way_to_name_files_is_read_and_trained_on(places):
     with contextlib.chdir(place.folder):
         Path("named").mkdir()
         write_files({"data": data, "model": {}}, Path())
+        photos = Path("named/city_b/photos")
+        for file in sorted((photos / "images").iterdir()):
+            Image.fromarray(255 - np.array(Image.open(file))).save(photos / file.name)  # pictures of their own
+        for folder in ("images", "masks"):
+            shutil.rmtree(photos / folder, ignore_errors=True)
         settings = settings_of(Path("mine.yaml").read_text())
         sides = {side: {**data[side], "batch_size": 2} for side in ("source", "target")}
         named = {**settings, "data": {**{key: data[key] for key in ("class_names", "window_size")}, **sides}}

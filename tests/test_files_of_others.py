@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import torch
 from conftest import small_settings, write_raster
 from PIL import Image, ImageOps
 from rasterio.enums import ColorInterp, Resampling
@@ -42,6 +43,7 @@ from dann_experiments.data.samples import Sample, content_digest, find_samples
 from dann_experiments.data.writing import read_decimated, read_grid
 from dann_experiments.jobs import check_data, setup
 from dann_experiments.jobs.predict import predict
+from dann_experiments.models.files import load_into
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 RNG = np.random.default_rng(0)
@@ -771,3 +773,150 @@ def test_data_that_are_read_by_a_newer_rule_have_another_digest_than_before_and_
     data = setup.load_data(load_config(None, given))
     same = {name: data.digests[name] == content_digest(dataset.samples) for name, dataset in data.sets.items()}
     assert same == {"source_train": False, "source_val": False, "target_train": True, "target_val": True}
+
+
+# --- what a review found ---
+
+
+@pytest.mark.parametrize(
+    ("profile", "reading"),
+    [
+        ({"nodata": 0}, {}), ({"nodata": 0}, {"nodata": ()}), ({"nodata": 0}, {"nodata": (77.0,)}),
+        ({"alpha": True}, {"nodata": ()}), ({"alpha": True}, {"bands": (4, 1, 2)}),
+    ],
+)  # fmt: skip
+def test_values_that_count_as_data_are_in_the_average_whatever_the_file_hides(tmp_path, profile, reading):
+    alpha = profile.pop("alpha", False)
+    values = RNG.choice(np.array([0, 100], np.uint8), (4 if alpha else 3, 64, 64))
+    values[:, ::2] = 50  # no pixel lacks data in all its bands
+    path = georeferenced(tmp_path / "a.tif", values, **profile)
+    if alpha:
+        with rasterio.open(path, "r+") as file:
+            file.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
+    found = read_pixels(path, 3, Reading(pixel_size=2.0, **reading))
+    bands = [band - 1 for band in reading.get("bands", (1, 2, 3))]
+    means = values[bands].reshape(3, 32, 2, 32, 2).mean((2, 4))
+    valid = np.ones((32, 32), bool) if found.valid is None else found.valid
+    assert valid.any()
+    assert np.abs(found.values - means)[:, valid].max() <= 0.5
+
+
+@pytest.mark.parametrize("size", [8.0, 5.0, 1.3, 0.7])
+def test_no_value_that_is_nodata_is_part_of_a_valid_resampled_pixel(tmp_path, size):
+    for row in range(12):
+        values = np.full((1, 12, 12), 100, np.float32)
+        values[:, row] = -9999
+        path = georeferenced(tmp_path / "a.tif", values)
+        found = read_pixels(path, 1, Reading(pixel_size=size, nodata=(-9999.0,), scale=(0.0, 255.0)))
+        valid = np.ones(found.values.shape[1:], bool) if found.valid is None else found.valid
+        assert np.allclose(found.values[0][valid], 100), (size, row)
+
+
+def test_an_alpha_band_counts_wherever_it_stands(tmp_path):
+    values = RNG.integers(1, 255, (5, 8, 8), np.uint8)
+    values[3] = 255
+    values[3, :2] = 0
+    path = write_raster(tmp_path / "a.tif", values)
+    with rasterio.open(path, "r+") as file:
+        colors = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha, ColorInterp.undefined]
+        file.colorinterp = colors
+    for reading in (Reading(), Reading(bands=(1, 2, 3, 5))):
+        pixels = read_pixels(path, 4, reading)
+        assert np.array_equal(pixels.values, values[[0, 1, 2, 4]])
+        assert pixels.valid is not None
+        assert pixels.valid.sum() == 48
+    assert read_pixels(path, 5, Reading(bands=(1, 2, 3, 4, 5))).valid is None
+
+
+def test_bands_of_several_types_are_refused(tmp_path):
+    for name, dtype in (("a", np.uint8), ("b", np.uint16)):
+        write_raster(tmp_path / f"{name}.tif", np.zeros((1, 4, 4), dtype))
+    bands = "".join(
+        f'<VRTRasterBand dataType="{kind}" band="{number}"><SimpleSource><SourceFilename relativeToVRT="1">{name}.tif'
+        "</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand>"
+        for number, (name, kind) in enumerate((("a", "Byte"), ("b", "UInt16")), 1)
+    )
+    (tmp_path / "v.vrt").write_text(f'<VRTDataset rasterXSize="4" rasterYSize="4">{bands}</VRTDataset>')
+    with pytest.raises(InputError, match=r"v\.vrt has bands of several types \(uint8, uint16\)"):
+        read_header(tmp_path / "v.vrt")
+
+
+def test_an_ignored_id_that_is_a_class_of_the_network_is_refused(tmp_path):
+    maps = {"model.classes": 3, "data.ignore_index": 0, "data.source.value_map": {1: "a", 2: "b", 3: "c"}}
+    with pytest.raises(InputError, match=r"data\.ignore_index is 0, which is the network's id of class 'a'"):
+        load_config(None, maps)
+    assert load_config(None, {**maps, "data.ignore_index": 255, "data.source.ignore_values": [0]}).class_names == [
+        "a",
+        "b",
+        "c",
+    ]
+
+
+def test_class_names_that_are_mistyped_in_a_label_map_are_told(workplace, squares):
+    typo = {
+        **small_settings(squares), "data.class_names": ["ground", "square"],
+        "data.source.value_map": {0: "ground", 1: "square"}, "data.target.value_map": {0: "ground", 1: "sqare"},
+    }  # fmt: skip
+    report = check_data(load_config(None, typo))
+    assert any(
+        "data.target: its label map names ['sqare']" in line and "did you mean 'square'" in line
+        for line in report.remarks
+    )
+    source = {**typo, "data.source.value_map": {0: "ground", 1: "squares"}}
+    (problem,) = check_data(load_config(None, source)).problems
+    assert "leaves 1 class to learn" in problem
+    assert "did you mean 'square' by 'squares'" in problem
+
+
+def test_a_mask_whose_nodata_value_is_infinite_is_read(tmp_path):
+    path = write_raster(tmp_path / "m.tif", np.array([[[0, 1]]], np.float32), nodata=float("-inf"))
+    image = write_raster(tmp_path / "i.tif", np.zeros((3, 1, 2), np.uint8))
+    looked_at(Sample(image, path), Reading(), 3, LabelMap(2), remarks=Remarks())
+    assert read_mask(path, LabelMap(2)).tolist() == [[0, 1]]
+
+
+def test_files_whose_georeferences_differ_by_half_a_pixel_are_a_pair_at_any_place(tmp_path):
+    for size in (0.1, 0.25, 10.0):
+        for origin in (123456.7, 500000.0, 654321.1):
+            image = {"transform": from_origin(origin, 4e6, size, size)}
+            mask = {"transform": from_origin(origin + size / 2, 4e6 - size / 2, size, size)}
+            looked_at(pair(tmp_path, image, mask), Reading(), 3)
+
+
+def test_a_settings_nodata_that_the_type_cannot_hold_is_remarked_on(tmp_path):
+    path = write_raster(tmp_path / "a.tif", np.zeros((3, 4, 4), np.uint8))
+    remarks = Remarks()
+    looked_at(Sample(path, None), Reading(nodata=(-9999.0,), settings="data.target."), 3, remarks=remarks)
+    assert "uint8 pixels, which cannot hold data.target.nodata -9999" in remarks.lines()[0]
+
+
+def test_a_name_that_is_there_is_no_pattern(tree):
+    for name in ("tile[1]", "tile1"):
+        for folder in ("images", "masks"):
+            Image.fromarray(np.zeros((4, 4), np.uint8)).save(tree / "data" / folder / f"{name}.png")
+    entry = {"images": "data/images", "masks": "data/masks", "names": ["tile[1].png"]}
+    assert [Path(image).stem for image, _ in found_in(tree, entry)] == ["tile[1]"]
+
+
+def test_what_spreadsheets_leave_at_the_end_of_rows_and_tables_is_nothing(tree):
+    rows = ["image,mask,,", "data/images/b.png, data/masks/b.png,,", ",,,", "  ,,,"]
+    (tree / "a.csv").write_text("\n".join(rows) + "\n")
+    assert found_in(tree, "a.csv") == TWO[:1]
+    (tree / "l.txt").write_text(
+        "# train\ndata/images/b.png;data/masks/b.png;\n'data/images/c.png' 'data/masks/c.png'\n"
+    )
+    assert found_in(tree, "l.txt") == TWO
+
+
+def test_a_folder_of_images_alone_is_a_set_without_masks(tree):
+    assert len(find_samples(["data/images"], tree, "data.target.train", "no")) == 3
+    with pytest.raises(InputError, match="has no mask, but this set needs one"):
+        find_samples(["data/images"], tree, "data.source.train", "required")
+
+
+def test_weights_that_diverged_are_refused_by_name():
+    network = torch.nn.Linear(2, 2)
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    weights["weight"][0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"checkpoint a\.pt holds NaN or infinity in weight"):
+        load_into(network, weights, True, "a.pt")
