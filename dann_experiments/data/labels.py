@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.data.reading import Header, StoredLabels, Window, colours_of, read_labels
+from dann_experiments.data.reading import (
+    Header,
+    StoredLabels,
+    Window,
+    changes_values,
+    colours_of,
+    open_raster,
+    read_labels,
+)
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -85,7 +93,9 @@ def read_mask(
     try:
         return _network_ids(path, stored, labels)
     except InputError as error:
-        if not stored.lossy:
+        with open_raster(path) as opened:  # asked here alone: reading a good mask needs no answer
+            lossy = changes_values(opened)
+        if not lossy:
             raise
         raise InputError(
             f"{str(error).partition(';')[0].rstrip('.')}. The file is compressed with loss (as JPEG is), which makes such values "

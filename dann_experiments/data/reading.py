@@ -327,8 +327,6 @@ class StoredLabels(NamedTuple):
     nowhere."""
     transparent: bool
     """Whether `hidden` is the transparency of a picture (PNG, GIF, WebP), which may be there for looks alone."""
-    lossy: bool
-    """Whether the file is compressed in a way that changes values."""
 
 
 def read_labels(
@@ -347,7 +345,7 @@ def read_labels(
         values = _read(file, bands, window, factor, header, smooth=False)
         return StoredLabels(
             values, file.colormap(1) if header.palette else None, _hidden(file, header, values, window, factor),
-            file.driver in ("PNG", "GIF", "WEBP"), changes_values(file),
+            file.driver in ("PNG", "GIF", "WEBP"),
         )  # fmt: skip
 
 
