@@ -24,17 +24,25 @@ from sweeps.settings import SweepConfig
 
 PROJECT = Path(__file__).parents[1]
 LAYERS = [
+    "names",
     "config",
     "data",
     "models",
     "adaptation",
+    "scores",
+    "checkpoints",
     "training",
     "tracking",
+    "workers",
+    "prediction",
+    "reports",
     "jobs",
     "command_line",
     "comparison",
+    "cli",
     "__main__",
 ]
+ROOMS = [layer for layer in LAYERS if list((PROJECT / "dann_experiments").glob(f"{layer}*"))]
 
 
 def imports_of(file: Path) -> set[str]:
@@ -47,7 +55,7 @@ def imports_of(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", ROOMS)
 def test_no_layer_imports_one_to_its_right(layer):
     root = PROJECT / "dann_experiments"
     files = [root / f"{layer}.py"] if (root / f"{layer}.py").exists() else sorted((root / layer).rglob("*.py"))
