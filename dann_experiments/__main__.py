@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dann_experiments.command_line import (
-    DEFAULT_CONFIG,
     NOT_GIVEN,
     SHORT_NAMES,
     Parser,
     dotted,
+    leave_clone,
     quiet_libraries,
     tell_of_failure,
     tell_of_input,
@@ -30,6 +30,7 @@ from dann_experiments.config import Config, InputError, TrainingFailed, config_t
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.config.recipes import forget_default, load_or_default, report_default
 from dann_experiments.data import early
 from dann_experiments.data.samples import PRETRAINING_SETS, SETS
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from dann_experiments.jobs.upkeep import Health
     from dann_experiments.tracking.sync import Leftover
 
+log = logging.getLogger("dann_experiments")
 COMMANDS = {
     "check-data": "read all data once: every problem by file name, then counts, class shares and band statistics",
     "pretrain": "train a source model on labelled source images",
@@ -63,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 = done, 1 = training failed, 2 = something the user can mend, each told in one message."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _argument_parser()
+    forget_default()
+    leave_clone()
     try:
         known, rest = parser.parse_known_args(arguments)
         if known.command is None:
@@ -93,7 +97,7 @@ def _settings(known: argparse.Namespace, rest: Sequence[str]) -> Config:
     file = None if known.config in (None, *NOT_GIVEN) else known.config
     run_id = _resume(known)
     if run_id is None or run_id == "auto":
-        return load_config(DEFAULT_CONFIG if file is None else file, _overrides(known, rest))
+        return load_or_default(file, _overrides(known, rest))
     quiet_libraries()
     from dann_experiments.jobs.resume import settings_to_resume
 
@@ -107,11 +111,14 @@ def _resume(known: argparse.Namespace) -> str | None:
 def _run(known: argparse.Namespace, config: Config) -> int:
     if known.command == "config":
         print(config_to_yaml(config), end="")
+        report_default(lambda text: print(text, file=sys.stderr))
         return 0
     quiet_libraries()
+    if known.command not in ("runs", "sync", "doctor"):  # these need the tracking store alone
+        report_default(log.info)
     for short in WITHOUT_EFFECT.get(known.command, ()):
         if getattr(known, short) not in (None, *NOT_GIVEN):
-            logging.getLogger("dann_experiments").warning("--%s has no effect in %s.", short, known.command)
+            log.warning("--%s has no effect in %s.", short, known.command)
     if known.command == "layers":
         _print_layers(config, known.all)
         return 0
@@ -165,7 +172,9 @@ def _argument_parser() -> Parser:
                 "--config", metavar="FILE", help="settings of the network, for a checkpoint without them"
             )
             continue
-        command.add_argument("--config", metavar="FILE", help="YAML file of settings (default: recipes/digits.yaml)")
+        command.add_argument(
+            "--config", metavar="FILE", help="YAML file of settings, or a recipe's name (default: digits)"
+        )
         for short in SHORT_NAMES:
             command.add_argument(f"--{short}", metavar="VALUE", help=f"short for --{_long_name(short, name)}")
         if name in RESUMABLE:
@@ -245,12 +254,13 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> int:
     settings = load_settings(CompareConfig, file, own)
     overrides = _overrides(known, [])
     overrides |= {key: value for key, value in given.items() if key not in keys}
-    config = load_config(DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else known.config, overrides)
+    config = load_or_default(None if known.config in (None, *NOT_GIVEN) else known.config, overrides)
     quiet_libraries()
+    report_default(log.info)
     if settings.runs:
         idle = [key for key in (*own, *overrides) if not key.startswith(("runs", "threads", "tracking."))]
         if idle:
-            logging.getLogger("dann_experiments").warning("With runs, these have no effect: %s.", ", ".join(idle))
+            log.warning("With runs, these have no effect: %s.", ", ".join(idle))
     from dann_experiments.comparison.compare import ComparisonFailed, compare
     from dann_experiments.comparison.runner import PRELOADED
     from dann_experiments.tracking.processes import fork_workers_from_here

@@ -7,27 +7,27 @@ any other setting of `adapt` is given by its dotted name (`--optimizer.lr 1e-3`)
 from __future__ import annotations
 
 import argparse
-import os
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dann_experiments.command_line import (
-    DEFAULT_CONFIG,
     NOT_GIVEN,
     SHORT_NAMES,
     Parser,
     dotted,
+    leave_clone,
     quiet_libraries,
     tell_of_failure,
     tell_of_input,
     ui_command,
     warn_of_stored_secrets,
 )
-from dann_experiments.config import InputError, load_config
+from dann_experiments.config import InputError
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
-from dann_experiments.config.places import local_path
+from dann_experiments.config.recipes import DEFAULT, forget_default, load_or_default, report_default, settings_file
 from dann_experiments.data import early
 from dann_experiments.tracking.processes import fork_workers_from_here
 from sweeps.errors import SweepFailed
@@ -36,7 +36,9 @@ from sweeps.settings import SweepConfig
 if TYPE_CHECKING:
     from sweeps.driver import SweepResult
 
-DEFAULT_SPACE = Path(__file__).with_name("dann.yaml")
+SPACES = Path(__file__).parent
+DEFAULT_SPACE = "dann"
+log = logging.getLogger("sweeps")
 COMMANDS = {
     "run": "search: a new study, or the missing trials of one that exists",
     "resume": "run the missing trials of a study, by what is stored with it",
@@ -49,6 +51,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 = done, 1 = the sweep failed, 2 = something the user can mend, told in one message."""
     parser = _argument_parser()
+    forget_default()
+    leave_clone()
     try:
         known, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
         if known.command is None:
@@ -78,12 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-    space = DEFAULT_SPACE if known.space in (None, *NOT_GIVEN) else local_path(known.space, "--space")
-    config_file = DEFAULT_CONFIG if known.config in (None, *NOT_GIVEN) else local_path(known.config, "--config")
-    if not os.path.exists(space):
-        raise InputError(f"space file {space} does not exist; sweeps/ holds some to start from.")
-    config = load_config(config_file, settings)
-    defaults = {} if _names_a_study(space, sweep_flags) else {"study": f"{space.stem}-{config_file.stem}"}
+    space = settings_file(DEFAULT_SPACE if known.space in (None, *NOT_GIVEN) else known.space, "--space", SPACES)
+    chosen = None if known.config in (None, *NOT_GIVEN) else settings_file(known.config, "--config")
+    config = load_or_default(chosen, settings)
+    report_default(log.info)
+    defaults = {} if _names_a_study(space, sweep_flags) else {"study": f"{space.stem}-{Path(chosen or DEFAULT).stem}"}
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
     warn_of_stored_secrets({**settings, **sweep_flags})
     early.begin(config)
@@ -111,7 +114,9 @@ def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str
     storage = sweep_flags.pop("storage", None)
     if command == "resume":
         if "space" in sweep_flags:
-            sweep_flags["space"] = load_settings(SweepConfig, Path(sweep_flags["space"]), {}).space
+            sweep_flags["space"] = load_settings(
+                SweepConfig, settings_file(sweep_flags["space"], "--space", SPACES), {}
+            ).space
         return _finish(resume_sweep(name, storage, sweep_flags, settings))
     if command == "confirm":
         from sweeps.confirm import confirm
@@ -171,8 +176,12 @@ def _argument_parser() -> Parser:
         )  # fmt: skip
         command.add_argument("-h", "--help", action="store_true", help="show this and every setting")
         if name == "run":
-            command.add_argument("--space", metavar="FILE", help="YAML file of the search (default: sweeps/dann.yaml)")
-            command.add_argument("--config", metavar="FILE", help="settings of adapt (default: recipes/digits.yaml)")
+            command.add_argument(
+                "--space", metavar="FILE", help="YAML file of the search, or a name: dann (default), wide"
+            )
+            command.add_argument(
+                "--config", metavar="FILE", help="settings of adapt, or a recipe's name (default: digits)"
+            )
     return parser
 
 
