@@ -18,10 +18,11 @@ from dann_experiments.comparison import report
 from dann_experiments.comparison.report import draw_summary, write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison, FeatureCloud, Panel
 from dann_experiments.comparison.verdict import judge
-from dann_experiments.reports.colors import IGNORED_COLOR, class_colors, paint
+from dann_experiments.reports.colors import IGNORED_COLOR, TEAL, class_colors, paint
 from dann_experiments.reports.images import tile_iou
 from dann_experiments.reports.plots import features
 from dann_experiments.reports.plots.features import project
+from dann_experiments.reports.plots.rows import Row, rows_figure
 from dann_experiments.reports.plots.series import mean_curve, smoothed
 
 COMMIT = "0f459710aa"
@@ -375,6 +376,35 @@ def test_the_summary_shows_verdict_scores_and_tiles(comparison, tmp_path):
     digit = 255 * class_colors(2)[1]
     tiles = {path: (np.abs(found - digit).sum(-1) < 6).sum() for path, found in pixels.items()}
     assert tiles[full] > 10_000 > tiles[without]
+
+
+def test_an_interval_far_wider_than_its_values_does_not_stretch_the_axis():
+    """Two seeds: Student's t with one degree of freedom gave an axis from -100 to 213 points."""
+    rows = [
+        Row("source only", TEAL, {0: 41.0, 1: 42.0}, 41.5, 35.1, 47.9),
+        Row("DANN", TEAL, {0: 50, 1: 62}, 56, -20.2, 132.2),
+    ]
+    for differences, low, high in ((False, 15, 90), (True, -65, 130)):
+        axis = rows_figure(rows, "iou/target_test", differences).axes[0]
+        first, last = axis.get_xlim()
+        assert low < first < 41
+        assert 62 < last < high
+        arrows = [line.get_marker() for line in axis.lines if line.get_marker() in ("<", ">")]
+        assert arrows == ["<"] * (not differences) + [">"]
+    short_interval = [Row("DANN", TEAL, {0: 50, 1: 52, 2: 54}, 52, 47.0, 57.0)]
+    assert [line.get_marker() for line in rows_figure(short_interval, "").axes[0].lines] == ["None", "D"]
+
+
+def test_pixels_without_a_label_have_a_legend_entry(tmp_path, monkeypatch):
+    from dann_experiments.reports.plots import predictions
+
+    legends = []
+    monkeypatch.setattr(predictions, "save", lambda figure, path: legends.append(figure.legends[0]))
+    image, ids = np.zeros((4, 4, 3)), np.zeros((4, 4), int)
+    for truth in ([ids], [np.where(np.eye(4), 255, ids)], []):
+        predictions.draw_predictions(tmp_path / "p.png", [image], truth, {"after": [ids]}, ["a", "b"], "")
+    words = [[text.get_text() for text in legend.get_texts()] for legend in legends]
+    assert words == [["a", "b"], ["a", "b", "not labeled"], ["a", "b"]]
 
 
 def test_drawing_leaves_nothing_behind(comparison, tmp_path):

@@ -5,6 +5,7 @@ Scores are drawn in IoU points, 100 x the fraction that a run logs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -195,9 +196,8 @@ def confidence_of(verdicts: Sequence[Verdict]) -> float:
 
 def arm_colors(arms: Sequence[Arm]) -> dict[str, str]:
     """Return arm -> color: one per kind, adapted arms one after another."""
-    adapted = [arm.name for arm in arms if arm.kind == "adapted"]
-    colors = {arm.name: KIND_COLORS[arm.kind] for arm in arms if arm.kind != "adapted"}
-    return colors | {name: ADAPTED_COLORS[i % len(ADAPTED_COLORS)] for i, name in enumerate(adapted)}
+    adapted = itertools.cycle(ADAPTED_COLORS)
+    return {arm.name: KIND_COLORS.get(arm.kind) or next(adapted) for arm in arms}
 
 
 def first_of_kind(arms: Sequence[Arm], kind: str) -> Arm | None:

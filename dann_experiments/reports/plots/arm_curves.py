@@ -31,7 +31,7 @@ def arm_curves_figure(histories: Histories, limits: tuple[float, float, int], hi
     has_lambda = bool(histories.get("da/lambda"))
     has_accuracy = bool(histories.get("da/domain_acc") or histories.get("da/domain_acc_val"))
     heights = [3.0] + [0.9] * has_lambda + [1.4] * has_accuracy
-    figure = new_figure(5.0, sum(heights) + 0.7, (0.52, 0.05, 0.25, 0.42), hspace=0.22)
+    figure = new_figure(5.0, sum(heights) + 0.7, (0.52, 0.05, 0.25, 0.42), hspace=0.17)
     axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     for domain, color in DOMAIN_COLORS.items():
         curves = _in_points(histories, domain)

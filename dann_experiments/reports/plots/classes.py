@@ -30,7 +30,7 @@ def classes_figure(
     rows = -(-len(class_names) // per_row)
     handles = [Patch(color=color, alpha=0.85, label=short(arm, 40)) for arm, color in colors.items()]
     columns, legend = legend_shape(handles, 10)
-    figure = new_figure(10.2, 2.1 * rows + 0.2 + legend, (0.52, 0.05, legend + 0.05, 0.4), hspace=0.3)
+    figure = new_figure(10.2, 2.1 * rows + 0.2 + legend, (0.52, 0.05, legend + 0.05, 0.3), hspace=0.3)
     axes = list(figure.subplots(rows, 1, squeeze=False, sharey=True)[:, 0])
     width = 0.82 / count
     for number, name in enumerate(class_names):

@@ -35,7 +35,7 @@ def draw_domains(
     rows = -(-bands // columns)
     names = [short(name) for name in class_names]
     turned = len(names) > 8 or len(names) * max(map(len, names), default=0) > 80
-    labels = 0.7 + (0.7 * text_width(names, 8) if turned else 0.1)
+    labels = 0.5 + (0.7 * text_width(names, 8) if turned else 0)
     grid, height = 2.0 * rows + 0.6, 3.6 + 2.0 * rows + labels
     figure = new_figure(10, height)
     above = figure.add_gridspec(left=0.07, right=0.98, top=1 - 0.55 / height, bottom=(grid + labels) / height)

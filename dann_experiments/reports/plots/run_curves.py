@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @drawing()
 def draw_curves(path: Path, history: Mapping[str, Points], title: str) -> None:
     """Draw IoU of both domains, domain accuracy and lambda over the optimizer step; `history`: metric -> [(step, value)]."""
-    figure = new_figure(8, 6.5, (0.7, 0.2, 0.75, 0.5), hspace=0.22)
+    figure = new_figure(8, 6.5, (0.7, 0.2, 0.75, 0.5), hspace=0.18)
     above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
     for domain, color in DOMAIN_COLORS.items():
         _plot(above, history, f"iou/{domain}_val", color, marker="o")
