@@ -46,9 +46,10 @@ from dann_experiments.reports.plots.arm_curves import Histories, arm_curves_figu
 from dann_experiments.reports.plots.classes import classes_figure
 from dann_experiments.reports.plots.rows import Row, rows_figure
 from dann_experiments.reports.plots.series import finite
-from dann_experiments.reports.plots.style import MINUS, NOT_LABELED, short
+from dann_experiments.reports.plots.style import NOT_LABELED, inline_svg
 from dann_experiments.reports.plots.summary import Headline
 from dann_experiments.reports.plots.summary import draw_summary as draw
+from dann_experiments.reports.tables import MINUS, decimal, short
 
 KIND_WORDS = {
     "source_only": "the source model as it is",
@@ -246,7 +247,7 @@ def _difference_rows(comparison: Comparison) -> list[Row]:
 
 
 def _figures(comparison: Comparison, confidence: float) -> dict[str, Any]:
-    svg, colors = pages.inline_svg, arm_colors(comparison.arms)
+    svg, colors = inline_svg, arm_colors(comparison.arms)
     label = f"{comparison.metric}, IoU points"
     scores = svg(rows_figure(_score_rows(comparison, confidence), label), "scores", "Score of each arm and seed")
     differences = classes = ""
@@ -330,9 +331,7 @@ def _has_unlabeled(panels: Sequence[Panel], count: int) -> bool:
 def _headline(verdict: Verdict) -> Headline:
     others = (("source only", verdict.against_source), ("the control", verdict.against_control))
     differences = [
-        f"{pages.decimal(interval.mean, '+.1f', 100)} points against {other}"
-        for other, interval in others
-        if interval.n
+        f"{decimal(interval.mean, '+.1f', 100)} points against {other}" for other, interval in others if interval.n
     ]
     text = f"{OUTCOME_MARKS.get(verdict.outcome, '')} {short(verdict.arm, 40)}: {verdict.outcome}"
     return Headline(text, OUTCOME_COLORS.get(verdict.outcome, INK), verdict.reason, ",  ".join(differences))

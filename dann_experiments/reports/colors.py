@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.colors import to_rgb
 
 COLORS = (
     "#f2f2f2", "#d1495b", "#00798c", "#edae49", "#66a182", "#2e4057", "#8d96a3", "#a05195", "#ff7c43", "#4f9d69", "#b5838d",
@@ -31,10 +30,14 @@ def class_colors(count: int) -> np.ndarray:
     >>> class_colors(2).round(2).tolist()
     [[0.95, 0.95, 0.95], [0.82, 0.29, 0.36]]
     """
-    return np.array([to_rgb(COLORS[index % len(COLORS)]) for index in range(count)])
+    return np.array([_rgb(COLORS[index % len(COLORS)]) for index in range(count)])
 
 
 def paint(ids: np.ndarray, count: int) -> np.ndarray:
     """Return (H, W, 3) uint8 colors for class ids (H, W); ids that are none of the `count` classes become black."""
-    palette = np.concatenate([class_colors(count), [to_rgb(IGNORED_COLOR)]])
+    palette = np.concatenate([class_colors(count), [_rgb(IGNORED_COLOR)]])
     return np.round(255 * palette[np.where((ids >= 0) & (ids < count), ids, count)]).astype(np.uint8)
+
+
+def _rgb(color: str) -> list[float]:
+    return [part / 255 for part in bytes.fromhex(color[1:])]

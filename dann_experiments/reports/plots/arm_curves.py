@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from dann_experiments.reports.colors import DOMAIN_COLORS, MUTED, ORANGE, PAPER, PURPLE, TEAL
 from dann_experiments.reports.plots.series import Points, finite, mean_curve, smoothed, thinned
-from dann_experiments.reports.plots.style import drawing, legend_above, new_figure, short
+from dann_experiments.reports.plots.style import drawing, legend_above, new_figure
+from dann_experiments.reports.tables import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

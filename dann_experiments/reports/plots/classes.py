@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from dann_experiments.reports.colors import INK, MUTED, PAPER
-from dann_experiments.reports.plots.style import MISSING, drawing, legend_shape, new_figure, short
+from dann_experiments.reports.plots.style import drawing, legend_shape, new_figure
+from dann_experiments.reports.tables import MISSING, short
 
 MOST_BARS = 30  # side by side in one row
 

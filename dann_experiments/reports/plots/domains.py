@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dann_experiments.reports.colors import DOMAIN_COLORS
-from dann_experiments.reports.plots.style import drawing, legend_above, new_figure, save, short, text_width
+from dann_experiments.reports.plots.style import drawing, legend_above, new_figure, save, text_width
+from dann_experiments.reports.tables import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

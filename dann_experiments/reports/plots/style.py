@@ -5,19 +5,23 @@ No figure uses a Matplotlib layout engine: measuring every text costs more than 
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.dom import minidom
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from dann_experiments.config.disk import writing
 from dann_experiments.reports.colors import GRID, IGNORED_COLOR, INK, MUTED, class_colors
+from dann_experiments.reports.tables import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +55,6 @@ STYLE = {
     "svg.fonttype": "none",
 }
 NOT_LABELED = "not labeled"
-MISSING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
 @contextmanager
@@ -85,13 +88,23 @@ def text_width(texts: Sequence[str], size: float = 7.5) -> float:
     return max(map(len, texts), default=0) * 0.6 * size / 72
 
 
-def short(name: str, length: int = 26) -> str:
-    """Return the name, its middle left out where it is longer than `length`.
+def inline_svg(figure: Figure, name: str, label: str) -> Markup:
+    """Return a figure as an `<svg>` element: text as text, colors as drawn (style.css replaces those of THEME).
 
-    >>> short("a rather long name", 10)
-    'a rath…ame'
+    `name`: different for each figure of a page, since ids of the page derive from it. `label`: read by screen readers.
     """
-    return name if len(name) <= length else f"{name[: length - length // 3 - 1]}…{name[-(length // 3) :]}"
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with drawing({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, dpi=160, metadata=metadata)
+    svg = minidom.parseString(buffer.getvalue()).documentElement  # noqa: S318  (written by Matplotlib a line above)
+    assert svg is not None
+    svg.setAttribute("role", "img")
+    svg.setAttribute("aria-label", label)
+    for group in svg.getElementsByTagName("g"):  # numbered within a figure, and referred to by nothing
+        if group.hasAttribute("id"):
+            group.removeAttribute("id")
+    return Markup(svg.toxml())  # noqa: S704
 
 
 def class_handles(names: Sequence[str], shown: Sequence[int] | None = None, not_labeled: bool = False) -> list[Patch]:

@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from dann_experiments.reports.colors import GRID, MUTED
 from dann_experiments.reports.plots.arm_curves import Histories, draw_all_curves
 from dann_experiments.reports.plots.rows import Row, draw_rows
-from dann_experiments.reports.plots.style import canvas, class_handles, draw_grid, drawing, save, short
+from dann_experiments.reports.plots.style import canvas, class_handles, draw_grid, drawing, save
+from dann_experiments.reports.tables import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
