@@ -12,12 +12,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import InputError, config_to_yaml
 from dann_experiments.config.stored import refuse_stored_code
+from dann_experiments.reports.tables import markdown, number
 from dann_experiments.tracking.store import Store, open_store
 from sweeps.crew import crew_for
 from sweeps.definition import store_settings, stored_settings
 from sweeps.driver import check_launcher, drive, find_study, in_store, only_driver, sharing, study_config
 from sweeps.reaping import reap_at_start
-from sweeps.report import baselines, config_of, label, markdown, number, top_trials, write_trials
+from sweeps.report import baselines, config_of, label, top_trials, write_trials
 from sweeps.settings import RAY_ONLY, SweepConfig
 from sweeps.study import (
     DEFINITION,

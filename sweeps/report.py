@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import math
-import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +16,8 @@ from dann_experiments.comparison.selection_quality import score_quality
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.config.schema import TARGET_LABEL_METRICS
+from dann_experiments.reports.pages import write_page
+from dann_experiments.reports.plots.study import FIGURES, MOST_IN_CONTOUR, draw_study
 from dann_experiments.tracking.store import TRAINING_PAGES, Store
 from dann_experiments.training.selection import SCORES as SCORES_WITHOUT_LABELS
 from sweeps.objective import trial_config
@@ -27,18 +25,8 @@ from sweeps.study import DEFINITION, HALT, SETTINGS, SOURCE_ONLY, Sweep, superse
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
-FIGURES = {
-    "history": "plot_optimization_history",
-    "importances": "plot_param_importances",
-    "parallel_coordinates": "plot_parallel_coordinate",
-    "slices": "plot_slice",
-    "contour": "plot_contour",
-}
-MOST_IN_CONTOUR = 5  # its panels grow with the square of the parameters
 TOP = 5
 ORACLE = "iou/target_val"  # what target labels would choose by
 FEWEST_FOR_IMPORTANCES = 50
@@ -109,61 +97,21 @@ def write_report(study: Sweep, store: Store, folder: Path) -> None:
             "there)\n"
         )
         (folder / "best_config.yaml").write_text(header + config_to_yaml(config_of(study, best)))
-    missing = write_figures(study, folder / "figures")
-    (folder / "report.md").write_text(_report(study, store, missing))
+    figures, missing = draw_study(_short_names(study), folder / "figures", *_drawn_with(study))
+    if figures:
+        write_page(folder / "figures" / "study.html", "sweep.html.j2", name=study.name, figures=figures)
+    write_page(folder / "report.md", "sweep.md.j2", **_report(study, store, missing))
 
 
-def write_figures(study: Sweep, folder: Path) -> dict[str, str]:
-    """PNG files, and study.html with all figures to explore; returns those that could not be drawn, and why."""
-    folder.mkdir(parents=True, exist_ok=True)
-    objective = study.attribute(DEFINITION)["objective"]
-    missing: dict[str, str] = {}
-    drawn = _short_names(study)
-    parts: list[str] = []
-    import plotly.io
-    from matplotlib import pyplot as plt
-
-    complete = [trial for trial in drawn.trials if trial.state == TrialState.COMPLETE]
-    ranked = sorted({name for trial in complete for name in trial.params})
-    for name, function in FIGURES.items():
-        wanted = {"target_name": objective}
-        if name == "contour":
-            wanted["params"] = _for_contour(drawn, ranked)
-        try:
-            if len(complete) < 2:
-                raise ValueError("fewer than two complete trials")
-            with warnings.catch_warnings(), plt.rc_context({"figure.autolayout": False}):
-                warnings.simplefilter("ignore")  # Optuna calls its Matplotlib figures experimental
-                optuna.logging.set_verbosity(optuna.logging.ERROR)
-                getattr(optuna.visualization.matplotlib, function)(drawn, **wanted)
-                figure = plt.gcf()
-                if name in ("contour", "slices"):
-                    figure.set_size_inches(3.2 * max(2, len(ranked)), 3.2 * (len(wanted.get("params", [])) or 1) + 1)
-                elif name == "parallel_coordinates":
-                    figure.set_size_inches(max(7.0, 2.2 * len(ranked)), 5)
-                _tidy(figure)
-                if name == "history":
-                    _draw_references(figure.axes[0], study)
-                if name == "importances":
-                    note = textwrap.fill(importances_note(complete_in_search(study)), 72)
-                    figure.axes[0].set_title(note, loc="left", fontsize=11)  # in place of Optuna's
-                figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
-                interactive = getattr(optuna.visualization, function)(drawn, **wanted)
-                if name == "importances":
-                    title = {"text": importances_note(complete_in_search(study)), "font": {"size": 13}}
-                    interactive.update_layout(title=title)
-            parts.append(plotly.io.to_html(interactive, include_plotlyjs=not parts, full_html=False))
-        except Exception as error:  # whatever a figure lacks: the report must not fail for it
-            missing[name] = " ".join(str(error).split())[:200]
-        finally:
-            plt.close("all")
-            optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if parts:
-        page = f"<!doctype html><meta charset='utf-8'><title>{study.name}</title><h1>{study.name}</h1>" + "\n".join(
-            parts
-        )
-        (folder / "study.html").write_text(page, encoding="utf-8")
-    return missing
+def _drawn_with(study: Sweep) -> tuple[str, dict[str, float], str]:
+    """Return the objective, what the search must beat (the control and the source model), and a note on importances."""
+    objective, source, control = study.attribute(DEFINITION)["objective"], study.attribute(SOURCE_ONLY), _control(study)
+    levels = {
+        "lambda = 0 control": None if control is None else control.value,
+        "source only": None if source is None else source["scores"].get(objective),
+    }
+    known = {name: value for name, value in levels.items() if value is not None}
+    return objective, known, importances_note(complete_in_search(study))
 
 
 def complete_in_search(study: Sweep) -> int:
@@ -180,41 +128,6 @@ def importances_note(complete: int) -> str:
         f"Importances from {complete} complete trials: a hint at most. Below about {FEWEST_FOR_IMPORTANCES}, settings that do "
         "not matter get large shares too."
     )
-
-
-def _tidy(figure: Figure) -> None:
-    """Words on an axis side by side, and no labels between the powers of ten."""
-    from matplotlib.ticker import NullFormatter
-
-    figure.canvas.draw()
-    for axes in figure.axes:
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        if any(
-            len(text.get_text()) > 6 and text.get_text().strip("'")[:1].isalpha() for text in axes.get_xticklabels()
-        ):
-            axes.tick_params(axis="x", rotation=20)
-
-
-def _draw_references(axes: Axes, study: Sweep) -> None:
-    """The control and the source model as lines: what the search must beat."""
-    objective, source = study.attribute(DEFINITION)["objective"], study.attribute(SOURCE_ONLY)
-    control = next((trial for trial in baselines(study) if trial.user_attrs["role"] == "control"), None)
-    levels = {"lambda = 0 control": None if control is None else control.value}
-    if source is not None:
-        levels["source only"] = source["scores"].get(objective)
-    for (name, value), style in zip(levels.items(), ("--", ":"), strict=False):
-        if value is not None:
-            axes.axhline(value, color="black", linestyle=style, label=f"{name} {value:.3f}")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
-
-
-def _for_contour(drawn: optuna.Study, names: Sequence[str]) -> list[str]:
-    """The parameters that matter most."""
-    if len(names) <= MOST_IN_CONTOUR:
-        return list(names)
-    with contextlib.suppress(Exception):
-        return list(optuna.importance.get_param_importances(drawn))[:MOST_IN_CONTOUR]
-    return list(names)[:MOST_IN_CONTOUR]
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -280,66 +193,42 @@ def label(trial: FrozenTrial) -> str:
     return f"trial {trial.number}{role}"
 
 
-def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> str:
-    definition, settings = study.attribute(DEFINITION), study.attribute(SETTINGS)
-    objective, counts = definition["objective"], study.counts()
-    best, control = study.best(), next((t for t in baselines(study) if t.user_attrs["role"] == "control"), None)
-    lines = [f"# Sweep {study.name}", ""]
-    ended = ", ".join(f"{counts[state]} {state}" for state in ("complete", "pruned", "fail", "running", "waiting"))
-    lines += [
-        f"{sum(counts.values())} trials: {ended}. {definition['direction'].capitalize()} `{objective}`; sampler "
-        f"{settings['sampler']} (seed {settings['sampler_seed']}), pruner {settings['pruner']}; "
-        f"{_epochs_share(study, definition):.0%} of the epochs that the complete and pruned trials have in full were trained.",
-        "",
-    ]
-    if study.attribute(HALT):
-        lines += [f"**Stopped**: {study.attribute(HALT)}.", ""]
-    if str(objective).startswith(TARGET_LABEL_METRICS):
-        lines += [
-            f"**Chosen by target labels**: `{objective}` needs masks of the target, so every run is tagged "
-            "`dann.selected_with_target_labels`, and the best of many values is flattered by the choice. Trust the test "
-            "columns where there are any, and `python -m sweeps confirm` (new seeds).",
-            "",
-        ]
-    if best is not None:
-        lines += [_verdict(study, best, control, objective), ""]
-    shown = {trial.number: trial for trial in [*baselines(study), *top_trials(study)]}
-    lines += ["## Best trials beside the known ones", "", *markdown(comparison(study, list(shown.values()))), ""]
-    lines += ["## All trials", "", *markdown(comparison(study, study.counted())), ""]
-    quality = target_free_choice(study)
-    if quality is not None:
-        lines += [
-            "## Choosing without target labels", "", *markdown(quality), "",
-            f"How well each score ranks the finished trials of the search, against `{ORACLE}` (Spearman, + is right), and how "
-            "much of it the choice by that score costs (regret; regret_kept: among trials that keep the source). "
-            "docs/selection.md has the scores.", "",
-        ]  # fmt: skip
+def _control(study: Sweep) -> FrozenTrial | None:
+    return next((trial for trial in baselines(study) if trial.user_attrs["role"] == "control"), None)
+
+
+def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of the template sweep.md.j2."""
+    definition, best, control = study.attribute(DEFINITION), study.best(), _control(study)
+    shown = list({trial.number: trial for trial in [*baselines(study), *top_trials(study)]}.values())
     failed = [trial for trial in study.counted() if trial.state == TrialState.FAIL]
-    if failed:
-        lines += ["## Failed", "", *(f"- trial {t.number}: {t.user_attrs.get('error')}" for t in failed), ""]
-    lines += ["## Figures", ""]
-    lines += [f"![{name}](figures/{name}.png)" for name in FIGURES if name not in missing]
-    if "importances" not in missing:
-        lines += ["", importances_note(complete_in_search(study))]
-        if len(definition["space"]) > MOST_IN_CONTOUR:
-            lines[-1] += f" The contour shows the {MOST_IN_CONTOUR} settings with the largest."
-    lines += ["", "To explore: figures/study.html."] if len(missing) < len(FIGURES) else []
-    lines += [f"- {name}: not drawn ({reason})." for name, reason in missing.items()]
-    lines += ["", "## Where it is", ""]
-    lines += [f"- {what}: {page}" for what, page in links(store, study, list(shown.values())).items()]
-    if best is not None:
-        lines += ["- run the best again: `python -m dann_experiments adapt --config best_config.yaml`"]
-    return "\n".join(lines) + "\n"
-
-
-def _verdict(study: Sweep, best: FrozenTrial, control: FrozenTrial | None, objective: str) -> str:
-    text = f"Best: **{label(best)}**, `{objective}` {best.value:.4f}"
-    if control is None or control.value is None or best.value is None:
-        return text + "; the control is not complete."
-    difference = best.value - control.value
-    if study.rank(best) <= study.rank(control):
-        return text + f": **no better than the lambda = 0 control** ({control.value:.4f})."
-    return text + f", {difference:+.4f} against the lambda = 0 control ({control.value:.4f}); one seed each."
+    return {
+        "name": study.name,
+        "counts": study.counts(),
+        "direction": definition["direction"],
+        "objective": definition["objective"],
+        "settings": study.attribute(SETTINGS),
+        "epochs_share": _epochs_share(study, definition),
+        "halt": study.attribute(HALT),
+        "needs_target_labels": str(definition["objective"]).startswith(TARGET_LABEL_METRICS),
+        "best": best and {
+            "label": label(best),
+            "value": best.value,
+            "beats_control": control is None or study.rank(best) > study.rank(control),
+        },
+        "control_value": control and control.value,
+        "top": comparison(study, shown),
+        "trials": comparison(study, study.counted()),
+        "quality": target_free_choice(study),
+        "oracle": ORACLE,
+        "failed": [(trial.number, trial.user_attrs.get("error")) for trial in failed],
+        "figures": list(FIGURES),
+        "missing": missing,
+        "importances": importances_note(complete_in_search(study)),
+        "contour_is_cut": len(definition["space"]) > MOST_IN_CONTOUR,
+        "most_in_contour": MOST_IN_CONTOUR,
+        "links": links(store, study, shown),
+    }  # fmt: skip
 
 
 def _epochs_share(study: Sweep, definition: Mapping[str, Any]) -> float:
@@ -388,20 +277,3 @@ def target_free_choice(study: Sweep) -> pd.DataFrame | None:
     ]
     rows = [row for row in rows if ORACLE in row and any(name in row for name in SCORES_WITHOUT_LABELS)]
     return score_quality(pd.DataFrame(rows), ORACLE) if len(rows) >= FEWEST_RANKED else None
-
-
-def markdown(table: pd.DataFrame) -> list[str]:
-    """The table as lines of Markdown."""
-    if not len(table):
-        return ["none"]
-    head = [str(name) for name in table.columns]
-    cells = [[number(cell) for cell in row] for row in table.values.tolist()]
-    return [
-        "| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in (head, ["---"] * len(head), *cells)
-    ]
-
-
-def number(value: Any, digits: int = 4) -> str:
-    """A cell: so many digits of a fraction, nothing for what is missing."""
-    missing = value is None or (isinstance(value, float) and math.isnan(value))
-    return "" if missing else f"{value:.{digits}g}" if isinstance(value, float) else str(value)

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dann_experiments.config.schema import TARGET_LABEL_METRICS
+from dann_experiments.reports.tables import number
 from dann_experiments.tracking.store import open_store
 from sweeps.driver import SweepResult, find_study, study_config
 from sweeps.progress import describe_end
-from sweeps.report import ORACLE, baselines, comparison, number, target_free_choice, top_trials, write_report
+from sweeps.report import ORACLE, baselines, comparison, target_free_choice, top_trials, write_report
 from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep, flags_of, is_journal, storage_address, study_folder
 
 if TYPE_CHECKING:

@@ -540,7 +540,7 @@ def test_a_sweep_lists_what_is_wrong_with_headers_before_the_study_is_made(root,
 
 
 def test_pictures_of_any_data_can_be_drawn(tmp_path):
-    from dann_experiments.tracking.figures import draw_domains
+    from dann_experiments.reports.plots.domains import draw_domains
 
     constant, few = np.full((2, 50), 3.0), np.array([[0.25], [1e30]])
     for number, values in enumerate(({"source": constant, "target": constant}, {"source": few, "target": constant})):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,13 +11,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from markupsafe import escape
 from PIL import Image
 
-from dann_experiments.comparison import figures
-from dann_experiments.comparison.figures import draw_summary, mean_curve, project, smoothed, tile_iou
-from dann_experiments.comparison.page import write_page
+from dann_experiments.comparison import report
+from dann_experiments.comparison.report import draw_summary, write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison, FeatureCloud, Panel
 from dann_experiments.comparison.verdict import judge
+from dann_experiments.reports.colors import IGNORED_COLOR, TEAL, class_colors, paint
+from dann_experiments.reports.images import tile_iou
+from dann_experiments.reports.plots import features
+from dann_experiments.reports.plots.features import project
+from dann_experiments.reports.plots.rows import Row, rows_figure
+from dann_experiments.reports.plots.series import mean_curve, smoothed
 
 COMMIT = "0f459710aa"
 
@@ -89,7 +94,7 @@ def example(
 
 
 def judged(comparison: Comparison) -> Comparison:
-    scores = {arm.name: figures.seed_scores(comparison, arm.name, comparison.metric) for arm in comparison.arms}
+    scores = {arm.name: report.seed_scores(comparison, arm.name, comparison.metric) for arm in comparison.arms}
     kinds = {arm.kind: arm.name for arm in comparison.arms}
     adapted = [arm.name for arm in comparison.arms if arm.kind == "adapted"]
     control, source = scores.get(kinds.get("control", ""), {}), scores.get(kinds.get("source_only", ""), {})
@@ -366,11 +371,40 @@ def test_the_summary_shows_verdict_scores_and_tiles(comparison, tmp_path):
     draw_summary(full, comparison)
     draw_summary(without, changed(comparison, panels=()))
     pixels = {path: np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (full, without)}
-    helped = tuple(int(figures.OUTCOME_COLOURS["helped"][i : i + 2], 16) for i in (1, 3, 5))
+    helped = tuple(int(report.OUTCOME_COLORS["helped"][i : i + 2], 16) for i in (1, 3, 5))
     assert (np.abs(pixels[full][:220] - helped).sum(-1) < 12).sum() > 300  # the verdict in its colour
-    digit = 255 * figures.distinct_class_colours(2)[1]
+    digit = 255 * class_colors(2)[1]
     tiles = {path: (np.abs(found - digit).sum(-1) < 6).sum() for path, found in pixels.items()}
     assert tiles[full] > 10_000 > tiles[without]
+
+
+def test_an_interval_far_wider_than_its_values_does_not_stretch_the_axis():
+    """Two seeds: Student's t with one degree of freedom gave an axis from -100 to 213 points."""
+    rows = [
+        Row("source only", TEAL, {0: 41.0, 1: 42.0}, 41.5, 35.1, 47.9),
+        Row("DANN", TEAL, {0: 50, 1: 62}, 56, -20.2, 132.2),
+    ]
+    for differences, low, high in ((False, 15, 90), (True, -65, 130)):
+        axis = rows_figure(rows, "iou/target_test", differences).axes[0]
+        first, last = axis.get_xlim()
+        assert low < first < 41
+        assert 62 < last < high
+        arrows = [line.get_marker() for line in axis.lines if line.get_marker() in ("<", ">")]
+        assert arrows == ["<"] * (not differences) + [">"]
+    short_interval = [Row("DANN", TEAL, {0: 50, 1: 52, 2: 54}, 52, 47.0, 57.0)]
+    assert [line.get_marker() for line in rows_figure(short_interval, "").axes[0].lines] == ["None", "D"]
+
+
+def test_pixels_without_a_label_have_a_legend_entry(tmp_path, monkeypatch):
+    from dann_experiments.reports.plots import predictions
+
+    legends = []
+    monkeypatch.setattr(predictions, "save", lambda figure, path: legends.append(figure.legends[0]))
+    image, ids = np.zeros((4, 4, 3)), np.zeros((4, 4), int)
+    for truth in ([ids], [np.where(np.eye(4), 255, ids)], []):
+        predictions.draw_predictions(tmp_path / "p.png", [image], truth, {"after": [ids]}, ["a", "b"], "")
+    words = [[text.get_text() for text in legend.get_texts()] for legend in legends]
+    assert words == [["a", "b"], ["a", "b", "not labeled"], ["a", "b"]]
 
 
 def test_drawing_leaves_nothing_behind(comparison, tmp_path):
@@ -408,11 +442,11 @@ def test_pca_finds_the_direction_in_which_the_domains_differ():
     source, target = rng.normal(0, 0.1, (2, 40, 6))
     target[:, 2] += 5
     source[0, 0] = np.inf
-    flat = project(FeatureCloud(source, target), "pca")
-    assert (flat.source.shape, flat.target.shape) == ((39, 2), (40, 2))
-    assert abs(flat.source[:, 0].mean() - flat.target[:, 0].mean()) == pytest.approx(5, abs=0.1)
+    flat_source, flat_target = project(source, target, "pca")
+    assert (flat_source.shape, flat_target.shape) == ((39, 2), (40, 2))
+    assert abs(flat_source[:, 0].mean() - flat_target[:, 0].mean()) == pytest.approx(5, abs=0.1)
     with pytest.raises(ValueError, match="at least 3 images"):
-        project(FeatureCloud(source[:1], target[:1]), "pca")
+        project(source[:1], target[:1], "pca")
 
 
 def test_umap_stands_beside_pca_where_it_is_installed(comparison, tmp_path, monkeypatch):
@@ -429,7 +463,7 @@ def test_umap_stands_beside_pca_where_it_is_installed(comparison, tmp_path, monk
     module = ModuleType("umap")
     module.UMAP = Umap  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "umap", module)
-    monkeypatch.setattr(figures, "has_umap", lambda: True)
+    monkeypatch.setattr(features, "has_umap", lambda: True)
     found = page_of(tmp_path, comparison)
     assert "Pooled features, PCA" in found.text
     assert "Pooled features, UMAP" in found.text
@@ -441,15 +475,15 @@ def test_the_iou_of_a_tile_leaves_out_ignored_pixels_and_absent_classes():
     assert np.isnan(tile_iou(np.full((2, 2), 255), np.zeros((2, 2), int), 3))
 
 
-def test_twenty_classes_have_twenty_colours_far_from_each_other_and_from_ignored():
-    colours = np.concatenate([figures.distinct_class_colours(20), [[0, 0, 0]]])
-    distance = np.abs(colours[:, None] - colours[None]).sum(-1) + 9 * np.eye(21)
+def test_twenty_classes_have_twenty_colors_far_from_each_other_and_from_ignored():
+    colors = np.concatenate([class_colors(20), [[0, 0, 0]]])
+    distance = np.abs(colors[:, None] - colors[None]).sum(-1) + 9 * np.eye(21)
     assert distance.min() > 0.15
 
 
-def test_the_legend_shows_the_colours_of_the_tiles_in_any_theme(tmp_path):
+def test_the_legend_shows_the_colors_of_the_tiles_in_any_theme(tmp_path):
     found = page_of(tmp_path, example(seeds=2, classes=8, panels=1))
     legend = re.search(r'<div class="legend">(.*?)</div>', found.source)[1]
     shown = re.findall(r"background: ([^\"]*)", legend)
-    wanted = ["#" + bytes(colour).hex() for colour in figures.painted(np.arange(8)[None], 8)[0]]
-    assert shown == [*wanted, figures.IGNORED_COLOUR]
+    wanted = ["#" + bytes(color).hex() for color in paint(np.arange(8)[None], 8)[0]]
+    assert shown == [*wanted, IGNORED_COLOR]

@@ -23,7 +23,7 @@ from dann_experiments import InputError, RunResult, adapt, evaluate, load_config
 from dann_experiments.data.reading import Normalisation, Reading, reading_facts
 from dann_experiments.jobs.source_model import fetched
 from dann_experiments.models.files import read_model_notes, save_model
-from dann_experiments.tracking.figures import _short_count, draw_confusion
+from dann_experiments.reports.plots.confusion import draw_confusion, short_count
 from dann_experiments.tracking.store import open_store
 
 CHECKPOINT = "domain_adaptation.pretrained_checkpoint.path"
@@ -509,7 +509,7 @@ def test_notes_without_the_network_s_settings_are_refused(trained, tmp_path):
 @pytest.mark.parametrize(("pixels", "shown"), [(0, "0"), (9999, "9999"), (10_000, "10k"), (12_345, "12.3k"), (999_499, "999k"),
                                                (999_600, "1M"), (4_560_000, "4.56M"), (2_000_000_000, "2G")])  # fmt: skip
 def test_counts_in_the_figure_have_four_digits_at_most(pixels, shown):
-    assert _short_count(pixels) == shown
+    assert short_count(pixels) == shown
 
 
 @pytest.mark.parametrize("count", [2, 7, 19])

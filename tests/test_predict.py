@@ -31,7 +31,7 @@ from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.reading import Normalisation, Reading, read_pixels, reading_facts
 from dann_experiments.jobs.predict import PredictResult, predict
 from dann_experiments.models.files import save_model
-from dann_experiments.tracking.figures import class_colours
+from dann_experiments.reports.colors import class_colors
 
 PROJECT = Path(__file__).parents[1]
 NAMES = ["ground", "roof", "tree"]
@@ -183,7 +183,7 @@ def test_a_map_is_a_cloud_optimized_geotiff_on_the_grid_of_its_image_and_the_unt
         assert [file.tags(1)[f"class_{index}"] for index in range(3)] == NAMES
         assert file.tags()["model"] == model
         assert file.tags()["software"].startswith("dann_experiments ")
-        colours = (class_colours(3) * 255).round().astype(int).tolist()
+        colours = (class_colors(3) * 255).round().astype(int).tolist()
         assert [list(file.colormap(1)[index][:3]) for index in range(3)] == colours
         ids = file.read(1)
     wanted = wanted_map(network, source, Reading(), BYTES)
@@ -358,7 +358,7 @@ def test_pictures_without_georeference(model, network, kind):
     with Image.open(f"{kind}_map.png") as written:
         assert written.mode == "P"
         palette = np.array(written.getpalette()[:9]).reshape(3, 3) / 255
-        np.testing.assert_allclose(palette, class_colours(3), atol=1 / 255)
+        np.testing.assert_allclose(palette, class_colors(3), atol=1 / 255)
         assert json.loads(written.text["class_names"]) == NAMES
     with rasterio.open(f"{kind}_map.tif") as file:
         assert file.crs is None

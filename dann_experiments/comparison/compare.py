@@ -15,8 +15,7 @@ import pandas as pd
 from dann_experiments.comparison.arms import NO_CONTROL, arms_of, cells_of, check_arms
 from dann_experiments.comparison.collect import PROBES, arms_of_runs, config_of, read_run, with_probe_of_the_start
 from dann_experiments.comparison.evidence import feature_clouds, panels
-from dann_experiments.comparison.figures import draw_summary
-from dann_experiments.comparison.page import write_page
+from dann_experiments.comparison.report import draw_summary, write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison
 from dann_experiments.comparison.runner import Done, find_cells, run_cells
 from dann_experiments.comparison.selection_quality import per_epoch_choices, score_quality

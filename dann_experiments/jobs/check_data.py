@@ -21,7 +21,7 @@ from dann_experiments.data.sets import labels_of
 from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
 from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs import setup
-from dann_experiments.tracking.figures import draw_domains
+from dann_experiments.reports.plots.domains import draw_domains
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import open_store
 

@@ -25,7 +25,7 @@ from dann_experiments.jobs.source_model import chosen_by_target_labels, fetched,
 from dann_experiments.jobs.training import describe_run
 from dann_experiments.models.batchnorm import has_batchnorm, statistics_loader, target_statistics
 from dann_experiments.models.files import DOMAINS, ModelNotes, read_model_notes
-from dann_experiments.tracking.figures import draw_confusion
+from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
 from dann_experiments.training.scores import Scores, macro_mean, row_shares, score_set

@@ -35,7 +35,6 @@ from dann_experiments.data.reading import (
     read_pixels,
 )
 from dann_experiments.data.writing import (
-    NODATA,
     PARTIAL_SUFFIX,
     SIGNATURE_TAG,
     TIFF_SUFFIXES,
@@ -52,7 +51,9 @@ from dann_experiments.jobs.memory import memory_told
 from dann_experiments.jobs.ready_model import Model, load_model
 from dann_experiments.jobs.scenes import find_work, probabilities_path
 from dann_experiments.models.tiling import Axis, Plan, Tiler, grid_stride, plan_tiles
-from dann_experiments.tracking.figures import class_colours, display_image
+from dann_experiments.reports.colors import class_colors
+from dann_experiments.reports.images import display_image
+from dann_experiments.reports.plots.preview import draw_preview
 from dann_experiments.tracking.run import RunKilled, TrackedRun, tracked_run
 from dann_experiments.tracking.store import local_artifact_folder, open_store, without_secrets
 
@@ -340,7 +341,7 @@ def _write(scene: _Scene, model: Model, settings: PredictConfig, partial: Partia
         SIGNATURE_TAG: scene.signature,
     }  # fmt: skip
     names = model.class_names
-    legend = Legend(names, class_colours(len(names)), tags)
+    legend = Legend(names, class_colors(len(names)), tags)
     windows = list(scene.plan.pieces())
     if settings.probabilities:  # the class map is the last: where it is, all is
         path = probabilities_path(scene.output)
@@ -459,33 +460,10 @@ def _write_results(run: TrackedRun, model: Model, outcome: _Outcome) -> None:
 
 
 def _draw_preview(path: Path, scenes: Sequence[_Scene], model: Model) -> None:
-    """A row a map: the image beside it, both reduced to at most PREVIEW_SIDE pixels, and the legend."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    colours = np.concatenate([class_colours(len(model.class_names)), np.zeros((1, 3))])  # no data in black
-    figure = Figure(figsize=(12, 6 * len(scenes) + 0.8), layout="constrained")
-    axes = figure.subplots(len(scenes), 2, squeeze=False)
-    present: set[int] = set()
-    for row, scene in zip(axes, scenes, strict=True):
-        ids = read_decimated(scene.output, [1], PREVIEW_SIDE)[0]
-        present |= set(np.unique(ids).tolist()) - {NODATA}
-        row[0].imshow(_display(scene))
-        row[0].set_title(scene.input.name, fontsize=10)
-        row[1].imshow(colours[np.minimum(ids, len(model.class_names))], interpolation="nearest")
-        row[1].set_title(scene.output.name, fontsize=10)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-    handles = [
-        Patch(facecolor=colours[index], edgecolor="#555555", label=model.class_names[index])
-        for index in sorted(present)[:24]
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 8) or 1, fontsize=9, frameon=False
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    """Draw the first maps beside their images, both reduced to at most PREVIEW_SIDE pixels."""
+    images = [(scene.input.name, _display(scene)) for scene in scenes]
+    maps = [(scene.output.name, read_decimated(scene.output, [1], PREVIEW_SIDE)[0]) for scene in scenes]
+    draw_preview(path, images, maps, model.class_names)
 
 
 def _display(scene: _Scene) -> np.ndarray:

@@ -27,7 +27,10 @@ from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS
 from dann_experiments.jobs.setup import Data
 from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import Tap
-from dann_experiments.tracking.figures import display_image, draw_confusion, draw_curves, draw_predictions
+from dann_experiments.reports.images import display_image
+from dann_experiments.reports.plots.confusion import draw_confusion
+from dann_experiments.reports.plots.predictions import draw_predictions
+from dann_experiments.reports.plots.run_curves import draw_curves
 from dann_experiments.tracking.run import PARAM_PREFIX, TrackedRun
 from dann_experiments.tracking.store import remove_artifacts
 from dann_experiments.training.checkpoint_files import BEST, LAST

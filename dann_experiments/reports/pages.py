@@ -1,0 +1,39 @@
+"""Fills the templates of this folder: HTML pages that need no other file, and Markdown reports."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from dann_experiments.reports.colors import THEME, themed
+from dann_experiments.reports.tables import MISSING, decimal, markdown, short
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Write a page from a template of this folder; values become text of the page, never markup, in templates of HTML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_environment().get_template(template).render(values), encoding="utf-8")
+
+
+def safe_address(address: str) -> bool:
+    """Return whether an address is safe to link to: not of a kind that could run something (`javascript:`, `data:`)."""
+    return address.isprintable() and urlsplit(address.strip()).scheme.lower() in ("", "http", "https", "file")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"decimal": decimal, "short": short, "themed": themed, "finite": math.isfinite}
+    environment.filters["markdown"] = lambda table: "\n".join(markdown(table))
+    environment.globals |= {"THEME": THEME, "MISSING": MISSING}
+    return environment

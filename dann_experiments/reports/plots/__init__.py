@@ -1,0 +1,1 @@
+"""Figures, one per file. Plain data in; a picture file, or a Matplotlib figure for a page, out."""

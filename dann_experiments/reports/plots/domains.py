@@ -1,0 +1,92 @@
+"""Both domains side by side: shares of the classes and values of the bands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dann_experiments.reports.colors import DOMAIN_COLORS
+from dann_experiments.reports.plots.style import drawing, legend_above, new_figure, save, text_width
+from dann_experiments.reports.tables import short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SPLIT_SHADES = {"train": 1.0, "val": 0.6, "test": 0.3}
+
+
+@drawing()
+def draw_domains(
+    path: Path,
+    class_pixels: Mapping[str, np.ndarray],
+    class_names: Sequence[str],
+    values: Mapping[str, np.ndarray],
+) -> None:
+    """Draw the class shares of each labeled set, and how the values of each band are distributed.
+
+    Arguments:
+        class_pixels: set, as in "source_train" -> (K,) pixels per class.
+        values: "source" and "target" -> (B, n) values as stored in the files.
+    """
+    bands = max(len(found) for found in values.values())
+    columns = min(bands, 4)
+    rows = -(-bands // columns)
+    names = [short(name) for name in class_names]
+    turned = len(names) > 8 or len(names) * max(map(len, names), default=0) > 80
+    labels = 0.5 + (0.7 * text_width(names, 8) if turned else 0)
+    grid, height = 2.0 * rows + 0.6, 3.6 + 2.0 * rows + labels
+    figure = new_figure(10, height)
+    above = figure.add_gridspec(left=0.07, right=0.98, top=1 - 0.55 / height, bottom=(grid + labels) / height)
+    axis = figure.add_subplot(above[0])
+    _draw_shares(axis, {name: pixels for name, pixels in class_pixels.items() if pixels.sum()}, names, turned)
+    top, bottom = (grid - 0.45) / height, 0.3 / height
+    below = figure.add_gridspec(rows, columns, left=0.03, right=0.98, top=top, bottom=bottom, hspace=0.45, wspace=0.1)
+    for band in range(bands):
+        axis = figure.add_subplot(below[band // columns, band % columns])
+        edges = _histogram_edges(np.concatenate([found[band] for found in values.values()]))
+        for domain, found in values.items():
+            weights = np.full(len(found[band]), 1 / len(found[band]))
+            axis.hist(
+                found[band], edges, weights=weights, histtype="step", linewidth=1.4, color=DOMAIN_COLORS[domain], label=domain
+            )  # fmt: skip
+        axis.set_title(f"band {band + 1}", fontsize=9, loc="right")
+        axis.set_yticks([])
+        axis.locator_params(axis="x", nbins=5)
+        if band == 0:
+            legend_above(axis)
+    figure.text(0.03, (grid - 0.1) / height, "values of the bands as stored (training images)", fontsize=10)
+    save(figure, path)
+
+
+def _draw_shares(axis: Axes, class_pixels: Mapping[str, np.ndarray], names: Sequence[str], turned: bool) -> None:
+    width = 0.8 / max(len(class_pixels), 1)
+    for number, (name, pixels) in enumerate(class_pixels.items()):
+        domain, split = name.split("_")
+        places = np.arange(len(names)) + width * (number - (len(class_pixels) - 1) / 2)
+        axis.bar(
+            places, pixels / pixels.sum(), width * 0.94, color=DOMAIN_COLORS[domain], alpha=SPLIT_SHADES[split],
+            label=f"{domain} {split}",
+        )  # fmt: skip
+    if turned:
+        axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+    else:
+        axis.set_xticks(range(len(names)), names)
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.set_ylabel("share of labeled pixels")
+    without = [name for name in DOMAIN_COLORS if not any(key.startswith(name) for key in class_pixels)]
+    axis.set_title("classes" + "".join(f"; no masks of the {name}" for name in without), fontsize=10, pad=22)
+    legend_above(axis)
+
+
+def _histogram_edges(values: np.ndarray) -> np.ndarray:
+    """About 40 bins over all but the outermost values; each holds as many whole numbers where the values are whole."""
+    low, high = np.nanpercentile(values, (0.5, 99.5))
+    if not high > low:
+        return np.linspace(low - 0.5, low + 0.5, 41)
+    if (values % 1 == 0).all():
+        step = max(round((high - low) / 40), 1)
+        return np.arange(np.floor(low) - 0.5, high + step, step)
+    return np.linspace(low, high, 41)

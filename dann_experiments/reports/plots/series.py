@@ -1,0 +1,46 @@
+"""Curves over the steps of training, as numbers: a curve is a sequence of (step, value)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Points = Sequence[tuple[int, float]]
+MOST_POINTS = 150  # per curve: more than a figure has pixels for
+
+
+def finite(curve: Points) -> list[tuple[int, float]]:
+    """Return the points whose value is finite."""
+    return [(step, float(value)) for step, value in curve if np.isfinite(value)]
+
+
+def mean_curve(curves: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return steps, mean and standard deviation over the curves.
+
+    Each curve is interpolated between its own first and last step. The standard deviation is 0 where there is only one curve.
+    """
+    known = [curve for curve in map(finite, curves) if curve]
+    if not known:
+        return np.zeros(0), np.zeros(0), np.zeros(0)
+    steps = np.unique([step for curve in known for step, _ in curve]).astype(float)
+    table = np.array([np.interp(steps, *zip(*curve, strict=True), left=np.nan, right=np.nan) for curve in known])
+    count = np.isfinite(table).sum(0)  # 1 or more: each step belongs to some curve
+    mean = np.nansum(table, 0) / count
+    return steps, mean, np.sqrt(np.nansum((table - mean) ** 2, 0) / np.maximum(count - 1, 1))
+
+
+def smoothed(curve: Points, most: int = MOST_POINTS) -> list[tuple[int, float]]:
+    """Return at most `most` points: means of as many neighbors as that takes, at their middle step."""
+    curve = finite(curve)
+    width = -(-len(curve) // most)
+    chunks = [curve[start : start + width] for start in range(0, len(curve), width or 1)]
+    return [(chunk[len(chunk) // 2][0], float(np.mean([value for _, value in chunk]))) for chunk in chunks]
+
+
+def thinned(curve: Points, most: int = MOST_POINTS) -> list[tuple[int, float]]:
+    """Return at most `most` points of the curve, evenly spread, its first and last among them."""
+    curve = finite(curve)
+    if len(curve) <= most:
+        return curve
+    return [curve[i] for i in np.unique(np.linspace(0, len(curve) - 1, most).round().astype(int))]

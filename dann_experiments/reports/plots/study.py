@@ -1,0 +1,107 @@
+"""The figures of an Optuna study, as PNG files and to explore."""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+from markupsafe import Markup
+from optuna.trial import TrialState
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FIGURES = {
+    "history": "plot_optimization_history",
+    "importances": "plot_param_importances",
+    "parallel_coordinates": "plot_parallel_coordinate",
+    "slices": "plot_slice",
+    "contour": "plot_contour",
+}
+MOST_IN_CONTOUR = 5  # its panels grow with the square of the parameters
+
+
+def draw_study(
+    study: optuna.Study, folder: Path, objective: str, levels: Mapping[str, float], note: str
+) -> tuple[list[Markup], dict[str, str]]:
+    """Write one PNG file per figure into `folder`.
+
+    Arguments:
+        objective: what the values of the trials are called.
+        levels: name -> value to beat, lines in the history.
+        note: what the importances rest on, their title.
+
+    Returns the figures to explore, as parts of a page, the first of which holds Plotly's script; and name -> reason of those
+    that could not be drawn.
+    """
+    import plotly.io
+    from matplotlib import pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[Markup] = []
+    missing: dict[str, str] = {}
+    complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    params = sorted({name for trial in complete for name in trial.params})
+    for name, function in FIGURES.items():
+        wanted = {"target_name": objective}
+        if name == "contour":
+            wanted["params"] = _for_contour(study, params)
+        try:
+            if len(complete) < 2:
+                raise ValueError("fewer than two complete trials")
+            with warnings.catch_warnings(), plt.rc_context({"figure.autolayout": False}):
+                warnings.simplefilter("ignore")  # Optuna calls its Matplotlib figures experimental
+                optuna.logging.set_verbosity(optuna.logging.ERROR)
+                getattr(optuna.visualization.matplotlib, function)(study, **wanted)
+                figure = plt.gcf()
+                if name in ("contour", "slices"):
+                    figure.set_size_inches(3.2 * max(2, len(params)), 3.2 * (len(wanted.get("params", [])) or 1) + 1)
+                elif name == "parallel_coordinates":
+                    figure.set_size_inches(max(7.0, 2.2 * len(params)), 5)
+                elif name == "history":
+                    _draw_levels(figure.axes[0], levels)
+                else:
+                    figure.axes[0].set_title(textwrap.fill(note, 72), loc="left", fontsize=11)  # in place of Optuna's
+                _tidy(figure)
+                figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+                interactive = getattr(optuna.visualization, function)(study, **wanted)
+            if name == "importances":
+                interactive.update_layout(title={"text": note, "font": {"size": 13}})
+            parts.append(Markup(plotly.io.to_html(interactive, include_plotlyjs=not parts, full_html=False)))  # noqa: S704
+        except Exception as error:  # whatever a figure lacks: the report must not fail for it
+            missing[name] = " ".join(str(error).split())[:200]
+        finally:
+            plt.close("all")
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return parts, missing
+
+
+def _for_contour(study: optuna.Study, params: list[str]) -> list[str]:
+    """Return the parameters that matter most."""
+    if len(params) > MOST_IN_CONTOUR:
+        with contextlib.suppress(Exception):
+            return list(optuna.importance.get_param_importances(study))[:MOST_IN_CONTOUR]
+    return params[:MOST_IN_CONTOUR]
+
+
+def _draw_levels(axes: Axes, levels: Mapping[str, float]) -> None:
+    for (name, value), style in zip(levels.items(), ("--", ":"), strict=False):
+        axes.axhline(value, color="black", linestyle=style, label=f"{name} {value:.3f}")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
+
+
+def _tidy(figure: Figure) -> None:
+    """Turn long words on an axis, so that they fit side by side, and drop labels between the powers of ten."""
+    from matplotlib.ticker import NullFormatter
+
+    for axes in figure.axes:
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        words = [text.get_text().strip("'") for text in axes.get_xticklabels()]
+        if any(len(word) > 4 and word[:1].isalpha() for word in words):
+            axes.tick_params(axis="x", rotation=20)
