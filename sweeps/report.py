@@ -20,8 +20,8 @@ from dann_experiments.comparison.selection_quality import score_quality
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.config.schema import TARGET_LABEL_METRICS
+from dann_experiments.scores.selection import SCORES as SCORES_WITHOUT_LABELS
 from dann_experiments.tracking.store import TRAINING_PAGES, Store
-from dann_experiments.training.selection import SCORES as SCORES_WITHOUT_LABELS
 from sweeps.objective import trial_config
 from sweeps.study import DEFINITION, HALT, SETTINGS, SOURCE_ONLY, Sweep, superseded
 

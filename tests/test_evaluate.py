@@ -20,9 +20,9 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from dann_experiments import InputError, RunResult, adapt, evaluate, load_config, pretrain
+from dann_experiments.checkpoints.saved_model import read_model_notes, save_model
 from dann_experiments.data.reading import Normalisation, Reading, reading_facts
-from dann_experiments.jobs.source_model import fetched
-from dann_experiments.models.files import read_model_notes, save_model
+from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.figures import _short_count, draw_confusion
 from dann_experiments.tracking.store import open_store
 
