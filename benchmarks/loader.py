@@ -26,8 +26,8 @@ from dann_experiments import load_config
 from dann_experiments.config import Config, config_to_yaml
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.fit import together, train_loaders
+from dann_experiments.training.losses import segmentation_loss
 from dann_experiments.training.module import AdaptationModule
-from dann_experiments.training.scores import segmentation_loss
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 ROUNDS = 5

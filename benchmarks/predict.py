@@ -30,12 +30,12 @@ from rasterio.windows import Window
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
+from dann_experiments.checkpoints.saved_model import save_model  # noqa: E402
 from dann_experiments.config.parsing import load_settings  # noqa: E402
 from dann_experiments.config.prediction import PredictConfig  # noqa: E402
 from dann_experiments.data.reading import Normalisation, Reading, reading_facts  # noqa: E402
 from dann_experiments.jobs.predict import predict  # noqa: E402
-from dann_experiments.models.files import save_model  # noqa: E402
-from dann_experiments.models.tiling import grid_stride, plan_tiles  # noqa: E402
+from dann_experiments.prediction.tiling import grid_stride, plan_tiles  # noqa: E402
 
 NETWORKS = {
     "Unet resnet18": {"encoder_name": "resnet18"},

@@ -27,8 +27,7 @@ from dann_experiments.data.dataset import eval_loader
 from dann_experiments.jobs import setup
 from dann_experiments.models.networks import logits_of_any_size
 from dann_experiments.models.taps import evaluating
-from dann_experiments.training.scores import Scorer
-from dann_experiments.training.selection import SelectionScorer
+from dann_experiments.training.scoring import Scorer, SelectionScorer
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 IGNORED = 255

@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dann_experiments import Config, adapt, load_config
+from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.command_line import quiet_libraries
 from dann_experiments.jobs import setup
-from dann_experiments.models.files import save_model
 from dann_experiments.models.networks import keeps_channels_last
 from dann_experiments.models.passes import forward_to_taps
 from dann_experiments.models.taps import Tap, resolve_taps

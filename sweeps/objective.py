@@ -16,8 +16,8 @@ from dann_experiments.config import Config, InputError, replace
 from dann_experiments.config.errors import StoreAway
 from dann_experiments.config.stored import refuse_stored_code
 from dann_experiments.jobs import RunResult, adapt, evaluate, setup
+from dann_experiments.scores.selection import PREFIX, choice_value
 from dann_experiments.tracking.store import without_secrets
-from dann_experiments.training.selection import PREFIX, choice_value
 from sweeps.pruning import Pruned, PruningCallback
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, settings_of

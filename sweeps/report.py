@@ -18,8 +18,8 @@ from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.config.schema import TARGET_LABEL_METRICS
 from dann_experiments.reports.pages import write_page
 from dann_experiments.reports.plots.study import FIGURES, MOST_IN_CONTOUR, draw_study
+from dann_experiments.scores.selection import SCORES as SCORES_WITHOUT_LABELS
 from dann_experiments.tracking.store import TRAINING_PAGES, Store
-from dann_experiments.training.selection import SCORES as SCORES_WITHOUT_LABELS
 from sweeps.objective import trial_config
 from sweeps.study import DEFINITION, HALT, SETTINGS, SOURCE_ONLY, Sweep, superseded
 

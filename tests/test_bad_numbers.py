@@ -33,8 +33,8 @@ from dann_experiments import (
     pretrain,
 )
 from dann_experiments.__main__ import main
+from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.data.reading import Normalisation, Reading, reading_facts
-from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import resolve_taps
 from dann_experiments.training.bad_numbers import BadNumbers, _Buffers
 from dann_experiments.training.module import AdaptationModule

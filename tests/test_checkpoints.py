@@ -10,7 +10,8 @@ import segmentation_models_pytorch as smp
 import torch
 
 from dann_experiments import InputError
-from dann_experiments.models.files import load_into, read_weights, save_model
+from dann_experiments.checkpoints.saved_model import save_model
+from dann_experiments.checkpoints.weights import load_into, read_weights
 
 
 def network(classes: int = 2, channels: tuple[int, ...] = (8, 8)) -> torch.nn.Module:

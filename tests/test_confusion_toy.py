@@ -8,9 +8,9 @@ from dann_experiments.adaptation.dann import DANNMethod
 from dann_experiments.adaptation.domain_classifier import DomainClassifier
 from dann_experiments.adaptation.method import Progress
 from dann_experiments.models.taps import resolve_taps
+from dann_experiments.training.losses import segmentation_loss
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.optimizers import build_optimizer
-from dann_experiments.training.scores import segmentation_loss
 
 
 class Points(nn.Module):

@@ -20,9 +20,9 @@ from dann_experiments.adaptation.domain_classifier import DomainClassifier, Poin
 from dann_experiments.adaptation.method import Progress, StepOutputs
 from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler
 from dann_experiments.models.taps import resolve_taps
+from dann_experiments.training.losses import segmentation_loss
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.optimizers import build_optimizer
-from dann_experiments.training.scores import segmentation_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 IGNORED = 255

@@ -30,17 +30,17 @@ from test_sender import Refusing
 
 from dann_experiments import jobs
 from dann_experiments.__main__ import main
+from dann_experiments.checkpoints import files
 from dann_experiments.config import Config, config_to_yaml, load_config
 from dann_experiments.config.errors import InputError, NotWritten, StoreAway
 from dann_experiments.jobs import RunResult
 from dann_experiments.jobs.resume import checkpoint_to_go_on_from
-from dann_experiments.jobs.source_model import fetched
 from dann_experiments.tracking import run, sqlite
 from dann_experiments.tracking.clock import Clock
+from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.processes import live_process, process_name
 from dann_experiments.tracking.sender import SPOOL, Sender
 from dann_experiments.tracking.store import local_artifact_folder, open_store
-from dann_experiments.training import checkpoint_files as files
 
 CHECKPOINT = 51_000_000  # bytes, of the network of these tests
 LIMIT = 20_000_000  # a store and figures are smaller, checkpoints and model are larger

@@ -20,10 +20,10 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from dann_experiments import InputError, RunResult, adapt, evaluate, load_config, pretrain
+from dann_experiments.checkpoints.saved_model import read_model_notes, save_model
 from dann_experiments.data.reading import Normalisation, Reading, reading_facts
-from dann_experiments.jobs.source_model import fetched
-from dann_experiments.models.files import read_model_notes, save_model
 from dann_experiments.reports.plots.confusion import draw_confusion, short_count
+from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.store import open_store
 
 CHECKPOINT = "domain_adaptation.pretrained_checkpoint.path"

@@ -23,6 +23,7 @@ from rasterio.shutil import copy
 from rasterio.transform import Affine, from_origin
 
 from dann_experiments import InputError, adapt, load_config
+from dann_experiments.checkpoints.weights import load_into
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.labels import LabelMap, label_map, read_mask
@@ -40,10 +41,9 @@ from dann_experiments.data.reading import (
 )
 from dann_experiments.data.remarks import Remarks
 from dann_experiments.data.samples import Sample, content_digest, find_samples
-from dann_experiments.data.writing import read_decimated, read_grid
 from dann_experiments.jobs import check_data, setup
 from dann_experiments.jobs.predict import predict
-from dann_experiments.models.files import load_into
+from dann_experiments.prediction.rasters import read_decimated, read_grid
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 RNG = np.random.default_rng(0)

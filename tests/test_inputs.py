@@ -108,7 +108,7 @@ def test_what_the_fast_checks_refuse_leaves_no_store_behind(words, named, square
 
 @pytest.mark.parametrize("name", ["a" * 5000, "~nobody_at_all/x", "/dev/null/x"])
 def test_a_name_that_no_file_can_have_is_refused_as_one_that_is_not_there(name, workplace):
-    from dann_experiments.jobs.source_model import fetched
+    from dann_experiments.tracking.fetch_model import fetched
     from sweeps.driver import find_study, only_driver
 
     message = inputs.answer(main, "predict", "--model", "m", "--input", name, "--output", "o.png")

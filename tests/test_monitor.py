@@ -39,12 +39,12 @@ from dann_experiments.models.batchnorm import statistics_loader, target_statisti
 from dann_experiments.models.networks import build_network
 from dann_experiments.models.passes import choose
 from dann_experiments.models.taps import resolve_taps
+from dann_experiments.scores.domain_probe import probe
+from dann_experiments.scores.selection import KEPT, SCORES
 from dann_experiments.tracking.run import RunLogger, tracked_run
 from dann_experiments.tracking.store import open_store
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import FORGOTTEN, DomainAdaptationMonitorCallback, TargetStatistics
-from dann_experiments.training.probe import probe
-from dann_experiments.training.selection import KEPT, SCORES
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step`", "ignore:.*does not have a.*dataloader"

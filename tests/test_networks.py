@@ -26,9 +26,9 @@ from dann_experiments.models.passes import (
     forward_with_taps,
 )
 from dann_experiments.models.taps import deepest_map, evaluating, list_layers, resolve_taps
+from dann_experiments.training.losses import segmentation_loss
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.optimizers import build_optimizer
-from dann_experiments.training.scores import segmentation_loss
 
 S, T = 2, 3
 NOW = Progress(epoch=1, max_epochs=2, step=1, total_steps=2)

@@ -16,8 +16,9 @@ from dann_experiments.adaptation.method import Progress, StepOutputs
 from dann_experiments.data.dataset import eval_loader, train_loader
 from dann_experiments.jobs import setup
 from dann_experiments.models.taps import resolve_taps
+from dann_experiments.training.losses import segmentation_loss
 from dann_experiments.training.module import AdaptationModule
-from dann_experiments.training.scores import score_set, segmentation_loss
+from dann_experiments.training.scoring import score_set
 
 PROGRESS = Progress(0, 1, 5, 10)
 

@@ -25,12 +25,12 @@ from PIL import Image
 from rasterio.transform import Affine
 from torch import nn
 
+from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.config import InputError, load_config
 from dann_experiments.config.parsing import help_text, load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.reading import Normalisation, Reading, read_pixels, reading_facts
 from dann_experiments.jobs.predict import PredictResult, predict
-from dann_experiments.models.files import save_model
 from dann_experiments.reports.colors import class_colors
 
 PROJECT = Path(__file__).parents[1]
@@ -429,7 +429,7 @@ def test_tiles_are_cut_out_of_parts_whatever_the_parts_are(model, monkeypatch):
     write_tiff("parts.tif", picture(420, 500))
     maps = []
     for number, size in enumerate((2**25, 3 * 500 * 260, 3 * 128 * 200, 1)):
-        monkeypatch.setattr(sys.modules[predict.__module__], "STRIP_BYTES", size)
+        monkeypatch.setattr("dann_experiments.prediction.scene.STRIP_BYTES", size)
         run(model=model, input="parts.tif", output=f"parts_{number}.tif", tile_size=128, overlap=64)
         maps.append(read(f"parts_{number}.tif"))
     for other in maps[1:]:

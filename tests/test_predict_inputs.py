@@ -139,17 +139,15 @@ def test_file_pixel_size_says_how_large_the_pixels_of_an_image_without_georefere
 
 def test_a_map_of_before_these_settings_is_known_as_finished(model):
     """The signature does not depend on what the new settings are called."""
-    from dann_experiments.config.parsing import load_settings as loaded
-    from dann_experiments.jobs.predict import _Scene
-    from dann_experiments.jobs.ready_model import load_model
+    from dann_experiments.jobs.load_model import load_model
+    from dann_experiments.prediction.scene import Options, Scene
 
     scene("a.tif")
-    settings = loaded(PredictConfig, None, {"model": model, "input": "a.tif", "output": "b.tif"})
     found = load_model(model, "target", None, None)  # pyright: ignore[reportArgumentType]
     older = replace(
         found, reading=replace(found.reading, nodata_bands="all")
     )  # as models were read before there was a choice
-    facts = _Scene.open(Path("a.tif"), Path("b.tif"), older, settings).facts
+    facts = Scene.open(Path("a.tif"), Path("b.tif"), older, Options()).facts
     assert set(facts["reading"]) == {"bands", "scale", "nodata", "pixel_size", "file_pixel_size"}
 
 

@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from dann_experiments.adaptation.dann import DANNMethod
 from dann_experiments.data.dataset import eval_loader
 from dann_experiments.models.taps import resolve_taps
-from dann_experiments.training import probe as probe_module
-from dann_experiments.training.probe import NOT_ENOUGH, Probe, a_distance, explain, mean_probe, pooled_features, probe
+from dann_experiments.scores import domain_probe
+from dann_experiments.scores.domain_probe import Probe, a_distance, mean_probe, probe
+from dann_experiments.training.alignment_text import NOT_ENOUGH, explain
+from dann_experiments.training.pooled_features import pooled_features
 
 
 def noise(images: int, features: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -131,7 +133,7 @@ def test_each_fold_holds_as_many_images_of_either_domain(monkeypatch):
 
 
 def test_the_user_sees_no_warning_of_scikit_learn(monkeypatch):
-    monkeypatch.setattr(probe_module, "MOST_ITERATIONS", 1)
+    monkeypatch.setattr(domain_probe, "MOST_ITERATIONS", 1)
     source = np.repeat(noise(20, 1, 0), 300, 1)
     source[:, 5] = 1.0  # a dead channel
     with warnings.catch_warnings():

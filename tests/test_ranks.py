@@ -25,8 +25,7 @@ from dann_experiments.data.dataset import SeededOrder
 from dann_experiments.jobs import RunResult, adapt, evaluate, pretrain
 from dann_experiments.training import ranks
 from dann_experiments.training.ranks import Rank
-from dann_experiments.training.scores import Scorer
-from dann_experiments.training.selection import SelectionScorer
+from dann_experiments.training.scoring import Scorer, SelectionScorer
 
 WORLD = 2
 

@@ -29,14 +29,14 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
 from dann_experiments import DomainAdaptationMethod, InputError, MethodLoss
+from dann_experiments.checkpoints import files
 from dann_experiments.config import Config, config_to_yaml, load_config, replace
 from dann_experiments.data.dataset import SeededOrder
 from dann_experiments.jobs import RunResult, adapt, pretrain
 from dann_experiments.jobs.resume import as_the_run, checkpoint_to_go_on_from, run_to_go_on, settings_to_resume
 from dann_experiments.tracking.processes import process_name
 from dann_experiments.tracking.store import open_store
-from dann_experiments.training import checkpoint_files as files
-from dann_experiments.training.checkpoints import Checkpoints
+from dann_experiments.training.checkpointing import Checkpoints
 from dann_experiments.training.random_states import random_states, restore
 
 JOBS: Mapping[str, Callable[..., RunResult]] = {"adapt": adapt, "pretrain": pretrain}
@@ -466,7 +466,7 @@ def test_a_kill_while_the_files_get_their_last_names_leaves_the_best_weights_fin
     for renames in range(3):
         folder = tmp_path / str(renames)
         files.write({"weights": "best"}, folder / "best_2.ckpt")
-        files.write({"best": 2, "global_step": 4}, folder / "step_4.ckpt")
+        files.write({files.OWN: {"best_step": 2}, "global_step": 4}, folder / "step_4.ckpt")
         left = iter(range(renames))
 
         def replace(source, target, left=left, really=os.replace):
@@ -478,7 +478,7 @@ def test_a_kill_while_the_files_get_their_last_names_leaves_the_best_weights_fin
             patch.setattr(files.os, "replace", replace)
             with pytest.raises(Kill) if renames < 2 else contextlib.nullcontext():
                 files.finish(folder, 2)
-        files.reopen(folder, lambda content: content["best"])
+        files.reopen(folder)
         assert files.newest_intact(folder) == folder / "step_4.ckpt"
         found = files.best_of(folder, 2)
         assert found is not None

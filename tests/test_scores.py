@@ -12,15 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dann_experiments.models.networks import predicted_classes
-from dann_experiments.training.scores import (
-    Scorer,
-    Scores,
-    log_shares,
-    macro_mean,
-    predict_images,
-    row_shares,
-    score_set,
-)
+from dann_experiments.scores import macro_mean, row_shares
+from dann_experiments.scores.predictions import log_probabilities
+from dann_experiments.training.scoring import Scorer, Scores, predict_images, score_set
 
 IGNORED = 255
 
@@ -189,9 +183,9 @@ def test_a_batch_handled_in_parts_or_with_its_softmax_given_scores_the_same(monk
     labels = torch.randint(0, 3, (5, 6, 6), generator=generator)
     labels[2] = IGNORED
     found = []
-    for logs in (None, log_shares(logits)):
+    for logs in (None, log_probabilities(logits)):
         for values in (10**9, 2 * 3 * 6 * 6, 1):
-            monkeypatch.setattr("dann_experiments.training.scores.CPU_VALUES", values)
+            monkeypatch.setattr("dann_experiments.scores.predictions.CPU_VALUES", values)
             scorer = Scorer(3, IGNORED)
             scorer.update(logits, labels, logs)
             found.append(scorer.compute())

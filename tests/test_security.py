@@ -29,13 +29,14 @@ from test_sweep_cluster import start_server, stop_server
 from dann_experiments import InputError, load_config
 from dann_experiments.__main__ import main
 from dann_experiments.adaptation.own_class import find_class
+from dann_experiments.checkpoints.saved_model import save_model
+from dann_experiments.checkpoints.weights import read_weights
 from dann_experiments.command_line import _tell_of_error, warn_of_stored_secrets
 from dann_experiments.comparison.collect import config_of
 from dann_experiments.config import config_to_yaml, replace
 from dann_experiments.data.neon_trees import TILES, build_neon_trees
-from dann_experiments.data.writing import PartialMap
-from dann_experiments.jobs.ready_model import load_model
-from dann_experiments.models.files import read_weights, save_model
+from dann_experiments.jobs.load_model import load_model
+from dann_experiments.prediction.partial_map import PartialMap
 from dann_experiments.tracking.store import open_store, remember_secrets, without_secrets
 from sweeps.__main__ import main as sweeps_main
 from sweeps.definition import describe, slots_of, stored_settings

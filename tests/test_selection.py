@@ -8,17 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dann_experiments.training.scores import log_shares
-from dann_experiments.training.selection import (
-    COMPARED,
-    KEPT,
-    PREFIX,
-    SCORES,
-    SLOTS,
-    SelectionScorer,
-    choice_value,
-    neighbourhood_density,
-)
+from dann_experiments.scores.predictions import log_probabilities
+from dann_experiments.scores.selection import KEPT, PREFIX, SCORES, choice_value
+from dann_experiments.scores.snd import COMPARED, SLOTS, PixelSample, neighborhood_density
+from dann_experiments.training.scoring import SelectionScorer
 
 NAMES = ("entropy", "infomax", "snd", "bnm")
 SURE = 1e4  # logits of 0 and this are one-hot in float32
@@ -133,7 +126,7 @@ def test_how_images_are_split_into_batches_does_not_matter(count, batch_size, wi
 def test_a_large_batch_is_handled_in_parts_without_changing_anything(monkeypatch):
     logits, valid = noise(9, 3, 12, 11), noise(9, 12, 11, seed=1) > 0
     whole = scored(logits, valid)
-    monkeypatch.setattr("dann_experiments.training.scores.CPU_VALUES", 2 * 3 * 12 * 11)
+    monkeypatch.setattr("dann_experiments.scores.predictions.CPU_VALUES", 2 * 3 * 12 * 11)
     assert scored(logits, valid) == pytest.approx(whole, abs=1e-6)
 
 
@@ -162,7 +155,7 @@ def test_a_softmax_that_is_given_changes_nothing(with_valid):
     if valid is not None:
         logits.masked_fill_(~valid[:, None], math.nan)
     scorer = SelectionScorer()
-    scorer.update(logits, valid, log_shares(logits))
+    scorer.update(logits, valid, log_probabilities(logits))
     assert scorer.compute() == scored(logits, valid)
 
 
@@ -186,23 +179,21 @@ def test_scores_ask_for_no_gradient_and_leave_the_logits_alone():
     scorer = SelectionScorer()
     scorer.update(logits)
     assert torch.equal(logits, before)
-    assert not torch.as_tensor(scorer._gram).requires_grad
+    assert not torch.as_tensor(scorer._sums.gram).requires_grad
 
 
-class Places(SelectionScorer):
-    """Of a set whose predictions tell where they stand: which (image, row, column) are compared."""
+class Places:
+    """Of a set whose predictions tell where they are: which (image, row, column) are compared."""
 
-    @classmethod
-    def of(cls, count, height, width, valid=None):
-        scorer = cls()
+    @staticmethod
+    def of(count, height, width, valid=None):
+        sample = PixelSample()
         axes = torch.arange(count), torch.arange(height), torch.arange(width)
         places = torch.stack(torch.meshgrid(*axes, indexing="ij"), 1).double()  # (N, 3, H, W), instead of probabilities
         for number in range(count):
-            scorer._keep(
-                places[number : number + 1].flatten(2), None if valid is None else valid[number : number + 1].flatten(1)
-            )
-            scorer._images += 1
-        return scorer._compared().long()
+            part = slice(number, number + 1)
+            sample.add(places[part].flatten(2), None if valid is None else valid[part].flatten(1))
+        return sample.rows().long()
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 3), (16, 16), (17, 1)])
@@ -263,7 +254,7 @@ def test_two_pixels_have_no_neighbourhood():
 
 def test_the_density_of_features_is_that_of_a_naive_double_loop():
     features = noise(300, 7, scale=1.0)  # more than are handled at a time
-    assert neighbourhood_density(features) == pytest.approx(naive_density(features.numpy()), abs=1e-5)
+    assert neighborhood_density(features) == pytest.approx(naive_density(features.numpy()), abs=1e-5)
 
 
 def test_one_class_is_refused():

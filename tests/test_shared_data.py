@@ -23,6 +23,7 @@ from dann_experiments.data import dataset, decoded, looking
 from dann_experiments.data.reading import read_pixels as reading
 from dann_experiments.jobs import setup, source_model
 from dann_experiments.jobs.shared_data import OWNER, PLACE, shared_data
+from dann_experiments.tracking import fetch_model
 from dann_experiments.tracking.processes import become_worker, prepare_workers, worker_context
 from sweeps.crew import worker_count
 from sweeps.launchers import PRELOADED, ProcessLauncher
@@ -258,13 +259,13 @@ def test_runs_that_share_have_the_numbers_of_runs_alone_and_ask_for_the_source_m
     pretrain(config)
     alone = adapt(config)
     asked = []
-    fetch = source_model.fetch
+    fetch = fetch_model.fetch
 
     def count(*arguments: Any, **named: Any) -> Any:
         asked.append(arguments[0])
         return fetch(*arguments, **named)
 
-    monkeypatch.setattr(source_model, "fetch", count)
+    monkeypatch.setattr(fetch_model, "fetch", count)
     monkeypatch.setattr(source_model, "_kept", {})
     with shared_data(workplace / "outputs"):
         results = [adapt(config) for _ in range(2)]

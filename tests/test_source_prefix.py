@@ -18,10 +18,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from dann_experiments import InputError, evaluate, load_config
 from dann_experiments.__main__ import main
+from dann_experiments.checkpoints.weights import load_into, read_weights
 from dann_experiments.comparison.arms import arms_of
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.jobs.setup import run_digest
-from dann_experiments.models.files import load_into, read_weights
 from tests.conftest import small_settings
 
 PREFIX = "domain_adaptation.pretrained_checkpoint.source_prefix"

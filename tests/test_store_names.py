@@ -17,7 +17,7 @@ from dann_experiments.jobs import setup
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.sender import Sender
 from dann_experiments.tracking.store import Store, open_store
-from dann_experiments.training.scores import Scores
+from dann_experiments.training.scoring import Scores
 
 CLASSES = (
     "tree", "Tree", "low veg. 2-a", "a/b", "a_b", "a:b", "建物", "道路", "Straße", "", ".", "..", "x" * 300,

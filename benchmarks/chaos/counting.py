@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 import dann_experiments.__main__ as command_line
+import dann_experiments.checkpoints.weights as weights
 import dann_experiments.config as config
-import dann_experiments.jobs.ready_model as ready_model
-import dann_experiments.models.files as model_files
+import dann_experiments.jobs.load_model as load_model
 
 MARKS = ("executed", "pwned")
 """Names of the file that a malicious sample leaves once it runs."""
@@ -110,8 +110,8 @@ def pytest_configure() -> None:
     """Stand before what the tests call, before they import it."""
     command_line.main = counted(command_line.main)
     config.load_config = watched(config.load_config, "settings")
-    model_files.read_weights = watched(model_files.read_weights, "checkpoints")
-    ready_model.load_model = watched(ready_model.load_model, "models in runs, registry and folders")
+    weights.read_weights = watched(weights.read_weights, "checkpoints")
+    load_model.load_model = watched(load_model.load_model, "models in runs, registry and folders")
     sys.addaudithook(hear)
 
 

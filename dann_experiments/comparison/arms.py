@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dann_experiments.checkpoints.prefixes import PREFIX_KEY
 from dann_experiments.comparison.result import Arm
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.comparison import ARM_NAMES, DEFAULT_ARMS, CompareConfig
@@ -19,7 +20,6 @@ from dann_experiments.data.samples import PRETRAINING_SETS
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.evaluate import SETS as SCORED_SETS
 from dann_experiments.jobs.evaluate import STATISTICS_SET
-from dann_experiments.models.weights import PREFIX_KEY
 
 log = logging.getLogger(__name__)
 PATH = "domain_adaptation.pretrained_checkpoint.path"

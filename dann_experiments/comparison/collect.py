@@ -18,10 +18,10 @@ from dann_experiments.config.comparison import ARM_NAMES, KINDS, Kind
 from dann_experiments.config.errors import StoreAway
 from dann_experiments.config.names import LONGEST_PARAM
 from dann_experiments.config.stored import without_code
+from dann_experiments.scores.selection import PREFIX
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, known_run, without_secrets
 from dann_experiments.tracking.values import context_of, last_values, logged_points
-from dann_experiments.training.selection import PREFIX
 
 log = logging.getLogger(__name__)
 CURVES = ("iou/source_val", "iou/target_val", "da/lambda", "da/domain_acc", "da/domain_acc_val")

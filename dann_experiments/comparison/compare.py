@@ -25,7 +25,7 @@ from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.names import labels_in_store
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.shared_data import shared_data
-from dann_experiments.jobs.source_model import digest_of_model, fetched
+from dann_experiments.tracking.fetch_model import digest_of_model, fetched
 from dann_experiments.tracking.orphans import close_orphans
 from dann_experiments.tracking.run import TrackedRun, tracked_run
 from dann_experiments.tracking.store import TRAINING_PAGES, Store, local_artifact_folder, open_store, without_secrets

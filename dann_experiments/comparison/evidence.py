@@ -17,7 +17,7 @@ from dann_experiments.config import Config, InputError
 from dann_experiments.data.reading import Normalisation
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.alignment import FEATURES_FILE
-from dann_experiments.jobs.ready_model import load_model
+from dann_experiments.jobs.load_model import load_model
 from dann_experiments.jobs.training import Album
 from dann_experiments.tracking.store import Store, without_secrets
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr  # comes with scikit-learn
 
-from dann_experiments.training.selection import KEPT, PREFIX, SCORES, choice_value
+from dann_experiments.scores.selection import KEPT, PREFIX, SCORES, choice_value
 
 ORACLE = "iou/target_val"
 NAIVE = "iou/source_val"

@@ -15,9 +15,11 @@ from dann_experiments.config.disk import writing
 from dann_experiments.data.dataset import eval_loader
 from dann_experiments.jobs.setup import MOST_STANDING_IN, Data
 from dann_experiments.models.taps import Tap, resolve_taps
+from dann_experiments.scores.domain_probe import FEWEST_IMAGES, Probe, mean_probe, probe
 from dann_experiments.tracking.run import TrackedRun
+from dann_experiments.training.alignment_text import explain
 from dann_experiments.training.monitor import DOMAINS
-from dann_experiments.training.probe import FEWEST_IMAGES, Probe, explain, mean_probe, pooled_features, probe
+from dann_experiments.training.pooled_features import pooled_features
 
 log = logging.getLogger(__name__)
 ENCODER = "encoder"  # always probed: the one layer that runs with different taps have in common

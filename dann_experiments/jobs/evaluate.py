@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from dann_experiments.checkpoints.saved_model import DOMAINS, ModelNotes, read_model_notes
 from dann_experiments.config import Config, InputError, replace
 from dann_experiments.config.presets import filled
 from dann_experiments.config.schema import DomainDataConfig
@@ -21,14 +22,15 @@ from dann_experiments.jobs import setup
 from dann_experiments.jobs.fit import loading
 from dann_experiments.jobs.memory import memory_told, size_of_largest
 from dann_experiments.jobs.result import RunResult
-from dann_experiments.jobs.source_model import chosen_by_target_labels, fetched, load_weights
+from dann_experiments.jobs.source_model import chosen_by_target_labels, load_weights
 from dann_experiments.jobs.training import describe_run
 from dann_experiments.models.batchnorm import has_batchnorm, statistics_loader, target_statistics
-from dann_experiments.models.files import DOMAINS, ModelNotes, read_model_notes
 from dann_experiments.reports.plots.confusion import draw_confusion
+from dann_experiments.scores import macro_mean, row_shares
+from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
-from dann_experiments.training.scores import Scores, macro_mean, row_shares, score_set
+from dann_experiments.training.scoring import Scores, score_set
 
 log = logging.getLogger(__name__)
 SETS = ("source_val", "source_test", "target_val", "target_test")

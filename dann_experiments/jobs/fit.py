@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod
+from dann_experiments.checkpoints.files import WholeFiles
 from dann_experiments.config import Config, InputError
 from dann_experiments.data.dataset import SegmentationDataset, eval_loader, train_loader
 from dann_experiments.jobs import setup
@@ -33,8 +34,7 @@ from dann_experiments.tracking.processes import available_cores, visible_gpus
 from dann_experiments.tracking.run import TrackedRun
 from dann_experiments.training import ranks
 from dann_experiments.training.bad_numbers import BadNumbers
-from dann_experiments.training.checkpoint_files import WholeFiles
-from dann_experiments.training.checkpoints import Checkpoints
+from dann_experiments.training.checkpointing import Checkpoints
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import (
     DOMAINS,

@@ -1,4 +1,4 @@
-"""Going on in a run that was killed: which run, by which settings, and from which checkpoint."""
+"""Resumes a run that was killed: finds the run, its settings and its checkpoint."""
 
 from __future__ import annotations
 
@@ -11,36 +11,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dann_experiments.checkpoints import files
 from dann_experiments.config import Config, InputError, flatten, load_config, replace
 from dann_experiments.config.disk import writing
 from dann_experiments.config.parsing import given_settings
 from dann_experiments.config.stored import CLASS_PATH
 from dann_experiments.jobs import setup
 from dann_experiments.tracking.deleted import is_deleted
+from dann_experiments.tracking.fetch_model import SOURCE_MODEL
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, check_room, in_one_line, known_run, open_store, without_secrets
-from dann_experiments.training import checkpoint_files as files
-from dann_experiments.training.checkpoints import reopen
 
 log = logging.getLogger(__name__)
 AUTO = "auto"
 CHECKPOINTS = "checkpoints"
-"""Folder in a run's own."""
+"""Folder within the folder of a run."""
 SETTINGS = "config.yaml"
-SOURCE_MODEL = "domain_adaptation.pretrained_checkpoint.path"
 FOLDER_PARAM = f"{PARAM_PREFIX}tracking.folder"
 MAY_DIFFER = (
     "tracking.uri", "tracking.experiment", "tracking.folder", "trainer.enable_progress_bar", "trainer.checkpoint_every_n_steps",
     "trainer.checkpoint_every_minutes", "trainer.checkpoints_kept", "data.num_workers", "data.memory_gb", "data.root",
     "data.embedded.folder",
 )  # fmt: skip
-"""Settings that change no number: a resumed run takes them as they are given now."""
+"""Settings that change no number: a resumed run takes their present values."""
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A run's settings as it kept them."""
+    """The settings of a run as it kept them."""
 
     config: Config
     from_store: bool
@@ -48,9 +47,11 @@ class _Recorded:
 
 
 def settings_to_resume(run_id: str, job: str, file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
-    """The settings of run `run_id`, to be given to its job with `resume=run_id`. `file` and `overrides` are what the user
-    says beside; of these, settings that change no number count. Raises InputError for others that differ, and for a run that
-    cannot go on."""
+    """Return the settings of run `run_id`, for its job with `resume=run_id`.
+
+    Of the user's present settings, `file` and `overrides`, those that change no number replace the run's own. Raises InputError
+    for others that differ, and for a run that cannot be resumed.
+    """
     given = given_settings(file, overrides)
     store = open_store(given.get("tracking.uri"), given.get("tracking.experiment"), for_runs=False)
     recorded = _recorded(store, _unfinished(store, run_id, job), given.get("tracking.folder"))
@@ -59,8 +60,8 @@ def settings_to_resume(run_id: str, job: str, file: str | Path | None, overrides
 
 
 def as_the_run(store: Store, run_id: str, job: str, config: Config) -> Config:
-    """`config` with what the run found out itself, such as its source model. Raises InputError where settings that change
-    numbers differ, and for a run that cannot go on."""
+    """Return `config` with what the run found out itself, such as its source model. Raises InputError where settings that change
+    numbers differ, and for a run that cannot be resumed."""
     recorded = _recorded(store, _unfinished(store, run_id, job), config.tracking.folder)
     _refuse_foreign_class(recorded, config.domain_adaptation.method.class_path)
     if config.domain_adaptation.pretrained_checkpoint.path is None:
@@ -70,8 +71,8 @@ def as_the_run(store: Store, run_id: str, job: str, config: Config) -> Config:
 
 
 def run_to_go_on(store: Store, job: str, resume: str | None, digest: str, config: Config) -> str | None:
-    """The id of the run to go on in, None for a new one: `resume`, or for `auto` the newest unfinished run of this job and
-    digest in the experiment. Raises InputError if the run that was named has another digest."""
+    """Return the id of the run to resume, None for a new one: `resume`, or for `auto` the newest unfinished run of this job and
+    digest in the experiment. Raises InputError if the run that `resume` names has another digest."""
     if resume is None:
         return None
     if resume != AUTO:
@@ -97,7 +98,7 @@ def run_to_go_on(store: Store, job: str, resume: str | None, digest: str, config
 
 
 def folder_of_runs(store: Store, run_id: str | None, folder: str) -> Path:
-    """The folder that holds the run's own: where it was before, unless it has been moved to `folder`, which new runs take."""
+    """Return the parent of the run's folder: where it was before, unless it has been moved to `folder`, which new runs take."""
     if run_id is not None and not (Path(folder) / run_id).exists():
         before = store.client.get_run(run_id).data.params.get(FOLDER_PARAM)
         if before is not None and (Path(before) / run_id).exists():
@@ -106,24 +107,21 @@ def folder_of_runs(store: Store, run_id: str | None, folder: str) -> Path:
 
 
 def checkpoint_to_go_on_from(store: Store, run_id: str, folder: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole, in the run's own `folder`, or fetched there from its artifacts; None if
-    it has none, and starts from its beginning. What lies after it is removed: it will be made again."""
+    """Return the newest undamaged checkpoint of a run, in the run's `folder`, or fetched there from its artifacts; None if there
+    is none and the run starts from its beginning. What came after it is removed: it will be made again."""
     checkpoints = folder / CHECKPOINTS
     if not checkpoints.exists():
         _fetch(store, run_id, folder)
-    reopen(checkpoints)
-    found = files.newest_intact(checkpoints)
+    found = files.ready_to_resume(checkpoints)
     if found is None:
-        files.forget_after(checkpoints, -1)
         log.info("Run %s has no checkpoint to go on from: it starts from its beginning.", run_id)
-        return None
-    files.forget_after(checkpoints, files.step_of(found))
-    log.info("Run %s goes on from %s.", run_id, found)
+    else:
+        log.info("Run %s goes on from %s.", run_id, found)
     return found
 
 
 def _unfinished(store: Store, run_id: str, job: str) -> Any:
-    """The run, if it can go on."""
+    """Return the run, or raise InputError if it cannot be resumed."""
     run = known_run(store, run_id)
     if run is None:
         raise InputError(
@@ -176,7 +174,7 @@ def _newest_unfinished(store: Store, job: str, digest: str) -> Any | None:
 
 
 def _recorded(store: Store, run: Any, folder: str | None) -> _Recorded:
-    """The settings that a run kept in its folder, or among its artifacts."""
+    """Read the settings that a run kept in its folder, or among its artifacts."""
     run_id = run.info.run_id
     folders = (folder, run.data.params.get(FOLDER_PARAM), Config().tracking.folder)
     for place in filter(None, folders):
@@ -195,7 +193,7 @@ def _recorded(store: Store, run: Any, folder: str | None) -> _Recorded:
 
 
 def _refuse_foreign_class(recorded: _Recorded, given: str | None) -> None:
-    """Settings out of a store may be a stranger's: they do not choose what is imported."""
+    """Refuse a class that only the store names: its settings may be a stranger's, and do not choose what is imported."""
     wanted = recorded.config.domain_adaptation.method.class_path
     if recorded.from_store and wanted not in (None, given):
         raise InputError(
@@ -205,7 +203,7 @@ def _refuse_foreign_class(recorded: _Recorded, given: str | None) -> None:
 
 
 def _agreed(job: str, recorded: Config, wanted: Config) -> Config:
-    """`wanted`, if it differs from the run's own settings in nothing that changes numbers."""
+    """Return `wanted`; raise InputError where it differs from the run's own settings in what changes numbers."""
     if job == "pretrain":  # as the run kept its own
         wanted = setup.as_pretrained(wanted)
     before, now = flatten(recorded), flatten(wanted)
@@ -219,7 +217,7 @@ def _agreed(job: str, recorded: Config, wanted: Config) -> Config:
 
 
 def _fetch(store: Store, run_id: str, folder: Path) -> None:
-    """The checkpoints among a run's artifacts, if it has any."""
+    """Fetch the checkpoints among a run's artifacts, if it has any."""
     if any(item.path == CHECKPOINTS for item in store.client.list_artifacts(run_id)):
         part = folder / f"{CHECKPOINTS}.part"  # half of them would be taken for all that there are
         with writing(folder / CHECKPOINTS, part):

@@ -15,6 +15,8 @@ import pytorch_lightning as pl
 from torch import nn
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod
+from dann_experiments.checkpoints.files import BEST, LAST
+from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.disk import writing
 from dann_experiments.config.names import labels_in_store
@@ -25,21 +27,19 @@ from dann_experiments.jobs.fit import Fit, validation_loader
 from dann_experiments.jobs.other_ranks import other_ranks
 from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS
 from dann_experiments.jobs.setup import Data
-from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import Tap
 from dann_experiments.reports.images import display_image
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.reports.plots.predictions import draw_predictions
 from dann_experiments.reports.plots.run_curves import draw_curves
+from dann_experiments.scores.selection import KEPT
 from dann_experiments.tracking.run import PARAM_PREFIX, TrackedRun
 from dann_experiments.tracking.store import remove_artifacts
-from dann_experiments.training.checkpoint_files import BEST, LAST
 from dann_experiments.training.monitor import (
     DOMAINS,
     DomainAdaptationMonitorCallback,
 )
-from dann_experiments.training.scores import Scores, predict_images, score_set
-from dann_experiments.training.selection import KEPT
+from dann_experiments.training.scoring import Scores, predict_images, score_set
 
 log = logging.getLogger(__name__)
 PICTURES = 6  # images a domain in the prediction figures

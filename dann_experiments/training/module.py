@@ -26,8 +26,8 @@ from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
 from dann_experiments.models.passes import Passes, check_joint, choose, forward_with_taps
 from dann_experiments.models.taps import Tap, recording
 from dann_experiments.training import ranks
+from dann_experiments.training.losses import segmentation_loss
 from dann_experiments.training.optimizers import build_scheduler, order_states
-from dann_experiments.training.scores import segmentation_loss
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dann_experiments.models.batchnorm import target_statistics
+from dann_experiments.scores.predictions import in_parts, log_probabilities
+from dann_experiments.scores.selection import KEPT, PREFIX, choice_value
 from dann_experiments.training.ranks import sum_of
-from dann_experiments.training.scores import Scorer, Scores, in_parts, log_shares
-from dann_experiments.training.selection import KEPT, PREFIX, SelectionScorer, choice_value
+from dann_experiments.training.scoring import Scorer, Scores, SelectionScorer
 
 log = logging.getLogger(__name__)
 DOMAINS = ("source", "target")  # validation loader 0 and 1
@@ -111,7 +112,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         if DOMAINS[dataloader_idx] == "target" and self._unlabelled is None:
             self._unlabelled = SelectionScorer(_first_item(trainer, dataloader_idx))
         for part in in_parts(logits):
-            logs = log_shares(logits[part])  # for both scorers
+            logs = log_probabilities(logits[part])  # for both scorers
             if labels is not None:
                 self._scorers[dataloader_idx].update(logits[part], labels[part], logs)
             if DOMAINS[dataloader_idx] == "target" and self._unlabelled is not None:

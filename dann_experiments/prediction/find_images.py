@@ -1,4 +1,4 @@
-"""Which images `predict` maps, out of files, folders and patterns, and where the map of each goes."""
+"""Finds the images to map, in files, folders and patterns, and where the map of each goes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dann_experiments.config import InputError
+from dann_experiments.config.errors import InputError
 from dann_experiments.config.places import local_path, local_text, user_path
-from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.reading import many_files
 from dann_experiments.data.samples import IMAGE_SUFFIXES
-from dann_experiments.data.writing import MAP_SUFFIXES, PARTIAL_SUFFIX, SIGNATURE_TAG, TIFF_SUFFIXES, read_tags
+from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
+from dann_experiments.prediction.rasters import MAP_SUFFIXES, SIGNATURE_TAG, TIFF_SUFFIXES, read_tags
 
 
 class _Found(NamedTuple):
-    """What one of the inputs names."""
+    """The images that one of the inputs names."""
 
     images: list[Path]
     root: Path
@@ -28,13 +28,18 @@ class _Found(NamedTuple):
     is_folder: bool = False
 
 
-def find_work(settings: PredictConfig) -> list[tuple[Path, Path]]:
-    """Pairs of image and map. Raises InputError for what is missing, would be overwritten or cannot be written."""
-    target = local_path(settings.output, "output")
-    found = _find(settings, target)
+def find_work(inputs: Sequence[str], output: str, probabilities: bool, overwrite: bool) -> list[tuple[Path, Path]]:
+    """Return pairs of image and map.
+
+    `inputs`: files, folders and patterns; `output`: a file, or a folder for several images; `probabilities`: whether a second
+    file goes beside each map; `overwrite`: whether a map may exist. Raises InputError for what is missing, would be overwritten
+    or cannot be written.
+    """
+    target = local_path(output, "output")
+    found = _find(inputs, target)
     images = _each_once(image for one in found for image in one.images)
-    if len(images) == 1 and not any(one.is_folder for one in found) and not _is_folder(settings.output):
-        return [_one(images[0], target, settings)]
+    if len(images) == 1 and not any(one.is_folder for one in found) and not _is_folder(output):
+        return [_one(images[0], target, probabilities, overwrite)]
     if target.is_file() or target.suffix.lower() in MAP_SUFFIXES:
         what = (
             f"input {found[0].root} is a folder"
@@ -43,40 +48,40 @@ def find_work(settings: PredictConfig) -> list[tuple[Path, Path]]:
         )
         raise InputError(f"{what}, but output is {target}; name a folder, for a map of each image.")
     pairs = _mirrored(images, _common_root(found), target)
-    _check_apart(pairs, settings)
-    for folder in sorted({output.parent for _, output in pairs}):
+    _check_apart(pairs, output, probabilities)
+    for folder in sorted({path.parent for _, path in pairs}):
         _check_writable(folder)
     return pairs
 
 
 def probabilities_path(output: Path) -> Path:
-    """Where the probabilities of a map go."""
+    """Return the file for the probabilities of a map."""
     return output.with_name(f"{output.stem}_probabilities.tif")
 
 
 def _is_folder(text: str) -> bool:
-    """Whether an output is meant as a folder: it is one, is written as one, or has no suffix."""
+    """Return whether an output is meant as a folder: it is one, is written as one, or has no suffix."""
     path = user_path(text)
     return path.is_dir() or text.endswith(("/", os.sep)) or not path.suffix
 
 
-def _one(source: Path, target: Path, settings: PredictConfig) -> tuple[Path, Path]:
+def _one(source: Path, target: Path, probabilities: bool, overwrite: bool) -> tuple[Path, Path]:
     if target.suffix.lower() not in MAP_SUFFIXES:
         raise InputError(
             f"output is {target}; a class map is written as {', '.join(MAP_SUFFIXES)} (JPEG would change the classes)."
         )
     if target.exists() and source.samefile(target):
         raise InputError(f"output is {target}, which is the input; name another file.")
-    for path in (target, *([probabilities_path(target)] if settings.probabilities else [])):
-        if path.exists() and not settings.overwrite:
+    for path in (target, *([probabilities_path(target)] if probabilities else [])):
+        if path.exists() and not overwrite:
             raise InputError(f"output {path} exists; name another, or set overwrite to true.")
     _check_writable(target.parent)
     return source, target
 
 
-def _find(settings: PredictConfig, target: Path) -> list[_Found]:
-    """What the inputs name, in their order. Raises InputError that names all that name nothing."""
-    texts = [local_text(text, "input") for text in settings.inputs]
+def _find(inputs: Sequence[str], target: Path) -> list[_Found]:
+    """Return what the inputs name, in their order. Raises one InputError for all inputs that name nothing."""
+    texts = [local_text(text, "input") for text in inputs]
     if len(texts) == 1 and not _names_something(texts[0]):
         texts = _listed(texts[0])
     found, problems = [], []
@@ -119,7 +124,7 @@ def _names_something(text: str) -> bool:
 
 
 def _listed(text: str) -> list[str]:
-    """The parts of a text that names nothing as a whole, if it can be read as a list in one way; else the text.
+    """Return the parts of a text that names nothing as a whole, if it can be read as a list in one way; else the text.
 
     `mlflow run -P input=...` gives several images as one text.
     """
@@ -134,7 +139,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _walk(folder: Path, target: Path) -> Iterator[Path]:
-    """The image files of a folder and its subfolders, those behind links included, in a fixed order."""
+    """Yield the image files of a folder and its subfolders, those behind links included, in a fixed order."""
     own, seen = os.path.realpath(target), set()
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(
@@ -150,7 +155,7 @@ def _walk(folder: Path, target: Path) -> Iterator[Path]:
 
 
 def _matching(pattern: str, target: Path) -> tuple[list[Path], Path]:
-    """The images that match, and the folder that the pattern begins with."""
+    """Return the images that match, and the folder that the pattern begins with."""
     parts = Path(pattern).parts
     fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     root = Path(*parts[:fixed])
@@ -166,7 +171,7 @@ def _matching(pattern: str, target: Path) -> tuple[list[Path], Path]:
 
 
 def _glob(pattern: str) -> Iterator[Path]:
-    """Image files; hidden ones, as in a shell, only where the pattern says so."""
+    """Yield image files; hidden ones, as in a shell, only where the pattern says so."""
     with contextlib.suppress(OSError, ValueError, re.error):  # a pattern that cannot be searched for matches nothing
         for name in sorted(glob.glob(pattern, recursive=True)):
             if _is_image_name(os.path.basename(name)) and os.path.isfile(name):
@@ -174,7 +179,7 @@ def _glob(pattern: str) -> Iterator[Path]:
 
 
 def _is_ours(folder: str) -> bool:
-    """Whether a folder of that name holds a map in the making, or MLflow's files: previews are no images to map."""
+    """Return whether a folder of that name holds a map in the making, or MLflow's files: previews are no images to map."""
     return folder.endswith(PARTIAL_SUFFIX) or folder in ("mlruns", "mlartifacts")
 
 
@@ -183,14 +188,14 @@ def _is_image_name(name: str) -> bool:
 
 
 def _unmade(images: Iterator[Path] | Sequence[Path]) -> list[Path]:
-    """Without the maps that `predict` wrote: their own metadata say so."""
+    """Leave out the maps that `predict` wrote: their own metadata say so."""
     return [path for path in images if path.suffix.lower() not in MAP_SUFFIXES or not _is_map(path)]
 
 
 def _is_map(path: Path) -> bool:
     try:
         return SIGNATURE_TAG in read_tags(path)
-    except InputError:  # told when it is its turn
+    except InputError:  # reported when it is its turn
         return False
 
 
@@ -214,16 +219,14 @@ def _mirrored(images: Sequence[Path], root: Path, target: Path) -> list[tuple[Pa
     return list(pairs.values())
 
 
-def _check_apart(pairs: Sequence[tuple[Path, Path]], settings: PredictConfig) -> None:
-    """Raises InputError where a map would take the place of an image, or of the probabilities of another."""
-    outputs = {os.path.realpath(output): output for _, output in pairs}
+def _check_apart(pairs: Sequence[tuple[Path, Path]], output: str, probabilities: bool) -> None:
+    """Raise InputError where a map would replace an image, or the probabilities of another map."""
+    outputs = {os.path.realpath(path): path for _, path in pairs}
     for source, _ in pairs:
         if os.path.realpath(source) in outputs:
-            raise InputError(
-                f"output is {settings.output}, where the map of {source} would be the image itself; name another."
-            )
-    if settings.probabilities:
-        taken = set(outputs.values()) & {probabilities_path(output) for output in outputs.values()}
+            raise InputError(f"output is {output}, where the map of {source} would be the image itself; name another.")
+    if probabilities:
+        taken = set(outputs.values()) & {probabilities_path(path) for path in outputs.values()}
         if taken:
             raise InputError(
                 f"output {min(taken)} would be both a map and the probabilities of another; rename an image."
@@ -231,7 +234,7 @@ def _check_apart(pairs: Sequence[tuple[Path, Path]], settings: PredictConfig) ->
 
 
 def _check_writable(folder: Path) -> None:
-    """Tries the nearest folder there is: permissions alone do not tell (a read-only disk, or root)."""
+    """Raise InputError if the nearest existing folder takes no file: permissions do not tell (a read-only disk, or root)."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=there):

@@ -1,7 +1,7 @@
 """Class maps of rasters of any size: overlapping tiles through the network, blended without seams, in bounded memory.
 
-Letters: K classes, N tiles a batch, B bands, h x w pixels. The tiles of one row of tiles are forwarded left to right and
-the rows from top to bottom. Where two neighbours overlap, the outer quarter of the overlap of each is thrown away (there
+Letters: K classes, N tiles per batch, B bands, h x w pixels. The tiles of one row of tiles are forwarded left to right and
+the rows from top to bottom. Where two neighbors overlap, the outer quarter of the overlap of each is thrown away (there
 the network misses its surroundings) and in between the class probabilities pass smoothly from one to the other. Only
 what a later tile still has to be blended with is kept as probabilities; all else becomes class ids at once.
 """
@@ -19,22 +19,22 @@ from torch import Tensor, nn
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.reading import Window
-from dann_experiments.data.writing import NODATA, PROBABILITY_STEPS
 from dann_experiments.models.networks import logits_of_any_size
 from dann_experiments.models.taps import evaluating
+from dann_experiments.prediction.rasters import NODATA, PROBABILITY_STEPS
 
 Read = Callable[[Window], tuple[Tensor, np.ndarray | None]]
-"""Normalised image (B, h, w) float32 of a window, and where it holds data (h, w) bool; None = everywhere."""
+"""Normalized image (B, h, w) float32 of a window, and where it holds data (h, w) bool; None = everywhere."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the tiles lie along one side of the raster, and which pixels each of them gives."""
+    """The tiles along one side of the raster, and the pixels that each of them contributes."""
 
     length: int
     """Pixels of the raster."""
     tile: int
-    """Pixels a tile; the last one may reach beyond the raster, by less than the network's stride."""
+    """Pixels of a tile; the last one may reach beyond the raster, by less than the network's stride."""
     starts: tuple[int, ...]
     """First pixel of each tile."""
     half: int
@@ -56,7 +56,7 @@ class Axis:
         return max((late - early for early, late in itertools.pairwise(self.starts)), default=self.tile)
 
     def inside(self, index: int) -> tuple[int, int]:
-        """First and end pixel of the tile, as far as it lies in the raster."""
+        """First and end pixel of the tile, as far as it is within the raster."""
         return self.starts[index], min(self.starts[index] + self.tile, self.length)
 
     def used(self, index: int) -> tuple[int, int]:
@@ -109,7 +109,7 @@ class Piece(NamedTuple):
 
 
 def plan_tiles(height: int, width: int, tile_size: int, overlap: int, stride: int) -> Plan:
-    """Tiles of a raster of height x width pixels, sharing `overlap` pixels or more, at most half of `tile_size`.
+    """Plan the tiles of a raster of height x width pixels, sharing `overlap` pixels or more, at most half of `tile_size`.
 
     Tiles begin at multiples of `stride` (see grid_stride): all lie on the grid of positions that the network would have on
     the whole raster. Where that takes it, tile and overlap are larger than asked for. A side that is no longer than a tile
@@ -119,7 +119,7 @@ def plan_tiles(height: int, width: int, tile_size: int, overlap: int, stride: in
 
 
 def plan_axis(length: int, tile_size: int, overlap: int, stride: int) -> Axis:
-    """As few evenly spaced tiles as there can be; see plan_tiles."""
+    """Place as few evenly spaced tiles as there can be; see `plan_tiles`."""
     # in units of the stride; an even number, so that half a tile is an overlap
     whole, tile, shared = _divide_up(length, stride), 2 * _divide_up(tile_size, 2 * stride), _divide_up(overlap, stride)
     assert shared <= tile // 2
@@ -131,18 +131,18 @@ def plan_axis(length: int, tile_size: int, overlap: int, stride: int) -> Axis:
 
 
 def grid_stride(network: nn.Module) -> int:
-    """Image pixels a position of the network's deepest map, also for networks that take any size of image."""
+    """Return image pixels per position of the network's deepest map, also for networks that take images of any size."""
     return int(getattr(getattr(network, "encoder", None), "output_stride", 1))
 
 
 def ramp_weights(width: int) -> Tensor:
-    """(width,) float32: the share of the later tile, a raised cosine from 0 to 1; the earlier one has the rest."""
+    """Return the share of the later tile, a raised cosine from 0 to 1, (width,) float32; the earlier one has the rest."""
     position = (torch.arange(width, dtype=torch.float64) + 0.5) / max(width, 1)
     return (0.5 - 0.5 * torch.cos(torch.pi * position)).float()
 
 
 class Tiler:
-    """Forwards the tiles of a plan and blends them. `carry` and the next row's index are all that is needed to go on."""
+    """Forwards the tiles of a plan and blends them. `carry` and the next row's index are all that is needed to resume."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class Tiler:
         self._column_weights = ramp_weights(plan.columns.ramp).to(device)  # (ramp,)
 
     def row(self, index: int, read: Read) -> Iterator[Piece]:
-        """The pieces that are complete with this row of tiles, left to right; rows must be asked for in order.
+        """Yield the pieces that are complete with this row of tiles, left to right; rows must be requested in order.
 
         Batches are filled within the row, so the numbers do not depend on the row that a process began with.
         """
@@ -182,7 +182,7 @@ class Tiler:
 
     @torch.inference_mode()
     def _forward(self, images: tuple[Tensor, ...], valids: tuple[np.ndarray | None, ...]) -> Tensor:
-        """Class probabilities (N, K, h, w) of tiles; those without a pixel of data are left at 0: nobody sees them."""
+        """Return class probabilities (N, K, h, w) of tiles; 0 for tiles without a pixel of data, which are not used."""
         rows, columns = self.plan.rows.tile, self.plan.columns.tile
         seen = [number for number, valid in enumerate(valids) if valid is None or valid.any()]
         if not seen:
@@ -202,12 +202,12 @@ class Tiler:
 
     @torch.inference_mode()
     def _blend(self, row: int, column: int, tile: Tensor, valid: np.ndarray | None) -> Piece:
-        """Put a tile's probabilities (K, h, w) together with its upper and left neighbours'; keeps what others wait for."""
+        """Blend a tile's probabilities (K, h, w) with its upper and left neighbors'; keep what later tiles need."""
         rows, columns = self.plan.rows, self.plan.columns
         (top, bottom), (left, right) = rows.used(row), columns.used(column)
         part = tile[:, top - rows.starts[row] : bottom - rows.starts[row], :]
         part = part[:, :, left - columns.starts[column] : right - columns.starts[column]]
-        if column > 0:  # lerp: where both neighbours say the same, so does the blend, to the last bit
+        if column > 0:  # lerp: where both neighbors agree, so does the blend, to the last bit
             part[:, :, : columns.ramp].copy_(torch.lerp(self._held, part[:, :, : columns.ramp], self._column_weights))
         left, right = columns.finished(column)
         self._held = part[:, :, right - left :].clone()
@@ -237,7 +237,7 @@ class Tiler:
 
 
 def _filled_up(image: Tensor, height: int, width: int) -> Tensor:
-    """The image with its last row and column repeated up to this size."""
+    """Return the image with its last row and column repeated up to this size."""
     down, right = height - image.shape[1], width - image.shape[2]
     if down == right == 0:
         return image

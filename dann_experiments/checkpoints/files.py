@@ -1,7 +1,7 @@
-"""Checkpoint files that survive a kill: written whole or not at all, with a digest beside each, so that damage is found.
+"""Checkpoint files that survive a kill: written whole or not at all, each with a digest beside it, so that damage is found.
 
-While a run trains, its folder holds `step_N.ckpt`, from which it can go on after N optimizer steps, and `best_N.ckpt`, the
-weights that were best after N. When training has ended, well or not, they are `last.ckpt` and `best.ckpt`.
+While a run trains, its folder holds `step_N.ckpt`, from which it resumes after N optimizer steps, and `best_N.ckpt`, the weights
+that were best after N. When training has ended, well or not, they become `last.ckpt` and `best.ckpt`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ from dann_experiments.config.errors import NotWritten
 log = logging.getLogger(__name__)
 LAST, BEST = "last.ckpt", "best.ckpt"
 STEP, BEST_STEP = "step_", "best_"
+OWN = "dann_experiments"
+"""Key of our own part of a checkpoint: epoch, positions of the loaders, best step and value."""
 _DIGEST = ".blake2b"
 _PART = ".part"  # of a file that is being written
 _CHUNK = 2**20
 
 
 def numbered(folder: Path, prefix: str) -> dict[int, Path]:
-    """Step -> file, of the files that `prefix` (STEP or BEST_STEP) begins, in the order of their steps."""
+    """Return step -> file of the files whose names begin with `prefix` (STEP or BEST_STEP), in the order of their steps."""
     found = {}
     for path in folder.glob(f"{prefix}*.ckpt"):
         with contextlib.suppress(ValueError):
@@ -39,13 +41,15 @@ def numbered(folder: Path, prefix: str) -> dict[int, Path]:
 
 
 def step_of(path: Path) -> int:
-    """The optimizer steps done of a `step_N.ckpt`."""
+    """Return N, the optimizer steps done, of a `step_N.ckpt`."""
     return int(path.stem.removeprefix(STEP))
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint so that at any moment `path` is the whole of it or what was there before, even if power fails. Raises
-    NotWritten, and leaves nothing half written, where the disk is full or cannot be written to."""
+    """Write a checkpoint. At any moment `path` is the whole of it or what was there before, even if power fails.
+
+    Raises NotWritten, and leaves nothing half written, where the disk is full or cannot be written to.
+    """
     part, part_of_digest = (one.with_name(one.name + _PART) for one in (path, _beside(path)))
     with writing(path, part, part_of_digest, wanted=lambda: _size(content)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,13 +60,13 @@ def write(content: Mapping[str, Any], path: Path) -> None:
         with open(part_of_digest, "w", encoding="ascii") as file:
             file.write(hashing.digest.hexdigest())
             _to_disk(file)
-        os.replace(part_of_digest, _beside(path))  # first: a checkpoint never stands without its digest
+        os.replace(part_of_digest, _beside(path))  # first: a checkpoint never lacks its digest
         os.replace(part, path)
     _sync_folder(path.parent)
 
 
 def _size(content: Mapping[str, Any]) -> int:
-    """The bytes of a checkpoint's file."""
+    """Return the size in bytes that a checkpoint's file will have."""
     with open(os.devnull, "wb") as nowhere:
         counting = _Hashing(nowhere)
         torch.save(dict(content), counting)  # pyright: ignore[reportArgumentType]
@@ -70,7 +74,7 @@ def _size(content: Mapping[str, Any]) -> int:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether `read` will load it."""
+    """Return whether `read` will load it: tensors and plain values, no objects."""
     if isinstance(value, dict):
         return all(is_plain(inner) for pair in value.items() for inner in pair)
     if isinstance(value, (list, tuple)):
@@ -79,7 +83,7 @@ def is_plain(value: Any) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `write` wrote: tensors and plain values alone, on the CPU. Raises ValueError if the file is damaged."""
+    """Read what `write` wrote: tensors, on the CPU, and plain values. Raises ValueError if the file is damaged."""
     problem = damage(path)
     if problem is not None:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
@@ -87,7 +91,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file; None if it is what was written."""
+    """Return what is wrong with a checkpoint file; None if it is what was written."""
     if path.stat().st_size == 0:
         return "it is empty"
     try:
@@ -109,7 +113,7 @@ def damage(path: Path) -> str | None:
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint to go on from, past damaged ones, each of which is told; None if there is none."""
+    """Return the newest undamaged checkpoint to resume from, None if there is none; log each damaged one."""
     for path in reversed(numbered(folder, STEP).values()):
         problem = damage(path)
         if problem is None:
@@ -119,7 +123,7 @@ def newest_intact(folder: Path) -> Path | None:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Remove what a run left that goes on from `step`: later checkpoints, which will be made again, and half-written files."""
+    """Remove what a run that resumes from `step` will make again: later checkpoints, and half-written files."""
     for prefix in (STEP, BEST_STEP):
         for found, path in numbered(folder, prefix).items():
             if found > step:
@@ -129,15 +133,15 @@ def forget_after(folder: Path, step: int) -> None:
 
 
 def best_of(folder: Path, step: int) -> Path | None:
-    """The file of the best weights, which were those of `step`; None if it is gone or damaged."""
+    """Return the file of the best weights, those of `step`; None if it is gone or damaged."""
     path = folder / f"{BEST_STEP}{step}.ckpt"
     return path if path.exists() and damage(path) is None else None
 
 
 def finish(folder: Path, best_step: int | None) -> None:
-    """Training has ended: keep the newest as `last.ckpt` and the best as `best.ckpt`."""
+    """Keep the newest as `last.ckpt` and the best as `best.ckpt`, when training has ended."""
     steps, bests = numbered(folder, STEP), numbered(folder, BEST_STEP)
-    if steps:  # first: killed behind it, `reopen` still finds which weights were best
+    if steps:  # first: after a kill here, `reopen` still finds which weights were best
         os.replace(steps[max(steps)], folder / LAST)
     if best_step in bests:
         os.replace(bests[best_step], folder / BEST)
@@ -147,8 +151,8 @@ def finish(folder: Path, best_step: int | None) -> None:
         path.unlink()
 
 
-def reopen(folder: Path, best_step: Callable[[Mapping[str, Any]], int | None]) -> None:
-    """Undo `finish` for a run that goes on; `best_step` finds the best step that a checkpoint knows."""
+def reopen(folder: Path) -> None:
+    """Undo `finish` for a run that resumes."""
     last = folder / LAST
     if not last.exists():
         return
@@ -157,10 +161,21 @@ def reopen(folder: Path, best_step: Callable[[Mapping[str, Any]], int | None]) -
         log.warning("Checkpoint %s is damaged (%s).", last, problem)
         return
     content = read(last)
-    best = best_step(content)
+    best = content[OWN]["best_step"]
     if best is not None and (folder / BEST).exists():
         os.replace(folder / BEST, folder / f"{BEST_STEP}{best}.ckpt")
     os.replace(last, folder / f"{STEP}{content['global_step']}.ckpt")
+
+
+def ready_to_resume(folder: Path) -> Path | None:
+    """Prepare the checkpoints in `folder` for a run that resumes, and return the newest undamaged one.
+
+    What came after it is removed, as it will be made again. None, and an empty folder, if there is none to resume from.
+    """
+    reopen(folder)
+    found = newest_intact(folder)
+    forget_after(folder, -1 if found is None else step_of(found))
+    return found
 
 
 def remove(path: Path) -> None:
@@ -170,8 +185,11 @@ def remove(path: Path) -> None:
 
 
 class WholeFiles(CheckpointIO):
-    """Lightning's way to files, by `write` and `read`. What keeps a checkpoint from the disk stands in `problem` instead of being
-    raised, within a call that all processes of a training make together; while it stands there nothing is written."""
+    """Lightning's plugin for files, by `write` and `read`.
+
+    All processes of a training make these calls together. So what keeps a checkpoint from the disk is not raised but kept in
+    `problem`; while that is set nothing is written.
+    """
 
     problem: NotWritten | None = None
 
@@ -192,7 +210,7 @@ class WholeFiles(CheckpointIO):
 
 
 class _Hashing:
-    """A file for writing, as torch.save wants it, that digests what passes."""
+    """A file to write to, as torch.save needs it, that counts and digests what is written."""
 
     def __init__(self, file: Any) -> None:
         self.digest = hashlib.blake2b(digest_size=16)
@@ -218,7 +236,7 @@ def _to_disk(file: Any) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring a new name to the disk too."""
+    """Write a new name in the folder to the disk, too."""
     with contextlib.suppress(OSError):  # not every system opens folders
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Saves what a killed run needs to go on: at each epoch's end, and in between by steps and minutes."""
+"""Saves what a killed run needs to resume: at each epoch's end, and in between by steps and minutes."""
 
 from __future__ import annotations
 
@@ -14,32 +14,26 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from dann_experiments.checkpoints import files
 from dann_experiments.config.errors import NotWritten
 from dann_experiments.data.dataset import SeededOrder
-from dann_experiments.training import checkpoint_files as files
 from dann_experiments.training import ranks
 
 log = logging.getLogger(__name__)
 STEPS_TO_AGREE = 10  # several ranks compare their clocks each so many steps
-_KEY = "dann_experiments"  # of our part in a checkpoint
-
-
-def reopen(folder: Path) -> None:
-    """Give checkpoints of a run that ended the names again from which it can go on."""
-    files.reopen(folder, lambda content: content[_KEY]["best_step"])
 
 
 class Checkpoints(Checkpoint):
     """Keeps the newest `keep` checkpoints in `folder`, and the weights with the best `monitor` (None = no best).
 
     A checkpoint is saved at each epoch's end, after its validation, and inside an epoch every `every_n_steps` optimizer steps
-    and after `every_minutes` (None = not). It holds Lightning's state, that of the callbacks, and where each of the training
-    `loaders` stands (with a `SeededOrder` as sampler, combined by max_size_cycle), so that no batch is loaded twice.
-    `before_saving` is called before a checkpoint is written. Its files are `checkpoint_files`, which the trainer must have as
-    its plugin (`WholeFiles`). Of several ranks all take part, and the first writes.
+    and after `every_minutes` (None = not). It holds Lightning's state, that of the callbacks, and the position of each of the
+    training `loaders` (with a `SeededOrder` as sampler, combined by max_size_cycle), so that no batch is loaded twice.
+    `before_saving` is called before a checkpoint is written. The trainer must have the plugin `checkpoints.files.WholeFiles`. All
+    ranks take part, and the first one writes.
 
-    Where the disk is full or cannot be written to, training goes on: the checkpoint before is still there, and the next is
-    tried at its time; the best weights wait in memory until then.
+    Where the disk is full or cannot be written to, training continues: the checkpoint before is still there, the next one is
+    tried at its time, and the best weights wait in memory until then.
     """
 
     def __init__(
@@ -104,7 +98,7 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[_KEY] = {
+        checkpoint[files.OWN] = {
             "epoch": trainer.current_epoch + self._epoch_ended,
             "loaders": {name: self._position(trainer, loader) for name, loader in self._loaders.items()},
             "best_step": self.best_step,
@@ -123,7 +117,7 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        state = checkpoint[_KEY]
+        state = checkpoint[files.OWN]
         for name, loader in self._loaders.items():
             assert isinstance(loader.sampler, SeededOrder)
             loader.sampler.go_on_from(state["loaders"][name], state["epoch"])
@@ -132,15 +126,15 @@ class Checkpoints(Checkpoint):
             self.best_step, self._best_value = best_step, state["best_value"]
 
     def best_weights(self) -> dict[str, Any] | None:
-        """The state dict of the best weights; None if there are none, or their file is damaged or gone."""
+        """Return the state dict of the best weights; None if there are none, or their file is damaged or gone."""
         if self._waiting is not None:
             return self._waiting[1]["state_dict"]
         found = None if self.best_step is None else files.best_of(self.folder, self.best_step)
         return None if found is None else files.read(found)["state_dict"]
 
     def close(self) -> None:
-        """Training has ended, well or not: leave `last.ckpt` and `best.ckpt` alone. Never raises for the disk: what ended
-        training is what is to be told, and a run goes on from files under their other names as well."""
+        """Leave only `last.ckpt` and `best.ckpt`, when training has ended, well or not. Never raises for the disk: the error that
+        ended training is the one to report, and a run resumes from files under their other names as well."""
         best_step = self.best_step
         try:
             self._write_waiting()
@@ -157,7 +151,7 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         ranks.average_buffers(trainer.lightning_module)
         written = self._write(trainer, self.folder / f"{files.STEP}{step}.ckpt")
-        self._saved_at = time.monotonic()  # also if it failed: not every step is to try again
+        self._saved_at = time.monotonic()  # also if it failed: the next step must not try again
         if not written:
             return
         self._best_steps[step] = self.best_step
@@ -182,7 +176,7 @@ class Checkpoints(Checkpoint):
         return up if math.isinf(self._every_seconds) else ranks.any_of(up, trainer.strategy.root_device)
 
     def _write(self, trainer: pl.Trainer, path: Path, weights_only: bool = False) -> bool:
-        """Whether the disk took it. If not, that is told once, and once that it does again."""
+        """Write a checkpoint and return whether the disk took it; a refusal is logged once, and once that writing works again."""
         io = trainer.strategy.checkpoint_io
         assert isinstance(io, files.WholeFiles)
         io.problem = None

@@ -51,8 +51,8 @@ def find_weights(
     source_prefix: str | None = None,
     prefix_key: str = PREFIX_KEY,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of `weights` by the names of `wanted`, a network's state dict, and the names under the same prefix that the
-    network does not have. `source_prefix` chooses the prefix; messages call that setting `prefix_key` and the checkpoint `where`.
+    """Return the tensors of `weights` by the names of `wanted`, a network's state dict, and the names under the same prefix that
+    the network lacks. `source_prefix` chooses the prefix; messages call that setting `prefix_key` and the checkpoint `where`.
 
     Raises InputError if several prefixes may be meant, and for a `source_prefix` that is not there.
     """
@@ -69,12 +69,12 @@ def find_weights(
 
 
 def is_counter(name: str) -> bool:
-    """Whether the name is that of a counter of batches, which is no weight."""
+    """Return whether the name is that of a counter of batches, which is no weight."""
     return name.rpartition(".")[2] == COUNTER
 
 
 def _candidates(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> list[Candidate]:
-    """Every prefix with at least one weight of the network, by name."""
+    """Return every prefix with at least one weight of the network, by name."""
     known = {_without_wrappers(name): name for name in wanted}
     found: dict[str, dict[str, str]] = {}
     for name in sorted(weights):
@@ -103,7 +103,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _named(candidates: Sequence[Candidate], source_prefix: str, where: str, prefix_key: str, total: int) -> Candidate:
-    """The candidate that a user means: by the whole prefix, with or without wrappers, or by some parts of it."""
+    """Return the candidate that a user means: by the whole prefix, with or without wrappers, or by some parts of it."""
     given = source_prefix.strip(".")
     tests = [
         lambda prefix: prefix == given,
@@ -129,7 +129,7 @@ def _named(candidates: Sequence[Candidate], source_prefix: str, where: str, pref
 def _only_one(
     candidates: Sequence[Candidate], weights: Mapping[str, Tensor], where: str, prefix_key: str, total: int
 ) -> Candidate:
-    """The candidate to take without being told; raises InputError if there may be several."""
+    """Return the candidate to take without a choice of the user; raises InputError if there may be several."""
     fullest = max(
         candidates, key=lambda candidate: (candidate.fitting, len(candidate.names))
     )  # the first of equal ones
@@ -154,7 +154,7 @@ def _only_one(
 
 
 def _equal(one: Candidate, other: Candidate, weights: Mapping[str, Tensor]) -> bool:
-    """Whether both bring the same values: one network that was saved, or registered, under two names."""
+    """Return whether both bring the same values: one network that was saved, or registered, under two names."""
     if one is other:
         return True
     names = {own for own in one.names if not is_counter(own)}
@@ -165,7 +165,7 @@ def _equal(one: Candidate, other: Candidate, weights: Mapping[str, Tensor]) -> b
 
 
 def _surplus(weights: Mapping[str, Tensor], chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
-    """What stands beside the weights under the chosen prefix and is neither theirs nor another candidate's."""
+    """Return the names under the chosen prefix that are neither its weights nor another candidate's."""
     start = chosen.prefix and f"{chosen.prefix}."
     taken = {_without_wrappers(own) for own in chosen.names}
     others = tuple(
@@ -182,6 +182,6 @@ def _surplus(weights: Mapping[str, Tensor], chosen: Candidate, candidates: Seque
 
 
 def _listed(candidates: Sequence[Candidate], total: int) -> str:
-    """Prefixes with the share of the network that each brings, as far as a sentence holds them."""
+    """List prefixes with the share of the network that each brings, in a sentence's length."""
     shown = [f"{one.shown} ({one.fitting} of {total} weights)" for one in candidates[:8]]
     return ", ".join(shown) + (f" and {len(candidates) - 8} more" if len(candidates) > 8 else "")

@@ -1,44 +1,25 @@
-"""A trained model with all that is needed to use it on images: network, class names, reading, normalisation."""
+"""Loads a trained model, from the settings kept with it or from those of a config."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-from torch import nn
-
+from dann_experiments.checkpoints.saved_model import ModelNotes, read_model_notes
+from dann_experiments.checkpoints.trained_model import Model, model_digest
+from dann_experiments.checkpoints.weights import listed, load_into, read_weights
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.presets import filled
 from dann_experiments.data.reading import Normalisation, Reading
-from dann_experiments.data.writing import NODATA
 from dann_experiments.jobs import setup
-from dann_experiments.jobs.source_model import fetched
-from dann_experiments.models.files import ModelNotes, listed, load_into, read_model_notes, read_weights
+from dann_experiments.prediction.rasters import NODATA
+from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.store import Store
 
 
-@dataclass(frozen=True)
-class Model:
-    """A network with all that is needed to use it."""
-
-    network: nn.Module
-    class_names: Sequence[str]
-    in_channels: int
-    reading: Reading
-    normalisation: Normalisation
-    digest: str
-    """Equal for equal weights and class names."""
-    run_id: str | None
-    """The run that made it, where known."""
-
-
 def load_model(where: str, domain: str, config: Config | None, store: Store, source_prefix: str | None = None) -> Model:
-    """The model at `where` (folder, file, runs:/, models:/), to read images as those of `domain`.
+    """Load the model at `where` (folder, file, runs:/, models:/) to read images as those of `domain`.
 
-    The network is built from the settings kept with the model; a checkpoint without takes those of `config`. `source_prefix`
+    The network is built from the settings kept with the model; a checkpoint without them takes those of `config`. `source_prefix`
     chooses one of several networks in a checkpoint. Raises InputError where there are no settings, and for weights that do not
     fit or may be several networks'.
     """
@@ -53,7 +34,7 @@ def load_model(where: str, domain: str, config: Config | None, store: Store, sou
         try:
             network = setup.make_network(config, with_weights=False)
             reading, normalisation = _reading_of_settings(config, domain)
-        except InputError as error:  # of the file's settings, which the job has not
+        except InputError as error:  # its keys are of the file, not settings of the job
             raise InputError(f"in the settings that --config gives: {error}") from None
     else:
         raise InputError(
@@ -68,10 +49,7 @@ def load_model(where: str, domain: str, config: Config | None, store: Store, sou
         )
     if not 2 <= len(names) <= NODATA:
         raise InputError(f"model is {where!r} with {len(names)} classes; maps hold 2 to {NODATA}.")
-    digest = hashlib.blake2b(json.dumps([type(network).__name__, list(names)]).encode(), digest_size=16)
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return Model(network, names, in_channels, reading, normalisation, digest.hexdigest(), run_id)
+    return Model(network, names, in_channels, reading, normalisation, model_digest(network, names), run_id)
 
 
 def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading, Normalisation]:

@@ -1,4 +1,4 @@
-"""Reads the `torch.save` files of strangers: tensors and plain values, never code.
+"""Reads `torch.save` files that may be a stranger's: tensors and plain values, never code.
 
 Training frameworks keep objects of their own beside the weights (hyperparameters above all). torch refuses a file with such
 objects as a whole; here each is replaced by something inert, its class is not imported, and the tensors are read.
@@ -56,8 +56,8 @@ class _ForeignMapping:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """The mapping in a file of `torch.save`, foreign objects in it replaced. Raises InputError, with the reason, for a file
-    that names what runs code, for a whole pickled network, and for what is no such file."""
+    """Read the mapping in a file of `torch.save`, with foreign objects in it replaced. Raises InputError, with the reason, for a
+    file that names what runs code, for a whole pickled network, and for what is no such file."""
     try:
         foreign = _foreign_names(path)
         stand_ins = [(_ForeignMapping if name in MAPPINGS else ForeignObject, name) for name in foreign]
@@ -90,14 +90,14 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def _may_hold_code(path: Path) -> bool:
-    """Whether it begins as an archive or a pickle does; a text is neither."""
+    """Return whether it begins as an archive or a pickle does; a text is neither."""
     with open(path, "rb") as file:
         return file.read(1) in (b"P", b"\x80")
 
 
 def _foreign_names(path: Path) -> list[str]:
-    """What the file would import, beside what torch knows as harmless; [] for the older format, which torch itself refuses
-    where it names anything."""
+    """Return what the file would import, beside what torch knows as harmless; [] for the older format, which torch itself
+    refuses where it names anything."""
     if not zipfile.is_zipfile(path):
         return []
     with zipfile.ZipFile(path) as package:

@@ -1,8 +1,8 @@
-"""Networks in files: saved as safetensors and JSON, loaded from the formats that people have. Nothing is unpickled.
+"""Saved models: a folder of safetensors and JSON, and what its JSON notes of the network. Nothing is unpickled.
 
 A saved model is a folder in segmentation-models-pytorch's own `save_pretrained` format (`config.json`,
 `model.safetensors`), so that `smp.from_pretrained(folder)` reads it, with `dann.json` beside it: class names, ids that are
-ignored, and how the images of each domain are read and normalised. `read_model_notes` reads both JSON files back.
+ignored, and how the images of each domain are read and normalized. `read_model_notes` reads both JSON files back.
 """
 
 from __future__ import annotations
@@ -10,47 +10,42 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dann_experiments.checkpoints.weights import WEIGHTS_NAME
 from dann_experiments.config.disk import writing
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.places import user_path
 from dann_experiments.data.reading import Normalisation, Reading, reading_from_facts
-from dann_experiments.models.checkpoints import load_tensors
 from dann_experiments.models.networks import build_network
-from dann_experiments.models.weights import PREFIX_KEY, find_weights, is_counter
 
-SourceFormat = Literal["auto", "pytorch_lightning", "pytorch", "smp"]
-WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 NOTES_NAME = "dann.json"
 DOMAINS = ("source", "target")
 BASIC_ARGUMENTS = ("encoder_name", "in_channels", "classes")
-DEEPEST = 4  # mappings inside mappings of a checkpoint that are looked into
 # of config.json: what says nothing about the weights, and an activation at the end, since our networks give logits
 NO_ARGUMENTS = ("_model_class", "encoder_weights", "activation")
 
 
 @dataclass(frozen=True)
 class ModelNotes:
-    """What a saved model says of itself beside its weights."""
+    """The network, the classes and the reading of images that a saved model notes beside its weights."""
 
     arch: str
     """Key of `smp.MODEL_ARCHITECTURES_MAPPING`."""
     arguments: Mapping[str, Any]
-    """Of `smp.create_model`: encoder_name, in_channels, classes and what else is not null."""
+    """Arguments of `smp.create_model`: encoder_name, in_channels, classes and whatever else is not null."""
     class_names: tuple[str, ...] | None = None
-    """One a class, index = class id; None where the model was saved by segmentation-models-pytorch alone."""
+    """One per class, index = class id; None where the model was saved by segmentation-models-pytorch alone."""
     ignore_index: int | None = None
     """Mask value that counted nowhere in training."""
     readings: Mapping[str, tuple[Reading, Normalisation]] = field(default_factory=dict)
-    """By domain (source, target): how its images are read and normalised. One that training had no images of is absent."""
+    """By domain (source, target): how its images are read and normalized. A domain without training images is absent."""
 
     @property
     def classes(self) -> int:
@@ -63,7 +58,7 @@ class ModelNotes:
         return self.arguments["in_channels"]
 
     def build(self) -> nn.Module:
-        """The network without its weights (`load_into` brings them). Raises InputError if it cannot be built."""
+        """Build the network without its weights (`load_into` brings them). Raises InputError if it cannot be built."""
         own = {name: self.arguments[name] for name in self.arguments if name not in BASIC_ARGUMENTS}
         return build_network(self.arch, self.arguments["encoder_name"], None, self.in_channels, self.classes, own)
 
@@ -86,11 +81,11 @@ def save_model(
 
 
 def read_model_notes(path: str | Path, where: str | None = None) -> ModelNotes | None:
-    """What a saved model at `path` (its folder, or the weights in it) says of itself; None for a checkpoint without notes.
+    """Read the notes of a saved model at `path` (its folder, or the weights in it); None for a checkpoint without notes.
 
-    `where` names it in errors, if `path` is only a copy. A folder of `save_pretrained` without `dann.json` tells its network
-    alone. Models of before readings were kept have one mean and std for both domains. Raises InputError for notes that are
-    damaged, or that name what segmentation-models-pytorch does not have: they are never imported from.
+    `where` names it in errors, if `path` is only a copy. The notes of a `save_pretrained` folder without `dann.json` are its
+    network alone. Models older than readings have one mean and std for both domains. Raises InputError for notes that are damaged
+    or name what segmentation-models-pytorch does not have: nothing is imported by their names.
     """
     path = user_path(path)
     folder = path.parent if path.name == WEIGHTS_NAME and not path.is_dir() else path
@@ -118,119 +113,6 @@ def read_model_notes(path: str | Path, where: str | None = None) -> ModelNotes |
     )
 
 
-def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict[str, Tensor]:
-    """The tensors in a file or folder by name: Lightning `.ckpt`, state dict, SMP folder, safetensors.
-
-    State dicts inside mappings (`net`, `model.state_dict`) are all read; where there are several, their names begin with the
-    keys that lead to them. Only tensors and plain values are read, never code (`checkpoints.py`). Raises InputError for
-    anything else.
-    """
-    path = user_path(path)
-    if not path.exists():
-        raise InputError(f"checkpoint {path} does not exist.")
-    if path.is_dir():
-        if not (path / WEIGHTS_NAME).is_file():
-            raise InputError(f"checkpoint folder {path} holds no {WEIGHTS_NAME}; give an SMP save_pretrained folder.")
-        return read_weights(path / WEIGHTS_NAME)
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"checkpoint {path} cannot be read: {error}") from None
-    if source_format == "smp":
-        raise InputError(
-            f"checkpoint {path} is a file, but domain_adaptation.pretrained_checkpoint.source_format is 'smp'; give the "
-            "save_pretrained folder, or auto."
-        )
-    content = load_tensors(path)
-    is_lightning = source_format == "pytorch_lightning" or "pytorch-lightning_version" in content
-    if is_lightning and not isinstance(content.get("state_dict", content), dict):
-        raise InputError(
-            f"checkpoint {path} holds {type(content['state_dict']).__name__} as state_dict; give one of names and tensors."
-        )
-    only = content.get("state_dict", content) if source_format == "pytorch_lightning" else content
-    found = dict(_state_dicts(only))
-    weights = {
-        ".".join([*keys, name] if len(found) > 1 else [name]): tensor
-        for keys, state in found.items()
-        for name, tensor in state.items()
-    }
-    if not weights:
-        raise InputError(f"checkpoint {path} holds no tensors under {sorted(map(str, content))[:8]}.")
-    return weights
-
-
-def load_into(
-    network: nn.Module,
-    weights: Mapping[str, Tensor],
-    strict: bool,
-    where: str,
-    source_prefix: str | None = None,
-    prefix_key: str = PREFIX_KEY,
-) -> list[str]:
-    """Load `weights` into `network`: those under `source_prefix`, or under the one prefix, such as `model.`, that brings a
-    network (`weights.py`). Their values are cast to the network's type.
-
-    Returns what did not fit, one line each; with `strict` raises InputError listing it by name instead.
-    """
-    wanted = network.state_dict()
-    found, surplus = find_weights(weights, wanted, where, source_prefix, prefix_key)
-    problems = [f"missing: {name}" for name in wanted if name not in found and not is_counter(name)]
-    problems += [f"not in the network: {name}" for name in surplus]
-    problems += [
-        f"other shape: {name} is {tuple(found[name].shape)}, the network's {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape and not is_counter(name)
-    ]
-    if problems and strict:
-        raise InputError(
-            f"checkpoint {where} does not fit the network of `model` ({listed(problems)}). Give the checkpoint's own model "
-            "settings, or set domain_adaptation.pretrained_checkpoint.strict_loading to false to load what fits."
-        )
-    fitting = {name: tensor for name, tensor in found.items() if tensor.shape == wanted[name].shape}
-    if not fitting:
-        raise InputError(f"checkpoint {where} has no weight in common with the network that is built for it.")
-    for name, tensor in fitting.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise InputError(
-                f"checkpoint {where} holds NaN or infinity in {name}: the training that wrote it diverged. Give an earlier one."
-            )
-    network.load_state_dict(fitting, strict=False)
-    return problems
-
-
-def listed(problems: Sequence[str]) -> str:
-    """What `load_into` returned, in a sentence's length."""
-    return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-
-
-def _holds_values(tensor: Tensor) -> bool:
-    """False for what a file may claim a size of without holding it: meta and sparse tensors."""
-    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
-
-
-def _state_dicts(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every mapping of names to tensors in `content`, itself included, by the keys that lead to it. State dicts have dotted
-    names: where there are some, mappings without, such as an optimizer's, are none."""
-    found = list(_tensors_inside(content, (), 0))
-    dotted = [(keys, state) for keys, state in found if any("." in name for name in state)]
-    yield from dotted or found
-
-
-def _tensors_inside(
-    content: Mapping[Any, Any], keys: tuple[str, ...], depth: int
-) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor) and _holds_values(value)}
-    if state:
-        yield keys, state
-    for key, value in content.items() if depth < DEEPEST else ():
-        if isinstance(key, str) and isinstance(value, dict):
-            yield from _tensors_inside(value, (*keys, key), depth + 1)
-
-
 def _read_json(file: Path, where: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -246,7 +128,7 @@ def _read_json(file: Path, where: str) -> dict[str, Any]:
 
 
 class _NoteChecker:
-    """Turns what a saved model says of itself into values that can be relied on; refuses the rest, naming the model."""
+    """Turns the notes of a saved model into values that can be relied on; refuses the rest, naming the model."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -286,7 +168,7 @@ class _NoteChecker:
             return None
         texts = isinstance(value, list) and all(isinstance(name, str) for name in value)
         if not texts or not len(value) == len(set(value)) == classes:
-            raise self.refused("class_names", value, f"{classes} different names, one a class")
+            raise self.refused("class_names", value, f"{classes} different names, one per class")
         return tuple(value)
 
     def ignore_index(self, value: Any) -> int | None:
@@ -310,11 +192,13 @@ class _NoteChecker:
         try:
             reading, normalisation = reading_from_facts(facts)
         except InputError:
-            raise self.refused(prefix.rstrip("."), facts, "low, high, mean and std, each one number a band") from None
+            raise self.refused(
+                prefix.rstrip("."), facts, "low, high, mean and std, each with one number per band"
+            ) from None
         for key in ("low", "high", "mean", "std"):
             value = getattr(normalisation, key)
             if not _are_numbers(value, bands):
-                raise self.refused(prefix + key, value, f"{bands} numbers, one a band (in_channels)")
+                raise self.refused(prefix + key, value, f"{bands} numbers, one per band (in_channels)")
         if min(normalisation.std) <= 0:
             raise self.refused(f"{prefix}std", normalisation.std, "above 0 for each band")
         if any(low >= high for low, high in zip(normalisation.low, normalisation.high, strict=True)):

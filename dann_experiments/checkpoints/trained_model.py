@@ -1,0 +1,35 @@
+"""A trained model with all that is needed to use it on images: network, class names, reading, normalization."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from dann_experiments.data.reading import Normalisation, Reading
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with all that is needed to use it."""
+
+    network: nn.Module
+    class_names: Sequence[str]
+    in_channels: int
+    reading: Reading
+    normalisation: Normalisation
+    digest: str
+    """Equal for equal weights and class names."""
+    run_id: str | None
+    """The run that made it, where known."""
+
+
+def model_digest(network: nn.Module, class_names: Sequence[str]) -> str:
+    """Return 32 hex digits that are equal for equal weights and class names; `network` is on the CPU."""
+    digest = hashlib.blake2b(json.dumps([type(network).__name__, list(class_names)]).encode(), digest_size=16)
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

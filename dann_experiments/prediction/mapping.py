@@ -1,0 +1,167 @@
+"""Maps one image after the other: resumes, predicts, writes, and collects what went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dann_experiments.checkpoints.trained_model import Model
+from dann_experiments.config.errors import InputError
+from dann_experiments.prediction.find_images import probabilities_path
+from dann_experiments.prediction.partial_map import PartialMap
+from dann_experiments.prediction.rasters import (
+    SIGNATURE_TAG,
+    TIFF_SUFFIXES,
+    Legend,
+    read_tags,
+    write_map,
+    write_probabilities,
+)
+from dann_experiments.prediction.scene import Options, Scene, Strips, UnreadableImage
+from dann_experiments.prediction.tiling import Tiler
+from dann_experiments.tracking.run import RunKilled
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Outcome:
+    """The results of all images together."""
+
+    counts: np.ndarray
+    """(K + 1,) pixels per class, those without data last."""
+    written: list[Scene] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    empty: list[Path] = field(default_factory=list)
+    """Images without data."""
+    dark: list[Path] = field(default_factory=list)
+    """16 bit images that use little of their range."""
+    pixels: int = 0
+    """Pixels of the working grids that this process predicted."""
+    seconds: float = 0.0
+
+
+class MapMaker:
+    """Maps images with one model, which is on `device`.
+
+    `colors` (K, 3) in 0..1 and `tags` go into the maps' color tables and metadata. `around`, entered around each image, may
+    explain errors.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        options: Options,
+        device: torch.device,
+        colors: np.ndarray,
+        tags: Mapping[str, str],
+        around: Callable[[Scene], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        self.model, self.options, self.device = model, options, device
+        self._colors, self._tags, self._around = colors, tags, around
+
+    def map_all(self, work: Sequence[tuple[Path, Path]], show: Callable[[float, str], None]) -> Outcome:
+        """Map each pair of image and map; `show` gets how many are done, the last one in part, and the name of the one in work.
+
+        Raises InputError for a single image that cannot be mapped; of several, those are in `problems`.
+        """
+        outcome = Outcome(np.zeros(len(self.model.class_names) + 1, np.int64))
+        start = time.perf_counter()
+        for number, (source, output) in enumerate(work):
+            try:
+                scene = Scene.open(source, output, self.model, self.options)
+                if self._is_finished(scene):
+                    log.info("%s is finished already.", output)
+                else:
+                    with self._around(scene):
+                        for share in self._map_one(scene, outcome):
+                            show(number + share, source.name)
+                    outcome.written.append(scene)
+            except InputError as error:
+                if len(work) == 1:
+                    raise
+                log.error("%s", error)
+                outcome.problems.append(str(error))
+            show(number + 1, source.name)
+        outcome.seconds = time.perf_counter() - start
+        _warn(outcome)
+        return outcome
+
+    def _is_finished(self, scene: Scene) -> bool:
+        """Return whether the map exists as it would be made now. Raises InputError for one made otherwise, which is kept."""
+        if self.options.overwrite or not scene.output.exists():
+            return False
+        if read_tags(scene.output).get(SIGNATURE_TAG) != scene.signature:
+            raise InputError(
+                f"{scene.output} exists and is not what these settings would give; remove it, or set overwrite to true."
+            )
+        return True
+
+    def _map_one(self, scene: Scene, outcome: Outcome) -> Iterator[float]:
+        """Predict what is not done yet, then write the map; yield the share of the image that is done."""
+        name, rows, options = scene.input.name, len(scene.plan.rows.starts), self.options
+        tiler = Tiler(
+            self.model.network, scene.plan, len(self.model.class_names), options.batch_size, self.device,
+            options.probabilities,
+        )  # fmt: skip
+        with PartialMap(scene.partial_folder, scene.facts, options.probabilities) as partial:
+            done, carry, reason = partial.start()
+            if reason is not None:
+                log.info("%s: starting anew, as %s: %s.", name, partial.folder, reason)
+            if carry is not None:
+                log.info("%s: going on after %d of %d rows of tiles.", name, done, rows)
+                tiler.carry.copy_(torch.from_numpy(carry))
+            read = Strips(scene, self.model.in_channels)
+            try:
+                for row in range(done, rows):
+                    yield row / rows
+                    for piece in tiler.row(row, read):
+                        partial.add(piece.ids, piece.probabilities)
+                        outcome.pixels += piece.window.height * piece.window.width
+                    partial.checkpoint(row + 1, tiler.carry.cpu().numpy())
+            except (RunKilled, KeyboardInterrupt):
+                log.warning("What is done is kept in %s; the same command goes on from there.", partial.folder)
+                raise
+            except UnreadableImage:
+                partial.remove()
+                raise
+            counts = self._write(scene, partial)
+            outcome.counts += counts
+            partial.remove()
+        if not counts[:-1].any():
+            outcome.empty.append(scene.input)
+        elif read.is_dark():
+            outcome.dark.append(scene.input)
+
+    def _write(self, scene: Scene, partial: PartialMap) -> np.ndarray:
+        """Write the finished map; return pixels per class, (K + 1,)."""
+        legend = Legend(self.model.class_names, self._colors, {**self._tags, SIGNATURE_TAG: scene.signature})
+        windows = list(scene.plan.pieces())
+        if self.options.probabilities:  # the class map is the last: where it is, all is
+            path = probabilities_path(scene.output)
+            write_probabilities(path, partial, windows, scene.size, scene.grid, scene.factor, legend)
+        if scene.grid.crs is not None and scene.output.suffix.lower() not in TIFF_SUFFIXES:
+            log.warning("%s is no GeoTIFF: it does not hold the image's georeference.", scene.output)
+        return write_map(scene.output, partial, windows, scene.size, scene.grid, scene.factor, legend)
+
+
+def _warn(outcome: Outcome) -> None:
+    """Log what may be wrong with maps that could be made."""
+    for images, what in (
+        (outcome.empty, "holds no data: every pixel is nodata, and so is every pixel of its map."),
+        (
+            outcome.dark,
+            "uses little of the range of 16 bit and is darker than the training images: the model sees it nearly black. Convert "
+            "it to what the training images were.",
+        ),
+    ):
+        if images:
+            more = f" The same holds for {len(images) - 1} more." if len(images) > 1 else ""
+            log.warning("%s %s%s", images[0], what, more)

@@ -1,0 +1,164 @@
+"""A class map in the making: kept piece by piece in a folder beside it, so that a killed process resumes.
+
+Letters: K classes, h x w pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.data.reading import Window
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+PARTIAL_SUFFIX = ".partial"
+FORMAT = 1  # of the partial folder
+
+
+class PartialMap:
+    """The finished pieces of a map, in a folder beside it. `with` locks the folder against a second process, and removes it at
+    the end if no piece is finished.
+
+    The pieces are stored one after the other as they were added. The state records how much of the files counts, so whatever a
+    killed process wrote after its last `checkpoint` is cut off.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], with_probabilities: bool) -> None:
+        """`facts` is all that the map depends on: the content of a folder with other facts is dropped."""
+        self.folder = folder
+        self.facts = json.loads(json.dumps(dict(facts), default=str))
+        self.names = ["classes.raw", *(["probabilities.raw"] if with_probabilities else [])]
+        self._files: list[Any] = []
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> PartialMap:
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / "lock")
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{self.folder} is in use: another process is making this map.") from None
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be written ({error}); choose another output.") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.close()
+        self._files = []
+        if self._lock is not None:
+            self._lock.release()
+        if not (self.folder / "state.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self) -> tuple[int, np.ndarray | None, str | None]:
+        """Return how many rows of tiles are done, what is carried to the next one (None = nothing), and why the folder's former
+        content was dropped (None = it was not, or there was none)."""
+        state, reason = self._read_state()
+        with self._explained():
+            for name in self.names:
+                path = self.folder / name
+                length = state["bytes"][name] if state else 0
+                file = open(path, "r+b" if state else "w+b")  # noqa: SIM115  (closed with the folder)
+                self._files.append(file)
+                file.truncate(length)
+                file.seek(length)
+            if not state:
+                for old in (*self.folder.glob("carry_*.npy"), self.folder / "state.json"):
+                    old.unlink(missing_ok=True)
+                return 0, None, reason
+            return state["rows"], np.load(self.folder / state["carry"], allow_pickle=False), None
+
+    def add(self, ids: np.ndarray, probabilities: np.ndarray | None) -> None:
+        """Append a piece: (h, w) and, where they are kept, (K, h, w), both uint8."""
+        with self._explained():
+            for file, values in zip(self._files, (ids, probabilities), strict=False):
+                assert values is not None
+                file.write(np.ascontiguousarray(values).data)
+
+    def checkpoint(self, rows: int, carry: np.ndarray) -> None:
+        """Record that everything added so far counts, and that `rows` rows of tiles are done."""
+        with self._explained():
+            for file in self._files:
+                file.flush()
+                os.fsync(file.fileno())
+            name = f"carry_{rows}.npy"  # a new name: the state switches to it in one step
+            with open(self.folder / name, "wb") as file:
+                np.save(file, carry)
+                file.flush()
+                os.fsync(file.fileno())
+            lengths = {name: file.tell() for name, file in zip(self.names, self._files, strict=True)}
+            state = {"format": FORMAT, "facts": self.facts, "rows": rows, "bytes": lengths, "carry": name}
+            _write_atomically(self.folder / "state.json", json.dumps(state, indent=1))
+            for old in self.folder.glob("carry_*.npy"):
+                if old.name != name:
+                    old.unlink()
+
+    def read(self, windows: Iterable[Window], bands: int | None = None) -> Iterator[tuple[Window, np.ndarray]]:
+        """Yield the pieces again, in their order: class ids (1, h, w), or probabilities (bands, h, w)."""
+        for file in self._files:
+            file.flush()
+        count = bands or 1
+        with open(self.folder / self.names[0 if bands is None else 1], "rb") as file:
+            for window in windows:
+                content = file.read(count * window.height * window.width)
+                yield window, np.frombuffer(content, np.uint8).reshape(count, window.height, window.width)
+
+    def remove(self) -> None:
+        """Delete the pieces, as the map is written or cannot be; the folder is removed at the end of `with`."""
+        for file in self._files:
+            file.close()
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                path.unlink()
+
+    def _read_state(self) -> tuple[dict[str, Any] | None, str | None]:
+        path = self.folder / "state.json"
+        if not path.exists():
+            return None, None
+        try:
+            state = json.loads(path.read_text())
+            if state["format"] != FORMAT:
+                return None, "another version of this program made it"
+            other = [key for key, value in self.facts.items() if state["facts"].get(key) != value]
+            if other or set(state["facts"]) != set(self.facts):
+                return None, f"made with another {', '.join(other)}"
+            short = [name for name in self.names if (self.folder / name).stat().st_size < state["bytes"][name]]
+            carry = state["carry"]
+            if short or Path(carry).name != carry or not (self.folder / carry).is_file():
+                return None, "files are missing or cut off"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return None, f"its state cannot be read ({error})"
+        return state, None
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn errors of the disk into InputError: the user can mend them, and no finished piece is lost."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot be written ({error}); what is done stays there: mend it and start again."
+            ) from None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    new = path.with_suffix(".new")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)

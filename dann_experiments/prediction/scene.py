@@ -1,0 +1,188 @@
+"""One image to be mapped: its header, the grid it is predicted on, and its pixels, read in large parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dann_experiments.checkpoints.trained_model import Model
+from dann_experiments.config.errors import InputError
+from dann_experiments.data.reading import (
+    Header,
+    Normalisation,
+    Reading,
+    Window,
+    check_type,
+    chosen_bands,
+    for_file,
+    plain_reading,
+    read_header,
+    read_pixels,
+)
+from dann_experiments.data.statistics import BandSums, range_remark
+from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
+from dann_experiments.prediction.rasters import Grid, read_grid
+from dann_experiments.prediction.tiling import Axis, Plan, grid_stride, plan_tiles
+
+STRIP_BYTES = 32 * 2**20
+"""Size of the parts of an image that are read at a time, counted on the grid that it is predicted on."""
+SAMPLED = 8  # every so many rows and columns of a part are looked at to judge the range of the values
+
+
+class UnreadableImage(InputError):
+    """The image turned out to be damaged while it was read, so the finished part of its map is of no use."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How maps are made."""
+
+    tile_size: int = 512
+    """Pixels along a side of what the network sees at a time."""
+    overlap: int = 128
+    """Pixels that neighboring tiles share."""
+    batch_size: int = 4
+    """Tiles per forward pass."""
+    probabilities: bool = False
+    """Also write the probabilities of all classes."""
+    overwrite: bool = False
+    """Replace a map that exists."""
+    own_bands: bool = False
+    """Whether the user, not the model, chose the bands to read."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One image to be mapped, by its header."""
+
+    input: Path
+    output: Path
+    header: Header
+    reading: Reading
+    bands: list[int]
+    grid: Grid
+    factor: float
+    """File pixels per pixel of the working grid."""
+    size: tuple[int, int]
+    """(height, width) of the working grid."""
+    plan: Plan
+    normalisation: Normalisation
+    facts: Mapping[str, Any]
+    """All that its map depends on."""
+
+    @classmethod
+    def open(cls, source: Path, output: Path, model: Model, options: Options) -> Scene:
+        """Read the header of `source`. Raises InputError for an image that the model cannot take."""
+        header = read_header(source)
+        reading = model.reading
+        # gray, or a palette, which has no fewer colors
+        if header.bands == 1 and not options.own_bands and reading.bands == (1, 2, 3):
+            reading = dataclasses.replace(reading, bands=None)
+        bands = chosen_bands(source, header, reading, model.in_channels)
+        check_type(source, header, reading)
+        height, width = reading.grid_size(header, source)
+        plan = plan_tiles(height, width, options.tile_size, options.overlap, grid_stride(model.network))
+        status = source.stat()
+        # not the device: an interrupted map may be finished on another
+        facts = {
+            "model": model.digest, "input": str(source.resolve()), "input size": status.st_size,
+            "input time": status.st_mtime_ns, "reading": _as_signed(reading),
+            "normalisation": dataclasses.asdict(model.normalisation), "tile_size": options.tile_size,
+            "overlap": options.overlap, "batch_size": options.batch_size, "probabilities": options.probabilities,
+        }  # fmt: skip
+        return cls(
+            source, output, header, reading, bands, read_grid(source), reading.factor(header, source), (height, width), plan,
+            for_file(model.normalisation, reading, header), json.loads(json.dumps(facts)),
+        )  # fmt: skip
+
+    @property
+    def signature(self) -> str:
+        """32 hex digits of the facts."""
+        return hashlib.blake2b(json.dumps(self.facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    @property
+    def partial_folder(self) -> Path:
+        """Where finished pieces are kept until the map is whole."""
+        return self.output.with_name(self.output.name + PARTIAL_SUFFIX)
+
+
+def _as_signed(reading: Reading) -> dict[str, Any]:
+    """Return a reading for the signature of a map, without the fields that older versions lacked where they have their old
+    meaning, so that older maps are recognized as finished."""
+    as_before = {"nodata_bands": "all", "unit": None}
+    return {name: value for name, value in plain_reading(reading).items() if as_before.get(name, ...) != value}
+
+
+class Strips:
+    """Cuts tiles out of larger parts of the image, each read once: of as many rows as fit, or of part of a row of tiles.
+
+    The parts are the same for every process, so a resumed map is made of the same numbers even where reading resamples.
+    """
+
+    def __init__(self, scene: Scene, in_channels: int) -> None:
+        self.scene = scene
+        self.in_channels = in_channels
+        rows, columns = scene.plan.rows, scene.plan.columns
+        pixel = in_channels * np.dtype(scene.header.dtype).itemsize
+        self._rows_per_part = self._fitting(rows, columns.length * pixel)
+        self._columns_per_part = (
+            len(columns.starts) if self._rows_per_part else self._fitting(columns, rows.tile * pixel)
+        )
+        self._part: tuple[Window, np.ndarray, np.ndarray | None] | None = None
+        self._sums = BandSums(in_channels)
+
+    def __call__(self, window: Window) -> tuple[Tensor, np.ndarray | None]:
+        """Return the normalized image (B, h, w) of a tile, and where it holds data."""
+        part, values, valid = self._holding(window)
+        top, left = window.top - part.top, window.left - part.left
+        box = (slice(top, top + window.height), slice(left, left + window.width))
+        inside = None if valid is None else valid[box]
+        return torch.from_numpy(self.scene.normalisation(values[:, *box], inside)), inside
+
+    def is_dark(self) -> bool:
+        """Return whether the image uses little of the range of 16 bit and is darker than the training images."""
+        if not self._judges_range:
+            return False
+        found, normalisation = self._sums.result(), self.scene.normalisation
+        trained = np.mean(normalisation.mean) * normalisation.high[0]
+        return range_remark(found, "type", [self.scene.header], "") is not None and found.high.max() < trained
+
+    @property
+    def _judges_range(self) -> bool:
+        return self.scene.header.dtype == "uint16" and self.scene.reading.scale == "type"
+
+    @staticmethod
+    def _fitting(axis: Axis, line: int) -> int:
+        """Return how many tiles of the axis make a part; `line`: bytes of one row (or column) of pixels."""
+        return max((STRIP_BYTES // line - axis.tile) // axis.step + 1, 0)
+
+    def _holding(self, window: Window) -> tuple[Window, np.ndarray, np.ndarray | None]:
+        plan = self.scene.plan
+        rows = self._span(plan.rows, window.top, max(self._rows_per_part, 1))
+        columns = self._span(plan.columns, window.left, max(self._columns_per_part, 1))
+        part = Window(rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
+        if self._part is None or self._part[0] != part:
+            self._part = None  # the old part's memory is needed for the new one
+            try:
+                values, valid = read_pixels(self.scene.input, self.in_channels, self.scene.reading, part)
+            except InputError as error:
+                raise UnreadableImage(str(error)) from None
+            if self._judges_range:
+                some = np.s_[::SAMPLED, ::SAMPLED]
+                self._sums.add(values[:, *some], None if valid is None else valid[some])
+            self._part = (part, values, valid)
+        return self._part
+
+    @staticmethod
+    def _span(axis: Axis, start: int, count: int) -> tuple[int, int]:
+        first = axis.starts.index(start) // count * count
+        return axis.starts[first], axis.inside(min(first + count - 1, axis.last))[1]

@@ -1,0 +1,53 @@
+"""How the label-free scores choose a checkpoint or a trial: their metric names, and what a value counts for.
+
+All four judge how sure and how varied predictions are, none whether they are right: a confident wrong network may score well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+PREFIX = "select/"
+KEPT = "select/source_kept"
+"""1 where the source's IoU is within `monitor.forgetting_threshold` of its baseline, else 0."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a score is read."""
+
+    better: Literal["max", "min"]
+    worst: float
+    """A value just outside of the score's range 0..1, so that it loses against the poorest that can be measured."""
+
+
+SCORES: Mapping[str, Score] = MappingProxyType(
+    {
+        "select/entropy": Score("min", 2.0),
+        "select/infomax": Score("max", -1.0),
+        "select/snd": Score("max", -1.0),
+        "select/bnm": Score("max", -1.0),
+    }
+)
+"""The scores by their full metric name."""
+
+
+def choice_value(metric: str, metrics: Mapping[str, float]) -> float:
+    """Return the value of `metric` by which a checkpoint or a trial is chosen, out of all its metrics.
+
+    A `select/` score counts as its worst where `select/source_kept` is 0, so that a network that forgot the source is taken
+    only if there is no other, and where it is NaN (no pixel with data, or logits that are not numbers). Without
+    `select/source_kept` the source counts as kept. Other metrics stay as they are. Raises KeyError if `metric` is missing.
+
+    >>> choice_value("select/bnm", {"select/bnm": 0.8, "select/source_kept": 0.0})
+    -1.0
+    """
+    value = float(metrics[metric])
+    score = SCORES.get(metric)
+    if score is not None and (math.isnan(value) or metrics.get(KEPT, 1.0) == 0):
+        return score.worst
+    return value

@@ -1,0 +1,93 @@
+"""Models by address: a file, a folder, runs:/ID[/path], models:/NAME@ALIAS or models:/NAME/VERSION, copied from the store."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dann_experiments.config.errors import InputError, NotWritten
+from dann_experiments.config.places import local_path
+from dann_experiments.data.samples import file_digest
+from dann_experiments.tracking.store import Store, check_room, in_one_line
+
+SOURCE_MODEL = "domain_adaptation.pretrained_checkpoint.path"
+"""The setting that names the source model."""
+
+
+@contextlib.contextmanager
+def fetched(path: str, store: Store, key: str = SOURCE_MODEL) -> Iterator[tuple[Path, str | None]]:
+    """Give what `fetch` returns, and remove the copy after the block. Raises InputError if nothing is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        local, run_id = fetch(path, Path(folder), store, key)
+        if not os.path.exists(local):  # never raises, whatever the name
+            raise InputError(
+                f"{key} is {path}, which does not exist; give a file, a folder, runs:/ID or models:/NAME@ALIAS."
+            )
+        if not (local.is_file() or local.is_dir()):  # a pipe gives nothing, /dev/zero never ends
+            raise InputError(f"{key} is {path}, which is neither a file nor a folder; give one.")
+        yield local, run_id
+
+
+def fetch(path: str, folder: Path, store: Store, key: str = SOURCE_MODEL) -> tuple[Path, str | None]:
+    """Return a local copy of a model, in `folder` where it comes from the store, and the id of the run that made it, if known.
+
+    `key` is the setting that errors name. Raises InputError for what the store does not have.
+    """
+    if not path.startswith(("runs:/", "models:/")):
+        return local_path(path, key), None
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    given = path
+    try:
+        if path.startswith("runs:/"):
+            run_id, _, inside = path.removeprefix("runs:/").partition("/")
+            path = f"runs:/{run_id}/{inside or 'model'}"
+            store.client.get_run(run_id)
+            check_room(store, run_id, inside or "model", folder)
+        else:
+            path, run_id = registered(path, store)
+        local = mlflow.artifacts.download_artifacts(artifact_uri=path, dst_path=str(folder), tracking_uri=store.uri)
+        return Path(local), run_id
+    except NotWritten:
+        raise
+    except (MlflowException, OSError, ValueError) as error:
+        raise InputError(f"{key} is {given!r}, which the tracking store does not give: {in_one_line(error)}") from None
+
+
+def registered(path: str, store: Store) -> tuple[str, str | None]:
+    """Return the address of a registered model's files, and its run.
+
+    Asks the store's own client: MLflow would look a `models:/` address up in the registry of the process, which need not be that
+    of the settings' store.
+    """
+    name, at, alias = path.removeprefix("models:/").partition("@")
+    if at:
+        found = store.client.get_model_version_by_alias(name, alias)
+    else:
+        name, _, version = name.partition("/")
+        found = store.client.get_model_version(name, version)
+    return store.client.get_model_version_download_uri(found.name, found.version), found.run_id or None
+
+
+def digest_of_model(store: Store, path: str, local: Path, run_id: str | None) -> str:
+    """Return what tells the model at `path`, fetched to `local`, from others.
+
+    Of a run's model it is the run's `dann.digest` (another run with that digest made the same), of a file the digest of its
+    bytes, of anything else in a run its address.
+    """
+    inside = path.partition("/")[2].partition("/")[2] if path.startswith("runs:/") else ""
+    if run_id is not None and inside in ("", "model"):
+        known = store.client.get_run(run_id).data.tags.get("dann.digest")
+        if known is not None:
+            return known
+    if path.startswith("runs:/"):
+        return path
+    digest = hashlib.blake2b(digest_size=16)  # a file may be written anew, an alias moved
+    for file in sorted(file for file in local.rglob("*") if file.is_file()) if local.is_dir() else [local]:
+        digest.update(file.relative_to(local).as_posix().encode() + file_digest(file))
+    return digest.hexdigest()

@@ -1,0 +1,194 @@
+"""Scores whole sets: adds up over batches and ranks what the functions of `scores` need, and names the metrics of a run.
+
+Letters: N images, K classes, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from dann_experiments import scores
+from dann_experiments.config.names import labels_in_store
+from dann_experiments.models.networks import logits_of_any_size, predicted_classes
+from dann_experiments.models.taps import evaluating
+from dann_experiments.scores.bnm import batch_nuclear_norm_from
+from dann_experiments.scores.entropy import mean_entropy_from
+from dann_experiments.scores.infomax import information_maximization_from
+from dann_experiments.scores.predictions import PredictionSums, in_parts, in_range, log_probabilities, parts_of
+from dann_experiments.scores.snd import PixelSample, neighborhood_density
+from dann_experiments.training.ranks import gathered, sum_of, world
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one labeled set; see the functions of `scores` for their NaNs."""
+
+    confusion: np.ndarray
+    """(K, K) pixel counts, rows = truth, columns = prediction, ignored pixels left out."""
+    loss: float
+    """Mean cross-entropy per labeled pixel."""
+
+    @property
+    def class_iou(self) -> np.ndarray:
+        """(K,) intersection over union, 0..1."""
+        return scores.class_iou(self.confusion)
+
+    @property
+    def iou(self) -> float:
+        """Macro mean over the classes present; NaN where no pixel is labeled."""
+        return scores.mean_iou(self.confusion)
+
+    @property
+    def class_precision(self) -> np.ndarray:
+        """(K,) share of each class's predicted pixels that are right."""
+        return scores.class_precision(self.confusion)
+
+    @property
+    def class_recall(self) -> np.ndarray:
+        """(K,) share of each class's labeled pixels that are found."""
+        return scores.class_recall(self.confusion)
+
+    @property
+    def class_f1(self) -> np.ndarray:
+        """(K,) harmonic mean of precision and recall."""
+        return scores.class_f1(self.confusion)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the labeled pixels that are right."""
+        return scores.pixel_accuracy(self.confusion)
+
+    @property
+    def truth_pixels(self) -> np.ndarray:
+        """(K,) labeled pixels of each class."""
+        return self.confusion.sum(1)
+
+    @property
+    def predicted_pixels(self) -> np.ndarray:
+        """(K,) pixels predicted as each class, where labeled."""
+        return self.confusion.sum(0)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return a tensor and a number, for a checkpoint."""
+        return {"confusion": torch.from_numpy(self.confusion), "loss": self.loss}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Scores:
+        """Undo `as_plain`."""
+        return cls(plain["confusion"].numpy(), plain["loss"])
+
+    def metrics(self, name: str, class_names: Sequence[str]) -> dict[str, float]:
+        """Return `iou/NAME`, and `class_iou/NAME/CLASS` for the classes present."""
+        return {f"iou/{name}": self.iou} | _by_class("class_iou", name, class_names, self.class_iou)
+
+    def all_metrics(self, name: str, class_names: Sequence[str]) -> dict[str, float]:
+        """Return `metrics`, then `precision`, `recall`, `f1`, each as /NAME (macro mean) and /NAME/CLASS where it is defined, and
+        `accuracy/NAME`."""
+        values = self.metrics(name, class_names)
+        for kind, found in (("precision", self.class_precision), ("recall", self.class_recall), ("f1", self.class_f1)):
+            values |= {f"{kind}/{name}": scores.macro_mean(found)} | _by_class(kind, name, class_names, found)
+        return values | {f"accuracy/{name}": self.accuracy}
+
+
+def _by_class(kind: str, name: str, class_names: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    called = labels_in_store(class_names)
+    return {
+        f"{kind}/{name}/{called[label]}": float(value)
+        for label, value in zip(class_names, values, strict=True)
+        if not np.isnan(value)
+    }
+
+
+class Scorer:
+    """Adds up batches of logits and labels; the sums stay on the device until `compute`."""
+
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self._confusion: Tensor = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self._loss: Tensor | float = 0.0
+
+    def update(self, logits: Tensor, labels: Tensor, logs: Tensor | None = None) -> None:
+        """Add a batch: logits (N, K, H, W), labels (N, H, W); `logs`: the `log_probabilities`, if they are at hand."""
+        for part in in_parts(logits):
+            self._add(logits[part], labels[part], log_probabilities(logits[part]) if logs is None else logs[part])
+
+    def _add(self, logits: Tensor, labels: Tensor, logs: Tensor) -> None:
+        predicted = predicted_classes(logits)
+        counts = scores.confusion_matrix(predicted, labels, self.num_classes, self.ignore_index)
+        self._confusion = self._confusion.to(logits.device) + counts
+        self._loss = (
+            self._loss + functional.nll_loss(logs, labels, ignore_index=self.ignore_index, reduction="sum").double()
+        )
+
+    def compute(self, over_ranks: bool = False) -> Scores:
+        """Return the scores of everything added; `over_ranks`: by all ranks, which must all call this and get the same."""
+        confusion = self._confusion
+        loss = torch.as_tensor(self._loss, device=confusion.device).double()
+        if over_ranks:
+            confusion, loss = sum_of(confusion), sum_of(loss)
+        pixels = int(confusion.sum())  # every labeled one is in it
+        return Scores(confusion.cpu().numpy(), float(loss) / pixels if pixels else float("nan"))
+
+
+class SelectionScorer:
+    """Adds up batches of logits of the unlabeled target; the sums stay on the device until `compute`.
+
+    How the images are split into batches, and into shares of several ranks, changes no score: `first_image` is the number of the
+    first image added.
+    """
+
+    def __init__(self, first_image: int = 0) -> None:
+        self._sums = PredictionSums()
+        self._sample = PixelSample(first_image)
+
+    def update(self, logits: Tensor, valid: Tensor | None = None, logs: Tensor | None = None) -> None:
+        """Add a batch: logits (N, K, H, W) of any float type, valid (N, H, W), 0 where a pixel has no data (None = all have);
+        `logs`: the `log_probabilities`, if they are at hand and needed no more, as they are overwritten. Raises ValueError for
+        fewer than two classes."""
+        with torch.no_grad():
+            for of_part, known in parts_of(logits, valid, logs):
+                self._sample.add(self._sums.add(of_part, known), known)
+
+    def compute(self, over_ranks: bool = False) -> dict[str, float]:
+        """Return `entropy`, `infomax`, `snd` and `bnm` of everything added, 0..1. All are NaN without a pixel that has data, and
+        where logits were not finite; `snd` also with fewer than three pixels. `over_ranks`: of what all ranks added, which must
+        all call this and get the same."""
+        sums, sample = self._sums, self._sample
+        if over_ranks and world() > 1:
+            sums, sample = sums.over_ranks(sum_of), sample.over_ranks(gathered)
+        means = sums.means()
+        return {
+            "entropy": mean_entropy_from(means),
+            "infomax": information_maximization_from(means),
+            "snd": in_range(neighborhood_density(sample.rows())) if means.is_defined else math.nan,
+            "bnm": batch_nuclear_norm_from(means),
+        }
+
+
+def score_set(network: nn.Module, loader: DataLoader, num_classes: int, ignore_index: int) -> Scores:
+    """Return the scores of `network` in eval mode over every image of `loader`, each forwarded once."""
+    device = next(network.parameters()).device
+    scorer = Scorer(num_classes, ignore_index)
+    with evaluating(network):
+        for batch in loader:
+            scorer.update(logits_of_any_size(network, batch["image"].to(device)), batch["mask"].to(device))
+    return scorer.compute()
+
+
+def predict_images(network: nn.Module, images: Sequence[Tensor]) -> list[np.ndarray]:
+    """Return class ids (H, W) for each normalized image (B, H, W), predicted in eval mode."""
+    device = next(network.parameters()).device
+    with evaluating(network):
+        return [
+            predicted_classes(logits_of_any_size(network, image[None].to(device)))[0].cpu().numpy() for image in images
+        ]
