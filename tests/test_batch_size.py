@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from dann_experiments.jobs.batch_size import domains_of_a_step, largest_factor, step_fits
 
 from dann_experiments import adapt, load_config
 from dann_experiments.comparison.compare import compare
 from dann_experiments.config import InputError
 from dann_experiments.jobs import setup
-from dann_experiments.jobs.batch_size import domains_of_a_step, largest_factor, step_fits
 from sweeps.driver import run_sweep
 from sweeps.settings import SweepConfig
 from tests.conftest import small_settings

@@ -16,13 +16,13 @@ from dann_experiments import InputError, adapt, load_config
 from dann_experiments.__main__ import main
 from dann_experiments.data.dataset import Memory, SegmentationDataset, train_loader
 from dann_experiments.data.labels import LabelMap, read_mask
-from dann_experiments.data.reading import Normalisation, Reading, read_pixels
+from dann_experiments.data.reading import Normalization, Reading, read_pixels
 from dann_experiments.data.samples import Sample, content_digest, find_samples
 
 
 def dataset(folder: Path, **more) -> SegmentationDataset:
     samples = find_samples([str(folder)], folder, "data.source.train")
-    normalisation = Normalisation((0.0,) * 3, (1.0,) * 3, (0.5,) * 3, (0.25,) * 3)
+    normalisation = Normalization((0.0,) * 3, (1.0,) * 3, (0.5,) * 3, (0.25,) * 3)
     return SegmentationDataset(samples, LabelMap(2), normalisation, training=True, **more)
 
 

@@ -32,6 +32,7 @@ import pytorch_lightning as pl
 import rasterio
 import yaml
 from conftest import small_settings, squares_in, write_raster
+from dann_experiments.data.sets import embedded_folder
 from documented import (
     EXAMPLES,
     NOT_RUN,
@@ -53,7 +54,6 @@ from dann_experiments.comparison.verdict import Outcome
 from dann_experiments.config import config_to_yaml, load_config
 from dann_experiments.data.digits import build_digits
 from dann_experiments.data.neon_trees import TILES
-from dann_experiments.data.sets import embedded_folder
 from dann_experiments.jobs import adapt
 from sweeps import __main__ as sweeps
 

@@ -16,6 +16,7 @@ import pytest
 import rasterio
 import torch
 from conftest import small_settings, write_raster
+from dann_experiments.data.looking import looked_at
 from PIL import Image, ImageOps
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import NotGeoreferencedWarning
@@ -26,10 +27,9 @@ from dann_experiments import InputError, adapt, load_config
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.labels import LabelMap, label_map, read_mask
-from dann_experiments.data.looking import looked_at
 from dann_experiments.data.nodata import fits, holds
 from dann_experiments.data.reading import (
-    Normalisation,
+    Normalization,
     Reading,
     Window,
     for_file,
@@ -184,7 +184,7 @@ def test_images_and_masks_of_few_bits_are_what_was_drawn(tmp_path, bits):
     path = png_of_few_bits(tmp_path / "a.png", ids, bits)
     assert np.array_equal(read_mask(path, LabelMap(16)), ids)
     header = read_header(path)
-    as_seen = for_file(Normalisation((0.0,), (1.0,), (0.0,), (1.0,)), Reading(), header)
+    as_seen = for_file(Normalization((0.0,), (1.0,), (0.0,), (1.0,)), Reading(), header)
     scaled = as_seen.scaled(read_pixels(path, 1, Reading()).values)[0]
     assert np.allclose(scaled, ids / (2**bits - 1))
     assert np.allclose(scaled, np.array(Image.open(path).convert("L")) / 255)  # white is white
@@ -538,7 +538,7 @@ def test_an_image_smaller_than_the_crop_lies_in_it_with_nodata_around(tmp_path):
     ids = RNG.integers(0, 2, (10, 40), np.uint8)
     Image.fromarray(ids * 100 + 50).save(tmp_path / "i.png")
     Image.fromarray(ids).save(tmp_path / "m.png")
-    unchanged = Normalisation((0.0,), (1.0,), (0.0,), (1.0,))
+    unchanged = Normalization((0.0,), (1.0,), (0.0,), (1.0,))
     dataset = SegmentationDataset(
         [Sample(tmp_path / "i.png", tmp_path / "m.png")], LabelMap(2), unchanged, None, True, 24, pad_to_crop=True
     )
@@ -757,7 +757,7 @@ def test_a_training_with_images_of_all_sizes_runs_to_its_end(workplace):
 def test_a_model_of_before_the_choice_reads_partial_nodata_as_it_did():
     older = {"low": [0.0], "high": [1.0], "mean": [0.5], "std": [0.2], "nodata": "file"}
     assert reading_from_facts(older)[0].nodata_bands == "all"
-    facts = reading_facts(Reading(), Normalisation((0.0,), (1.0,), (0.0,), (1.0,)))
+    facts = reading_facts(Reading(), Normalization((0.0,), (1.0,), (0.0,), (1.0,)))
     assert reading_from_facts(facts)[0].nodata_bands is None
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import write_raster
+from dann_experiments.jobs.setup import load_data
 from PIL import Image
 
 from dann_experiments import InputError, load_config
@@ -24,7 +25,6 @@ from dann_experiments.config.schema import DomainDataConfig
 from dann_experiments.data.labels import LabelMap, label_map, read_mask
 from dann_experiments.data.reading import Reading, read_header, read_pixels
 from dann_experiments.data.samples import Sample, find_samples
-from dann_experiments.jobs.setup import load_data
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # torchgeo's
 

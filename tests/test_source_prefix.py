@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import segmentation_models_pytorch as smp
 import torch
+from dann_experiments.jobs.setup import run_digest
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -20,7 +21,6 @@ from dann_experiments import InputError, evaluate, load_config
 from dann_experiments.__main__ import main
 from dann_experiments.comparison.arms import arms_of
 from dann_experiments.config.comparison import CompareConfig
-from dann_experiments.jobs.setup import run_digest
 from dann_experiments.models.files import load_into, read_weights
 from tests.conftest import small_settings
 

@@ -22,18 +22,9 @@ from torch import Tensor
 
 from dann_experiments.config import Config, InputError, config_to_dict, flatten
 from dann_experiments.config.prediction import PredictConfig
-from dann_experiments.data.reading import (
-    Header,
-    Normalisation,
-    Reading,
-    Window,
-    check_type,
-    chosen_bands,
-    for_file,
-    plain_reading,
-    read_header,
-    read_pixels,
-)
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.rasters import Header, Window, read_header
+from dann_experiments.data.reading import Normalization, Reading, check_type, chosen_bands, for_file, plain_reading
 from dann_experiments.data.writing import (
     NODATA,
     PARTIAL_SUFFIX,
@@ -48,13 +39,13 @@ from dann_experiments.data.writing import (
     write_map,
     write_probabilities,
 )
-from dann_experiments.jobs.memory import memory_told
 from dann_experiments.jobs.ready_model import Model, load_model
 from dann_experiments.jobs.scenes import find_work, probabilities_path
 from dann_experiments.models.tiling import Axis, Plan, Tiler, grid_stride, plan_tiles
 from dann_experiments.tracking.figures import class_colours, display_image
 from dann_experiments.tracking.run import RunKilled, TrackedRun, tracked_run
 from dann_experiments.tracking.store import local_artifact_folder, open_store, without_secrets
+from dann_experiments.training.memory import explain_out_of_memory
 
 log = logging.getLogger(__name__)
 STRIP_BYTES = 32 * 2**20  # of the image that are read at a time
@@ -176,7 +167,7 @@ class _Scene:
     size: tuple[int, int]
     """(height, width) of the working grid."""
     plan: Plan
-    normalisation: Normalisation
+    normalisation: Normalization
     facts: Mapping[str, Any]
     """All that its map depends on."""
 
@@ -245,7 +236,7 @@ def _predict_all(
                 if _is_finished(scene, settings):
                     log.info("%s is finished already.", output)
                 else:
-                    with memory_told(InputError, lambda plan=scene.plan: _smaller(plan, settings)):
+                    with explain_out_of_memory(InputError, lambda plan=scene.plan: _smaller(plan, settings)):
                         for share in _predict_one(scene, model, settings, device, run_id, outcome):
                             show(number + share, source.name)
                     outcome.written.append(scene)

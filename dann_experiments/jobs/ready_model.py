@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from dann_experiments.config import Config, InputError
-from dann_experiments.config.presets import filled
-from dann_experiments.data.reading import Normalisation, Reading
+from dann_experiments.data.reading import Normalization, Reading
 from dann_experiments.data.writing import NODATA
-from dann_experiments.jobs import setup
+from dann_experiments.jobs.build import data_plan, find_data, make_network
 from dann_experiments.jobs.source_model import fetched
 from dann_experiments.models.files import ModelNotes, listed, load_into, read_model_notes, read_weights
+from dann_experiments.names import DOMAINS, SetName
 from dann_experiments.tracking.store import Store
 
 
@@ -28,7 +28,7 @@ class Model:
     class_names: Sequence[str]
     in_channels: int
     reading: Reading
-    normalisation: Normalisation
+    normalisation: Normalization
     digest: str
     """Equal for equal weights and class names."""
     run_id: str | None
@@ -51,7 +51,7 @@ def load_model(where: str, domain: str, config: Config | None, store: Store, sou
     elif config is not None:
         names, in_channels = config.class_names, config.model.in_channels
         try:
-            network = setup.make_network(config, with_weights=False)
+            network = make_network(config, with_weights=False)
             reading, normalisation = _reading_of_settings(config, domain)
         except InputError as error:  # of the file's settings, which the job has not
             raise InputError(f"in the settings that --config gives: {error}") from None
@@ -74,7 +74,7 @@ def load_model(where: str, domain: str, config: Config | None, store: Store, sou
     return Model(network, names, in_channels, reading, normalisation, digest.hexdigest(), run_id)
 
 
-def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading, Normalisation]:
+def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading, Normalization]:
     if domain not in notes.readings:
         raise InputError(
             f"domain is {domain!r}, but model {where} knows how to read images of {sorted(notes.readings)} only."
@@ -82,12 +82,12 @@ def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading,
     return notes.readings[domain]
 
 
-def _reading_of_settings(config: Config, domain: str) -> tuple[Reading, Normalisation]:
-    settings = filled(getattr(config.data, domain))
-    if config.data.normalization == "domain" or settings.scale == "percentiles":  # measured over the training images
-        data = setup.load_data(config, (f"{domain}_train",))
-        setup.settle(config, data)
-        normalisation = data.sets[f"{domain}_train"].normalisation
+def _reading_of_settings(config: Config, domain: str) -> tuple[Reading, Normalization]:
+    name = next(SetName(known, "train") for known in DOMAINS if known == domain)
+    plan = data_plan(config)
+    reading = plan.images[name.domain].reading
+    if plan.own_statistics or reading.scale == "percentiles":  # measured over the training images
+        normalization = find_data(config, (name,)).normalization(name.domain)
     else:
-        normalisation = setup.fixed_normalisation(config, settings)
-    return dataclasses.replace(setup.reading_of(config, domain), settings=""), normalisation
+        normalization = plan.fixed_normalization(name.domain)
+    return dataclasses.replace(reading, settings=""), normalization

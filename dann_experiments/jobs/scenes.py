@@ -14,7 +14,7 @@ from typing import NamedTuple
 from dann_experiments.config import InputError
 from dann_experiments.config.places import local_path, local_text, user_path
 from dann_experiments.config.prediction import PredictConfig
-from dann_experiments.data.reading import many_files
+from dann_experiments.data.rasters import many_files
 from dann_experiments.data.samples import IMAGE_SUFFIXES
 from dann_experiments.data.writing import MAP_SUFFIXES, PARTIAL_SUFFIX, SIGNATURE_TAG, TIFF_SUFFIXES, read_tags
 

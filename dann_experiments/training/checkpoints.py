@@ -15,7 +15,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from dann_experiments.config.errors import NotWritten
-from dann_experiments.data.dataset import SeededOrder
+from dann_experiments.data.loaders import SeededOrder
 from dann_experiments.training import checkpoint_files as files
 from dann_experiments.training import ranks
 
