@@ -284,7 +284,7 @@ import resource, sys
 import torch, mlflow, sqlalchemy, pytorch_lightning, segmentation_models_pytorch
 from dann_experiments.__main__ import main
 from dann_experiments import jobs
-import dann_experiments.jobs.training
+import dann_experiments.jobs.run_training
 used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 1_200_000_000,) * 2)
 sys.exit(main(sys.argv[1:]))

@@ -28,7 +28,8 @@ from torch import nn
 from dann_experiments.config import InputError, load_config
 from dann_experiments.config.parsing import help_text, load_settings
 from dann_experiments.config.prediction import PredictConfig
-from dann_experiments.data.reading import Normalization, Reading, read_pixels, reading_facts
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.reading import Normalization, Reading, reading_facts
 from dann_experiments.jobs.predict import PredictResult, predict
 from dann_experiments.models.files import save_model
 from dann_experiments.tracking.figures import class_colours

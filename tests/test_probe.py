@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dann_experiments.adaptation.dann import DANNMethod
-from dann_experiments.data.dataset import eval_loader
+from dann_experiments.data.loaders import eval_loader
 from dann_experiments.models.taps import resolve_taps
 from dann_experiments.training import probe as probe_module
 from dann_experiments.training.probe import NOT_ENOUGH, Probe, a_distance, explain, mean_probe, pooled_features, probe

@@ -13,14 +13,13 @@ from rasterio.transform import from_origin
 
 from dann_experiments.config import InputError
 from dann_experiments.data.labels import LabelMap, label_map, read_mask
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.rasters import Window, read_header
 from dann_experiments.data.reading import (
     Normalization,
     Reading,
-    Window,
     check_type,
     for_file,
-    read_header,
-    read_pixels,
     reading_facts,
     reading_from_facts,
 )

@@ -12,7 +12,6 @@ import pytest
 import pytorch_lightning as pl
 import segmentation_models_pytorch as smp
 import torch
-from dann_experiments.jobs.setup import run_digest
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -21,6 +20,7 @@ from dann_experiments import InputError, evaluate, load_config
 from dann_experiments.__main__ import main
 from dann_experiments.comparison.arms import arms_of
 from dann_experiments.config.comparison import CompareConfig
+from dann_experiments.jobs.identity import run_digest
 from dann_experiments.models.files import load_into, read_weights
 from tests.conftest import small_settings
 
@@ -255,7 +255,7 @@ def full_size(squares, workplace) -> Path:
     state = {}
     for seed, prefix in enumerate(("model.", "ema_model.")):
         torch.manual_seed(seed)
-        from dann_experiments.jobs.setup import make_network
+        from dann_experiments.jobs.build import make_network
 
         state |= {prefix + name: value for name, value in make_network(config, False).state_dict().items()}
     torch.save({"state_dict": state}, "two.ckpt")

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from dann_experiments.config import InputError
 from dann_experiments.data import dataset as dataset_module
-from dann_experiments.data.dataset import Memory, SegmentationDataset, eval_loader, train_loader
+from dann_experiments.data.dataset import Memory, SegmentationDataset
 from dann_experiments.data.labels import LabelMap
-from dann_experiments.data.reading import Normalization, Reading, Window
+from dann_experiments.data.loaders import eval_loader, train_loader
+from dann_experiments.data.rasters import Window
+from dann_experiments.data.reading import Normalization, Reading
 from dann_experiments.data.samples import Sample
-from dann_experiments.data.statistics import measure, normalisation_from
+from dann_experiments.data.statistics import measure, normalization_from
 from dann_experiments.data.windows import at_random, default_size, grid
 
 ONE_BAND = Normalization((0.0,), (255.0,), (0.0,), (1.0,))
@@ -127,9 +129,9 @@ def test_normalisation_is_measured_over_the_windows_where_there_is_data(tmp_path
     assert found.std == pytest.approx(real.std(1), rel=0.05)
     assert found.low == pytest.approx(np.percentile(real, 2, axis=1), rel=0.03)
     assert found.minimum.min() > 0
-    own = normalisation_from(found, given, (0.0, 4000.0), 1.0, own=True)
+    own = normalization_from(found, given, (0.0, 4000.0), 1.0, own=True)
     assert own.mean == pytest.approx(tuple(found.mean / 4000))
-    by_percentiles = normalisation_from(found, given, "percentiles", 1.0, own=False)
+    by_percentiles = normalization_from(found, given, "percentiles", 1.0, own=False)
     assert by_percentiles.low == tuple(found.low)
     assert by_percentiles.mean == (0.5, 0.5)
 

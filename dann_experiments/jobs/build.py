@@ -29,7 +29,7 @@ from dann_experiments.models.compiling import compile_parts
 from dann_experiments.models.networks import build_network, keeps_channels_last
 from dann_experiments.models.passes import check_joint, choose
 from dann_experiments.models.taps import Tap, resolve_taps
-from dann_experiments.names import ALL_SETS, DOMAINS, SPLITS, TARGET_TRAIN, Domain, SetName
+from dann_experiments.names import ALL_SETS, DOMAINS, SPLITS, TARGET_TRAIN, Domain, SetName, Split
 from dann_experiments.tracking.processes import available_cores, visible_gpus
 from dann_experiments.training import random_states
 from dann_experiments.training.bad_numbers import BadNumbers
@@ -82,7 +82,7 @@ def _images(config: Config, domain: Domain) -> DomainImages:
         settings.nodata_values, settings.pixel_size, settings.file_pixel_size, settings.nodata_bands,
         settings=f"data.{domain}.",
     )  # fmt: skip
-    entries = {split: getattr(settings, split) for split in SPLITS}
+    entries: dict[Split, list[Any]] = {split: getattr(settings, split) for split in SPLITS}
     return DomainImages(entries, reading, _labels(config, domain), settings.augmentation, settings.root, preset)
 
 
@@ -101,7 +101,7 @@ def make_loaders(config: Config, sets: ImageSets, rank: Rank | None = None) -> L
     if workers is None:
         cores = available_cores() // config.trainer.devices
         workers = min(MOST_WORKERS, cores // (2 * len(DOMAINS))) if on_gpu else 0
-    batch_sizes: dict[Domain, int] = {domain: getattr(config.data, domain).batch_size for domain in DOMAINS}
+    batch_sizes: dict[Domain, int] = {domain: config.data.resolved(domain).batch_size for domain in DOMAINS}
     return Loaders(
         sets, batch_sizes, config.data.eval_batch_size, config.seed, workers, on_gpu, (rank or Rank()).share
     )  # fmt: skip

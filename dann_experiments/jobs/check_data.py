@@ -127,9 +127,13 @@ def check_data(config: Config) -> DataReport:
     shares = {name: _labelled(found, len(names), ignored) for name, found in sets.items()}
     rows = {str(name): _counts(found, names, shares[name]) for name, found in sets.items()}
     counts = pd.DataFrame.from_dict(rows, orient="index")
-    by_domain = {domain: [found for name, found in sets.items() if name.domain == domain] for domain in DOMAINS}
+    by_domain: dict[Domain, list[_Set]] = {
+        domain: [found for name, found in sets.items() if name.domain == domain] for domain in DOMAINS
+    }
     # of the domain's training images, else of the first other set it has
-    statistics = {domain: mine[0].sums.result() for domain, mine in by_domain.items() if mine}
+    statistics: dict[Domain, BandStatistics] = {
+        domain: mine[0].sums.result() for domain, mine in by_domain.items() if mine
+    }
     bands = _band_table(statistics)
     for text in unit_problems({name: found.dataset for name, found in sets.items()}):
         problems.append(text)

@@ -59,15 +59,15 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
 
 def remarks_on_label_maps(config: Config) -> list[str]:
     """Return sentences on label maps that name other classes than the network has, or lack some of them."""
-    maps = {domain: config.data.resolved(domain).class_names for domain in DOMAINS}
-    written = {domain: getattr(config.data, domain) for domain in DOMAINS}
-    own: list[Domain] = [
-        domain for domain, settings in written.items()
-        if settings.preset is None or settings.value_map is not None or settings.color_map is not None
-    ]  # fmt: skip
-    return label_map_remarks(
-        config.class_names, {domain: names for domain, names in maps.items() if names is not None}, own
-    )
+    mapped: dict[Domain, list[str]] = {}
+    own: list[Domain] = []
+    for domain in DOMAINS:
+        names, written = config.data.resolved(domain).class_names, getattr(config.data, domain)
+        if names is not None:
+            mapped[domain] = names
+        if written.preset is None or written.value_map is not None or written.color_map is not None:
+            own.append(domain)
+    return label_map_remarks(config.class_names, mapped, own)
 
 
 def refuse_several_processes(config: Config, what: str) -> None:

@@ -161,8 +161,7 @@ def _domains(config: Config) -> list[Domain]:
 
 def _scored_domains(config: Config) -> list[Domain]:
     """Return those with something to score."""
-    sides = {domain: config.data.resolved(domain) for domain in DOMAINS}
-    return [domain for domain, settings in sides.items() if settings.val or settings.test]
+    return [domain for domain in DOMAINS if config.data.resolved(domain).val or config.data.resolved(domain).test]
 
 
 def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:

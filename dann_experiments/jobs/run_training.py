@@ -31,7 +31,7 @@ from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS, checkpoint_to_go_on_from, folder_of_runs
 from dann_experiments.models.files import save_model
 from dann_experiments.models.taps import Tap
-from dann_experiments.names import DOMAINS, SetName
+from dann_experiments.names import DOMAINS, Domain, SetName
 from dann_experiments.tracking.figures import display_image, draw_confusion, draw_curves, draw_predictions
 from dann_experiments.tracking.processes import visible_gpus
 from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun, tracked_run
@@ -215,15 +215,15 @@ def with_batch_sizes(config: Config, parts: Parts) -> Config:
         )
     domains = domains_of_a_step(parts.method, parts.taps)
     datasets = {domain: parts.sets.training()[domain] for domain in domains}
-    own = {domain: getattr(config.data, domain).batch_size for domain in domains}
+    own = {domain: config.data.resolved(domain).batch_size for domain in domains}
     device = torch.device("cuda")
 
     def make(network: nn.Module, method: DomainAdaptationMethod) -> Any:
         return make_module(config, network, method, parts.taps, device)
 
     def fits(factor: int) -> bool:
-        shapes = {domain: dataset[0]["image"].shape for domain, dataset in datasets.items()}
-        sizes = {domain: factor * size for domain, size in own.items()}
+        shapes: dict[Domain, torch.Size] = {domain: datasets[domain][0]["image"].shape for domain in domains}
+        sizes: dict[Domain, int] = {domain: factor * own[domain] for domain in domains}
         precision = config.trainer.precision
         return fits_on_gpu(
             lambda: step_fits(make, parts.network, parts.method, shapes, sizes, device, precision)
