@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from dann_experiments import Config, load_config
 from dann_experiments.adaptation.dann import DANNMethod
-from dann_experiments.jobs import setup
+from dann_experiments.jobs import build
 from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.module import AdaptationModule
 
@@ -53,12 +53,12 @@ class Timed(BadNumbers):
 
 def row(name: str, config: Config, side: int, count: int, steps: int) -> str:
     """A line of the table: `count` source and as many target images a step."""
-    network = setup.make_network(config, with_weights=False)
-    taps = setup.make_taps(config, network)
-    method = setup.make_method(config, taps)
+    network = build.make_network(config, with_weights=False)
+    taps = build.make_taps(config, network)
+    method = build.make_method(config, taps)
     assert isinstance(method, DANNMethod)
     module = AdaptationModule(
-        network, method, taps, setup.optimizer_maker(config.optimizer, "32-true"),
+        network, method, taps, build.optimizer_maker(config.optimizer, "32-true"),
         batchnorm=config.domain_adaptation.batchnorm,
     )  # fmt: skip
     item = {

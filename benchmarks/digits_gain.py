@@ -100,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, str(PROJECT))
     from dann_experiments.data.digits import build_digits
-    from dann_experiments.data.sets import embedded_folder
+    from dann_experiments.data.domain_data import embedded_folder
     from dann_experiments.tracking.store import open_store
 
     uri = open_store(None, f"digits gain {Path(options.config).stem}").uri  # made once, before the workers open it

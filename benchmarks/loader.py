@@ -24,8 +24,9 @@ from pages import circumstances, put
 
 from dann_experiments import load_config
 from dann_experiments.config import Config, config_to_yaml
-from dann_experiments.jobs import setup
-from dann_experiments.jobs.fit import together, train_loaders
+from dann_experiments.jobs import build
+from dann_experiments.jobs.checks import checked_sets
+from dann_experiments.training.loop import together
 from dann_experiments.training.losses import segmentation_loss
 from dann_experiments.training.module import AdaptationModule
 
@@ -37,20 +38,20 @@ SIDES = (2500, 10000)
 
 def rates(config: Config) -> tuple[float, float]:
     """Images a second: of the loaders, and of the training step (median of some rounds, loaders and steps in turn)."""
-    with setup.seeded(config):
-        data = setup.load_data(config)
-        network = setup.make_network(config, with_weights=False)
-        setup.check_data(config, data, network)
-        taps = setup.make_taps(config, network)
-        method = setup.make_method(config, taps)
-        make_optimizer = setup.optimizer_maker(config.optimizer, config.trainer.precision)
+    with build.seeded(config):
+        data = build.find_data(config)
+        network = build.make_network(config, with_weights=False)
+        sets = checked_sets(config, data, network)
+        taps = build.make_taps(config, network)
+        method = build.make_method(config, taps)
+        make_optimizer = build.optimizer_maker(config.optimizer, config.trainer.precision)
         module = AdaptationModule(
             network, method, taps, make_optimizer, "constant", config.data.ignore_index,
             config.domain_adaptation.batchnorm,
         )  # fmt: skip
         groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "name": "network"}]
         optimizer = make_optimizer(groups + method.param_groups())
-        loader = together(train_loaders(config, data))
+        loader = together(build.make_loaders(config, sets).training())
         batches = endless(loader)
         images = config.data.source.batch_size + config.data.target.batch_size
         loading, training = [], []

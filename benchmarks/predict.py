@@ -33,7 +33,7 @@ sys.path.insert(0, str(PROJECT))
 from dann_experiments.checkpoints.saved_model import save_model  # noqa: E402
 from dann_experiments.config.parsing import load_settings  # noqa: E402
 from dann_experiments.config.prediction import PredictConfig  # noqa: E402
-from dann_experiments.data.reading import Normalisation, Reading, reading_facts  # noqa: E402
+from dann_experiments.data.reading import Normalization, Reading, reading_facts  # noqa: E402
 from dann_experiments.jobs.predict import predict  # noqa: E402
 from dann_experiments.prediction.tiling import grid_stride, plan_tiles  # noqa: E402
 
@@ -49,7 +49,7 @@ CHILD = "import sys; sys.path[:0] = {paths}; from predict import measured; measu
 
 def save_networks() -> None:
     """Random weights: what they say does not matter here."""
-    normalisation = Normalisation((0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3)
+    normalisation = Normalization((0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3)
     for name, arguments in NETWORKS.items():
         torch.manual_seed(0)
         arguments = {**arguments, "in_channels": 3, "classes": CLASSES}

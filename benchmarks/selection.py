@@ -23,10 +23,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dann_experiments import load_config
-from dann_experiments.data.dataset import eval_loader
-from dann_experiments.jobs import setup
+from dann_experiments.data.loaders import eval_loader
+from dann_experiments.jobs import build
 from dann_experiments.models.networks import logits_of_any_size
 from dann_experiments.models.taps import evaluating
+from dann_experiments.names import TARGET_VAL
 from dann_experiments.training.scoring import Scorer, SelectionScorer
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -95,10 +96,10 @@ def main() -> None:
     ]
     print("\n".join(lines))
     config = load_config(RECIPES / "digits.yaml", {"threads": 1})
-    with setup.seeded(config):
-        data = setup.load_data(config, ("target_val",))
-        network = setup.make_network(config, with_weights=False)
-        dataset = data.sets["target_val"]
+    with build.seeded(config):
+        data = build.find_data(config, (TARGET_VAL,))
+        network = build.make_network(config, with_weights=False)
+        dataset = data.read(ahead=False).sets[TARGET_VAL]
         batch_size = config.data.eval_batch_size or config.data.target.batch_size
         name = f"recipes/digits.yaml, {len(dataset)} images of 32 x 32, {config.model.classes} classes"
         loader = eval_loader(dataset, batch_size)
@@ -108,8 +109,8 @@ def main() -> None:
         None,
         {"model.encoder_name": "resnet18", "model.encoder_weights": None, "model.classes": CLASSES, "threads": 1},
     )
-    with setup.seeded(config):
-        network = setup.make_network(config)
+    with build.seeded(config):
+        network = build.make_network(config)
         for with_valid in (False, True):
             loader = DataLoader(drawn(with_valid), BATCH)  # pyright: ignore[reportArgumentType]
             name = f"Unet resnet18, {IMAGES} images of {SIDE} x {SIDE}, {CLASSES} classes"

@@ -16,16 +16,17 @@ from typing import Any
 WATCHED = {
     "dann_experiments.config.parsing": {"load_config": "settings"},
     "dann_experiments.tracking.store": {"open_store": "store"},
-    "dann_experiments.jobs.setup": {
-        "load_data": "data", "check_data": "data", "source_digest": "data", "run_digest": "data",
-        "make_network": "network", "make_taps": "network", "make_method": "network",
+    "dann_experiments.jobs.build": {
+        "find_data": "data", "make_network": "network", "make_taps": "network", "make_method": "network",
+        "make_loop": "trainer",
     },
+    "dann_experiments.jobs.checks": {"checked_sets": "data"},
+    "dann_experiments.jobs.identity": {"source_digest": "data", "run_digest": "data"},
     "dann_experiments.jobs.source_model": {"find_or_make_source_model": "network", "load_source_model": "network"},
     "dann_experiments.tracking.run": {"TrackedRun.log_params": "run", "TrackedRun.log_input": "run"},
     "dann_experiments.tracking.sender": {"Sender.__init__": "run"},
-    "dann_experiments.jobs.training": {"describe_run": "run", "Album.__init__": "before", "Album.add": "before"},
-    "dann_experiments.jobs.alignment": {"Alignment.__init__": "before", "Alignment.measure": "before"},
-    "dann_experiments.jobs.fit": {"Fit.__init__": "trainer"},
+    "dann_experiments.jobs.run_training": {"describe_run": "run", "Album.__init__": "before", "Album.add": "before"},
+    "dann_experiments.training.alignment": {"Alignment.__init__": "before", "Alignment.measure": "before"},
     "pytorch_lightning.trainer.trainer": {"Trainer._run_sanity_check": "baseline"},
     "dann_experiments.training.module": {"AdaptationModule.training_step": "step"},
 }  # fmt: skip

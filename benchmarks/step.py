@@ -33,7 +33,7 @@ from torch.nn import functional
 from dann_experiments import Config, adapt, load_config
 from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.command_line import quiet_libraries
-from dann_experiments.jobs import setup
+from dann_experiments.jobs import build
 from dann_experiments.models.networks import keeps_channels_last
 from dann_experiments.models.passes import forward_to_taps
 from dann_experiments.models.taps import Tap, resolve_taps
@@ -86,11 +86,11 @@ def plain_steps(config: Config, device: torch.device, tap: str) -> dict[str, Cal
         return torch.randn(count, 3, side, side, device=device)
 
     def make(with_target: bool, channels_last: bool = False) -> Callable[[], object]:
-        network = setup.make_network(config, with_weights=False).to(device).train()
+        network = build.make_network(config, with_weights=False).to(device).train()
         order = torch.channels_last if channels_last else torch.contiguous_format
         network = network.to(memory_format=order)  # pyright: ignore[reportCallIssue]
         taps: list[Tap] = resolve_taps(network, [tap], 3)
-        optimizer = setup.optimizer_maker(config.optimizer, config.trainer.precision)(
+        optimizer = build.optimizer_maker(config.optimizer, config.trainer.precision)(
             [{"params": list(network.parameters()), "name": "network"}]
         )
         labels = torch.randint(0, classes, (source, side, side), device=device)
@@ -109,7 +109,7 @@ def plain_steps(config: Config, device: torch.device, tap: str) -> dict[str, Cal
 
         return step
 
-    chosen = keeps_channels_last(config.trainer.channels_last, setup.make_network(config, with_weights=False), device)
+    chosen = keeps_channels_last(config.trainer.channels_last, build.make_network(config, with_weights=False), device)
     steps: dict[str, Callable[[], Callable[[], object]]] = {
         "floor": lambda: make(True), "source only": lambda: make(False)
     }  # fmt: skip
@@ -152,7 +152,7 @@ def config_of(
     if not (root / encoder).exists():
         torch.manual_seed(0)
         save_model(
-            root / encoder, setup.make_network(config, with_weights=False), "unet", setup.model_arguments(config), {}
+            root / encoder, build.make_network(config, with_weights=False), "unet", build.model_arguments(config), {}
         )
     return config
 

@@ -40,13 +40,13 @@ from dann_experiments.comparison.arms import Cell
 from dann_experiments.comparison.collect import arms_of_runs, read_run
 from dann_experiments.comparison.result import Arm
 from dann_experiments.comparison.runner import find_cells
-from dann_experiments.jobs import setup
 from dann_experiments.jobs.adapt import adapt
+from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.evaluate import evaluate
 from dann_experiments.jobs.overview import overview
 from dann_experiments.jobs.resume import AUTO, run_to_go_on
+from dann_experiments.jobs.run_training import describe_run
 from dann_experiments.jobs.source_model import chosen_by_target_labels, find_or_make_source_model
-from dann_experiments.jobs.training import describe_run
 from dann_experiments.jobs.upkeep import doctor
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, open_store
@@ -251,7 +251,8 @@ def questions(filled: Filled, folder: Path, statements: Statements) -> dict[str,
     """What the program asks the store, by what a user calls it."""
     store, config = filled.store, filled.config
     study = study_in(folder, filled)
-    data = setup.load_data(config)
+    data = find_data(config)
+    sets = data.read(ahead=False)
     cells = [Cell(Arm("dann", "adapted"), index, "adapt", config, digest, True) for index, digest in enumerate(
         [*filled.digests, *(f"missing{number}" for number in range(5 * SEEDS - len(filled.digests)))])]  # fmt: skip
     arm = Arm("dann", "adapted")
@@ -259,12 +260,12 @@ def questions(filled: Filled, folder: Path, statements: Statements) -> dict[str,
     def before_first_step() -> Cost:
         """What `adapt` asks and writes before its first step; seconds and statements, as the run's closing is none of it."""
         start, before = time.perf_counter(), statements.count
-        source = find_or_make_source_model(config, store, data)
+        source = find_or_make_source_model(config, store, data.digests)
         chosen_by_target_labels(store, source.split("/")[1])
         run_to_go_on(store, "adapt", None, "", config)
         tags = {"dann.job": "measured", "seed": 0}
         with tracked_run(store, None, "measured", tags, folder / "runs", use_claimed=False) as run:
-            describe_run(run, config, data)
+            describe_run(run, config, sets)
             return Cost(time.perf_counter() - start, statements.count - before)
 
     def sweep_report() -> None:
@@ -276,7 +277,7 @@ def questions(filled: Filled, folder: Path, statements: Statements) -> dict[str,
 
     return {
         "`runs`": lambda: overview(config),
-        "the newest pretraining that fits": lambda: find_or_make_source_model(config, store, data),
+        "the newest pretraining that fits": lambda: find_or_make_source_model(config, store, data.digests),
         "`resume=auto`, nothing to go on in": lambda: run_to_go_on(store, "adapt", AUTO, "none", config),
         "`doctor`": lambda: doctor(config),
         f"`compare`: which of {5 * SEEDS} runs are there": lambda: find_cells(cells, store),

@@ -31,8 +31,6 @@ from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.recipes import forget_default, load_or_default, report_default
-from dann_experiments.data import early
-from dann_experiments.data.samples import PRETRAINING_SETS, SETS
 
 if TYPE_CHECKING:
     from dann_experiments.jobs.upkeep import Health
@@ -53,7 +51,6 @@ COMMANDS = {
     "config": "print the resolved settings as YAML",
 }
 RESUMABLE = ("pretrain", "adapt")
-SETS_OF = {"pretrain": PRETRAINING_SETS, "adapt": SETS}
 WITHOUT_EFFECT = {
     "pretrain": ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer"),
     "check-data": ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer", "max_epochs"),
@@ -125,8 +122,6 @@ def _run(known: argparse.Namespace, config: Config) -> int:
     if known.command == "runs":
         _print_overview(config)
         return 0
-    if known.command in SETS_OF:
-        early.begin(config, SETS_OF[known.command])
     from dann_experiments import jobs
 
     if known.command == "sync":
@@ -309,12 +304,12 @@ def _print_layers(config: Config, every: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dann_experiments.jobs import setup
+    from dann_experiments.jobs.build import blank_size, make_network
     from dann_experiments.models.taps import list_layers
 
-    network = setup.make_network(config, with_weights=False)
+    network = make_network(config, with_weights=False)
     table = Table("layer", "channels", "stride", "useful", title=f"{config.model.arch}, {config.model.encoder_name}")
-    for layer in list_layers(network, config.model.in_channels, setup.blank_size(config)):
+    for layer in list_layers(network, config.model.in_channels, blank_size(config)):
         if layer.useful or every:
             table.add_row(layer.name, str(layer.channels), f"{layer.stride:g}", "yes" if layer.useful else "")
     Console().print(table)

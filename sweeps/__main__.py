@@ -28,7 +28,6 @@ from dann_experiments.command_line import (
 from dann_experiments.config import InputError
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.recipes import DEFAULT, forget_default, load_or_default, report_default, settings_file
-from dann_experiments.data import early
 from dann_experiments.tracking.processes import fork_workers_from_here
 from sweeps.errors import SweepFailed
 from sweeps.settings import SweepConfig
@@ -89,7 +88,6 @@ def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Ma
     defaults = {} if _names_a_study(space, sweep_flags) else {"study": f"{space.stem}-{Path(chosen or DEFAULT).stem}"}
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
     warn_of_stored_secrets({**settings, **sweep_flags})
-    early.begin(config)
     from sweeps.driver import run_sweep
     from sweeps.launchers import PRELOADED
 

@@ -20,7 +20,9 @@ from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.config.places import user_path
 from dann_experiments.config.stored import refuse_stored_code
-from dann_experiments.jobs import prepare, setup
+from dann_experiments.data.domain_data import DomainData
+from dann_experiments.jobs import checks, prepare
+from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, open_store, without_secrets
@@ -89,13 +91,13 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     sweep = dataclasses.replace(sweep, allow_class_path=list(dict.fromkeys([*sweep.allowed_classes, *named])))
     if sweep.study is None:
         raise InputError("study has no name; give one.")
-    setup.refuse_several_processes(config, "the trials of a sweep")
-    setup.refuse_auto_batch_size(config, "the trials of a sweep")
+    checks.refuse_several_processes(config, "the trials of a sweep")
+    checks.refuse_auto_batch_size(config, "the trials of a sweep")
     space = read_space(sweep.space, config)
     address = storage_address(sweep.storage, sweep.study)
     with sharing(sweep, config) as decoded:
-        data = setup.load_data(config)  # all that is wrong with the files, before a study is made
-        check_objective(sweep, config, data)
+        data = find_data(config)  # all that is wrong with the files, before a study is made
+        check_objective(sweep, config, data.labelled)
         slots_of(sweep, space, config)  # refuse what has no grid before anything is opened
         check_launcher(sweep, address)
         with only_driver(address, sweep.study), crew_for(sweep, config, decoded) as crew:
@@ -187,7 +189,7 @@ def drive(
 
 
 def _begin(
-    study: Sweep, sweep: SweepConfig, space: Space, config: Config, store: Store, slots: list[Slot], data: setup.Data
+    study: Sweep, sweep: SweepConfig, space: Space, config: Config, store: Store, slots: list[Slot], data: DomainData
 ) -> None:  # fmt: skip
     """Make the source model and the study's trials."""
     shared = not any(parameter.key.startswith(SOURCE_KEYS) for parameter in space.parameters)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import optuna
@@ -15,9 +15,12 @@ from optuna.trial import FrozenTrial, TrialState
 from dann_experiments.config import Config, InputError, replace
 from dann_experiments.config.errors import StoreAway
 from dann_experiments.config.stored import refuse_stored_code
-from dann_experiments.jobs import RunResult, adapt, evaluate, setup
+from dann_experiments.jobs import RunResult, adapt, evaluate
+from dann_experiments.jobs.checks import check_labels
+from dann_experiments.names import SetName
 from dann_experiments.scores.selection import PREFIX, choice_value
 from dann_experiments.tracking.store import without_secrets
+from dann_experiments.training.monitor import metrics_to_choose_by
 from sweeps.pruning import Pruned, PruningCallback
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, settings_of
@@ -28,13 +31,13 @@ EACH_STEP = ("da/domain_loss", "da/domain_acc", "loss/train_seg", "loss/train_da
 VALIDATED = ("iou/", "class_iou/", "loss/val_")  # beginnings of the names that validation gives
 
 
-def check_objective(sweep: SweepConfig, config: Config, data: setup.Data) -> None:
+def check_objective(sweep: SweepConfig, config: Config, labelled: Collection[SetName]) -> None:
     """Refuse an objective that no run logs; raises InputError. Warns where it cannot be pruned by."""
     name = sweep.objective
-    known = setup.validation_metrics(config)
+    known = metrics_to_choose_by(config.class_names)
     own_method = config.domain_adaptation.method.class_path is not None and not name.startswith(VALIDATED)
     if name in known:
-        setup.check_labels(data, "objective", name)
+        check_labels(labelled, "objective", name)
         return
     if name not in EACH_STEP and not name.startswith("da_layer/") and not own_method:
         raise InputError(

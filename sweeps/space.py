@@ -21,7 +21,7 @@ from torch import nn
 
 from dann_experiments.config import Config, InputError, config_to_dict, known_keys, replace
 from dann_experiments.config.parsing import scalar
-from dann_experiments.jobs import setup
+from dann_experiments.jobs import build
 from dann_experiments.models.taps import Tap, list_layers
 
 FEATURE_LAYER = "domain_adaptation.method.feature_layer"
@@ -298,7 +298,7 @@ def _useful_layers(config: Config) -> list[str]:
     """The layers of this network that can be tapped under these settings."""
     network = _network(config)
     layers = [
-        layer for layer in list_layers(network, config.model.in_channels, setup.blank_size(config)) if layer.useful
+        layer for layer in list_layers(network, config.model.in_channels, build.blank_size(config)) if layer.useful
     ]
     stages = [layer for layer in layers if layer.name.startswith("encoder.")]
     whole = [layer for layer in layers if layer.name == "encoder"]
@@ -310,7 +310,7 @@ def _useful_layers(config: Config) -> list[str]:
 def _refused(config: Config, chosen: Mapping[str, Label]) -> InputError | None:
     try:
         changed = replace(config, settings_of(chosen))
-        setup.make_method(changed, _taps(changed))
+        build.make_method(changed, _taps(changed))
     except InputError as error:
         return error
     except RuntimeError as error:  # memory, above all
@@ -325,16 +325,16 @@ _found_taps: dict[str, list[Tap]] = {}  # of that network, by what they depend o
 def _taps(config: Config) -> list[Tap]:
     network, da = _network(config), config.domain_adaptation
     named = (da.layers, da.method.layers, da.method.name, da.method.class_path)
-    key = repr((named, da.batchnorm, config.model.in_channels, setup.blank_size(config)))
+    key = repr((named, da.batchnorm, config.model.in_channels, build.blank_size(config)))
     if key not in _found_taps:
-        _found_taps[key] = setup.make_taps(config, network)
+        _found_taps[key] = build.make_taps(config, network)
     return _found_taps[key]
 
 
 def _network(config: Config) -> nn.Module:
     key = repr(config.model)
     if key not in _networks:
-        network = setup.make_network(config, with_weights=False, drawn=False)  # only its layers are looked at
+        network = build.make_network(config, with_weights=False, initialize=False)  # only its layers are looked at
         _networks.clear()
         _found_taps.clear()
         _networks[key] = network

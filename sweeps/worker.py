@@ -65,7 +65,7 @@ def work(task: Task) -> None:
     from dann_experiments.config import replace
     from dann_experiments.config.errors import StoreAway
     from dann_experiments.config.parsing import config_from_dict, load_settings
-    from dann_experiments.data import decoded
+    from dann_experiments.data import shared_cache
     from dann_experiments.jobs.source_model import keep_source_models
     from dann_experiments.tracking.processes import process_name
     from sweeps.objective import run_trial, score_source_model
@@ -74,7 +74,7 @@ def work(task: Task) -> None:
     from sweeps.study import DEFINITION, HALT, SETTINGS, STORAGE_ERRORS, Sweep, heartbeats, open_storage
 
     quiet_libraries()
-    decoded.share(None if task.decoded is None else Path(task.decoded))
+    shared_cache.share(None if task.decoded is None else Path(task.decoded))
     keep_source_models()
     log = logging.getLogger(__name__)
     study = Sweep(open_storage(task.storage), task.study)

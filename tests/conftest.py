@@ -18,6 +18,10 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from benchmarks.squares import small_settings as squares_settings
 from benchmarks.squares import write_domain
+from dann_experiments.config import Config
+from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.jobs.build import find_data, make_network
+from dann_experiments.jobs.checks import checked_sets
 
 # Each worker of pytest-xdist is one process a core: more threads would only fight for them.
 torch.set_num_threads(1)
@@ -55,6 +59,11 @@ def squares_in(root: Path) -> Path:
 def small_settings(root: Path, **more: object) -> dict[str, object]:
     """Dotted settings of a run of seconds on `squares`; `more` uses __ for the dots."""
     return squares_settings(root) | {key.replace("__", "."): value for key, value in more.items()}
+
+
+def read_sets(config: Config) -> ImageSets:
+    """The sets of a job, found, checked and read as `adapt` does."""
+    return checked_sets(config, find_data(config), make_network(config, with_weights=False))
 
 
 @pytest.fixture(scope="session")

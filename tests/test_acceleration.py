@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from dann_experiments import SourceOnly, adapt, load_config
 from dann_experiments.config import InputError
-from dann_experiments.jobs import fit
+from dann_experiments.jobs import build
 from dann_experiments.models.compiling import uncompiled
 from dann_experiments.models.networks import keeps_channels_last
 from dann_experiments.training.module import AdaptationModule
@@ -157,8 +157,8 @@ def test_evaluation_runs_uncompiled():
     ],
 )
 def test_loading_processes_are_chosen_from_the_machine(monkeypatch, squares, gpus, cores, given, expected):
-    monkeypatch.setattr(fit, "visible_gpus", lambda accelerator: gpus)
-    monkeypatch.setattr(fit, "available_cores", lambda: cores)
+    monkeypatch.setattr(build, "visible_gpus", lambda accelerator: gpus)
+    monkeypatch.setattr(build, "available_cores", lambda: cores)
     config = load_config(None, small_settings(squares, data__num_workers=given))
-    how = fit.loading(config)
-    assert (how["num_workers"], how["pin_memory"]) == expected
+    loaders = build.make_loaders(config, build.find_data(config).read(ahead=False))
+    assert (loaders.num_workers, loaders.pin_memory) == expected

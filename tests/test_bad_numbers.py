@@ -34,7 +34,7 @@ from dann_experiments import (
 )
 from dann_experiments.__main__ import main
 from dann_experiments.checkpoints.saved_model import save_model
-from dann_experiments.data.reading import Normalisation, Reading, reading_facts
+from dann_experiments.data.reading import Normalization, Reading, reading_facts
 from dann_experiments.models.taps import resolve_taps
 from dann_experiments.training.bad_numbers import BadNumbers, _Buffers
 from dann_experiments.training.module import AdaptationModule
@@ -284,7 +284,7 @@ import resource, sys
 import torch, mlflow, sqlalchemy, pytorch_lightning, segmentation_models_pytorch
 from dann_experiments.__main__ import main
 from dann_experiments import jobs
-import dann_experiments.jobs.training
+import dann_experiments.jobs.run_training
 used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 1_200_000_000,) * 2)
 sys.exit(main(sys.argv[1:]))
@@ -334,7 +334,7 @@ def test_memory_that_runs_out_is_told_with_the_sizes_and_what_helps(workplace, s
     (workplace / "c.yaml").write_text(yaml.safe_dump(nested(settings)))
     arguments = {"encoder_name": "resnet18", "encoder_depth": 3, "decoder_channels": [16, 8, 8], "in_channels": 3}
     network = smp.create_model("unet", encoder_weights=None, classes=2, **arguments)
-    facts = reading_facts(Reading(), Normalisation((0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3))
+    facts = reading_facts(Reading(), Normalization((0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3))
     notes = {"class_names": ["ground", "square"], "reading": {"source": facts, "target": facts}}
     save_model(workplace / "model", network, "unet", arguments | {"classes": 2}, notes)
     words = command.replace("[large]", f"[{workplace / 'large'}]").split()

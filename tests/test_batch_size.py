@@ -8,11 +8,12 @@ import torch
 from dann_experiments import adapt, load_config
 from dann_experiments.comparison.compare import compare
 from dann_experiments.config import InputError
-from dann_experiments.jobs import setup
-from dann_experiments.jobs.batch_size import domains_of_a_step, largest_factor, step_fits
+from dann_experiments.jobs.build import make_method, make_module, make_network, make_taps
+from dann_experiments.names import DOMAINS, SetName
+from dann_experiments.training.batch_size import domains_of_a_step, largest_factor, step_fits
 from sweeps.driver import run_sweep
 from sweeps.settings import SweepConfig
-from tests.conftest import small_settings
+from tests.conftest import read_sets, small_settings
 
 AUTO = {"trainer__auto_batch_size": True}
 
@@ -33,10 +34,14 @@ def test_batches_are_doubled_while_they_fit_and_while_there_are_images(bound, mo
 
 def parts(squares, **more):
     config = load_config(None, small_settings(squares, **more))
-    data, network = setup.load_data(config), setup.make_network(config)
-    setup.check_data(config, data, network)
-    taps = setup.make_taps(config, network)
-    return config, network, setup.make_method(config, taps), taps, data
+    sets, network = read_sets(config), make_network(config)
+    taps = make_taps(config, network)
+    shapes = {domain: sets.sets[SetName(domain, "train")][0]["image"].shape for domain in DOMAINS}
+
+    def make(network, method):
+        return make_module(config, network, method, taps, torch.device("cpu"))
+
+    return make, network, make_method(config, taps), shapes
 
 
 def test_a_trial_step_changes_nothing(squares):
@@ -49,10 +54,10 @@ def test_a_trial_step_changes_nothing(squares):
 
 
 def test_a_method_that_does_not_look_at_the_target_needs_no_images_of_it(squares):
-    config, network, method, taps, data = parts(squares, domain_adaptation__method__name="source_only")
-    del data.sets["target_train"]
-    assert domains_of_a_step(method, taps) == ("source",)
-    assert step_fits(config, network, method, taps, data, {"source": 4}, torch.device("cpu"))
+    make, network, method, shapes = parts(squares, domain_adaptation__method__name="source_only")
+    del shapes["target"]
+    assert domains_of_a_step(method, []) == ("source",)
+    assert step_fits(make, network, method, shapes, {"source": 4}, torch.device("cpu"))
 
 
 def test_a_trial_step_that_runs_out_of_memory_does_not_fit(squares):
@@ -63,10 +68,10 @@ def test_a_trial_step_that_runs_out_of_memory_does_not_fit(squares):
 
 
 def test_other_errors_of_a_trial_step_are_not_taken_for_memory(squares):
-    config, network, method, taps, data = parts(squares)
+    make, network, method, shapes = parts(squares)
     network.decoder = torch.nn.Linear(3, 3)
     with pytest.raises((RuntimeError, TypeError)):
-        step_fits(config, network, method, taps, data, {"source": 2, "target": 2}, torch.device("cpu"))
+        step_fits(make, network, method, shapes, {"source": 2, "target": 2}, torch.device("cpu"))
 
 
 def test_it_is_refused_without_a_gpu(workplace, squares):

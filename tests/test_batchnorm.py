@@ -16,7 +16,7 @@ from dann_experiments.adaptation.dann import LambdaZero
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.labels import label_map
-from dann_experiments.data.reading import Normalisation
+from dann_experiments.data.reading import Normalization
 from dann_experiments.data.samples import Sample
 from dann_experiments.models.batchnorm import (
     MOST_IMAGES,
@@ -445,7 +445,7 @@ def set_of(folder, sizes, **arguments):
         path = folder / f"{number:02}.png"
         Image.fromarray(np.full((size, size, 3), number, np.uint8)).save(path)
         samples.append(Sample(path, None))
-    plain = Normalisation((0.0,) * 3, (1.0,) * 3, (0.0,) * 3, (1.0,) * 3)
+    plain = Normalization((0.0,) * 3, (1.0,) * 3, (0.0,) * 3, (1.0,) * 3)
     return SegmentationDataset(samples, label_map(["a", "b"], 255, None, None, ()), plain, training=True, **arguments)
 
 

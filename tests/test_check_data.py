@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import small_settings, write_raster
+from conftest import read_sets, small_settings, write_raster
 from PIL import Image
 
 from dann_experiments import InputError, load_config
 from dann_experiments.__main__ import main
-from dann_experiments.jobs import check_data, setup
+from dann_experiments.jobs import check_data
+from dann_experiments.jobs.build import find_data
 from dann_experiments.tracking.store import open_store
 from sweeps.__main__ import main as sweeps_main
 
@@ -151,7 +152,7 @@ def band_that_is_not_there(root):
 
 def mask_of_three_bands(root):
     Image.fromarray(np.full((32, 32, 3), (0, 0, 1), np.uint8)).save(root / "source" / "masks" / "1.png")
-    return ["source/masks/1.png has 3 bands; masks hold one class id a pixel"]
+    return ["source/masks/1.png has 3 bands; masks hold one class id per pixel"]
 
 
 def id_outside_the_classes(root):
@@ -169,7 +170,7 @@ def colour_outside_the_map(root):
         for path in (root / name / "masks").iterdir():
             Image.fromarray(np.stack([np.asarray(Image.open(path)) * 255] * 3, -1)).save(path)
     colours = {"data__source__color_map": {"0,0,0": "ground", "255,255,254": "square"}}
-    return ["source/masks/1.png holds the colour (255, 255, 255), which data.source.color_map does not name"], colours
+    return ["source/masks/1.png holds the color (255, 255, 255), which data.source.color_map does not name"], colours
 
 
 def mask_of_fractions(root):
@@ -485,18 +486,17 @@ def test_parts_of_one_raster_may_be_in_two_sets_if_they_do_not_overlap(root, sto
 def test_overlapping_parts_of_one_raster_are_a_problem(root, capsys):
     assert run(root, **one_raster(root, [0, 0, 32, 64], [31, 63, 64, 64])) == 2
     assert "data.source.val: image" in (errors := capsys.readouterr().err)
-    assert "town/image.tif stands in data.source.train as well; an image may stand in one set alone" in errors
+    assert "town/image.tif is in data.source.train as well; an image may be in one set alone" in errors
 
 
 def test_an_image_in_two_sets_is_a_warning_of_training(root, caplog):
     train_image_in_val(root)
     target_image_in_source(root)
     config = load_config(None, small_settings(root))
-    data = setup.load_data(config)
     with caplog.at_level(logging.WARNING):
-        setup.check_data(config, data, setup.make_network(config))
+        read_sets(config)
     text = caplog.text
-    assert "2 images stand in two sets that should share none" in text
+    assert "2 images are in two sets that should share none" in text
     assert "source_val/images/2.png" in text or "target/images/2.png" in text
 
 
@@ -554,4 +554,4 @@ def test_problems_are_errors_for_callers_of_the_function_only_in_the_report(root
     assert len(report.problems) == 1
     assert report.run_id is None
     with pytest.raises(InputError, match=r"target/images/2\.png"):
-        setup.load_data(load_config(None, small_settings(root)))
+        find_data(load_config(None, small_settings(root)))

@@ -14,15 +14,17 @@ from PIL import Image
 
 from dann_experiments import InputError, adapt, load_config
 from dann_experiments.__main__ import main
-from dann_experiments.data.dataset import Memory, SegmentationDataset, train_loader
+from dann_experiments.data.dataset import Memory, SegmentationDataset
 from dann_experiments.data.labels import LabelMap, read_mask
-from dann_experiments.data.reading import Normalisation, Reading, read_pixels
+from dann_experiments.data.loaders import train_loader
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.reading import Normalization, Reading
 from dann_experiments.data.samples import Sample, content_digest, find_samples
 
 
 def dataset(folder: Path, **more) -> SegmentationDataset:
     samples = find_samples([str(folder)], folder, "data.source.train")
-    normalisation = Normalisation((0.0,) * 3, (1.0,) * 3, (0.5,) * 3, (0.25,) * 3)
+    normalisation = Normalization((0.0,) * 3, (1.0,) * 3, (0.5,) * 3, (0.25,) * 3)
     return SegmentationDataset(samples, LabelMap(2), normalisation, training=True, **more)
 
 
@@ -148,7 +150,7 @@ def colour_mask(root: Path) -> str:
     Image.fromarray(np.arange(32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)).save(
         root / "source" / "masks" / "1.png"
     )
-    return "source/masks/1.png has 3 bands; masks hold one class id a pixel"
+    return "source/masks/1.png has 3 bands; masks hold one class id per pixel"
 
 
 def unequal_images(root: Path) -> str:

@@ -52,8 +52,8 @@ from dann_experiments import __main__ as program
 from dann_experiments.comparison.verdict import Outcome
 from dann_experiments.config import config_to_yaml, load_config
 from dann_experiments.data.digits import build_digits
+from dann_experiments.data.domain_data import embedded_folder
 from dann_experiments.data.neon_trees import TILES
-from dann_experiments.data.sets import embedded_folder
 from dann_experiments.jobs import adapt
 from sweeps import __main__ as sweeps
 

@@ -21,7 +21,7 @@ from sklearn.metrics import confusion_matrix
 
 from dann_experiments import InputError, RunResult, adapt, evaluate, load_config, pretrain
 from dann_experiments.checkpoints.saved_model import read_model_notes, save_model
-from dann_experiments.data.reading import Normalisation, Reading, reading_facts
+from dann_experiments.data.reading import Normalization, Reading, reading_facts
 from dann_experiments.reports.plots.confusion import draw_confusion, short_count
 from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.store import open_store
@@ -265,7 +265,7 @@ def test_a_model_of_four_floating_point_bands_needs_no_settings_of_its_images(tr
         "decoder_channels": [8, 8],
     }
     network = smp.Unet(**arguments, encoder_weights=None)
-    reading = Reading(scale=(-1.0, 1.0)), Normalisation((-1.0,) * 4, (1.0,) * 4, (0.5,) * 4, (0.2,) * 4)
+    reading = Reading(scale=(-1.0, 1.0)), Normalization((-1.0,) * 4, (1.0,) * 4, (0.5,) * 4, (0.2,) * 4)
     facts = {"class_names": ["ground", "square"], "reading": {"target": reading_facts(*reading)}}
     save_model(workplace / "model", network, "unet", arguments, facts)
     values = np.random.default_rng(0).uniform(-1, 1, (4, 32, 32)).astype(np.float32)
@@ -408,7 +408,7 @@ def test_notes_of_a_saved_model_come_back_as_they_were_written(tmp_path):
         "resnet18", encoder_weights=None, encoder_depth=2, decoder_channels=(8, 8), in_channels=2, classes=3
     )
     reading = Reading(bands=(4, 2), scale=(-1.0, 1.0), nodata=(-9999.0, float("nan")), pixel_size=0.3)
-    normalisation = Normalisation((-1.0, -1.0), (1.0, 1.0), (0.1, 0.2), (0.3, 0.4))
+    normalisation = Normalization((-1.0, -1.0), (1.0, 1.0), (0.1, 0.2), (0.3, 0.4))
     arguments = {
         "encoder_name": "resnet18",
         "in_channels": 2,

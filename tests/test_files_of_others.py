@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import small_settings, write_raster
+from conftest import read_sets, small_settings, write_raster
 from PIL import Image, ImageOps
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import NotGeoreferencedWarning
@@ -26,23 +26,18 @@ from dann_experiments import InputError, adapt, load_config
 from dann_experiments.checkpoints.weights import load_into
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.headers import checked_header
 from dann_experiments.data.labels import LabelMap, label_map, read_mask
-from dann_experiments.data.looking import looked_at
 from dann_experiments.data.nodata import fits, holds
-from dann_experiments.data.reading import (
-    Normalisation,
-    Reading,
-    Window,
-    for_file,
-    read_header,
-    read_pixels,
-    reading_facts,
-    reading_from_facts,
-)
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.rasters import Window, read_header
+from dann_experiments.data.reading import Normalization, Reading, for_file, reading_facts, reading_from_facts
 from dann_experiments.data.remarks import Remarks
 from dann_experiments.data.samples import Sample, content_digest, find_samples
-from dann_experiments.jobs import check_data, setup
+from dann_experiments.jobs import check_data
+from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.predict import predict
+from dann_experiments.names import SOURCE_TRAIN
 from dann_experiments.prediction.rasters import read_decimated, read_grid
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -104,7 +99,7 @@ def test_a_nodata_value_that_the_type_cannot_hold_hides_no_pixel_and_is_remarked
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tagged, tiffinfo=directory)
     assert valid_of(tagged).all()
     remarks = Remarks()
-    looked_at(Sample(tagged, None), Reading(), 3, remarks=remarks)
+    checked_header(Sample(tagged, None), Reading(), 3, remarks=remarks)
     (line,) = remarks.lines()
     assert f"tagged.tif says that {value:g} is its nodata value, which uint8 pixels cannot hold" in line
 
@@ -184,7 +179,7 @@ def test_images_and_masks_of_few_bits_are_what_was_drawn(tmp_path, bits):
     path = png_of_few_bits(tmp_path / "a.png", ids, bits)
     assert np.array_equal(read_mask(path, LabelMap(16)), ids)
     header = read_header(path)
-    as_seen = for_file(Normalisation((0.0,), (1.0,), (0.0,), (1.0,)), Reading(), header)
+    as_seen = for_file(Normalization((0.0,), (1.0,), (0.0,), (1.0,)), Reading(), header)
     scaled = as_seen.scaled(read_pixels(path, 1, Reading()).values)[0]
     assert np.allclose(scaled, ids / (2**bits - 1))
     assert np.allclose(scaled, np.array(Image.open(path).convert("L")) / 255)  # white is white
@@ -232,7 +227,7 @@ def test_a_mask_is_turned_by_its_own_tag(tmp_path):
     Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "m.png", exif=exif)
     Image.fromarray(picture(12, 8)).save(tmp_path / "i.png")
     assert np.array_equal(read_mask(tmp_path / "m.png", LabelMap(2)), upright)
-    looked_at(Sample(tmp_path / "i.png", tmp_path / "m.png"), Reading(), 3)
+    checked_header(Sample(tmp_path / "i.png", tmp_path / "m.png"), Reading(), 3)
 
 
 # --- overviews ---
@@ -315,16 +310,16 @@ HERE = from_origin(5e5, 4e6, 1, 1)
 def test_an_image_and_a_mask_that_say_they_lie_elsewhere_are_no_pair(tmp_path, mask, apart):
     sample = pair(tmp_path, {}, mask)
     if not apart:
-        looked_at(sample, Reading(), 3)
+        checked_header(sample, Reading(), 3)
         return
     with pytest.raises(InputError, match=r"i\.tif and its mask .*m\.tif lie in different places"):
-        looked_at(sample, Reading(), 3)
+        checked_header(sample, Reading(), 3)
 
 
 def test_a_file_without_georeference_pairs_with_one_that_has_it(tmp_path):
     sample = pair(tmp_path, {}, {})
     write_raster(tmp_path / "m.tif", np.zeros((1, 20, 20), np.uint8))
-    looked_at(sample, Reading(), 3)
+    checked_header(sample, Reading(), 3)
 
 
 DEGREES = {"crs": "EPSG:4326", "transform": from_origin(14.1, 36.5, 9e-6, 9e-6)}
@@ -350,7 +345,7 @@ def test_one_pixel_size_for_metres_and_degrees_is_refused(workplace):
     near = {**DEGREES, "transform": from_origin(14.1, 36.5, 1e-3, 1e-3)}
     config = two_domains(workplace, {"transform": from_origin(5e5, 4e6, 1e-3, 1e-3)}, near, **sizes)
     with pytest.raises(InputError, match=r"pixel_size 0\.001 means degree .*but metre for image .*data\.source\.train"):
-        setup.load_data(config)
+        find_data(config)
     assert any("means degree" in text for text in check_data(config).problems)
 
 
@@ -373,7 +368,7 @@ def test_files_of_one_domain_in_two_units_share_no_pixel_size(workplace):
         InputError,
         match=r"9\.tif has pixels of 1 metre, but data\.source\.pixel_size is 2, set for files in US survey foot",
     ):
-        setup.load_data(config)
+        find_data(config)
 
 
 @pytest.mark.parametrize(("size", "what"), [(1.0, "would be made of 1.111e"), (1e-8, "cut into 900")])
@@ -403,7 +398,7 @@ def test_a_nodata_value_that_is_a_class_id_is_not_labelled_unless_the_map_names_
     image = write_raster(tmp_path / "i.tif", np.zeros((3, 1, 3), np.uint8))
     for labels, said in ((LabelMap(3), True), (named, False)):
         remarks = Remarks()
-        looked_at(Sample(image, path), Reading(), 3, labels, remarks=remarks)
+        checked_header(Sample(image, path), Reading(), 3, labels, remarks=remarks)
         assert (
             any("0 is its nodata value, so these pixels are not labelled" in line for line in remarks.lines()) == said
         )
@@ -477,7 +472,7 @@ def test_values_that_fill_little_of_the_range_are_remarked_on_with_the_ways_out(
     (line,) = check_data(load_config(None, scaled)).remarks
     assert line.startswith("data.target.scale makes 0 to 1000 the range of 0 to 1, but 6")
     config = load_config(None, given)
-    setup.check_data(config, setup.load_data(config), setup.make_network(config, with_weights=False))
+    read_sets(config)
     assert "nearly all values lie between" in caplog.text
     assert check_data(load_config(None, {**scaled, "data.target.scale": [0, 2500]})).remarks == []
 
@@ -503,7 +498,7 @@ def test_a_file_of_several_pages_or_with_scaled_values_says_so(tmp_path):
         file.scales, file.offsets = (2.75e-05,) * 3, (-0.2,) * 3
     remarks = Remarks()
     for path in (tmp_path / "pages.tif", tmp_path / "stack.tif", scaled):
-        looked_at(Sample(path, None), Reading(), 3, remarks=remarks)
+        checked_header(Sample(path, None), Reading(), 3, remarks=remarks)
     one, two = remarks.lines()
     assert "pages.tif holds 3 images (pages), of which the first is read" in one
     assert "(This holds for 2 files.)" in one
@@ -538,7 +533,7 @@ def test_an_image_smaller_than_the_crop_lies_in_it_with_nodata_around(tmp_path):
     ids = RNG.integers(0, 2, (10, 40), np.uint8)
     Image.fromarray(ids * 100 + 50).save(tmp_path / "i.png")
     Image.fromarray(ids).save(tmp_path / "m.png")
-    unchanged = Normalisation((0.0,), (1.0,), (0.0,), (1.0,))
+    unchanged = Normalization((0.0,), (1.0,), (0.0,), (1.0,))
     dataset = SegmentationDataset(
         [Sample(tmp_path / "i.png", tmp_path / "m.png")], LabelMap(2), unchanged, None, True, 24, pad_to_crop=True
     )
@@ -757,21 +752,24 @@ def test_a_training_with_images_of_all_sizes_runs_to_its_end(workplace):
 def test_a_model_of_before_the_choice_reads_partial_nodata_as_it_did():
     older = {"low": [0.0], "high": [1.0], "mean": [0.5], "std": [0.2], "nodata": "file"}
     assert reading_from_facts(older)[0].nodata_bands == "all"
-    facts = reading_facts(Reading(), Normalisation((0.0,), (1.0,), (0.0,), (1.0,)))
+    facts = reading_facts(Reading(), Normalization((0.0,), (1.0,), (0.0,), (1.0,)))
     assert reading_from_facts(facts)[0].nodata_bands is None
 
 
 def test_data_that_are_read_by_a_newer_rule_have_another_digest_than_before_and_others_have_not(workplace, squares):
-    plain = setup.load_data(load_config(None, small_settings(squares)))
-    assert plain.digests["source_train"] == content_digest(plain.sets["source_train"].samples)
+    plain = find_data(load_config(None, small_settings(squares)))
+    assert plain.digests["source_train"] == content_digest(plain.read().sets[SOURCE_TRAIN].samples)
     for name in ("source", "source_val", "target", "target_val"):
         values = RNG.integers(20, 250, (3, 32, 32)).astype(np.int16)
         georeferenced(workplace / name / "images" / "0.tif", values, nodata=-9999)
         georeferenced(workplace / name / "masks" / "0.tif", (values[:1] > 99).astype(np.uint8))
     given = {**small_settings(workplace), "data.target.test": []}
     given |= {"data.source.scale": [0, 255], "data.target.scale": [0, 255], "data.target.nodata_bands": "all"}
-    data = setup.load_data(load_config(None, given))
-    same = {name: data.digests[name] == content_digest(dataset.samples) for name, dataset in data.sets.items()}
+    data = find_data(load_config(None, given))
+    same = {
+        str(name): data.digests[str(name)] == content_digest(dataset.samples)
+        for name, dataset in data.read().sets.items()
+    }
     assert same == {"source_train": False, "source_val": False, "target_train": True, "target_val": True}
 
 
@@ -871,7 +869,7 @@ def test_class_names_that_are_mistyped_in_a_label_map_are_told(workplace, square
 def test_a_mask_whose_nodata_value_is_infinite_is_read(tmp_path):
     path = write_raster(tmp_path / "m.tif", np.array([[[0, 1]]], np.float32), nodata=float("-inf"))
     image = write_raster(tmp_path / "i.tif", np.zeros((3, 1, 2), np.uint8))
-    looked_at(Sample(image, path), Reading(), 3, LabelMap(2), remarks=Remarks())
+    checked_header(Sample(image, path), Reading(), 3, LabelMap(2), remarks=Remarks())
     assert read_mask(path, LabelMap(2)).tolist() == [[0, 1]]
 
 
@@ -880,13 +878,13 @@ def test_files_whose_georeferences_differ_by_half_a_pixel_are_a_pair_at_any_plac
         for origin in (123456.7, 500000.0, 654321.1):
             image = {"transform": from_origin(origin, 4e6, size, size)}
             mask = {"transform": from_origin(origin + size / 2, 4e6 - size / 2, size, size)}
-            looked_at(pair(tmp_path, image, mask), Reading(), 3)
+            checked_header(pair(tmp_path, image, mask), Reading(), 3)
 
 
 def test_a_settings_nodata_that_the_type_cannot_hold_is_remarked_on(tmp_path):
     path = write_raster(tmp_path / "a.tif", np.zeros((3, 4, 4), np.uint8))
     remarks = Remarks()
-    looked_at(Sample(path, None), Reading(nodata=(-9999.0,), settings="data.target."), 3, remarks=remarks)
+    checked_header(Sample(path, None), Reading(nodata=(-9999.0,), settings="data.target."), 3, remarks=remarks)
     assert "uint8 pixels, which cannot hold data.target.nodata -9999" in remarks.lines()[0]
 
 

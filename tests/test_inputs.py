@@ -124,7 +124,7 @@ def test_a_name_that_no_file_can_have_is_refused_as_one_that_is_not_there(name, 
 
 
 def test_a_network_that_refuses_a_blank_image_is_refused_by_size():
-    from dann_experiments.jobs.setup import blank_size, make_network
+    from dann_experiments.jobs.build import blank_size, make_network
     from dann_experiments.models.taps import list_layers
 
     small = {"model.encoder_name": "resnet18", "model.encoder_weights": None, "data.crop_size": 10**9}

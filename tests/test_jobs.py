@@ -19,7 +19,8 @@ from conftest import small_settings
 
 import dann_experiments
 from dann_experiments import InputError, RunResult, adapt, evaluate, load_config, pretrain
-from dann_experiments.data.reading import Reading, read_pixels
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.reading import Reading
 
 PROJECT = Path(dann_experiments.__file__).parents[1]
 
@@ -384,7 +385,7 @@ def test_a_run_table_shows_runs_of_one_source_model_and_the_same_data_alone(work
 
 
 def test_passwords_of_the_store_reach_neither_params_nor_config_yaml():
-    from dann_experiments.jobs.setup import public_settings
+    from dann_experiments.jobs.identity import public_settings
 
     config = load_config(None, {"tracking.uri": "http://me:secret@127.0.0.1:5000"})
     assert "secret" not in str(public_settings(config, "dann"))

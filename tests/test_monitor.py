@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import small_settings, squares_in, write_domain
+from conftest import read_sets, small_settings, squares_in, write_domain
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from pytorch_lightning.utilities import CombinedLoader
@@ -34,11 +34,12 @@ from dann_experiments import InputError, RunResult, adapt, evaluate, load_config
 from dann_experiments.adaptation.dann import DANNMethod, SourceOnly
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss
 from dann_experiments.config.schema import MonitorConfig
-from dann_experiments.jobs import setup
+from dann_experiments.data.domain_data import ImageSets
 from dann_experiments.models.batchnorm import statistics_loader, target_statistics
 from dann_experiments.models.networks import build_network
 from dann_experiments.models.passes import choose
 from dann_experiments.models.taps import resolve_taps
+from dann_experiments.names import SOURCE_VAL, TARGET_TRAIN, SetName
 from dann_experiments.scores.domain_probe import probe
 from dann_experiments.scores.selection import KEPT, SCORES
 from dann_experiments.tracking.run import RunLogger, tracked_run
@@ -554,12 +555,9 @@ class Place:
 
         return smp.from_pretrained(str(self.folder(name) / "model")).eval()
 
-    def data(self, **more: object) -> setup.Data:
+    def data(self, **more: object) -> ImageSets:
         """As a run reads it."""
-        config = load_config(None, self.settings(**more))
-        data = setup.load_data(config)
-        setup.check_data(config, data, setup.make_network(config, with_weights=False))
-        return data
+        return read_sets(load_config(None, self.settings(**more)))
 
 
 @pytest.fixture(scope="module")
@@ -733,12 +731,12 @@ def test_the_training_images_that_stand_in_are_as_many_as_the_source_validates_o
     plain = place.data(data__target__val=[])
     stand_in = data.held_out("target")
     assert stand_in is not None
-    assert len(stand_in) == len(data.sets["source_val"]) == 4
+    assert len(stand_in) == len(data.sets[SOURCE_VAL]) == 4
     chosen = [0, 4, 8, 12]  # spread over the 13
     for item, index in zip((stand_in[i] for i in range(4)), chosen, strict=True):
-        assert torch.equal(item["image"], plain.sets["target_train"][index]["image"])
+        assert torch.equal(item["image"], plain.sets[TARGET_TRAIN][index]["image"])
         assert set(item) == {"image", "index"}
-    assert data.sets["target_train"].training
+    assert data.sets[TARGET_TRAIN].training
 
 
 # The probe in a run ------------------------------------------------------------------------------------------------------
@@ -757,7 +755,9 @@ def test_the_probe_s_features_are_those_of_the_held_out_images_before_and_after(
     data = runs.data()
     for when, network in (("before", runs.network("pretrained")), ("after", runs.network(name))):
         for domain, count in (("source", 4), ("target", 5)):
-            images = torch.stack([item["image"] for item in (data.sets[f"{domain}_val"][i] for i in range(count))])
+            images = torch.stack(
+                [item["image"] for item in (data.sets[SetName(domain, "val")][i] for i in range(count))]
+            )
             with torch.no_grad():
                 maps = network.encoder(images)  # pyright: ignore[reportCallIssue]
                 made = maps[-1] if layer == "encoder" else network.decoder(maps)  # pyright: ignore[reportCallIssue]
@@ -871,14 +871,14 @@ def test_whether_the_target_moves_running_statistics_changes_no_trained_weight(r
 
 def test_the_kept_model_of_target_stats_has_the_statistics_of_the_target_s_images_under_its_weights(runs):
     network, data = runs.network("target_stats"), runs.data()
-    images = [item["image"] for item in (data.sets["target_train"][i] for i in range(13))]
+    images = [item["image"] for item in (data.sets[TARGET_TRAIN][i] for i in range(13))]
     with torch.no_grad():  # the first BatchNorm by hand
         values = network.encoder.conv1(torch.stack(images)).double()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     first = network.encoder.bn1  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.allclose(first.running_mean.double(), values.mean((0, 2, 3)), atol=1e-5)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     assert torch.allclose(first.running_var.double(), values.var((0, 2, 3)), rtol=1e-4)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     again = copy.deepcopy(network)
-    target_statistics(again, statistics_loader(data.sets["target_train"], batch_size=3))
+    target_statistics(again, statistics_loader(data.sets[TARGET_TRAIN], batch_size=3))
     for (key, kept), made in zip(network.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.allclose(kept, made, rtol=1e-4, atol=1e-6), key
     # all of them, not the first alone, differ from what training left (which validation then replaced)

@@ -6,16 +6,18 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import small_settings, write_raster
+from conftest import read_sets, small_settings, write_raster
 from rasterio.transform import from_origin
 
 from dann_experiments import InputError, adapt, load_config
 from dann_experiments.adaptation.dann import DANNMethod
 from dann_experiments.adaptation.domain_classifier import DomainClassifier, masked_mean
 from dann_experiments.adaptation.method import Progress, StepOutputs
-from dann_experiments.data.dataset import eval_loader, train_loader
-from dann_experiments.jobs import setup
+from dann_experiments.data.loaders import eval_loader, train_loader
+from dann_experiments.jobs.build import make_loaders, make_network
 from dann_experiments.models.taps import resolve_taps
+from dann_experiments.names import SOURCE_VAL, SetName
+from dann_experiments.training.loop import together
 from dann_experiments.training.losses import segmentation_loss
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.scoring import score_set
@@ -104,10 +106,7 @@ def test_the_classifier_judges_valid_positions_alone(kind):
 
 def loaded(root, **more):
     config = load_config(None, raster_settings(root, **more))
-    data = setup.load_data(config)
-    network = setup.make_network(config)
-    setup.check_data(config, data, network)
-    return config, data, network
+    return config, read_sets(config)
 
 
 def test_the_values_under_nodata_change_neither_loss_nor_scores(tmp_path, rasters):
@@ -118,16 +117,16 @@ def test_the_values_under_nodata_change_neither_loss_nor_scores(tmp_path, raster
         for part in ("source", "source_val", "target", "target_val", "target_test"):
             masks = None if part == "target" else root / part / "masks" / "a.tif"
             scene(root / part / "images" / "a.tif", masks, 1, nodata=nodata)
-        config, data, network = loaded(root, data__source__augmentation="none", data__target__augmentation="none",
+        config, data = loaded(root, data__source__augmentation="none", data__target__augmentation="none",
                                        data__target__scale=[0, 10000])  # fmt: skip
         torch.manual_seed(0)
-        network = setup.make_network(config)
+        network = make_network(config)
         taps = resolve_taps(network, ["encoder"], 4, 32)
         torch.manual_seed(1)
         method = DANNMethod("encoder", taps[0].channels, hidden_size=8)
         module = AdaptationModule(network, method, taps, None, "constant", 255, "joint")  # pyright: ignore[reportArgumentType]
         batch = {
-            domain: next(iter(train_loader(data.sets[f"{domain}_train"], 2, domain, 0)))
+            domain: next(iter(train_loader(data.sets[SetName(domain, "train")], 2, domain, 0)))
             for domain in ("source", "target")
         }
         network.eval()
@@ -136,7 +135,7 @@ def test_the_values_under_nodata_change_neither_loss_nor_scores(tmp_path, raster
         value = method.loss(outputs, PROGRESS).value
         assert value is not None
         network.train()
-        scores = score_set(network, eval_loader(data.sets["source_val"], 4), 2, 255)
+        scores = score_set(network, eval_loader(data.sets[SOURCE_VAL], 4), 2, 255)
         loss = segmentation_loss(outputs.source_logits, outputs.source_labels, 255)
         found.append((float(loss), float(value), scores.loss, scores.confusion.tolist()))
     assert found[0] == found[1]
@@ -168,11 +167,9 @@ def test_the_normalisation_is_kept_with_the_model_a_domain_each(rasters, workpla
 
 
 def test_an_epoch_is_the_longer_loader_once_and_the_shorter_cycles(rasters, workplace):
-    from dann_experiments.jobs.fit import together, train_loaders
-
-    config, data, _ = loaded(rasters, data__source__batch_size=2, data__target__batch_size=3)
-    loader = together(train_loaders(config, data))
-    steps = {name: len(data.sets[f"{name}_train"]) // size for name, size in (("source", 2), ("target", 3))}
+    config, data = loaded(rasters, data__source__batch_size=2, data__target__batch_size=3)
+    loader = together(make_loaders(config, data).training())
+    steps = {name: len(data.sets[SetName(name, "train")]) // size for name, size in (("source", 2), ("target", 3))}
     batches = [batch for batch, _, _ in loader]
     assert len(batches) == max(steps.values())
     assert steps["source"] > steps["target"]
@@ -198,6 +195,5 @@ def test_images_of_two_types_are_not_measured_together(tmp_path):
     given = {"data.source.val": [], "data.target.val": [], "data.target.test": [], "monitor.metric": None}
     given |= {"data.source.train": ["a"], "data.target.train": ["a"]}
     config = load_config(None, small_settings(tmp_path) | given | {"data.normalization": "domain"})
-    data = setup.load_data(config)
     with pytest.raises(InputError, match=r"data\.source has images of uint16 and uint8"):
-        setup.check_data(config, data, setup.make_network(config))
+        read_sets(config)

@@ -29,14 +29,15 @@ from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.config import InputError, load_config
 from dann_experiments.config.parsing import help_text, load_settings
 from dann_experiments.config.prediction import PredictConfig
-from dann_experiments.data.reading import Normalisation, Reading, read_pixels, reading_facts
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.reading import Normalization, Reading, reading_facts
 from dann_experiments.jobs.predict import PredictResult, predict
 from dann_experiments.reports.colors import class_colors
 
 PROJECT = Path(__file__).parents[1]
 NAMES = ["ground", "roof", "tree"]
 PLACE = Affine(0.5, 0.1, 500_000, 0.1, -0.5, 5_000_000)  # turned a little
-BYTES = Normalisation((0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3)
+BYTES = Normalization((0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3)
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -106,7 +107,7 @@ def make_network(bands: int = 3, classes: int = 3, seed: int = 0) -> nn.Module:
 
 
 def save(
-    folder: str, network: nn.Module, reading: Reading | None = None, normalisation: Normalisation = BYTES, **facts: Any
+    folder: str, network: nn.Module, reading: Reading | None = None, normalisation: Normalization = BYTES, **facts: Any
 ) -> Path:
     """The saved model, which reads target images as `reading` and `normalisation` say."""
     bands, classes = network.encoder.out_channels[0], network.segmentation_head[0].out_channels
@@ -140,7 +141,7 @@ def read(path: str | Path) -> np.ndarray:
         return file.read()
 
 
-def wanted_map(network: nn.Module, path: Path, reading: Reading, normalisation: Normalisation) -> np.ndarray:
+def wanted_map(network: nn.Module, path: Path, reading: Reading, normalisation: Normalization) -> np.ndarray:
     """(h, w) class ids of the whole image in one forward, on the working grid; 255 where there is no data.
 
     Sides longer than a tile (256) are filled up to the network's grid of 8 pixels, as tiles that reach beyond the image are.
@@ -380,7 +381,7 @@ def test_sixteen_bit_images_are_read_in_their_own_range_by_type(model, network):
 def test_floating_point_bands_in_another_order_with_nodata_and_nan():
     network = make_network()
     reading = Reading(bands=(4, 1, 2), scale=(0.0, 1.0), nodata=(-9999.0,))
-    normalisation = Normalisation((0.0,) * 3, (1.0,) * 3, (0.5,) * 3, (0.25,) * 3)
+    normalisation = Normalization((0.0,) * 3, (1.0,) * 3, (0.5,) * 3, (0.25,) * 3)
     save("float_model", network, reading, normalisation)
     values = (picture(170, 230, bands=4) / 255).astype(np.float32)
     values[:, :30] = -9999

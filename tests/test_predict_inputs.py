@@ -23,7 +23,7 @@ from dann_experiments.__main__ import main
 from dann_experiments.config import InputError
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.config.prediction import PredictConfig
-from dann_experiments.data.reading import Normalisation, Reading
+from dann_experiments.data.reading import Normalization, Reading
 
 PROJECT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -402,7 +402,7 @@ def test_an_image_that_uses_little_of_its_16_bits_is_told(model, caplog):
 
 
 def test_an_image_without_data_gives_a_map_without_data_and_says_so(workplace, caplog):
-    ranged = Normalisation((0.0,) * 3, (1.0,) * 3, (0.5,) * 3, (0.25,) * 3)
+    ranged = Normalization((0.0,) * 3, (1.0,) * 3, (0.5,) * 3, (0.25,) * 3)
     save("floats", network(), Reading(scale=(0.0, 1.0)), ranged)
     write_tiff("nothing.tif", np.full((3, 40, 40), np.nan, np.float32))
     with caplog.at_level(logging.WARNING):
@@ -422,7 +422,7 @@ def test_images_of_odd_sizes_have_the_right_map(model, size):
 
 def test_a_model_trained_on_other_values_reads_an_image_as_it_learned(workplace):
     """Signed values have a range of their own."""
-    ranged = Normalisation((-1000.0,) * 3, (1000.0,) * 3, (0.5,) * 3, (0.25,) * 3)
+    ranged = Normalization((-1000.0,) * 3, (1000.0,) * 3, (0.5,) * 3, (0.25,) * 3)
     save("signed", network(), Reading(scale=(-1000.0, 1000.0)), ranged)
     path = write_tiff("signed.tif", ((picture(300, 300).astype(np.int16) - 128) * 8).astype(np.int16))
     run(model="signed", input="signed.tif", output="map.tif")

@@ -22,9 +22,12 @@ from dann_experiments import InputError, load_config
 from dann_experiments.config.presets import FOLDER, IGNORED, filled, preset, preset_names
 from dann_experiments.config.schema import DomainDataConfig
 from dann_experiments.data.labels import LabelMap, label_map, read_mask
-from dann_experiments.data.reading import Reading, read_header, read_pixels
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.rasters import read_header
+from dann_experiments.data.reading import Reading
 from dann_experiments.data.samples import Sample, find_samples
-from dann_experiments.jobs.setup import load_data
+from dann_experiments.jobs.build import find_data
+from dann_experiments.names import SOURCE_TRAIN, SOURCE_VAL, TARGET_VAL
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # torchgeo's
 
@@ -492,10 +495,10 @@ def test_two_scenes_of_a_set_are_two_domains_of_one_network(trees):
     root, tree = trees("loveda")
     config = load_config(None, urban_to_rural(root))
     assert config.class_names == list(tree.labels.values())[1:]
-    sets = load_data(config).sets
-    assert {name: len(found) for name, found in sets.items()} == {f"{side}_{split}": 2 for side, split in SIX}
-    assert {name for name, found in sets.items() if found.has_masks} == {"source_train", "source_val", "target_val"}
-    mask = sets["target_val"][0]["mask"]
+    sets = find_data(config).read().sets
+    assert {str(name): len(found) for name, found in sets.items()} == {f"{side}_{split}": 2 for side, split in SIX}
+    assert {name for name, found in sets.items() if found.has_masks} == {SOURCE_TRAIN, SOURCE_VAL, TARGET_VAL}
+    mask = sets[TARGET_VAL][0]["mask"]
     assert set(mask.unique().tolist()) == {*range(7), IGNORE}
 
 
@@ -506,11 +509,11 @@ def test_a_source_and_a_target_of_different_sets_meet_by_class_name(trees):
         "data.target.preset": "landcoverai", "data.target.scene": None, "data.target.root": str(target),
         "data.class_names": shared, "model.classes": 5,
     }  # fmt: skip
-    sets = load_data(load_config(None, settings), ("source_val", "target_val")).sets
+    sets = find_data(load_config(None, settings), (SOURCE_VAL, TARGET_VAL)).read().sets
     # ids 0 (no data), 5 (barren) and 7 (agriculture) of LoveDA are no class here; LandCover.ai has water before road
     of_loveda = np.array([IGNORE, 0, 1, 2, 3, IGNORE, 4, IGNORE])
     of_landcoverai = np.array([0, 1, 4, 3, 2])
-    for name, table in (("source_val", of_loveda), ("target_val", of_landcoverai)):
+    for name, table in ((SOURCE_VAL, of_loveda), (TARGET_VAL, of_landcoverai)):
         assert np.array_equal(sets[name][0]["mask"].numpy(), np.resize(table, (SIZE, SIZE)))
 
 
@@ -518,7 +521,7 @@ def test_a_source_and_a_target_of_different_sets_meet_by_class_name(trees):
 def test_an_error_about_a_layout_names_the_preset(trees, key, value):
     root, _ = trees("loveda")
     with pytest.raises(InputError, match=r"Train/.*\(preset loveda\)"):
-        load_data(load_config(None, urban_to_rural(root) | {key: value}))
+        find_data(load_config(None, urban_to_rural(root) | {key: value}))
 
 
 def test_a_list_of_names_that_is_missing_is_an_error_with_its_path(tmp_path):

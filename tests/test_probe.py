@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dann_experiments.adaptation.dann import DANNMethod
-from dann_experiments.data.dataset import eval_loader
+from dann_experiments.data.loaders import eval_loader
 from dann_experiments.models.taps import resolve_taps
 from dann_experiments.scores import domain_probe
 from dann_experiments.scores.domain_probe import Probe, a_distance, mean_probe, probe

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from dann_experiments import DANNScheduler, InputError
 from dann_experiments.config import Config, TrainingFailed, load_config, replace
-from dann_experiments.data.dataset import SeededOrder
+from dann_experiments.data.loaders import SeededOrder
 from dann_experiments.jobs import RunResult, adapt, evaluate, pretrain
 from dann_experiments.training import ranks
 from dann_experiments.training.ranks import Rank

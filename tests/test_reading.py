@@ -13,14 +13,13 @@ from rasterio.transform import from_origin
 
 from dann_experiments.config import InputError
 from dann_experiments.data.labels import LabelMap, label_map, read_mask
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.rasters import Window, read_header
 from dann_experiments.data.reading import (
-    Normalisation,
+    Normalization,
     Reading,
-    Window,
     check_type,
     for_file,
-    read_header,
-    read_pixels,
     reading_facts,
     reading_from_facts,
 )
@@ -129,14 +128,14 @@ def test_an_internal_mask_says_where_data_is(tmp_path):
 
 
 def test_values_are_scaled_by_the_range_and_clipped_and_nodata_is_the_mean():
-    normalisation = Normalisation((100.0,), (300.0,), (0.5,), (0.25,))
+    normalisation = Normalization((100.0,), (300.0,), (0.5,), (0.25,))
     values = np.array([[[0, 100, 200, 300, 900]]], np.int16)
     assert normalisation.scaled(values).tolist() == [[[0, 0, 0.5, 1, 1]]]
     assert normalisation(values, np.array([[True, True, True, True, False]])).tolist() == [[[-2, -2, 0, 2, 0]]]
 
 
 def test_the_range_of_a_type_is_known_for_8_and_16_bit_and_asked_for_otherwise(tmp_path):
-    normalisation = Normalisation((0.0,), (1.0,), (0.0,), (1.0,))
+    normalisation = Normalization((0.0,), (1.0,), (0.0,), (1.0,))
     for dtype, end in (("uint8", 255.0), ("uint16", 65535.0)):
         header = read_header(write_raster(tmp_path / f"{dtype}.tif", np.zeros((1, 4, 4), dtype)))
         assert for_file(normalisation, Reading(), header).high == (end,)
@@ -190,7 +189,7 @@ def test_the_facts_of_a_reading_survive_json():
     import json
 
     reading = Reading(bands=(3, 2), scale=(0.0, 4.0), nodata=(0.0, -9999.0), pixel_size=0.5)
-    normalisation = Normalisation((0.0, 1.0), (4.0, 4.0), (0.5, 0.4), (0.2, 0.3))
+    normalisation = Normalization((0.0, 1.0), (4.0, 4.0), (0.5, 0.4), (0.2, 0.3))
     assert reading_from_facts(json.loads(json.dumps(reading_facts(reading, normalisation)))) == (reading, normalisation)
     with pytest.raises(InputError, match="notes"):
         reading_from_facts({"low": [1]})

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from dann_experiments import DomainAdaptationMethod, InputError, MethodLoss
 from dann_experiments.checkpoints import files
 from dann_experiments.config import Config, config_to_yaml, load_config, replace
-from dann_experiments.data.dataset import SeededOrder
+from dann_experiments.data.loaders import SeededOrder
 from dann_experiments.jobs import RunResult, adapt, pretrain
 from dann_experiments.jobs.resume import as_the_run, checkpoint_to_go_on_from, run_to_go_on, settings_to_resume
 from dann_experiments.tracking.processes import process_name

@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_settings, write_domain, write_raster
+from conftest import read_sets, small_settings, write_domain, write_raster
 
 from dann_experiments import adapt, pretrain
 from dann_experiments.config import Config, InputError, load_config
 from dann_experiments.config.parsing import load_settings
-from dann_experiments.data import dataset, decoded, looking
-from dann_experiments.data.reading import read_pixels as reading
-from dann_experiments.jobs import setup, source_model
+from dann_experiments.data import dataset, shared_cache
+from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.data.pixels import read_pixels as reading
+from dann_experiments.jobs import source_model
+from dann_experiments.jobs.build import make_network
 from dann_experiments.jobs.shared_data import OWNER, PLACE, shared_data
+from dann_experiments.names import SOURCE_TRAIN
 from dann_experiments.tracking import fetch_model
 from dann_experiments.tracking.processes import become_worker, prepare_workers, worker_context
 from sweeps.crew import worker_count
@@ -37,7 +40,7 @@ IMAGES = 10 + 4 + 13 + 5 + 3  # of `squares`
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
     yield
-    decoded.share(None)
+    shared_cache.share(None)
 
 
 @pytest.fixture
@@ -54,22 +57,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         found.append(path)
         return read(path, *arguments)
 
-    for module in (dataset, looking):
-        monkeypatch.setattr(module, "read_pixels", read_pixels)
+    monkeypatch.setattr(dataset, "read_pixels", read_pixels)
     return found
-
-
-def loaded(config: Config) -> setup.Data:
-    data = setup.load_data(config)
-    setup.check_data(config, data, setup.make_network(config, with_weights=False))
-    return data
 
 
 def items(one: dataset.SegmentationDataset) -> list[dict[str, torch.Tensor]]:
     return [one[(index, 7)] for index in range(len(one))]
 
 
-def same(one: setup.Data, other: setup.Data) -> bool:
+def same(one: ImageSets, other: ImageSets) -> bool:
     """Equal items bit for bit, equal pieces, equal headers, equal counts of classes."""
     assert list(one.sets) == list(other.sets)
     for name in one.sets:
@@ -97,30 +93,30 @@ def lacking(root: Path) -> Path:
 
 def test_images_are_decoded_once_and_every_item_is_the_same(squares, tmp_path, reads):
     config = load_config(None, small_settings(squares))
-    alone = loaded(config)
+    alone = read_sets(config)
     assert len(reads) == IMAGES
     with shared_data(tmp_path / "outputs"):
-        first = loaded(config)
+        first = read_sets(config)
         assert len(reads) == 2 * IMAGES
-        second = loaded(config)
+        second = read_sets(config)
         assert len(reads) == 2 * IMAGES
         assert same(alone, first)
         assert same(alone, second)
-        assert second.sets["source_train"].memory.bytes_left == alone.sets["source_train"].memory.bytes_left
+        assert second.sets[SOURCE_TRAIN].memory.bytes_left == alone.sets[SOURCE_TRAIN].memory.bytes_left
     assert same(first, second)  # the folder is gone, what is mapped is not
     assert not (tmp_path / "outputs").exists()
 
 
 def test_a_process_that_finds_small_files_decoded_opens_none_of_them(squares, tmp_path, monkeypatch):
     config = load_config(None, small_settings(squares))
-    alone = loaded(config).digests
+    alone = read_sets(config).digests
     with shared_data(tmp_path / "outputs"):
-        loaded(config)
+        read_sets(config)
         opened, plain = [], open
         monkeypatch.setattr(
             "builtins.open", lambda path, *more, **named: opened.append(path) or plain(path, *more, **named)
         )
-        assert loaded(config).digests == alone
+        assert read_sets(config).digests == alone
     assert not [path for path in opened if str(path).endswith(".png")]
 
 
@@ -130,27 +126,26 @@ def test_windows_without_data_are_shared_as_they_are(tmp_path, windows, reads):
     more = {"data__window_size": 32, "data__windows": windows, "data__target__test": [], "data__crop_size": 16}
     more |= {f"data__{domain}__scale": [0, 1000] for domain in ("source", "target")}
     config = load_config(None, small_settings(root, **more))
-    alone = loaded(config)
+    alone = read_sets(config)
     with shared_data(tmp_path / "outputs"):
-        loaded(config)
+        read_sets(config)
         before = len(reads)
-        assert same(alone, loaded(config))
+        assert same(alone, read_sets(config))
         assert len(reads) == before
         other = load_config(None, small_settings(root, **more, seed=5))
-        assert same(loaded(other), setup_alone(other))
+        assert same(read_sets(other), setup_alone(other))
         assert (len(reads) > before) == (windows == "random")  # the seed decides where random windows lie
 
 
-def setup_alone(config: Config) -> setup.Data:
+def setup_alone(config: Config) -> ImageSets:
     """Without the others, and without a trace in `reads`."""
-    sharing, decoded._in_use = decoded._in_use, None
+    sharing, shared_cache._in_use = shared_cache._in_use, None
     try:
         with pytest.MonkeyPatch.context() as patch:
-            for module in (dataset, looking):
-                patch.setattr(module, "read_pixels", reading)
-            return loaded(config)
+            patch.setattr(dataset, "read_pixels", reading)
+            return read_sets(config)
     finally:
-        decoded._in_use = sharing
+        shared_cache._in_use = sharing
 
 
 def test_processes_that_start_together_decode_each_image_once(squares, tmp_path):
@@ -161,9 +156,9 @@ def test_processes_that_start_together_decode_each_image_once(squares, tmp_path)
     def read() -> None:
         with pytest.MonkeyPatch.context() as patch:
             found = counted(patch)
-            decoded.share(tmp_path)
+            shared_cache.share(tmp_path)
             barrier.wait(60)
-            loaded(config)
+            read_sets(config)
             answers.put(len(found))
 
     processes = [context.Process(target=read) for _ in range(3)]
@@ -179,23 +174,23 @@ def test_a_file_that_is_written_anew_is_read_anew(squares, tmp_path, reads):
     subprocess.run(["cp", "-r", squares, root], check=True)
     config = load_config(None, small_settings(root))
     with shared_data(tmp_path / "outputs"):
-        loaded(config)
+        read_sets(config)
         before = len(reads)
         os.utime(root / "source_val" / "images" / "0.png", ns=(1, 1))
-        loaded(config)
+        read_sets(config)
         assert len(reads) == before + 4
 
 
 def test_a_job_with_less_memory_than_the_one_that_wrote_reads_for_itself(squares, tmp_path, reads):
     enough = load_config(None, small_settings(squares))
     little = load_config(None, small_settings(squares, data__memory_gb=1e-5))
-    alone = loaded(little)
+    alone = read_sets(little)
     with shared_data(tmp_path / "outputs"):
-        loaded(enough)
+        read_sets(enough)
         before = len(reads)
-        data = loaded(little)
+        data = read_sets(little)
         assert len(reads) > before
-        assert data.sets["source_train"].memory.bytes_left >= 0
+        assert data.sets[SOURCE_TRAIN].memory.bytes_left >= 0
         for name, one in alone.sets.items():
             assert all(
                 torch.equal(a["image"], b["image"]) for a, b in zip(items(one), items(data.sets[name]), strict=True)
@@ -205,17 +200,17 @@ def test_a_job_with_less_memory_than_the_one_that_wrote_reads_for_itself(squares
 @pytest.mark.parametrize("why", ["memory", "disk", "folder"])
 def test_where_it_does_not_fit_each_process_reads_for_itself(squares, tmp_path, reads, monkeypatch, why):
     config = load_config(None, small_settings(squares, data__memory_gb=2e-5 if why == "memory" else 2))
-    alone = loaded(config)
+    alone = read_sets(config)
     expected = len(reads)
     if why == "disk":
-        monkeypatch.setattr(decoded.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        monkeypatch.setattr(shared_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     if why == "folder":
         (tmp_path / "outputs").write_text("a file")
     with shared_data(tmp_path / "outputs") as folder:
         assert (folder is None) == (why == "folder")
         for _ in range(2):
             before = len(reads)
-            assert same(alone, loaded(config)) or why == "memory"
+            assert same(alone, read_sets(config)) or why == "memory"
             if why != "memory":
                 assert len(reads) - before == expected
             elif folder is not None:
@@ -231,9 +226,9 @@ def test_a_bad_file_is_told_as_ever(squares, tmp_path):
     told = []
     for _ in range(2):
         with pytest.raises(InputError) as error:
-            loaded(config)
+            read_sets(config)
         told.append(str(error.value))
-        decoded.share(tmp_path)
+        shared_cache.share(tmp_path)
     assert told[0] == told[1]
     assert "3.png" in told[0]
     assert "5.png" in told[0]
@@ -280,14 +275,14 @@ def test_a_source_model_that_is_written_anew_is_loaded_anew(squares, workplace, 
     monkeypatch.setattr(source_model, "_kept", {})
     config = load_config(None, small_settings(squares))
     store: Any = SimpleNamespace(uri="")
-    network, file = setup.make_network(config), workplace / "model.pt"
+    network, file = make_network(config), workplace / "model.pt"
     for value in (1.0, 2.0):
         for parameter in network.parameters():
             torch.nn.init.constant_(parameter, value)
         torch.save(network.state_dict(), file)
         os.utime(file, ns=(int(value), int(value)))
         for _ in range(2):
-            fresh = setup.make_network(config)
+            fresh = make_network(config)
             source_model.load_source_model(config, fresh, str(file), store)
             assert all(bool((parameter == value).all()) for parameter in fresh.parameters())
             for parameter in fresh.parameters():  # a training changes its own copy
@@ -378,20 +373,15 @@ def test_a_worker_has_the_environment_of_the_moment_it_is_started(monkeypatch):
 FORKED = """
 import multiprocessing.forkserver, os, threading
 import rich
-from dann_experiments.config import load_config
-from dann_experiments.data import early
 from dann_experiments.tracking.processes import become_worker, fork_workers_from_here, worker_context
 
 def tell(connection):
     import torch, mlflow, segmentation_models_pytorch, rasterio
     origin, threads = os.getppid(), threading.active_count()
     become_worker("log.txt", {})
-    connection.send((getattr(torch, "seen", None), early._begun, origin, threads, rich.get_console().color_system))
+    connection.send((getattr(torch, "seen", None), origin, threads, rich.get_console().color_system))
 
 if __name__ == "__main__":
-    early.os.sched_getaffinity = lambda pid: {0, 1}
-    early.begin(load_config(None))
-    assert early._begun is not None
     from sweeps import driver
     import torch
     torch.seen = "imported by the driver"
@@ -408,7 +398,7 @@ if __name__ == "__main__":
         process.join()
         assert process.exitcode == 0
     origin = multiprocessing.forkserver._forkserver._forkserver_pid
-    assert found == 2 * [("imported by the driver", None, origin, 1, None)], found
+    assert found == 2 * [("imported by the driver", origin, 1, None)], found
     assert os.waitpid(origin, os.WNOHANG) == (0, 0)
 """
 

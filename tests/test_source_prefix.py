@@ -21,7 +21,7 @@ from dann_experiments.__main__ import main
 from dann_experiments.checkpoints.weights import load_into, read_weights
 from dann_experiments.comparison.arms import arms_of
 from dann_experiments.config.comparison import CompareConfig
-from dann_experiments.jobs.setup import run_digest
+from dann_experiments.jobs.identity import run_digest
 from tests.conftest import small_settings
 
 PREFIX = "domain_adaptation.pretrained_checkpoint.source_prefix"
@@ -255,7 +255,7 @@ def full_size(squares, workplace) -> Path:
     state = {}
     for seed, prefix in enumerate(("model.", "ema_model.")):
         torch.manual_seed(seed)
-        from dann_experiments.jobs.setup import make_network
+        from dann_experiments.jobs.build import make_network
 
         state |= {prefix + name: value for name, value in make_network(config, False).state_dict().items()}
     torch.save({"state_dict": state}, "two.ckpt")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import small_settings
+from conftest import read_sets, small_settings, write_raster
+from PIL import Image, PngImagePlugin
 
-from dann_experiments.config import load_config
-from dann_experiments.data import reading
-from dann_experiments.jobs import setup
+from dann_experiments.config import InputError, load_config
+from dann_experiments.data import domain_data, pixels, rasters
+from dann_experiments.data.samples import files_of
+from dann_experiments.jobs.build import find_data, make_network
+from dann_experiments.names import SOURCE_TRAIN, SOURCE_VAL
 
 PROJECT = Path(__file__).parents[1]
 HEAVY = ("torch", "mlflow", "pytorch_lightning", "optuna", "numpy")
@@ -43,48 +49,86 @@ def test_help_of_the_sweeps_imports_nothing_heavy(arguments):
 
 def test_a_network_whose_weights_all_come_from_a_checkpoint_is_built_without_drawing_any(squares):
     config = load_config(None, small_settings(squares, model__encoder_name="vgg11_bn"))
-    drawn = setup.make_network(config, with_weights=False)
+    drawn = make_network(config, with_weights=False)
     before = torch.get_rng_state()
-    undrawn = setup.make_network(config, with_weights=False, drawn=False)
+    undrawn = make_network(config, with_weights=False, initialize=False)
     assert torch.equal(torch.get_rng_state(), before)
     undrawn.load_state_dict(drawn.state_dict())
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(drawn.eval()(images), undrawn.eval()(images))
 
 
-def test_what_a_file_says_of_itself_is_asked_of_an_image_once(squares, monkeypatch):
-    config = load_config(None, small_settings(squares))
-    asked = []
-    header = reading._header
-    monkeypatch.setattr(reading, "_header", lambda file, *known: asked.append(file.name) or header(file, *known))
-    data = setup.load_data(config)
-    setup.check_data(config, data, setup.make_network(config, with_weights=False))
-    samples = [sample for one in data.sets.values() for sample in one.samples]
+def test_the_header_of_an_image_is_read_once(squares, monkeypatch):
+    asked, header_of = [], rasters.header_of
+    for module in (rasters, pixels):
+        monkeypatch.setattr(module, "header_of", lambda file: asked.append(file.name) or header_of(file))
+    sets = read_sets(load_config(None, small_settings(squares)))
+    samples = [sample for one in sets.sets.values() for sample in one.samples]
     assert sorted(name for name in asked if "/images/" in name) == sorted(str(sample.image) for sample in samples)
 
 
-def test_a_small_file_is_opened_once_for_its_header_and_its_pixels_and_once_for_its_bytes(squares, monkeypatch):
+def test_each_file_is_opened_for_its_header_and_for_its_pixels_and_its_bytes_are_hashed_once(squares, monkeypatch):
     config = load_config(None, small_settings(squares))
     opened, reader = [], rasterio.io.DatasetReader
     monkeypatch.setattr(rasterio.io, "DatasetReader", lambda path: opened.append(path) or reader(path))
-    read, plain = [], open
-    monkeypatch.setattr("builtins.open", lambda path, *more, **named: read.append(path) or plain(path, *more, **named))
-    data = setup.load_data(config)
-    setup.check_data(config, data, setup.make_network(config, with_weights=False))
-    assert data.digests
-    files = [
-        str(path)
-        for one in data.sets.values()
-        for sample in one.samples
-        for path in (sample.image, sample.mask)
-        if path is not None
-    ]
-    assert sorted(opened) == sorted(files)
-    assert sorted(str(path) for path in read if str(path).endswith(".png")) == sorted(files)
+    hashed, file_digest = [], domain_data.file_digest
+    monkeypatch.setattr(domain_data, "file_digest", lambda path: hashed.append(path) or file_digest(path))
+    sets = read_sets(config)
+    assert sets.digests
+    files = [path for one in sets.sets.values() for path in files_of(one.samples)]
+    assert sorted(opened) == sorted(2 * [str(path) for path in files])
+    assert sorted(hashed) == sorted(files)
+
+
+@pytest.mark.parametrize("size", [64, 200])
+def test_memory_goes_to_images_in_their_order_whether_small_or_large(tmp_path, size):
+    for name, side in (("source", size), ("source_val", size), ("target", 64), ("target_val", 64)):
+        for number in range(3):
+            values = np.full((3, side, side), number, np.uint8)
+            values[:, 0, 0] = number + 1
+            write_raster(tmp_path / name / "images" / f"{number}.tif", values)
+            if name != "target":
+                write_raster(tmp_path / name / "masks" / f"{number}.tif", values[:1] % 2)
+    one = 4 * size * size
+    config = load_config(
+        None, small_settings(tmp_path, data__target__test=[], data__memory_gb=4.5 * one / 1e9, data__crop_size=32)
+    )
+    sets = read_sets(config).sets
+    assert (len(sets[SOURCE_TRAIN]._kept), len(sets[SOURCE_VAL]._kept)) == (3, 1)
+
+
+@pytest.mark.parametrize("broken", ["header", "pixels", "missing"])
+def test_what_is_wrong_with_a_file_is_reported_with_its_name(squares, tmp_path, broken):
+    root = tmp_path / "data"
+    shutil.copytree(squares, root)
+    file = root / "source" / "masks" / "3.png"
+    if broken == "header":
+        file.write_bytes(b"no image")
+    elif broken == "missing":
+        file.unlink()
+    else:
+        shutil.copy(root / "source" / "images" / "3.png", file)  # three bands
+    with pytest.raises(InputError, match=r"3\.png"):
+        read_sets(load_config(None, small_settings(root)))
+
+
+@pytest.mark.parametrize("kind", ["exif", "text"])
+def test_the_orientation_of_a_png_is_found_whatever_chunk_holds_it(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    more: dict[str, Any] = {"exif": exif}
+    if kind == "text":
+        more = {"pnginfo": PngImagePlugin.PngInfo()}
+        more["pnginfo"].add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n")
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
+    image.save(tmp_path / "turned.png", **more)
+    image.save(tmp_path / "upright.png")
+    heights = [rasters.read_header(tmp_path / f"{name}.png").height for name in ("turned", "upright")]
+    assert heights == [6, 4]
 
 
 def test_gdal_is_set_up_once_a_set_not_once_a_file(squares, monkeypatch):
     made, real = [], rasterio.Env
     monkeypatch.setattr(rasterio, "Env", lambda **options: made.append(options) or real(**options))
-    data = setup.load_data(load_config(None, small_settings(squares)))
-    assert len(made) == len(data.sets)
+    data = find_data(load_config(None, small_settings(squares)))
+    assert len(made) == len(data.names)

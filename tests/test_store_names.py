@@ -13,10 +13,10 @@ from test_sweep_cluster import database, free_port, postgresql, start_server, st
 from dann_experiments import load_config
 from dann_experiments.config import InputError, flatten
 from dann_experiments.config.names import LONGEST_LABEL, is_key, labels_in_store, shortened
-from dann_experiments.jobs import setup
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.sender import Sender
 from dann_experiments.tracking.store import Store, open_store
+from dann_experiments.training.monitor import metrics_to_choose_by
 from dann_experiments.training.scoring import Scores
 
 CLASSES = (
@@ -182,6 +182,6 @@ def test_every_setting_is_a_legal_param():
 def test_classes_that_would_be_called_alike_can_each_choose_the_checkpoint(squares):
     names = ["建物", "道路"]
     config = load_config(None, {"data.class_names": names, "model.classes": 2})
-    known = setup.validation_metrics(config)
+    known = metrics_to_choose_by(config.class_names)
     assert {f"class_iou/target_val/{name}" for name in names} <= set(known)
     assert len(set(known)) == len(known)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dann_experiments.config import InputError, config_to_yaml, load_config, replace
 from dann_experiments.config.parsing import load_settings
-from dann_experiments.jobs import setup
+from dann_experiments.jobs import build
 from sweeps import space as space_module
 from sweeps.__main__ import main
 from sweeps.objective import check_objective
@@ -69,12 +69,12 @@ def test_in_channels_follows_the_layer():
     config = replace(BASE, {f"{METHOD}.in_channels": 128, "domain_adaptation.feature_layers": ["encoder"]})
     for layer in space_of({FEATURE_LAYER: "auto"}, config).described()[FEATURE_LAYER]["choices"]:
         changed = replace(config, settings_of({FEATURE_LAYER: layer}))
-        setup.make_method(changed, setup.make_taps(changed, setup.make_network(changed)))  # refuses a wrong number
+        build.make_method(changed, build.make_taps(changed, build.make_network(changed)))  # refuses a wrong number
 
 
 def test_a_layer_is_looked_up_once_however_many_ends_are_checked_with_it(monkeypatch):
-    asked, make_taps = [], setup.make_taps
-    monkeypatch.setattr(setup, "make_taps", lambda config, network: asked.append(1) or make_taps(config, network))
+    asked, make_taps = [], build.make_taps
+    monkeypatch.setattr(build, "make_taps", lambda config, network: asked.append(1) or make_taps(config, network))
     monkeypatch.setattr(space_module, "_networks", {})
     entries = {GAMMA: FLOAT, f"{METHOD}.hidden_size": {"type": "int", "low": 32, "high": 256}}
     assert len(space_of(entries).parameters) == 2
@@ -170,17 +170,19 @@ def test_a_metric_that_no_run_logs_is_no_objective(squares):
     config = load_config(None, small_settings(squares, data__class_names=["ground (any)", "square"]))
     good = ("iou/target_val", "class_iou/target_val/ground _any_", "loss/val_source", "da/domain_acc")
     for name in good:
-        check_objective(load_settings(SweepConfig, None, {"objective": name}), config, setup.load_data(config))
+        check_objective(load_settings(SweepConfig, None, {"objective": name}), config, build.find_data(config).labelled)
     for name in ("iou/tarket_val", "class_iou/target_val/ground (any)", "da/domain_accuracy", "loss/train_x"):
         with pytest.raises(InputError, match="do not log"):
-            check_objective(load_settings(SweepConfig, None, {"objective": name}), config, setup.load_data(config))
+            check_objective(
+                load_settings(SweepConfig, None, {"objective": name}), config, build.find_data(config).labelled
+            )
     (squares / "bare").mkdir()
     (squares / "bare" / "images").symlink_to(squares / "target_val" / "images")
     unlabelled = replace(config, {"data.target.val": ["bare"]})
     for name in ("iou/target_val", "iou/gap_source_minus_target"):
         with pytest.raises(InputError, match=r"labelled images in data\.target\.val"):
             check_objective(
-                load_settings(SweepConfig, None, {"objective": name}), unlabelled, setup.load_data(unlabelled)
+                load_settings(SweepConfig, None, {"objective": name}), unlabelled, build.find_data(unlabelled).labelled
             )
 
 

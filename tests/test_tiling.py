@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dann_experiments.config import InputError
-from dann_experiments.data.reading import Window
+from dann_experiments.data.rasters import Window
 from dann_experiments.models.networks import logits_of_any_size
 from dann_experiments.prediction.tiling import Axis, Plan, Tiler, grid_stride, plan_axis, plan_tiles, ramp_weights
 

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 from dann_experiments.config import InputError
 from dann_experiments.data import dataset as dataset_module
-from dann_experiments.data.dataset import Memory, SegmentationDataset, eval_loader, train_loader
+from dann_experiments.data.dataset import Memory, SegmentationDataset
 from dann_experiments.data.labels import LabelMap
-from dann_experiments.data.reading import Normalisation, Reading, Window
+from dann_experiments.data.loaders import eval_loader, train_loader
+from dann_experiments.data.rasters import Window
+from dann_experiments.data.reading import Normalization, Reading
 from dann_experiments.data.samples import Sample
-from dann_experiments.data.statistics import measure, normalisation_from
+from dann_experiments.data.statistics import measure, normalization_from
 from dann_experiments.data.windows import at_random, default_size, grid
 
-ONE_BAND = Normalisation((0.0,), (255.0,), (0.0,), (1.0,))
+ONE_BAND = Normalization((0.0,), (255.0,), (0.0,), (1.0,))
 
 
 @settings(max_examples=200, deadline=None)
@@ -114,7 +116,7 @@ def test_normalisation_is_measured_over_the_windows_where_there_is_data(tmp_path
     rng = np.random.default_rng(1)
     values = rng.normal(1000, 200, (2, 60, 60)).astype(np.float32)
     values[:, :10] = -9999
-    given = Normalisation((0.0,) * 2, (4000.0,) * 2, (0.5,) * 2, (0.25,) * 2)
+    given = Normalization((0.0,) * 2, (4000.0,) * 2, (0.5,) * 2, (0.25,) * 2)
     image = write_raster(tmp_path / "a.tif", values, nodata=-9999)
     windows = SegmentationDataset(
         [Sample(image, None)], LabelMap(2), given, Reading(scale=(0.0, 4000.0)), window_size=32
@@ -127,9 +129,9 @@ def test_normalisation_is_measured_over_the_windows_where_there_is_data(tmp_path
     assert found.std == pytest.approx(real.std(1), rel=0.05)
     assert found.low == pytest.approx(np.percentile(real, 2, axis=1), rel=0.03)
     assert found.minimum.min() > 0
-    own = normalisation_from(found, given, (0.0, 4000.0), 1.0, own=True)
+    own = normalization_from(found, given, (0.0, 4000.0), 1.0, own=True)
     assert own.mean == pytest.approx(tuple(found.mean / 4000))
-    by_percentiles = normalisation_from(found, given, "percentiles", 1.0, own=False)
+    by_percentiles = normalization_from(found, given, "percentiles", 1.0, own=False)
     assert by_percentiles.low == tuple(found.low)
     assert by_percentiles.mean == (0.5, 0.5)
 
@@ -154,7 +156,7 @@ def training_set(folder, augmentation: str) -> SegmentationDataset:
                 write_raster(folder / f"{number}.tif", image, nodata=0), write_raster(folder / f"{number}_m.tif", mask)
             )
         )
-    plain = Normalisation((0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3)
+    plain = Normalization((0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3)
     return SegmentationDataset(samples, LabelMap(2), plain, training=True, crop_size=16, augmentation=augmentation)  # pyright: ignore[reportArgumentType]
 
 
@@ -211,7 +213,7 @@ def test_strong_augmentation_changes_colours_and_scale_but_neither_the_labels_no
 
 def test_five_bands_are_augmented_too(tmp_path):
     image = write_raster(tmp_path / "a.tif", np.random.default_rng(0).integers(0, 255, (5, 16, 12), dtype=np.uint8))
-    plain = Normalisation((0.0,) * 5, (255.0,) * 5, (0.5,) * 5, (0.25,) * 5)
+    plain = Normalization((0.0,) * 5, (255.0,) * 5, (0.5,) * 5, (0.25,) * 5)
     items = SegmentationDataset([Sample(image, None)], LabelMap(2), plain, training=True, augmentation="strong")
     assert len({float(items[(0, seed)]["image"].mean()) for seed in range(5)}) == 5
 

@@ -21,12 +21,12 @@ from dann_experiments.checkpoints.weights import WEIGHTS_NAME
 from dann_experiments.config.disk import writing
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.places import user_path
-from dann_experiments.data.reading import Normalisation, Reading, reading_from_facts
+from dann_experiments.data.reading import Normalization, Reading, reading_from_facts
 from dann_experiments.models.networks import build_network
+from dann_experiments.names import DOMAINS
 
 CONFIG_NAME = "config.json"
 NOTES_NAME = "dann.json"
-DOMAINS = ("source", "target")
 BASIC_ARGUMENTS = ("encoder_name", "in_channels", "classes")
 # of config.json: what says nothing about the weights, and an activation at the end, since our networks give logits
 NO_ARGUMENTS = ("_model_class", "encoder_weights", "activation")
@@ -44,7 +44,7 @@ class ModelNotes:
     """One per class, index = class id; None where the model was saved by segmentation-models-pytorch alone."""
     ignore_index: int | None = None
     """Mask value that counted nowhere in training."""
-    readings: Mapping[str, tuple[Reading, Normalisation]] = field(default_factory=dict)
+    readings: Mapping[str, tuple[Reading, Normalization]] = field(default_factory=dict)
     """By domain (source, target): how its images are read and normalized. A domain without training images is absent."""
 
     @property
@@ -176,7 +176,7 @@ class _NoteChecker:
             raise self.refused("ignore_index", value, "a whole number from 0 to 255")
         return value
 
-    def readings(self, facts: Mapping[str, Any], bands: int) -> dict[str, tuple[Reading, Normalisation]]:
+    def readings(self, facts: Mapping[str, Any], bands: int) -> dict[str, tuple[Reading, Normalization]]:
         if "reading" in facts:
             found = facts["reading"]
             if not isinstance(found, dict):
@@ -187,7 +187,7 @@ class _NoteChecker:
         older = {"low": [0.0] * bands, "high": [255.0] * bands, "mean": facts.get("mean"), "std": facts.get("std")}
         return dict.fromkeys(DOMAINS, self.reading("", older, bands))
 
-    def reading(self, domain: str, facts: Any, bands: int) -> tuple[Reading, Normalisation]:
+    def reading(self, domain: str, facts: Any, bands: int) -> tuple[Reading, Normalization]:
         prefix = f"reading.{domain}." if domain else ""
         try:
             reading, normalisation = reading_from_facts(facts)

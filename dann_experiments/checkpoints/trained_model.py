@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dann_experiments.data.reading import Normalisation, Reading
+from dann_experiments.data.reading import Normalization, Reading
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Model:
     class_names: Sequence[str]
     in_channels: int
     reading: Reading
-    normalisation: Normalisation
+    normalisation: Normalization
     digest: str
     """Equal for equal weights and class names."""
     run_id: str | None

@@ -15,11 +15,11 @@ from dann_experiments.comparison.result import Arm
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.comparison import ARM_NAMES, DEFAULT_ARMS, CompareConfig
 from dann_experiments.config.parsing import known_keys
-from dann_experiments.config.presets import filled
-from dann_experiments.data.samples import PRETRAINING_SETS
-from dann_experiments.jobs import setup
-from dann_experiments.jobs.evaluate import SETS as SCORED_SETS
+from dann_experiments.jobs.build import find_data, make_method, make_network, make_taps
+from dann_experiments.jobs.checks import checked_sets
 from dann_experiments.jobs.evaluate import STATISTICS_SET
+from dann_experiments.jobs.identity import run_digest
+from dann_experiments.names import ALL_SETS, PRETRAINING_SETS, SCORED_SETS
 
 log = logging.getLogger(__name__)
 PATH = "domain_adaptation.pretrained_checkpoint.path"
@@ -40,7 +40,7 @@ MAKES_THE_KIND = {
     "control": ("domain_adaptation.method.name", "domain_adaptation.method.class_path", "domain_adaptation.method.lambda_da"),
     "statistics": ("domain_adaptation.batchnorm",),
 }  # fmt: skip
-SETS = {"pretrain": PRETRAINING_SETS, "adapt": setup.SETS, "evaluate": (*SCORED_SETS, STATISTICS_SET)}
+SETS = {"pretrain": PRETRAINING_SETS, "adapt": ALL_SETS, "evaluate": (*SCORED_SETS, STATISTICS_SET)}
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,13 @@ def check_arms(cells: Sequence[Cell]) -> None:
         config = cell.config
         try:
             with torch.random.fork_rng(devices=[]):  # the initial weights draw numbers
-                network = setup.make_network(config, with_weights=False)
+                network = make_network(config, with_weights=False)
             key = repr((SETS[cell.job], config.data, config.model, config.monitor, config.trainer.accelerator))
             if key not in checked_data:
-                setup.check_data(config, setup.load_data(config, SETS[cell.job]), network)
+                checked_sets(config, find_data(config, SETS[cell.job]), network)
                 checked_data.add(key)
             with torch.random.fork_rng(devices=[]):
-                setup.make_method(config, setup.make_taps(config, network))
+                make_method(config, make_taps(config, network))
         except InputError as error:
             raise _of_arm(cell.arm, error) from None
 
@@ -206,9 +206,9 @@ def _settings(arm: Arm, config: Config, seed: int) -> Config:
 
 def _trained_on_the_target(config: Config) -> dict[str, Any]:
     """The source model's own training, with labelled target images in the source's place."""
-    source = filled(config.data.source)
+    source = config.data.resolved("source")
     target = dataclasses.replace(
-        filled(config.data.target), preset=None, scene=None, train=list(config.data.oracle),
+        config.data.resolved("target"), preset=None, scene=None, train=list(config.data.oracle),
         augmentation=source.augmentation, batch_size=source.batch_size,
     )  # fmt: skip
     return {
@@ -229,6 +229,6 @@ class _Digests:
     def of(self, job: str, config: Config, source: str | None) -> str:
         key = repr((SETS[job], config.data, config.model.in_channels, config.model.classes))
         if key not in self._found:
-            self._found[key] = setup.load_data(config, SETS[job]).digests
+            self._found[key] = find_data(config, SETS[job]).digests
         digests = self._found[key]
-        return setup.run_digest(job, config, digests, source)
+        return run_digest(job, config, digests, source)

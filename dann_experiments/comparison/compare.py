@@ -23,8 +23,9 @@ from dann_experiments.comparison.verdict import Verdict, difference_table, judge
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.names import labels_in_store
-from dann_experiments.jobs import setup
+from dann_experiments.jobs import checks, identity
 from dann_experiments.jobs.shared_data import shared_data
+from dann_experiments.names import DOMAINS
 from dann_experiments.tracking.fetch_model import digest_of_model, fetched
 from dann_experiments.tracking.orphans import close_orphans
 from dann_experiments.tracking.run import TrackedRun, tracked_run
@@ -78,14 +79,14 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
     else:
         cells = cells_of(arms, settings.seed_list(config.seed), config, _given_source(config, store))
         for cell in cells:
-            setup.refuse_auto_batch_size(cell.config, "the runs of a comparison")
+            checks.refuse_auto_batch_size(cell.config, "the runs of a comparison")
         done = find_cells(cells, store)
         check_arms([cell for index, cell in enumerate(cells) if index not in done.run_ids])
-    names = [setup.domain_name(config, domain) for domain in ("source", "target")]
+    names = [identity.domain_name(config, domain) for domain in DOMAINS]
     tags = {"dann.job": "compare", "dann.source": names[0], "dann.target": names[1], "seed": config.seed}
     folder = Path(config.tracking.folder)
     with tracked_run(store, config.tracking.run_name, "compare", tags, folder, use_claimed=True) as run:
-        public = setup.public_settings(config, store.experiment)
+        public = identity.public_settings(config, store.experiment)
         run.log_params(flatten(public))
         (run.folder / "config.yaml").write_text(config_to_yaml(public))
         if cells:
@@ -156,7 +157,7 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
     features, layer = {}, ""
     if adapted[0] in run_of_arm:
         features, layer = feature_clouds(store, run_of_arm[adapted[0]])
-    names = [setup.domain_name(config, domain) for domain in ("source", "target")]
+    names = [identity.domain_name(config, domain) for domain in DOMAINS]
     return Comparison(
         title=" → ".join(names), arms=arms, runs=runs, class_names=config.class_names,
         ignore_index=config.data.ignore_index, verdicts=verdicts, metric=metric,

@@ -14,11 +14,11 @@ from torch import nn
 
 from dann_experiments.comparison.result import FeatureCloud, Panel
 from dann_experiments.config import Config, InputError
-from dann_experiments.data.reading import Normalisation
-from dann_experiments.jobs import setup
-from dann_experiments.jobs.alignment import FEATURES_FILE
+from dann_experiments.data.reading import Normalization
+from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.load_model import load_model
-from dann_experiments.jobs.training import Album
+from dann_experiments.jobs.run_training import FEATURES_FILE, Album
+from dann_experiments.names import SOURCE_TRAIN, TARGET_TEST, TARGET_TRAIN, TARGET_VAL
 from dann_experiments.tracking.store import Store, without_secrets
 
 log = logging.getLogger(__name__)
@@ -30,18 +30,15 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
 
     Test images where there are any with masks, else validation images. [] where the data or the models are not at hand."""
     try:
-        data = setup.load_data(config, ("source_train", "target_train", "target_val", "target_test"))
-        dataset = data.labelled("target_test") or data.labelled("target_val") or data.held_out("target")
+        sets = find_data(config, (SOURCE_TRAIN, TARGET_TRAIN, TARGET_VAL, TARGET_TEST)).read(ahead=False)
+        dataset = sets.labelled(TARGET_TEST) or sets.labelled(TARGET_VAL) or sets.held_out("target")
         if dataset is None:
             return []
-        setup.settle(config, data)
-        settled = dataset.normalisation
         albums: dict[str, Album] = {}
         for arm, run_id in run_of_arm.items():
             with torch.random.fork_rng(devices=[]):  # a new network draws its weights
-                network, normalisation = _model_of(run_id, config, store)
-            dataset.normalisation = normalisation or settled
-            albums[arm] = Album(dataset, TILES)
+                network, normalization = _model_of(run_id, config, store)
+            albums[arm] = Album(dataset.with_normalization(normalization or dataset.normalization), TILES)
             albums[arm].add(arm, network)
     except (OSError, ValueError) as error:  # InputError is one: files of runs from elsewhere
         log.warning("The report has no pictures of predictions: %s", error)
@@ -57,8 +54,8 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
     ]
 
 
-def _model_of(run_id: str, config: Config, store: Store) -> tuple[nn.Module, Normalisation | None]:
-    """A run's network, and its normalisation of target images; None for a source model that has never seen the target."""
+def _model_of(run_id: str, config: Config, store: Store) -> tuple[nn.Module, Normalization | None]:
+    """A run's network, and its normalization of target images; None for a source model that has never seen the target."""
     where = f"runs:/{run_id}/model"
     try:
         model = load_model(where, "target", config, store)

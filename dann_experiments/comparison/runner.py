@@ -258,7 +258,7 @@ def _work(
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     quiet_libraries()
-    from dann_experiments.data.decoded import share
+    from dann_experiments.data.shared_cache import share
     from dann_experiments.jobs.source_model import keep_source_models
 
     share(decoded)

@@ -7,6 +7,7 @@ A setting has one dotted name everywhere (YAML, flag, sweep space, MLflow parame
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.places import local_text
 from dann_experiments.config.presets import IGNORED, filled
+from dann_experiments.names import DOMAINS, Domain
 
 Arch = Literal[
     "unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus", "pan", "upernet",
@@ -256,6 +258,15 @@ class DataConfig:
     train; with a GPU up to 4, as there are cores. Changes no result."""
     memory_gb: float = 4.0
     """Decoded images are kept up to this many gigabytes, all sets together, and not decoded again; 0 = none are kept."""
+
+    def resolved(self, domain: Domain) -> DomainDataConfig:
+        """Return the settings of a domain with what its preset says wherever they are unset. The fields keep what the user
+        wrote."""
+        return self._resolved[domain]
+
+    @functools.cached_property
+    def _resolved(self) -> dict[Domain, DomainDataConfig]:
+        return {"source": filled(self.source), "target": filled(self.target)}
 
     def __post_init__(self) -> None:
         if self.num_workers is not None:
@@ -590,7 +601,7 @@ class Config:
     @property
     def class_names(self) -> list[str]:
         """One name a class."""
-        named = self.data.class_names or filled(self.data.source).class_names
+        named = self.data.class_names or self.data.resolved("source").class_names
         return named or [f"class_{index}" for index in range(self.model.classes)]
 
     def __post_init__(self) -> None:
@@ -600,17 +611,17 @@ class Config:
                 f"{where} has {len(self.class_names)} names, but model.classes is {self.model.classes}; give one name a "
                 f"class (they are {self.class_names})."
             )
-        filled(self.data.target)  # a preset that is none is refused here
+        self.data.resolved("target")  # a preset that is none is refused here
         if self.data.ignore_index < self.model.classes:
-            for domain in ("source", "target"):
-                if filled(getattr(self.data, domain)).class_names is not None:
+            for domain in DOMAINS:
+                if self.data.resolved(domain).class_names is not None:
                     raise InputError(
                         f"data.ignore_index is {self.data.ignore_index}, which is the network's id of class "
                         f"{self.class_names[self.data.ignore_index]!r}, so that class would count nowhere; leave it at 255, and "
                         f"list what the masks of data.{domain} hold for it in data.{domain}.ignore_values."
                     )
-        for domain in ("source", "target"):
-            bands = filled(getattr(self.data, domain)).bands
+        for domain in DOMAINS:
+            bands = self.data.resolved(domain).bands
             if bands is not None and len(bands) != self.model.in_channels:
                 raise InputError(
                     f"data.{domain}.bands names {len(bands)} bands, but model.in_channels is {self.model.in_channels}; "

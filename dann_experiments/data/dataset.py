@@ -1,40 +1,47 @@
-"""Samples as tensors: windows of images with their masks, and the loaders that training and validation draw from."""
+"""Items of a set of images: windows of images with their masks, as tensors."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.augmentation import Strength, augmented
+from dann_experiments.data.headers import checked_header
 from dann_experiments.data.labels import LabelMap, read_mask
-from dann_experiments.data.looking import Arrays, Memory, checked_header
 from dann_experiments.data.nodata import default_nodata_bands
-from dann_experiments.data.reading import (
-    TYPE_RANGES,
-    Header,
-    Normalisation,
-    Reading,
-    Window,
-    for_file,
-    largest_value,
-    read_pixels,
-)
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.rasters import Header, Window
+from dann_experiments.data.reading import TYPE_RANGES, Normalization, Reading, for_file, largest_value
 from dann_experiments.data.samples import Sample
 from dann_experiments.data.windows import Piece, at_random, default_size, grid
 
-log = logging.getLogger(__name__)
 MOST_PADDED = 8  # times a side of an image that a crop may be: beyond, hardly any of it would hold data
+Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]  # image (B, h, w) as stored, mask (h, w), valid (h, w)
+
+
+class Memory:
+    """How much decoded data may still be kept, shared by the sets of a job."""
+
+    def __init__(self, gigabytes: float) -> None:
+        self.bytes_left = gigabytes * 1e9
+        self.full = gigabytes <= 0
+        """Whether something had to be left out: reading ahead is of no use any more."""
+
+    def take(self, arrays: Arrays) -> bool:
+        """Count these arrays and return True if they may be kept."""
+        size = sum(array.nbytes for array in arrays if array is not None)
+        if size > self.bytes_left:
+            self.full = True
+            return False
+        self.bytes_left -= size
+        return True
 
 
 class SegmentationDataset(Dataset):
@@ -52,7 +59,7 @@ class SegmentationDataset(Dataset):
         self,
         samples: Sequence[Sample],
         labels: LabelMap,
-        normalisation: Normalisation,
+        normalization: Normalization,
         reading: Reading | None = None,
         training: bool = False,
         crop_size: int | None = None,
@@ -63,12 +70,11 @@ class SegmentationDataset(Dataset):
         seed: int = 0,
         memory: Memory | None = None,
         headers: Sequence[Header] | None = None,
-        read: Mapping[int, Arrays] | None = None,
         pad_to_crop: bool = False,
     ) -> None:
         self.samples = list(samples)
         self.labels = labels
-        self.normalisation = normalisation
+        self.normalization = normalization
         self.reading = reading or Reading()
         self.training = training
         self.crop_size = crop_size if training else None
@@ -86,8 +92,6 @@ class SegmentationDataset(Dataset):
             pad_to_crop and any(self._is_smaller_than_crop(piece.window) for piece in self.pieces)
         )
         self._kept: dict[Piece, Arrays] = {}
-        for number, arrays in (read or {}).items():  # whole images that are read, and counted, already
-            self._kept[Piece(number, Window(0, 0, *arrays[0].shape[1:]))] = arrays
         self._filled = False
         self.class_pixels: np.ndarray | None = None
         """(256,) pixels of each id in the masks, from `fill`; None until then, or where not all masks were read."""
@@ -98,7 +102,7 @@ class SegmentationDataset(Dataset):
     @property
     def in_channels(self) -> int:
         """Bands of an item."""
-        return len(self.normalisation.mean)
+        return len(self.normalization.mean)
 
     @property
     def has_masks(self) -> bool:
@@ -183,14 +187,20 @@ class SegmentationDataset(Dataset):
         self.class_pixels = pixels if complete and self.has_masks else None
         self._filled = True
 
+    def with_normalization(self, normalization: Normalization) -> SegmentationDataset:
+        """Return the same items under another normalization. What is kept in memory is shared."""
+        same = copy.copy(self)
+        same.normalization = normalization
+        return same
+
     def kept(self) -> dict[Piece, Arrays] | None:
-        """What `fill` keeps in memory, if that is all of the set."""
+        """Return what `fill` keeps in memory, if that is all of the set."""
         whole = self._filled and all(piece in self._kept for piece in self.pieces)
         return {piece: self._kept[piece] for piece in self.pieces} if whole else None
 
-    def keep(self, kept: Mapping[Piece, Arrays], class_pixels: np.ndarray | None, counted: bool = False) -> bool:
-        """Be as after a `fill` that found this; False, and as before, where it does not fit into memory. `counted`: it takes the
-        place of what is kept already."""
+    def restore(self, kept: Mapping[Piece, Arrays], class_pixels: np.ndarray | None, counted: bool = False) -> bool:
+        """Take over what `fill` of another process found. Return False, and change nothing, where it does not fit into memory.
+        `counted`: the arrays replace those that are kept already."""
         size = sum(array.nbytes for arrays in kept.values() for array in arrays if array is not None)
         if not counted:
             if self.memory.full or size > self.memory.bytes_left:
@@ -213,7 +223,7 @@ class SegmentationDataset(Dataset):
 
     def as_evaluated(self, most: int | None = None) -> SegmentationDataset:
         """The same items, or `most` of them from all over the set, whole, in order and as they are: no crop, no augmentation,
-        no random draw. What is kept in memory is shared; the normalisation is the one of now."""
+        no random draw. What is kept in memory is shared."""
         same = copy.copy(self)
         same.training, same.crop_size, same.augmentation = False, None, "none"
         if most is not None and most < len(self):
@@ -221,30 +231,30 @@ class SegmentationDataset(Dataset):
         return same
 
     def picture(self, item: dict[str, Tensor]) -> np.ndarray:
-        """An item's image (B, h, w) in 0..1: normalisation undone."""
-        mean, std = (np.array(side)[:, None, None] for side in (self.normalisation.mean, self.normalisation.std))
+        """An item's image (B, h, w) in 0..1: normalization undone."""
+        mean, std = (np.array(side)[:, None, None] for side in (self.normalization.mean, self.normalization.std))
         return np.clip(item["image"].numpy() * std + mean, 0, 1)
 
-    def normalisation_of(self, sample: int) -> Normalisation:
+    def normalization_of(self, sample: int) -> Normalization:
         """With the range of the sample's own type where that counts."""
-        return for_file(self.normalisation, self.reading, self.headers[sample])
+        return for_file(self.normalization, self.reading, self.headers[sample])
 
     def _item(self, index: int, augmentation: Strength) -> dict[str, Tensor]:
         arrays = self.read(index)
         if self.crop_size is not None:
             arrays = self._crop(arrays, index)
         values, mask, valid = arrays
-        normalisation = self.normalisation_of(self.pieces[index].sample)
+        normalization = self.normalization_of(self.pieces[index].sample)
         labels = None if mask is None else torch.from_numpy(mask.astype(np.int64))
         known = None if valid is None else torch.from_numpy(valid)
         if augmentation == "none":
-            image = torch.from_numpy(normalisation(values, valid))
+            image = torch.from_numpy(normalization(values, valid))
         else:
-            scaled = normalisation.scaled(values)
+            scaled = normalization.scaled(values)
             if valid is not None:  # NaN would spread in a blur
-                scaled[:, ~valid] = np.array(normalisation.mean, np.float32)[:, None]
+                scaled[:, ~valid] = np.array(normalization.mean, np.float32)[:, None]
             changed, labels, known = augmented(torch.from_numpy(scaled), labels, known, augmentation)
-            image = self._normalised(changed, known)
+            image = self._normalized(changed, known)
         item = {"image": image, "index": torch.tensor(index)}
         if labels is not None:
             item["mask"] = labels
@@ -252,9 +262,9 @@ class SegmentationDataset(Dataset):
             item["valid"] = torch.ones(image.shape[1:]) if known is None else known.float()
         return item
 
-    def _normalised(self, image: Tensor, valid: Tensor | None) -> Tensor:
-        mean = torch.tensor(self.normalisation.mean)[:, None, None]
-        std = torch.tensor(self.normalisation.std)[:, None, None]
+    def _normalized(self, image: Tensor, valid: Tensor | None) -> Tensor:
+        mean = torch.tensor(self.normalization.mean)[:, None, None]
+        std = torch.tensor(self.normalization.std)[:, None, None]
         image = (image - mean) / std
         return image if valid is None else image * valid
 
@@ -320,172 +330,3 @@ class SegmentationDataset(Dataset):
         first_row, first_column = round(top / factor), round(left / factor)
         rows = max(min(round(bottom / factor), height) - first_row, 1)
         return Window(first_row, first_column, rows, max(min(round(right / factor), width) - first_column, 1))
-
-
-def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> None:
-    """Refuse training items that cannot be put into batches of a network of this stride.
-
-    Items must be larger than the crop or, without crops, all of one size; crop or items must be divisible by `stride`.
-    """
-    sizes: dict[tuple[int, int], Path] = {}
-    for piece in dataset.pieces:
-        sizes.setdefault((piece.window.height, piece.window.width), dataset.samples[piece.sample].image)
-    if dataset.crop_size is not None:
-        for size, path in sizes.items():
-            if min(size) < dataset.crop_size and not dataset.pads(*size):
-                or_else = f" ({MOST_PADDED} times its side at most)" if dataset.pad_to_crop else ""
-                raise InputError(
-                    f"{name}: image {path} is {size[0]} x {size[1]} pixels, smaller than data.crop_size "
-                    f"{dataset.crop_size}; give a smaller one{or_else or ', or set data.pad_to_crop to true'}."
-                )
-        if dataset.crop_size % stride:
-            raise InputError(f"data.crop_size is {dataset.crop_size}; this network needs a multiple of {stride}.")
-        return
-    if len(sizes) > 1:
-        (one, first), (two, second) = list(sizes.items())[:2]
-        raise InputError(
-            f"{name}: images differ in size ({first}: {one[0]} x {one[1]}, {second}: {two[0]} x {two[1]}); "
-            "set data.crop_size to train on crops."
-        )
-    for (height, width), path in sizes.items():
-        if height % stride or width % stride:
-            raise InputError(
-                f"{name}: image {path} is {height} x {width} pixels; this network needs sides divisible by {stride}: "
-                "set data.crop_size to a multiple of it."
-            )
-
-
-def unit_problems(sets: Mapping[str, SegmentationDataset]) -> list[str]:
-    """What is wrong with pixel sizes of several sets (by name, such as source_train): one number that means two units."""
-    first: dict[tuple[str, float], tuple[str, str, Path]] = {}
-    problems = []
-    for name, dataset in sets.items():
-        size, unit = dataset.reading.pixel_size, dataset.reading.unit
-        if size is None or unit is None:
-            continue
-        path = next(s.image for s, h in zip(dataset.samples, dataset.headers, strict=True) if h.unit == unit)
-        domain = name.split("_")[0]
-        for other in (domain, "source" if domain == "target" else "target"):
-            key = (other, size)
-            if key in first and first[key][1] != unit:
-                problems.append(
-                    f"data.{name.replace('_', '.')}: pixel_size {size:g} means {unit} for image {path}, but "
-                    f"{first[key][1]} for image {first[key][2]} of data.{first[key][0].replace('_', '.')}; reproject the files "
-                    "to one CRS, or give each domain's pixel_size in the unit of its files."
-                )
-                break
-        first.setdefault((domain, size), (name, unit, path))
-    return problems
-
-
-class SeededOrder(Sampler[tuple[int, int]]):
-    """A random order of the items, another each pass, each index with a seed for its crop and augmentation: the same numbers
-    whatever the workers. A later process can go on in the middle of a pass, without touching the items before. Of several ranks
-    that train together, `share` (rank, how many) takes its part of one common order, as many items as each other."""
-
-    def __init__(self, dataset: SegmentationDataset, seed: int, share: tuple[int, int] = (0, 1)) -> None:
-        self._dataset = dataset
-        self._rank, self._world = share
-        self._order = torch.Generator().manual_seed(seed)
-        self._seeds = torch.Generator().manual_seed(seed)
-        self._epoch = 0
-        self._epoch_of_pass: int | None = None
-        self._pass_start = self._states()
-        self._to_skip: int | None = None  # of a pass that another process began
-
-    def __len__(self) -> int:
-        return len(self._dataset) // self._world
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        count = len(self._dataset)
-        # The numbers that are drawn and not used keep the order of the results in docs/results.md: one each pass, and an
-        # order where a pass follows another in one epoch.
-        skipped, self._to_skip = self._to_skip, None
-        if skipped is None and self._epoch_of_pass == self._epoch:
-            torch.randperm(count, generator=self._order)
-        self._epoch_of_pass = self._epoch
-        self._pass_start = self._states()
-        torch.empty((), dtype=torch.int64).random_(generator=self._order)
-        seeds = torch.randint(2**62, (count,), generator=self._seeds).tolist()
-        order = torch.randperm(count, generator=self._order).tolist()
-        first, end = self._rank + (skipped or 0) * self._world, len(self) * self._world
-        return itertools.islice(zip(order, seeds, strict=True), first, end, self._world)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self._epoch = epoch
-
-    def position(self, items: int | None) -> dict[str, Any]:
-        """What `go_on_from` needs after `items` of the newest pass; None: after an epoch, when a new pass comes next."""
-        return (self._states() if items is None else dict(self._pass_start)) | {"items": items or 0}
-
-    def go_on_from(self, position: Mapping[str, Any], epoch: int) -> None:
-        """Make the next pass, in `epoch`, the rest of the one at `position`."""
-        self._order.set_state(position["order"])
-        self._seeds.set_state(position["seeds"])
-        self._to_skip, self._epoch = int(position["items"]), epoch
-
-    def _states(self) -> dict[str, Any]:
-        return {"order": self._order.get_state(), "seeds": self._seeds.get_state()}
-
-
-class _EqualSizes(Sampler[list[int]]):
-    """Every item of a share (rank, how many) once, in order, in batches of neighbours of one size."""
-
-    def __init__(self, dataset: SegmentationDataset, batch_size: int, share: tuple[int, int] = (0, 1)) -> None:
-        rank, world = share
-        self.first_item, end = (len(dataset) * number // world for number in (rank, rank + 1))
-        self._batches: list[list[int]] = []
-        size = None
-        for index in range(self.first_item, end):
-            piece = dataset.pieces[index]
-            if piece.window[2:] != size or len(self._batches[-1]) == batch_size:
-                self._batches.append([])
-            size = piece.window[2:]
-            self._batches[-1].append(index)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
-
-
-def train_loader(
-    dataset: SegmentationDataset,
-    batch_size: int,
-    name: str,
-    seed: int,
-    share: tuple[int, int] = (0, 1),
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> DataLoader:
-    """Shuffled full batches; a set smaller than one batch is one smaller batch, and says so.
-
-    Order, crops and augmentations depend on `seed` alone, whatever else draws random numbers, and on no number of workers.
-    With `share` (rank, how many ranks), batches of this size are each rank's own; the set must hold an item for each.
-    """
-    order = SeededOrder(dataset, seed, share)
-    if len(order) < batch_size:
-        log.warning(
-            "%s has %d images%s, fewer than its batch size %d: training takes batches of %d.",
-            name, len(order), "" if share[1] == 1 else " for each process", batch_size, len(order),
-        )  # fmt: skip
-        batch_size = len(order)
-    return DataLoader(
-        dataset, batch_size, sampler=order, drop_last=True, num_workers=num_workers,
-        generator=torch.Generator().manual_seed(seed),  # or the loader would draw from everybody's random state
-        persistent_workers=num_workers > 0, pin_memory=pin_memory,
-    )  # fmt: skip
-
-
-def eval_loader(
-    dataset: SegmentationDataset,
-    batch_size: int,
-    share: tuple[int, int] = (0, 1),
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> DataLoader:
-    """Every item, or those of a share (rank, how many ranks), once, in order; neighbours of one size together."""
-    sampler = _EqualSizes(dataset, batch_size, share)
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory)

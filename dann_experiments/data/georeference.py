@@ -1,4 +1,4 @@
-"""Where files say that they lie: units of their pixel size, and whether an image and its mask show the same place."""
+"""Georeferences: the place that a file shows, the unit of its pixel size, and whether an image and its mask agree."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class Place(NamedTuple):
 
 
 def place_of(file: DatasetReader) -> Place | None:
-    """Return where an open file says it lies; None without a georeference, or with ground control points alone."""
-    if file.transform.is_identity or not _has_area(file.transform):
+    """Return the place of an open file; None without a georeference, or with ground control points alone."""
+    transform = file.transform
+    if transform.is_identity or not transform.determinant:
         return None
-    return Place(file.height, file.width, file.crs, file.transform)
+    return Place(file.height, file.width, file.crs, transform)
 
 
 def unit_of(crs: Any) -> str | None:
@@ -73,7 +74,3 @@ def described(place: Place) -> str:
 def _at(transform: Any, column: float, row: float) -> tuple[float, float]:
     a, b, c, d, e, f = transform[:6]
     return a * column + b * row + c, d * column + e * row + f
-
-
-def _has_area(transform: Any) -> bool:
-    return transform.determinant != 0

@@ -1,4 +1,4 @@
-"""From what a mask file holds (ids or colours) to the class ids of the network, by class name."""
+"""Label maps: from the ids or colors in a mask file to the class ids of the network, by class name."""
 
 from __future__ import annotations
 
@@ -6,25 +6,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.data.reading import (
-    Header,
-    StoredLabels,
-    Window,
-    changes_values,
-    colours_of,
-    open_raster,
-    read_labels,
-)
+from dann_experiments.data.pixels import StoredLabels, colors_of, read_labels
+from dann_experiments.data.rasters import Window, changes_values, open_raster
 
-if TYPE_CHECKING:
-    from rasterio.io import DatasetReader
-
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -35,15 +24,15 @@ class LabelMap:
     ignore_index: int = 255
     ids: Mapping[int, int] | None = None
     """Id in the file -> id of the network (or ignore_index); None = the same ids."""
-    colours: Mapping[Colour, int] | None = None
+    colors: Mapping[Color, int] | None = None
     """Red, green, blue in the file -> id of the network (or ignore_index); instead of ids."""
     ignored: frozenset[int] = frozenset()
     """More ids of the file that count nowhere."""
     settings: str = field(default="", compare=False, repr=False)
-    """What stands before the names of these settings, for messages: data.source., data.target."""
+    """Prefix of the names of these settings in messages: data.source., data.target."""
 
     def network_id(self, value: int) -> int | None:
-        """Id of the network for an id of the file; None = it is none."""
+        """Map a mask value to a class id of the network; None if the value is unknown."""
         if value in self.ignored:
             return self.ignore_index
         if self.ids is not None and value in self.ids:
@@ -63,11 +52,11 @@ def label_map(
     class_names: Sequence[str],
     ignore_index: int,
     value_map: Mapping[int, str] | None,
-    color_map: Mapping[Colour, str] | None,
+    color_map: Mapping[Color, str] | None,
     ignore_values: Sequence[int],
     settings: str = "",
 ) -> LabelMap:
-    """The map of a domain whose ids or colours are named; a name that is no class of the network is ignored."""
+    """Build the label map of a domain from the names of its ids or colors; a name that is no class of the network is ignored."""
     index = {name: position for position, name in enumerate(class_names)}
     return LabelMap(
         len(class_names),
@@ -79,17 +68,14 @@ def label_map(
     )
 
 
-def read_mask(
-    path: Path, labels: LabelMap, window: Window | None = None, factor: float = 1.0, header: Header | None = None,
-    file: DatasetReader | None = None,
-) -> np.ndarray:  # fmt: skip
-    """(h, w) uint8 of network ids; `header` if it is known, `file` if it is open.
+def read_mask(path: Path, labels: LabelMap, window: Window | None = None, factor: float = 1.0) -> np.ndarray:
+    """Read a window of a mask (None = all of it) as (h, w) uint8 class ids of the network.
 
     Where the file itself says that there is no label (NaN, its nodata value, its mask or alpha band), the pixel is ignored,
     unless `labels` names its value; the transparency of a picture hides only what `labels` does not know. Raises InputError
     naming file and id (or color) for what the map does not know.
     """
-    stored = read_labels(path, window, factor, header, file)
+    stored = read_labels(path, window, factor)
     try:
         return _network_ids(path, stored, labels)
     except InputError as error:
@@ -105,13 +91,13 @@ def read_mask(
 
 def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarray:
     values, hidden = stored.values, stored.hidden
-    if labels.colours is not None:
-        return _from_colours(path, _colours(path, values, stored.palette, labels), labels, hidden)
+    if labels.colors is not None:
+        return _from_colors(path, _colors(path, values, stored.palette, labels), labels, hidden)
     if len(values) == 3 and np.array_equal(values[0], values[1]) and np.array_equal(values[0], values[2]):
-        values = values[:1]  # ids written as grey colours
+        values = values[:1]  # ids written as grey colors
     if len(values) != 1:
         raise InputError(
-            f"mask {path} has {len(values)} bands; masks hold one class id a pixel, or colours that {labels.settings}color_map "
+            f"mask {path} has {len(values)} bands; masks hold one class id per pixel, or colors that {labels.settings}color_map "
             "names."
         )
     array = values[0]
@@ -123,7 +109,7 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
         array = np.where(hidden, labels.ignore_index, array) if array.dtype.kind == "f" else array
     whole = array.dtype.kind in "ui" or (array.dtype.kind == "f" and np.isfinite(array).all() and not (array % 1).any())
     if not whole:
-        raise InputError(f"mask {path} holds values that are no whole numbers; masks hold one class id a pixel.")
+        raise InputError(f"mask {path} holds values that are no whole numbers; masks hold one class id per pixel.")
     if array.dtype == np.uint8 and hidden is None:
         mapped = labels.table[array]
         if mapped.min(initial=0) >= 0:
@@ -148,12 +134,12 @@ def _what_is_known(labels: LabelMap) -> str:
     )
 
 
-def _colours(
+def _colors(
     path: Path, values: np.ndarray, palette: Mapping[int, Sequence[int]] | None, labels: LabelMap
 ) -> np.ndarray:
     """(h, w) int32, red * 65536 + green * 256 + blue."""
     if palette is not None:
-        bands = colours_of(values[0], palette).astype(np.int32)
+        bands = colors_of(values[0], palette).astype(np.int32)
     elif len(values) == 3 and values.dtype == np.uint8:
         bands = values.astype(np.int32)
     else:
@@ -164,18 +150,18 @@ def _colours(
     return (bands[0] << 16) | (bands[1] << 8) | bands[2]
 
 
-def _from_colours(path: Path, codes: np.ndarray, labels: LabelMap, hidden: np.ndarray | None) -> np.ndarray:
-    assert labels.colours is not None
+def _from_colors(path: Path, codes: np.ndarray, labels: LabelMap, hidden: np.ndarray | None) -> np.ndarray:
+    assert labels.colors is not None
     result = np.full(codes.shape, -1, np.int16)
-    for (red, green, blue), index in labels.colours.items():
+    for (red, green, blue), index in labels.colors.items():
         result[codes == (red << 16 | green << 8 | blue)] = index
     if hidden is not None:
         result[hidden & (result < 0)] = labels.ignore_index
     unknown = result < 0
     if unknown.any():
         code = int(codes[unknown][0])
-        colour = (code >> 16, code >> 8 & 255, code & 255)
+        color = (code >> 16, code >> 8 & 255, code & 255)
         raise InputError(
-            f"mask {path} holds the colour {colour}, which {labels.settings}color_map does not name; add it."
+            f"mask {path} holds the color {color}, which {labels.settings}color_map does not name; add it."
         )
     return result.astype(np.uint8)

@@ -1,4 +1,5 @@
-"""What is odd about files and yet allowed: said once for each kind, with the first file and the way out."""
+"""Collects what is wrong with files, and remarks on what is odd and yet allowed: one per kind, with the first file and the way
+out."""
 
 from __future__ import annotations
 
@@ -11,14 +12,17 @@ from typing import TYPE_CHECKING
 
 from PIL import TiffImagePlugin
 
+from dann_experiments.config.errors import InputError
 from dann_experiments.data.labels import LabelMap
 from dann_experiments.data.nodata import fits
-from dann_experiments.data.reading import Header, Reading, changes_values
+from dann_experiments.data.rasters import Header, changes_values
+from dann_experiments.data.reading import Reading
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
 NODATA_TAG = 42113  # GDAL_NODATA of a TIFF
+PROBLEMS_SHOWN = 20
 NOT_SQUARE = 0.01  # relative difference of a pixel's sides
 
 
@@ -29,12 +33,12 @@ class Remarks:
         self._kinds: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, text: str) -> None:
-        """Note a remark; of a kind that is known it is counted."""
+        """Add a remark; another one of the same kind is only counted."""
         count, first = self._kinds.get(kind, (0, text))
         self._kinds[kind] = (count + 1, first)
 
     def take(self, path: Path, found: Iterator[tuple[str, str]]) -> None:
-        """Note (kind, text) remarks on a file; the texts go on after its name."""
+        """Add (kind, text) remarks on a file; the texts continue a sentence that starts with its name."""
         for kind, text in found:
             self.add(kind, f"{path} {text}")
 
@@ -45,14 +49,41 @@ class Remarks:
         ]
 
 
+class Problems:
+    """What is wrong with the files, collected, so that all of it can be reported at once."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.remarks = Remarks()
+        """What is odd and yet allowed."""
+
+    def append(self, text: str) -> None:
+        """Add a problem, once."""
+        if text not in self.texts:
+            self.texts.append(text)
+
+    def refuse(self) -> None:
+        """Raise InputError that lists the problems, if there are any."""
+        if len(self.texts) == 1:
+            raise InputError(self.texts[0])
+        if self.texts:
+            shown = "".join(f"\n  - {text}" for text in self.texts[:PROBLEMS_SHOWN])
+            more = len(self.texts) - PROBLEMS_SHOWN
+            raise InputError(
+                f"{len(self.texts)} problems with the data:{shown}"
+                + (f"\n  and {more} more; `check-data` lists all." if more > 0 else "")
+            )
+
+
 def image_remarks(
     file: DatasetReader, path: Path, header: Header, reading: Reading, in_channels: int
 ) -> Iterator[tuple[str, str]]:
     """Yield (kind, text) for an open image."""
-    images = len(file.subdatasets) if file.driver == "GTiff" else 0
-    # ImageJ keeps large stacks behind one page, and says in its description how many images there are
-    described = re.search(r"^images=(\d+)", file.tags().get("TIFFTAG_IMAGEDESCRIPTION", ""), re.MULTILINE)
-    images = max(images, int(described[1]) if described else 0)
+    images = 0
+    if file.driver == "GTiff":
+        # ImageJ keeps large stacks behind one page, and says in its description how many images there are
+        described = re.search(r"^images=(\d+)", file.tags().get("TIFFTAG_IMAGEDESCRIPTION", ""), re.MULTILINE)
+        images = max(len(file.subdatasets), int(described[1]) if described else 0)
     if images > 1:
         yield (
             "pages",
@@ -88,8 +119,7 @@ def image_remarks(
                 + f" by its georeference, but {reading.settings}file_pixel_size {size:g} is used; leave that out to use its own."
             ),
         )
-    plain = all(scale == 1 for scale in file.scales) and not any(file.offsets)
-    if not plain and reading.scale == "type":
+    if reading.scale == "type" and (any(scale != 1 for scale in file.scales) or any(file.offsets)):
         yield (
             "scale",
             (
@@ -97,16 +127,17 @@ def image_remarks(
                 "stored, so give scale in stored values."
             ),
         )
-    a, b, d, e = file.transform.a, file.transform.b, file.transform.d, file.transform.e
-    width, height = (a * a + d * d) ** 0.5, (b * b + e * e) ** 0.5
-    if reading.pixel_size is not None and abs(width - height) > NOT_SQUARE * max(width, height):
-        yield (
-            "not square",
-            (
-                f"has pixels that are not square ({width:.6g} x {height:.6g} {header.unit or ''}".rstrip()
-                + "); pixel_size changes both sides by one factor. Reproject the file if shapes matter."
-            ),
-        )
+    if reading.pixel_size is not None:
+        a, b, _, d, e, *_ = file.transform
+        width, height = (a * a + d * d) ** 0.5, (b * b + e * e) ** 0.5
+        if abs(width - height) > NOT_SQUARE * max(width, height):
+            yield (
+                "not square",
+                (
+                    f"has pixels that are not square ({width:.6g} x {height:.6g} {header.unit or ''}".rstrip()
+                    + "); pixel_size changes both sides by one factor. Reproject the file if shapes matter."
+                ),
+            )
 
 
 def mask_remarks(file: DatasetReader, header: Header, labels: LabelMap) -> Iterator[tuple[str, str]]:
@@ -121,7 +152,7 @@ def mask_remarks(file: DatasetReader, header: Header, labels: LabelMap) -> Itera
         )
     value = header.nodata[0]
     a_class = value is not None and math.isfinite(value) and value == int(value) and labels.ids is None
-    if a_class and labels.colours is None and file.driver not in ("PNG", "GIF", "WEBP"):
+    if a_class and labels.colors is None and file.driver not in ("PNG", "GIF", "WEBP"):
         found = labels.network_id(int(value))  # pyright: ignore[reportArgumentType]
         if found is not None and found != labels.ignore_index:
             yield (

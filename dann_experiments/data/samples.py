@@ -1,14 +1,11 @@
-"""Finds images and masks: manifests, folders, patterns and lists in, checked lists of files out."""
+"""Finds images and masks: from manifests, folders, patterns and lists to checked lists of files."""
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import csv
 import fnmatch
 import glob
 import hashlib
-import io
 import logging
 import os
 import re
@@ -18,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import local_path, local_text, user_path
+from dann_experiments.config.places import local_text
+from dann_experiments.data.lists import beside, is_file, lines_of, manifest_pairs, pairs_of, under
 
 log = logging.getLogger(__name__)
-SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")
-PRETRAINING_SETS = tuple(name for name in SETS if name != "target_train")  # those that the source model's training uses
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".vrt")
 Key = tuple[str, ...]  # what an image and its mask have in common
 
@@ -38,7 +34,7 @@ class Sample:
 
 
 def refuse(message: str) -> None:
-    """The default of what is done about a problem: InputError. `check-data` collects instead."""
+    """Raise InputError: the default way to report a problem. `check-data` collects them instead."""
     raise InputError(message)
 
 
@@ -73,9 +69,9 @@ def find_samples(
         if other != sample.mask:
             report(f"{key}: image {sample.image} is given two masks, {other} and {sample.mask}; keep one.")
             continue
-        if not _is_file(sample.image):
+        if not is_file(sample.image):
             report(f"{key}: image {sample.image} {_lacking(sample.image)}.")
-        elif sample.mask is not None and not _is_file(sample.mask):
+        elif sample.mask is not None and not is_file(sample.mask):
             report(f"{key}: mask {sample.mask} of image {sample.image} {_lacking(sample.mask)}.")
         elif sample.mask is None and masks == "required":
             report(f"{key}: image {sample.image} has no mask, but this set needs one for each image.")
@@ -105,7 +101,7 @@ def files_of(samples: Sequence[Sample]) -> list[Path]:
 
 
 def content_digest(samples: Sequence[Sample], digest_of: Callable[[Path], bytes] | None = None) -> str:
-    """32 hex digits over the bytes of all files in order: equal data, wherever it stands, has equal digests."""
+    """Return 32 hex digits over the bytes of all files in order: equal data has equal digests, whatever its folder."""
     digest_of = digest_of or file_digest
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
@@ -127,7 +123,7 @@ def file_digest(path: Path) -> bytes:
 def shared_images(
     sets: Mapping[str, Sequence[Sample]], digest_of: Callable[[Path], bytes]
 ) -> list[tuple[str, Path, str, Path]]:
-    """(set, image, other set, image) for each image, by its bytes, that stands in two sets which must not share any: train,
+    """(set, image, other set, image) for each image, by its bytes, that is in two sets which must not share any: train,
     val and test of one domain, and anything of the other domain. Parts of one image that do not overlap may."""
     found: list[tuple[str, Path, str, Path]] = []
     seen: dict[bytes, list[tuple[str, Sample]]] = {}
@@ -152,13 +148,13 @@ def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[s
     path = under(root, entry)
     if os.path.isdir(path):
         return _from_folder(path, key, masks != "no", report)
-    if _is_file(path):
+    if is_file(path):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             return [Sample(path, None)]
         if path.suffix.lower() == ".txt":
-            pairs = _pairs(path, root, key)
+            pairs = pairs_of(path, root, key)
             return [Sample(image, mask if masks != "no" else None) for image, mask in pairs]
-        return _from_manifest(path, root, key, masks != "no", report)
+        return [Sample(*pair) for pair in manifest_pairs(path, root, key, masks != "no", report)]
     if glob.has_magic(entry):
         return [Sample(image, None) for image in _globbed(entry, root, key)]
     raise InputError(
@@ -191,11 +187,11 @@ def _located(where: Any, root: Path, key: str, report: Callable[[str], None]) ->
     path = under(root, text)
     if os.path.isdir(path):
         return {(stem,): file for stem, file in _by_stem(path, key, report).items()}
-    if _is_file(path):
+    if is_file(path):
         if path.suffix.lower() == ".txt":
             return {
-                ("#", str(number)): _beside(path.parent, line, root, f"{key}: a line of {path}")
-                for number, line in enumerate(_lines(path, key))
+                ("#", str(number)): beside(path.parent, line, root, f"{key}: a line of {path}")
+                for number, line in enumerate(lines_of(path, key))
             }
         return {("#", "0"): path}
     if glob.has_magic(text):
@@ -232,9 +228,9 @@ def _named(images: Mapping[Key, Path], names: Any, root: Path, key: str) -> dict
     """The images whose file name, stem or wildcard text is listed, or matches a shell pattern (`*`, `?`, `[0-9]`) of the list."""
     if isinstance(names, str):
         path = under(root, names)
-        if not _is_file(path):
+        if not is_file(path):
             raise InputError(f"{key}: the file of names {path} does not exist.")
-        names = _lines(path, key)
+        names = lines_of(path, key)
     wanted = [str(name).replace("\\", "/").rpartition("/")[2] for name in names]
     there = {text for key_, image in images.items() for text in (image.name, image.stem, *key_)}
     plain = set(wanted)  # a name that is there is no pattern, whatever signs it holds
@@ -275,7 +271,7 @@ def _globbed(pattern: str, root: Path, key: str) -> dict[Path, Key]:
     for name in found:
         path = under(root, name)
         match = expression.fullmatch(name.replace("\\", "/"))
-        if _is_file(path) and path.suffix.lower() in IMAGE_SUFFIXES and match:
+        if is_file(path) and path.suffix.lower() in IMAGE_SUFFIXES and match:
             files[path] = tuple(text or "" for text in match.groups())
     if not files:
         raise InputError(f"{key} names the pattern {root / pattern}, which matches no image.")
@@ -297,103 +293,6 @@ def _expression(pattern: str) -> str:
         else:
             parts.append(re.escape(part))
     return "".join(parts)
-
-
-def _lines(path: Path, key: str) -> list[str]:
-    """The lines of a list file, without blank ones and comments (#)."""
-    lines = (line.strip() for line in _text(path, f"{key}: list").splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def _text(path: Path, what: str) -> str:
-    """A text file of any of the encodings that spreadsheets write: UTF-8 or UTF-16, with or without a byte-order mark."""
-    try:
-        content = path.read_bytes()
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return content.decode("utf-16" if wide else "utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{what} {path} cannot be read: {error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{what} {path} cannot be read: {error}; save it as UTF-8 text (CSV UTF-8).") from None
-
-
-def _pairs(path: Path, root: Path, key: str) -> list[tuple[Path, Path | None]]:
-    """An image on each line, or an image and its mask, separated by a tab, semicolon, comma or blanks."""
-    return [_pair(path.parent, line, root, f"{key}: a line of {path}") for line in _lines(path, key)]
-
-
-def _pair(folder: Path, line: str, root: Path, place: str) -> tuple[Path, Path | None]:
-    whole = _beside(folder, line, root, place)
-    if _is_file(whole):  # a name may hold blanks and commas
-        return whole, None
-    line = line.rstrip(" \t;,")
-    for separator in "\t;,":
-        image, found, mask = line.partition(separator)
-        if found and mask.strip() and separator not in mask:
-            return _beside(folder, image, root, place), _beside(folder, mask, root, place)
-    halves = [(line[: blank.start()], line[blank.end() :]) for blank in re.finditer(r"\s+", line)]
-    paths = [(_beside(folder, image, root, place), _beside(folder, mask, root, place)) for image, mask in halves]
-    there = [pair for pair in paths if _is_file(pair[0]) and _is_file(pair[1])]
-    return next(iter(there or paths), (whole, None))  # where none is there, one is named as missing
-
-
-def _from_manifest(path: Path, root: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
-    split = key.rpartition(".")[2]
-    text = _text(path, f"{key}: manifest")
-    try:
-        reader = _manifest_reader(text)
-        header = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
-        twice = [name for number, name in enumerate(header) if name and name in header[:number]]
-        if twice:
-            raise InputError(f"{key}: manifest {path} has two columns called {twice[0]!r}; keep one.")
-        if "image" not in header:
-            raise InputError(f"{key}: manifest {path} has columns {header}; it needs one called image.")
-        if with_masks and set(header) - {"image", "split", ""} and "mask" not in header:
-            raise InputError(
-                f"{key}: manifest {path} has columns {header}; the one with the masks must be called mask."
-            )
-        samples, splits, folder = [], set(), path.parent
-        for row in reader:
-            surplus: Any = row.get(None)  # pyright: ignore[reportArgumentType, reportCallIssue]
-            if any(text.strip() for text in surplus or ()):
-                report(f"{key}: manifest {path}, line {reader.line_num} has more fields than the header names.")
-                continue
-            if not any((text or "").strip() for name, text in row.items() if isinstance(name, str)):
-                continue  # spreadsheets end with rows of separators alone
-            if not (row["image"] or "").strip():
-                report(f"{key}: manifest {path}, line {reader.line_num}: the image is empty.")
-                continue
-            if "split" in header:
-                splits.add((row["split"] or "").strip())
-                if (row["split"] or "").strip() != split:
-                    continue
-            mask = (row.get("mask") or "").strip() if with_masks else ""
-            line = f"{key}: manifest {path}, line {reader.line_num}"
-            try:
-                image = _beside(folder, row["image"], root, line)
-                samples.append(Sample(image, _beside(folder, mask, root, line) if mask else None))
-            except InputError as error:
-                report(str(error))
-        if splits and not samples:
-            raise InputError(f"{key}: manifest {path} has no rows with split {split}; it has {sorted(splits)}.")
-        return samples
-    except InputError:
-        raise
-    except (csv.Error, ValueError) as error:
-        raise InputError(f"{key}: manifest {path} cannot be read: {error}") from None
-
-
-def _manifest_reader(text: str) -> csv.DictReader[str]:
-    """A reader whose separator is the one that makes a column called image of the first line: spreadsheets write semicolons
-    where the comma is for decimals, and tabs as "Unicode text". A line `sep=;` before it is Excel's own."""
-    lines = io.StringIO(text, newline="")
-    first = lines.readline()
-    if first.strip().lower().startswith("sep="):
-        text = text[len(first) :]
-        first = lines.readline()
-    columns = {separator: [name.strip(' \t\r\n"').lower() for name in first.split(separator)] for separator in ",;\t|"}
-    separator = next((one for one, names in columns.items() if "image" in names and len(names) > 1), ",")
-    return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
 
 
 def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
@@ -451,33 +350,9 @@ def _kinds_there(entry: Any, root: Path) -> str:
     return ""
 
 
-def _is_file(path: Path) -> bool:
-    """Never raises, as `Path.is_file` does for names that are too long and for folders that may not be entered."""
-    return os.path.isfile(path)
-
-
 def _lacking(path: Path) -> str:
     return "is no file" if os.path.exists(path) else "does not exist"
 
 
 def _shown(entry: Any, root: Path) -> str:
     return str(dict(entry)) if isinstance(entry, Mapping) else str(under(root, str(entry)))
-
-
-def under(root: Path, name: str, key: str | None = None) -> Path:
-    """A path as a user writes it, `~` included, relative to `root`. Raises InputError for an address as the setting `key`."""
-    path = user_path(name) if key is None else local_path(name, key)
-    return path if path.is_absolute() else root / path
-
-
-def _beside(folder: Path, name: str, root: Path, place: str) -> Path:
-    """A path as a list or manifest in `folder` writes it: relative to that folder, or else to the domain's `root`.
-
-    Separators of Windows, and a slash before a path that is relative all the same, are understood where only so a file is there.
-    `place`: the line, for messages. Raises InputError for an address.
-    """
-    name = local_text(name.strip().strip("\"'"), place)
-    slashed = name.replace("\\", "/")
-    texts = dict.fromkeys((name, slashed, slashed.lstrip("/")))
-    places = [Path(base, text) for text in texts for base in (folder, root)]  # an absolute path stays as it is
-    return next((place for place in places if _is_file(place)), places[0])

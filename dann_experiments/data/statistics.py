@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dann_experiments.data.dataset import SegmentationDataset
-from dann_experiments.data.reading import Header, Normalisation, largest_value
+from dann_experiments.data.rasters import Header
+from dann_experiments.data.reading import Normalization, largest_value
 
-SAMPLED = 4096  # pixels a window that percentiles are taken from
+SAMPLED = 4096  # pixels per window that percentiles are taken from
 PERCENTILES = (2, 98)
 NARROW = {"uint8": 0.1, "uint16": 0.25}  # share of a type's range below which nearly all values look like another range
 NARROW_OF_A_GIVEN_RANGE = 0.02
@@ -20,7 +21,7 @@ CLIPPED = 0.1  # share of the values beyond the range above which it is the wron
 
 @dataclass(frozen=True)
 class BandStatistics:
-    """One number a band, of the values as stored, over the pixels that hold data."""
+    """One number per band, of the values as stored, over the pixels that hold data."""
 
     minimum: np.ndarray
     maximum: np.ndarray
@@ -82,9 +83,9 @@ def measure(dataset: SegmentationDataset) -> Iterator[BandSums]:
         yield sums
 
 
-def normalisation_from(
-    found: BandStatistics, given: Normalisation, scale: object, largest: float, own: bool
-) -> Normalisation:
+def normalization_from(
+    found: BandStatistics, given: Normalization, scale: object, largest: float, own: bool
+) -> Normalization:
     """`given` with the percentiles as range where `scale` says so, and (`own`) with the data's mean and deviation.
 
     `largest`: the end of the range that `scale: type` means.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dann_experiments.data.reading import Window
+from dann_experiments.data.rasters import Window
 
 LARGE = 2048 * 2048  # pixels above which an image is never one window
 LARGE_WINDOW = 1024

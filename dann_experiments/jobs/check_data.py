@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dann_experiments.config import Config, InputError, config_to_yaml, flatten
-from dann_experiments.data.dataset import Memory, SegmentationDataset, check_sizes, unit_problems
-from dann_experiments.data.labels import read_mask
+from dann_experiments.data.checks import absent_classes, check_sizes, unit_problems
+from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.domain_data import DataPlan, followed
+from dann_experiments.data.headers import read_headers
+from dann_experiments.data.labels import LabelMap, read_mask
 from dann_experiments.data.nodata import NodataBands, default_nodata_bands
-from dann_experiments.data.reading import Header, Window, check_deflated, chosen_bands, read_header, read_pixels
-from dann_experiments.data.samples import Sample, shared_images
-from dann_experiments.data.sets import labels_of
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.rasters import Header, Window, check_deflated, read_header
+from dann_experiments.data.reading import chosen_bands
+from dann_experiments.data.remarks import Problems
+from dann_experiments.data.samples import Sample, file_digest, shared_images
 from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
 from dann_experiments.data.windows import default_size, grid
-from dann_experiments.jobs import setup
+from dann_experiments.jobs.build import data_plan
+from dann_experiments.jobs.checks import remarks_on_label_maps
+from dann_experiments.jobs.identity import domain_tags, public_settings
+from dann_experiments.names import ALL_SETS, DOMAINS, SOURCE_TRAIN, Domain, SetName
 from dann_experiments.reports.plots.domains import draw_domains
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import open_store
@@ -78,59 +87,71 @@ def check_data(config: Config) -> DataReport:
     """
     import pandas as pd
 
-    data, problems = setup.Data({}), setup.Problems()
-    samples: dict[str, Any] = {}
-    sets: dict[str, _Set] = {}
-    for name in setup.SETS:
+    plan, problems = data_plan(config), Problems()
+    samples: dict[str, list[Sample]] = {}
+    sets: dict[SetName, _Set] = {}
+    for name in ALL_SETS:
         try:
-            found = setup.find_set(config, name, problems.append)
+            found = plan.find(name, problems.append)
         except InputError as error:
             problems.append(str(error))
             continue
         if found is None:
             continue
-        samples[name], headers, _ = problems.good(config, name, found)
+        images = plan.images[name.domain]
+        good, headers = read_headers(found, images.reading, plan.in_channels, images.labels, problems)
+        samples[str(name)] = good
         for sample in found:
-            if sample not in samples[name]:
-                _check_mask(config, name, sample, problems)
-        cut = _cut(config, name, samples[name], headers, problems)
+            if sample not in good:
+                _check_mask(sample, images.labels, problems)
+        cut = _cut(plan, name, good, headers, problems)
         if cut is not None:
-            sets[name] = _read(config, name, cut, problems)
-    for name, image, other, twin in shared_images(samples, data.digest_of):
-        same = "stands in" if image == twin else f"holds the same bytes as {twin} of"
+            sets[name] = cut
+            _read(cut, name, plan, problems)
+    for text, image, other, twin in shared_images(samples, functools.cache(file_digest)):
+        same = "is in" if image == twin else f"holds the same bytes as {twin} of"
         problems.append(
-            f"data.{name.replace('_', '.')}: image {image} {same} data.{other.replace('_', '.')}{' as well' * (image == twin)}; "
-            "an image may stand in one set alone, as scores on trained images say little: keep it in one, for example by names."
+            f"{SetName.parse(text).key}: image {image} {same} {SetName.parse(other).key}{' as well' * (image == twin)}; "
+            "an image may be in one set alone, as scores on trained images say little: keep it in one, for example by names."
         )
-    if "source_train" in sets and sets["source_train"].class_pixels.any():
+    map_remarks, names, ignored = remarks_on_label_maps(config), config.class_names, config.data.ignore_index
+    if SOURCE_TRAIN in sets and sets[SOURCE_TRAIN].class_pixels.any():
         try:
-            for text in setup.check_classes(config, sets["source_train"].class_pixels):
+            text = absent_classes(sets[SOURCE_TRAIN].class_pixels, names, ignored, map_remarks)
+            if text is not None:
                 problems.remarks.add("absent classes", text)
         except InputError as error:
             problems.append(str(error))
-    for text in setup.label_map_remarks(config):
+    for text in map_remarks:
         problems.remarks.add(text, text)
-    counts = pd.DataFrame.from_dict({name: _counts(config, found) for name, found in sets.items()}, orient="index")
-    statistics = {
-        domain: sums.result() for domain in ("source", "target") if (sums := _sums_of(sets, domain)) is not None
+    shares = {name: _labelled(found, len(names), ignored) for name, found in sets.items()}
+    rows = {str(name): _counts(found, names, shares[name]) for name, found in sets.items()}
+    counts = pd.DataFrame.from_dict(rows, orient="index")
+    by_domain: dict[Domain, list[_Set]] = {
+        domain: [found for name, found in sets.items() if name.domain == domain] for domain in DOMAINS
+    }
+    # of the domain's training images, else of the first other set it has
+    statistics: dict[Domain, BandStatistics] = {
+        domain: mine[0].sums.result() for domain, mine in by_domain.items() if mine
     }
     bands = _band_table(statistics)
     for text in unit_problems({name: found.dataset for name, found in sets.items()}):
         problems.append(text)
     for domain, found in statistics.items():
-        dataset = next(known.dataset for name, known in sets.items() if name.startswith(domain))
+        dataset = by_domain[domain][0].dataset
         text = range_remark(found, dataset.reading.scale, dataset.headers, f"data.{domain}")
         if text is not None and config.data.normalization == "fixed":
             problems.remarks.add(f"range {domain}", text)
-    for domain in ("source", "target"):
-        text = _partly_remark(domain, {name: found for name, found in sets.items() if name.startswith(domain)})
+    for domain in DOMAINS:
+        text = _partly_remark(domain, {name: found for name, found in sets.items() if name.domain == domain})
         if text is not None:
             problems.remarks.add(f"partly {domain}", text)
-    run_id = None if problems.texts else _log(config, counts, bands, statistics, sets)
-    return DataReport(problems.texts, problems.remarks.lines(), _grid_lines(sets), counts, bands, run_id)
+    run_id = None if problems.texts else _log(config, counts, bands, statistics, shares)
+    grids = [line for domain, mine in by_domain.items() if (line := _grid_line(domain, mine)) is not None]
+    return DataReport(problems.texts, problems.remarks.lines(), grids, counts, bands, run_id)
 
 
-def _partly_remark(domain: str, sets: dict[str, _Set]) -> str | None:
+def _partly_remark(domain: Domain, sets: dict[SetName, _Set]) -> str | None:
     if any(found.dataset.reading.nodata_bands is not None for found in sets.values()):
         return None  # the user has decided; the table has the share
     shares = {name: found.partly / found.pixels for name, found in sets.items() if found.partly}
@@ -145,63 +166,65 @@ def _partly_remark(domain: str, sets: dict[str, _Set]) -> str | None:
         "any": "they count as without data (nodata_bands any)",
         "all": "they count as data, fill values included (nodata_bands all)",
     }
-    shown = ", ".join(f"{share:.1%} of {name.split('_')[1]}" for name, share in shares.items())
+    shown = ", ".join(f"{share:.1%} of {name.split}" for name, share in shares.items())
     return (
         f"data.{domain}: some pixels hold a nodata value in some bands and not in others ({shown}); "
         f"{' or '.join(meaning[way] for way in sorted(ways))}. data.{domain}.nodata_bands chooses."
     )
 
 
-def _grid_lines(sets: dict[str, _Set]) -> list[str]:
-    """One line for each domain whose files tell the size of their pixels."""
-    lines = []
-    for domain in ("source", "target"):
-        mine = [found.dataset for name, found in sets.items() if name.startswith(domain)]
-        sizes = sorted(
-            {(h.unit or "units of no CRS", h.pixel_size) for d in mine for h in d.headers if h.pixel_size is not None}
-        )
-        if not sizes:
-            continue
-        shown = ", ".join(
-            f"{low:.6g} {unit}" if low == high else f"{low:.6g} to {high:.6g} {unit}"
-            for unit in dict.fromkeys(unit for unit, _ in sizes)
-            for low, high in [(min(s for u, s in sizes if u == unit), max(s for u, s in sizes if u == unit))]
-        )
-        wanted = mine[0].reading.pixel_size
-        how = "read as they are" if wanted is None else f"resampled to {wanted:g} {mine[0].reading.unit or ''}".rstrip()
-        lines.append(f"{domain}: pixels of {shown}, {how}.")
-    return lines
+def _grid_line(domain: Domain, sets: Sequence[_Set]) -> str | None:
+    """Return a line on the pixel sizes of a domain's files, None where no file tells its own."""
+    sizes = sorted(
+        {
+            (header.unit or "units of no CRS", header.pixel_size)
+            for found in sets for header in found.dataset.headers if header.pixel_size is not None
+        }
+    )  # fmt: skip
+    if not sizes:
+        return None
+    ends: dict[str, list[float]] = {}
+    for unit, size in sizes:
+        ends.setdefault(unit, []).append(size)
+    shown = ", ".join(
+        f"{of_unit[0]:.6g} {unit}" if len(of_unit) == 1 else f"{of_unit[0]:.6g} to {of_unit[-1]:.6g} {unit}"
+        for unit, of_unit in ends.items()
+    )
+    reading = sets[0].dataset.reading
+    wanted = reading.pixel_size
+    how = "read as they are" if wanted is None else f"resampled to {wanted:g} {reading.unit or ''}".rstrip()
+    return f"{domain}: pixels of {shown}, {how}."
 
 
 def _cut(
-    config: Config, name: str, samples: Sequence[Sample], headers: Sequence[Header], problems: setup.Problems
+    plan: DataPlan, name: SetName, samples: Sequence[Sample], headers: Sequence[Header], problems: Problems
 ) -> _Set | None:
-    """A set, not read yet, without the images that the settings do not fit; None if none is left."""
-    everything = dataclasses.replace(config, data=dataclasses.replace(config.data, windows="grid", window_count=None))
+    """Return a set, not read yet, without the images that the settings do not fit; None if none is left."""
+    everything = dataclasses.replace(plan.cut, random_windows=False, window_count=None)
     kept: list[tuple[Sample, Header]] = []
     for sample, header in zip(samples, headers, strict=True):
         try:
-            setup.as_dataset(everything, name, [sample], Memory(0), [header])
+            plan.dataset(name, [sample], [header], cut=everything)
             kept.append((sample, header))
         except InputError as error:  # a region beyond its image, a pixel size that is not known
             problems.append(str(error))
-            _check_mask(config, name, sample, problems)
+            _check_mask(sample, plan.images[name.domain].labels, problems)
     if not kept:
         return None
-    files = ([sample for sample, _ in kept], Memory(0), [header for _, header in kept])
-    as_trained = setup.as_dataset(config, name, *files)
+    files = ([sample for sample, _ in kept], [header for _, header in kept])
+    as_trained = plan.dataset(name, *files)
     if as_trained.training:
         try:
-            check_sizes(as_trained, f"data.{name.replace('_', '.')}")
+            check_sizes(as_trained, name.key)
         except InputError as error:
             problems.append(str(error))
-    dataset = setup.as_dataset(everything, name, *files)
-    return _Set(dataset, len(as_trained), BandSums(config.model.in_channels), np.zeros(256, np.int64))
+    dataset = plan.dataset(name, *files, cut=everything)
+    return _Set(dataset, len(as_trained), BandSums(plan.in_channels), np.zeros(256, np.int64))
 
 
-def _read(config: Config, name: str, found: _Set, problems: setup.Problems) -> _Set:
-    """Every pixel of a set, read and counted once; an image is left at the first thing that is wrong with it."""
-    dataset, key = found.dataset, f"data.{name.replace('_', '.')}"
+def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> None:
+    """Read and count every pixel of a set once; stop reading an image at the first thing that is wrong with it."""
+    dataset = found.dataset
     begun: set[Path] = set()
     broken: set[int] = set()
 
@@ -218,7 +241,7 @@ def _read(config: Config, name: str, found: _Set, problems: setup.Problems) -> _
                 except InputError as error:
                     broken.add(piece.sample)
                     problems.append(str(error))
-                    _check_mask(config, name, dataset.samples[piece.sample], problems)
+                    _check_mask(dataset.samples[piece.sample], dataset.labels, problems)
                 else:
                     own = (slice(piece.counted_rows, None), slice(piece.counted_columns, None))
                     found.partly += _partly(dataset, index, own)
@@ -227,13 +250,12 @@ def _read(config: Config, name: str, found: _Set, problems: setup.Problems) -> _
                         found.class_pixels += np.bincount(mask[own].ravel(), minlength=256)
             yield index
 
-    setup.followed(config, steps(), len(dataset), f"reading {key}")
+    followed(steps(), len(dataset), f"reading {name.key}", plan.show_progress)
     if not broken and not found.sums.result().pixels:
         problems.append(
-            f"{key}: image {dataset.samples[0].image} and the others of its set hold no data: every pixel is nodata "
+            f"{name.key}: image {dataset.samples[0].image} and the others of its set hold no data: every pixel is nodata "
             f"({dataset.reading.settings}nodata is {dataset.reading.nodata})."
         )
-    return found
 
 
 def _partly(dataset: SegmentationDataset, index: int, own: tuple[slice, slice]) -> int:
@@ -252,13 +274,12 @@ def _partly(dataset: SegmentationDataset, index: int, own: tuple[slice, slice]) 
     return int((valid("all") & ~valid("any"))[own].sum())
 
 
-def _check_mask(config: Config, name: str, sample: Sample, problems: setup.Problems) -> None:
-    """Note what is wrong with the mask of an image that cannot be used itself."""
+def _check_mask(sample: Sample, labels: LabelMap, problems: Problems) -> None:
+    """Add what is wrong with the mask of an image that cannot be used itself."""
     if sample.mask is None:
         return
     try:
         header = read_header(sample.mask)
-        labels = labels_of(config, name)
         size = default_size(header.height, header.width, None, None)
         for piece in grid(0, Window(0, 0, header.height, header.width), size):
             read_mask(sample.mask, labels, piece.window)
@@ -266,14 +287,14 @@ def _check_mask(config: Config, name: str, sample: Sample, problems: setup.Probl
         problems.append(str(error))
 
 
-def _labelled(config: Config, found: _Set) -> np.ndarray:
-    """(K,) pixels of each class."""
+def _labelled(found: _Set, classes: int, ignore_index: int) -> np.ndarray:
+    """Return (K,) pixels of each class."""
     pixels = found.class_pixels.copy()
-    pixels[config.data.ignore_index] = 0
-    return pixels[: len(config.class_names)]
+    pixels[ignore_index] = 0
+    return pixels[:classes]
 
 
-def _counts(config: Config, found: _Set) -> dict[str, Any]:
+def _counts(found: _Set, class_names: Sequence[str], labelled: np.ndarray) -> dict[str, Any]:
     result = found.sums.result()
     row: dict[str, Any] = {
         "images": len(found.dataset.samples),
@@ -282,20 +303,14 @@ def _counts(config: Config, found: _Set) -> dict[str, Any]:
         "without data": result.nodata / found.pixels,
         "partly without data": found.partly / found.pixels,
     }
-    labelled = _labelled(config, found)
-    for name, count in zip(config.class_names, labelled, strict=True):
+    for name, count in zip(class_names, labelled, strict=True):
         row[name] = count / labelled.sum() if labelled.sum() else float("nan")
     if found.dataset.has_masks:
         row["not labelled"] = 1 - labelled.sum() / found.pixels
     return row
 
 
-def _sums_of(sets: dict[str, _Set], domain: str) -> BandSums | None:
-    """Of the domain's training images, else of the first other set it has."""
-    return next((found.sums for name, found in sets.items() if name.startswith(domain)), None)
-
-
-def _band_table(statistics: dict[str, BandStatistics]) -> pd.DataFrame:
+def _band_table(statistics: Mapping[Domain, BandStatistics]) -> pd.DataFrame:
     import pandas as pd
 
     rows = {
@@ -316,25 +331,21 @@ def _log(
     config: Config,
     counts: pd.DataFrame,
     bands: pd.DataFrame,
-    statistics: dict[str, BandStatistics],
-    sets: dict[str, _Set],
+    statistics: Mapping[Domain, BandStatistics],
+    shares: Mapping[SetName, np.ndarray],
 ) -> str:
     store = open_store(config.tracking.uri, config.tracking.experiment)
-    tags = {
-        "dann.job": "check-data",
-        "dann.source": setup.domain_name(config, "source"),
-        "dann.target": setup.domain_name(config, "target"),
-    }
-    shares = {name: _labelled(config, found) for name, found in sets.items()}
+    tags = {"dann.job": "check-data", **domain_tags(config)}
     with tracked_run(
         store, config.tracking.run_name, "check-data", tags, Path(config.tracking.folder), use_claimed=True
     ) as run:
-        public = setup.public_settings(config, store.experiment)
+        public = public_settings(config, store.experiment)
         run.log_params(flatten(public))
         (run.folder / "config.yaml").write_text(config_to_yaml(public))
         (run.folder / "tables").mkdir()
         counts.to_csv(run.folder / "tables" / "counts.csv", index_label="set")
         bands.to_csv(run.folder / "tables" / "bands.csv")
-        drawn = {domain: found.drawn for domain, found in statistics.items()}
-        draw_domains(run.folder / "figures" / "domains.png", shares, config.class_names, drawn)
+        drawn: dict[str, np.ndarray] = {domain: found.drawn for domain, found in statistics.items()}
+        by_name = {str(name): pixels for name, pixels in shares.items()}
+        draw_domains(run.folder / "figures" / "domains.png", by_name, config.class_names, drawn)
     return run.run_id

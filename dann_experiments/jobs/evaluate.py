@@ -12,36 +12,36 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dann_experiments.checkpoints.saved_model import DOMAINS, ModelNotes, read_model_notes
+from dann_experiments.checkpoints.saved_model import ModelNotes, read_model_notes
 from dann_experiments.config import Config, InputError, replace
-from dann_experiments.config.presets import filled
-from dann_experiments.config.schema import DomainDataConfig
-from dann_experiments.data.dataset import SegmentationDataset, eval_loader
+from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.data.loaders import eval_loader
 from dann_experiments.data.reading import Reading
-from dann_experiments.jobs import setup
-from dann_experiments.jobs.fit import loading
-from dann_experiments.jobs.memory import memory_told, size_of_largest
+from dann_experiments.jobs.build import find_data, make_loaders, make_network, seeded
+from dann_experiments.jobs.identity import domain_tags
 from dann_experiments.jobs.result import RunResult
+from dann_experiments.jobs.run_training import describe_run
 from dann_experiments.jobs.source_model import chosen_by_target_labels, load_weights
-from dann_experiments.jobs.training import describe_run
 from dann_experiments.models.batchnorm import has_batchnorm, statistics_loader, target_statistics
+from dann_experiments.names import DOMAINS, SCORED_SETS, TARGET_TRAIN, Domain, SetName
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.scores import macro_mean, row_shares
 from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
+from dann_experiments.training.memory import explain_out_of_memory, size_of_largest
 from dann_experiments.training.scoring import Scores, score_set
 
 log = logging.getLogger(__name__)
-SETS = ("source_val", "source_test", "target_val", "target_test")
-STATISTICS_SET = "target_train"
+STATISTICS_SET = TARGET_TRAIN
 
 
 def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult:
-    """Score the model at `pretrained_checkpoint.path` on the labelled val and test lists: IoU, precision, recall and F1 a
+    """Score the model at `pretrained_checkpoint.path` on the labelled val and test lists: IoU, precision, recall and F1 per
     class, pixel accuracy, confusion matrices, as metrics, tables and figures of a run of its own.
 
-    A saved model brings its own network, classes and normalisation, whatever `model` says; a checkpoint takes those of the
+    A saved model brings its own network, classes and normalization, whatever `model` says; a checkpoint takes those of the
     settings. With `domain_adaptation.batchnorm: target_stats` the BatchNorm statistics of what is scored are those of the
     images in `data.target.train` (AdaBN; their masks are not looked for); its other values change nothing here. `tags` are
     added to the run's own, or replace them. Raises InputError before a run is opened: without a model or labelled images, for
@@ -53,47 +53,51 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
         raise InputError(
             "evaluate needs a model: give source_checkpoint (a file, a folder, runs:/ID or models:/NAME@ALIAS)."
         )
-    if _with_target_statistics(config) and not _domain(config, "target").train:
+    if _with_target_statistics(config) and not config.data.resolved("target").train:
         raise InputError(
             "domain_adaptation.batchnorm is 'target_stats', which takes the statistics of the images in data.target.train, but "
             "that is empty; name target images there (no masks needed), or set batchnorm to separate to score the model as it is."
         )
     device = _device(config)
     store = open_store(config.tracking.uri, config.tracking.experiment)
-    with setup.seeded(config):
+    with seeded(config):
         with fetched(path, store) as (local, model_run_id):
             notes = read_model_notes(local, path)
             if notes is not None:
                 config = _with_the_models_own(config, notes)
-            network = setup.make_network(config, with_weights=False)
+            network = make_network(config, with_weights=False)
             load_weights(config, network, local, path)
         if _with_target_statistics(config) and not has_batchnorm(network):
             raise InputError(
                 "domain_adaptation.batchnorm is 'target_stats', but this network has no BatchNorm with running statistics; set "
                 "it to separate."
             )
-        data = _data(config)
-        _normalise(config, data, notes)
+        sets = _read(config, notes)
         network.to(device)
         if _with_target_statistics(config):
             # batches as in training, so that data.eval_batch_size changes no score
-            loader = statistics_loader(data.sets[STATISTICS_SET], config.data.target.batch_size)
+            loader = statistics_loader(sets.sets[STATISTICS_SET], config.data.target.batch_size)
             size = config.data.target.batch_size
-            with _memory_explained("data.target.batch_size", size, data.sets[STATISTICS_SET]):
+            with _memory_explained("data.target.batch_size", size, sets.sets[STATISTICS_SET]):
                 target_statistics(network, loader)
         all_tags = {**_tags(config, store, notes, model_run_id), **(tags or {})}
         folder = Path(config.tracking.folder)
         with tracked_run(store, config.tracking.run_name, "evaluate", all_tags, folder, use_claimed=True) as run:
-            describe_run(run, config, data)
-            scores = {}
-            for name in [name for name in SETS if name in data.sets]:
-                size = config.data.eval_batch_size or config.data.source.batch_size
-                with _memory_explained("data.eval_batch_size", size, data.sets[name]):
-                    loader = eval_loader(data.sets[name], size, **loading(config))
+            describe_run(run, config, sets)
+            scores: dict[SetName, Scores] = {}
+            loaders = make_loaders(config, sets)
+            size = loaders.eval_batch_size_of("source")  # for both domains
+            for name in [name for name in SCORED_SETS if name in sets.sets]:
+                with _memory_explained("data.eval_batch_size", size, sets.sets[name]):
+                    loader = eval_loader(
+                        sets.sets[name], size, num_workers=loaders.num_workers, pin_memory=loaders.pin_memory
+                    )
                     scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
             names = config.class_names
             metrics = {
-                key: value for name, found in scores.items() for key, value in found.all_metrics(name, names).items()
+                key: value
+                for name, found in scores.items()
+                for key, value in found.all_metrics(str(name), names).items()
             }
             run.log_metrics(metrics, step=0)
             _write_results(run.folder, scores, names)
@@ -114,7 +118,7 @@ def _memory_explained(key: str, size: int, dataset: SegmentationDataset) -> cont
             "trainer.accelerator cpu if this was a GPU."
         )
 
-    return memory_told(InputError, advice)
+    return explain_out_of_memory(InputError, advice)
 
 
 def _device(config: Config) -> torch.device:
@@ -132,8 +136,7 @@ def _tags(config: Config, store: Store, notes: ModelNotes | None, model_run_id: 
     domains = _domains(config)
     tags = {
         "dann.job": "evaluate",
-        "dann.source": setup.domain_name(config, "source"),
-        "dann.target": setup.domain_name(config, "target"),
+        **domain_tags(config),
         "dann.model": config.domain_adaptation.pretrained_checkpoint.path,
         "dann.network_from": "settings" if notes is None else "model",
         "dann.normalisation_from": ", ".join(
@@ -151,21 +154,16 @@ def _with_target_statistics(config: Config) -> bool:
     return config.domain_adaptation.batchnorm == "target_stats"
 
 
-def _domains(config: Config) -> list[str]:
-    """Those whose images are read."""
+def _domains(config: Config) -> list[Domain]:
+    """Return those whose images are read."""
     domains = _scored_domains(config)
-    more = ["target"] if _with_target_statistics(config) and "target" not in domains else []
+    more: list[Domain] = ["target"] if _with_target_statistics(config) and "target" not in domains else []
     return domains + more
 
 
-def _scored_domains(config: Config) -> list[str]:
-    """Those with something to score."""
-    sides = {domain: _domain(config, domain) for domain in DOMAINS}
-    return [domain for domain, settings in sides.items() if settings.val or settings.test]
-
-
-def _domain(config: Config, domain: str) -> DomainDataConfig:
-    return filled(getattr(config.data, domain))
+def _scored_domains(config: Config) -> list[Domain]:
+    """Return those with something to score."""
+    return [domain for domain in DOMAINS if config.data.resolved(domain).val or config.data.resolved(domain).test]
 
 
 def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
@@ -178,18 +176,18 @@ def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
     known = [domain for domain in domains if domain in notes.readings]
     for domain in known:
         changes |= _reading_changes(config, domain, notes.readings[domain][0])
-    if known and known == domains:  # only a record: `_normalise` puts the numbers in
+    if known and known == domains:  # only a record: `_read` gets the numbers from the notes
         found = {(made.mean, made.std) for _, made in (notes.readings[domain] for domain in known)}
         mean, std = next(iter(found))
         one = {"data.normalization": "fixed", "data.mean": list(mean), "data.std": list(std)}
         changes |= one if len(found) == 1 else {"data.normalization": "domain"}
     log.info(
         "The network (%s, %s), its classes%s are the model's own.",
-        notes.arch, notes.arguments["encoder_name"], f" and the normalisation of {' and '.join(known)}" if known else "",
+        notes.arch, notes.arguments["encoder_name"], f" and the normalization of {' and '.join(known)}" if known else "",
     )  # fmt: skip
     for domain in domains:
         if domain not in known:
-            log.warning("The model does not say how %s images are normalised: they are as the settings say.", domain)
+            log.warning("The model does not say how %s images are normalized: they are as the settings say.", domain)
     if notes.ignore_index not in (None, config.data.ignore_index):
         log.warning(
             "data.ignore_index is %d, but the model was trained with %d; pixels of %d are left out here.",
@@ -200,13 +198,13 @@ def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
 
 def _class_names(config: Config, notes: ModelNotes) -> list[str] | None:
     """The model's, after a check that the masks can be told in them; None = the settings name none either."""
-    source = filled(config.data.source).class_names
+    source = config.data.resolved("source").class_names
     given = config.data.class_names or source
     if notes.class_names is None:
         return given
     own = list(notes.class_names)
     for domain in _scored_domains(config):
-        mapped = _domain(config, domain).class_names
+        mapped = config.data.resolved(domain).class_names
         if mapped is not None:
             _check_mapped(domain, mapped, own)
         elif given is not None and given != own:
@@ -248,9 +246,9 @@ def _check_unmapped(domain: str, given: Sequence[str], where: str, own: Sequence
     )
 
 
-def _reading_changes(config: Config, domain: str, reading: Reading) -> dict[str, Any]:
+def _reading_changes(config: Config, domain: Domain, reading: Reading) -> dict[str, Any]:
     """What the model knows of reading a domain: its scale in any case, the rest where the settings leave it unset."""
-    given = _domain(config, domain)
+    given = config.data.resolved(domain)
     scale = list(reading.scale) if isinstance(reading.scale, tuple) else reading.scale
     if given.scale not in ("type", scale):
         log.warning(
@@ -268,62 +266,45 @@ def _reading_changes(config: Config, domain: str, reading: Reading) -> dict[str,
     return {f"data.{domain}.{key}": value for key, value in changes.items()}
 
 
-def _data(config: Config) -> setup.Data:
-    """The sets with masks and, for target statistics, the target's training images, read as far as they fit in memory. Raises
-    InputError if no set has masks, or a file is bad."""
-    labelled: dict[str, SegmentationDataset] = {}
-    more: dict[str, SegmentationDataset] = {}
-    names = (*SETS, STATISTICS_SET) if _with_target_statistics(config) else SETS
-    for name, dataset in setup.load_data(config, names).sets.items():
-        key = f"data.{name.replace('_', '.')}"
-        if name == STATISTICS_SET:
-            setup.followed(config, dataset.fill(), len(dataset), f"reading {key}")
-            more[name] = dataset
-            continue
-        if not dataset.has_masks:
-            log.info("%s has no masks and is not scored.", key)
-            continue
-        setup.followed(config, dataset.fill(), len(dataset), f"reading {key}")
+def _read(config: Config, notes: ModelNotes | None) -> ImageSets:
+    """Return the sets with masks and, for target statistics, the target's training images, read as far as they fit in memory.
+    Each domain has the model's own normalization, else that of the settings. Raises InputError if no set has masks, or a file
+    is bad."""
+    data = find_data(config, (*SCORED_SETS, STATISTICS_SET) if _with_target_statistics(config) else SCORED_SETS)
+    names = [name for name in data.names if name == STATISTICS_SET or name in data.labelled]
+    for name in data.names:
+        if name not in names:
+            log.info("%s has no masks and is not scored.", name.key)
+    if not data.labelled:
+        raise InputError("evaluate needs labelled images in data.source or data.target, under val or test.")
+    readings = {} if notes is None else notes.readings
+    sets = data.read(names, known={domain: readings[domain][1] for domain in DOMAINS if domain in readings})
+    for name, dataset in sets.sets.items():
         if dataset.class_pixels is not None and not np.delete(dataset.class_pixels, config.data.ignore_index).any():
             raise InputError(
-                f"{key}: no pixel of its masks is of a class {config.class_names}: all are ignored (data.ignore_index "
+                f"{name.key}: no pixel of its masks is of a class {config.class_names}: all are ignored (data.ignore_index "
                 f"{config.data.ignore_index}, ignore_values, or names in the label map that are no class)."
             )
-        labelled[name] = dataset
-    if not labelled:
-        raise InputError("evaluate needs labelled images in data.source or data.target, under val or test.")
-    return setup.Data(labelled | more)
+    return sets
 
 
-def _normalise(config: Config, data: setup.Data, notes: ModelNotes | None) -> None:
-    """Put in the model's own normalisation of each domain; where it has none, the one of the settings."""
-    rest = {}
-    for name, dataset in data.sets.items():
-        domain = name.partition("_")[0]
-        if notes is not None and domain in notes.readings:
-            dataset.normalisation = notes.readings[domain][1]
-        else:
-            rest[name] = dataset
-    setup.settle(config, setup.Data(rest))
-
-
-def _write_results(folder: Path, scores: Mapping[str, Scores], class_names: Sequence[str]) -> None:
+def _write_results(folder: Path, scores: Mapping[SetName, Scores], class_names: Sequence[str]) -> None:
     """Tables and figures, into the run's folder."""
     tables = folder / "tables"
     tables.mkdir(parents=True, exist_ok=True)
-    whole = [_score_table(name, found, class_names) for name, found in scores.items()]
+    whole = [_score_table(str(name), found, class_names) for name, found in scores.items()]
     pd.concat(whole).to_csv(tables / "scores.csv", index=False, float_format="%.6f")
     for name, found in scores.items():
         counts = pd.DataFrame(found.confusion, index=pd.Index(class_names, name="truth"), columns=list(class_names))
         counts.to_csv(tables / f"confusion_{name}.csv")
         shares = pd.DataFrame(row_shares(found.confusion), index=counts.index, columns=counts.columns)
         shares.to_csv(tables / f"confusion_{name}_normalised.csv", float_format="%.6f")
-        title = f"{name.replace('_', ' ')}: mean IoU {found.iou:.3f}"
+        title = f"{name.words}: mean IoU {found.iou:.3f}"
         draw_confusion(folder / "figures" / f"confusion_{name}.png", found.confusion, class_names, title)
 
 
 def _score_table(name: str, scores: Scores, class_names: Sequence[str]) -> pd.DataFrame:
-    """A row a class, then `mean`; a score that is not defined is an empty field."""
+    """Return one row per class, then `mean`; a score that is not defined is an empty field."""
     columns = {
         "iou": scores.class_iou, "precision": scores.class_precision, "recall": scores.class_recall, "f1": scores.class_f1,
     }  # fmt: skip

@@ -8,9 +8,9 @@ from dann_experiments.checkpoints.saved_model import ModelNotes, read_model_note
 from dann_experiments.checkpoints.trained_model import Model, model_digest
 from dann_experiments.checkpoints.weights import listed, load_into, read_weights
 from dann_experiments.config import Config, InputError
-from dann_experiments.config.presets import filled
-from dann_experiments.data.reading import Normalisation, Reading
-from dann_experiments.jobs import setup
+from dann_experiments.data.reading import Normalization, Reading
+from dann_experiments.jobs.build import data_plan, find_data, make_network
+from dann_experiments.names import DOMAINS, SetName
 from dann_experiments.prediction.rasters import NODATA
 from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.store import Store
@@ -32,7 +32,7 @@ def load_model(where: str, domain: str, config: Config | None, store: Store, sou
     elif config is not None:
         names, in_channels = config.class_names, config.model.in_channels
         try:
-            network = setup.make_network(config, with_weights=False)
+            network = make_network(config, with_weights=False)
             reading, normalisation = _reading_of_settings(config, domain)
         except InputError as error:  # its keys are of the file, not settings of the job
             raise InputError(f"in the settings that --config gives: {error}") from None
@@ -52,7 +52,7 @@ def load_model(where: str, domain: str, config: Config | None, store: Store, sou
     return Model(network, names, in_channels, reading, normalisation, model_digest(network, names), run_id)
 
 
-def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading, Normalisation]:
+def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading, Normalization]:
     if domain not in notes.readings:
         raise InputError(
             f"domain is {domain!r}, but model {where} knows how to read images of {sorted(notes.readings)} only."
@@ -60,12 +60,12 @@ def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading,
     return notes.readings[domain]
 
 
-def _reading_of_settings(config: Config, domain: str) -> tuple[Reading, Normalisation]:
-    settings = filled(getattr(config.data, domain))
-    if config.data.normalization == "domain" or settings.scale == "percentiles":  # measured over the training images
-        data = setup.load_data(config, (f"{domain}_train",))
-        setup.settle(config, data)
-        normalisation = data.sets[f"{domain}_train"].normalisation
+def _reading_of_settings(config: Config, domain: str) -> tuple[Reading, Normalization]:
+    name = next(SetName(known, "train") for known in DOMAINS if known == domain)
+    plan = data_plan(config)
+    reading = plan.images[name.domain].reading
+    if plan.own_statistics or reading.scale == "percentiles":  # measured over the training images
+        normalization = find_data(config, (name,)).normalization(name.domain)
     else:
-        normalisation = setup.fixed_normalisation(config, settings)
-    return dataclasses.replace(setup.reading_of(config, domain), settings=""), normalisation
+        normalization = plan.fixed_normalization(name.domain)
+    return dataclasses.replace(reading, settings=""), normalization

@@ -27,10 +27,19 @@ import pytorch_lightning as pl
 from dann_experiments.adaptation.dann import SourceOnly
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_dict
 from dann_experiments.config.parsing import config_from_dict
-from dann_experiments.jobs import setup
-from dann_experiments.jobs.fit import Fit
-from dann_experiments.jobs.setup import Data
+from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.jobs.build import (
+    find_data,
+    make_loaders,
+    make_loop,
+    make_method,
+    make_network,
+    make_taps,
+    seeded,
+)
+from dann_experiments.names import SetName
 from dann_experiments.tracking.processes import how_it_ended
+from dann_experiments.training.curves import Curves
 from dann_experiments.training.ranks import Rank, leave
 
 READY = "ready"
@@ -55,7 +64,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def other_ranks(
-    config: Config, data: Data, folder: Path, pretraining: bool, go_on_from: Path | None
+    config: Config, sets: ImageSets, folder: Path, pretraining: bool, go_on_from: Path | None
 ) -> Iterator[Ranks]:
     """Runs the ranks 1 to `trainer.devices` - 1 during the block. Where the block loses one of them, raises what that said: its
     InputError or TrainingFailed, else TrainingFailed with its error; its output then lies in `folder`, the run's."""
@@ -68,7 +77,7 @@ def other_ranks(
         order = {
             "config": config_to_dict(config), "folder": str(folder.resolve()), "world": world,
             "meeting_point": f"{place}/meeting_point", "pretraining": pretraining,
-            "sets": [name for name in data.sets if not name.endswith("_test")],
+            "sets": [str(name) for name in sets.sets if name.split != "test"],
             "go_on_from": None if go_on_from is None else str(go_on_from.resolve()),
         }  # fmt: skip
         others: list[_Process] = []
@@ -111,20 +120,19 @@ def main() -> None:
 def _train(order: Mapping[str, Any], answers: TextIO) -> None:
     config = config_from_dict(order["config"])
     rank = Rank(order["index"], order["world"], Path(order["meeting_point"]))
-    with setup.seeded(config):
-        data = setup.load_data(config, tuple(order["sets"]))
-        setup.settle(config, data)
-        network = setup.make_network(config, with_weights=False)  # the first rank's come when all meet
-        taps = [] if order["pretraining"] else setup.make_taps(config, network)
-        method = SourceOnly() if order["pretraining"] else setup.make_method(config, taps)
+    with seeded(config):
+        sets = find_data(config, [SetName.parse(text) for text in order["sets"]]).read()
+        network = make_network(config, with_weights=False)  # the first rank's come when all meet
+        taps = [] if order["pretraining"] else make_taps(config, network)
+        method = SourceOnly() if order["pretraining"] else make_method(config, taps)
         go_on_from = None if order["go_on_from"] is None else Path(order["go_on_from"])
-        fit = Fit(
-            config, network, method, taps, data, Path(order["folder"]), pretraining=order["pretraining"],
-            resumed=go_on_from is not None, rank=rank,
+        loop = make_loop(
+            config, network, method, taps, make_loaders(config, sets, rank), Path(order["folder"]),
+            pretraining=order["pretraining"], resumed=go_on_from is not None, rank=rank, curves=Curves(),
         )  # fmt: skip
         pl.seed_everything(config.seed + rank.index, verbose=False)  # dropout must not be the same on each
         print(READY, file=answers)
-        fit.go(go_on_from)
+        loop.run(go_on_from)
 
 
 class _Process:

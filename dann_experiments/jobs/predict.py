@@ -20,16 +20,18 @@ from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config import Config, InputError, config_to_dict, flatten
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.jobs.load_model import load_model
-from dann_experiments.jobs.memory import memory_told
 from dann_experiments.prediction.find_images import find_work
 from dann_experiments.prediction.mapping import MapMaker, Outcome
-from dann_experiments.prediction.rasters import read_decimated
+from dann_experiments.prediction.rasters import (
+    read_decimated,
+)
 from dann_experiments.prediction.scene import Options, Scene
 from dann_experiments.reports.colors import class_colors
 from dann_experiments.reports.images import display_image
 from dann_experiments.reports.plots.preview import draw_preview
 from dann_experiments.tracking.run import TrackedRun, tracked_run
 from dann_experiments.tracking.store import local_artifact_folder, open_store, without_secrets
+from dann_experiments.training.memory import explain_out_of_memory
 
 log = logging.getLogger(__name__)
 PREVIEW_SIDE = 1000  # pixels
@@ -85,7 +87,7 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
         written = {"model": settings.model, "software": f"dann_experiments {__version__}", "dann_run_id": run.run_id}
         maker = MapMaker(
             model, options, device, class_colors(len(model.class_names)), written,
-            around=lambda scene: memory_told(InputError, lambda: _smaller(scene, settings)),
+            around=lambda scene: explain_out_of_memory(InputError, lambda: _smaller(scene, settings)),
         )  # fmt: skip
         with _progress(len(work), settings.progress) as show:
             outcome = maker.map_all(work, show)

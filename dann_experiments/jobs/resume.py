@@ -16,7 +16,7 @@ from dann_experiments.config import Config, InputError, flatten, load_config, re
 from dann_experiments.config.disk import writing
 from dann_experiments.config.parsing import given_settings
 from dann_experiments.config.stored import CLASS_PATH
-from dann_experiments.jobs import setup
+from dann_experiments.jobs.identity import as_pretrained
 from dann_experiments.tracking.deleted import is_deleted
 from dann_experiments.tracking.fetch_model import SOURCE_MODEL
 from dann_experiments.tracking.processes import is_elsewhere, live_process
@@ -205,7 +205,7 @@ def _refuse_foreign_class(recorded: _Recorded, given: str | None) -> None:
 def _agreed(job: str, recorded: Config, wanted: Config) -> Config:
     """Return `wanted`; raise InputError where it differs from the run's own settings in what changes numbers."""
     if job == "pretrain":  # as the run kept its own
-        wanted = setup.as_pretrained(wanted)
+        wanted = as_pretrained(wanted)
     before, now = flatten(recorded), flatten(wanted)
     for key in [*before, *(key for key in now if key not in before)]:
         if key not in MAY_DIFFER and before.get(key) != now.get(key):

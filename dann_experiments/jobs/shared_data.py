@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dann_experiments.data import decoded
+from dann_experiments.data import shared_cache
 from dann_experiments.tracking.processes import is_gone, process_name
 
 log = logging.getLogger(__name__)
@@ -30,11 +30,11 @@ def shared_data(tracking_folder: Path) -> Iterator[Path | None]:
         log.info("%s cannot be written (%s): each process reads its data for itself.", folder, error)
         yield None
         return
-    decoded.share(folder)
+    shared_cache.share(folder)
     try:
         yield folder
     finally:
-        decoded.share(None)
+        shared_cache.share(None)
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # others have theirs there
             place.rmdir()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dann_experiments.checkpoints.weights import load_into, read_weights
 from dann_experiments.config import Config
 from dann_experiments.config.places import local_path
+from dann_experiments.jobs.identity import source_digest
 from dann_experiments.jobs.pretrain import pretrain_with
-from dann_experiments.jobs.setup import Data, source_digest
 from dann_experiments.tracking.fetch_model import SOURCE_MODEL, digest_of_model, fetched, registered
 from dann_experiments.tracking.store import Store, newest_finished
 
@@ -22,15 +22,18 @@ log = logging.getLogger(__name__)
 _kept: dict[Any, tuple[Mapping[str, Tensor], str | None, str]] | None = None  # the last one, in a process that keeps it
 
 
-def find_or_make_source_model(config: Config, store: Store, data: Data, resume: str | None = None) -> str:
+def find_or_make_source_model(
+    config: Config, store: Store, digests: Mapping[str, str], resume: str | None = None
+) -> str:
     """Return `pretrained_checkpoint.path`, or the model of the newest finished pretraining run with the same network settings
-    and source data, or of a new pretraining run; with `resume` auto, of an unfinished one that resumes."""
+    and source data (`digests` of the sets, by name), or of a new pretraining run; with `resume` auto, of an unfinished one that
+    resumes."""
     if config.domain_adaptation.pretrained_checkpoint.path is not None:
         return config.domain_adaptation.pretrained_checkpoint.path
-    run_id = newest_finished(store, {"dann.job": "pretrain", "dann.source_digest": source_digest(config, data)})
+    run_id = newest_finished(store, {"dann.job": "pretrain", "dann.source_digest": source_digest(config, digests)})
     if run_id is None:
         log.info("No finished pretraining run of this network and source data: pretraining first, as a run of its own.")
-        run_id = pretrain_with(config, store, use_claimed=False, resume=resume).run_id
+        run_id = pretrain_with(config, store, main_job=False, resume=resume).run_id
     else:
         log.info("Starting from pretraining run %s (give source_checkpoint to start from another).", run_id)
     return f"runs:/{run_id}/model"

@@ -147,7 +147,7 @@ def statistics_loader(dataset: SegmentationDataset, batch_size: int) -> DataLoad
 
     A batch holds images of one size from all over the set, so that a manifest sorted by scene gives no batches of one scene,
     and the first batches alone are a fair sample. Batches of a size differ by one image at most; none is of one image unless
-    its size is unique (a `batch_size` of 1 makes pairs). The dataset's normalisation must be settled.
+    its size is unique (a `batch_size` of 1 makes pairs).
     """
     sizes: dict[tuple[int, int], list[int]] = {}
     for index, piece in enumerate(dataset.pieces):

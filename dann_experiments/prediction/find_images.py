@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.places import local_path, local_text, user_path
-from dann_experiments.data.reading import many_files
+from dann_experiments.data.rasters import many_files
 from dann_experiments.data.samples import IMAGE_SUFFIXES
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import MAP_SUFFIXES, SIGNATURE_TAG, TIFF_SUFFIXES, read_tags

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.data.reading import Window
+from dann_experiments.data.rasters import Window
 
 if TYPE_CHECKING:
     from filelock import FileLock

@@ -19,7 +19,7 @@ import numpy as np
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.orientation import TURNS, orientation_of
-from dann_experiments.data.reading import CACHE_MB, Window, open_raster
+from dann_experiments.data.rasters import CACHE_MB, Window, open_raster
 from dann_experiments.prediction.partial_map import PartialMap
 
 if TYPE_CHECKING:

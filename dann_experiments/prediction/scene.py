@@ -16,17 +16,16 @@ from torch import Tensor
 
 from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config.errors import InputError
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.rasters import Window, read_header
 from dann_experiments.data.reading import (
     Header,
-    Normalisation,
+    Normalization,
     Reading,
-    Window,
     check_type,
     chosen_bands,
     for_file,
     plain_reading,
-    read_header,
-    read_pixels,
 )
 from dann_experiments.data.statistics import BandSums, range_remark
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
@@ -75,7 +74,7 @@ class Scene:
     size: tuple[int, int]
     """(height, width) of the working grid."""
     plan: Plan
-    normalisation: Normalisation
+    normalisation: Normalization
     facts: Mapping[str, Any]
     """All that its map depends on."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.data.reading import Window
+from dann_experiments.data.rasters import Window
 from dann_experiments.models.networks import logits_of_any_size
 from dann_experiments.models.taps import evaluating
 from dann_experiments.prediction.rasters import NODATA, PROBABILITY_STEPS

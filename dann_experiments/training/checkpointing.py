@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from dann_experiments.checkpoints import files
 from dann_experiments.config.errors import NotWritten
-from dann_experiments.data.dataset import SeededOrder
+from dann_experiments.data.loaders import SeededOrder
 from dann_experiments.training import ranks
 
 log = logging.getLogger(__name__)

@@ -15,14 +15,15 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dann_experiments.config.names import labels_in_store
 from dann_experiments.models.batchnorm import target_statistics
+from dann_experiments.names import DOMAINS, SetName
 from dann_experiments.scores.predictions import in_parts, log_probabilities
-from dann_experiments.scores.selection import KEPT, PREFIX, choice_value
+from dann_experiments.scores.selection import KEPT, PREFIX, SCORES, choice_value
 from dann_experiments.training.ranks import sum_of
 from dann_experiments.training.scoring import Scorer, Scores, SelectionScorer
 
 log = logging.getLogger(__name__)
-DOMAINS = ("source", "target")  # validation loader 0 and 1
 FORGOTTEN = "dann.forgot_source"  # tag of a run whose source IoU fell below the threshold at some time
 
 
@@ -203,14 +204,27 @@ def validation_metrics(
 ) -> dict[str, float]:
     """What a validation shows: scores of both domains, their gap, and the source's drop from its baseline."""
     values: dict[str, float] = {}
-    for domain, scores in latest.items():
-        values |= scores.metrics(f"{domain}_val", class_names)
+    for domain in DOMAINS:
+        if domain not in latest:
+            continue
+        scores = latest[domain]
+        values |= scores.metrics(str(SetName(domain, "val")), class_names)
         values[f"loss/val_{domain}"] = scores.loss
     if len(latest) == 2:
         values["iou/gap_source_minus_target"] = latest["source"].iou - latest["target"].iou
     if "source" in baseline and "source" in latest:
         values["iou/source_drop_from_baseline"] = baseline["source"].iou - latest["source"].iou
     return values
+
+
+def metrics_to_choose_by(class_names: Sequence[str]) -> list[str]:
+    """Return the metrics by which a checkpoint or a trial can be chosen, where both domains have labelled images."""
+    known = ["iou/gap_source_minus_target", "iou/source_drop_from_baseline"]
+    for domain in DOMAINS:
+        name = SetName(domain, "val")
+        known += [f"iou/{name}", f"loss/val_{domain}"]
+        known += [f"class_iou/{name}/{label}" for label in labels_in_store(class_names).values()]
+    return known + list(SCORES)
 
 
 class RatesAndTimes(pl.Callback):

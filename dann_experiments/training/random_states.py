@@ -1,9 +1,11 @@
-"""The random states of python, numpy, torch and CUDA: kept in a checkpoint, put back before the first step after it."""
+"""Seeds, and the random states of python, numpy, torch and CUDA: kept in a checkpoint, restored before the first step after
+it."""
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,32 @@ import pytorch_lightning as pl
 import torch
 
 from dann_experiments.training import ranks
+
+
+@contextlib.contextmanager
+def seeded(seed: int, threads: int | None = None) -> Iterator[None]:
+    """Seed everything random, and use so many threads of torch in the block (None = as before). Threads and determinism are
+    restored at its end."""
+    exact: Any = torch.utils.deterministic
+    filling = exact.fill_uninitialized_memory
+    # it would write each new map once more than needed, to make reading uninitialized memory visible
+    exact.fill_uninitialized_memory = False
+    threads_before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    reseed(seed)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        exact.fill_uninitialized_memory = filling
+
+
+def reseed(seed: int) -> None:
+    """Set all random states to those of `seed`, whatever ran before."""
+    pl.seed_everything(seed, workers=True, verbose=False)
 
 
 class RandomStates(pl.Callback):

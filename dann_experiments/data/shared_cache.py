@@ -1,9 +1,8 @@
-"""Decoded sets that the processes of one sweep or comparison share: one of them reads the files, the others map what it wrote.
+"""A cache of decoded sets that the processes of one sweep or comparison share: one reads the files, the others map what it wrote.
 
-A set is two files of a folder: KEY.bin, the arrays one after another, and KEY.json, what they are. The key stands for all that
-decides them: files (path, size, time of change), regions, and how they are read and cut. Nothing that lives longer than the
-folder, which one sweep or comparison makes and removes, relies on them. Where a set does not fit into `data.memory_gb` or onto
-the disk, each process reads for itself, as it does alone.
+A set is two files of a folder: KEY.bin, the arrays one after another, and KEY.json, their description. The key is a digest of all
+that decides them: files (path, size, time of change), regions, and how they are read and cut. The folder is made and removed by
+one sweep or comparison. Where a set does not fit into `data.memory_gb` or onto the disk, each process reads the files itself.
 """
 
 from __future__ import annotations
@@ -17,30 +16,30 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dann_experiments.data.dataset import Arrays, SegmentationDataset
-from dann_experiments.data.reading import Header, Window
+from dann_experiments.data.rasters import Header, Window
 from dann_experiments.data.samples import Sample, files_of
 from dann_experiments.data.windows import Piece
 
 log = logging.getLogger(__name__)
 ALIGNED = 64  # bytes at which an array begins
-_in_use: DecodedSets | None = None
+_in_use: SharedCache | None = None
 
 
-class DecodedSets:
-    """The sets in one folder."""
+class SharedCache:
+    """The decoded sets in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def key(self, samples: Sequence[Sample], **facts: Any) -> str:
-        """What tells a set from others: its files as they are now, and the `facts` of how they are read and cut."""
+        """Return the key of a set: a digest of its files as they are now, and of the `facts` of how they are read and cut."""
         files = []
         for sample in samples:
             paths = files_of([sample])
@@ -51,7 +50,7 @@ class DecodedSets:
 
     @contextlib.contextmanager
     def alone(self, key: str) -> Iterator[None]:
-        """One process at a time, so that one reads and the others wait for what it writes."""
+        """Lock a key, so that one process reads and the others wait for what it writes."""
         from filelock import FileLock
 
         lock = FileLock(self.folder / f"{key}.lock")
@@ -66,25 +65,25 @@ class DecodedSets:
                 lock.release()
 
     def index(self, key: str) -> Mapping[str, Any] | None:
-        """What is known of a set; None where nobody has written it."""
+        """Return what is known of a set; None where no process has written it."""
         try:
             return json.loads((self.folder / f"{key}.json").read_text())
         except (OSError, ValueError):
             return None
 
     def headers(self, index: Mapping[str, Any]) -> list[Header]:
-        """Of the set's images."""
+        """Return the headers of the set's images."""
         kinds = [Header(**{**header, "nodata": tuple(header["nodata"])}) for header in index["headers"]]
         return [kinds[kind] for kind in index["header_of"]]
 
     def digests(self, index: Mapping[str, Any], samples: Sequence[Sample]) -> dict[Path, bytes]:
-        """Of the set's files, as far as they were known to who wrote it."""
+        """Return the digests of the set's files."""
         found = zip(files_of(samples), index["digests"], strict=True)
-        return {path: bytes.fromhex(digest) for path, digest in found if digest is not None}
+        return {path: bytes.fromhex(digest) for path, digest in found}
 
-    def put(self, key: str, dataset: SegmentationDataset, digests: Mapping[Path, bytes]) -> None:
-        """Write a set that was read, and let it give its own arrays up for the file's. Nothing happens where the set is not kept
-        in memory as a whole, or where the disk has no room."""
+    def store(self, key: str, dataset: SegmentationDataset, digest_of: Callable[[Path], bytes]) -> None:
+        """Write a set that was read, and replace its arrays by those of the file. Do nothing where the set is not kept in
+        memory as a whole, or where the disk has no room."""
         kept = dataset.kept()
         if kept is None:
             return
@@ -102,13 +101,13 @@ class DecodedSets:
             facts = {
                 "headers": [dataclasses.asdict(header) for header in kinds],
                 "header_of": [kinds[header] for header in dataset.headers],
-                "digests": [digests[path].hex() if path in digests else None for path in files_of(dataset.samples)],
+                "digests": [digest_of(path).hex() for path in files_of(dataset.samples)],
                 "pieces": [[p.sample, *p.window, p.counted_rows, p.counted_columns] for p in kept],
                 "places": places,
                 "class_pixels": pixels,
             }
             parts[1].write_text(json.dumps(facts))
-            for part, path in zip(parts, (blob, index), strict=True):  # the index last: it says that all is there
+            for part, path in zip(parts, (blob, index), strict=True):  # the index last: with it the set is complete
                 os.replace(part, path)
         except OSError as error:
             log.info("%s cannot be written (%s): each process reads for itself.", blob, error)
@@ -117,12 +116,12 @@ class DecodedSets:
                     part.unlink(missing_ok=True)
             return
         with contextlib.suppress(OSError):
-            dataset.keep(*self._read(key, facts), counted=True)
+            dataset.restore(*self._read(key, facts), counted=True)
 
-    def give(self, key: str, index: Mapping[str, Any], dataset: SegmentationDataset) -> bool:
-        """Let the set have what was written; False where that does not fit into its memory."""
+    def load(self, key: str, index: Mapping[str, Any], dataset: SegmentationDataset) -> bool:
+        """Fill a set with what was written; return False where that does not fit into its memory."""
         try:
-            return dataset.keep(*self._read(key, index))
+            return dataset.restore(*self._read(key, index))
         except OSError:
             return False
 
@@ -138,19 +137,19 @@ class DecodedSets:
         return kept, None if pixels is None else np.array(pixels, np.int64)
 
 
-def in_use() -> DecodedSets | None:
-    """The sets that this process shares with others; None = it is alone."""
+def in_use() -> SharedCache | None:
+    """Return the cache that this process shares with others; None = it shares none."""
     return _in_use
 
 
 def share(folder: Path | None) -> None:
-    """From now on this process shares what it reads in `folder`; None = no more."""
+    """Share what this process reads from now on in `folder`; None = nothing."""
     global _in_use
-    _in_use = None if folder is None else DecodedSets(folder)
+    _in_use = None if folder is None else SharedCache(folder)
 
 
 def _write(file: Any, array: np.ndarray | None) -> list[Any] | None:
-    """Where the array begins, its type and its shape."""
+    """Write an array; return where it begins, its type and its shape."""
     if array is None:
         return None
     file.write(b"\0" * (-file.tell() % ALIGNED))

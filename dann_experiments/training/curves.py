@@ -1,4 +1,4 @@
-"""The few series that the curves figure shows, kept while they are logged."""
+"""Keeps the few series that the curves figure shows while they are logged."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-
-from dann_experiments.tracking.run import RunLogger, TrackedRun
 
 CURVES = ("iou/source_val", "iou/target_val", "da/domain_acc", "da/domain_acc_val", "da/lambda")
 
@@ -20,13 +18,13 @@ class Curves(pl.Callback):
         self.series: dict[str, list[tuple[int, Any]]] = {}
 
     def add(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Keep what is shown of the metrics of a step; values may be tensors."""
+        """Add those metrics of a step that are shown; values may be tensors."""
         for name in CURVES:
             if name in metrics:
                 self.series.setdefault(name, []).append((step, metrics[name]))
 
     def numbers(self) -> dict[str, list[tuple[int, float]]]:
-        """All series as plain numbers."""
+        """Return all series as plain numbers."""
         for name, points in self.series.items():
             self.series[name] = [(step, float(value)) for step, value in points]
         return self.series
@@ -45,15 +43,3 @@ class Curves(pl.Callback):
             name: list(zip(kept["steps"].tolist(), kept["values"].tolist(), strict=True))
             for name, kept in state_dict.items()
         }
-
-
-class CurveLogger(RunLogger):
-    """The run's logger, which also shows the curves what it logs."""
-
-    def __init__(self, run: TrackedRun, curves: Curves) -> None:
-        super().__init__(run)
-        self._curves = curves
-
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        super().log_metrics(metrics, step)
-        self._curves.add(metrics, step or 0)

@@ -2,49 +2,73 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 from torch import nn
+from torch.utils.data import DataLoader
 
-from dann_experiments.config import Config
-from dann_experiments.config.disk import writing
-from dann_experiments.data.dataset import eval_loader
-from dann_experiments.jobs.setup import MOST_STANDING_IN, Data
+from dann_experiments.data.domain_data import MOST_STANDING_IN, ImageSets
+from dann_experiments.data.loaders import Loaders, eval_loader
 from dann_experiments.models.taps import Tap, resolve_taps
+from dann_experiments.names import DOMAINS, SetName
 from dann_experiments.scores.domain_probe import FEWEST_IMAGES, Probe, mean_probe, probe
-from dann_experiments.tracking.run import TrackedRun
 from dann_experiments.training.alignment_text import explain
-from dann_experiments.training.monitor import DOMAINS
 from dann_experiments.training.pooled_features import pooled_features
 
-log = logging.getLogger(__name__)
 ENCODER = "encoder"  # always probed: the one layer that runs with different taps have in common
-FEATURES_FILE = "features.safetensors"
-"""Artifact with the pooled features at `layer` (its metadata): `before/source`, `before/target`, `after/...`, (N, 2C)."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What the probes found, before and after."""
+
+    before: dict[str, float]
+    """Metrics."""
+    after: dict[str, float]
+    text: str
+    """What it means, in words."""
+    layer: str
+    """The layer of the features."""
+    features: dict[str, np.ndarray]
+    """Pooled features (N, 2C) by `before/source`, `before/target`, `after/...`."""
+
+
+def probe_loaders(loaders: Loaders) -> dict[str, DataLoader]:
+    """Return a loader of held-out images of each domain; of its training images where there are too few to probe."""
+    sets: ImageSets = loaders.sets
+    found = {}
+    for domain in DOMAINS:
+        dataset, trained_on = sets.held_out(domain), sets.get(SetName(domain, "train"))
+        if dataset is not None and trained_on is not None and len(dataset) < FEWEST_IMAGES:
+            dataset = trained_on.as_evaluated(MOST_STANDING_IN)
+        if dataset is not None:
+            found[domain] = eval_loader(dataset, loaders.eval_batch_size_of(domain))
+    return found
 
 
 class Alignment:
-    """Probes the tapped layers, and the encoder, of one network at two times."""
+    """Probes the tapped layers, and the encoder, of one network at two times.
 
-    def __init__(self, config: Config, data: Data, network: nn.Module, taps: Sequence[Tap]) -> None:
-        self._seed = config.seed
-        self._adversary = config.domain_adaptation.method.name != "lambda_zero"
+    `loaders`: held-out images by domain (see `probe_loaders`). `adversary`: whether the method has a domain classifier that the
+    network is trained against.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        taps: Sequence[Tap],
+        in_channels: int,
+        loaders: Mapping[str, DataLoader],
+        seed: int,
+        adversary: bool,
+    ) -> None:
+        self._seed, self._adversary, self._loaders = seed, adversary, loaders
         self._tapped = [tap.name for tap in taps]
-        known = set(self._tapped)
-        encoder = [] if ENCODER in known else resolve_taps(network, [ENCODER], config.model.in_channels)
+        encoder = [] if ENCODER in self._tapped else resolve_taps(network, [ENCODER], in_channels)
         self._taps = [*taps, *encoder]
-        self._loaders = {}
-        for domain in DOMAINS:
-            dataset, trained_on = data.held_out(domain), data.get(f"{domain}_train")
-            if dataset is not None and trained_on is not None and len(dataset) < FEWEST_IMAGES:
-                dataset = trained_on.as_evaluated(MOST_STANDING_IN)
-            if dataset is not None:
-                batch_size = config.data.eval_batch_size or getattr(config.data, domain).batch_size
-                self._loaders[domain] = eval_loader(dataset, batch_size)
         self._features: dict[str, dict[str, dict[str, np.ndarray]]] = {}
 
     def measure(self, when: str, network: nn.Module, device: torch.device) -> None:
@@ -55,27 +79,19 @@ class Alignment:
                 domain: pooled_features(network, self._taps, loader) for domain, loader in self._loaders.items()
             }
 
-    def finish(self, run: TrackedRun, domain_accuracy: float | None, final_step: int) -> dict[str, float]:
-        """Probe both times: metrics at step 0 and `final_step`, the features as a file, and in words what it means as the
-        run's description. Returns the final metrics."""
+    def finish(self, domain_accuracy: float | None) -> Gap:
+        """Probe both times. `domain_accuracy`: of the run's own classifier on held-out images, if it has one."""
         layer = self._tapped[-1] if self._tapped else ENCODER
         found = {when: self._probes(when) for when in self._features}
-        metrics = {when: self._metrics(probes) for when, probes in found.items()}
-        run.log_metrics(metrics["before"], step=0)
-        run.log_metrics(metrics["after"], step=final_step)
         means = {when: mean_probe(self._judged(probes)) for when, probes in found.items()}
-        text = explain(domain_accuracy, means["before"], means["after"], self._adversary)
-        log.info("%s", text)
-        run.set_tags({"dann.alignment": text, "mlflow.note.content": text})
-        tensors = {
+        features = {
             f"{when}/{domain}": np.ascontiguousarray(features[layer])
             for when, domains in self._features.items()
             for domain, features in domains.items()
             if len(features.get(layer, ()))
         }
-        with writing(run.folder / FEATURES_FILE):
-            save_file(tensors, run.folder / FEATURES_FILE, metadata={"layer": layer})
-        return metrics["after"]
+        text = explain(domain_accuracy, means["before"], means["after"], self._adversary)
+        return Gap(self._metrics(found["before"]), self._metrics(found["after"]), text, layer, features)
 
     def _probes(self, when: str) -> dict[str, Probe]:
         features = self._features[when]
@@ -97,5 +113,5 @@ class Alignment:
         return values if mean is None else {**values, "da/probe_acc": mean.accuracy, "da/a_distance": mean.a_distance}
 
     def _judged(self, probes: dict[str, Probe]) -> list[Probe]:
-        """Of the tapped layers, else of the encoder."""
+        """Return the probes of the tapped layers, else of the encoder."""
         return [probes[layer] for layer in self._tapped or [ENCODER] if layer in probes]

@@ -1,0 +1,127 @@
+"""Checks of sets of images before training: sizes, units, value ranges, classes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.config.presets import IGNORED
+from dann_experiments.data.dataset import MOST_PADDED, SegmentationDataset
+from dann_experiments.data.statistics import BandSums, range_remark
+from dann_experiments.names import DOMAINS, Domain, SetName
+
+LOOKED_AT_FOR_RANGE = 16  # training windows, by which a range that does not suit is found
+
+
+def range_of_some(dataset: SegmentationDataset, key: str) -> str | None:
+    """Return a remark where a set's `scale` does not suit the values of some of its windows, else None. `key`: the domain's
+    settings, such as data.source."""
+    if dataset.reading.scale == "percentiles":
+        return None
+    sums = BandSums(dataset.in_channels)
+    for index in np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT_FOR_RANGE).astype(int)):
+        values, _, valid = dataset.read(int(index))
+        sums.add(values, valid)
+    return range_remark(sums.result(), dataset.reading.scale, dataset.headers, key)
+
+
+def label_map_remarks(
+    class_names: Sequence[str], mapped: Mapping[Domain, Sequence[str]], own_maps: Iterable[Domain]
+) -> list[str]:
+    """Return sentences on label maps that name other classes than the network has, or lack some of them.
+
+    `mapped`: class names of each domain's map, for domains that have one; `own_maps`: the domains whose map the user wrote: that
+    of a preset knows all classes of its data set, of which a network may have some.
+    """
+    remarks = []
+    for domain, names in mapped.items():
+        lacking = [name for name in class_names if name not in names]
+        more = [name for name in names if name not in class_names and name != IGNORED]
+        if more and domain in own_maps:
+            near = {name: difflib.get_close_matches(name, lacking or class_names, n=1) for name in more}
+            hint = "".join(f"; did you mean {found[0]!r} by {name!r}?" for name, found in near.items() if found)
+            remarks.append(
+                f"data.{domain}: its label map names {more}, which are none of the network's classes {list(class_names)} and "
+                f"count nowhere (write {IGNORED} if that is meant){hint}"
+            )
+        if lacking:
+            remarks.append(f"data.{domain}: its label map has no class {lacking}.")
+    return remarks
+
+
+def absent_classes(
+    class_pixels: np.ndarray, class_names: Sequence[str], ignore_index: int, map_remarks: Sequence[str]
+) -> str | None:
+    """Return a remark on classes that no mask of data.source.train holds, else None.
+
+    `class_pixels`: (256,) pixels of each id. Raises InputError, with the remarks on label maps, where fewer than two classes are
+    left: masks of 0 and 255 would train on nothing, as 255 is ignored by default.
+    """
+    found = np.flatnonzero(class_pixels).tolist()
+    classes = [value for value in found if value != ignore_index]
+    if len(classes) < 2:
+        raise InputError(
+            f"data.source.train: the masks hold the ids {found}, of which {ignore_index} is ignored (data.ignore_index); that "
+            f"leaves {len(classes)} class to learn. Write the classes as 0 to {len(class_names) - 1}, or name the masks' values "
+            "in data.source.value_map." + "".join(f" {text}" for text in map_remarks)
+        )
+    absent = [name for index, name in enumerate(class_names) if index not in classes]
+    return f"data.source.train: no mask holds the classes {absent}." if absent else None
+
+
+def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> None:
+    """Refuse training items that cannot be put into batches of a network of this stride.
+
+    Items must be larger than the crop or, without crops, all of one size; crop or items must be divisible by `stride`.
+    """
+    sizes: dict[tuple[int, int], Path] = {}
+    for piece in dataset.pieces:
+        sizes.setdefault((piece.window.height, piece.window.width), dataset.samples[piece.sample].image)
+    if dataset.crop_size is not None:
+        for size, path in sizes.items():
+            if min(size) < dataset.crop_size and not dataset.pads(*size):
+                or_else = f" ({MOST_PADDED} times its side at most)" if dataset.pad_to_crop else ""
+                raise InputError(
+                    f"{name}: image {path} is {size[0]} x {size[1]} pixels, smaller than data.crop_size "
+                    f"{dataset.crop_size}; give a smaller one{or_else or ', or set data.pad_to_crop to true'}."
+                )
+        if dataset.crop_size % stride:
+            raise InputError(f"data.crop_size is {dataset.crop_size}; this network needs a multiple of {stride}.")
+        return
+    if len(sizes) > 1:
+        (one, first), (two, second) = list(sizes.items())[:2]
+        raise InputError(
+            f"{name}: images differ in size ({first}: {one[0]} x {one[1]}, {second}: {two[0]} x {two[1]}); "
+            "set data.crop_size to train on crops."
+        )
+    for (height, width), path in sizes.items():
+        if height % stride or width % stride:
+            raise InputError(
+                f"{name}: image {path} is {height} x {width} pixels; this network needs sides divisible by {stride}: "
+                "set data.crop_size to a multiple of it."
+            )
+
+
+def unit_problems(sets: Mapping[SetName, SegmentationDataset]) -> list[str]:
+    """Return what is wrong with the pixel sizes of several sets: one number that means two units."""
+    first: dict[tuple[Domain, float], tuple[SetName, str, Path]] = {}
+    problems = []
+    for name, dataset in sets.items():
+        size, unit = dataset.reading.pixel_size, dataset.reading.unit
+        if size is None or unit is None:
+            continue
+        path = next(s.image for s, h in zip(dataset.samples, dataset.headers, strict=True) if h.unit == unit)
+        for other in sorted(DOMAINS, key=lambda domain: domain != name.domain):  # its own domain first
+            known, its_unit, its_path = first.get((other, size), (name, unit, path))
+            if its_unit != unit:
+                problems.append(
+                    f"{name.key}: pixel_size {size:g} means {unit} for image {path}, but {its_unit} for image {its_path} of "
+                    f"{known.key}; reproject the files to one CRS, or give each domain's pixel_size in the unit of its files."
+                )
+                break
+        first.setdefault((name.domain, size), (name, unit, path))
+    return problems

@@ -1,0 +1,362 @@
+"""The image sets of a job, from plain settings to finished sets.
+
+data = DomainData(plan, names)  # files found, headers checked
+sets = data.read()              # pixels read as far as memory goes, normalization known
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.data import shared_cache
+from dann_experiments.data.augmentation import Strength
+from dann_experiments.data.checks import check_sizes, unit_problems
+from dann_experiments.data.dataset import Memory, SegmentationDataset
+from dann_experiments.data.digits import EmbeddedName, build_digits
+from dann_experiments.data.headers import read_headers
+from dann_experiments.data.labels import LabelMap
+from dann_experiments.data.lists import under
+from dann_experiments.data.rasters import Header, many_files
+from dann_experiments.data.reading import Normalization, Reading, largest_value
+from dann_experiments.data.remarks import Problems
+from dann_experiments.data.samples import Sample, content_digest, file_digest, find_samples, refuse
+from dann_experiments.data.statistics import measure, normalization_from
+from dann_experiments.names import DOMAINS, SOURCE_TRAIN, SOURCE_VAL, TARGET_TRAIN, Domain, SetName, Split
+
+log = logging.getLogger(__name__)
+MOST_STANDING_IN = 200  # training images that are used for validation where no domain has a validation set
+
+
+@dataclass(frozen=True)
+class DomainImages:
+    """The images of one domain: where they are, and how they are read."""
+
+    entries: Mapping[Split, Sequence[Any]]
+    """What `find_samples` takes, per split."""
+    reading: Reading
+    labels: LabelMap
+    augmentation: Strength = "none"
+    root: str | None = None
+    """Folder that the entries are relative to; None = that of the plan."""
+    preset: str | None = None
+    """Name of the known data set that the entries come from, for messages."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How images become items (see `SegmentationDataset` and `windows`)."""
+
+    window_size: int | None = None
+    random_windows: bool = False
+    """Of training sets."""
+    window_count: int | None = None
+    crop_size: int | None = None
+    pad_to_crop: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """All that decides the sets of a job, as plain values."""
+
+    images: Mapping[Domain, DomainImages]
+    in_channels: int
+    cut: Cut
+    mean: tuple[float, ...]
+    """Per band, of images scaled to 0..1."""
+    std: tuple[float, ...]
+    own_statistics: bool = False
+    """Whether each domain's own mean and deviation are measured and used in place of `mean` and `std`."""
+    memory_gb: float = 0.0
+    """Decoded images are kept up to this size, all sets together."""
+    root: str | None = None
+    """Folder that the entries are relative to; None = the embedded data, else the current folder."""
+    embedded: EmbeddedName | None = None
+    embedded_seed: int = 0
+    embedded_folder: str | None = None
+    show_progress: bool = False
+
+    def find(self, name: SetName, report: Callable[[str], None] = refuse) -> list[Sample] | None:
+        """Return the samples of one set, None if it has no entries. What is wrong goes to `report`; so does a missing training
+        set."""
+        images = self.images[name.domain]
+        entries = images.entries[name.split]
+        if not entries:
+            if name.split == "train":
+                report(f"{name.key} is empty; name a CSV manifest or a folder with images/ to train on.")
+            return None
+        # the target's training masks are never looked for
+        masks = "no" if name == TARGET_TRAIN else "required" if name in (SOURCE_TRAIN, SOURCE_VAL) else "if present"
+
+        def report_with_preset(text: str) -> None:
+            report(text if images.preset is None else f"{text} (preset {images.preset})")
+
+        return find_samples(entries, self._root_of(name.domain), name.key, masks, report_with_preset)
+
+    def dataset(
+        self,
+        name: SetName,
+        samples: Sequence[Sample],
+        headers: Sequence[Header] | None = None,
+        memory: Memory | None = None,
+        cut: Cut | None = None,
+    ) -> SegmentationDataset:
+        """Return the items of a set as far as headers decide them, under the normalization that needs no measuring. Raises
+        InputError for a region beyond its image, or a pixel size that is not known."""
+        images = self.images[name.domain]
+        return SegmentationDataset(
+            samples, images.labels, self.fixed_normalization(name.domain), images.reading, name.split == "train",
+            augmentation=images.augmentation, memory=memory, headers=headers, **dataclasses.asdict(cut or self.cut),
+        )  # fmt: skip
+
+    def fixed_normalization(self, domain: Domain) -> Normalization:
+        """Return what the settings alone decide; see `DomainData.normalization` for what has to be measured."""
+        scale, bands = self.images[domain].reading.scale, self.in_channels
+        low, high = scale if isinstance(scale, tuple) else (0.0, 1.0)
+        mean, std = ((0.5,) * bands, (0.25,) * bands) if self.own_statistics else (self.mean, self.std)
+        return Normalization((low,) * bands, (high,) * bands, mean, std)
+
+    def _root_of(self, domain: Domain) -> Path:
+        """Return the folder that a domain's entries are relative to; builds the embedded data where they are missing."""
+        own = self.images[domain].root
+        if own is not None:
+            return under(Path(), own, f"data.{domain}.root")
+        if self.root is not None:
+            return under(Path(), self.root, "data.root")
+        if self.embedded is None:
+            return Path.cwd()
+        folder = embedded_folder(self.embedded_folder)
+        try:
+            return build_digits(folder, self.embedded_seed, self.embedded)
+        except OSError as error:
+            raise InputError(f"data.embedded.folder is {folder}, where the data cannot be built ({error}).") from None
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSets:
+    """Finished sets of images by name; a set that the settings do not name is absent."""
+
+    sets: Mapping[SetName, SegmentationDataset]
+    digest_of: Callable[[Path], bytes]
+    """Digest of a file's bytes."""
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """Digest of each set, by its name as text."""
+        return _digests(self.sets, self.digest_of)
+
+    def get(self, name: SetName) -> SegmentationDataset | None:
+        """Return the set, None if it is absent."""
+        return self.sets.get(name)
+
+    def labelled(self, name: SetName) -> SegmentationDataset | None:
+        """Return the set if it is there and has masks."""
+        found = self.sets.get(name)
+        return found if found is not None and found.has_masks else None
+
+    def training(self) -> dict[Domain, SegmentationDataset]:
+        """Return the training set of each domain that has one."""
+        return {name.domain: dataset for name, dataset in self.sets.items() if name.split == "train"}
+
+    def any_of(self, domain: Domain) -> SegmentationDataset | None:
+        """Return the domain's training, validation or test set, the first that is there."""
+        splits: tuple[Split, ...] = ("train", "val", "test")
+        return next(
+            (self.sets[name] for name in (SetName(domain, split) for split in splits) if name in self.sets), None
+        )
+
+    def held_out(self, domain: Domain) -> SegmentationDataset | None:
+        """Return the domain's validation images, with or without masks. Where it has none: as many of its training images, as
+        they are and without masks, as the other domain has to validate on."""
+        own, trained_on = self.get(SetName(domain, "val")), self.get(SetName(domain, "train"))
+        if own is not None or trained_on is None:
+            return own
+        others = [len(dataset) for name, dataset in self.sets.items() if name.split == "val"]
+        return trained_on.as_evaluated(max(others, default=MOST_STANDING_IN))
+
+
+class DomainData:
+    """The sets of a job whose files are found and whose headers are right; `read` returns them finished.
+
+    Workers of one sweep or comparison share what they decode (`shared_cache`). Raises InputError that lists all that is wrong.
+    """
+
+    def __init__(self, plan: DataPlan, names: Iterable[SetName]) -> None:
+        self.plan = plan
+        self._memory = Memory(plan.memory_gb)
+        self._file_digests: dict[Path, bytes] = {}
+        self._sets: dict[SetName, SegmentationDataset] = {}
+        problems = Problems()
+        for name in names:
+            samples = plan.find(name, problems.append)
+            dataset = None if samples is None else self._with_headers(name, samples, problems)
+            if dataset is not None:
+                self._sets[name] = dataset
+        for text in unit_problems(self._sets):
+            problems.append(text)
+        problems.refuse()
+        for line in problems.remarks.lines():
+            log.warning("%s", line)
+
+    @property
+    def labelled(self) -> frozenset[SetName]:
+        """Names of the sets that have masks."""
+        return frozenset(name for name, dataset in self._sets.items() if dataset.has_masks)
+
+    @property
+    def names(self) -> list[SetName]:
+        """Names of the sets that there are."""
+        return list(self._sets)
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """Digest of each set, by its name as text: equal for equal bytes of its files that are read by equal rules."""
+        return _digests(self._sets, self.digest_of)
+
+    def digest_of(self, path: Path) -> bytes:
+        """Return the digest of a file's bytes, which are read once."""
+        if path not in self._file_digests:
+            self._file_digests[path] = file_digest(path)
+        return self._file_digests[path]
+
+    def read(
+        self,
+        names: Iterable[SetName] | None = None,
+        stride: int | None = None,
+        known: Mapping[Domain, Normalization] | None = None,
+        ahead: bool = True,
+    ) -> ImageSets:
+        """Return sets, ready to be used.
+
+        `names`: which; None = all. `stride`: of the network that is to be trained; training images must fit it. `known`:
+        normalizations that need not be measured. `ahead`: whether files are read now, as far as memory goes, and not when an item
+        is asked for. Raises InputError for the first file that is wrong.
+        """
+        chosen = [name for name in self._sets if names is None or name in set(names)]
+        for name in chosen if ahead else ():
+            dataset = self._sets[name]
+            self._fill(name, dataset)
+            if stride is not None and dataset.training:
+                check_sizes(dataset, name.key, stride)
+        normalizations = {
+            domain: (known or {}).get(domain) or self.normalization(domain, chosen)
+            for domain in DOMAINS if any(name.domain == domain for name in chosen)
+        }  # fmt: skip
+        return ImageSets(
+            {name: self._sets[name].with_normalization(normalizations[name.domain]) for name in chosen}, self.digest_of
+        )
+
+    def normalization(self, domain: Domain, names: Iterable[SetName] | None = None) -> Normalization:
+        """Return the normalization of a domain, measured where the settings ask for it: over its training windows, or where it
+        has none over the first of its sets `names` (None = all)."""
+        scale, own = self.plan.images[domain].reading.scale, self.plan.own_statistics
+        fixed = self.plan.fixed_normalization(domain)
+        if not (own or scale == "percentiles"):
+            return fixed
+        train = SetName(domain, "train")
+        measured = self._sets.get(train) or self._unread(train)
+        if measured is None:
+            measured = next(self._sets[name] for name in names or self._sets if name.domain == domain)
+        ends = {largest_value(header) if scale == "type" else 0.0 for header in measured.headers}
+        types = sorted({header.dtype for header in measured.headers})
+        if len(types) > 1 or len(ends) > 1:  # the sums of such values would mean nothing
+            raise InputError(
+                f"data.{domain} has images of {' and '.join(types)}, whose bands cannot be measured together; convert "
+                "them to one type, or set data.normalization to fixed and scale to type or a range."
+            )
+        what = f"measuring the bands of data.{domain}"
+        *_, sums = followed(measure(measured), len(measured), what, self.plan.show_progress)
+        return normalization_from(sums.result(), fixed, scale, ends.pop(), own)
+
+    def _unread(self, train: SetName) -> SegmentationDataset | None:
+        """Return a training set that the job itself does not use, to measure it."""
+        if not self.plan.images[train.domain].entries["train"]:
+            return None
+        return self.plan.dataset(train, self.plan.find(train) or [])
+
+    def _with_headers(self, name: SetName, found: Sequence[Sample], problems: Problems) -> SegmentationDataset | None:
+        """Return a set without the images that are wrong, None where none is left; already read where workers share it."""
+        shared = shared_cache.in_use()
+        if shared is None or problems.texts:
+            return self._from_files(name, found, problems)
+        key = shared.key(found, **self._decided_by(name))
+        with shared.alone(key):
+            index = shared.index(key)
+            if index is not None:
+                self._file_digests.update(shared.digests(index, found))
+                dataset = self.plan.dataset(name, found, shared.headers(index), self._memory)
+                shared.load(key, index, dataset)
+                return dataset
+            dataset = self._from_files(name, found, problems)
+            if dataset is not None and not problems.texts:
+                try:
+                    self._fill(name, dataset)
+                    shared.store(key, dataset, self.digest_of)
+                except InputError as error:
+                    problems.append(str(error))
+            return dataset
+
+    def _from_files(self, name: SetName, found: Sequence[Sample], problems: Problems) -> SegmentationDataset | None:
+        images = self.plan.images[name.domain]
+        samples, headers = read_headers(found, images.reading, self.plan.in_channels, images.labels, problems)
+        if samples:
+            try:
+                return self.plan.dataset(name, samples, headers, self._memory)
+            except InputError as error:  # a region beyond its image, a pixel size that is not known
+                problems.append(str(error))
+        return None
+
+    def _decided_by(self, name: SetName) -> dict[str, Any]:
+        """All that the decoded windows of a set depend on, beside its files."""
+        images, cut, training = self.plan.images[name.domain], self.plan.cut, name.split == "train"
+        return {
+            "labels": images.labels,
+            "reading": images.reading,
+            "bands": self.plan.in_channels,
+            "cut": (training, cut.crop_size if training else None, cut.window_size),
+            "random": (cut.window_count, cut.seed) if training and cut.random_windows else None,
+        }
+
+    def _fill(self, name: SetName, dataset: SegmentationDataset) -> None:
+        with many_files():
+            followed(dataset.fill(), len(dataset), f"reading {name.key}", self.plan.show_progress)
+
+
+def embedded_folder(folder: str | None) -> Path:
+    """Return where embedded data are built: `folder`, else the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dann_experiments"
+    return under(Path(), folder, "data.embedded.folder") if folder is not None else cache
+
+
+def followed(steps: Iterable[Any], count: int, what: str, shown: bool) -> list[Any]:
+    """Go through `steps` and return the last of them in a list; `shown`: with a progress bar, on a terminal where it takes
+    long."""
+    from rich.progress import track
+
+    silent = not (shown and sys.stdout.isatty() and count > 200)
+    last: list[Any] = []
+    for step in track(steps, description=what, total=count, disable=silent, transient=True):
+        last = [step]
+    return last
+
+
+def _digests(sets: Mapping[SetName, SegmentationDataset], digest_of: Callable[[Path], bytes]) -> dict[str, str]:
+    """Return a digest of each set over the bytes of its files, and over the rules by which they are read otherwise than in
+    version 0.1, so that earlier numbers are not taken for those of now."""
+    digests = {}
+    for name, dataset in sets.items():
+        digest, rules = content_digest(dataset.samples, digest_of), dataset.later_rules
+        if rules:
+            digest = hashlib.blake2b(f"{digest} {rules}".encode(), digest_size=16).hexdigest()
+        digests[str(name)] = digest
+    return digests

@@ -1,0 +1,76 @@
+"""Reads the headers of an image and its mask before training, and checks that both fit the settings and each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.data.georeference import FARTHEST, Place, described, pixels_apart, place_of
+from dann_experiments.data.labels import LabelMap
+from dann_experiments.data.rasters import Header, many_files, open_raster, verified_header
+from dann_experiments.data.reading import Reading, check_type, chosen_bands
+from dann_experiments.data.remarks import Problems, Remarks, image_remarks, mask_remarks
+from dann_experiments.data.samples import Sample
+
+
+def checked_header(
+    sample: Sample,
+    reading: Reading,
+    in_channels: int,
+    labels: LabelMap | None = None,
+    remarks: Remarks | None = None,
+) -> Header:
+    """Return the image's header. What is odd about the files and yet allowed goes to `remarks`.
+
+    Raises InputError for what is no image, for bands or a type that do not fit, and for a mask of another size or place.
+    """
+    with open_raster(sample.image) as file:
+        header = verified_header(file, sample.image)
+        chosen_bands(sample.image, header, reading, in_channels)
+        check_type(sample.image, header, reading)
+        place = place_of(file)
+        if remarks is not None:
+            remarks.take(sample.image, image_remarks(file, sample.image, header, reading, in_channels))
+    if sample.mask is None:
+        return header
+    with open_raster(sample.mask) as file:
+        of_mask = verified_header(file, sample.mask)
+        if (of_mask.height, of_mask.width) != (header.height, header.width):
+            raise InputError(
+                f"image {sample.image} is {header.height} x {header.width} pixels, its mask {sample.mask} "
+                f"{of_mask.height} x {of_mask.width}; they must be of one size."
+            )
+        _check_same_place(sample, place, place_of(file))
+        if remarks is not None and labels is not None:
+            remarks.take(sample.mask, mask_remarks(file, of_mask, labels))
+    return header
+
+
+def read_headers(
+    samples: Sequence[Sample], reading: Reading, in_channels: int, labels: LabelMap, problems: Problems
+) -> tuple[list[Sample], list[Header]]:
+    """Return the samples whose headers are right, and these; what is wrong with the others is added to `problems`."""
+    kept, headers = [], []
+    equal: dict[Header, Header] = {}  # most are: one object is enough
+    with many_files():
+        for sample in samples:
+            try:
+                header = checked_header(sample, reading, in_channels, labels, problems.remarks)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            kept.append(sample)
+            headers.append(equal.setdefault(header, header))
+    return kept, headers
+
+
+def _check_same_place(sample: Sample, image: Place | None, mask: Place | None) -> None:
+    """Raise InputError where both files are georeferenced, and disagree."""
+    if image is None or mask is None:
+        return
+    apart = pixels_apart(image, mask)
+    if apart is not None and not apart <= FARTHEST:
+        raise InputError(
+            f"image {sample.image} and its mask {sample.mask} lie in different places, {apart:.4g} pixels apart (image: "
+            f"{described(image)}; mask: {described(mask)}); pair files of one place, or mend the georeference that is wrong."
+        )

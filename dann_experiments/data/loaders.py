@@ -1,0 +1,184 @@
+"""Loaders: what training, validation and scoring draw from the sets of images.
+
+The order of items, crops and augmentations depends on the seed alone: not on workers, nor on what else draws random numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.names import DOMAINS, SOURCE_VAL, Domain, SetName
+
+log = logging.getLogger(__name__)
+Share = tuple[int, int]  # of several ranks that train together: which one, and how many
+
+
+class SeededOrder(Sampler[tuple[int, int]]):
+    """A random order of the items, another each pass, each index with a seed for its crop and augmentation: the same numbers
+    whatever the workers. A later process can resume in the middle of a pass, without touching the items before. Of several ranks
+    that train together, `share` (rank, how many) takes its part of one common order, as many items as each other."""
+
+    def __init__(self, dataset: SegmentationDataset, seed: int, share: Share = (0, 1)) -> None:
+        self._dataset = dataset
+        self._rank, self._world = share
+        self._order = torch.Generator().manual_seed(seed)
+        self._seeds = torch.Generator().manual_seed(seed)
+        self._epoch = 0
+        self._epoch_of_pass: int | None = None
+        self._pass_start = self._states()
+        self._to_skip: int | None = None  # of a pass that another process began
+
+    def __len__(self) -> int:
+        return len(self._dataset) // self._world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        count = len(self._dataset)
+        # The numbers that are drawn and not used keep the order of the results in docs/results.md: one each pass, and an
+        # order where a pass follows another in one epoch.
+        skipped, self._to_skip = self._to_skip, None
+        if skipped is None and self._epoch_of_pass == self._epoch:
+            torch.randperm(count, generator=self._order)
+        self._epoch_of_pass = self._epoch
+        self._pass_start = self._states()
+        torch.empty((), dtype=torch.int64).random_(generator=self._order)
+        seeds = torch.randint(2**62, (count,), generator=self._seeds).tolist()
+        order = torch.randperm(count, generator=self._order).tolist()
+        first, end = self._rank + (skipped or 0) * self._world, len(self) * self._world
+        return itertools.islice(zip(order, seeds, strict=True), first, end, self._world)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self._epoch = epoch
+
+    def position(self, items: int | None) -> dict[str, Any]:
+        """Return what `go_on_from` needs after `items` of the newest pass; None: after an epoch, when a new pass comes next."""
+        return (self._states() if items is None else dict(self._pass_start)) | {"items": items or 0}
+
+    def go_on_from(self, position: Mapping[str, Any], epoch: int) -> None:
+        """Make the next pass, in `epoch`, the rest of the one at `position`."""
+        self._order.set_state(position["order"])
+        self._seeds.set_state(position["seeds"])
+        self._to_skip, self._epoch = int(position["items"]), epoch
+
+    def _states(self) -> dict[str, Any]:
+        return {"order": self._order.get_state(), "seeds": self._seeds.get_state()}
+
+
+class _EqualSizes(Sampler[list[int]]):
+    """Every item of a share (rank, how many) once, in order, in batches of neighbors of one size."""
+
+    def __init__(self, dataset: SegmentationDataset, batch_size: int, share: Share = (0, 1)) -> None:
+        rank, world = share
+        self.first_item, end = (len(dataset) * number // world for number in (rank, rank + 1))
+        self._batches: list[list[int]] = []
+        size = None
+        for index in range(self.first_item, end):
+            piece = dataset.pieces[index]
+            if piece.window[2:] != size or len(self._batches[-1]) == batch_size:
+                self._batches.append([])
+            size = piece.window[2:]
+            self._batches[-1].append(index)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)
+
+
+def train_loader(
+    dataset: SegmentationDataset,
+    batch_size: int,
+    name: str,
+    seed: int,
+    share: Share = (0, 1),
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return a loader of shuffled full batches; a set smaller than one batch is one smaller batch, with a warning.
+
+    Order, crops and augmentations depend on `seed` alone, whatever else draws random numbers, and on no number of workers.
+    With `share` (rank, how many ranks), batches of this size are each rank's own; the set must hold an item for each.
+    """
+    order = SeededOrder(dataset, seed, share)
+    if len(order) < batch_size:
+        log.warning(
+            "%s has %d images%s, fewer than its batch size %d: training takes batches of %d.",
+            name, len(order), "" if share[1] == 1 else " for each process", batch_size, len(order),
+        )  # fmt: skip
+        batch_size = len(order)
+    return DataLoader(
+        dataset, batch_size, sampler=order, drop_last=True, num_workers=num_workers,
+        generator=torch.Generator().manual_seed(seed),  # or the loader would draw from the global random state
+        persistent_workers=num_workers > 0, pin_memory=pin_memory,
+    )  # fmt: skip
+
+
+def eval_loader(
+    dataset: SegmentationDataset,
+    batch_size: int,
+    share: Share = (0, 1),
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return a loader of every item, or those of a share (rank, how many ranks), once, in order; a batch has images of one
+    size."""
+    sampler = _EqualSizes(dataset, batch_size, share)
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory)
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The loaders of a job: its sets in the batches of its settings."""
+
+    sets: ImageSets
+    batch_sizes: Mapping[Domain, int]
+    """Training batches."""
+    eval_batch_size: int | None
+    """Batches of validation and scoring; None = as in training."""
+    seed: int
+    num_workers: int = 0
+    """Processes per loader."""
+    pin_memory: bool = False
+    """Whether batches are loaded into memory that a GPU copies from by itself."""
+    share: Share = (0, 1)
+
+    def training(self) -> dict[str, DataLoader]:
+        """Return one loader per domain that has training images, each with an order of its own."""
+        found = {}
+        for offset, domain in enumerate(DOMAINS):
+            name = SetName(domain, "train")
+            dataset = self.sets.get(name)
+            if dataset is not None:
+                found[domain] = train_loader(
+                    dataset, self.batch_sizes[domain], name.key, self.seed + offset * 2**32, self.share,
+                    self.num_workers, self.pin_memory,
+                )  # fmt: skip
+        return found
+
+    def validation(self) -> list[DataLoader]:
+        """Return the source's, which needs masks, and the target's, which does not; none without the source's."""
+        source, target = self.sets.labelled(SOURCE_VAL), self.sets.held_out("target")
+        if source is None:
+            return []
+        loaders = [self.scoring(source, "source")]
+        return loaders if target is None else [*loaders, self.scoring(target, "target")]
+
+    def scoring(self, dataset: SegmentationDataset, domain: Domain) -> DataLoader:
+        """Return a loader of a set of `domain`, whole, in the batches of validation."""
+        return eval_loader(
+            dataset, self.eval_batch_size_of(domain), self.share, self.num_workers, self.pin_memory
+        )  # fmt: skip
+
+    def eval_batch_size_of(self, domain: Domain) -> int:
+        """Return the images per batch of validation."""
+        return self.eval_batch_size or self.batch_sizes[domain]

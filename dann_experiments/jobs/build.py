@@ -1,0 +1,289 @@
+"""From settings to objects: data and loaders, network, taps, method, optimizer, and the loop that trains them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.loggers import Logger
+from torch import nn
+
+from dann_experiments.adaptation.build import build_method, build_schedule, load_own_method
+from dann_experiments.adaptation.method import DomainAdaptationMethod
+from dann_experiments.checkpoints.files import WholeFiles
+from dann_experiments.config import Config, InputError
+from dann_experiments.config.schema import OptimizerConfig
+from dann_experiments.data.domain_data import Cut, DataPlan, DomainData, DomainImages, ImageSets
+from dann_experiments.data.labels import LabelMap, label_map
+from dann_experiments.data.loaders import Loaders
+from dann_experiments.data.reading import Reading, reading_facts
+from dann_experiments.jobs.resume import CHECKPOINTS
+from dann_experiments.models.batchnorm import has_batchnorm, statistics_loader
+from dann_experiments.models.compiling import compile_parts
+from dann_experiments.models.networks import build_network, keeps_channels_last
+from dann_experiments.models.passes import check_joint, choose
+from dann_experiments.models.taps import Tap, resolve_taps
+from dann_experiments.names import ALL_SETS, DOMAINS, SPLITS, TARGET_TRAIN, Domain, SetName, Split
+from dann_experiments.tracking.processes import available_cores, visible_gpus
+from dann_experiments.training import random_states
+from dann_experiments.training.bad_numbers import BadNumbers
+from dann_experiments.training.checkpointing import Checkpoints
+from dann_experiments.training.curves import Curves
+from dann_experiments.training.loop import EpochLines, Loop
+from dann_experiments.training.module import AdaptationModule
+from dann_experiments.training.monitor import DomainAdaptationMonitorCallback, RatesAndTimes, TargetStatistics
+from dann_experiments.training.optimizers import build_optimizer
+from dann_experiments.training.random_states import RandomStates
+from dann_experiments.training.ranks import Rank
+
+log = logging.getLogger(__name__)
+LARGEST_BLANK = 1024  # pixels; divisible by every network's stride
+MOST_WORKERS = 4  # per loader, where their number is chosen from the machine
+
+
+def seeded(config: Config) -> contextlib.AbstractContextManager[None]:
+    """Seed everything random and set the threads for the block."""
+    threads = config.threads
+    if threads is None and config.trainer.devices > 1:
+        threads = max(available_cores() // config.trainer.devices, 1)
+    return random_states.seeded(config.seed, threads)
+
+
+def data_plan(config: Config) -> DataPlan:
+    """Return all that decides the sets of images."""
+    data, embedded = config.data, config.data.embedded
+    cut = Cut(
+        data.window_size, data.windows == "random", data.window_count, data.crop_size, data.pad_to_crop, config.seed
+    )
+    return DataPlan(
+        {domain: _images(config, domain) for domain in DOMAINS}, config.model.in_channels, cut, tuple(data.mean),
+        tuple(data.std), data.normalization == "domain", data.memory_gb, data.root, embedded.name, embedded.seed,
+        embedded.folder, config.trainer.enable_progress_bar,
+    )  # fmt: skip
+
+
+def find_data(config: Config, names: Iterable[SetName] = ALL_SETS) -> DomainData:
+    """Find the named sets and check the header of every file. Raises InputError for all that is wrong at once."""
+    return DomainData(data_plan(config), names)
+
+
+def _images(config: Config, domain: Domain) -> DomainImages:
+    settings, preset = config.data.resolved(domain), getattr(config.data, domain).preset
+    reading = Reading(
+        None if settings.bands is None else tuple(settings.bands),
+        (settings.scale[0], settings.scale[1]) if isinstance(settings.scale, list) else settings.scale,
+        settings.nodata_values, settings.pixel_size, settings.file_pixel_size, settings.nodata_bands,
+        settings=f"data.{domain}.",
+    )  # fmt: skip
+    entries: dict[Split, list[Any]] = {split: getattr(settings, split) for split in SPLITS}
+    return DomainImages(entries, reading, _labels(config, domain), settings.augmentation, settings.root, preset)
+
+
+def _labels(config: Config, domain: Domain) -> LabelMap:
+    settings = config.data.resolved(domain)
+    return label_map(
+        config.class_names, config.data.ignore_index, settings.value_map, settings.colours, settings.ignore_values,
+        f"data.{domain}.",
+    )  # fmt: skip
+
+
+def make_loaders(config: Config, sets: ImageSets, rank: Rank | None = None) -> Loaders:
+    """Return the loaders of a job's sets, or of one rank's share of them."""
+    on_gpu = bool(visible_gpus(config.trainer.accelerator))
+    workers = config.data.num_workers
+    if workers is None:
+        cores = available_cores() // config.trainer.devices
+        workers = min(MOST_WORKERS, cores // (2 * len(DOMAINS))) if on_gpu else 0
+    batch_sizes: dict[Domain, int] = {domain: config.data.resolved(domain).batch_size for domain in DOMAINS}
+    return Loaders(
+        sets, batch_sizes, config.data.eval_batch_size, config.seed, workers, on_gpu, (rank or Rank()).share
+    )  # fmt: skip
+
+
+def make_network(config: Config, with_weights: bool = True, initialize: bool = True) -> nn.Module:
+    """Build the network of `model`. `with_weights` False leaves the encoder's weights out. With `initialize` False all weights
+    stay uninitialized; load a complete checkpoint before use."""
+    model = config.model
+    weights = model.encoder_weights if with_weights else None
+    return build_network(
+        model.arch, model.encoder_name, weights, model.in_channels, model.classes, model.network_arguments(), initialize
+    )
+
+
+def make_taps(config: Config, network: nn.Module) -> list[Tap]:
+    """Look up the layers of `domain_adaptation` in the network."""
+    batchnorm = config.domain_adaptation.batchnorm
+    if batchnorm in ("source_only", "target_stats") and not has_batchnorm(network):
+        raise InputError(
+            f"domain_adaptation.batchnorm is {batchnorm!r}, but this network has no BatchNorm; give separate."
+        )
+    if config.domain_adaptation.method.name == "source_only" and config.domain_adaptation.method.class_path is None:
+        return []
+    size = blank_size(config)
+    taps = resolve_taps(network, config.domain_adaptation.layers, config.model.in_channels, size)
+    if batchnorm == "joint":
+        check_joint([tap for tap in taps if tap.name in config.domain_adaptation.method.layers])
+    return taps
+
+
+def blank_size(config: Config) -> int:
+    """Return the side in pixels of the blank image by which layers are looked up: that of the crops, within what any memory
+    holds."""
+    return min(config.data.crop_size or 64, LARGEST_BLANK)
+
+
+def make_method(config: Config, taps: Sequence[Tap]) -> DomainAdaptationMethod:
+    """Build the adaptation method that the settings name."""
+    method = config.domain_adaptation.method
+    channels = {tap.name: tap.channels for tap in taps}
+    if method.class_path is not None:
+        own = load_own_method(method.class_path, method.init_args, channels)
+        missing = [layer for layer in own.feature_layers if layer not in channels]
+        if missing:
+            raise InputError(
+                f"domain_adaptation.feature_layers captures {list(channels)}, but {method.class_path} needs {missing}; "
+                "add them to domain_adaptation.feature_layers."
+            )
+        return own
+    if method.name == "lambda_zero":
+        log.info("lambda_zero: lambda is 0 throughout; lambda_da and lambda_schedule have no effect.")
+    return build_method(
+        method.name,
+        method.layers,
+        channels,
+        method.in_channels,
+        build_schedule(method.lambda_schedule.kind, method.lambda_schedule.gamma),
+        classifier=method.classifier,
+        hidden_size=method.hidden_size,
+        discriminator_lr=method.discriminator_lr,
+        lambda_da=method.lambda_da,
+        step_mode=method.step_mode,
+    )
+
+
+def optimizer_maker(
+    optimizer: OptimizerConfig, precision: str
+) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """Return a function from parameter groups to an optimizer, which is fused where it can be: Lightning does not clip the
+    gradients of a fused one under the scaler of 16-mixed."""
+
+    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return build_optimizer(
+            groups, optimizer.name, optimizer.lr, optimizer.betas, optimizer.momentum, optimizer.weight_decay,
+            fused=precision != "16-mixed",
+        )  # fmt: skip
+
+    return make
+
+
+def model_arguments(config: Config) -> dict[str, Any]:
+    """Return the arguments of `smp.create_model`, without the architecture's name."""
+    model = config.model
+    common = {"encoder_name": model.encoder_name, "in_channels": model.in_channels, "classes": model.classes}
+    return {**common, **model.network_arguments()}
+
+
+def model_facts(config: Config, sets: ImageSets) -> dict[str, Any]:
+    """Return what a user of the saved model needs beside its weights."""
+    read = {domain: sets.any_of(domain) for domain in DOMAINS}
+    return {
+        "class_names": config.class_names,
+        "ignore_index": config.data.ignore_index,
+        "reading": {
+            domain: reading_facts(dataset.reading, dataset.normalization_of(0))
+            for domain, dataset in read.items() if dataset is not None
+        },
+    }  # fmt: skip
+
+
+def make_module(
+    config: Config, network: nn.Module, method: DomainAdaptationMethod, taps: Sequence[Tap], device: torch.device,
+    pretraining: bool = False,
+) -> AdaptationModule:  # fmt: skip
+    """Build the training step. `pretraining`: with the optimizer of the source model's training."""
+    optimizer = config.pretraining.optimizer if pretraining else config.optimizer
+    return AdaptationModule(
+        network, method, taps, optimizer_maker(optimizer, config.trainer.precision), optimizer.schedule,
+        config.data.ignore_index, config.domain_adaptation.batchnorm,
+        keeps_channels_last(config.trainer.channels_last, network, device),
+    )  # fmt: skip
+
+
+def make_loop(
+    config: Config,
+    network: nn.Module,
+    method: DomainAdaptationMethod,
+    taps: Sequence[Tap],
+    loaders: Loaders,
+    folder: Path,
+    *,
+    pretraining: bool,
+    resumed: bool,
+    rank: Rank,
+    curves: Curves,
+    logger: Logger | None = None,
+    persist: Callable[[], object] = lambda: None,
+    beside: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    callbacks: Sequence[pl.Callback] = (),
+) -> Loop:
+    """Build one network's training on one rank.
+
+    `pretraining`: by the settings of the source model's training. `resumed`: the loop will start from a checkpoint. `logger`:
+    None on all ranks but the first, which tracks and shows progress. `persist` is called before each checkpoint, `beside`
+    entered around the validation of the final weights."""
+    monitor = DomainAdaptationMonitorCallback(
+        config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
+        config.monitor.forgetting_threshold, config.data.ignore_index,
+    )  # fmt: skip
+    training, every = loaders.training(), config.trainer
+    validation = loaders.validation()
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS, training, every.checkpoint_every_n_steps, every.checkpoint_every_minutes,
+        every.checkpoints_kept, config.monitor.metric, config.monitor.direction,
+        persist,  # so that no kill leaves a checkpoint that is ahead of the history
+    )  # fmt: skip
+    statistics: list[pl.Callback] = []
+    target = loaders.sets.get(TARGET_TRAIN)
+    if config.domain_adaptation.batchnorm == "target_stats" and target is not None:
+        statistics = [TargetStatistics(statistics_loader(target, loaders.batch_sizes["target"]))]
+    names = {domain: dataset.name_of for domain, dataset in loaders.sets.training().items()}
+    watch = BadNumbers(every.skip_bad_steps, checkpoints.save, names)
+    on_terminal = logger is not None and every.enable_progress_bar and sys.stdout.isatty()
+    bars: list[pl.Callback] = []
+    if logger is not None and every.enable_progress_bar:
+        bars = [RichProgressBar()] if on_terminal else [EpochLines()]
+    trainer = pl.Trainer(
+        max_epochs=config.pretraining.max_epochs if pretraining else every.max_epochs,
+        accelerator=every.accelerator,
+        devices=rank.world,
+        strategy=rank.strategy(),
+        precision=every.precision,  # pyright: ignore[reportArgumentType]
+        gradient_clip_val=every.gradient_clip_val,
+        deterministic="warn" if every.deterministic else False,
+        limit_train_batches=every.limit_train_batches,
+        num_sanity_val_steps=0 if resumed else -1,  # the whole of validation: the warm start's own scores
+        logger=False if logger is None else logger,
+        callbacks=[
+            RandomStates(), monitor, RatesAndTimes(), curves, *statistics, watch, *callbacks, *bars, checkpoints,
+        ],
+        plugins=[WholeFiles()],
+        enable_progress_bar=on_terminal,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        default_root_dir=str(folder),
+        use_distributed_sampler=False,  # our loaders take their rank's share themselves
+    )  # fmt: skip
+    module = make_module(config, network, method, taps, trainer.strategy.root_device, pretraining)
+    if method.uses_target and module.taps:
+        module.passes = choose(network, module.taps, config.domain_adaptation.batchnorm, config.model.in_channels)
+    if every.compile:
+        compile_parts(network, {tap.module for tap in module.taps})
+    best = config.monitor.final_model == "best"
+    return Loop(trainer, module, training, validation, monitor, checkpoints, rank, best, every.compile, beside)

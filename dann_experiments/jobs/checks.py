@@ -1,0 +1,133 @@
+"""Checks before anything trains: data, monitor and devices, by the settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from dann_experiments.config import Config, InputError
+from dann_experiments.data.checks import absent_classes, label_map_remarks, range_of_some
+from dann_experiments.data.domain_data import DomainData, ImageSets
+from dann_experiments.data.samples import shared_images
+from dann_experiments.models.networks import output_stride
+from dann_experiments.names import DOMAINS, SOURCE_TRAIN, SOURCE_VAL, TARGET_VAL, Domain, SetName
+from dann_experiments.scores.selection import SCORES
+from dann_experiments.tracking.processes import visible_gpus
+from dann_experiments.training.monitor import metrics_to_choose_by
+
+log = logging.getLogger(__name__)
+
+
+def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageSets:
+    """Read the files, as far as they fit in memory, and return the sets. Raises InputError for the first file that is wrong,
+    for a monitor that cannot choose, and for devices that are not there; warns of what is odd."""
+    sets = data.read(stride=output_stride(network))
+    if config.data.normalization == "fixed":
+        for domain, dataset in sets.training().items():
+            _warn(range_of_some(dataset, f"data.{domain}"))
+    map_remarks = remarks_on_label_maps(config)
+    for text in map_remarks:
+        log.warning("%s", text)
+    source = sets.labelled(SOURCE_TRAIN)
+    if source is not None and source.class_pixels is not None:
+        _warn(absent_classes(source.class_pixels, config.class_names, config.data.ignore_index, map_remarks))
+    shared = shared_images({str(name): dataset.samples for name, dataset in sets.sets.items()}, data.digest_of)
+    if shared:
+        name, image, other, _ = shared[0]
+        log.warning(
+            "%d images are in two sets that should share none; the first is %s, in %s and %s. Scores on them say "
+            "little about new images; `check-data` lists all.", len(shared), image, name, other,
+        )  # fmt: skip
+    if TARGET_VAL in data.labelled and SOURCE_VAL not in data.labelled:
+        raise InputError(
+            f"{TARGET_VAL.key} has masks, but {SOURCE_VAL.key} is empty; give source images to validate on too."
+        )
+    _check_monitor(config, data.labelled)
+    accelerator = config.trainer.accelerator
+    missing = {"gpu": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(accelerator):
+        raise InputError(
+            f"trainer.accelerator is {accelerator!r}, but there is none on this machine; give cpu or auto."
+        )
+    if config.trainer.devices > 1:
+        _check_devices(config, sets)
+    return sets
+
+
+def remarks_on_label_maps(config: Config) -> list[str]:
+    """Return sentences on label maps that name other classes than the network has, or lack some of them."""
+    mapped: dict[Domain, list[str]] = {}
+    own: list[Domain] = []
+    for domain in DOMAINS:
+        names, written = config.data.resolved(domain).class_names, getattr(config.data, domain)
+        if names is not None:
+            mapped[domain] = names
+        if written.preset is None or written.value_map is not None or written.color_map is not None:
+            own.append(domain)
+    return label_map_remarks(config.class_names, mapped, own)
+
+
+def refuse_several_processes(config: Config, what: str) -> None:
+    """Raise InputError where `what` (callbacks, a sweep) would be known to one of several ranks alone."""
+    if config.trainer.devices > 1:
+        raise InputError(
+            f"trainer.devices is {config.trainer.devices}, but {what} run in one process; give trainer.devices 1."
+        )
+
+
+def refuse_auto_batch_size(config: Config, what: str) -> None:
+    """Raise InputError where each run of `what` would take the batches that fit at its time."""
+    if config.trainer.auto_batch_size:
+        raise InputError(
+            f"trainer.auto_batch_size is true, but {what} must train with the same batches; set data.source.batch_size and "
+            "data.target.batch_size instead."
+        )
+
+
+def check_labels(
+    labelled: Collection[SetName], key: str, metric: str, way_out: str = "or choose another metric"
+) -> None:
+    """Raise InputError where setting `key` = `metric` needs labels that are not there. `labelled`: the sets that have masks."""
+    for domain in DOMAINS:
+        name = SetName(domain, "val")
+        if domain in metric and name not in labelled:
+            raise InputError(f"{key} is {metric!r}, which needs labelled images in {name.key}; give them, {way_out}.")
+
+
+def _check_monitor(config: Config, labelled: Collection[SetName]) -> None:
+    metric = config.monitor.metric
+    if metric is None:
+        return
+    known = metrics_to_choose_by(config.class_names)
+    if metric not in known:
+        raise InputError(f"monitor.metric is {metric!r}; it is one of {known}.")
+    if metric in SCORES and SOURCE_VAL not in labelled:
+        raise InputError(
+            f"monitor.metric is {metric!r}, which is measured beside the source's validation; give labelled images in "
+            f"{SOURCE_VAL.key}, or null to keep the last checkpoint alone."
+        )
+    way_out = "choose another metric, or null to keep the last checkpoint alone"
+    check_labels(labelled, "monitor.metric", metric, way_out)
+
+
+def _check_devices(config: Config, sets: ImageSets) -> None:
+    """Raise InputError where a rank has no device, or no image of a set."""
+    devices, gpus = config.trainer.devices, len(visible_gpus(config.trainer.accelerator))
+    on_mps = config.trainer.accelerator in ("auto", "mps") and torch.backends.mps.is_available()
+    if on_mps or 0 < gpus < devices:
+        there = "on mps there is one" if on_mps else f"this machine has {gpus}"
+        raise InputError(f"trainer.devices is {devices}, but {there}; give fewer, or trainer.accelerator cpu.")
+    for name, dataset in sets.sets.items():
+        if name.split != "test" and len(dataset) < devices:
+            raise InputError(
+                f"trainer.devices is {devices}, but {name.key} has {len(dataset)} images, fewer than one for "
+                "each process; give fewer devices."
+            )
+
+
+def _warn(text: str | None) -> None:
+    if text is not None:
+        log.warning("%s", text)

@@ -1,0 +1,115 @@
+"""What a run is known by: its names, its settings as a store may show them, and the digests by which equal runs are found."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dann_experiments.config import Config, config_to_dict, replace
+from dann_experiments.config.schema import TrainerConfig
+from dann_experiments.names import DOMAINS, SOURCE_TRAIN, SOURCE_VAL, Domain
+from dann_experiments.scores.selection import PREFIX
+from dann_experiments.tracking.store import without_secrets
+
+WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test")  # data digests cover what these name
+
+
+def method_name(config: Config) -> str:
+    """Return what the run is called after: dann, lambda_zero, source_only, or the class of a user's own method."""
+    method = config.domain_adaptation.method
+    return method.name if method.class_path is None else method.class_path.rpartition(".")[2]
+
+
+def domain_name(config: Config, domain: Domain) -> str:
+    """Return what runs call a domain."""
+    settings = getattr(config.data, domain)
+    if settings.name or settings.preset:
+        return settings.name or " ".join(filter(None, (settings.preset, settings.scene)))
+    first = settings.train[0] if settings.train else domain
+    return first if isinstance(first, str) else str(first["images"])
+
+
+def domain_tags(config: Config) -> dict[str, str]:
+    """Return the tags that name both domains."""
+    return {f"dann.{domain}": domain_name(config, domain) for domain in DOMAINS}
+
+
+def public_settings(config: Config, experiment: str) -> Config:
+    """Return the settings as a run of `experiment` may show them: without a password in the tracking store's address."""
+    uri = config.tracking.uri
+    uri = None if uri is None else without_secrets(uri)
+    tracking = dataclasses.replace(config.tracking, uri=uri, experiment=experiment)
+    return dataclasses.replace(config, tracking=tracking)
+
+
+def source_digest(config: Config, digests: Mapping[str, str]) -> str:
+    """Return 32 hex digits: equal for equal network settings, equal source training data (`digests` of the sets, by name) and
+    equal reading of it."""
+    kept = ("normalization", "mean", "std", "crop_size", "window_size", "windows", "window_count", "ignore_index")
+    source = _reading_settings(config, "source")
+    del source["batch_size"]
+    facts = {
+        "model": dataclasses.asdict(config.model),
+        "classes": config.class_names,
+        "reading": {key: getattr(config.data, key) for key in kept} | source,
+        "source": digests[str(SOURCE_TRAIN)],
+    }
+    return _digest(facts)
+
+
+def as_pretrained(config: Config) -> Config:
+    """Return the settings that count in pretraining, which has no unlabelled scores of a target without validation images."""
+    by_target = (config.monitor.metric or "").startswith(PREFIX)
+    if by_target and not config.data.resolved("target").val and config.data.resolved("source").val:
+        return replace(config, {"monitor.metric": f"iou/{SOURCE_VAL}", "monitor.mode": None})
+    return config
+
+
+def run_digest(job: str, config: Config, digests: Mapping[str, str], source_model: str | None = None) -> str:
+    """Return 32 hex digits, the tag `dann.digest`: equal for runs of `job` that give the same numbers.
+
+    Those have equal settings, equal data (`digests` of the sets they use, by name) and an equal source model (its run's own
+    digest). Where results and files are kept, how fast the data come and the number of threads do not count.
+    """
+    settings = config_to_dict(as_pretrained(config) if job == "pretrain" else config)
+    del settings["tracking"], settings["threads"], settings["data"]["root"], settings["data"]["embedded"]
+    del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
+    del settings["data"]["oracle"]
+    defaults = dataclasses.asdict(TrainerConfig())
+    for key in ("devices", "channels_last", "compile", "auto_batch_size"):  # as before there was the setting
+        if settings["trainer"][key] == defaults[key]:
+            del settings["trainer"][key]
+    if settings["data"]["pad_to_crop"]:  # data that it changes were refused before there was the setting
+        del settings["data"]["pad_to_crop"]
+    for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
+        del settings["trainer"][key]
+    checkpoint = settings["domain_adaptation"]["pretrained_checkpoint"]
+    checkpoint["path"] = source_model
+    if checkpoint["source_prefix"] is None:  # as before there was the setting
+        del checkpoint["source_prefix"]
+    for domain in DOMAINS:
+        settings["data"][domain] = _reading_settings(config, domain)
+    if job == "pretrain":
+        del settings["domain_adaptation"], settings["optimizer"], settings["trainer"]["max_epochs"]
+    else:
+        del settings["pretraining"]
+    if job == "evaluate":
+        del settings["optimizer"], settings["trainer"]["max_epochs"], settings["domain_adaptation"]["method"]
+    return _digest({"job": job, "settings": settings, "data": dict(digests)})
+
+
+def _reading_settings(config: Config, domain: Domain) -> dict[str, Any]:
+    """Return the settings of a domain without those that the digests of its files cover."""
+    settings = dataclasses.asdict(config.data.resolved(domain))
+    for key in WHERE_FILES_ARE:
+        del settings[key]
+    if settings["nodata_bands"] is None:  # as before there was the setting
+        del settings["nodata_bands"]
+    return settings
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,351 @@
+"""Trains one network in one tracked run: what `pretrain` and `adapt` have in common."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+from dann_experiments.adaptation.method import DomainAdaptationMethod
+from dann_experiments.checkpoints.files import BEST, LAST
+from dann_experiments.checkpoints.saved_model import save_model
+from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, flatten, replace
+from dann_experiments.config.disk import writing
+from dann_experiments.config.names import labels_in_store
+from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.data.loaders import Loaders
+from dann_experiments.jobs.build import make_loaders, make_loop, make_module, model_arguments, model_facts
+from dann_experiments.jobs.identity import domain_name, domain_tags, public_settings
+from dann_experiments.jobs.other_ranks import other_ranks
+from dann_experiments.jobs.result import RunResult
+from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS, checkpoint_to_go_on_from, folder_of_runs
+from dann_experiments.models.taps import Tap
+from dann_experiments.names import DOMAINS, Domain, SetName
+from dann_experiments.reports.images import display_image
+from dann_experiments.reports.plots.confusion import draw_confusion
+from dann_experiments.reports.plots.predictions import draw_predictions
+from dann_experiments.reports.plots.run_curves import draw_curves
+from dann_experiments.scores.selection import KEPT
+from dann_experiments.tracking.processes import visible_gpus
+from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun, tracked_run
+from dann_experiments.tracking.store import Store, local_artifact_folder, remove_artifacts
+from dann_experiments.training.alignment import Alignment, probe_loaders
+from dann_experiments.training.batch_size import domains_of_a_step, fits_on_gpu, largest_factor, step_fits
+from dann_experiments.training.curves import Curves
+from dann_experiments.training.memory import advice_for_training, explain_out_of_memory
+from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
+from dann_experiments.training.random_states import reseed
+from dann_experiments.training.scoring import Scores, predict_images, score_set
+
+log = logging.getLogger(__name__)
+PICTURES = 6  # images per domain in the prediction figures
+FEATURES_FILE = "features.safetensors"
+"""Artifact with the pooled features at `layer` (its metadata): `before/source`, `before/target`, `after/...`, (N, 2C)."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained, and on what."""
+
+    network: nn.Module
+    method: DomainAdaptationMethod
+    taps: Sequence[Tap]
+    sets: ImageSets
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training gave: scores by set, before the first step and of the final model."""
+
+    before: Mapping[SetName, Scores]
+    after: Mapping[SetName, Scores]
+    final_step: int
+    unlabelled: Mapping[str, float]
+    """Of the final model, without labels: `select/...` of the target, `da/domain_acc_val`, and what `alignment` measured."""
+
+    def metrics(self, class_names: Sequence[str]) -> dict[str, float]:
+        """Return everything about the final model under the names of a run."""
+        return {**_metrics(self.after, class_names), **self.unlabelled}
+
+
+def tracked_training(
+    job: str,
+    config: Config,
+    store: Store,
+    parts: Parts,
+    name: str,
+    tags: Mapping[str, Any],
+    resumed: str | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    main_job: bool = True,
+    source_run_id: str | None = None,
+) -> RunResult:
+    """Train in a run of its own: a new one, or `resumed`, the id of a killed one.
+
+    `tags`: the run's, beside those of its job, domains and seed. `main_job` is False for a pretraining that `adapt` asks for:
+    it takes neither the run that `mlflow run` made nor its name. `source_run_id`: the run that the source model comes from.
+    Pretraining goes by the settings under `pretraining`, and the adaptation is probed before and after."""
+    folder = folder_of_runs(store, resumed, config.tracking.folder)
+    run_name = config.tracking.run_name if main_job else None
+    tags = {"dann.job": job, **domain_tags(config), "seed": config.seed, **tags}
+    batch_sizes = make_loaders(config, parts.sets).batch_sizes
+    with (
+        tracked_run(store, run_name, name, tags, folder, main_job, resumed) as run,
+        explain_out_of_memory(
+            TrainingFailed, lambda: advice_for_training(parts.sets.training(), batch_sizes, config.data.crop_size)
+        ),
+    ):
+        checkpoint = None if resumed is None else checkpoint_to_go_on_from(store, run.run_id, run.folder)
+        describe_run(run, config, parts.sets)
+        if job == "pretrain":
+            reseed(config.seed)
+        outcome = train(config, run, parts, callbacks, pretraining=job == "pretrain", checkpoint=checkpoint)
+    artifacts = local_artifact_folder(store, run.run_id)
+    return RunResult(
+        job=job,
+        run_id=run.run_id,
+        experiment_id=store.experiment_id,
+        tracking_uri=store.uri,
+        metrics=outcome.metrics(config.class_names),
+        baseline=_metrics(outcome.before, config.class_names),
+        source_run_id=source_run_id,
+        artifacts=None if artifacts is None else str(artifacts),
+    )
+
+
+def describe_run(run: TrackedRun, config: Config, sets: ImageSets) -> None:
+    """Log params, `config.yaml` and data sets: all that decides the run. A resumed run has most or all of it already."""
+    config = public_settings(config, run.store.experiment)
+    if not (run.folder / SETTINGS).exists():  # first: without it a killed run cannot be resumed
+        part = run.folder / f"{SETTINGS}.part"
+        with writing(run.folder / SETTINGS, part):
+            part.write_text(config_to_yaml(config))
+            os.replace(part, run.folder / SETTINGS)
+    known = run.store.client.get_run(run.run_id).data.params
+    run.log_params({key: value for key, value in flatten(config).items() if PARAM_PREFIX + key not in known})
+    for name, dataset in sets.sets.items():
+        entries = getattr(getattr(config.data, name.domain), name.split)
+        masks = "with masks" if dataset.has_masks else "no masks"
+        run.log_input(
+            f"{domain_name(config, name.domain)} {name.split}", sets.digests[str(name)], name.words,
+            ", ".join(str(entry) for entry in entries) or "of the preset",
+            f'{{"images": {len(dataset.samples)}, "windows": {len(dataset)}, "masks": "{masks}"}}',
+        )  # fmt: skip
+
+
+def train(
+    config: Config,
+    run: TrackedRun,
+    parts: Parts,
+    callbacks: Sequence[pl.Callback] = (),
+    pretraining: bool = False,
+    checkpoint: Path | None = None,
+) -> Outcome:
+    """Train, choose the final weights, score them, leave checkpoints, model, figures and tables in the run's folder.
+
+    `checkpoint`: one that an earlier process of this run saved; the network is then as it was for that process, so that its
+    state before training is measured again, not kept. With `trainer.devices` above 1 the other ranks are processes that this
+    one starts."""
+    network, sets = parts.network, parts.sets
+    loaders = make_loaders(config, sets)
+    alignment = None
+    if not pretraining:
+        used = [tap for tap in parts.taps if tap.name in parts.method.feature_layers]
+        adversary = config.domain_adaptation.method.name != "lambda_zero"
+        probed = probe_loaders(loaders)
+        alignment = Alignment(network, used, config.model.in_channels, probed, config.seed, adversary)
+    with other_ranks(config, sets, run.folder, pretraining, checkpoint) as ranks:
+        curves = Curves()
+        loop = make_loop(
+            config, network, parts.method, parts.taps, make_loaders(config, sets, ranks.first), run.folder,
+            pretraining=pretraining, resumed=checkpoint is not None, rank=ranks.first, curves=curves,
+            logger=_CurveLogger(run, curves), persist=run.persist, beside=run.beside, callbacks=callbacks,
+        )  # fmt: skip
+        pictures = {
+            domain: Album(sets.get(SetName(domain, "val")) or sets.get(SetName(domain, "train"))) for domain in DOMAINS
+        }
+        for album in pictures.values():
+            album.add("before", network)
+        if alignment is not None:
+            alignment.measure("before", network, loop.device)
+        with closing(loop.checkpoints):  # whatever the end, its files are called last and best
+            ranks.wait()
+            loop.run(checkpoint)
+            monitor, final_step = loop.monitor, loop.trainer.global_step
+            unlabelled = monitor.target_scores | monitor.domain_accuracy
+            if KEPT in monitor.metrics():
+                unlabelled[KEPT] = monitor.metrics()[KEPT]
+            if alignment is not None:
+                alignment.measure("after", network, loop.device)
+                unlabelled |= _log_gap(run, alignment, monitor, final_step)
+            outcome = Outcome(
+                before=_by_set(monitor.baseline),
+                after=_final_scores(config, network, loaders, monitor),
+                final_step=final_step,
+                unlabelled=unlabelled,
+            )
+            for album in pictures.values():
+                album.add("after", network)
+            network.cpu()
+            _write_results(config, run, network, sets, outcome, pictures, curves.numbers())
+    if checkpoint is not None:  # an earlier process may have stored those of its own time
+        remove_artifacts(run.store, run.run_id, CHECKPOINTS, {LAST, BEST})
+    return outcome
+
+
+def with_batch_sizes(config: Config, parts: Parts) -> Config:
+    """Return the settings with both domains' batches doubled as often as a training step fits into the GPU's memory, up to the
+    size of the smaller set; unchanged without `trainer.auto_batch_size`. Network, method and random states stay as they are.
+    Raises InputError without a GPU, and where not even the batches of the settings fit."""
+    if not config.trainer.auto_batch_size:
+        return config
+    if not visible_gpus(config.trainer.accelerator):
+        raise InputError(
+            "trainer.auto_batch_size is true, but there is no GPU (trainer.accelerator "
+            f"{config.trainer.accelerator}): on a CPU the cores bound what a batch is worth, not memory. Set it to false."
+        )
+    domains = domains_of_a_step(parts.method, parts.taps)
+    datasets = {domain: parts.sets.training()[domain] for domain in domains}
+    own = {domain: config.data.resolved(domain).batch_size for domain in domains}
+    device = torch.device("cuda")
+
+    def make(network: nn.Module, method: DomainAdaptationMethod) -> Any:
+        return make_module(config, network, method, parts.taps, device)
+
+    def fits(factor: int) -> bool:
+        shapes: dict[Domain, torch.Size] = {domain: datasets[domain][0]["image"].shape for domain in domains}
+        sizes: dict[Domain, int] = {domain: factor * own[domain] for domain in domains}
+        precision = config.trainer.precision
+        return fits_on_gpu(
+            lambda: step_fits(make, parts.network, parts.method, shapes, sizes, device, precision)
+        )  # fmt: skip
+
+    factor = largest_factor(fits, min(len(datasets[domain]) // size for domain, size in own.items()))
+    if factor == 0:
+        raise InputError(f"trainer.auto_batch_size: not even the given batches fit into the GPU's memory ({own}).")
+    sizes = {f"data.{domain}.batch_size": factor * size for domain, size in own.items()}
+    log.info("trainer.auto_batch_size: %s.", ", ".join(f"{key} {size}" for key, size in sizes.items()))
+    return replace(config, sizes | {"trainer.auto_batch_size": False})  # the run says what it took
+
+
+def _log_gap(
+    run: TrackedRun, alignment: Alignment, monitor: DomainAdaptationMonitorCallback, final_step: int
+) -> dict[str, float]:
+    """Log what the probes found as metrics at step 0 and `final_step`, the features as a file, and in words what it means as the
+    run's description. Return the final metrics."""
+    gap = alignment.finish(monitor.domain_accuracy.get("da/domain_acc_val"))
+    run.log_metrics(gap.before, step=0)
+    run.log_metrics(gap.after, step=final_step)
+    log.info("%s", gap.text)
+    run.set_tags({"dann.alignment": gap.text, "mlflow.note.content": gap.text})
+    with writing(run.folder / FEATURES_FILE):
+        save_file(gap.features, run.folder / FEATURES_FILE, metadata={"layer": gap.layer})
+    return gap.after
+
+
+def _metrics(scores: Mapping[SetName, Scores], class_names: Sequence[str]) -> dict[str, float]:
+    """Return scores under the names of a run."""
+    return {
+        key: value for name, found in scores.items() for key, value in found.metrics(str(name), class_names).items()
+    }
+
+
+def _by_set(of_validation: Mapping[str, Scores]) -> dict[SetName, Scores]:
+    return {SetName(domain, "val"): of_validation[domain] for domain in DOMAINS if domain in of_validation}
+
+
+def _final_scores(
+    config: Config, network: nn.Module, loaders: Loaders, monitor: DomainAdaptationMonitorCallback
+) -> dict[SetName, Scores]:
+    """Return validation scores of the final model, which are those of the last validation, and its test scores."""
+    scores = _by_set(monitor.latest)
+    for name in [*(SetName(domain, "test") for domain in DOMAINS), *(SetName(domain, "val") for domain in DOMAINS)]:
+        dataset = loaders.sets.labelled(name)
+        if dataset is not None and name not in scores:
+            loader = loaders.scoring(dataset, name.domain)
+            scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
+    return scores
+
+
+class Album:
+    """A few images of a set, spread over it, with predictions of several networks, or of one at several times."""
+
+    def __init__(self, dataset: SegmentationDataset | None, most: int = PICTURES) -> None:
+        self.images, items = [], []
+        if dataset is not None:
+            # spread over the set, so that a manifest sorted by scene shows more than one
+            indices = np.linspace(0, len(dataset) - 1, min(most, len(dataset)))
+            items = [dataset[int(index)] for index in indices]
+            stretch = dataset.headers[0].dtype != "uint8"
+            self.images = [display_image(dataset.picture(item), stretch=stretch) for item in items]
+        self.truth = [item["mask"].numpy() for item in items if "mask" in item]
+        self.predictions: dict[str, list[np.ndarray]] = {}
+        self._inputs = [item["image"] for item in items]
+
+    def add(self, when: str, network: nn.Module) -> None:
+        """Predict all pictures by the network as it is now."""
+        self.predictions[when] = predict_images(network, self._inputs)
+
+
+class _CurveLogger(RunLogger):
+    """The run's logger, which also hands what it logs to the curves."""
+
+    def __init__(self, run: TrackedRun, curves: Curves) -> None:
+        super().__init__(run)
+        self._curves = curves
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+        self._curves.add(metrics, step or 0)
+
+
+def _write_results(
+    config: Config,
+    run: TrackedRun,
+    network: nn.Module,
+    sets: ImageSets,
+    outcome: Outcome,
+    pictures: Mapping[str, Album],
+    series: Mapping[str, Sequence[tuple[int, float]]],
+) -> None:
+    names = config.class_names
+    tests = {name: found for name, found in outcome.after.items() if name.split == "test"}
+    run.log_metrics(_metrics(tests, names), step=outcome.final_step)
+    save_model(run.folder / "model", network, config.model.arch, model_arguments(config), model_facts(config, sets))
+    figures = run.folder / "figures"
+    for domain, album in pictures.items():
+        if album.images:
+            path = figures / f"predictions_{domain}.png"
+            draw_predictions(path, album.images, album.truth, album.predictions, names, f"{domain} images")
+    for name, scores in outcome.after.items():
+        title = f"{name.words}: mean IoU {scores.iou:.3f}"
+        draw_confusion(figures / f"confusion_{name}.png", scores.confusion, names, title)
+    if series:
+        draw_curves(figures / "curves.png", series, f"run {run.run_id[:8]}")
+    _write_class_table(run.folder / "tables" / "class_iou.csv", outcome, names)
+
+
+def _write_class_table(path: Path, outcome: Outcome, class_names: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    called = labels_in_store(class_names)
+    with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["set", "class", "iou_before", "iou_after"])
+        for name, scores in outcome.after.items():
+            before = outcome.before.get(name)
+            for index, label in enumerate(class_names):
+                earlier = "" if before is None else f"{before.class_iou[index]:.6f}"
+                writer.writerow([name, called[label], earlier, f"{scores.class_iou[index]:.6f}"])
+            writer.writerow([name, "mean", "" if before is None else f"{before.iou:.6f}", f"{scores.iou:.6f}"])

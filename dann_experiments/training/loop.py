@@ -1,0 +1,115 @@
+"""The loop that every rank runs: steps, validations, checkpoints, and the choice of the final weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import CombinedLoader
+from torch.utils.data import DataLoader
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.models.compiling import is_of_compiling
+from dann_experiments.training import ranks
+from dann_experiments.training.checkpointing import Checkpoints
+from dann_experiments.training.curves import CURVES
+from dann_experiments.training.module import AdaptationModule
+from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
+from dann_experiments.training.ranks import Rank
+
+log = logging.getLogger(__name__)
+ONE_POSITION = (
+    "a training batch of one image meets a BatchNorm on a map of one position, which has no variance; raise "
+    "data.source.batch_size and data.target.batch_size, or take larger images or crops."
+)
+
+
+class Loop:
+    """One network's training on one rank.
+
+    `best`: whether it ends with the best weights, and not the last. `compiled`: whether the network is. `beside` is entered
+    around the validation of the final weights."""
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: AdaptationModule,
+        training: Mapping[str, DataLoader],
+        validation: Sequence[DataLoader],
+        monitor: DomainAdaptationMonitorCallback,
+        checkpoints: Checkpoints,
+        rank: Rank,
+        best: bool,
+        compiled: bool,
+        beside: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        self.trainer, self.module, self.monitor, self.checkpoints = trainer, module, monitor, checkpoints
+        self._training, self._validation = together(training), list(validation)
+        self._rank, self._best, self._compiled, self._beside = rank, best, compiled, beside
+
+    @property
+    def device(self) -> torch.device:
+        """Return where this rank trains."""
+        return self.trainer.strategy.root_device
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train, from a checkpoint if there is one, and end with the final weights, whose scores close every series."""
+        self._rank.meet(self.device)
+        # Lightning looks for a way to resume a loader; ours is in its sampler
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        if self._rank.world > 1:  # what we log is the same on all ranks
+            warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist=True.*")
+        try:
+            self.trainer.fit(self.module, self._training, self._validation, ckpt_path=checkpoint, weights_only=True)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(ONE_POSITION) from None
+        except Exception as error:
+            if self._compiled and is_of_compiling(error):
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(
+                    f"trainer.compile is true, but torch cannot compile this network here ({reason}); set it to false."
+                ) from None
+            raise
+        if not self.module.ended:  # it resumed from its last step, so that Lightning had nothing to do
+            self.module.on_train_end()
+        if self._best:
+            self._take_the_best()
+        self.module.network.to(self.device)
+
+    def _take_the_best(self) -> None:
+        best = self.checkpoints.best_weights() if self._rank.is_first else None
+        if not ranks.any_of(best is not None, self.device):
+            log.warning(
+                "monitor.final_model is best, but the best checkpoint is damaged or gone, and no validation came after the "
+                "run was resumed: it ends with its last weights."
+            )
+            return
+        if best is not None:  # the other ranks get the first one's weights when validation begins
+            self.module.load_state_dict(best)
+        with self._beside():
+            self.trainer.validate(self.module, self._validation, verbose=False)
+
+
+def together(loaders: Mapping[str, DataLoader]) -> CombinedLoader:
+    """Combine the domains' loaders: an epoch is one pass over the larger domain; the smaller one starts again."""
+    return CombinedLoader(dict(loaders), mode="max_size_cycle")
+
+
+class EpochLines(pl.Callback):
+    """Progress where there is no terminal to draw a bar on: one line per epoch."""
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        shown = [
+            f"{name} {float(trainer.callback_metrics[name]):.3f}"
+            for name in CURVES[:2]
+            if name in trainer.callback_metrics
+        ]
+        if not trainer.sanity_checking:
+            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  " + "  ".join(shown), flush=True)
