@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial
 
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.parsing import config_from_dict
-from dann_experiments.config.places import user_path
-from dann_experiments.config.stored import refuse_stored_code
+from dann_experiments.config.paths import user_path
+from dann_experiments.config.untrusted import refuse_stored_code
 from dann_experiments.jobs import prepare, setup
 from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.tracking.run import tracked_run

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dann_experiments.comparison.selection_quality import score_quality
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.parsing import config_from_dict
-from dann_experiments.config.schema import TARGET_LABEL_METRICS
+from dann_experiments.config.run import TARGET_LABEL_METRICS
 from dann_experiments.tracking.store import TRAINING_PAGES, Store
 from dann_experiments.training.selection import SCORES as SCORES_WITHOUT_LABELS
 from sweeps.objective import trial_config

@@ -29,7 +29,7 @@ from test_sweep_cluster import start_server, stop_server
 from dann_experiments import InputError, load_config
 from dann_experiments.__main__ import main
 from dann_experiments.adaptation.own_class import find_class
-from dann_experiments.command_line import _tell_of_error, warn_of_stored_secrets
+from dann_experiments.command_line import _print_error, warn_of_stored_secrets
 from dann_experiments.comparison.collect import config_of
 from dann_experiments.config import config_to_yaml, replace
 from dann_experiments.data.neon_trees import TILES, build_neon_trees
@@ -525,7 +525,7 @@ def test_an_error_that_nobody_expected_is_told_without_passwords(capsys):
     try:
         raise ValueError(f"postgresql://me:{CANARY}@host/x")
     except ValueError as error:
-        _tell_of_error(type(error), error, error.__traceback__)
+        _print_error(type(error), error, error.__traceback__)
     told = capsys.readouterr().err
     assert told.endswith("ValueError: postgresql://host/x\n")
     assert "Traceback" in told

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import local_path, local_text, user_path
+from dann_experiments.config.paths import local_path, local_text, user_path
 
 log = logging.getLogger(__name__)
 SETS = ("source_train", "source_val", "source_test", "target_train", "target_val", "target_test")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dann_experiments.config import Config, InputError
+from dann_experiments.config.data import DomainDataConfig
 from dann_experiments.config.presets import filled
-from dann_experiments.config.schema import DomainDataConfig
 from dann_experiments.data.digits import build_digits, digits_folder, is_built
 from dann_experiments.data.labels import LabelMap, label_map
 from dann_experiments.data.looking import Ahead, Arrays, looked_at
@@ -156,6 +156,6 @@ def labels_of(config: Config, name: str) -> LabelMap:
     domain_name = name.split("_")[0]
     domain = filled(getattr(config.data, domain_name))
     return label_map(
-        config.class_names, config.data.ignore_index, domain.value_map, domain.colours, domain.ignore_values,
+        config.class_names, config.data.ignore_index, domain.value_map, domain.colors, domain.ignore_values,
         f"data.{domain_name}.",
     )  # fmt: skip

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from dann_experiments.config import Config
-from dann_experiments.config.disk import writing
+from dann_experiments.config.atomic_write import writing
 from dann_experiments.data.dataset import eval_loader
 from dann_experiments.jobs.setup import MOST_STANDING_IN, Data
 from dann_experiments.models.taps import Tap, resolve_taps

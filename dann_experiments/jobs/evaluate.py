@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 
 from dann_experiments.config import Config, InputError, replace
+from dann_experiments.config.data import DomainDataConfig
 from dann_experiments.config.presets import filled
-from dann_experiments.config.schema import DomainDataConfig
 from dann_experiments.data.dataset import SegmentationDataset, eval_loader
 from dann_experiments.data.reading import Reading
 from dann_experiments.jobs import setup

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config import Config, InputError, flatten, load_config, replace
-from dann_experiments.config.disk import writing
+from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.parsing import given_settings
-from dann_experiments.config.stored import CLASS_PATH
+from dann_experiments.config.untrusted import CLASS_PATH
 from dann_experiments.jobs import setup
 from dann_experiments.tracking.deleted import is_deleted
 from dann_experiments.tracking.processes import is_elsewhere, live_process

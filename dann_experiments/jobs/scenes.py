@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dann_experiments.config import InputError
-from dann_experiments.config.places import local_path, local_text, user_path
+from dann_experiments.config.paths import local_path, local_text, user_path
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.reading import many_files
 from dann_experiments.data.samples import IMAGE_SUFFIXES

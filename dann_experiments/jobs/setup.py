@@ -23,9 +23,10 @@ from torch import nn
 from dann_experiments.adaptation.build import build_method, build_schedule, load_own_method
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.config import Config, InputError, config_to_dict, replace
+from dann_experiments.config.data import DomainDataConfig
 from dann_experiments.config.names import labels_in_store
 from dann_experiments.config.presets import IGNORED, filled
-from dann_experiments.config.schema import DomainDataConfig, OptimizerConfig, TrainerConfig
+from dann_experiments.config.run import OptimizerConfig, TrainerConfig
 from dann_experiments.data import decoded, early
 from dann_experiments.data.dataset import SegmentationDataset, check_sizes, unit_problems
 from dann_experiments.data.looking import Ahead, Arrays, Memory

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.errors import NotWritten
-from dann_experiments.config.places import local_path
+from dann_experiments.config.paths import local_path
 from dann_experiments.data.samples import file_digest
 from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.jobs.setup import Data, source_digest

@@ -16,7 +16,7 @@ from torch import nn
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.config import Config, config_to_yaml, flatten
-from dann_experiments.config.disk import writing
+from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.names import labels_in_store
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.jobs import setup

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dann_experiments.config.disk import writing
+from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import user_path
+from dann_experiments.config.paths import user_path
 from dann_experiments.data.reading import Normalisation, Reading, reading_from_facts
 from dann_experiments.models.checkpoints import load_tensors
 from dann_experiments.models.networks import build_network

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from dann_experiments.config.disk import writing
+from dann_experiments.config.atomic_write import writing
 
 COLOURS = (
     "#f2f2f2",

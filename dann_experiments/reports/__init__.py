@@ -1,0 +1,1 @@
+"""What people look at after a job: tables on the terminal, figures, pages."""
