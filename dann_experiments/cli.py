@@ -1,7 +1,7 @@
 """The command line: `python -m dann_experiments COMMAND`; `COMMANDS`, at the end, lists what there is.
 
-`--config recipes/x.yaml` gives the settings, `--any.dotted.key value` changes one. Flags without dots are the commands' own
-options, and short names of the settings that are changed most (`command_line.SHORT_NAMES`).
+`--config` takes a file of settings or the name of a recipe, `--any.dotted.key value` changes one. Flags without dots are the
+commands' own options, and short names of the settings that are changed most (`command_line.SHORT_NAMES`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dann_experiments.command_line import DEFAULT_CONFIG, Command, Program, Request, quiet_libraries
+from dann_experiments.command_line import Command, Program, Request, quiet_libraries
 from dann_experiments.config import Config, TrainingFailed, config_to_yaml, load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.config.recipes import load_or_default, report_default
 from dann_experiments.data import early
 from dann_experiments.data.samples import PRETRAINING_SETS, SETS
 
 log = logging.getLogger(__name__)
 OF_ADAPTATION = ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer")
-CONFIG = {"config": {"metavar": "FILE", "help": "YAML file of settings (default: recipes/digits.yaml)"}}
+CONFIG = {"config": {"metavar": "FILE", "help": "YAML file of settings, or a recipe's name (default: digits)"}}
 RESUME = {
     "resume": {
         "metavar": "RUN_ID",
@@ -40,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _config(request: Request, without_effect: Sequence[str] = (), but: Sequence[str] = ()) -> Config:
     """Read the settings of a command and make the program ready to run it. `without_effect`: short names to warn of."""
-    config = load_config(request.options.get("config", DEFAULT_CONFIG), request.overrides(but))
+    config = load_or_default(request.options.get("config"), request.overrides(but))
     quiet_libraries()
+    if request.command not in ("runs", "sync", "doctor"):  # these need the tracking store alone
+        report_default(log.info)
     _warn_of_idle(request, without_effect)
     return config
 
@@ -207,7 +210,8 @@ def _layers(request: Request) -> int:
 
 
 def _show_config(request: Request) -> int:
-    print(config_to_yaml(load_config(request.options.get("config", DEFAULT_CONFIG), request.overrides())), end="")
+    print(config_to_yaml(load_or_default(request.options.get("config"), request.overrides())), end="")
+    report_default(lambda text: print(text, file=sys.stderr))
     return 0
 
 

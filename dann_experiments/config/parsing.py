@@ -20,6 +20,7 @@ from dann_experiments.config.description import type_name
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import settings_of
 from dann_experiments.config.paths import local_path
+from dann_experiments.config.recipes import settings_file
 from dann_experiments.config.schema import Config
 from dann_experiments.config.target_dialect import translate
 
@@ -57,10 +58,11 @@ _Loader.add_implicit_resolver(
 def load_config(file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read `file` (YAML), put `overrides` (dotted name -> value) on top, check everything.
 
+    `file` is a path, or the name of a recipe that ships with the package (`"digits"`).
     Override values may be Python values or the strings a command line gives (`"1e-4"`, `"[encoder, decoder]"`).
     Raises InputError naming the key, the value and the way out.
     """
-    return _load(Config, file, overrides, translate)
+    return _load(Config, None if file is None else settings_file(file), overrides, translate)
 
 
 def load_settings(cls: type[Settings], file: str | Path | None, overrides: Mapping[str, Any]) -> Settings:
@@ -70,7 +72,7 @@ def load_settings(cls: type[Settings], file: str | Path | None, overrides: Mappi
 
 def given_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted name -> value of what `file` and `overrides` say themselves, for `replace`; defaults are left out."""
-    settings = _read_yaml(file) if file is not None else {}
+    settings = _read_yaml(settings_file(file)) if file is not None else {}
     for key, value in overrides.items():
         _set_dotted(settings, key, _scalar(value, _field_types(Config).get(key)))
     settings = translate(settings)
@@ -160,7 +162,7 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
         with open(path, encoding="utf-8") as opened:
             text = opened.read(MOST_LETTERS + 1)
     except FileNotFoundError:
-        raise InputError(f"config file {path} does not exist; recipes/ holds some to start from.") from None
+        raise InputError(f"config file {path} does not exist.") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         raise InputError(f"config file {path} cannot be read: {error}") from None
     if len(text) > MOST_LETTERS:
