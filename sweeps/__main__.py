@@ -6,7 +6,7 @@ any other setting of `adapt` is given by its dotted name (`--optimizer.lr 1e-3`)
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,20 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dann_experiments.command_line import (
-    NOT_GIVEN,
     SHORT_NAMES,
-    Parser,
-    dotted,
-    leave_clone,
+    Command,
+    Program,
+    Request,
     quiet_libraries,
-    tell_of_failure,
-    tell_of_input,
-    ui_command,
-    warn_of_stored_secrets,
 )
 from dann_experiments.config import InputError
-from dann_experiments.config.parsing import help_text, known_keys, load_settings
-from dann_experiments.config.recipes import DEFAULT, forget_default, load_or_default, report_default, settings_file
+from dann_experiments.config.parsing import known_keys, load_settings
+from dann_experiments.config.recipes import DEFAULT, load_or_default, report_default, settings_file
 from dann_experiments.tracking.processes import fork_workers_from_here
 from sweeps.errors import SweepFailed
 from sweeps.settings import SweepConfig
@@ -38,56 +33,33 @@ if TYPE_CHECKING:
 SPACES = Path(__file__).parent
 DEFAULT_SPACE = "dann"
 log = logging.getLogger("sweeps")
-COMMANDS = {
-    "run": "search: a new study, or the missing trials of one that exists",
-    "resume": "run the missing trials of a study, by what is stored with it",
-    "status": "how far a study is",
-    "report": "write the report of a study again",
-    "confirm": "run the best trials again over new seeds; the best mean wins and is registered",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 = done, 1 = the sweep failed, 2 = something the user can mend, told in one message."""
-    parser = _argument_parser()
-    forget_default()
-    leave_clone()
-    try:
-        known, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
-        if known.command is None:
-            parser.print_help()
-            return 2
-        if known.help:
-            print(_command_help(parser, known.command))
-            return 0
-        given = {key: value for key, value in dotted(rest).items() if value not in NOT_GIVEN}
-        sweep_flags = {key: value for key, value in given.items() if key in known_keys(SweepConfig)}
-        settings = {SHORT_NAMES.get(key, key): value for key, value in given.items() if key not in sweep_flags}
-        _refuse_unknown_flags(settings)
-        quiet_libraries()
-        if known.command == "run":
-            return _run(known, sweep_flags, settings)
-        return _of_a_study(known.command, sweep_flags, settings)
-    except InputError as error:
-        return tell_of_input(error)
-    except SweepFailed as error:
-        print(f"The sweep was stopped: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped; `python -m sweeps resume --study NAME` runs what is missing.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return tell_of_failure(error)
+    """Run one command and return its exit code; `arguments` are those of the process by default."""
+    return PROGRAM.main(arguments)
 
 
-def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-    space = settings_file(DEFAULT_SPACE if known.space in (None, *NOT_GIVEN) else known.space, "--space", SPACES)
-    chosen = None if known.config in (None, *NOT_GIVEN) else settings_file(known.config, "--config")
-    config = load_or_default(chosen, settings)
+def _settings(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the settings of the sweep and, by dotted names, those of `adapt`."""
+    keys = known_keys(SweepConfig)
+    for key in request.settings:
+        if "." not in key and key not in (*keys, *SHORT_NAMES, *known_keys()):
+            nearest = difflib.get_close_matches(key, [*keys, *SHORT_NAMES], n=1, cutoff=0.0)[0]
+            raise InputError(f"unknown flag --{key}; did you mean --{nearest}?")
+    return {key: value for key, value in request.settings.items() if key in keys}, request.overrides(but=keys)
+
+
+def _run(request: Request) -> int:
+    sweep_flags, settings = _settings(request)
+    quiet_libraries()
+    space = settings_file(request.options.get("space", DEFAULT_SPACE), "--space", SPACES)
+    config_file = settings_file(request.options["config"], "--config") if "config" in request.options else None
+    config = load_or_default(config_file, settings)
     report_default(log.info)
-    defaults = {} if _names_a_study(space, sweep_flags) else {"study": f"{space.stem}-{Path(chosen or DEFAULT).stem}"}
+    named = "study" in sweep_flags or load_settings(SweepConfig, space, {}).study is not None
+    defaults = {} if named else {"study": f"{space.stem}-{config_file.stem if config_file else DEFAULT}"}
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
-    warn_of_stored_secrets({**settings, **sweep_flags})
     from sweeps.driver import run_sweep
     from sweeps.launchers import PRELOADED
 
@@ -96,41 +68,35 @@ def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Ma
     return _finish(run_sweep(sweep, config))
 
 
-def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str, Any]) -> int:
+def _study(request: Request) -> tuple[str, str | None, dict[str, Any], dict[str, Any]]:
+    """Return name and storage of a study that exists, the other settings of the sweep, and `tracking.*` of `adapt`."""
+    sweep_flags, settings = _settings(request)
+    quiet_libraries()
     name = sweep_flags.pop("study", None)
     if name is None:
-        raise InputError(f"{command} needs --study NAME; `ls studies` shows those with a journal file.")
+        raise InputError(f"{request.command} needs --study NAME; `ls studies` shows those with a journal file.")
     unfit = [key for key in settings if not key.startswith("tracking.")]
     if unfit:
-        raise InputError(f"--{unfit[0]} cannot be given to {command}: a study keeps the settings it was made with.")
-    from sweeps import show
+        raise InputError(
+            f"--{unfit[0]} cannot be changed by {request.command}: a study keeps the settings it was made with."
+        )
+    return name, sweep_flags.pop("storage", None), sweep_flags, settings
+
+
+def _resume(request: Request) -> int:
+    name, storage, sweep_flags, settings = _study(request)
     from sweeps.driver import resume_sweep
     from sweeps.launchers import PRELOADED
 
-    if command in ("resume", "confirm"):
-        fork_workers_from_here(PRELOADED)
-    storage = sweep_flags.pop("storage", None)
-    if command == "resume":
-        if "space" in sweep_flags:
-            sweep_flags["space"] = load_settings(
-                SweepConfig, settings_file(sweep_flags["space"], "--space", SPACES), {}
-            ).space
-        return _finish(resume_sweep(name, storage, sweep_flags, settings))
-    if command == "confirm":
-        from sweeps.confirm import confirm
-
-        show.confirmation(confirm(name, storage, sweep_flags, settings))
-        return 0
-    if sweep_flags:
-        raise InputError(f"--{next(iter(sweep_flags))} has no effect in {command}; give --study and --storage.")
-    if command == "status":
-        show.status(name, storage)
-    else:
-        show.report(name, storage, settings)
-    return 0
+    fork_workers_from_here(PRELOADED)
+    if "space" in sweep_flags:
+        space = settings_file(sweep_flags["space"], "--space", SPACES)
+        sweep_flags["space"] = load_settings(SweepConfig, space, {}).space
+    return _finish(resume_sweep(name, storage, sweep_flags, settings))
 
 
 def _finish(result: SweepResult) -> int:
+    from dann_experiments.reports.terminal import ui_command
     from sweeps import show
 
     show.result(result, ui_command(result.tracking_uri))
@@ -143,56 +109,78 @@ def _finish(result: SweepResult) -> int:
     return 0
 
 
-def _names_a_study(space: Path, sweep_flags: Mapping[str, Any]) -> bool:
-    return "study" in sweep_flags or load_settings(SweepConfig, space, {}).study is not None
+def _confirm(request: Request) -> int:
+    name, storage, sweep_flags, settings = _study(request)
+    from sweeps import show
+    from sweeps.confirm import confirm
+    from sweeps.launchers import PRELOADED
+
+    fork_workers_from_here(PRELOADED)
+    show.confirmation(confirm(name, storage, sweep_flags, settings))
+    return 0
 
 
-def _refuse_unknown_flags(settings: Mapping[str, Any]) -> None:
-    import difflib
+def _status(request: Request) -> int:
+    name, storage, _ = _of_a_look(request)
+    from sweeps import show
 
-    for key in settings:
-        if "." not in key and key not in known_keys():
-            nearest = difflib.get_close_matches(key, [*known_keys(SweepConfig), *SHORT_NAMES], n=1, cutoff=0.0)[0]
-            raise InputError(f"unknown flag --{key}; did you mean --{nearest}?")
-
-
-def _argument_parser() -> Parser:
-    parser = Parser(
-        prog="python -m sweeps",
-        description="Search hyperparameters of domain adaptation with Optuna, every trial a run in MLflow.",
-        epilog="COMMAND --help lists every setting.",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, purpose in COMMANDS.items():
-        usage = "--study NAME [--storage ADDRESS] [--SETTING VALUE ...]"
-        if name == "run":
-            usage = "[--space FILE] [--config FILE] [--SETTING VALUE ...] [--DOTTED.KEY VALUE ...]"
-        command = commands.add_parser(
-            name, help=purpose, description=purpose.capitalize() + ".", add_help=False, allow_abbrev=False,
-            usage=f"python -m sweeps {name} {usage}",
-        )  # fmt: skip
-        command.add_argument("-h", "--help", action="store_true", help="show this and every setting")
-        if name == "run":
-            command.add_argument(
-                "--space", metavar="FILE", help="YAML file of the search, or a name: dann (default), wide"
-            )
-            command.add_argument(
-                "--config", metavar="FILE", help="settings of adapt, or a recipe's name (default: digits)"
-            )
-    return parser
+    show.status(name, storage)
+    return 0
 
 
-def _command_help(parser: argparse.ArgumentParser, command: str) -> str:
-    action = next(item for item in parser._actions if isinstance(item, argparse._SubParsersAction))
-    text = action.choices[command].format_help()
-    if command == "run":
-        short = "\n".join(f"  --{name:<18} short for --{key}" for name, key in SHORT_NAMES.items())
-        text += f"\nSettings of adapt by short names (`python -m dann_experiments adapt --help` has all):\n{short}\n"
-    if command not in ("status", "report"):
-        text += f"\nSettings of the sweep (in the space's YAML file, or as flags):\n{help_text(SweepConfig)}"
-    return text
+def _report(request: Request) -> int:
+    name, storage, settings = _of_a_look(request)
+    from sweeps import show
 
+    show.report(name, storage, settings)
+    return 0
+
+
+def _of_a_look(request: Request) -> tuple[str, str | None, Mapping[str, Any]]:
+    """Return `_study` for a command that changes nothing and so takes no settings of the sweep."""
+    name, storage, sweep_flags, settings = _study(request)
+    if sweep_flags:
+        raise InputError(f"--{next(iter(sweep_flags))} has no effect in {request.command}; give --study and --storage.")
+    return name, storage, settings
+
+
+OF_A_STUDY = "--study NAME [--storage ADDRESS] [--SETTING VALUE ...]"
+SETTINGS = {"settings of the sweep (in the YAML file of the space, or as --key value)": SweepConfig}
+COMMANDS = {
+    "run": Command(
+        _run,
+        "search: a new study, or the missing trials of one that exists",
+        usage="[--space FILE] [--config FILE] [--SETTING VALUE ...] [--DOTTED.KEY VALUE ...]",
+        options={
+            "space": {"metavar": "FILE", "help": "YAML file of the search, or a name: dann (default), wide"},
+            "config": {"metavar": "FILE", "help": "settings of adapt, or a recipe's name (default: digits)"},
+        },
+        settings=SETTINGS,
+    ),
+    "resume": Command(
+        _resume,
+        "run the missing trials of a study, with the settings stored in it",
+        usage=OF_A_STUDY,
+        settings=SETTINGS,
+        short_names=False,
+    ),
+    "status": Command(_status, "show the progress of a study", usage=OF_A_STUDY, short_names=False),
+    "report": Command(_report, "write the report of a study again", usage=OF_A_STUDY, short_names=False),
+    "confirm": Command(
+        _confirm,
+        "run the best trials again over new seeds; the best mean wins and is registered",
+        usage=OF_A_STUDY,
+        settings=SETTINGS,
+        short_names=False,
+    ),
+}
+PROGRAM = Program(
+    "sweeps",
+    "Search hyperparameters of domain adaptation with Optuna, every trial a run in MLflow.",
+    COMMANDS,
+    failures={SweepFailed: "The sweep was stopped"},
+    interrupted="Stopped; `python -m sweeps resume --study NAME` runs what is missing.",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import InputError, config_to_yaml
-from dann_experiments.config.stored import refuse_stored_code
+from dann_experiments.config.untrusted import refuse_stored_code
 from dann_experiments.reports.tables import markdown, number
 from dann_experiments.tracking.store import Store, open_store
 from sweeps.crew import crew_for

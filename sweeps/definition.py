@@ -10,7 +10,7 @@ from typing import Any
 
 from dann_experiments.config import Config, InputError, config_to_dict, flatten
 from dann_experiments.config.parsing import config_from_dict, load_settings
-from dann_experiments.config.stored import CLASS_PATH
+from dann_experiments.config.untrusted import CLASS_PATH
 from sweeps.settings import QUESTION, RAY_ONLY, SweepConfig
 from sweeps.space import Space
 from sweeps.study import DEFINITION, SETTINGS, Slot, Sweep

@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial
 
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.parsing import config_from_dict
-from dann_experiments.config.places import user_path
-from dann_experiments.config.stored import refuse_stored_code
+from dann_experiments.config.paths import user_path
+from dann_experiments.config.untrusted import refuse_stored_code
 from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs import checks, prepare
 from dann_experiments.jobs.build import find_data

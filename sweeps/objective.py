@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import Config, InputError, replace
 from dann_experiments.config.errors import StoreAway
-from dann_experiments.config.stored import refuse_stored_code
+from dann_experiments.config.untrusted import refuse_stored_code
 from dann_experiments.jobs import RunResult, adapt, evaluate
 from dann_experiments.jobs.checks import check_labels
 from dann_experiments.names import SetName

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dann_experiments.comparison.selection_quality import score_quality
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.parsing import config_from_dict
-from dann_experiments.config.schema import TARGET_LABEL_METRICS
+from dann_experiments.config.run import TARGET_LABEL_METRICS
 from dann_experiments.reports.pages import write_page
 from dann_experiments.reports.plots.study import FIGURES, MOST_IN_CONTOUR, draw_study
 from dann_experiments.scores.selection import SCORES as SCORES_WITHOUT_LABELS

@@ -1,79 +1,83 @@
-"""Every setting of a sweep: what is searched, by whom, for how long. The strings under the fields are their help texts."""
+"""All settings of a sweep: what is searched, by which sampler, for how long."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from dann_experiments.config import InputError
-from dann_experiments.config.schema import MOST_PROCESSES, TARGET_LABEL_METRICS, MonitorConfig
+from dann_experiments.config import InputError, limits
+from dann_experiments.config.limits import above, between, matching
+from dann_experiments.config.run import MOST_PROCESSES, TARGET_LABEL_METRICS, MonitorConfig
 
-QUESTION = ("space", "objective", "direction", "sampler", "sampler_seed", "pruner")  # another one is another study
-RANGES = {
-    "n_trials": (1, 100_000), "workers": (1, MOST_PROCESSES), "max_failures": (1, 100_000), "confirm_seeds": (1, 1000),
-    "confirm_top": (0, 1000), "gpus_per_trial": (0, 1000), "sampler_seed": (0, 2**32 - 1),
-}  # fmt: skip
+QUESTION = (
+    "space",
+    "objective",
+    "direction",
+    "sampler",
+    "sampler_seed",
+    "pruner",
+)  # a change of these is another study
 RAY_ONLY = ("ray_address", "cpus_per_trial")
 MOST_A_GPU = 64  # trials
+FILE_NAME = matching(r"[\w][\w .+-]{0,99}", "up to 100 letters, digits, blanks and . + - _ (it names files)")
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A search over settings of `adapt`. Written in a YAML file (`--space FILE`); each can be given as a flag as well."""
+    """A search over settings of `adapt`, written in a YAML file (`--space FILE`). Each setting is also a flag."""
 
     space: dict[str, Any] = field(default_factory=dict)
-    """What is searched (in the file alone; the flag --space names the file): dotted setting -> {type: float, low, high, log,
+    """What is searched, only in the file that the flag --space names: dotted setting -> {type: float, low, high, log,
     step}, {type: int, low, high, log, step}, {type: categorical, choices}, each with an optional
     `when: {other.setting: value}`; `auto` for domain_adaptation.method.feature_layer means all useful layers of the
     network."""
-    study: str | None = None
-    """Name of the study; null = from the names of the space's and the config's files. A study that exists is continued."""
+    study: Annotated[str | None, FILE_NAME] = None
+    """Name of the study; null = from the file names of the space and the config. An existing study is continued."""
     storage: str | None = None
-    """Where the study is kept: a journal file, or an address like postgresql://USER@HOST/DATABASE or sqlite:///FILE; null =
-    the journal file studies/STUDY/journal.log. A password is best left to ~/.pgpass."""
-    n_trials: int | None = None
-    """Trials in all, the recipe's own values and the lambda = 0 control among them; null = 20, or the whole grid."""
-    timeout: float | None = None
-    """Seconds after which no further trial is started; null = no limit."""
+    """Where the study is stored: a journal file, or an address like postgresql://USER@HOST/DATABASE or sqlite:///FILE; null =
+    the journal file studies/STUDY/journal.log. Keep passwords in ~/.pgpass."""
+    n_trials: Annotated[int | None, between(1, 100_000)] = None
+    """Number of trials, including the values of the config and the lambda = 0 control; null = 20, or the whole grid."""
+    timeout: Annotated[float | None, above(0, infinite=True)] = None
+    """Start no further trial after this many seconds; null = no limit."""
     objective: str = "iou/target_val"
-    """Metric that chooses. Target metrics use target labels: the runs are tagged and the report says so."""
+    """Metric that chooses the best trial. One of the target uses target labels: the runs are tagged, and the report says so."""
     direction: Literal["maximize", "minimize"] | None = None
-    """Whether more or less of it is better; null = less of a loss, a gap or a drop, more of all else."""
+    """Whether a larger or a smaller value is better; null = smaller for a loss, a gap, a drop or the entropy, else larger."""
     sampler: Literal["tpe", "gp", "qmc", "random", "grid"] = "tpe"
-    """How values are proposed: tree-structured Parzen estimator, Gaussian process, quasi-Monte Carlo (Sobol), independent
-    draws, or every point of a grid."""
-    sampler_seed: int = 0
-    """Seed of the proposals (the runs' own is `seed`)."""
+    """How values are proposed. tpe: tree-structured Parzen estimator; gp: Gaussian process; qmc: quasi-Monte Carlo (Sobol);
+    random: independent draws; grid: every point of a grid."""
+    sampler_seed: Annotated[int, between(0, 2**32 - 1)] = 0
+    """Seed of the proposals. The runs have their own, `seed`."""
     pruner: Literal["median", "halving", "hyperband", "none"] = "median"
-    """Which trials are ended early, judged after each epoch: those below the median, by asynchronous successive halving, by
-    Hyperband, or none."""
-    workers: int | None = None
-    """Trials at a time; null = as many as the GPUs hold (gpus_per_trial) where there are GPUs (ray: as many as the cluster
-    holds), else one a core, at most 4. The cores are shared among them."""
+    """Rule that stops poor trials early, after each epoch. median: worse than the median; halving: asynchronous successive
+    halving; hyperband: Hyperband; none: run all to the end."""
+    workers: Annotated[int | None, between(1, MOST_PROCESSES)] = None
+    """Trials at a time; null = as many as fit on the GPUs (gpus_per_trial), without GPUs one per core, at most 4; with launcher
+    ray, as many as fit on the cluster. They share the cores."""
     launcher: Literal["processes", "ray"] = "processes"
-    """processes: on this machine; ray: on an existing Ray cluster."""
+    """Where trials run. processes: on this machine; ray: on an existing Ray cluster."""
     ray_address: str = "auto"
-    """Address of the Ray cluster; auto = the one this machine belongs to."""
-    cpus_per_trial: float = 1.0
-    """Cores a trial takes of the Ray cluster."""
-    gpus_per_trial: float | None = None
-    """GPUs a trial takes; 0.5 = two trials share one. null = 1 (launcher ray: 0, and the GPUs are hidden from the trials)."""
-    max_failures: int = 5
-    """So many trials failing one after another stop the sweep."""
+    """Address of the Ray cluster; auto = the one that this machine belongs to."""
+    cpus_per_trial: Annotated[float, above(0)] = 1.0
+    """Cores of the Ray cluster per trial."""
+    gpus_per_trial: Annotated[float | None, between(0, 1000)] = None
+    """GPUs per trial; 0.5 = two trials share one. null = 1; with launcher ray 0, and trials see no GPU."""
+    max_failures: Annotated[int, between(1, 100_000)] = 5
+    """Stop the sweep after this many failed trials in a row."""
     nested: bool = False
-    """Put the trials' runs under the sweep's run in the MLflow list. The chart view shows flat ones only."""
-    confirm_top: int = 0
-    """So many of the best trials are run again over new seeds when the sweep is done; the best mean wins. 0 = none."""
-    confirm_seeds: int = 3
-    """New seeds each of them is run with."""
-    model_name: str | None = None
-    """Name under which the confirmed winner's model is registered, alias `champion`; null = the study's name."""
-
+    """Nest the runs of the trials under the run of the sweep in MLflow. The chart view shows only runs that are not nested."""
+    confirm_top: Annotated[int, between(0, 1000)] = 0
+    """After the sweep, run this many of the best trials again over new seeds; the best mean wins. 0 = none."""
+    confirm_seeds: Annotated[int, between(1, 1000)] = 3
+    """Number of new seeds per confirmed trial."""
+    model_name: Annotated[str | None, FILE_NAME] = None
+    """Name under which the model of the confirmed winner is registered, with alias `champion`; null = the name of the study."""
     allow_class_path: str | list[str] | None = None
-    """For resume and confirm: the domain_adaptation.method.class_path (or several) that the study's storage names and that may
-    be imported. Without, a storage names no code. It is not stored."""
+    """For resume and confirm: a domain_adaptation.method.class_path, or several, that the storage of the study names and that may
+    be imported. By default no code named in a storage is imported. This setting is not stored."""
 
     @property
     def allowed_classes(self) -> list[str]:
@@ -83,7 +87,7 @@ class SweepConfig:
 
     @property
     def maximizes(self) -> bool:
-        """`direction`, or what the objective's name says."""
+        """Whether larger is better: by `direction`, or by what the name of the objective implies."""
         if self.direction is not None:
             return self.direction == "maximize"
         return MonitorConfig(metric=self.objective).direction == "max"
@@ -94,34 +98,21 @@ class SweepConfig:
         return self.objective.startswith(TARGET_LABEL_METRICS)
 
     def __post_init__(self) -> None:
-        for key, (least, most) in RANGES.items():
-            value = getattr(self, key)
-            if value is not None and not least <= value <= most:
-                raise InputError(f"{key} is {value}; give a number from {least} to {most}.")
-        if self.timeout is not None and not self.timeout > 0:
-            raise InputError(f"timeout is {self.timeout}; give seconds above 0.")
-        if not 0 < self.cpus_per_trial < float("inf"):
-            raise InputError(f"cpus_per_trial is {self.cpus_per_trial}; give a number above 0.")
+        limits.check(self)
         if self.launcher == "processes":
             for setting in dataclasses.fields(self):
                 if setting.name in RAY_ONLY and getattr(self, setting.name) != setting.default:
                     raise InputError(
                         f"{setting.name} has no effect with launcher: processes; remove it, or set launcher: ray."
                     )
-            given = self.gpus_per_trial
-            if given is not None and not 1 / MOST_A_GPU <= given <= 1:
+            gpus = self.gpus_per_trial
+            if gpus is not None and not 1 / MOST_A_GPU <= gpus <= 1:
                 raise InputError(
-                    f"gpus_per_trial is {given} with launcher: processes, where a trial has one GPU or shares it; give 1, or a "
+                    f"gpus_per_trial is {gpus} with launcher: processes, where a trial has one GPU or shares it; give 1, or a "
                     f"part such as 0.5 (two trials share one), not below {1 / MOST_A_GPU:g}."
-                )
-        for key in ("study", "model_name"):
-            value = getattr(self, key)
-            if value is not None and not re.fullmatch(r"[\w][\w .+-]{0,99}", value):
-                raise InputError(
-                    f"{key} is {value!r}; give up to 100 letters, digits, blanks and . + - _ (it names files)."
                 )
         if re.search(r"_test(/|$)", self.objective):
             raise InputError(
-                f"objective is {self.objective!r}, a score of the held-out test list; what chooses by it cannot be tested "
-                "on it. Choose by a validation metric: the test scores stand beside it in the report."
+                f"objective is {self.objective!r}, a score of the held-out test set, which can no longer test what was "
+                "chosen by it. Choose by a validation metric; the report shows the test scores beside it."
             )

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dann_experiments.config.schema import TARGET_LABEL_METRICS
+from dann_experiments.config.run import TARGET_LABEL_METRICS
 from dann_experiments.reports.tables import number
 from dann_experiments.tracking.store import open_store
 from sweeps.driver import SweepResult, find_study, study_config

@@ -26,7 +26,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import InputError
-from dann_experiments.config.places import user_path
+from dann_experiments.config.paths import user_path
 from dann_experiments.tracking.store import remember_secrets, without_secrets
 from sweeps.journal import damaged_line, journal, last_line_is_damaged
 from sweeps.settings import SweepConfig

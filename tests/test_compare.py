@@ -24,7 +24,7 @@ import yaml
 from conftest import small_settings, squares_in, write_domain
 
 from dann_experiments import DomainAdaptationMethod, InputError, RunResult, adapt, evaluate, load_config, pretrain
-from dann_experiments.__main__ import _print_comparison, main
+from dann_experiments.__main__ import main
 from dann_experiments.comparison.arms import arms_of, cells_of, check_arms
 from dann_experiments.comparison.collect import arms_of_runs
 from dann_experiments.comparison.compare import ComparisonResult, _given_source, _table, compare
@@ -32,6 +32,7 @@ from dann_experiments.comparison.runner import finished_run
 from dann_experiments.config import Config, replace
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import load_settings
+from dann_experiments.reports.terminal import print_comparison
 from dann_experiments.tracking.orphans import close_orphans
 from dann_experiments.tracking.store import Store, open_store
 
@@ -456,12 +457,12 @@ def test_without_target_labels_there_is_a_note_and_no_verdict_and_mlflow_run_has
     assert "No target labels" in (Path(str(result.artifacts)) / "verdict.txt").read_text()
     assert not any(name.startswith("iou/target") for one in result.comparison.runs for name in one.metrics)
     assert set(result.comparison.panels[0].predictions) == {"source only", "DANN"}  # though pretraining read no target
-    _print_comparison(result)
+    print_comparison(result.comparison, result.table)
     assert "Note: No target labels" in capsys.readouterr().out
     # no labels to score by at all: an empty table
     bare = [dataclasses.replace(one, metrics={}) for one in result.comparison.runs]
     empty = dataclasses.replace(result.comparison, runs=bare)
-    _print_comparison(dataclasses.replace(result, comparison=empty, table=_table(empty)))
+    print_comparison(empty, _table(empty))
     assert "Note: No target labels" in capsys.readouterr().out
 
 

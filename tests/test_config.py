@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dann_experiments.config import InputError, config_to_yaml, flatten, known_keys, load_config, replace
-from dann_experiments.config.parsing import help_text
+from dann_experiments.config import Config, InputError, config_to_yaml, flatten, known_keys, load_config, replace
+from dann_experiments.config.description import describe, help_text
+from dann_experiments.config.limits import settings_of
+from dann_experiments.config.run import OptimizerConfig, PretrainingConfig
 
 
 def test_the_yaml_that_is_written_reads_back_to_the_same_config(tmp_path):
@@ -48,13 +51,28 @@ def test_an_override_wins_over_the_file_and_leaves_its_neighbours(tmp_path):
         ("model.arch", "unett", "model.arch is 'unett'"),
         ("trainer", 3, "it is a group of settings"),
         ("optimizer.lr", -1, "optimizer.lr is -1.0; give a number above 0"),
+        ("pretraining.optimizer.lr", -1, "pretraining.optimizer.lr is -1.0; give a number above 0"),
+        (
+            "pretraining.optimizer.betas",
+            [0.5, 1],
+            "pretraining.optimizer.betas is [0.5, 1.0]; give numbers from 0 to below 1",
+        ),
+        ("data.target.bands", [0], "data.target.bands is [0]; give numbers of at least 1"),
+        ("data.source.bands", [], "data.source.bands is []; name bands counted from 1"),
+        ("data.target.batch_size", 0, "data.target.batch_size is 0; give a number from 1 to 100000"),
+        ("data.target.pixel_size", 0, "data.target.pixel_size is 0.0; give a number above 0"),
+        ("data.target.file_pixel_size", 1, "data.target.file_pixel_size has no effect without pixel_size"),
+        ("data.target.scale", [2, 1], "data.target.scale is [2.0, 1.0]; give [LOW, HIGH]"),
+        ("data.target.color_map", {"1,2": "a"}, "data.target.color_map has the key '1,2'"),
+        ("data.target.preset", "nobody", "data.target.preset is 'nobody'"),
+        ("data.target.val", [{"masks": "m"}], "data.target.val has the entry"),
         ("domain_adaptation.feature_layers", ["decoder"], "add ['encoder'] there"),
         ("domain_adaptation.method.in_channels", [1, 2], "2 values for 1 feature layers"),
         ("domain_adaptation.method.lambda_da", -0.1, "lambda_da is -0.1"),
         ("domain_adaptation.method.init_args", {"a": 1}, "no effect without class_path"),
         ("data.class_names", ["one"], "data.class_names has 1 names, but model.classes is 2"),
         ("data.mean", [0.5], "data.mean has 1 values, data.std 3"),
-        ("model.in_channels", 4, "give data.mean and data.std one value a band"),
+        ("model.in_channels", 4, "give data.mean and data.std one value per band"),
         ("monitor.metric", None, None),
         ("seed", -1, "seed is -1"),
         ("model.classes", 10**9, "model.classes is 1000000000; give a number from 2 to 256"),
@@ -85,6 +103,17 @@ def test_a_wrong_setting_is_refused_by_name_with_the_way_out(key, value, message
     with pytest.raises(InputError) as error:
         load_config(None, {key: value})
     assert message in str(error.value)
+
+
+def test_a_wrong_number_is_refused_under_its_whole_key_wherever_it_is_set():
+    for key, kind, limits in settings_of(Config):
+        for number in (-(10.0**18), float("nan")) if limits else ():
+            if kind in (int, float, int | None, float | None):
+                value = int(number) if kind in (int, int | None) and number == number else number
+                with pytest.raises(InputError, match=rf"^{re.escape(key)} is "):
+                    load_config(None, {key: value})
+    with pytest.raises(InputError, match=r"^pretraining\.optimizer\.lr is -1"):
+        Config(pretraining=PretrainingConfig(optimizer=OptimizerConfig(lr=-1)))
 
 
 def test_a_method_of_ones_own_needs_no_setting_beside_its_class():
@@ -147,10 +176,21 @@ def test_every_constructor_argument_of_every_smp_network_is_a_model_setting():
 
 
 def test_every_setting_is_explained_in_the_help():
-    text = " ".join(help_text().split())
+    text = " ".join(help_text(Config).split())
     for key in known_keys():
         assert f"--{key} " in text, key
     assert "Ganin & Lempitsky 2015" in text
+    assert "--optimizer.lr VALUE Learning rate of the network. (float; above 0; default 0.001)" in text
+
+
+def test_the_help_shows_the_limits_that_are_checked():
+    found = {setting.key: setting.range for group in describe(Config) for setting in group.settings}
+    assert set(found) == set(known_keys())
+    assert found["monitor.forgetting_threshold"] == "0 to 1"
+    assert found["trainer.max_epochs"] == "at least 1"
+    assert found["optimizer.betas"] == "0 to below 1"
+    assert found["data.target.bands"] == "not empty, at least 1"
+    assert found["model.arch"] == ""
 
 
 def test_flat_names_are_the_keys_that_overrides_take():

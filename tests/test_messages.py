@@ -20,7 +20,7 @@ from dann_experiments.__main__ import main
 from dann_experiments.config import Config, InputError, load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys, load_settings
-from dann_experiments.config.places import local_path, local_text
+from dann_experiments.config.paths import local_path, local_text
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.reading import Reading, reading_facts, reading_from_facts
 from dann_experiments.data.samples import find_samples

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from dann_experiments import InputError, RunResult, adapt, evaluate, load_config, pretrain
 from dann_experiments.adaptation.dann import DANNMethod, SourceOnly
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss
-from dann_experiments.config.schema import MonitorConfig
+from dann_experiments.config.run import MonitorConfig
 from dann_experiments.data.domain_data import ImageSets
 from dann_experiments.models.batchnorm import statistics_loader, target_statistics
 from dann_experiments.models.networks import build_network

@@ -12,7 +12,7 @@ from PIL import Image
 from rasterio.transform import from_origin
 
 from dann_experiments import InputError, PredictConfig, adapt, check_data, load_config, predict
-from dann_experiments.config.schema import TrackingConfig
+from dann_experiments.config.run import TrackingConfig
 from dann_experiments.data.neon_trees import TILES, build_neon_trees, crowns
 
 PROJECT = Path(__file__).parents[1]

@@ -27,7 +27,8 @@ from torch import nn
 
 from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.config import InputError, load_config
-from dann_experiments.config.parsing import help_text, load_settings
+from dann_experiments.config.description import help_text
+from dann_experiments.config.parsing import load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.reading import Normalization, Reading, reading_facts
@@ -527,8 +528,8 @@ def floats() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        wrong(lambda: {"model": ""}, "model is not given", "no model"),
-        wrong(lambda: {"input": ""}, "input is not given", "no input"),
+        wrong(lambda: {"model": ""}, "model is not set", "no model"),
+        wrong(lambda: {"input": ""}, "input is not set", "no input"),
         wrong(lambda: {"input": "absent.tif"}, r"absent\.tif, which does not exist", "absent input"),
         wrong(lambda: {"model": "absent"}, "model is absent, which does not exist", "absent model"),
         wrong(lambda: {"model": "runs:/0123/model"}, "model is 'runs:/0123/model'", "absent run"),
@@ -619,7 +620,7 @@ def test_models_of_runs_and_of_the_registry(model):
         np.testing.assert_array_equal(read(f"registered_{number}.tif"), read("registered_1.tif"))
 
 
-def test_every_setting_has_a_help_text():
+def test_every_setting_has_a_help_text(Config):
     text = help_text(PredictConfig)
     for setting in dataclasses.fields(PredictConfig):
         assert f"--{setting.name}" in text

@@ -19,8 +19,8 @@ from conftest import write_raster
 from PIL import Image
 
 from dann_experiments import InputError, load_config
+from dann_experiments.config.data import DomainDataConfig
 from dann_experiments.config.presets import FOLDER, IGNORED, filled, preset, preset_names
-from dann_experiments.config.schema import DomainDataConfig
 from dann_experiments.data.labels import LabelMap, label_map, read_mask
 from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.rasters import read_header
@@ -258,7 +258,7 @@ def domain(name: str, scene: str | None = None) -> DomainDataConfig:
 def labels_of(settings: DomainDataConfig) -> LabelMap:
     """The label map of a network that has the preset's classes."""
     assert settings.class_names is not None
-    return label_map(settings.class_names, IGNORE, settings.value_map, settings.colours, settings.ignore_values)
+    return label_map(settings.class_names, IGNORE, settings.value_map, settings.colors, settings.ignore_values)
 
 
 def samples(root: Path, name: str, split: str, scene: str | None = None) -> list[Sample]:

@@ -31,7 +31,7 @@ from dann_experiments.__main__ import main
 from dann_experiments.adaptation.own_class import find_class
 from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.checkpoints.weights import read_weights
-from dann_experiments.command_line import _tell_of_error, warn_of_stored_secrets
+from dann_experiments.command_line import _print_error, warn_of_stored_secrets
 from dann_experiments.comparison.collect import config_of
 from dann_experiments.config import config_to_yaml, replace
 from dann_experiments.data.neon_trees import TILES, build_neon_trees
@@ -526,7 +526,7 @@ def test_an_error_that_nobody_expected_is_told_without_passwords(capsys):
     try:
         raise ValueError(f"postgresql://me:{CANARY}@host/x")
     except ValueError as error:
-        _tell_of_error(type(error), error, error.__traceback__)
+        _print_error(type(error), error, error.__traceback__)
     told = capsys.readouterr().err
     assert told.endswith("ValueError: postgresql://host/x\n")
     assert "Traceback" in told

@@ -231,7 +231,7 @@ def test_the_hash_seed_of_python_decides_nothing(tmp_path):
 
 
 def test_a_prefix_without_a_checkpoint_is_refused():
-    with pytest.raises(InputError, match="source_prefix is 'model', but no checkpoint is given"):
+    with pytest.raises(InputError, match="source_prefix is 'model', but no checkpoint is set"):
         load_config(None, {PREFIX: "model"})
 
 

@@ -16,8 +16,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from dann_experiments.__main__ import _argument_parser, _overrides, main
-from dann_experiments.command_line import NOT_GIVEN, SHORT_NAMES, dotted
+from dann_experiments.cli import COMMANDS, PROGRAM, main
+from dann_experiments.cli import PROGRAM as SWEEPS
+from dann_experiments.command_line import SHORT_NAMES, Request
 from dann_experiments.config import load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys
@@ -134,15 +135,15 @@ def test_each_entry_point_uses_every_parameter_and_its_command_parses(name):
     assert all(f"{{{parameter}}}" in entry.command for parameter in entry.parameters)
     empty = shlex.split(entry.compute_command({}, None))
     assert empty[:3] == ["python", "-m", "dann_experiments"]
-    known, rest = _argument_parser().parse_known_args(empty[3:])
-    assert known.command == ("adapt" if name == "main" else name)
-    assert _overrides(known, rest) == {}
+    request = PROGRAM.parse(empty[3:])
+    assert request.command == ("adapt" if name == "main" else name)
+    assert request.options == request.settings == request.overrides() == {}
     values = {"gamma": "2.5", "hidden_size": "32", "discriminator_lr": "3e-4", "feature_layer": "decoder", "max_epochs": "3",
               "seed": "7", "source_checkpoint": "my model; rm -rf /", "optimizer.lr": "1e-3"}  # fmt: skip
     given = shlex.split(entry.compute_command(values | dict.fromkeys(resumable, "a run"), None))
-    known, rest = _argument_parser().parse_known_args(given[3:])
-    assert name == "evaluate" or known.resume == "a run"
-    config = load_config(None, _overrides(known, rest))
+    request = PROGRAM.parse(given[3:])
+    assert name == "evaluate" or request.options["resume"] == "a run"
+    config = load_config(None, request.overrides())
     method = config.domain_adaptation.method
     assert (method.lambda_schedule.gamma, method.hidden_size, method.discriminator_lr) == (2.5, 32, 3e-4)
     assert (method.feature_layer, config.domain_adaptation.layers) == ("decoder", ["decoder"])
@@ -152,8 +153,7 @@ def test_each_entry_point_uses_every_parameter_and_its_command_parses(name):
 
 
 def test_the_entry_points_are_the_commands_of_the_programs():
-    commands = _argument_parser()._subparsers._group_actions[0].choices  # pyright: ignore
-    assert set(entry_points()) <= {"main", "sweep", *commands}
+    assert set(entry_points()) <= {"main", "sweep", *COMMANDS}
 
 
 def test_check_data_and_predict_use_every_parameter_and_their_commands_parse():
@@ -163,13 +163,12 @@ def test_check_data_and_predict_use_every_parameter_and_their_commands_parse():
     entry = project.get_entry_point("predict")
     assert set(entry.parameters) <= {"config", *known_keys(PredictConfig)}
     given = {"model": "models:/a@champion", "input": "my scene.tif", "output": "map.tif", "tile_size": "256"}
-    known, rest = _argument_parser().parse_known_args(shlex.split(entry.compute_command(given, None))[3:])
-    assert (known.command, known.input) == ("predict", [["my scene.tif"]])
-    found = {key: value for key, value in dotted(rest).items() if value not in NOT_GIVEN}
-    assert found | {"input": "my scene.tif"} == given
+    request = PROGRAM.parse(shlex.split(entry.compute_command(given, None))[3:])
+    assert (request.command, request.options) == ("predict", {"input": ["my scene.tif"]})
+    assert request.settings | {"input": "my scene.tif"} == given
     entry = project.get_entry_point("check-data")
-    known, rest = _argument_parser().parse_known_args(shlex.split(entry.compute_command({"config": "a b"}, None))[3:])
-    assert (known.command, known.config, _overrides(known, rest)) == ("check-data", "a b", {})
+    request = PROGRAM.parse(shlex.split(entry.compute_command({"config": "a b"}, None))[3:])
+    assert (request.command, request.options, request.overrides()) == ("check-data", {"config": "a b"}, {})
 
 
 def test_the_compare_entry_point_uses_every_parameter_and_its_command_parses():
@@ -179,10 +178,9 @@ def test_the_compare_entry_point_uses_every_parameter_and_its_command_parses():
     assert set(entry.parameters) <= {"config", *known_keys(CompareConfig), *SHORT_NAMES}
     assert all(f"{{{parameter}}}" in entry.command for parameter in entry.parameters)
     given = {"runs": "a1 b2", "arms": "my arms.yaml", "seeds": "3", "workers": "2", "optimizer.lr": "1e-3"}
-    known, rest = _argument_parser().parse_known_args(shlex.split(entry.compute_command(given, None))[3:])
-    assert (known.command, known.runs, known.arms) == ("compare", ["a1 b2"], "my arms.yaml")
-    kept = {key: value for key, value in dotted(rest).items() if value not in NOT_GIVEN}
-    assert kept == {"seeds": "3", "workers": "2", "optimizer.lr": "1e-3"}
+    request = PROGRAM.parse(shlex.split(entry.compute_command(given, None))[3:])
+    assert (request.command, request.options) == ("compare", {"runs": ["a1 b2"], "arms": "my arms.yaml"})
+    assert request.settings == {"seeds": "3", "workers": "2", "optimizer.lr": "1e-3"}
 
 
 def test_the_sweep_entry_point_uses_every_parameter_and_its_command_parses():
@@ -193,10 +191,9 @@ def test_the_sweep_entry_point_uses_every_parameter_and_its_command_parses():
     assert all(f"{{{parameter}}}" in entry.command for parameter in entry.parameters)
     empty = shlex.split(entry.compute_command({}, None))
     assert empty[:4] == ["python", "-m", "sweeps", "run"]
-    assert {value for value in dotted(empty[4:]).values() if value not in NOT_GIVEN} == set()
+    assert SWEEPS.parse(empty[3:]) == Request("run", {}, {})
     values = {"n_trials": "3", "study": "my study; rm -rf /", "objective": "loss/val_source", "optimizer.lr": "1e-3"}
-    given = dotted(shlex.split(entry.compute_command(values, None))[4:])
-    assert {key: value for key, value in given.items() if value not in NOT_GIVEN} == values
+    assert SWEEPS.parse(shlex.split(entry.compute_command(values, None))[3:]).settings == values
 
 
 @pytest.mark.parametrize("recipe", sorted((PROJECT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
@@ -218,7 +215,7 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     [
         (["adapt", "--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
         (["adapt", "--trainer.max_epochs"], "has no value"),
-        (["adapt", "stray"], "'stray' stands alone"),
+        (["adapt", "stray"], "unexpected argument 'stray'"),
         (["adapt", "--config", "none.yaml"], "none.yaml does not exist"),
         (["evaluate"], "evaluate needs a model"),
         (["runs"], "has no finished adaptation run"),
@@ -235,7 +232,7 @@ def test_wrong_words_on_the_command_line_end_with_code_2_and_one_message(argumen
 def test_the_process_ends_with_the_code_of_its_command(workplace):
     done = cli("adapt", "stray", cwd=workplace)
     assert done.returncode == 2
-    assert done.stderr.startswith("Error: 'stray' stands alone")
+    assert done.stderr.startswith("Error: unexpected argument 'stray'")
 
 
 def test_help_config_and_layers_teach(workplace):

@@ -229,7 +229,7 @@ def test_status_and_report_read_the_study(place, said):
     assert "there is no" in said(place, "status", "--study", "other", code=2)
     assert "needs --study" in said(place, "resume", code=2)
     assert "has no effect in status" in said(place, "status", "--study", "s", "--workers", "2", code=2)
-    assert "cannot be given to resume" in said(place, "resume", "--study", "s", "--optimizer.lr", "1", code=2)
+    assert "cannot be changed by resume" in said(place, "resume", "--study", "s", "--optimizer.lr", "1", code=2)
     assert "objective: 'iou/target_val'" in said(
         place, "resume", "--study", "s", "--objective", "loss/val_source", code=2
     )

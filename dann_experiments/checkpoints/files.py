@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from dann_experiments.config.disk import writing
+from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.errors import NotWritten
 
 log = logging.getLogger(__name__)

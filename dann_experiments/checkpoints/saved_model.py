@@ -18,9 +18,9 @@ from typing import Any
 from torch import nn
 
 from dann_experiments.checkpoints.weights import WEIGHTS_NAME
-from dann_experiments.config.disk import writing
+from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import user_path
+from dann_experiments.config.paths import user_path
 from dann_experiments.data.reading import Normalization, Reading, reading_from_facts
 from dann_experiments.models.networks import build_network
 from dann_experiments.names import DOMAINS

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dann_experiments.checkpoints.prefixes import PREFIX_KEY, find_weights, is_counter
 from dann_experiments.checkpoints.safe_load import load_tensors
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import user_path
+from dann_experiments.config.paths import user_path
 
 SourceFormat = Literal["auto", "pytorch_lightning", "pytorch", "smp"]
 WEIGHTS_NAME = "model.safetensors"

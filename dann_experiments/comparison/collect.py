@@ -17,7 +17,7 @@ from dann_experiments.config import Config, InputError, flatten, load_config
 from dann_experiments.config.comparison import ARM_NAMES, KINDS, Kind
 from dann_experiments.config.errors import StoreAway
 from dann_experiments.config.names import LONGEST_PARAM
-from dann_experiments.config.stored import without_code
+from dann_experiments.config.untrusted import without_code
 from dann_experiments.scores.selection import PREFIX
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, known_run, without_secrets

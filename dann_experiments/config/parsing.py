@@ -15,10 +15,13 @@ from typing import Any, TypeVar
 import yaml
 from yaml.composer import ComposerError
 
+from dann_experiments.config.adaptation import MethodConfig
+from dann_experiments.config.description import type_name
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import local_path
+from dann_experiments.config.limits import settings_of
+from dann_experiments.config.paths import local_path
 from dann_experiments.config.recipes import settings_file
-from dann_experiments.config.schema import Config, MethodConfig
+from dann_experiments.config.schema import Config
 from dann_experiments.config.target_dialect import translate
 
 Settings = TypeVar("Settings")
@@ -129,11 +132,6 @@ def replace(config: Config, overrides: Mapping[str, Any]) -> Config:
 def known_keys(cls: type = Config) -> list[str]:
     """Every dotted name a user may set."""
     return list(_field_types(cls))
-
-
-def help_text(cls: type = Config) -> str:
-    """All settings with types, defaults and help, generated from the dataclasses."""
-    return _parser(cls).format_help()
 
 
 def scalar(text: Any, key: str) -> Any:
@@ -288,25 +286,17 @@ def _shown(value: Any) -> str:
 
 
 @functools.cache
-def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            found |= _field_types(typing.cast(type, hints[field.name]), f"{prefix}{field.name}.")
-        else:
-            found[f"{prefix}{field.name}"] = hints[field.name]
-    return found
+def _field_types(cls: type) -> dict[str, Any]:
+    """Return dotted name -> type of every setting."""
+    return {field.name: field.type for field in settings_of(cls)}
 
 
-@functools.cache  # building it reads every docstring
+@functools.cache
 def _parser(cls: type):
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     # jsonargparse would import the X of a mapping {class_path: X} anywhere among free values
-    set_parsing_settings(
-        docstring_parse_attribute_docstrings=True, import_path_denylist=["*"], instantiate_subclass_spec_in_any=False
-    )
+    set_parsing_settings(import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
     parser = ArgumentParser(exit_on_error=False, prog="settings", usage="")
     parser.add_class_arguments(cls, nested_key=None)
     return parser
@@ -372,12 +362,11 @@ def _readable(cls: type, message: str, settings: dict[str, Any]) -> str:
     value: Any = settings
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else value
-    wanted = _field_types(cls).get(key)
-    name = getattr(wanted, "__name__", None) if isinstance(wanted, type) else None
-    name = name or str(wanted).replace("typing.", "").replace("Literal", "one of ")
-    shown = _shown(value)
+    wanted, shown = _field_types(cls).get(key), _shown(value)
     return (
-        f"{key} is {shown}, but must be {name}." if wanted is not None else f"{key} is {shown}: {reason[:MOST_SHOWN]}"
+        f"{key} is {shown}: {reason[:MOST_SHOWN]}"
+        if wanted is None
+        else f"{key} is {shown}, but must be {type_name(wanted)}."
     )
 
 

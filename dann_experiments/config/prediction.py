@@ -1,12 +1,15 @@
-"""Every setting of `predict`: which model, which images, where the maps go. The strings are their help texts."""
+"""All settings of `predict`: which model, which images, where the class maps go."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from dann_experiments.config import limits
+from dann_experiments.config.data import MOST_IMAGES
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.schema import MOST_IMAGES, TrackingConfig
+from dann_experiments.config.limits import above, at_least, between, not_empty
+from dann_experiments.config.run import TrackingConfig
 
 
 @dataclass(frozen=True)
@@ -14,42 +17,41 @@ class PredictConfig:
     """A class map of a raster of any size, or of each of many images."""
 
     model: str = ""
-    """The model: a folder, a file, runs:/ID[/path] or models:/NAME@ALIAS. A checkpoint without its network's settings
-    beside it needs them as a config (`--config`)."""
+    """The model: a folder, a file, runs:/ID[/path] or models:/NAME@ALIAS. A checkpoint without the settings of its network needs
+    them as a file of settings (`--config`)."""
     source_prefix: str | None = None
-    """The part before the network's own names, such as model or ema_model, where a checkpoint holds several networks; a full
-    stop for names without such a part. null takes the only network there is and refuses a file with several."""
+    """Prefix of the network's parameter names, such as model or ema_model, in a checkpoint that holds several networks; a full
+    stop means names without a prefix. null: take the only network, refuse a file with several."""
     input: str | list[str] = ""
-    """An image file, a folder (its subfolders included), a pattern such as 'scenes/*.tif', or a list of these. One text may be
-    a list too, with commas or blanks between, if there is no file of that name."""
+    """An image file, a folder (with its subfolders), a pattern such as 'scenes/*.tif', or a list of these. A single text may also
+    be a list, separated by commas or blanks, if there is no file of that name."""
     output: str = ""
-    """Where the map goes: a .tif or .png file; of several images, or of a folder, a folder, in which the maps lie as the images
-    do below the folder that they have in common."""
+    """Where the map goes: a .tif or .png file; for several images, or a folder, a folder, in which the maps are arranged like the
+    images in their common folder."""
     domain: Literal["target", "source"] = "target"
-    """Whose images these are: the model knows how the bands, range and nodata of either are read."""
-    bands: list[int] | None = None
-    """Bands to read, in this order, counted from 1 (1,2,3), for images whose bands are others than in training; null = as the
-    model was trained."""
+    """Domain of the images: the model knows how bands, range and nodata of each are read."""
+    bands: Annotated[list[int] | None, not_empty("name bands counted from 1"), at_least(1)] = None
+    """Bands to read, in this order, counted from 1 (1,2,3), if the images have other bands than those in training; null = as in
+    training."""
     nodata: Literal["file"] | float | list[float] | None = None
-    """Pixels that hold this value (or one of these) get no class; file = the file's own nodata value. The file's mask and alpha
-    band count as well; [] = none of these; null = as the model was trained."""
-    file_pixel_size: float | None = None
-    """Size of the images' pixels where they are not georeferenced, for a model that was trained on pixels of one size; null = as
-    the model was trained."""
-    tile_size: int = 512
-    """Pixels along a side of what the network sees at a time; rounded up to what the network can take."""
+    """Pixel value or values without data, which get no class; file: the nodata value of the file. The mask and alpha band of a
+    file count as well; []: no values; null = as in training."""
+    file_pixel_size: Annotated[float | None, above(0)] = None
+    """Pixel size of images that are not georeferenced, for a model trained on pixels of one size; null = as in training."""
+    tile_size: Annotated[int, between(16, 16384)] = 512
+    """Side of the square, in pixels, that the network sees at a time; rounded up to a size that the network takes."""
     overlap: int | None = None
     """Pixels that neighbouring tiles share, at most half a tile; null = a quarter of a tile. 0 = no blending."""
-    batch_size: int = 4
-    """Tiles a forward."""
+    batch_size: Annotated[int, between(1, MOST_IMAGES)] = 4
+    """Tiles per forward pass."""
     probabilities: bool = False
-    """Also write OUTPUT_probabilities.tif: a band a class, value / 254 = probability."""
+    """Also write OUTPUT_probabilities.tif, with one band per class: value / 254 = probability."""
     overwrite: bool = False
     """Replace an output that exists."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    """Hardware to compute on; auto: a GPU if there is one."""
     progress: bool = True
-    """Show how far it is: a bar on a terminal, else a line every 10 %."""
+    """Show progress: a bar on a terminal, else a line every 10 %."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
@@ -59,7 +61,7 @@ class PredictConfig:
 
     @property
     def nodata_values(self) -> Literal["file"] | tuple[float, ...] | None:
-        """`nodata` as values, or file; None = the model's own."""
+        """`nodata` as a tuple of values, or "file"; None = as in training."""
         if self.nodata is None:
             return None
         if self.nodata == "file":
@@ -68,27 +70,20 @@ class PredictConfig:
 
     @property
     def shared(self) -> int:
-        """`overlap`, or what its null means."""
+        """Pixels that neighbouring tiles share: `overlap`, or what its null means."""
         return self.tile_size // 4 if self.overlap is None else self.overlap
 
     def __post_init__(self) -> None:
-        for key, what in (
+        for key, way_out in (
             ("model", "give a folder, a file, runs:/ID or models:/NAME@ALIAS"),
             ("input", "give an image file, a folder of images or a pattern"),
             ("output", "give a .tif or .png file, or a folder for several images"),
         ):
             value = getattr(self, key)
             if not value or (isinstance(value, list) and not all(value)):
-                raise InputError(f"{key} is not given; {what}.")
-        if self.bands is not None and (not self.bands or min(self.bands) < 1):
-            raise InputError(f"bands is {self.bands}; name bands counted from 1.")
-        if self.file_pixel_size is not None and not 0 < self.file_pixel_size < float("inf"):
-            raise InputError(f"file_pixel_size is {self.file_pixel_size}; give a number above 0.")
-        if not 16 <= self.tile_size <= 16384:
-            raise InputError(f"tile_size is {self.tile_size}; give 16 to 16384 pixels.")
+                raise InputError(f"{key} is not set; {way_out}.")
+        limits.check(self)
         if not 0 <= self.shared <= self.tile_size // 2:
             raise InputError(
                 f"overlap is {self.overlap}; give 0 to {self.tile_size // 2}, half of tile_size ({self.tile_size})."
             )
-        if not 1 <= self.batch_size <= MOST_IMAGES:
-            raise InputError(f"batch_size is {self.batch_size}; give a number from 1 to {MOST_IMAGES}.")

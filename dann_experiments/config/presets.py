@@ -1,4 +1,4 @@
-"""Known data sets: `dann_experiments/presets/*.yaml` say where their images and masks lie and what the labels mean."""
+"""Known data sets: `dann_experiments/presets/*.yaml` list where their images and masks are and what the labels mean."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ Domain = TypeVar("Domain")
 
 
 def preset_names() -> list[str]:
-    """The presets there are."""
+    """Return the names of all presets."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 @functools.cache
-def preset(name: str) -> dict[str, Any]:
-    """A preset as written. Raises InputError for a name that is none."""
+def preset(name: str, prefix: str = "") -> dict[str, Any]:
+    """Return a preset as written. Raises InputError for an unknown name; `prefix`, such as `data.target.`, is what its message
+    puts before the name of the setting."""
     if name not in preset_names():
-        raise InputError(f"preset is {name!r}; it is one of {preset_names()}.")
+        raise InputError(f"{prefix}preset is {name!r}; it is one of {preset_names()}.")
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def filled(domain: Domain) -> Domain:
-    """A domain's settings with what its preset says wherever they are unset (null, or an empty list)."""
+def filled(domain: Domain, prefix: str = "") -> Domain:
+    """Return the settings of a domain, those that are unset (null, or an empty list) taken from its preset. Raises InputError for
+    a preset or a scene that there is not; `prefix`, such as `data.target.`, is what messages put before names of settings."""
     settings: Any = domain
     if settings.preset is None:
         if settings.scene is not None:
-            raise InputError(f"scene is {settings.scene!r}, which has no effect without a preset; remove it.")
+            raise InputError(f"{prefix}scene is {settings.scene!r}, which has no effect without a preset; remove it.")
         return domain
-    known = preset(settings.preset)
+    known = preset(settings.preset, prefix)
     scene = settings.scene
     if scene is not None and "scene" not in known:
-        raise InputError(f"scene is {scene!r}, but preset {settings.preset} has no scenes; remove it.")
+        raise InputError(f"{prefix}scene is {scene!r}, but preset {settings.preset} has no scenes; remove it.")
     scenes = known.get("scene", {})
     scene = scene if scene is not None else scenes.get("default", "*")
     scene = scenes.get("values", {}).get(scene, scene)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import local_path
+from dann_experiments.config.paths import local_path
 
 if TYPE_CHECKING:
     from dann_experiments.config.schema import Config

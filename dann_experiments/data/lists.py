@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import local_path, local_text, user_path
+from dann_experiments.config.paths import local_path, local_text, user_path
 
 Pair = tuple[Path, Path | None]  # an image, and its mask where there is one
 

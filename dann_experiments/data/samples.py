@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import local_text
+from dann_experiments.config.paths import local_text
 from dann_experiments.data.lists import beside, is_file, lines_of, manifest_pairs, pairs_of, under
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from dann_experiments.adaptation.build import build_method, build_schedule, load
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.checkpoints.files import WholeFiles
 from dann_experiments.config import Config, InputError
-from dann_experiments.config.schema import OptimizerConfig
+from dann_experiments.config.run import OptimizerConfig
 from dann_experiments.data.domain_data import Cut, DataPlan, DomainData, DomainImages, ImageSets
 from dann_experiments.data.labels import LabelMap, label_map
 from dann_experiments.data.loaders import Loaders
@@ -89,7 +89,7 @@ def _images(config: Config, domain: Domain) -> DomainImages:
 def _labels(config: Config, domain: Domain) -> LabelMap:
     settings = config.data.resolved(domain)
     return label_map(
-        config.class_names, config.data.ignore_index, settings.value_map, settings.colours, settings.ignore_values,
+        config.class_names, config.data.ignore_index, settings.value_map, settings.colors, settings.ignore_values,
         f"data.{domain}.",
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dann_experiments.config import Config, config_to_dict, replace
-from dann_experiments.config.schema import TrainerConfig
+from dann_experiments.config.run import TrainerConfig
 from dann_experiments.names import DOMAINS, SOURCE_TRAIN, SOURCE_VAL, Domain
 from dann_experiments.scores.selection import PREFIX
 from dann_experiments.tracking.store import without_secrets

@@ -13,9 +13,9 @@ from typing import Any
 
 from dann_experiments.checkpoints import files
 from dann_experiments.config import Config, InputError, flatten, load_config, replace
-from dann_experiments.config.disk import writing
+from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.parsing import given_settings
-from dann_experiments.config.stored import CLASS_PATH
+from dann_experiments.config.untrusted import CLASS_PATH
 from dann_experiments.jobs.identity import as_pretrained
 from dann_experiments.tracking.deleted import is_deleted
 from dann_experiments.tracking.fetch_model import SOURCE_MODEL

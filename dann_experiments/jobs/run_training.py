@@ -21,7 +21,7 @@ from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.checkpoints.files import BEST, LAST
 from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, flatten, replace
-from dann_experiments.config.disk import writing
+from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.names import labels_in_store
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import ImageSets

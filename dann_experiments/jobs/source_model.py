@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dann_experiments.checkpoints.weights import load_into, read_weights
 from dann_experiments.config import Config
-from dann_experiments.config.places import local_path
+from dann_experiments.config.paths import local_path
 from dann_experiments.jobs.identity import source_digest
 from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.tracking.fetch_model import SOURCE_MODEL, digest_of_model, fetched, registered

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dann_experiments.config.errors import InputError
-from dann_experiments.config.places import local_path, local_text, user_path
+from dann_experiments.config import InputError
+from dann_experiments.config.paths import local_path, local_text, user_path
 from dann_experiments.data.rasters import many_files
 from dann_experiments.data.samples import IMAGE_SUFFIXES
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX

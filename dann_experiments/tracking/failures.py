@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dann_experiments.config.disk import told
+from dann_experiments.config.atomic_write import told
 from dann_experiments.config.errors import InputError, NotWritten, StoreAway
 from dann_experiments.tracking.store import in_one_line
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dann_experiments.config.errors import InputError, NotWritten
-from dann_experiments.config.places import local_path
+from dann_experiments.config.paths import local_path
 from dann_experiments.data.samples import file_digest
 from dann_experiments.tracking.store import Store, check_room, in_one_line
 

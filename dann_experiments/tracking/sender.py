@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dann_experiments.config.disk import reason
+from dann_experiments.config.atomic_write import reason
 from dann_experiments.config.errors import NotWritten
 from dann_experiments.config.names import LONGEST_KEY, is_key
 from dann_experiments.tracking.clock import Clock

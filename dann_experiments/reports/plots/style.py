@@ -19,7 +19,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from dann_experiments.config.disk import writing
+from dann_experiments.config.atomic_write import writing
 from dann_experiments.reports.colors import GRID, IGNORED_COLOR, INK, MUTED, class_colors
 from dann_experiments.reports.tables import short
 

@@ -1,4 +1,4 @@
-"""Settings that come out of a store (of runs, of studies): who can write there must not choose code that is imported here."""
+"""Settings read from a store (of runs, of studies): whoever can write there must not choose the code that is imported here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CLASS_PATH = "domain_adaptation.method.class_path"
 
 
 def refuse_stored_code(named: str | None, allowed: Collection[str], where: str) -> None:
-    """Raises InputError if settings of a store name a class (`class_path`) that the caller does not allow by name."""
+    """Raise InputError if settings from a store name a class (`class_path`) that the caller has not allowed by name."""
     if named is not None and named not in allowed:
         raise InputError(
             f"{where} names code, {CLASS_PATH} {named!r}, which is not imported because a store says so; if it is yours, give "
@@ -21,7 +21,7 @@ def refuse_stored_code(named: str | None, allowed: Collection[str], where: str) 
 
 
 def without_code(config: Config) -> Config:
-    """`config` without a method of somebody's own: for reading what a run was about, which needs no method."""
+    """Return `config` without a method of the user's own: enough to read what a run was about."""
     if config.domain_adaptation.method.class_path is None:
         return config
     return replace(config, {CLASS_PATH: None, "domain_adaptation.method.init_args": {}})

@@ -1,0 +1,282 @@
+"""The command line: `python -m dann_experiments COMMAND`; `COMMANDS`, at the end, lists what there is.
+
+`--config` takes a file of settings or the name of a recipe, `--any.dotted.key value` changes one. Flags without dots are the
+commands' own options, and short names of the settings that are changed most (`command_line.SHORT_NAMES`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dann_experiments.command_line import Command, Program, Request, quiet_libraries
+from dann_experiments.config import Config, TrainingFailed, config_to_yaml, load_config
+from dann_experiments.config.comparison import CompareConfig
+from dann_experiments.config.parsing import known_keys, load_settings
+from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.config.recipes import load_or_default, report_default
+
+log = logging.getLogger(__name__)
+OF_ADAPTATION = ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer")
+CONFIG = {"config": {"metavar": "FILE", "help": "YAML file of settings, or a recipe's name (default: digits)"}}
+RESUME = {
+    "resume": {
+        "metavar": "RUN_ID",
+        "help": "resume this killed run; auto: the newest one of these settings, else start a new run",
+    }
+}
+SETTINGS = {"settings (in a YAML file, or as --dotted.key value)": Config}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; `arguments` are those of the process by default."""
+    return PROGRAM.main(arguments)
+
+
+def _config(request: Request, without_effect: Sequence[str] = (), but: Sequence[str] = ()) -> Config:
+    """Read the settings of a command and make the program ready to run it. `without_effect`: short names to warn of."""
+    config = load_or_default(request.options.get("config"), request.overrides(but))
+    quiet_libraries()
+    if request.command not in ("runs", "sync", "doctor"):  # these need the tracking store alone
+        report_default(log.info)
+    _warn_of_idle(request, without_effect)
+    return config
+
+
+def _warn_of_idle(request: Request, without_effect: Sequence[str]) -> None:
+    for short in without_effect:
+        if short in request.settings:
+            log.warning("--%s has no effect in %s.", short, request.command)
+
+
+def _check_data(request: Request) -> int:
+    config = _config(request, (*OF_ADAPTATION, "max_epochs"))
+    from dann_experiments import jobs
+    from dann_experiments.reports import terminal
+
+    return terminal.print_data_report(jobs.check_data(config))
+
+
+def _pretrain(request: Request) -> int:
+    config = _training_config(request, OF_ADAPTATION)
+    from dann_experiments import jobs
+
+    return _print_run(jobs.pretrain(config, resume=request.options.get("resume")))
+
+
+def _adapt(request: Request) -> int:
+    config = _training_config(request)
+    from dann_experiments import jobs
+
+    return _print_run(jobs.adapt(config, resume=request.options.get("resume")))
+
+
+def _training_config(request: Request, without_effect: Sequence[str] = ()) -> Config:
+    """Read the settings; those of a run that is resumed come from that run."""
+    run_id = request.options.get("resume")
+    if run_id in (None, "auto"):
+        return _config(request, without_effect)
+    quiet_libraries()
+    from dann_experiments.jobs.resume import settings_to_resume
+
+    config = settings_to_resume(run_id, request.command, request.options.get("config"), request.overrides())
+    _warn_of_idle(request, without_effect)
+    return config
+
+
+def _evaluate(request: Request) -> int:
+    config = _config(request, (*OF_ADAPTATION[1:], "max_epochs"))
+    from dann_experiments import jobs
+
+    return _print_run(jobs.evaluate(config))
+
+
+def _print_run(result: Any) -> int:
+    from dann_experiments.reports import terminal
+
+    title = f"{result.job} run {result.run_id}"
+    terminal.print_scores(title, {"before": result.baseline, "after": result.metrics})
+    if result.artifacts:
+        print(f"Pictures, model, checkpoints: {result.artifacts}")
+    print(f"Look at it: {terminal.where_to_look(result.tracking_uri)}")
+    return 0
+
+
+def _predict(request: Request) -> int:
+    inputs = request.options.get("input", [])
+    settings = load_settings(PredictConfig, None, {**request.settings, **({"input": inputs} if inputs else {})})
+    if len(inputs) == 1:  # as it was written: a name may look like a list
+        settings = dataclasses.replace(settings, input=inputs[0])
+    config = load_config(request.options["config"]) if "config" in request.options else None
+    quiet_libraries()
+    from dann_experiments import jobs
+    from dann_experiments.reports import terminal
+
+    result = jobs.predict(settings, config)
+    for output in result.outputs:
+        print(f"Written: {output}")
+    total = sum(result.class_pixels.values())
+    for name, pixels in result.class_pixels.items():
+        print(f"  {name}: {pixels / max(total, 1):.1%} of the pixels with data")
+    print(f"Preview and class shares: run {result.run_id}; {terminal.where_to_look(result.tracking_uri)}")
+    return 0
+
+
+def _compare(request: Request) -> int:
+    keys = known_keys(CompareConfig)
+    own: dict[str, Any] = {key: value for key, value in request.settings.items() if key in keys}
+    if "runs" in request.options:
+        own["runs"] = [run_id for word in request.options["runs"] for run_id in word.replace(",", " ").split()]
+    settings = load_settings(CompareConfig, request.options.get("arms"), own)
+    config = _config(request, but=keys)
+    if settings.runs:
+        idle = [key for key in (*own, *request.overrides(keys)) if not key.startswith(("runs", "threads", "tracking."))]
+        if idle:
+            log.warning("With runs, these have no effect: %s.", ", ".join(idle))
+    from dann_experiments.comparison.compare import ComparisonFailed, compare
+    from dann_experiments.comparison.runner import PRELOADED
+    from dann_experiments.reports import terminal
+    from dann_experiments.tracking.processes import fork_workers_from_here
+
+    if not settings.runs:
+        fork_workers_from_here(PRELOADED)
+    try:
+        result = compare(config, settings)
+    except ComparisonFailed as error:
+        print(f"The comparison failed: {error}", file=sys.stderr)
+        return 1
+    terminal.print_comparison(result.comparison, result.table)
+    if result.artifacts:
+        print(f"Report: {Path(result.artifacts) / 'report.html'}")
+    print(f"Run {result.run_id}; {terminal.where_to_look(result.tracking_uri)}")
+    return 0
+
+
+def _runs(request: Request) -> int:
+    config = _config(request)
+    from dann_experiments.jobs.overview import overview
+    from dann_experiments.reports import terminal
+
+    found = overview(config)
+    terminal.print_overview(found.table, found.experiment, found.experiment_id, found.artifacts)
+    return 0
+
+
+def _sync(request: Request) -> int:
+    config = _config(request)
+    from dann_experiments import jobs
+    from dann_experiments.reports import terminal
+
+    return terminal.print_sync(jobs.sync_runs(config))
+
+
+def _doctor(request: Request) -> int:
+    config = _config(request)
+    from dann_experiments import jobs
+    from dann_experiments.reports import terminal
+
+    health = jobs.doctor(config)
+    terminal.print_health(health.closed, health.running, health.elsewhere, health.leftovers)
+    return 0
+
+
+def _layers(request: Request) -> int:
+    config = _config(request)
+    from dann_experiments.jobs import build
+    from dann_experiments.models.taps import list_layers
+    from dann_experiments.reports import terminal
+
+    network = build.make_network(config, with_weights=False)
+    found = list_layers(network, config.model.in_channels, build.blank_size(config))
+    terminal.print_table(
+        f"{config.model.arch}, {config.model.encoder_name}",
+        ["layer", "channels", "stride", "useful"],
+        [
+            [layer.name, str(layer.channels), f"{layer.stride:g}", "yes" if layer.useful else ""]
+            for layer in found
+            if layer.useful or "all" in request.options
+        ],
+    )
+    print("stride: input pixels per position. Give one or several as domain_adaptation.method.feature_layer.")
+    return 0
+
+
+def _show_config(request: Request) -> int:
+    print(config_to_yaml(load_or_default(request.options.get("config"), request.overrides())), end="")
+    report_default(lambda text: print(text, file=sys.stderr))
+    return 0
+
+
+COMMANDS = {
+    "check-data": Command(
+        _check_data,
+        "read all data once: every problem by file name, then counts, class shares and band statistics",
+        options=CONFIG,
+        settings=SETTINGS,
+    ),
+    "pretrain": Command(
+        _pretrain, "train a source model on labelled source images", options=CONFIG | RESUME, settings=SETTINGS
+    ),
+    "adapt": Command(
+        _adapt,
+        "adapt a source model to the unlabelled target domain (pretrains first if needed)",
+        options=CONFIG | RESUME,
+        settings=SETTINGS,
+    ),
+    "evaluate": Command(
+        _evaluate, "score a model on every labelled val and test set", options=CONFIG, settings=SETTINGS
+    ),
+    "predict": Command(
+        _predict,
+        "write the class map of a raster of any size, or of many images: files, folders, patterns",
+        usage="--model MODEL --input FILE [FILE ...] --output FILE [--KEY VALUE]",
+        options={
+            "input": {
+                "metavar": "FILE", "nargs": "*", "action": "append", "help": "image files, folders and patterns ('a/*.tif')",
+            },
+            "config": {"metavar": "FILE", "help": "settings of the network, for a checkpoint without them"},
+        },
+        settings={"settings (as --key value)": PredictConfig},
+        short_names=False,
+    ),
+    "compare": Command(
+        _compare,
+        "did adaptation help? source only, control, DANN and oracle over several seeds; a verdict and a report",
+        options=CONFIG
+        | {
+            "arms": {"metavar": "FILE", "help": "YAML file of arms (and seeds); default: the usual five"},
+            "runs": {"metavar": "ID", "nargs": "*", "help": "compare these finished runs; nothing is trained"},
+        },
+        settings={"settings of the comparison (in the file of arms, or as --key value)": CompareConfig, **SETTINGS},
+    ),
+    "runs": Command(_runs, "show the newest runs of an experiment side by side", options=CONFIG, settings=SETTINGS),
+    "sync": Command(
+        _sync,
+        "send what runs left in tracking.folder because the store was away or their process was killed",
+        options=CONFIG,
+        settings=SETTINGS,
+    ),
+    "doctor": Command(
+        _doctor,
+        "close runs that are shown as running though their process is gone; list what `sync` would send",
+        options=CONFIG,
+        settings=SETTINGS,
+    ),
+    "layers": Command(
+        _layers,
+        "list the layers whose features can be aligned",
+        options=CONFIG | {"all": {"action": "store_true", "help": "list every layer, not only the useful ones"}},
+        settings=SETTINGS,
+    ),
+    "config": Command(_show_config, "print the resolved settings as YAML", options=CONFIG, settings=SETTINGS),
+}  # fmt: skip
+PROGRAM = Program(
+    "dann_experiments",
+    "Adapt segmentation networks to unlabelled domains with DANN, tracked in MLflow.",
+    COMMANDS,
+    failures={TrainingFailed: "Training failed"},
+)

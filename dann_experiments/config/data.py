@@ -1,0 +1,234 @@
+"""Settings of the images and masks of both domains, and how their files are read."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.config.limits import above, at_least, between, not_empty
+from dann_experiments.config.presets import IGNORED, filled
+from dann_experiments.config.run import MOST_PROCESSES
+from dann_experiments.names import Domain
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_IMAGES = 100_000  # upper limit of batch sizes; guards against allocating huge index lists
+Entry = str | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DomainDataConfig:
+    """The images of one domain, and how their files are read. A preset fills in what is not set here."""
+
+    name: str | None = None
+    """Name of this domain in the run; null = from its preset or its first training entry."""
+    preset: str | None = None
+    """A known data set: loveda, potsdam, vaihingen, openearthmap, inria, landcoverai, cityscapes, gta5."""
+    scene: str | None = None
+    """Part of the preset's data set (LoveDA: Urban or Rural; Inria: a city; OpenEarthMap: a region); null = its default."""
+    root: str | None = None
+    """Folder that the entries of this domain are relative to; null = data.root."""
+    train: list[Entry] = field(default_factory=list)
+    """Training images. Target images need no masks; masks listed for them are not read. An entry is a CSV manifest (columns
+    image, mask, split; paths relative to it), a folder with images/ and masks/ with equal file stems, a glob pattern, a list
+    file (.txt, one path per line), an image file, or a mapping {images: ..., masks: ...} of folders, patterns, list files or
+    files; patterns are paired by what their wildcards match. The mapping also takes names (a list, or a file of names, to
+    keep) and region ([left, top, right, bottom] in pixels of the file)."""
+    val: list[Entry] = field(default_factory=list)
+    """Validation images; those with masks are scored after each epoch."""
+    test: list[Entry] = field(default_factory=list)
+    """Held-out images, scored once after training."""
+    bands: Annotated[list[int] | None, not_empty("name bands counted from 1"), at_least(1)] = None
+    """Bands to read, in this order, counted from 1; null = all."""
+    scale: Literal["type", "percentiles"] | list[float] = "type"
+    """Range of values that is mapped to 0..1. type: the range of 8 or 16 bit; percentiles: the 2nd to 98th percentile of the
+    training windows, per band; [LOW, HIGH]: this range (for float, signed and 12 bit images)."""
+    nodata: Literal["file"] | float | list[float] = "file"
+    """Pixel value or values without data, which count nowhere; file: the nodata value of the file. The mask and alpha band of a
+    file count as well, and so does NaN in any band; []: no values."""
+    nodata_bands: Literal["any", "all"] | None = None
+    """Whether a pixel lacks data if any of its bands holds a nodata value, or only if all do. null: all for 8 bit images,
+    where 0 and 255 are also colors; any for other types, where fill values would be taken for measurements."""
+    ignore_values: list[int] = field(default_factory=list)
+    """Mask values that count nowhere, in addition to data.ignore_index."""
+    value_map: Annotated[dict[int, str] | None, not_empty("name the values, or null to take them as class ids")] = None
+    """Mask value -> class name; null = the values are class ids. A name that is not in data.class_names counts nowhere."""
+    color_map: dict[str, str] | None = None
+    """"RED,GREEN,BLUE" -> class name, for masks in colors."""
+    pixel_size: Annotated[float | None, above(0)] = None
+    """Resample images to pixels of this size, in the unit of the files' CRS (meter, degree), so that two sensors agree; null =
+    keep the files' pixels."""
+    file_pixel_size: Annotated[float | None, above(0)] = None
+    """Pixel size of files that are not georeferenced."""
+    augmentation: Literal["none", "light", "strong"] = "none"
+    """Augmentation of training images. light: flips and quarter turns; strong: also scale, color and blur."""
+    batch_size: Annotated[int, between(1, MOST_IMAGES)] = 8
+    """Images per training step."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The class names in the label map, in the order of the ids, each once; None without a map."""
+        named = self.value_map if self.value_map is not None else self.color_map
+        if named is None:
+            return None
+        ordered = [name for _, name in sorted(named.items())] if named is self.value_map else list(named.values())
+        return [name for name in dict.fromkeys(ordered) if name != IGNORED]
+
+    @property
+    def colors(self) -> dict[tuple[int, int, int], str] | None:
+        """`color_map` with its keys as (red, green, blue)."""
+        return None if self.color_map is None else {_color(key, ""): name for key, name in self.color_map.items()}
+
+    @property
+    def nodata_values(self) -> Literal["file"] | tuple[float, ...]:
+        """`nodata` as a tuple of values, or "file"."""
+        if self.nodata == "file":
+            return "file"
+        return tuple(self.nodata) if isinstance(self.nodata, list) else (float(self.nodata),)
+
+    def check(self, prefix: str) -> None:
+        """Raise InputError for settings that do not agree, or whose parts are wrong."""
+        filled(self, prefix)  # refuses an unknown preset or scene
+        if self.value_map is not None and self.color_map is not None:
+            raise InputError(f"{prefix}value_map and {prefix}color_map are both set; keep one.")
+        for key in self.color_map or ():
+            _color(key, prefix)
+        if isinstance(self.scale, list) and (
+            len(self.scale) != 2 or not -float("inf") < self.scale[0] < self.scale[1] < float("inf")
+        ):
+            raise InputError(
+                f"{prefix}scale is {self.scale}; give [LOW, HIGH] with LOW below HIGH, or type, or percentiles."
+            )
+        if self.file_pixel_size is not None and self.pixel_size is None:
+            raise InputError(
+                f"{prefix}file_pixel_size has no effect without pixel_size, the size to resample to; remove it."
+            )
+        for split in ("train", "val", "test"):
+            _check_entries(f"{prefix}{split}", getattr(self, split))
+
+
+@dataclass(frozen=True)
+class EmbeddedDataConfig:
+    """Digits on photographs, made from installed packages: a real data set for first trials."""
+
+    name: Literal["digits", "digits_classes"] | None = None
+    """digits: stroke or background; digits_classes: which digit; null = no embedded data, your own files."""
+    seed: Annotated[int, between(0, 2**32 - 1)] = 0
+    """Seed that distributes digits and photograph areas among the sets."""
+    folder: str | None = None
+    """Folder where the data set is built once; null = the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and masks of both domains."""
+
+    embedded: EmbeddedDataConfig = field(default_factory=EmbeddedDataConfig)
+    root: str | None = None
+    """Folder that all entries are relative to; null = the embedded data if it is used, else the current folder."""
+    source: DomainDataConfig = field(default_factory=DomainDataConfig)
+    target: DomainDataConfig = field(default_factory=DomainDataConfig)
+    oracle: list[Entry] = field(default_factory=list)
+    """Labelled training images of the target, used only by the oracle of `compare`; [] = no oracle."""
+    class_names: list[str] | None = None
+    """Class names, index = class id. Both domains refer to them: value_map or color_map of a domain maps its labels to these
+    names. null = the names in the source's map in the order of its ids, else class_0, class_1, ..."""
+    ignore_index: Annotated[int, between(0, 255)] = 255
+    """Mask value that counts neither in losses nor in metrics. Masks are 8 bit."""
+    normalization: Literal["fixed", "domain"] = "fixed"
+    """fixed: by data.mean and data.std; domain: each domain by its own mean and standard deviation per band, computed once
+    over its training windows and saved with the model."""
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    """Mean per band of images scaled to 0..1, for normalization fixed. The default is ImageNet's."""
+    std: Annotated[list[float], above(0)] = field(default_factory=lambda: list(IMAGENET_STD))
+    """Standard deviation per band of images scaled to 0..1. The default is ImageNet's."""
+    window_size: Annotated[int | None, at_least(8)] = None
+    """Cut images into square windows of this many pixels; each is one item of an epoch, and only windows are read. null = whole
+    images, but windows of 1024 pixels from images above 2048 x 2048 pixels."""
+    windows: Literal["grid", "random"] = "grid"
+    """Position of the training windows: side by side, or drawn once at random (by the seed)."""
+    window_count: Annotated[int | None, between(1, 10**7)] = None
+    """Number of random windows per domain; null = as many as the grid has."""
+    crop_size: Annotated[int | None, at_least(8)] = None
+    """Train on a random square crop of this many pixels from each item, a new one in each epoch; null = whole items."""
+    pad_to_crop: bool = True
+    """Pad training images smaller than crop_size, at a random position, with pixels that count as nodata; false: refuse such
+    images."""
+    eval_batch_size: Annotated[int | None, between(1, MOST_IMAGES)] = None
+    """Images per validation step; null = the training batch size."""
+    num_workers: Annotated[int | None, between(0, MOST_PROCESSES)] = None
+    """Processes that load the images of each set; 0 = the training process itself. null: on a CPU 0, because training needs the
+    cores; with a GPU up to 4, depending on the cores. Changes no result."""
+    memory_gb: Annotated[float, between(0, 10**9)] = 4.0
+    """Gigabytes of decoded images to keep in memory, all sets together, so that they are decoded once; 0 = keep none."""
+
+    def resolved(self, domain: Domain) -> DomainDataConfig:
+        """Return the settings of a domain with what its preset says wherever they are unset. The fields keep what the user
+        wrote."""
+        return self._resolved[domain]
+
+    @functools.cached_property
+    def _resolved(self) -> dict[Domain, DomainDataConfig]:
+        return {"source": filled(self.source), "target": filled(self.target)}
+
+    def check(self, prefix: str) -> None:
+        """Raise InputError for settings that do not agree."""
+        _check_entries(f"{prefix}oracle", self.oracle)
+        if self.window_count is not None and self.windows == "grid":
+            raise InputError(
+                f"{prefix}window_count has no effect with {prefix}windows grid; remove it, or set windows to random."
+            )
+        if self.crop_size is not None and self.window_size is not None and self.crop_size > self.window_size:
+            raise InputError(
+                f"{prefix}crop_size is {self.crop_size}, larger than {prefix}window_size {self.window_size}; crops are cut "
+                "from windows."
+            )
+        if len(self.mean) != len(self.std):
+            raise InputError(
+                f"{prefix}mean has {len(self.mean)} values, {prefix}std {len(self.std)}; give one per band to both."
+            )
+        if not all(abs(value) < float("inf") for value in self.mean):  # NaN fails too
+            raise InputError(f"{prefix}mean is {self.mean}; give finite numbers.")
+
+
+def _color(text: str, prefix: str) -> tuple[int, int, int]:
+    """Return (red, green, blue) for a key of a color map."""
+    try:
+        red, green, blue = (int(part) for part in str(text).split(","))
+    except ValueError:
+        raise InputError(f'{prefix}color_map has the key {text!r}; give colors as "RED,GREEN,BLUE".') from None
+    if not all(0 <= part <= 255 for part in (red, green, blue)):
+        raise InputError(f"{prefix}color_map has the key {text!r}; red, green and blue go from 0 to 255.")
+    return red, green, blue
+
+
+def _check_entries(key: str, entries: list[Entry]) -> None:
+    """Raise InputError for an entry of a set that is a mapping and has wrong parts."""
+    for entry in entries:
+        if not isinstance(entry, str):
+            _check_entry(key, entry)
+
+
+def _check_entry(key: str, entry: dict[str, Any]) -> None:
+    unknown = sorted(set(entry) - {"images", "masks", "names", "region"})
+    if unknown or "images" not in entry:
+        raise InputError(
+            f"{key} has the entry {entry}; a mapping takes images (needed), masks, names and region"
+            + (f", not {unknown[0]}." if unknown else ".")
+        )
+    for part in ("images", "masks", "names"):
+        value = entry.get(part)
+        texts = value if isinstance(value, list) else [value]
+        if value is not None and not (texts and all(isinstance(text, (str, int)) for text in texts)):
+            raise InputError(
+                f"{key} has the entry {entry}, whose {part} is {value!r}; give a path, a pattern or a list."
+            )
+    region = entry.get("region")
+    if region is not None:
+        whole = isinstance(region, list) and len(region) == 4 and all(type(side) is int for side in region)
+        if not whole or not (0 <= region[0] < region[2] and 0 <= region[1] < region[3]):
+            raise InputError(
+                f"{key} has the entry {entry}, whose region is {region!r}; give [left, top, right, bottom] in pixels."
+            )

@@ -1,0 +1,126 @@
+"""Limits of settings, written at the field: `lr: Annotated[float, above(0)] = 1e-3`.
+
+`check` walks over the settings that a program takes and names the whole key of the one that is wrong. `--help` and
+docs/settings.md show the same limits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dann_experiments.config.errors import InputError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a value must be beyond its type."""
+
+    text: str
+    """As the help shows it: "above 0"."""
+    allows: Callable[[Any], bool]
+    """Whether a value, never None, keeps the limit."""
+    way_out: str
+    """As a message ends: "give a number above 0"."""
+
+
+class Field(NamedTuple):
+    """A field of a settings class."""
+
+    name: str
+    """Its own name or, of a tree of classes, its dotted name."""
+    type: Any
+    """Without its limits."""
+    limits: tuple[Limit, ...]
+
+
+def above(bound: float, infinite: bool = False) -> Limit:
+    """Limit numbers to those above `bound`."""
+    return _numbers(f"above {bound}", f"above {bound}", lambda n: bound < n and (infinite or n < math.inf))
+
+
+def at_least(bound: float) -> Limit:
+    """Limit numbers to `bound` and more."""
+    return _numbers(f"at least {bound}", f"of at least {bound}", lambda n: bound <= n < math.inf)
+
+
+def between(least: float, most: float) -> Limit:
+    """Limit numbers to a range, both ends included."""
+    return _numbers(f"{least} to {most}", f"from {least} to {most}", lambda n: least <= n <= most)
+
+
+def fraction_below(bound: float) -> Limit:
+    """Limit numbers to those from 0 to below `bound`."""
+    return _numbers(f"0 to below {bound}", f"from 0 to below {bound}", lambda n: 0 <= n < bound)
+
+
+def not_empty(way_out: str) -> Limit:
+    """Refuse an empty text or list, and a list of empty texts."""
+
+    def allows(value: Any) -> bool:
+        return bool(value.strip() if isinstance(value, str) else value and all(item != "" for item in value))
+
+    return Limit("not empty", allows, way_out)
+
+
+def matching(pattern: str, text: str) -> Limit:
+    """Limit texts to those that match a regular expression as a whole; `text` says in words what these are."""
+    return Limit(text, lambda value: re.fullmatch(pattern, value) is not None, f"give {text}")
+
+
+def _numbers(text: str, phrase: str, holds: Callable[[float], bool]) -> Limit:
+    """Limit a number and each number in a list; other values are left alone. `holds` must be false for NaN."""
+
+    def allows(value: Any) -> bool:
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        return all(holds(part) for part in parts if isinstance(part, (int, float)) and not isinstance(part, bool))
+
+    return Limit(text, allows, f"give a number {phrase}")
+
+
+def check(settings: Any, prefix: str = "") -> None:
+    """Raise InputError for the first setting in a tree of dataclasses that breaks a limit, naming its whole key.
+
+    A group with a method `check(prefix)` then compares its own settings with one another; `prefix` is what its messages put
+    before their names, such as `data.target.`.
+    """
+    for name, _, limits in fields_of(type(settings)):
+        value = getattr(settings, name)
+        if dataclasses.is_dataclass(value):
+            check(value, f"{prefix}{name}.")
+        for limit in limits:
+            if value is not None and not limit.allows(value):
+                several = isinstance(value, (list, tuple))
+                way_out = limit.way_out.replace("a number", "numbers") if several else limit.way_out
+                raise InputError(f"{prefix}{name} is {list(value) if several else value!r}; {way_out}.")
+    if hasattr(settings, "check"):
+        settings.check(prefix)
+
+
+@functools.cache
+def fields_of(cls: type) -> tuple[Field, ...]:
+    """Return the fields of a settings class."""
+    hints, plain = typing.get_type_hints(cls, include_extras=True), typing.get_type_hints(cls)
+    return tuple(
+        Field(
+            field.name,
+            plain[field.name],
+            tuple(item for item in getattr(hints[field.name], "__metadata__", ()) if isinstance(item, Limit)),
+        )
+        for field in dataclasses.fields(cls)
+    )
+
+
+def settings_of(cls: type, prefix: str = "") -> Iterator[Field]:
+    """Yield every setting of a tree of settings classes, under its dotted name."""
+    for field in fields_of(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from settings_of(typing.cast(type, field.type), f"{prefix}{field.name}.")
+        else:
+            yield field._replace(name=f"{prefix}{field.name}")

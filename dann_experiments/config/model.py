@@ -1,0 +1,82 @@
+"""Settings of the network."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from dann_experiments.config.limits import between
+
+Arch = Literal[
+    "unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus", "pan", "upernet",
+    "segformer", "dpt",
+]  # fmt: skip
+DROPOUT = between(0, 1)
+SIZE = dataclasses.replace(between(-65535, 65535), text="")
+"""The network checks its own arguments; this keeps absurd ones from filling the memory, and is not worth a word in the help."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network, with the argument names of `segmentation_models_pytorch.create_model`; null = the network's own default."""
+
+    arch: Arch = "unet"
+    """Architecture."""
+    encoder_name: str = "resnet34"
+    """Encoder: a name of segmentation-models-pytorch, or `tu-NAME` for one of timm."""
+    encoder_weights: str | None = "imagenet"
+    """Pretrained weights of the encoder, downloaded on first use; null = random weights."""
+    in_channels: Annotated[int, between(1, 65535)] = 3
+    """Number of bands of the images."""
+    classes: Annotated[int, between(2, 256)] = 2
+    """Number of classes, background included."""
+    encoder_depth: Annotated[int | None, SIZE] = None
+    """Number of encoder stages."""
+    encoder_output_stride: Annotated[int | None, SIZE] = None
+    """Output stride of a dilated encoder (deeplabv3, deeplabv3plus, pan)."""
+    encoder_output_indices: Annotated[list[int] | None, SIZE] = None
+    """Indices of the encoder blocks whose features the decoder takes (dpt)."""
+    decoder_channels: Annotated[int | list[int] | None, SIZE] = None
+    """Channels of the decoder: one number, or one per decoder block."""
+    decoder_use_norm: bool | str | dict[str, Any] | None = None
+    """Normalization in the decoder: batchnorm, layernorm, instancenorm, inplace, identity."""
+    decoder_attention_type: str | None = None
+    """Attention in the decoder blocks (unet, unetplusplus): scse."""
+    decoder_interpolation: str | None = None
+    """Interpolation in the decoder: nearest, bilinear, bicubic, area."""
+    decoder_pab_channels: Annotated[int | None, SIZE] = None
+    """Channels of the position attention block (manet)."""
+    decoder_pyramid_channels: Annotated[int | None, SIZE] = None
+    """Channels of the feature pyramid (fpn)."""
+    decoder_segmentation_channels: Annotated[int | None, SIZE] = None
+    """Channels of the segmentation branches (fpn, segformer)."""
+    decoder_merge_policy: str | None = None
+    """How the pyramid levels are merged (fpn): add, cat."""
+    decoder_dropout: Annotated[float | None, DROPOUT] = None
+    """Dropout in the decoder (fpn)."""
+    decoder_atrous_rates: Annotated[list[int] | None, SIZE] = None
+    """Dilation rates of the ASPP module (deeplabv3, deeplabv3plus)."""
+    decoder_aspp_separable: bool | None = None
+    """Use separable convolutions in the ASPP module (deeplabv3, deeplabv3plus)."""
+    decoder_aspp_dropout: Annotated[float | None, DROPOUT] = None
+    """Dropout of the ASPP module (deeplabv3, deeplabv3plus)."""
+    decoder_readout: str | None = None
+    """What happens to the prefix tokens (dpt): ignore, add, cat."""
+    decoder_intermediate_channels: Annotated[list[int] | None, SIZE] = None
+    """Channels of the reassembled features (dpt)."""
+    decoder_fusion_channels: Annotated[int | None, SIZE] = None
+    """Channels of the fusion blocks (dpt)."""
+    psp_out_channels: Annotated[int | None, SIZE] = None
+    """Channels of the pyramid pooling module (pspnet)."""
+    psp_dropout: Annotated[float | None, DROPOUT] = None
+    """Dropout of the pyramid pooling module (pspnet)."""
+    upsampling: Annotated[int | None, SIZE] = None
+    """Factor by which the segmentation head enlarges its output."""
+
+    def network_arguments(self) -> dict[str, Any]:
+        """Return the constructor arguments that are set, without the five that every network takes."""
+        common = {"arch", "encoder_name", "encoder_weights", "in_channels", "classes"}
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in common and value is not None
+        }

@@ -1,0 +1,142 @@
+"""Settings of training and tracking: optimizer, trainer, monitor, MLflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.config.limits import above, at_least, between, fraction_below, not_empty
+from dann_experiments.config.paths import local_text
+
+MOST_PROCESSES = 1024  # upper limit of processes and threads; guards against halting the machine
+TARGET_LABEL_METRICS = ("iou/target", "class_iou/target", "loss/val_target", "iou/gap")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer of the network. The domain classifier uses the same kind, with its own learning rate."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """Kind of optimizer."""
+    lr: Annotated[float, above(0)] = 1e-3
+    """Learning rate of the network."""
+    betas: Annotated[tuple[float, float], fraction_below(1)] = (0.9, 0.999)
+    """Decay rates of Adam's moments (adam, adamw). 0.5 for the first is common in adversarial training."""
+    momentum: Annotated[float, fraction_below(1)] = 0.9
+    """Momentum (sgd)."""
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    """Weight decay."""
+    schedule: Literal["constant", "annealed", "one_cycle", "cosine"] = "constant"
+    """Learning rates as a function of progress p, which runs from 0 to 1. annealed: divided by (1 + 10 p)^0.75 (Ganin &
+    Lempitsky 2015, section 4); one_cycle: up and down again (Smith 2018); cosine: down to 0."""
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """Training of the source model if none is set."""
+
+    max_epochs: Annotated[int, at_least(1)] = 20
+    """Epochs of pretraining, each one pass over the source's training images."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Lightning's trainer, with its argument names, and checkpoints of running trainings."""
+
+    max_epochs: Annotated[int, at_least(1)] = 20
+    """Epochs of adaptation. An epoch is one pass over the larger training set; the smaller one is repeated."""
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """Hardware to train on; auto: the best there is."""
+    devices: Annotated[int, between(1, MOST_PROCESSES)] = 1
+    """Processes that train together on this machine, each on its own GPU or its share of the cores. Batch sizes are per process
+    (docs/several-processes.md)."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Floating point precision, as Lightning names it."""
+    channels_last: bool | None = None
+    """Store images and feature maps with the channels last. null: on a CPU, for networks with depthwise convolutions, where a
+    step then takes 0.9 of the time (docs/performance.md); on a GPU, try true with bf16-mixed. Changes the last digits of
+    results."""
+    compile: bool = False
+    """Compile the network with torch.compile: a minute or more before the first step, then faster steps on a GPU (not on a
+    CPU). Needs a C++ compiler. Changes the last digits of results."""
+    auto_batch_size: bool = False
+    """On a GPU, `adapt` doubles the batch sizes of both domains as long as a training step fits into memory, and records the
+    sizes in the run. Not for sweeps and comparisons, because their runs would differ in more than what is compared."""
+    gradient_clip_val: Annotated[float | None, above(0)] = None
+    """Clip the gradient norm of the network, and of each domain classifier by itself, to this; null = do not clip."""
+    skip_bad_steps: Annotated[int, at_least(0)] = 0
+    """Number of batches with a NaN or infinite loss or gradient to skip before the run fails. A skipped batch does not update
+    anything. The run that fails keeps the weights before the bad step as its last checkpoint."""
+    deterministic: bool = True
+    """Use deterministic algorithms if torch has them: always on a CPU; on a GPU it warns where there is none."""
+    limit_train_batches: Annotated[int | None, at_least(1)] = None
+    """Stop each epoch after this many steps; null = never."""
+    enable_progress_bar: bool = True
+    """Show progress bars."""
+    checkpoint_every_n_steps: Annotated[int | None, at_least(1)] = None
+    """Save a resumable checkpoint every N optimizer steps within an epoch (docs/resume.md); null = not by steps. The end of each
+    epoch is always saved."""
+    checkpoint_every_minutes: Annotated[float | None, above(0)] = 10.0
+    """Save a resumable checkpoint every N minutes within an epoch; null = not by time."""
+    checkpoints_kept: Annotated[int, at_least(1)] = 2
+    """Number of resumable checkpoints to keep, the newest ones. If the last is damaged, the one before is used."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """The metric that chooses the best epoch, and which weights a run ends with."""
+
+    metric: str | None = "iou/source_val"
+    """Metric that chooses checkpoints/best; null = no best checkpoint. iou/target_val uses target labels, and the run is tagged
+    accordingly. select/entropy, select/infomax, select/snd and select/bnm use none (docs/selection.md); with them an epoch
+    counts only if the source has not dropped by more than forgetting_threshold."""
+    mode: Literal["max", "min"] | None = None
+    """Whether a larger or a smaller value is better; null = smaller for a loss, a gap, a drop or the entropy, else larger."""
+    final_model: Literal["last", "best"] = "last"
+    """Weights that become the run's model and are scored on the test sets."""
+    log_every_n_epochs: Annotated[int, at_least(1)] = 1
+    """Log validation metrics every N epochs, and after the last."""
+    forgetting_threshold: Annotated[float, between(0, 1)] = 0.05
+    """Warn if iou/source_val drops by more than this below its value at the start of adaptation."""
+
+    @property
+    def direction(self) -> Literal["max", "min"]:
+        """`mode`; if it is null, what the name of the metric implies."""
+        falling = self.metric is not None and (
+            self.metric.startswith(("loss/", "select/entropy")) or "gap" in self.metric or "drop" in self.metric
+        )
+        return self.mode or ("min" if falling else "max")
+
+    @property
+    def uses_target_labels(self) -> bool:
+        """Whether the metric that chooses is computed from target labels."""
+        return self.metric is not None and self.metric.startswith(TARGET_LABEL_METRICS)
+
+    def check(self, prefix: str) -> None:
+        """Raise InputError for `best` without a metric."""
+        if self.metric is None and self.final_model == "best":
+            raise InputError(
+                f"{prefix}final_model is 'best', but {prefix}metric is null; name the metric that chooses."
+            )
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where MLflow keeps the run."""
+
+    uri: str | None = None
+    """Address of the tracking store; null = MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
+    experiment: Annotated[str | None, not_empty("give it a name")] = None
+    """Name of the experiment; null = MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, else dann."""
+    run_name: str | None = None
+    """Name of the run; null = derived from the method."""
+    folder: str = "outputs"
+    """Folder for the files of a run until the store has them."""
+
+    def check(self, prefix: str) -> None:
+        """Raise InputError for a folder that is an address."""
+        folder = local_text(self.folder, f"{prefix}folder")
+        if folder != self.folder:
+            raise InputError(f"{prefix}folder is {self.folder!r}; give it as a path, {folder!r}.")

@@ -1,0 +1,159 @@
+"""Tables and results on the terminal, by rich."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import HEAVY_HEAD, SIMPLE, Box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dann_experiments.tracking.store import TRAINING_PAGES, without_secrets
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Scores = Mapping[str, float]
+"""Metric -> value."""
+
+
+def ui_command(uri: str) -> str:
+    """Return how to open the MLflow UI on a store: the address of a server, else a command. Passwords are left out."""
+    uri = without_secrets(uri)
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def where_to_look(uri: str) -> str:
+    """Return `ui_command` with the way to the runs: MLflow 3.17 opens its GenAI pages, which do not show them."""
+    return f"{ui_command(uri)} (there: Model training, at the top left)"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], box: Box = HEAVY_HEAD) -> None:
+    """Print a table: labels on the left in the first column, numbers on the right in the others."""
+    table = Table(title=escape(title), box=box, padding=(0, 1, 0, 0) if box is SIMPLE else (0, 1))
+    for place, name in enumerate(columns):
+        table.add_column(escape(name), justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+def cell(value: float | None, form: str = ".3f", factor: float = 1) -> str:
+    """Return a number as the text of a cell; empty for None and NaN."""
+    return "" if value is None or value != value else f"{factor * value:{form}}"
+
+
+def print_scores(title: str, rows: Mapping[str, Scores]) -> None:
+    """Print the IoUs of a run, one row per label; rows without metrics are left out."""
+    names = list(dict.fromkeys(name for scores in rows.values() for name in scores if name.startswith("iou/")))
+    print_table(
+        title,
+        ["", *names],
+        ([label, *(cell(scores.get(name)) for name in names)] for label, scores in rows.items() if scores),
+    )
+
+
+def print_comparison(comparison: Any, table: pd.DataFrame) -> None:
+    """Print the arms of a comparison with their scores, and what was found. `table`: one row per arm and metric, with the
+    columns `mean`, `std` (fractions) and `n` (seeds)."""
+    scores = [name for name in table["metric"].unique() if name.startswith("iou/")]
+    found = table.set_index(["arm", "metric"])
+
+    def row(arm: str) -> list[str]:
+        known = [found.loc[(arm, name)] if (arm, name) in found.index else None for name in scores]
+        cells = []
+        for one in known:
+            spread = "" if one is None else cell(one["std"], ".1f", 100)
+            cells.append("" if one is None else cell(one["mean"], ".1f", 100) + (f" ± {spread}" if spread else ""))
+        return [arm, *cells, str(max((int(one["n"]) for one in known if one is not None), default=0))]
+
+    title = f"{comparison.title}: IoU points, mean ± standard deviation"
+    print_table(title, ["", *scores, "seeds"], [row(arm.name) for arm in comparison.arms])
+    for verdict in comparison.verdicts:
+        Console().print(f"[bold]{escape(f'{verdict.arm}: {verdict.outcome}.')}[/bold] {escape(verdict.reason)}")
+    if comparison.selection is not None:
+        print("\nTarget-free choice of an epoch, against iou/target_val (docs/selection.md):")
+        print(comparison.selection.round(3).to_string(index=False))
+    for note in comparison.notes:
+        print(f"Note: {note}")
+
+
+def print_overview(table: pd.DataFrame, experiment: str, experiment_id: str, folders: Mapping[str, str]) -> None:
+    """Print the newest runs side by side. `table`: one row per arm, with `run_id` and metrics; `folders`: arm -> its files."""
+    scores = [name for name in table.columns if name.startswith("iou/")]
+    rows = [
+        [str(arm), *(cell(float(row[name])) for name in scores), str(row["run_id"])[:8]]
+        for arm, row in zip(table.index, table.to_dict("records"), strict=True)
+    ]
+    print_table(f"experiment {experiment}", ["", *scores, "run"], rows)
+    print("One seed each: differences of a few points can be chance; the README shows several seeds.")
+    for arm, folder in folders.items():
+        print(f"Pictures, {arm}: {Path(folder) / 'figures'}")
+    print(
+        f"MLflow UI: make ui, then http://127.0.0.1:5000/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&"
+        + TRAINING_PAGES
+    )
+
+
+def print_data_report(report: Any) -> int:
+    """Print what `check_data` found. Return the exit code: 2 if there are problems."""
+    tables = (("sets (class shares of labelled pixels)", report.counts.T), ("bands, as stored", report.bands))
+    for title, frame in tables:
+        if frame.size:
+            rows = [
+                [_label(label), *(cell(value, ".4g" if value % 1 else ".0f") for value in row)]
+                for label, row in zip(frame.index, frame.to_numpy(), strict=True)
+            ]
+            print_table(title, ["", *(str(name).replace("_", " ") for name in frame.columns)], rows)
+    for line in report.grids:
+        print(line)
+    for remark in report.remarks:
+        print(f"Look at this: {remark}")
+    if report.problems:
+        count = len(report.problems)
+        print(f"Error: {count} problem{'s' * (count > 1)} with the data:", file=sys.stderr)
+        for problem in report.problems:
+            print(f"  - {problem}", file=sys.stderr)
+        return 2
+    count = len(report.remarks)
+    verdict = (
+        f"The data can be used, but {count} thing{'s' * (count > 1)} should be looked at (above)."
+        if report.remarks
+        else "Nothing is wrong with the data."
+    )
+    print(f"{verdict} Tables and figure: run {report.run_id}.")
+    return 0
+
+
+def print_sync(found: Iterable[Any]) -> int:
+    """Print one line per folder of a run as it is sent. Return the exit code: 1 if something is left."""
+    left, count = 0, 0
+    for count, leftover in enumerate(found, 1):  # noqa: B007  (the count is needed after the loop)
+        print(f"{leftover.run_id}: {leftover.outcome}", flush=True)
+        left += leftover.is_left
+    print(f"{count} runs had left something; {left} are left." if count else "Nothing was left to send.")
+    return 1 if left else 0
+
+
+def print_health(closed: Sequence[str], running: int, elsewhere: Sequence[str], leftovers: Sequence[Path]) -> None:
+    """Print the runs that `doctor` closed and those that it could not judge, and the folders of runs that are left."""
+    for run_id in closed:
+        print(f"{run_id}: its process is gone; closed as KILLED")
+    for run_id in elsewhere:
+        print(
+            f"{run_id}: RUNNING on another machine, or written by something that does not name its process: ask there"
+        )
+    for path in leftovers:
+        print(f"{path}: files of a run that is running, or that the store does not have yet")
+    print(f"{len(closed)} runs closed, {running} are really running, {len(leftovers)} folders left.")
+    if leftovers:
+        print(f"Send them: python -m dann_experiments sync --tracking.folder {leftovers[0].parent}")
+
+
+def _label(label: Any) -> str:
+    return " ".join(map(str, label)) if isinstance(label, tuple) else str(label)
