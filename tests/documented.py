@@ -19,6 +19,9 @@ from conftest import write_raster
 from PIL import Image
 from rasterio.transform import from_origin
 
+from dann_experiments.data.digits import build_digits
+from dann_experiments.data.sets import embedded_folder
+
 PROJECT = Path(__file__).parents[1]
 NO_INSTRUCTIONS = {
     "docs/inputs.md": "tables of wrong input, made by benchmarks.inputs and given again by tests/test_inputs.py",
@@ -410,7 +413,7 @@ NOT_RUN: Mapping[str, str] = {
     "make test": "the suite that this test is part of",
     "make install": INSTALLS,
     "mlflow migrate-filestore --source FOLDER --target sqlite:///mlflow.db": "run in tests/test_mlflow_habits.py, as printed",
-    "make chaos": "6 to 12 minutes; CI runs it each time (.ci/run), and its arguments are tested as `python -m benchmarks.chaos`",
+    "make chaos": "6 to 12 minutes; CI runs a third of it each time (.ci/run), and its arguments are tested as `python -m benchmarks.chaos`",
     "mlflow run . -e adapt --env-manager uv": "makes an environment from the network (tests/test_tracking.py, with one at hand)",
     "mlflow run . -e adapt --env-manager virtualenv": "makes an environment from the network",
     "mlflow run . -e adapt": "needs conda; that MLflow asks for it without is asserted",
@@ -528,6 +531,18 @@ class _Domain:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)).save(path)
+
+
+def few_digits(folder: Path, name: str = "digits") -> None:
+    """Write lists of few of the embedded images into the folder few_NAME: with these a recipe's settings take seconds."""
+    whole, few = build_digits(embedded_folder(None), name=name), folder / f"few_{name}"
+    for list_of in whole.rglob("*.csv"):
+        path = few / list_of.relative_to(whole)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count = 32 if "train" in path.name else 12
+        path.write_text("".join(list_of.read_text().splitlines(keepends=True)[: 1 + count]))
+    for images in (*whole.glob("*/images"), *whole.glob("*/masks")):
+        (few / images.relative_to(whole)).symlink_to(images)
 
 
 def block(document: str, first_line: str) -> str:

@@ -39,6 +39,7 @@ from documented import (
     Example,
     Piece,
     block,
+    few_digits,
     pieces,
     pieces_of,
     settings_of,
@@ -51,9 +52,7 @@ from benchmarks.squares import write_domain
 from dann_experiments import __main__ as program
 from dann_experiments.comparison.verdict import Outcome
 from dann_experiments.config import config_to_yaml, load_config
-from dann_experiments.data.digits import build_digits
 from dann_experiments.data.neon_trees import TILES
-from dann_experiments.data.sets import embedded_folder
 from dann_experiments.jobs import adapt
 from sweeps import __main__ as sweeps
 
@@ -167,15 +166,8 @@ def squares_place(place: Place) -> None:
 
 def digits_place(place: Place) -> None:
     """The clone, a method of one's own, arms; few of the embedded digits, with which the recipe's settings take seconds."""
-    for name, few in (("digits", "few_digits"), ("digits_classes", "few_digits_classes")):
-        whole = build_digits(embedded_folder(None), name=name)
-        for list_of in whole.rglob("*.csv"):
-            path = place.folder / few / list_of.relative_to(whole)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            count = 32 if "train" in path.name else 12
-            path.write_text("".join(list_of.read_text().splitlines(keepends=True)[: 1 + count]))
-        for images in (*whole.glob("*/images"), *whole.glob("*/masks")):
-            (place.folder / few / images.relative_to(whole)).symlink_to(images)
+    for name in ("digits", "digits_classes"):
+        few_digits(place.folder, name)
     (place.folder / "my_methods.py").write_text(block("docs/your-own-method.md", "# my_methods.py"))
     arms = {
         **FEW_ARMS,
