@@ -740,8 +740,8 @@ def make_ui(place: Place, example: Example) -> None:
     assert "--port 5000" in line
     line = line.replace("--port 5000", f"--port {port}").replace(".venv/bin/", f"{Path(sys.executable).parent}/")
     process = subprocess.Popen(
-        ["bash", "-c", line], env=environment() | {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ["bash", "-c", line], env=environment() | {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db", "MLFLOW_WORKERS": "1"},
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         while process.poll() is None:

@@ -1,7 +1,7 @@
 """Runs all of it, prints the table of what was lost, and writes it into docs/reliability.md.
 
 python -m benchmarks.chaos [--seed N] [--write]    # 6 to 12 minutes on two cores; exit code 1 if anything is not as promised
-python -m benchmarks.chaos --share 1/3             # what CI runs: a third of each count, in a third of the time; nothing is written
+python -m benchmarks.chaos --share 1/3             # what CI runs: a third of the counts, in a third of the time; nothing is written
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ class Chaos:
         self.tell(f"drawn inputs: {dict(found)}")
         given = {name.removeprefix("given: "): count for name, count in found.items() if name.startswith("given: ")}
         told = ", ".join(f"{count} {name}" for name, count in given.items())
-        yield at_least(f"drawn inputs given to the command line ({told})", sum(given.values()), self.part_of(FEWEST_INPUTS))
+        yield at_least(
+            f"drawn inputs given to the command line ({told})", sum(given.values()), self.part_of(FEWEST_INPUTS)
+        )
         good = {end: found[f"ended: {end}"] for end in ("refused with one message", "taken")}
         told = ", ".join(f"{end}: {count}" for end, count in good.items())
         yield equal(
@@ -224,7 +226,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--only", choices=PARTS, help="one part alone, which is not written")
-    parser.add_argument("--share", type=share, default=Fraction(1), help="try this part of all counts, which is not written")
+    parser.add_argument(
+        "--share", type=share, default=Fraction(1), help="try this part of all counts, which is not written"
+    )
     known = parser.parse_args()
     if known.write and (known.only or known.share != 1):
         parser.error(f"docs/{PAGE} holds the full counts of all parts: --write goes with neither --share nor --only")
