@@ -201,17 +201,17 @@ MOMENTS = {
     "behind the last step of an epoch": Killed("on_train_batch_end", 4),
     "in validation": Killed("on_validation_batch_end", 4),
     "at an epoch's end": Killed("on_train_epoch_end", 4),
+    "behind everything": KilledBehindEverything(),
     "behind an epoch's checkpoint": Killed("on_train_epoch_start", 4),
     "behind the first step of an epoch": Killed("on_train_batch_end", 5),
     "writing a later one": KilledWhileWriting(6),
     "in the second epoch": Killed("on_train_batch_start", 7),
     "behind the last checkpoint": Killed("on_train_end", 8),
-    "behind everything": KilledBehindEverything(),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", [list(MOMENTS)[:6], list(MOMENTS)[6:]], ids=["first epoch", "second epoch"])
+@pytest.mark.parametrize("moments", [list(MOMENTS)[:7], list(MOMENTS)[7:]], ids=["up to validation", "second epoch"])
 def test_whatever_the_moments_of_kills_the_run_ends_as_if_there_had_been_none(workplace, squares, whole, moments):
     """One run, killed at each moment in turn: what a kill leaves in files and store is what the next process finds."""
     config = settings(squares, workplace / "killed", whole.store)
