@@ -386,6 +386,9 @@ def scored(place: Place, given: dict[str, str], printed: str, job: str) -> None:
     assert run.info.status == "FINISHED"
     assert "iou/target_val" in run.data.metrics
     assert run.info.run_id in "".join(printed.split())
+    recipe = given.get("config", "")
+    if recipe.startswith("recipes/") and "neon_trees" not in recipe:
+        assert {"iou/source_val", "iou/target_val", "iou/target_test"} <= set(run.data.metrics)
     if job == "adapt":
         assert (place.artifacts(run) / "model" / "dann.json").is_file()
         assert {run.info.status for run in place.runs("pretrain")} <= {"FINISHED"}

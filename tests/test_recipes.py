@@ -9,7 +9,11 @@ import pytest
 from dann_experiments import adapt, load_config
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-ELSEWHERE = ("neon_trees",)  # needs images of the user's: tests/test_neon_trees.py
+ELSEWHERE = {
+    "neon_trees": "needs images of the user's: tests/test_neon_trees.py",
+    "classic": "runs on few images of the same data in tests/test_documented_examples.py",
+    "target_dialect": "runs on few images of the same data in tests/test_documented_examples.py",
+}
 
 
 @pytest.mark.slow
