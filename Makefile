@@ -6,7 +6,7 @@ BIN := .venv/bin
 export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
 PROJECT_RUN := PATH="$$PWD/$(BIN):$$PATH" mlflow run . --env-manager local --experiment-name digits
 
-.PHONY: help install demo test test-slow check chaos ui clean
+.PHONY: help install demo test test-slow lint check chaos ui clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,11 +38,12 @@ test: .venv/installed-dev  ## every test that CI runs by default
 test-slow: .venv/installed-dev  ## the slow tests as well
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
 
-check: .venv/installed-dev  ## lint, types, fast tests
+lint: .venv/installed-dev  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n auto --dist loadfile
+
+check: lint test  ## lint, types, fast tests
 
 chaos: .venv/installed-dev  ## kill runs, servers and inputs for minutes, and write what was lost into docs/reliability.md
 	$(BIN)/python -m benchmarks.chaos --write

@@ -19,6 +19,9 @@ from conftest import write_raster
 from PIL import Image
 from rasterio.transform import from_origin
 
+from dann_experiments.data.digits import build_digits
+from dann_experiments.data.domain_data import embedded_folder
+
 PROJECT = Path(__file__).parents[1]
 NO_INSTRUCTIONS = {
     "docs/inputs.md": "tables of wrong input, made by benchmarks.inputs and given again by tests/test_inputs.py",
@@ -207,7 +210,7 @@ SAME = {"ID ID ID ...": "{runs}"}
 EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     ("README.md", "Two commands"): {"make demo": digits_by_mlflow(), "make ui": Example("squares", slow=True)},
     ("README.md", "`mlflow run`"): {
-        "mlflow run . -e adapt --env-manager local": digits_by_mlflow(apart=True),
+        "mlflow run . -e adapt --env-manager local": digits_by_mlflow(),
         "mlflow run . -e adapt --env-manager local -P gamma=2.5 -P domain_adaptation.method.classifier=pooled"
         " -P optimizer.lr=3e-4": digits_by_mlflow(),
     },
@@ -215,9 +218,11 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "mlflow run . -e compare --env-manager local -P config=mine.yaml -P seeds=5": Example(
             "squares", instead={"seeds": "1"}, slow=True, apart=True
         ),
-        "python -m dann_experiments compare --config mine.yaml": Example("squares", "--seeds 2", slow=True),
+        "python -m dann_experiments compare --config mine.yaml": Example("squares", "--seeds 1", slow=True),
         "python -m dann_experiments compare --runs ID ID ID ...": Example("squares", fill=SAME),
-        "python -m dann_experiments compare --config recipes/digits.yaml --seeds 5": digits(instead={"seeds": "1"}),
+        "python -m dann_experiments compare --config recipes/digits.yaml --seeds 5": Example(
+            "digits", f"{FEW_ARMS} {DIGITS}", {"seeds": "1"}, slow=True
+        ),
         "python -m dann_experiments compare --config recipes/neon_trees.yaml --seeds 3": Example(
             "trees", f"{FEW_ARMS} {TREES}", {"seeds": "1"}, after="neon_trees", slow=True
         ),
@@ -251,9 +256,9 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         " --domain_adaptation.batchnorm target_stats": Example("squares", fill=ONE_RUN),
     },
     ("docs/compare.md", "Did adaptation help? `compare`"): {
-        "mlflow run . -e compare --env-manager local -P config=mine.yaml": Example("squares", "-P seeds=2", slow=True),
+        "mlflow run . -e compare --env-manager local -P config=mine.yaml": Example("squares", "-P seeds=1", slow=True),
         "python -m dann_experiments compare --config mine.yaml --seeds 3 --workers 2": Example(
-            "squares", instead={"seeds": "2"}, slow=True
+            "squares", instead={"seeds": "1"}, slow=True
         ),
         "python -m dann_experiments compare --config mine.yaml --arms ablation.yaml": Example(
             "squares", "--seeds 1", slow=True
@@ -326,12 +331,12 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         " --pruner none --seed 0 --max_epochs 1 --trainer.limit_train_batches 110": Example(
             "digits",
             "--pretraining.max_epochs 1 --data.root few_digits",
-            {"n_trials": "3", "trainer.limit_train_batches": "2"},
+            {"n_trials": "2", "trainer.limit_train_batches": "2"},
             slow=True,
         ),
     },
     ("docs/several-processes.md", "Several processes, one training"): {
-        "python -m dann_experiments adapt --trainer.devices 2": digits(apart=True),
+        "python -m dann_experiments adapt --trainer.devices 2": digits(),
         "mlflow run . -e adapt --env-manager local -P trainer.devices=2": digits_by_mlflow(),
     },
     ("docs/sweeps.md", "Sweeps"): {
@@ -410,7 +415,7 @@ NOT_RUN: Mapping[str, str] = {
     "make test": "the suite that this test is part of",
     "make install": INSTALLS,
     "mlflow migrate-filestore --source FOLDER --target sqlite:///mlflow.db": "run in tests/test_mlflow_habits.py, as printed",
-    "make chaos": "6 to 12 minutes; CI runs it each time (.ci/run), and its arguments are tested as `python -m benchmarks.chaos`",
+    "make chaos": "6 to 12 minutes; CI runs a third of it, and its arguments are tested as `python -m benchmarks.chaos`",
     "mlflow run . -e adapt --env-manager uv": "makes an environment from the network (tests/test_tracking.py, with one at hand)",
     "mlflow run . -e adapt --env-manager virtualenv": "makes an environment from the network",
     "mlflow run . -e adapt": "needs conda; that MLflow asks for it without is asserted",
@@ -528,6 +533,18 @@ class _Domain:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)).save(path)
+
+
+def few_digits(folder: Path, name: str = "digits") -> None:
+    """Write lists of few of the embedded images into the folder few_NAME: with these a recipe's settings take seconds."""
+    whole, few = build_digits(embedded_folder(None), name=name), folder / f"few_{name}"
+    for list_of in whole.rglob("*.csv"):
+        path = few / list_of.relative_to(whole)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count = 32 if "train" in path.name else 12
+        path.write_text("".join(list_of.read_text().splitlines(keepends=True)[: 1 + count]))
+    for images in (*whole.glob("*/images"), *whole.glob("*/masks")):
+        (few / images.relative_to(whole)).symlink_to(images)
 
 
 def block(document: str, first_line: str) -> str:

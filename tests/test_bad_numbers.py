@@ -4,6 +4,7 @@ is told with the sizes."""
 from __future__ import annotations
 
 import gc
+import json
 import math
 import re
 import subprocess
@@ -280,71 +281,82 @@ def test_a_learning_rate_that_diverges_ends_the_run_with_the_last_good_weights(w
 
 
 OUT_OF_MEMORY = """
-import resource, sys
+import gc, json, os, resource, sys
 import torch, mlflow, sqlalchemy, pytorch_lightning, segmentation_models_pytorch
 from dann_experiments.__main__ import main
 from dann_experiments import jobs
 import dann_experiments.jobs.run_training
-used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + 1_200_000_000,) * 2)
-sys.exit(main(sys.argv[1:]))
+for folder, words in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    gc.collect()
+    used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + 1_200_000_000, resource.RLIM_INFINITY))
+    code = main(words)
+    print(f"ended with {code}\\n--next--", file=sys.stderr, flush=True)
 """
+TOO_LARGE = (
+    (
+        "pretrain --config c.yaml", 1,
+        ("Training failed: out of memory", "data.source.batch_size is 4, with images or windows of 2048 x 2048 pixels "
+        "(data.crop_size is null)"),
+    ),
+    (
+        "evaluate --config c.yaml --source_checkpoint ../model", 2,
+        ("Error: out of memory", "A batch is 4 images or windows of 2048 x 2048 pixels. Take a smaller data.eval_batch_size"),
+    ),
+    (
+        "evaluate --config c.yaml --source_checkpoint ../model --domain_adaptation.batchnorm target_stats "
+        "--data.target.train [{large}]", 2,
+        ("Error: out of memory", "A batch is 3 images or windows of 2048 x 2048 pixels. Take a smaller "
+        "data.target.batch_size"),
+    ),
+    (
+        "predict --model ../model --input ../wide.png --output map.png --tile_size 2048", 2,
+        ("Error: out of memory", "batch_size is 4, with tiles of 2048 x 2048 pixels. Take a smaller batch_size"),
+    ),
+)  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the address space is read from /proc")
-@pytest.mark.parametrize(
-    ("command", "code", "told"),
-    [
-        (
-            "pretrain --config c.yaml", 1,
-            ("Training failed: out of memory", "data.source.batch_size is 4, with images or windows of 2048 x 2048 pixels "
-            "(data.crop_size is null)"),
-        ),
-        (
-            "evaluate --config c.yaml --source_checkpoint model", 2,
-            ("Error: out of memory", "A batch is 4 images or windows of 2048 x 2048 pixels. Take a smaller data.eval_batch_size"),
-        ),
-        (
-            "evaluate --config c.yaml --source_checkpoint model --domain_adaptation.batchnorm target_stats "
-            "--data.target.train [large]", 2,
-            ("Error: out of memory", "A batch is 3 images or windows of 2048 x 2048 pixels. Take a smaller "
-            "data.target.batch_size"),
-        ),
-        (
-            "predict --model model --input wide.png --output map.png --tile_size 2048", 2,
-            ("Error: out of memory", "batch_size is 4, with tiles of 2048 x 2048 pixels. Take a smaller batch_size"),
-        ),
-    ],
-)  # fmt: skip
-def test_memory_that_runs_out_is_told_with_the_sizes_and_what_helps(workplace, squares, command, code, told):
+def test_memory_that_runs_out_is_told_with_the_sizes_and_what_helps(workplace, squares, new_store):
     from PIL import Image
 
+    large = workplace / "large"
     for folder in ("images", "masks"):
-        (workplace / "large" / folder).mkdir(parents=True)
+        (large / folder).mkdir(parents=True)
     for number in range(4):
         values = np.zeros((2048, 2048), np.uint8)
         values[:1024] = 1
-        Image.fromarray(values).save(workplace / "large" / "masks" / f"{number}.png")
-        Image.fromarray(np.stack([values * 200] * 3, 2)).save(workplace / "large" / "images" / f"{number}.png")
+        Image.fromarray(values).save(large / "masks" / f"{number}.png")
+        Image.fromarray(np.stack([values * 200] * 3, 2)).save(large / "images" / f"{number}.png")
     Image.fromarray(np.zeros((2048, 8192, 3), np.uint8)).save(workplace / "wide.png")
-    settings = small_settings(squares) | {"data.source.train": [str(workplace / "large")], "data.source.batch_size": 4}
-    if not command.startswith("pretrain"):
-        settings |= {"data.source.val": [str(workplace / "large")], "data.target.train": [str(workplace / "large")]}
-    (workplace / "c.yaml").write_text(yaml.safe_dump(nested(settings)))
     arguments = {"encoder_name": "resnet18", "encoder_depth": 3, "decoder_channels": [16, 8, 8], "in_channels": 3}
     network = smp.create_model("unet", encoder_weights=None, classes=2, **arguments)
     facts = reading_facts(Reading(), Normalization((0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3))
     notes = {"class_names": ["ground", "square"], "reading": {"source": facts, "target": facts}}
     save_model(workplace / "model", network, "unet", arguments | {"classes": 2}, notes)
-    words = command.replace("[large]", f"[{workplace / 'large'}]").split()
-    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, *words], capture_output=True, text=True, cwd=workplace)
-    assert done.returncode == code, done.stderr
-    for text in told:
-        assert text in done.stderr
-    assert "Traceback" not in done.stderr
-    if "target_stats" not in command:  # those are taken before a run is opened
-        assert "can't allocate memory" in artifact(failed_run(workplace), "traceback.txt").read_text()
+    commands = []
+    for number, (command, _, _) in enumerate(TOO_LARGE):
+        folder = workplace / str(number)
+        folder.mkdir()
+        new_store(folder)
+        settings = small_settings(squares) | {"data.source.train": [str(large)], "data.source.batch_size": 4}
+        if not command.startswith("pretrain"):
+            settings |= {"data.source.val": [str(large)], "data.target.train": [str(large)]}
+        (folder / "c.yaml").write_text(yaml.safe_dump(nested(settings)))
+        commands.append((str(folder), command.format(large=large).split()))
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, json.dumps(commands)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outputs = done.stderr.split("\n--next--\n")[:-1]
+    for number, (output, (command, code, told)) in enumerate(zip(outputs, TOO_LARGE, strict=True)):
+        assert output.endswith(f"ended with {code}"), output
+        for text in told:
+            assert text in output
+        assert "Traceback" not in output
+        if "target_stats" not in command:  # those are taken before a run is opened
+            traceback = artifact(failed_run(workplace / str(number)), "traceback.txt").read_text()
+            assert "can't allocate memory" in traceback
 
 
 @pytest.mark.parametrize("sizes", [[()], [(3,)], [(), (2, 3), (0,), (4,)]])

@@ -29,7 +29,7 @@ from dann_experiments.comparison.arms import arms_of, cells_of, check_arms
 from dann_experiments.comparison.collect import arms_of_runs
 from dann_experiments.comparison.compare import ComparisonResult, _given_source, _table, compare
 from dann_experiments.comparison.runner import finished_run
-from dann_experiments.config import Config, replace
+from dann_experiments.config import Config, config_to_yaml, replace
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.reports.terminal import print_comparison
@@ -54,13 +54,11 @@ def settings_of(**more: object) -> CompareConfig:
 
 @dataclass
 class Place:
-    """A folder with pictures, a store, plain runs of seed 0, and the comparison of two seeds that was made after them."""
+    """A folder with pictures, a store and plain runs of seed 0."""
 
     root: Path
     config: Config
     plain: dict[str, RunResult]
-    result: ComparisonResult
-    leaked: list[str]
 
     @property
     def store(self) -> Store:
@@ -69,6 +67,14 @@ class Place:
     def runs(self, wanted: str = "") -> list:
         store = self.store
         return store.client.search_runs([store.experiment_id], wanted, max_results=1000)
+
+
+@dataclass
+class Compared(Place):
+    """The same with the comparison of two seeds that was made after the plain runs."""
+
+    result: ComparisonResult
+    leaked: list[str]
 
     def ids(self, *arms: str) -> list[str]:
         return [run.run_id for run in self.result.comparison.runs if not arms or run.arm in arms]
@@ -88,29 +94,47 @@ def state() -> dict[str, object]:
     }
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("compare")
+@contextlib.contextmanager
+def in_folder(folder: Path) -> Iterator[None]:
+    """Makes it the current one, without MLflow variables from outside."""
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         for name in [name for name in os.environ if name.startswith("MLFLOW_") and "JOB_EXECUTION" not in name]:
             patch.delenv(name)
-        root = squares_in(folder / "pictures")
-        write_domain(root / "oracle", 6, seed=9, inverted=True)
-        config = config_of(root, tracking__uri=f"sqlite:///{folder / 'mlflow.db'}")
-        plain = {"source only": pretrain(config), "DANN": adapt(config)}
+        yield
+
+
+def plain_runs(folder: Path) -> Place:
+    root = squares_in(folder / "pictures")
+    write_domain(root / "oracle", 6, seed=9, inverted=True)
+    config = config_of(root, tracking__uri=f"sqlite:///{folder / 'mlflow.db'}")
+    return Place(root, config, {"source only": pretrain(config), "DANN": adapt(config)})
+
+
+@pytest.fixture(scope="module")
+def plain_place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("plain")
+    with in_folder(folder):
+        return plain_runs(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compared]:
+    folder = tmp_path_factory.mktemp("compare")
+    with in_folder(folder):
+        plain = plain_runs(folder)
         before = state()
-        result = compare(config, settings_of(seeds=2))
+        result = compare(plain.config, settings_of(seeds=2))
         after = state()
-        yield Place(root, config, plain, result, [name for name in before if before[name] != after[name]])
+        leaked = [name for name in before if before[name] != after[name]]
+        yield Compared(plain.root, plain.config, plain.plain, result, leaked)
 
 
 @pytest.fixture
-def here(place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """`place`, with its folder as the current one and no MLflow variables from outside."""
-    for name in [name for name in os.environ if name.startswith("MLFLOW_") and "JOB_EXECUTION" not in name]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(place.root.parent)
-    return place
+def here(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """`place`, or for slow tests the plain runs alone, in its folder."""
+    found = request.getfixturevalue("plain_place" if request.node.get_closest_marker("slow") else "place")
+    with in_folder(found.root.parent):
+        yield found
 
 
 def missing(place: Place, config: Config, settings: CompareConfig) -> list[tuple[str, int]]:
@@ -311,7 +335,7 @@ def test_a_killed_process_is_survived_and_a_failed_arm_is_noted_while_the_others
     assert result.run_id == claimed
     ended = {run.arm: run for run in result.comparison.runs}
     assert set(ended) == {"source only", "DANN", "pixel", "killed once", "lambda = 0 control"}
-    assert {arm for arm, run in ended.items() if run.reused} == {"source only", "DANN", "lambda = 0 control"}
+    assert {arm for arm, run in ended.items() if run.reused} == {"source only", "DANN"}
     assert here.store.client.get_run(ended["pixel"].run_id).data.params[f"cfg.{METHOD}.classifier"] == "pixel"
     notes = "\n".join(result.comparison.notes)
     assert "failing, seed 0: no run (Unsendable: too bad)." in notes
@@ -322,6 +346,7 @@ def test_a_killed_process_is_survived_and_a_failed_arm_is_noted_while_the_others
         statuses.setdefault(run.data.tags["dann.arm"], []).append(run.info.status)
     assert {arm: sorted(found) for arm, found in statuses.items()} == {
         "pixel": ["FINISHED"],
+        "lambda = 0 control": ["FINISHED"],
         "failing": ["FAILED"],
         "killed once": ["FINISHED", "KILLED"],
         "killed always": ["KILLED", "KILLED"],
@@ -352,7 +377,7 @@ def test_a_comparison_that_is_stopped_closes_all_runs_as_killed_and_goes_on_when
 @pytest.mark.slow
 def test_a_comparison_of_which_no_adapted_run_is_left_fails_and_says_why(here, capsys):
     Path("arms.yaml").write_text(yaml.safe_dump({"arms": {"failing": troubled("raise")}, "seeds": 1}))
-    Path("again.yaml").write_text((Path(str(here.result.artifacts)) / "config.yaml").read_text())
+    Path("again.yaml").write_text(config_to_yaml(here.config))
     assert main(["compare", "--config", "again.yaml", "--arms", "arms.yaml", "--workers", "1"]) == 1
     assert "Unsendable: too bad" in capsys.readouterr().err
     assert here.runs("tags.`dann.job` = 'compare'")[0].info.status == "FAILED"

@@ -9,7 +9,9 @@ from pathlib import Path
 import mlflow
 import nbformat
 import pytest
+import yaml
 from conftest import small_settings
+from documented import few_digits
 
 from dann_experiments import DomainAdaptationMethod, InputError, adapt, load_config
 
@@ -69,39 +71,42 @@ def test_files_and_links_that_the_documentation_names_exist():
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def run_notebook(name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> nbformat.NotebookNode:
-    """The notebook after it ran in `workplace`, in its short form."""
+def small_digits_recipe(folder: Path) -> None:
+    """recipes/digits.yaml as it is, on few of its images and one thread."""
+    few_digits(folder)
+    recipe = yaml.safe_load((PROJECT / "recipes" / "digits.yaml").read_text())
+    recipe["data"]["root"], recipe["threads"] = "few_digits", 1
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "digits.yaml").write_text(yaml.safe_dump(recipe))
+
+
+@pytest.mark.slow
+def test_the_notebooks_run_on_a_tiny_setting(workplace, monkeypatch):
+    """In one kernel, whose names are all deleted before each notebook."""
     from nbclient import NotebookClient
 
-    (workplace / "recipes").symlink_to(PROJECT / "recipes")
+    small_digits_recipe(workplace)
     monkeypatch.setenv("DANN_NOTEBOOK_TINY", "1")
-    notebook = nbformat.read(PROJECT / "notebooks" / name, as_version=4)
+    first, sweep, verdict = (
+        nbformat.read(PROJECT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+        for name in ("01_first_run", "02_sweep", "03_did_it_help")
+    )
+    forget = [nbformat.v4.new_code_cell("%reset -f") for _ in range(2)]
+    cells = [*first, forget[0], *sweep, forget[1], *verdict]
+    notebook = nbformat.v4.new_notebook(cells=cells)
     resources = {"metadata": {"path": str(workplace)}}
     NotebookClient(notebook, kernel_name="python3", timeout=600, resources=resources).execute()
-    return notebook
 
-
-@pytest.mark.slow
-def test_the_first_notebook_runs_on_a_tiny_setting(workplace, monkeypatch):
-    notebook = run_notebook("01_first_run.ipynb", workplace, monkeypatch)
-    table = next(cell for cell in notebook.cells if "pd.DataFrame" in cell.source)
+    table = next(cell for cell in first if "pd.DataFrame" in cell.source)
     assert "lambda = 0 control" in table.outputs[0]["data"]["text/plain"]
 
-
-@pytest.mark.slow
-def test_the_sweep_notebook_makes_loads_and_reads_a_study(workplace, monkeypatch):
-    notebook = run_notebook("02_sweep.ipynb", workplace, monkeypatch)
-    both = next(cell for cell in notebook.cells if "trials.join" in cell.source)
+    both = next(cell for cell in sweep if "trials.join" in cell.source)
     assert "FINISHED" in both.outputs[-1]["data"]["text/plain"]
-    assert "against the control" in notebook.cells[-1].outputs[0]["text"]
+    assert "against the control" in sweep[-1].outputs[0]["text"]
 
-
-@pytest.mark.slow
-def test_the_verdict_notebook_compares_and_shows_its_report(workplace, monkeypatch):
-    notebook = run_notebook("03_did_it_help.ipynb", workplace, monkeypatch)
-    ran = next(cell for cell in notebook.cells if "compare(config" in cell.source)
+    ran = next(cell for cell in verdict if "compare(config" in cell.source)
     assert "DANN: " in ran.outputs[-1]["data"]["text/plain"]
-    assert "report.html" in notebook.cells[-1].outputs[-1]["text"]
+    assert "report.html" in verdict[-1].outputs[-1]["text"]
 
 
 def test_no_placeholder_is_left_in_what_people_read():

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import tempfile
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from dann_experiments.config.target_dialect import METHODS, MONITORS, NETWORKS, 
 from dann_experiments.data.samples import find_samples
 from sweeps.settings import SweepConfig
 
-MANY = 150  # examples of a slow test
+MANY = max(1, int(150 * Fraction(os.environ.get("CHAOS_SHARE", "1"))))  # examples of a slow test
 
 
 def drawn(count: int, **strategies: st.SearchStrategy) -> Callable:

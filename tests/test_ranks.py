@@ -231,15 +231,26 @@ def adapted(config: Config) -> str | None:
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_that_is_killed_goes_on_to_the_same_weights(killing):
+def test_a_run_whose_rank_dies_and_that_is_killed_after_that_goes_on_to_the_same_weights(killing):
     process = started(killing)
     until_saved("step_4.ckpt", process)
+    (other,) = processes_of(process.pid)
+    assert WORLD == 2
+    other.kill()
+    process.join()
+    run_id = str(adapted(killing))
+    client = mlflow.MlflowClient(killing.tracking.uri)
+    assert client.get_run(run_id).info.status == "FAILED"
+    told = Path(client.download_artifacts(run_id, "traceback.txt")).read_text()
+    assert "TrainingFailed: process 2 of 2 was killed by SIGKILL" in told
+
+    process = started(killing, resume=run_id)
+    until_saved("step_16.ckpt", process)
     others = processes_of(process.pid)
     assert len(others) == WORLD - 1
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     psutil.wait_procs(others)  # none outlives the first
-    run_id = adapted(killing)
     resumed = adapt(killing, resume="auto")
     assert resumed.run_id == run_id
     whole = adapt(killing)
@@ -248,21 +259,6 @@ def test_a_run_of_two_processes_that_is_killed_goes_on_to_the_same_weights(killi
     for metric, points in history(whole).items():
         if not metric.startswith("time/"):
             assert history(resumed)[metric] == points, metric
-
-
-@pytest.mark.slow
-def test_a_rank_that_dies_ends_the_run_as_failed_and_says_so(killing):
-    process = started(killing)
-    until_saved("step_4.ckpt", process)
-    (other,) = processes_of(process.pid)
-    other.kill()
-    process.join()
-    run_id = str(adapted(killing))
-    client = mlflow.MlflowClient(killing.tracking.uri)
-    assert client.get_run(run_id).info.status == "FAILED"
-    told = Path(client.download_artifacts(run_id, "traceback.txt")).read_text()
-    assert "TrainingFailed: process 2 of 2 was killed by SIGKILL" in told
-    assert adapt(killing, resume="auto").run_id == run_id
 
 
 @pytest.mark.slow

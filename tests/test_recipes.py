@@ -14,7 +14,11 @@ from sweeps.__main__ import SPACES
 from sweeps.__main__ import main as sweeps_main
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-ELSEWHERE = ("neon_trees",)  # needs images of the user's: tests/test_neon_trees.py
+ELSEWHERE = {
+    "neon_trees": "needs images of the user's: tests/test_neon_trees.py",
+    "classic": "runs on few images of the same data in tests/test_documented_examples.py",
+    "target_dialect": "runs on few images of the same data in tests/test_documented_examples.py",
+}
 
 
 @pytest.mark.slow

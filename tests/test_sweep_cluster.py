@@ -138,8 +138,8 @@ def test_a_ray_node_that_dies_costs_no_trial(tmp_path, server, database):
 
 @pytest.mark.slow
 def test_a_database_that_crashes_and_comes_back_costs_no_trial(tmp_path, postgresql):
-    place, address = make_place(tmp_path / "place"), postgresql.get_uri()
-    process = sweeps(place, *run_words(place, "--n_trials", "5", "--workers", "2", "--storage", address))
+    place, address = make_place(tmp_path / "place", trainer__max_epochs=2), postgresql.get_uri()
+    process = sweeps(place, *run_words(place, "--n_trials", "4", "--workers", "2", "--storage", address))
     storage = open_storage(address)
 
     def in_a_run() -> bool:
@@ -156,7 +156,7 @@ def test_a_database_that_crashes_and_comes_back_costs_no_trial(tmp_path, postgre
     said = finish(process)
     assert "does not answer" in said
     study = Sweep(storage, "s")
-    assert len(study.counted()) == 5
+    assert len(study.counted()) == 4
     assert all(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.counted())
     runs = [*runs_of(place, "trial"), *runs_of(place, "sweep")]
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED", "FAILED"}
@@ -169,10 +169,10 @@ def test_a_database_that_crashes_and_comes_back_costs_no_trial(tmp_path, postgre
 @pytest.mark.slow
 def test_a_tracking_server_that_is_away_for_ten_seconds_costs_no_trial(tmp_path):
     port = free_port()
-    place = make_place(tmp_path / "place", tracking__uri=f"http://127.0.0.1:{port}")
+    place = make_place(tmp_path / "place", tracking__uri=f"http://127.0.0.1:{port}", trainer__max_epochs=2)
     process = start_server(tmp_path, port)
     try:
-        sweep = sweeps(place, *run_words(place, "--n_trials", "5", "--workers", "2"))
+        sweep = sweeps(place, *run_words(place, "--n_trials", "4", "--workers", "2"))
 
         def a_trial_is_done() -> bool:
             study = Sweep(open_storage(str(place / "studies" / "s" / "journal.log")), "s")
@@ -184,7 +184,7 @@ def test_a_tracking_server_that_is_away_for_ten_seconds_costs_no_trial(tmp_path)
         process = start_server(tmp_path, port)
         finish(sweep)
         study = Sweep(open_storage(str(place / "studies" / "s" / "journal.log")), "s")
-        assert len(study.counted()) == 5
+        assert len(study.counted()) == 4
         assert all(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.counted())
         runs = [
             *runs_of(place, "trial", f"http://127.0.0.1:{port}"),

@@ -67,10 +67,11 @@ def test_timeout_starts_no_further_trial_and_resume_runs_those_that_are_missing(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_no_trial(tmp_path):
+def test_a_killed_worker_costs_no_trial_and_a_second_driver_is_refused(tmp_path, said):
     place = make_place(tmp_path, trainer__max_epochs=2)
     process = sweeps(place, *run_words(place, "--n_trials", "4", "--workers", "2"))
     os.kill(until(lambda: worker_in_a_run(place), process), signal.SIGKILL)
+    assert "being run by another process" in said(place, *run_words(place), code=2)
     finish(process)
     check_ended(place, 4)
     study = study_in(place)
@@ -82,43 +83,35 @@ def test_a_killed_worker_costs_no_trial(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_driver_takes_its_workers_along_and_resume_completes_the_study(tmp_path):
+def test_a_sweep_that_is_stopped_twice_and_killed_leaves_no_worker_and_no_open_run_and_is_completed(tmp_path):
     place = make_place(tmp_path, trainer__max_epochs=2)
-    process = sweeps(place, *run_words(place, "--n_trials", "4", "--workers", "2"))
-    worker = psutil.Process(until(lambda: worker_in_a_run(place), process))
+
+    def begun(*words: str) -> tuple[subprocess.Popen, psutil.Process]:
+        """A sweep in the middle of a trial, and the worker that runs it."""
+        process = sweeps(place, *words)
+        return process, psutil.Process(until(lambda: worker_in_a_run(place), process))
+
+    words = run_words(place, "--n_trials", "4", "--workers", "1")
+    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process, worker = begun(*words)
+        os.kill(process.pid, signum)
+        finish(process, code)
+        assert not worker.is_running()
+        study = study_in(place)
+        assert len(study.counted()) == 4
+        assert not [trial for trial in study.trials() if trial.state.name == "RUNNING"]
+        assert {run.info.status for run in runs_of(place, "sweep")} == {"KILLED"}
+        assert {run.info.status for run in runs_of(place, "trial")} <= {"FINISHED", "KILLED"}
+        assert (place / "studies" / "s" / "report.md").exists()
+        (place / "studies" / "s" / "report.md").unlink()
+        words = ["resume", "--study", "s", "--workers", "2"]
+    process, worker = begun(*words)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    finish(sweeps(place, "resume", "--study", "s", "--workers", "2"))
+    finish(sweeps(place, *words))
     check_ended(place, 4)
     assert not worker.is_running()
-    assert sorted(run.info.status for run in runs_of(place, "sweep")) == ["FINISHED", "KILLED"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_sweep_closes_all_its_runs_and_can_go_on(signum, tmp_path):
-    place = make_place(tmp_path, trainer__max_epochs=2)
-    process = sweeps(place, *run_words(place, "--n_trials", "3", "--workers", "1"))
-    worker = psutil.Process(until(lambda: worker_in_a_run(place), process))
-    os.kill(process.pid, signum)
-    finish(process, 143 if signum == signal.SIGTERM else 130)
-    assert not worker.is_running()
-    study = study_in(place)
-    assert len(study.counted()) == 3
-    assert not [trial for trial in study.trials() if trial.state.name == "RUNNING"]
-    assert runs_of(place, "sweep")[0].info.status == "KILLED"
-    assert {run.info.status for run in runs_of(place, "trial")} <= {"FINISHED", "KILLED"}
-    assert (place / "studies" / "s" / "report.md").exists()
-
-
-@pytest.mark.slow
-def test_a_second_driver_of_the_same_study_is_refused(tmp_path):
-    place = make_place(tmp_path, trainer__max_epochs=2)
-    process = sweeps(place, *run_words(place, "--n_trials", "40", "--workers", "1"))
-    until(lambda: worker_in_a_run(place), process)
-    assert "being run by another process" in finish(sweeps(place, *run_words(place)), 2).replace("\n", " ")
-    process.terminate()
-    finish(process, 143)
+    assert sorted(run.info.status for run in runs_of(place, "sweep")) == ["FINISHED", "KILLED", "KILLED", "KILLED"]
 
 
 @pytest.mark.slow
@@ -139,7 +132,7 @@ def test_mlflow_run_starts_a_sweep(tmp_path, request):
         "--experiment-name",
         "x",
     ]
-    for name, value in {"config": place / "config.yaml", "space": place / "space.yaml", "study": study, "n_trials": 3,
+    for name, value in {"config": place / "config.yaml", "space": place / "space.yaml", "study": study, "n_trials": 2,
                         "workers": 1, "trainer.max_epochs": 1, "confirm_top": 1, "confirm_seeds": 1}.items():  # fmt: skip
         command += ["-P", f"{name}={value}"]
     path = f"{binaries}{os.pathsep}{os.environ['PATH']}"

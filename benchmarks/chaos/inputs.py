@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -39,8 +40,8 @@ MALICIOUS = [
 ]
 
 
-def count(folder: Path, name: str, tests: Sequence[str], seed: int) -> Counter[str]:
-    """Run tests in a pytest of their own; what `counting` counted there."""
+def count(folder: Path, name: str, tests: Sequence[str], seed: int, share: Fraction = Fraction(1)) -> Counter[str]:
+    """Run a share of the cases of tests in a pytest of their own; return what `counting` counted there."""
     (folder / name).mkdir(parents=True)
     kept = folder / name / "counts.json"
     command = [
@@ -50,6 +51,7 @@ def count(folder: Path, name: str, tests: Sequence[str], seed: int) -> Counter[s
     environ = {
         **os.environ,
         "CHAOS_COUNTS": str(kept),
+        "CHAOS_SHARE": str(share),
         "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / name / "hypothesis"),
     }
     done = subprocess.run(command, cwd=PROJECT, env=environ, capture_output=True, text=True)
