@@ -252,11 +252,7 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> int:
         if idle:
             logging.getLogger("dann_experiments").warning("With runs, these have no effect: %s.", ", ".join(idle))
     from dann_experiments.comparison.compare import ComparisonFailed, compare
-    from dann_experiments.comparison.runner import PRELOADED
-    from dann_experiments.tracking.processes import fork_workers_from_here
 
-    if not settings.runs:
-        fork_workers_from_here(PRELOADED)
     try:
         result = compare(config, settings)
     except ComparisonFailed as error:

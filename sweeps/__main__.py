@@ -29,7 +29,6 @@ from dann_experiments.config import InputError, load_config
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.places import local_path
 from dann_experiments.data import early
-from dann_experiments.tracking.processes import fork_workers_from_here
 from sweeps.errors import SweepFailed
 from sweeps.settings import SweepConfig
 
@@ -88,10 +87,7 @@ def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Ma
     warn_of_stored_secrets({**settings, **sweep_flags})
     early.begin(config)
     from sweeps.driver import run_sweep
-    from sweeps.launchers import PRELOADED
 
-    if sweep.launcher == "processes":
-        fork_workers_from_here(PRELOADED)
     return _finish(run_sweep(sweep, config))
 
 
@@ -104,10 +100,7 @@ def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str
         raise InputError(f"--{unfit[0]} cannot be given to {command}: a study keeps the settings it was made with.")
     from sweeps import show
     from sweeps.driver import resume_sweep
-    from sweeps.launchers import PRELOADED
 
-    if command in ("resume", "confirm"):
-        fork_workers_from_here(PRELOADED)
     storage = sweep_flags.pop("storage", None)
     if command == "resume":
         if "space" in sweep_flags:

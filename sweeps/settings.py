@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dann_experiments.config import InputError
 from dann_experiments.config.schema import MOST_PROCESSES, TARGET_LABEL_METRICS, MonitorConfig
+from dann_experiments.config.workers import PoolSettings
 
 QUESTION = ("space", "objective", "direction", "sampler", "sampler_seed", "pruner")  # another one is another study
 RANGES = {
     "n_trials": (1, 100_000), "workers": (1, MOST_PROCESSES), "max_failures": (1, 100_000), "confirm_seeds": (1, 1000),
-    "confirm_top": (0, 1000), "gpus_per_trial": (0, 1000), "sampler_seed": (0, 2**32 - 1),
+    "confirm_top": (0, 1000), "sampler_seed": (0, 2**32 - 1),
 }  # fmt: skip
-RAY_ONLY = ("ray_address", "cpus_per_trial")
-MOST_A_GPU = 64  # trials
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(PoolSettings):
     """A search over settings of `adapt`. Written in a YAML file (`--space FILE`); each can be given as a flag as well."""
 
     space: dict[str, Any] = field(default_factory=dict)
@@ -100,20 +98,7 @@ class SweepConfig:
                 raise InputError(f"{key} is {value}; give a number from {least} to {most}.")
         if self.timeout is not None and not self.timeout > 0:
             raise InputError(f"timeout is {self.timeout}; give seconds above 0.")
-        if not 0 < self.cpus_per_trial < float("inf"):
-            raise InputError(f"cpus_per_trial is {self.cpus_per_trial}; give a number above 0.")
-        if self.launcher == "processes":
-            for setting in dataclasses.fields(self):
-                if setting.name in RAY_ONLY and getattr(self, setting.name) != setting.default:
-                    raise InputError(
-                        f"{setting.name} has no effect with launcher: processes; remove it, or set launcher: ray."
-                    )
-            given = self.gpus_per_trial
-            if given is not None and not 1 / MOST_A_GPU <= given <= 1:
-                raise InputError(
-                    f"gpus_per_trial is {given} with launcher: processes, where a trial has one GPU or shares it; give 1, or a "
-                    f"part such as 0.5 (two trials share one), not below {1 / MOST_A_GPU:g}."
-                )
+        self.check_pool()
         for key in ("study", "model_name"):
             value = getattr(self, key)
             if value is not None and not re.fullmatch(r"[\w][\w .+-]{0,99}", value):

@@ -32,7 +32,7 @@ from dann_experiments.comparison.runner import finished_run
 from dann_experiments.config import Config, replace
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import load_settings
-from dann_experiments.tracking.orphans import close_orphans
+from dann_experiments.tracking.stale_runs import close_stale_runs
 from dann_experiments.tracking.store import Store, open_store
 
 METHOD = "domain_adaptation.method"
@@ -377,7 +377,7 @@ def test_runs_that_a_killed_comparison_left_open_are_closed_and_those_of_the_liv
         open_run(job="compare", process=process_name()): "RUNNING",
         open_run(job="compare", process="elsewhere:1:0"): "RUNNING",
     }
-    close_orphans(here.store, "compare")
+    close_stale_runs(here.store, "compare")
     found = {run_id: here.store.client.get_run(run_id).info.status for run_id in expected}
     for run_id in expected:
         here.store.client.delete_run(run_id)

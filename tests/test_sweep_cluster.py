@@ -19,7 +19,7 @@ import pytest
 from test_sweeps import environment, finish, make_place, run_words, runs_of, sweeps, until
 
 from dann_experiments.config import InputError
-from sweeps.launchers import RayLauncher
+from dann_experiments.workers.ray_cluster import RayPool
 from sweeps.study import Sweep, open_storage, superseded
 
 
@@ -85,10 +85,10 @@ def pg_ctl(server: Any, *words: str) -> None:
 def test_without_a_cluster_the_message_says_how_to_start_one(monkeypatch):
     pytest.importorskip("ray")
     with pytest.raises(InputError, match="ray start"):
-        RayLauncher(f"127.0.0.1:{free_port()}", 1, 0)
+        RayPool(print, f"127.0.0.1:{free_port()}", 1, 0)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install '\.\[ray\]'"):
-        RayLauncher("auto", 1, 0)
+        RayPool(print, "auto", 1, 0)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.schema import MOST_PROCESSES
+from dann_experiments.config.workers import PoolSettings
 
 Kind = Literal["source_only", "statistics", "control", "adapted", "oracle"]
 """source_only: the source model as it is; statistics: that model with BatchNorm statistics of the target (AdaBN); control:
@@ -26,7 +27,7 @@ MOST_SEEDS = 1000  # more is a seed where their number is wanted
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(PoolSettings):
     """Did adaptation help? Arms over several seeds, judged against the source model and the lambda = 0 control."""
 
     arms: dict[str, dict[str, Any] | None] = field(default_factory=dict)
@@ -37,7 +38,16 @@ class CompareConfig:
     seeds: int | list[int] = 5
     """How many seeds, counted from `seed`; or the seeds. At least 3 are needed for a verdict, 5 are better."""
     workers: int | None = None
-    """Runs at a time; null = one a GPU, else one a core (at most 4)."""
+    """Runs at a time; null = as many as the GPUs hold (gpus_per_trial) where there are GPUs (ray: as many as the cluster
+    holds), else one per core, at most 4. The cores are shared among them."""
+    launcher: Literal["processes", "ray"] = "processes"
+    """Where the runs are made. processes: on this machine; ray: on an existing Ray cluster."""
+    ray_address: str = "auto"
+    """Address of the Ray cluster; auto = the one this machine belongs to."""
+    cpus_per_trial: float = 1.0
+    """Cores of the Ray cluster that each run takes."""
+    gpus_per_trial: float | None = None
+    """GPUs that each run takes; 0.5 = two runs share one. null = 1 (launcher ray: 0, and the GPUs are hidden from the runs)."""
     runs: list[str] = field(default_factory=list)
     """Ids of finished runs to compare; nothing is trained then. Their source models' runs are added."""
 
@@ -55,6 +65,7 @@ class CompareConfig:
             raise InputError(f"seeds is {self.seeds}; seeds are whole numbers from 0 to 4294967295.")
         if self.workers is not None and not 1 <= self.workers <= MOST_PROCESSES:
             raise InputError(f"workers is {self.workers}; give a number from 1 to {MOST_PROCESSES}, or null.")
+        self.check_pool()
         if len(set(self.runs)) < len(self.runs):
             raise InputError("runs names a run twice; name each once.")
         if self.runs and self.arms:

@@ -16,10 +16,10 @@ from dann_experiments.jobs.memory import is_out_of_memory
 from dann_experiments.jobs.setup import Data
 from dann_experiments.models.networks import keeps_channels_last
 from dann_experiments.models.taps import Tap
-from dann_experiments.tracking.processes import visible_gpus
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import DOMAINS
 from dann_experiments.training.scores import segmentation_loss
+from dann_experiments.workers.processes import visible_gpus
 
 log = logging.getLogger(__name__)
 MOST_TAKEN = 0.9  # of the GPU's memory: the rest is for what a step on noise does not show

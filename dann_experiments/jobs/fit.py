@@ -29,7 +29,6 @@ from dann_experiments.models.compiling import compile_parts, is_of_compiling
 from dann_experiments.models.networks import keeps_channels_last
 from dann_experiments.models.passes import choose
 from dann_experiments.models.taps import Tap
-from dann_experiments.tracking.processes import available_cores, visible_gpus
 from dann_experiments.tracking.run import TrackedRun
 from dann_experiments.training import ranks
 from dann_experiments.training.bad_numbers import BadNumbers
@@ -44,6 +43,7 @@ from dann_experiments.training.monitor import (
 )
 from dann_experiments.training.random_states import RandomStates
 from dann_experiments.training.ranks import Rank
+from dann_experiments.workers.processes import available_cores, visible_gpus
 
 log = logging.getLogger(__name__)
 MOST_WORKERS = 4  # a loader, where they are chosen from the machine

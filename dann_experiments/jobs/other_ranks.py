@@ -30,8 +30,8 @@ from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.jobs import setup
 from dann_experiments.jobs.fit import Fit
 from dann_experiments.jobs.setup import Data
-from dann_experiments.tracking.processes import how_it_ended
 from dann_experiments.training.ranks import Rank, leave
+from dann_experiments.workers.processes import how_it_ended
 
 READY = "ready"
 LAST_WORDS_SECONDS = 20.0  # for a process to say what went wrong, once the first rank has lost it

@@ -37,10 +37,10 @@ from dann_experiments.models.batchnorm import has_batchnorm
 from dann_experiments.models.networks import build_network, output_stride
 from dann_experiments.models.passes import check_joint
 from dann_experiments.models.taps import Tap, resolve_taps
-from dann_experiments.tracking.processes import available_cores, visible_gpus
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.optimizers import build_optimizer
 from dann_experiments.training.selection import PREFIX, SCORES
+from dann_experiments.workers.processes import available_cores, visible_gpus
 
 log = logging.getLogger(__name__)
 LARGEST_BLANK = 1024  # pixels; divisible by every network's stride
