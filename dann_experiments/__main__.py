@@ -32,6 +32,7 @@ from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data import early
 from dann_experiments.data.samples import PRETRAINING_SETS, SETS
+from dann_experiments.workers.processes import prepare_workers
 
 if TYPE_CHECKING:
     from dann_experiments.jobs.upkeep import Health
@@ -251,6 +252,8 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> int:
         idle = [key for key in (*own, *overrides) if not key.startswith(("runs", "threads", "tracking."))]
         if idle:
             logging.getLogger("dann_experiments").warning("With runs, these have no effect: %s.", ", ".join(idle))
+    if settings.launcher == "processes" and not settings.runs:
+        prepare_workers("dann_experiments.comparison.runner")  # imported for all workers while this process imports
     from dann_experiments.comparison.compare import ComparisonFailed, compare
 
     try:

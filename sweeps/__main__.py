@@ -29,12 +29,14 @@ from dann_experiments.config import InputError, load_config
 from dann_experiments.config.parsing import help_text, known_keys, load_settings
 from dann_experiments.config.places import local_path
 from dann_experiments.data import early
+from dann_experiments.workers.processes import prepare_workers
 from sweeps.errors import SweepFailed
 from sweeps.settings import SweepConfig
 
 if TYPE_CHECKING:
     from sweeps.driver import SweepResult
 
+WORKER = "sweeps.worker"  # what workers run; it is imported for all of them while the driver imports
 DEFAULT_SPACE = Path(__file__).with_name("dann.yaml")
 COMMANDS = {
     "run": "search: a new study, or the missing trials of one that exists",
@@ -85,6 +87,8 @@ def _run(known: argparse.Namespace, sweep_flags: Mapping[str, Any], settings: Ma
     defaults = {} if _names_a_study(space, sweep_flags) else {"study": f"{space.stem}-{config_file.stem}"}
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
     warn_of_stored_secrets({**settings, **sweep_flags})
+    if sweep.launcher == "processes":
+        prepare_workers(WORKER)
     early.begin(config)
     from sweeps.driver import run_sweep
 
@@ -98,6 +102,8 @@ def _of_a_study(command: str, sweep_flags: dict[str, Any], settings: Mapping[str
     unfit = [key for key in settings if not key.startswith("tracking.")]
     if unfit:
         raise InputError(f"--{unfit[0]} cannot be given to {command}: a study keeps the settings it was made with.")
+    if command in ("resume", "confirm"):
+        prepare_workers(WORKER)
     from sweeps import show
     from sweeps.driver import resume_sweep
 

@@ -38,7 +38,7 @@ from sweeps.definition import (
 from sweeps.errors import SweepFailed
 from sweeps.objective import check_objective, score_source_model
 from sweeps.report import baselines, links, top_trials, write_report
-from sweeps.scheduler import MODULES, run_trials
+from sweeps.scheduler import run_trials
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, read_space
 from sweeps.study import (
@@ -245,7 +245,7 @@ def sharing(sweep: SweepConfig, config: Config) -> contextlib.AbstractContextMan
 
 def open_workers(sweep: SweepConfig, config: Config) -> contextlib.AbstractContextManager[Pool]:
     """Open the pool of the sweep's workers."""
-    return open_pool(work, sweep, config.trainer.accelerator, MODULES)
+    return open_pool(work, sweep, config.trainer.accelerator)
 
 
 def with_threads(config: Config, share: int) -> Config:

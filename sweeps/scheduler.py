@@ -24,7 +24,6 @@ from sweeps.study import HALT, STORAGE_ERRORS, Sweep, study_folder
 from sweeps.worker import PATIENCE_SECONDS, PAUSE_SECONDS, Task
 
 log = logging.getLogger(__name__)
-MODULES = ("sweeps.worker",)  # what a worker imports
 POLL_SECONDS = 1.0
 IDLE_DEATHS = 3  # workers in a row that die before they claim a trial: something is wrong with all of them
 

@@ -567,6 +567,8 @@ def nested(settings: dict[str, object]) -> dict[str, object]:
         (["--seeds", "4000000000"], "seeds is 4000000000; give how many, at most 1000"),
         (["--seeds", "many"], "seeds is 'many'"),
         (["--workers", "0"], "workers is 0"),
+        (["--launcher", "ray"], "launcher is 'ray', but tracking.uri is"),
+        (["--ray_address", "10.0.0.1:6379"], "ray_address has no effect with launcher: processes"),
         (["--arms", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--runs"], "--runs has no value"),
         (["--runs", "a", "a"], "runs names a run twice"),

@@ -19,7 +19,7 @@ from dann_experiments.comparison.evidence import feature_clouds, panels
 from dann_experiments.comparison.figures import draw_summary
 from dann_experiments.comparison.page import write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison
-from dann_experiments.comparison.runner import MODULES, Done, find_cells, run_cells, run_task
+from dann_experiments.comparison.runner import Done, find_cells, run_cells, run_task
 from dann_experiments.comparison.selection_quality import per_epoch_choices, score_quality
 from dann_experiments.comparison.verdict import Verdict, difference_table, judge
 from dann_experiments.config import Config, config_to_yaml, flatten
@@ -32,7 +32,6 @@ from dann_experiments.tracking.run import TrackedRun, tracked_run
 from dann_experiments.tracking.stale_runs import close_stale_runs
 from dann_experiments.tracking.store import TRAINING_PAGES, Store, local_artifact_folder, open_store, without_secrets
 from dann_experiments.workers.pool import Pool, open_pool, refuse_unshared
-from dann_experiments.workers.processes import prepare_workers
 
 log = logging.getLogger(__name__)
 JUDGED = ("iou/target_test", "iou/target_val")  # the first that all judged runs have
@@ -72,8 +71,6 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
     """
     settings = settings or CompareConfig()
     arms, notes = ([], []) if settings.runs else arms_of(settings, config)
-    if arms and settings.launcher == "processes":
-        prepare_workers(*MODULES)  # they import while this process reads data
     store = open_store(config.tracking.uri, config.tracking.experiment)
     found, cells, done = [], [], Done()
     close_stale_runs(store, "compare")
@@ -125,7 +122,7 @@ def _pool_of(settings: CompareConfig, config: Config, missing: int) -> contextli
     """Open the pool for `missing` runs; None if there are none."""
     if not missing:
         return contextlib.nullcontext()
-    return open_pool(run_task, settings, config.trainer.accelerator, MODULES, missing)
+    return open_pool(run_task, settings, config.trainer.accelerator, missing)
 
 
 def _given_source(config: Config, store: Store) -> str | None:

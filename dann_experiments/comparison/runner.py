@@ -14,13 +14,17 @@ from dann_experiments.command_line import quiet_libraries
 from dann_experiments.comparison.arms import PATH, Cell
 from dann_experiments.config import Config, config_to_dict, replace
 from dann_experiments.config.parsing import config_from_dict
+from dann_experiments.data.decoded import share
+from dann_experiments.jobs.adapt import adapt
+from dann_experiments.jobs.evaluate import evaluate
+from dann_experiments.jobs.pretrain import pretrain
+from dann_experiments.jobs.source_model import keep_source_models
 from dann_experiments.tracking.stale_runs import close_stale_runs
 from dann_experiments.tracking.store import Store, experiment_ids, newest_finished
 from dann_experiments.workers.pool import ATTEMPTS, Ended, Pool
 from dann_experiments.workers.progress import Progress
 
 log = logging.getLogger(__name__)
-MODULES = ("dann_experiments.jobs", "dann_experiments.comparison.runner")  # what its workers import
 
 
 @dataclass
@@ -165,10 +169,6 @@ class _Scheduler:
 
 def run_task(task: Task) -> str:
     """Make one run, in a worker; return its id."""
-    from dann_experiments.jobs.adapt import adapt
-    from dann_experiments.jobs.evaluate import evaluate
-    from dann_experiments.jobs.pretrain import pretrain
-
     _prepare(task.decoded)
     config: Config = config_from_dict(task.settings)
     print(f"{task.job}: {task.tags['dann.arm']}, seed {config.seed}", flush=True)
@@ -177,9 +177,6 @@ def run_task(task: Task) -> str:
 
 @functools.cache  # once in a worker
 def _prepare(decoded: Path | None) -> None:
-    from dann_experiments.data.decoded import share
-    from dann_experiments.jobs.source_model import keep_source_models
-
     quiet_libraries()
     share(decoded)
     keep_source_models()

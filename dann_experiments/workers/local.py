@@ -22,13 +22,10 @@ from dann_experiments.workers.processes import (
 class LocalPool(Pool):
     """Processes that end with this one."""
 
-    def __init__(
-        self, function: Callable[[Any], Any], count: int, threads: int, gpus: Sequence[str],
-        modules: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        """`gpus` as CUDA_VISIBLE_DEVICES names them; `modules` are imported once for all workers."""
+    def __init__(self, function: Callable[[Any], Any], count: int, threads: int, gpus: Sequence[str] = ()) -> None:
+        """`gpus` as CUDA_VISIBLE_DEVICES names them."""
         super().__init__(function, count, threads)
-        prepare_workers(*modules)
+        prepare_workers(function.__module__)
         self._gpus_left: list[str | None] = [gpus[index % len(gpus)] if gpus else None for index in range(count)]
         """One entry (None: no GPU) per worker that may still be started."""
         self._workers: list[_Worker] = []

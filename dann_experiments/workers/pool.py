@@ -10,7 +10,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,12 @@ def open_pool(
     function: Callable[[Any], Any],
     settings: PoolSettings,
     accelerator: str,
-    modules: Sequence[str] = (),
     at_most: int | None = None,
 ) -> Iterator[Pool]:
     """Open the pool that `settings` describe and close it at the end of the block.
 
-    `accelerator`: `trainer.accelerator` of the runs; `modules` are imported once for all local workers; `at_most`: number of
-    tasks, where it is known. Raises InputError where there is no Ray cluster, or none with a machine that is large enough.
+    `accelerator`: `trainer.accelerator` of the runs; `at_most`: number of tasks, where it is known. Raises InputError where
+    there is no Ray cluster, or none with a machine that is large enough.
     """
     from dann_experiments.workers.local import LocalPool
     from dann_experiments.workers.ray_cluster import RayPool
@@ -124,7 +123,7 @@ def open_pool(
         if gpus_per_task is not None and not gpus:
             log.warning("gpus_per_trial has no effect: there is no GPU that trainer.accelerator may use.")
         count = worker_count(settings, gpus, at_most)
-        pool = LocalPool(function, count, max(1, available_cores() // count), gpus, modules)
+        pool = LocalPool(function, count, max(1, available_cores() // count), gpus)
     try:
         yield pool
     finally:

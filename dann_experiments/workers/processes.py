@@ -58,14 +58,17 @@ def join_or_kill(processes: Iterable[BaseProcess]) -> None:
             process.join()
 
 
-def prepare_workers(*modules: str) -> None:
-    """Start the fork server, if there is none yet: a process that imports the libraries and `modules` once for all workers
-    while this process continues. It does nothing else, touches no GPU, and ends with this process. Where processes are not
-    forked reliably (macOS, Windows) nothing is done: each worker imports for itself."""
+def prepare_workers(module: str) -> None:
+    """Start the fork server, if there is none yet: a process that imports the libraries and `module` once for all workers.
+
+    It imports while this process continues (so the command line starts it before its own imports), does nothing else, touches
+    no GPU, and ends with this process. Where processes are not forked reliably (macOS, Windows) nothing is done: each worker
+    imports for itself.
+    """
     if sys.platform == "linux":
         from multiprocessing import forkserver
 
-        multiprocessing.set_forkserver_preload([PRELOADED, *modules])
+        multiprocessing.set_forkserver_preload([PRELOADED, module])
         forkserver.ensure_running()
 
 
