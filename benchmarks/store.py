@@ -51,8 +51,8 @@ from dann_experiments.jobs.upkeep import doctor
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, open_store
 from sweeps import show
+from sweeps.cleanup import clean_up_at_start, close_runs
 from sweeps.definition import describe
-from sweeps.reaping import close_runs, reap_at_start
 from sweeps.report import comparison, links, target_free_choice, trials_table
 from sweeps.settings import SweepConfig
 from sweeps.space import read_space
@@ -288,7 +288,7 @@ def questions(filled: Filled, folder: Path, statements: Statements) -> dict[str,
         f"sweep, {TRIALS} trials: `status`": lambda: show.status(STUDY, None),
         f"sweep, {TRIALS} trials: tables of the report": sweep_report,
         f"sweep, {TRIALS} trials: open runs of dead workers": lambda: close_runs(study, store),
-        f"sweep, {TRIALS} trials: what a new driver ends": lambda: reap_at_start(study, store, True),
+        f"sweep, {TRIALS} trials: what a new driver ends": lambda: clean_up_at_start(study, store, True),
         "`adapt`: before its first step": before_first_step,
     }
 

@@ -19,6 +19,7 @@ from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.recipes import load_or_default, report_default
+from dann_experiments.workers.processes import prepare_workers
 
 log = logging.getLogger(__name__)
 OF_ADAPTATION = ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer")
@@ -137,13 +138,11 @@ def _compare(request: Request) -> int:
         idle = [key for key in (*own, *request.overrides(keys)) if not key.startswith(("runs", "threads", "tracking."))]
         if idle:
             log.warning("With runs, these have no effect: %s.", ", ".join(idle))
+    if settings.launcher == "processes" and not settings.runs:
+        prepare_workers("dann_experiments.comparison.runner")  # imported for all workers while this process imports
     from dann_experiments.comparison.compare import ComparisonFailed, compare
-    from dann_experiments.comparison.runner import PRELOADED
     from dann_experiments.reports import terminal
-    from dann_experiments.tracking.processes import fork_workers_from_here
 
-    if not settings.runs:
-        fork_workers_from_here(PRELOADED)
     try:
         result = compare(config, settings)
     except ComparisonFailed as error:

@@ -28,6 +28,7 @@ SHORT_NAMES = {
     "max_epochs": "trainer.max_epochs",
     "seed": "seed",
 }
+SHELLS = ("bash", "sh", "dash", "zsh")  # `mlflow run` starts its command by one
 EMPTY = ("", "None")  # how MLflow spells an optional parameter that was left out
 
 
@@ -43,7 +44,9 @@ class Request:
 
     def overrides(self, but: Sequence[str] = ()) -> dict[str, Any]:
         """Return dotted name -> text for `load_config`: short names spelled out, `but` left out."""
-        short = {long_name(key, self.command): value for key, value in self.settings.items() if key in SHORT_NAMES}
+        short: dict[str, Any] = {
+            long_name(key, self.command): value for key, value in self.settings.items() if key in SHORT_NAMES
+        }
         if SHORT_NAMES["feature_layer"] in short:  # the short name moves the tap, captured layers included
             short["domain_adaptation.feature_layers"] = None
         return short | {key: value for key, value in self.settings.items() if key not in (*SHORT_NAMES, *but)}
@@ -247,11 +250,9 @@ def leave_clone() -> None:
         return
     import psutil
 
-    from dann_experiments.tracking.processes import launcher
-
-    parent = launcher()
     with contextlib.suppress(psutil.Error, OSError):
-        os.chdir(here if parent is None else parent.cwd())
+        mlflow = next((one for one in psutil.Process().parents() if one.name() not in SHELLS), None)
+        os.chdir(here if mlflow is None else mlflow.cwd())
     if Path.cwd() != here:
         print(f"Relative paths are those of {Path.cwd()}, where `mlflow run` was started.", file=sys.stderr)
 

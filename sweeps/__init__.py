@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sweeps.driver import SweepFailed, SweepResult, find_study, resume_sweep, run_sweep
+    from sweeps.driver import SweepResult, find_study, resume_sweep, run_sweep
+    from sweeps.errors import SweepFailed
     from sweeps.report import config_of, trials_table
     from sweeps.settings import SweepConfig
 

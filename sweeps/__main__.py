@@ -23,7 +23,7 @@ from dann_experiments.command_line import (
 from dann_experiments.config import InputError
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.recipes import DEFAULT, load_or_default, report_default, settings_file
-from dann_experiments.tracking.processes import fork_workers_from_here
+from dann_experiments.workers.processes import prepare_workers
 from sweeps.errors import SweepFailed
 from sweeps.settings import SweepConfig
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SPACES = Path(__file__).parent
 DEFAULT_SPACE = "dann"
+WORKER = "sweeps.worker"  # what workers run; it is imported for all of them while the driver imports
 log = logging.getLogger("sweeps")
 
 
@@ -60,11 +61,10 @@ def _run(request: Request) -> int:
     named = "study" in sweep_flags or load_settings(SweepConfig, space, {}).study is not None
     defaults = {} if named else {"study": f"{space.stem}-{config_file.stem if config_file else DEFAULT}"}
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
-    from sweeps.driver import run_sweep
-    from sweeps.launchers import PRELOADED
-
     if sweep.launcher == "processes":
-        fork_workers_from_here(PRELOADED)
+        prepare_workers(WORKER)
+    from sweeps.driver import run_sweep
+
     return _finish(run_sweep(sweep, config))
 
 
@@ -85,10 +85,9 @@ def _study(request: Request) -> tuple[str, str | None, dict[str, Any], dict[str,
 
 def _resume(request: Request) -> int:
     name, storage, sweep_flags, settings = _study(request)
+    prepare_workers(WORKER)
     from sweeps.driver import resume_sweep
-    from sweeps.launchers import PRELOADED
 
-    fork_workers_from_here(PRELOADED)
     if "space" in sweep_flags:
         space = settings_file(sweep_flags["space"], "--space", SPACES)
         sweep_flags["space"] = load_settings(SweepConfig, space, {}).space
@@ -111,11 +110,10 @@ def _finish(result: SweepResult) -> int:
 
 def _confirm(request: Request) -> int:
     name, storage, sweep_flags, settings = _study(request)
+    prepare_workers(WORKER)
     from sweeps import show
     from sweeps.confirm import confirm
-    from sweeps.launchers import PRELOADED
 
-    fork_workers_from_here(PRELOADED)
     show.confirmation(confirm(name, storage, sweep_flags, settings))
     return 0
 

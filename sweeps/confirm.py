@@ -12,14 +12,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import InputError, config_to_yaml
 from dann_experiments.config.untrusted import refuse_stored_code
+from dann_experiments.config.workers import RAY_ONLY
 from dann_experiments.reports.tables import markdown, number
 from dann_experiments.tracking.store import Store, open_store
-from sweeps.crew import crew_for
+from dann_experiments.workers.pool import refuse_unshared
+from sweeps.cleanup import clean_up_at_start
 from sweeps.definition import store_settings, stored_settings
-from sweeps.driver import check_launcher, drive, find_study, in_store, only_driver, sharing, study_config
-from sweeps.reaping import reap_at_start
+from sweeps.driver import drive, find_study, in_store, only_driver, open_workers, sharing, study_config
 from sweeps.report import baselines, config_of, label, top_trials, write_trials
-from sweeps.settings import RAY_ONLY, SweepConfig
+from sweeps.settings import SweepConfig
 from sweeps.study import (
     DEFINITION,
     SETTINGS,
@@ -86,7 +87,7 @@ def confirm(
         raise InputError(f"{without_effect[0]} has no effect in confirm; give some of {sorted(EFFECTIVE)}.")
     top = parent.attribute(SETTINGS).get("confirm_top") or DEFAULT_TOP
     sweep = stored_settings(parent, {"confirm_top": top, **overrides, "pruner": "none", "storage": storage})
-    check_launcher(sweep, address)
+    refuse_unshared(sweep, "storage", address)
     candidates = top_trials(parent, sweep.confirm_top)
     if not candidates:
         raise InputError(f"study {name!r} has no complete trial to confirm; `python -m sweeps status --study {name}`.")
@@ -99,10 +100,10 @@ def confirm(
     with (
         sharing(sweep, config) as decoded,
         only_driver(address, name),
-        crew_for(sweep, config, decoded) as crew,
+        open_workers(sweep, config) as pool,
     ):
         store = open_store(config.tracking.uri, config.tracking.experiment)
-        check_launcher(sweep, address, store)
+        refuse_unshared(sweep, "tracking.uri", store.uri)
         config = in_store(config, store)
         study = _confirming_study(contest, sweep, address, store)
 
@@ -116,7 +117,7 @@ def confirm(
             if winner is not None:
                 (folder / "best_config.yaml").write_text(config_to_yaml(config_of(parent, winner)))
 
-        result = drive(study, sweep, config, store, address, crew, report)
+        result = drive(study, sweep, config, store, address, pool, decoded, report)
         table, winner = contest.table(study), contest.winner(study)
         model = None if winner is None else _register(store, sweep.model_name or name, contest, study, winner)
     return Confirmation(
@@ -137,7 +138,7 @@ def _confirming_study(contest: _Contest, sweep: SweepConfig, address: str, store
     study = Sweep.find(storage, name) or Sweep.create(storage, name, parent.maximizes)
     for attribute in (DEFINITION, TRACKING):
         study.set_attribute(attribute, parent.attribute(attribute))
-    reap_at_start(study, store, is_journal(address))
+    clean_up_at_start(study, store, is_journal(address))
     present = {
         (t.user_attrs["candidate"], t.user_attrs["overrides"]["seed"]) for t in study.counted() if not _failed(t)
     }

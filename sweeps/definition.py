@@ -11,7 +11,8 @@ from typing import Any
 from dann_experiments.config import Config, InputError, config_to_dict, flatten
 from dann_experiments.config.parsing import config_from_dict, load_settings
 from dann_experiments.config.untrusted import CLASS_PATH
-from sweeps.settings import QUESTION, RAY_ONLY, SweepConfig
+from dann_experiments.config.workers import RAY_ONLY
+from sweeps.settings import QUESTION, SweepConfig
 from sweeps.space import Space
 from sweeps.study import DEFINITION, SETTINGS, Slot, Sweep
 

@@ -26,7 +26,8 @@ from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, open_store, without_secrets
-from sweeps.crew import Crew, SweepFailed, crew_for, keep_going, with_threads
+from dann_experiments.workers.pool import Pool, open_pool, refuse_unshared
+from sweeps.cleanup import clean_up_at_start, close_runs
 from sweeps.definition import (
     classes_named,
     describe,
@@ -36,9 +37,10 @@ from sweeps.definition import (
     store_settings,
     stored_settings,
 )
+from sweeps.errors import SweepFailed
 from sweeps.objective import check_objective, score_source_model
-from sweeps.reaping import close_runs, reap_at_start
 from sweeps.report import baselines, links, top_trials, write_report
+from sweeps.scheduler import run_trials
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, read_space
 from sweeps.study import (
@@ -54,6 +56,7 @@ from sweeps.study import (
     storage_address,
     study_folder,
 )
+from sweeps.worker import work
 
 __all__ = ["SweepFailed", "SweepResult", "drive", "find_study", "resume_sweep", "run_sweep", "study_config"]
 log = logging.getLogger(__name__)
@@ -99,11 +102,11 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
         data = find_data(config)  # all that is wrong with the files, before a study is made
         check_objective(sweep, config, data.labelled)
         slots_of(sweep, space, config)  # refuse what has no grid before anything is opened
-        check_launcher(sweep, address)
-        with only_driver(address, sweep.study), crew_for(sweep, config, decoded) as crew:
+        refuse_unshared(sweep, "storage", address)
+        with only_driver(address, sweep.study), open_workers(sweep, config) as pool:
             storage = open_storage(address)
             store = open_store(config.tracking.uri, config.tracking.experiment)
-            check_launcher(sweep, address, store)
+            refuse_unshared(sweep, "tracking.uri", store.uri)
             config = in_store(config, store)
             study = Sweep.find(storage, sweep.study)
             if study is not None and study.attribute(DEFINITION) is None and study.trials():
@@ -111,12 +114,12 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
             slots = slots_of(sweep, space, config)
             if study is None or study.attribute(DEFINITION) is None:  # the latter: its driver died while it made it
                 study = study or Sweep.create(storage, sweep.study, sweep.maximizes)
-                _begin(study, sweep, space, config, store, slots, data)
+                _begin(study, sweep, space, config, store, slots, data, pool.threads)
             else:
                 refuse_changes(study, sweep, space, config)
                 _go_on(study, sweep, slots, store, address)
             base = replace(study_config(study, {}), {"tracking": config_to_dict(config)["tracking"]})
-            return drive(study, sweep, base, store, address, crew)
+            return drive(study, sweep, base, store, address, pool, decoded)
 
 
 def resume_sweep(
@@ -157,7 +160,8 @@ def drive(
     config: Config,
     store: Store,
     address: str,
-    crew: Crew,
+    pool: Pool,
+    decoded: Path | None,
     report: Callable[[Sweep, Store, Path], None] = write_report,
 ) -> SweepResult:
     """Keep workers going until no trial is left, in the sweep's own run; the report is written however it ends."""
@@ -175,7 +179,7 @@ def drive(
         study.set_attribute(SWEEP_RUNS, [*(study.attribute(SWEEP_RUNS) or []), run.run_id])
         run.log_params({f"sweep.{key}": value for key, value in study.attribute(SETTINGS).items()})
         try:
-            keep_going(study, sweep, config, store, address, run, crew)
+            run_trials(study, sweep, config, store, address, run, pool, decoded)
             score_source_model(study, config)  # if no worker has
         finally:
             report(study, store, folder)
@@ -189,9 +193,10 @@ def drive(
 
 
 def _begin(
-    study: Sweep, sweep: SweepConfig, space: Space, config: Config, store: Store, slots: list[Slot], data: DomainData
+    study: Sweep, sweep: SweepConfig, space: Space, config: Config, store: Store, slots: list[Slot], data: DomainData,
+    threads: int,
 ) -> None:  # fmt: skip
-    """Make the source model and the study's trials."""
+    """Make the source model and the study's trials; `threads`: each worker's share of the cores."""
     shared = not any(parameter.key.startswith(SOURCE_KEYS) for parameter in space.parameters)
     prepared = prepare(config, store, data)
     if slots and slots[0].reference:
@@ -204,7 +209,7 @@ def _begin(
     experiment = config.tracking.experiment
     secret = without_secrets(store.uri) != store.uri
     study.set_attribute(TRACKING, {"uri": None if secret else store.uri, "experiment": experiment})
-    describe(study, sweep, space, with_threads(prepared if shared else config, sweep), len(slots))
+    describe(study, sweep, space, with_threads(prepared if shared else config, threads), len(slots))
     study.add(slots)
 
 
@@ -213,7 +218,7 @@ def _go_on(study: Sweep, sweep: SweepConfig, slots: list[Slot], store: Store, ad
     place = study.attribute(TRACKING) or {}
     if place.get("uri") not in (None, store.uri):
         log.warning("The study's earlier runs are in %s, this driver's go elsewhere.", place["uri"])
-    reap_at_start(study, store, is_journal(address))
+    clean_up_at_start(study, store, is_journal(address))
     present = len(study.counted())
     wanted = sweep.n_trials or study.attribute(SETTINGS)["n_trials"]
     if wanted < present:
@@ -235,30 +240,22 @@ def in_store(config: Config, store: Store) -> Config:
     return replace(config, {"tracking.uri": store.uri, "tracking.experiment": store.experiment})
 
 
-@contextlib.contextmanager
-def sharing(sweep: SweepConfig, config: Config) -> Iterator[Path | None]:
-    """The folder in which driver and workers share their decoded data; None for the machines of a cluster."""
-    if sweep.launcher == "ray":
-        yield None
-        return
-    with shared_data(Path(config.tracking.folder)) as folder:
-        yield folder
+def sharing(sweep: SweepConfig, config: Config) -> contextlib.AbstractContextManager[Path | None]:
+    """Open the folder in which driver and workers share their decoded data; None for the machines of a cluster."""
+    return contextlib.nullcontext() if sweep.launcher == "ray" else shared_data(Path(config.tracking.folder))
 
 
-def check_launcher(sweep: SweepConfig, address: str, store: Store | None = None) -> None:
-    """Refuse a cluster whose machines could not share the study or the tracking store."""
-    if sweep.launcher != "ray":
-        return
-    if is_journal(address) or address.startswith("sqlite"):
-        raise InputError(
-            f"launcher is 'ray', but storage is {without_secrets(address)!r}, which other machines cannot share; give a "
-            "server's address, such as postgresql://USER@HOST/DATABASE."
-        )
-    if store is not None and store.uri.startswith("sqlite"):
-        raise InputError(
-            f"launcher is 'ray', but tracking.uri is {without_secrets(store.uri)!r}, which other machines cannot share; give a "
-            "server's address, such as http://HOST:5000."
-        )
+def open_workers(sweep: SweepConfig, config: Config) -> contextlib.AbstractContextManager[Pool]:
+    """Open the pool of the sweep's workers."""
+    return open_pool(work, sweep, config.trainer.accelerator)
+
+
+def with_threads(config: Config, share: int) -> Config:
+    """Limit the threads of a trial to its share of the cores. Stored with the study: the last digits of a result depend on it."""
+    if config.threads is not None and config.threads <= share:
+        return config
+    log.info("threads: %d for each trial, so that the workers share the cores.", share)
+    return replace(config, {"threads": share})
 
 
 @contextlib.contextmanager

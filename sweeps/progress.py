@@ -2,63 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
 
+from dann_experiments.workers.progress import Progress
 from sweeps.study import Sweep, superseded
 
 
-class Progress:
+class StudyProgress(Progress):
     """Shows trials done, running, pruned and failed, the best so far, and the time left."""
 
     def __init__(self, study: Sweep, workers: int, deadline: float | None) -> None:
+        super().__init__(study.name, len(study.counted()))
         self._study, self._workers, self._deadline = study, workers, deadline
-        self._shown = {trial.number for trial in study.trials() if trial.state.is_finished()}
-        self._live = None
-        if sys.stdout.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as RichProgress
+        self._reported = {trial.number for trial in study.trials() if trial.state.is_finished()}
 
-            self._live = RichProgress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[line]}"),
-                console=Console(),
-            )
-            self._task = self._live.add_task(study.name, line="", total=len(study.counted()))
-
-    def __enter__(self) -> Progress:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def update(self) -> None:
+    def refresh(self) -> None:
         """Show what has changed."""
         line, done = self._line()
-        ended = [
-            trial for trial in self._study.trials() if trial.state.is_finished() and trial.number not in self._shown
-        ]
-        for trial in ended:
-            self._shown.add(trial.number)
-            text = f"trial {trial.number} {describe_end(trial)}"
-            if self._live is not None:
-                self._live.console.print(text, highlight=False)
-            else:
-                print(f"{text}   [{line}]", flush=True)
-        if self._live is not None:
-            self._live.update(self._task, completed=done, line=line)
+        for trial in self._study.trials():
+            if trial.state.is_finished() and trial.number not in self._reported:
+                self._reported.add(trial.number)
+                self.ended(f"trial {trial.number} {describe_end(trial)}", line)
+        self.update(done, line)
 
     def _line(self) -> tuple[str, int]:
         counts = self._study.counts()
@@ -84,7 +51,7 @@ class Progress:
 
 
 def describe_end(trial: FrozenTrial) -> str:
-    """How a trial ended, in a few words."""
+    """Describe how a trial ended, in a few words."""
     roles = {"recipe": " (the recipe's own values)", "control": " (lambda = 0 control)"}
     role = roles.get(str(trial.user_attrs.get("role")), "")
     if trial.state == TrialState.COMPLETE:

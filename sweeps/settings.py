@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal
 from dann_experiments.config import InputError, limits
 from dann_experiments.config.limits import above, between, matching
 from dann_experiments.config.run import MOST_PROCESSES, TARGET_LABEL_METRICS, MonitorConfig
+from dann_experiments.config.workers import MOST_GPUS, PoolSettings
 
 QUESTION = (
     "space",
@@ -19,13 +19,11 @@ QUESTION = (
     "sampler_seed",
     "pruner",
 )  # a change of these is another study
-RAY_ONLY = ("ray_address", "cpus_per_trial")
-MOST_A_GPU = 64  # trials
 FILE_NAME = matching(r"[\w][\w .+-]{0,99}", "up to 100 letters, digits, blanks and . + - _ (it names files)")
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(PoolSettings):
     """A search over settings of `adapt`, written in a YAML file (`--space FILE`). Each setting is also a flag."""
 
     space: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +61,7 @@ class SweepConfig:
     """Address of the Ray cluster; auto = the one that this machine belongs to."""
     cpus_per_trial: Annotated[float, above(0)] = 1.0
     """Cores of the Ray cluster per trial."""
-    gpus_per_trial: Annotated[float | None, between(0, 1000)] = None
+    gpus_per_trial: Annotated[float | None, between(0, MOST_GPUS)] = None
     """GPUs per trial; 0.5 = two trials share one. null = 1; with launcher ray 0, and trials see no GPU."""
     max_failures: Annotated[int, between(1, 100_000)] = 5
     """Stop the sweep after this many failed trials in a row."""
@@ -99,18 +97,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         limits.check(self)
-        if self.launcher == "processes":
-            for setting in dataclasses.fields(self):
-                if setting.name in RAY_ONLY and getattr(self, setting.name) != setting.default:
-                    raise InputError(
-                        f"{setting.name} has no effect with launcher: processes; remove it, or set launcher: ray."
-                    )
-            gpus = self.gpus_per_trial
-            if gpus is not None and not 1 / MOST_A_GPU <= gpus <= 1:
-                raise InputError(
-                    f"gpus_per_trial is {gpus} with launcher: processes, where a trial has one GPU or shares it; give 1, or a "
-                    f"part such as 0.5 (two trials share one), not below {1 / MOST_A_GPU:g}."
-                )
+        self.check_pool()
         if re.search(r"_test(/|$)", self.objective):
             raise InputError(
                 f"objective is {self.objective!r}, a score of the held-out test set, which can no longer test what was "

@@ -28,12 +28,12 @@ from optuna.trial import FrozenTrial, TrialState
 from dann_experiments.config import InputError
 from dann_experiments.config.paths import user_path
 from dann_experiments.tracking.store import remember_secrets, without_secrets
+from dann_experiments.workers.pool import ATTEMPTS
 from sweeps.journal import damaged_line, journal, last_line_is_damaged
 from sweeps.settings import SweepConfig
 from sweeps.space import Label
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
-ATTEMPTS = 2  # a trial whose worker died is run once more
 DEFINITION, SETTINGS, HALT = "dann.definition", "dann.settings", "dann.halt"
 SOURCE_ONLY, TRACKING, SWEEP_RUNS = "dann.source_only", "dann.tracking", "dann.sweep_runs"
 SOURCE_WANTED = "dann.source_wanted"  # whether the source model is one for all and there are images to score it on

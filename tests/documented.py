@@ -434,6 +434,8 @@ NOT_RUN: Mapping[str, str] = {
     "python -m sweeps run --space sweeps/dann.yaml --config mine.yaml --n_trials 40 --launcher ray --ray_address 10.0.0.1:6379"
     " --storage postgresql://me@10.0.0.1/dann --tracking.uri http://10.0.0.1:5000 --cpus_per_trial 4"
     " --gpus_per_trial 0.5": CLUSTER,
+    "python -m dann_experiments compare --config mine.yaml --launcher ray --ray_address 10.0.0.1:6379"
+    " --tracking.uri http://10.0.0.1:5000 --cpus_per_trial 4 --gpus_per_trial 0.5": CLUSTER,
 }
 
 

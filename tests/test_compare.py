@@ -33,7 +33,7 @@ from dann_experiments.config import Config, config_to_yaml, replace
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.reports.terminal import print_comparison
-from dann_experiments.tracking.orphans import close_orphans
+from dann_experiments.tracking.stale_runs import close_stale_runs
 from dann_experiments.tracking.store import Store, open_store
 
 METHOD = "domain_adaptation.method"
@@ -403,7 +403,7 @@ def test_runs_that_a_killed_comparison_left_open_are_closed_and_those_of_the_liv
         open_run(job="compare", process=process_name()): "RUNNING",
         open_run(job="compare", process="elsewhere:1:0"): "RUNNING",
     }
-    close_orphans(here.store, "compare")
+    close_stale_runs(here.store, "compare")
     found = {run_id: here.store.client.get_run(run_id).info.status for run_id in expected}
     for run_id in expected:
         here.store.client.delete_run(run_id)
@@ -593,6 +593,8 @@ def nested(settings: dict[str, object]) -> dict[str, object]:
         (["--seeds", "4000000000"], "seeds is 4000000000; give how many, at most 1000"),
         (["--seeds", "many"], "seeds is 'many'"),
         (["--workers", "0"], "workers is 0"),
+        (["--launcher", "ray"], "launcher is 'ray', but tracking.uri is"),
+        (["--ray_address", "10.0.0.1:6379"], "ray_address has no effect with launcher: processes"),
         (["--arms", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--runs"], "--runs has no value"),
         (["--runs", "a", "a"], "runs names a run twice"),

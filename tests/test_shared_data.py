@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,11 +27,9 @@ from dann_experiments.jobs.build import make_network
 from dann_experiments.jobs.shared_data import OWNER, PLACE, shared_data
 from dann_experiments.names import SOURCE_TRAIN
 from dann_experiments.tracking import fetch_model
-from dann_experiments.tracking.processes import become_worker, prepare_workers, worker_context
-from sweeps.crew import worker_count
-from sweeps.launchers import PRELOADED, ProcessLauncher
+from dann_experiments.workers.pool import worker_count
+from dann_experiments.workers.processes import become_worker, prepare_workers, worker_context
 from sweeps.settings import SweepConfig
-from sweeps.worker import Task
 
 PROJECT = Path(__file__).parents[1]
 IMAGES = 10 + 4 + 13 + 5 + 3  # of `squares`
@@ -304,21 +302,6 @@ def test_a_trial_of_a_process_has_one_gpu_at_most(part):
         load_settings(SweepConfig, None, {"gpus_per_trial": part})
 
 
-def test_workers_are_spread_over_the_gpus(monkeypatch):
-    launcher = ProcessLauncher(["3", "5"])
-    given: list[Any] = []
-    process = SimpleNamespace(start=lambda: None, sentinel=None, is_alive=lambda: True)
-
-    def make(target: Callable, args: tuple, name: str) -> Any:
-        given.append(args[0].gpu)
-        return process
-
-    monkeypatch.setattr(launcher, "_context", SimpleNamespace(Process=make))
-    for token in "abcd":
-        launcher.start(Task("s", "s", {}, "r", token, "."))
-    assert sorted(given) == ["3", "3", "5", "5"]
-
-
 def test_the_process_that_workers_are_forked_from_has_all_imported_one_thread_and_asks_no_gpu():
     code = """
 import sys, threading, torch
@@ -326,9 +309,10 @@ asked = []
 for name in ("is_available", "device_count", "init", "current_device"):
     setattr(torch.cuda, name, lambda *_, name=name: asked.append(name) or 0)
 torch._C._cuda_getDeviceCount = lambda: asked.append("count") or 0
-import sweeps.preloaded, dann_experiments.comparison.preloaded
-for module in (*sweeps.preloaded.MODULES, *dann_experiments.comparison.preloaded.MODULES):
+from dann_experiments.workers import preloaded
+for module in preloaded.MODULES:
     assert module in sys.modules, module
+import sweeps.worker, dann_experiments.comparison.runner
 assert not asked, asked
 assert not torch.cuda.is_initialized()
 assert threading.active_count() == 1, threading.enumerate()
@@ -342,7 +326,7 @@ assert set(sys.modules) == before
 
 
 def test_the_process_that_workers_are_forked_from_stands_in_no_folder_that_may_go(tmp_path):
-    code = "import os, sweeps.preloaded; assert os.getcwd() == '/', os.getcwd()"
+    code = "import os, dann_experiments.workers.preloaded; assert os.getcwd() == '/', os.getcwd()"
     path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, env=environment, check=True)
@@ -357,7 +341,7 @@ def tell(connection: Any, environment: dict[str, str]) -> None:
 
 def test_a_worker_has_the_environment_of_the_moment_it_is_started(monkeypatch):
     monkeypatch.setenv("FIRST", "1")
-    prepare_workers(PRELOADED)
+    prepare_workers(__name__)
     monkeypatch.delenv("FIRST")
     monkeypatch.setenv("SECOND", "2")
     monkeypatch.setenv("MLFLOW_RUN_ID", "parents")
@@ -368,54 +352,3 @@ def test_a_worker_has_the_environment_of_the_moment_it_is_started(monkeypatch):
     its.close()
     assert mine.recv() == (None, "2", None)
     process.join()
-
-
-FORKED = """
-import multiprocessing.forkserver, os, threading
-import rich
-from dann_experiments.tracking.processes import become_worker, fork_workers_from_here, worker_context
-
-def tell(connection):
-    import torch, mlflow, segmentation_models_pytorch, rasterio
-    origin, threads = os.getppid(), threading.active_count()
-    become_worker("log.txt", {})
-    connection.send((getattr(torch, "seen", None), origin, threads, rich.get_console().color_system))
-
-if __name__ == "__main__":
-    from sweeps import driver
-    import torch
-    torch.seen = "imported by the driver"
-    rich.reconfigure(force_terminal=True, color_system="truecolor")
-    fork_workers_from_here("sweeps.preloaded")
-    fork_workers_from_here("sweeps.preloaded")  # there is one already
-    found = []
-    for _ in range(2):
-        mine, its = worker_context().Pipe()
-        process = worker_context().Process(target=tell, args=(its,))
-        process.start()
-        its.close()
-        found.append(mine.recv())
-        process.join()
-        assert process.exitcode == 0
-    origin = multiprocessing.forkserver._forkserver._forkserver_pid
-    assert found == 2 * [("imported by the driver", origin, 1, None)], found
-    assert os.waitpid(origin, os.WNOHANG) == (0, 0)
-"""
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux" or sys.version_info >= (3, 14), reason="workers import for themselves there"
-)
-def test_workers_of_the_command_line_are_forked_from_what_the_driver_imported(tmp_path):
-    (tmp_path / "forked.py").write_text(FORKED)
-    path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "forked.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )  # it would not come back before the process that it forks has ended, which holds its output
-    assert done.returncode == 0, done.stderr

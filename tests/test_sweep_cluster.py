@@ -1,4 +1,4 @@
-"""A sweep on a Ray cluster of two nodes, with a real PostgreSQL for the study and a real MLflow server for the runs."""
+"""Sweeps and a comparison on a Ray cluster of two nodes, with a real PostgreSQL for studies and a real MLflow server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from test_sweeps import environment, finish, make_place, run_words, runs_of, sweeps, until
 
 from dann_experiments.config import InputError
-from sweeps.launchers import RayLauncher
+from dann_experiments.workers.ray_cluster import RayPool
 from sweeps.study import Sweep, open_storage, superseded
 
 
@@ -85,10 +85,10 @@ def pg_ctl(server: Any, *words: str) -> None:
 def test_without_a_cluster_the_message_says_how_to_start_one(monkeypatch):
     pytest.importorskip("ray")
     with pytest.raises(InputError, match="ray start"):
-        RayLauncher(f"127.0.0.1:{free_port()}", 1, 0)
+        RayPool(print, f"127.0.0.1:{free_port()}", 1, 0)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install '\.\[ray\]'"):
-        RayLauncher("auto", 1, 0)
+        RayPool(print, "auto", 1, 0)
 
 
 @pytest.mark.slow
@@ -134,6 +134,39 @@ def test_a_ray_node_that_dies_costs_no_trial(tmp_path, server, database):
     assert sorted({run.info.status for run in runs}) == ["FINISHED", "KILLED"]
     assert [run.info.status for run in runs].count("KILLED") == 1
     assert not any("postgres:" in str(run.data.params) + str(run.data.tags) for run in runs)
+
+
+@pytest.mark.slow
+def test_a_comparison_on_a_cluster_loses_no_run_when_a_ray_node_dies(tmp_path, server):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    place = make_place(tmp_path / "place", tracking__uri=server)
+    (place / "arms.yaml").write_text("{arms: {source only: {kind: source_only}, control: {kind: control}, DANN: {}}}")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        words = ["compare", "--config", "config.yaml", "--arms", "arms.yaml", "--seeds", "2", "--launcher", "ray"]
+        command = [sys.executable, "-m", "dann_experiments", *words, "--ray_address", cluster.address]
+        process = subprocess.Popen(
+            command, cwd=place, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        until(lambda: sum(run.info.status == "RUNNING" for run in runs_of(place, "adapt", server)) == 2, process)
+        cluster.remove_node(second, allow_graceful=False)
+        printed = finish(process)
+    finally:
+        cluster.shutdown()
+    assert "DANN: " in printed
+    runs = [run for job in ("pretrain", "adapt", "evaluate") for run in runs_of(place, job, server)]
+    assert {run.data.params["cfg.threads"] for run in runs} == {"1"}
+    ended = [(run.data.tags["dann.arm"], run.info.status) for run in runs]
+    finished = {arm for arm, status in ended if status == "FINISHED"}
+    assert finished == {"source only", "control", "DANN"}
+    assert [status for _, status in ended].count("FINISHED") == 6
+    assert [status for _, status in ended if status != "FINISHED"] == ["KILLED"]
+    assert [run.info.status for run in runs_of(place, "compare", server)] == ["FINISHED"]
 
 
 @pytest.mark.slow

@@ -12,22 +12,24 @@ from conftest import small_settings
 from optuna.trial import TrialState
 
 from dann_experiments import DomainAdaptationMethod, InputError, load_config
+from dann_experiments.comparison.runner import Task
 from dann_experiments.config import replace
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.tracking.processes import process_name
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import open_store
+from dann_experiments.workers.pool import Ended, Key, Pool, refuse_unshared
+from sweeps.cleanup import close_runs
 from sweeps.confirm import _Contest
-from sweeps.crew import Crew, SweepFailed, keep_going
 from sweeps.definition import describe, missing_slots, refuse_changes, slots_of, stored_settings
-from sweeps.driver import check_launcher, only_driver
-from sweeps.launchers import Launcher
+from sweeps.driver import only_driver
+from sweeps.errors import SweepFailed
 from sweeps.objective import _reason
-from sweeps.reaping import close_runs
+from sweeps.scheduler import run_trials
 from sweeps.settings import SweepConfig
 from sweeps.space import read_space
 from sweeps.study import SOURCE_ONLY, SWEEP_RUNS, Slot, Sweep, open_storage, superseded
-from sweeps.worker import Task
+from sweeps.worker import work
 
 METHOD = "domain_adaptation.method"
 GAMMA = f"{METHOD}.lambda_schedule.gamma"
@@ -74,51 +76,54 @@ def test_the_control_of_a_method_of_ones_own_is_the_lambda_zero_control():
     assert (changed.name, changed.class_path, changed.init_args) == ("lambda_zero", None, {})
 
 
-class Dying(Launcher):
+class Dying(Pool):
     """Workers that are killed: after claiming a trial, or before."""
 
     def __init__(self, study: Sweep, claims: bool) -> None:
-        self.study, self.claims, self.tokens, self.started = study, claims, list[str](), 0
-        self.waited: list[tuple[int, float]] = []
+        super().__init__(work, count=4, threads=1)
+        self.study, self.claims, self.tokens, self.started = study, claims, list[Key](), 0
+        self.waited: list[tuple[int, float | None]] = []
         """Workers started by then, seconds to wait."""
         self.scorers: list[int] = []
 
-    def start(self, task: Task) -> None:
+    @property
+    def running(self) -> list[Key]:
+        return self.tokens
+
+    def submit(self, key: Key, task: Task) -> None:
         self.started += 1
-        self.tokens.append(task.token)
+        self.tokens.append(key)
         self.scorers += [self.started] if task.scores_source else []
         if self.claims:
             self.study.claim(f"elsewhere:1:{self.started}", task.token)
 
-    @property
-    def alive(self) -> list[str]:
-        return self.tokens
-
-    def wait(self, seconds: float) -> dict[str, str | None]:
+    def wait(self, seconds: float | None = None) -> list[Ended]:
         self.waited.append((self.started, seconds))
+        return super().wait(0.0)
+
+    def _ended(self, seconds: float | None) -> list[Ended]:
         ended, self.tokens = self.tokens, []
-        return dict.fromkeys(ended, "killed by SIGKILL")
+        return [Ended(token, death="was killed by SIGKILL") for token in ended]
 
-    def stop(self) -> None: ...
-
-    def close(self) -> None: ...
+    def stop(self) -> list[Key]:
+        return []
 
 
 @pytest.mark.parametrize(
-    ("claims", "cause"), [(False, "workers in a row died before"), (True, "the last 6 trials failed")]
+    ("claims", "cause"), [(False, "workers in a row ended before"), (True, "the last 6 trials failed")]
 )
 def test_workers_that_die_end_a_sweep_only_when_none_takes_a_trial_or_trials_fail(claims, cause, workplace):
     study, sweep = new_study(n_trials=12, max_failures=6)
     store = open_store(None, "x")
-    launcher = Dying(study, claims)
+    pool = Dying(study, claims)
     with (
         tracked_run(store, None, "sweep", {}, workplace / "runs", use_claimed=False) as run,
         pytest.raises(SweepFailed, match=cause),
     ):
-        keep_going(study, sweep, BASE, store, "journal.log", run, Crew(launcher, 4))
-    assert [seconds > 0 for started, seconds in launcher.waited] == [started > 0 for started, _ in launcher.waited]
+        run_trials(study, sweep, BASE, store, "journal.log", run, pool)
+    assert [bool(seconds) for _, seconds in pool.waited] == [started > 0 for started, _ in pool.waited]
     # one at a time is to score the source model, and another where it died
-    assert launcher.scorers[:2] == [number for number in (1, 5) if number <= launcher.started]
+    assert pool.scorers[:2] == [number for number in (1, 5) if number <= pool.started]
     failed = [trial for trial in study.counted() if trial.state == TrialState.FAIL]
     assert len(study.counted()) == 12
     assert not study.trials(TrialState.RUNNING)
@@ -128,7 +133,7 @@ def test_workers_that_die_end_a_sweep_only_when_none_takes_a_trial_or_trials_fai
         assert sum(superseded(trial) for trial in study.trials()) >= 6
     else:
         assert not failed
-        assert launcher.started <= 2 * 4
+        assert pool.started <= 2 * 4
 
 
 def test_open_runs_of_dead_processes_and_ended_trials_are_closed_and_no_others(workplace):
@@ -172,16 +177,18 @@ def test_a_cluster_does_not_get_files_of_one_machine(workplace):
     sweep = load_settings(SweepConfig, None, {"study": "s", "launcher": "ray"})
     store = open_store(None, "x")
     with pytest.raises(InputError, match=r"storage is .*cannot share"):
-        check_launcher(sweep, "journal.log")
+        refuse_unshared(sweep, "storage", "journal.log")
     with pytest.raises(InputError, match=r"tracking\.uri is .*cannot share"):
-        check_launcher(sweep, "postgresql://host/db", store)
+        refuse_unshared(sweep, "tracking.uri", store.uri)
+    refuse_unshared(sweep, "storage", "postgresql://host/db")
+    refuse_unshared(sweep, "tracking.uri", "http://host:5000")
 
 
 def test_a_reason_that_is_stored_holds_no_password():
     error = mlflow.exceptions.MlflowException("API request to http://me:hidden@host/api failed")
     assert "hidden" not in _reason(error)
     assert "host/api" in _reason(error)
-    task = Task("postgresql://me:hidden@host/db", "s", {"uri": "http://me:hidden@host"}, "id", "token", ".")
+    task = Task("postgresql://me:hidden@host/db", "s", {"uri": "http://me:hidden@host"}, "id", "token")
     assert "hidden" not in repr(task)
 
 

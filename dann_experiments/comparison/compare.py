@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -17,7 +18,7 @@ from dann_experiments.comparison.collect import PROBES, arms_of_runs, config_of,
 from dann_experiments.comparison.evidence import feature_clouds, panels
 from dann_experiments.comparison.report import draw_summary, write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison
-from dann_experiments.comparison.runner import Done, find_cells, run_cells
+from dann_experiments.comparison.runner import Done, find_cells, run_cells, run_task
 from dann_experiments.comparison.selection_quality import per_epoch_choices, score_quality
 from dann_experiments.comparison.verdict import Verdict, difference_table, judge
 from dann_experiments.config import Config, config_to_yaml, flatten
@@ -27,9 +28,10 @@ from dann_experiments.jobs import checks, identity
 from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.names import DOMAINS
 from dann_experiments.tracking.fetch_model import digest_of_model, fetched
-from dann_experiments.tracking.orphans import close_orphans
 from dann_experiments.tracking.run import TrackedRun, tracked_run
+from dann_experiments.tracking.stale_runs import close_stale_runs
 from dann_experiments.tracking.store import TRAINING_PAGES, Store, local_artifact_folder, open_store, without_secrets
+from dann_experiments.workers.pool import Pool, open_pool, refuse_unshared
 
 log = logging.getLogger(__name__)
 JUDGED = ("iou/target_test", "iou/target_val")  # the first that all judged runs have
@@ -71,12 +73,13 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
     arms, notes = ([], []) if settings.runs else arms_of(settings, config)
     store = open_store(config.tracking.uri, config.tracking.experiment)
     found, cells, done = [], [], Done()
-    close_orphans(store, "compare")
+    close_stale_runs(store, "compare")
     if settings.runs:
         arms, found, notes = arms_of_runs(store, settings.runs)
         notes = [*notes, *_missing(arms)]
         config = _config_of_runs(config, store, found, arms)
     else:
+        refuse_unshared(settings, "tracking.uri", store.uri)
         cells = cells_of(arms, settings.seed_list(config.seed), config, _given_source(config, store))
         for cell in cells:
             checks.refuse_auto_batch_size(cell.config, "the runs of a comparison")
@@ -85,15 +88,22 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
     names = [identity.domain_name(config, domain) for domain in DOMAINS]
     tags = {"dann.job": "compare", "dann.source": names[0], "dann.target": names[1], "seed": config.seed}
     folder = Path(config.tracking.folder)
-    with tracked_run(store, config.tracking.run_name, "compare", tags, folder, use_claimed=True) as run:
+    with (
+        _pool_of(settings, config, len(cells) - len(done.run_ids)) as pool,
+        tracked_run(store, config.tracking.run_name, "compare", tags, folder, use_claimed=True) as run,
+    ):
         public = identity.public_settings(config, store.experiment)
         run.log_params(flatten(public))
         (run.folder / "config.yaml").write_text(config_to_yaml(public))
         if cells:
+            log.info("%d runs: %d exist, %d to make.", len(cells), len(done.reused), len(cells) - len(done.run_ids))
+        if pool is not None:
             tracking = {**asdict(config.tracking), "uri": store.uri, "experiment": store.experiment}
             tags_of_runs = {"dann.comparison": run.run_id}
-            with shared_data(folder) as decoded:
-                run_cells(cells, done, store, tracking, tags_of_runs, settings.workers, run.folder / "logs", decoded)
+            pool.logs = run.folder / "logs"
+            with contextlib.nullcontext() if settings.launcher == "ray" else shared_data(folder) as decoded:
+                run_cells(cells, done, store, tracking, tags_of_runs, pool, decoded)
+        if cells:
             for index, cell in enumerate(cells):
                 if index in done.run_ids:
                     found.append(read_run(store, done.run_ids[index], cell.arm, index in done.reused))
@@ -106,6 +116,13 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         _write(run, comparison, table, _links(store, comparison))
     artifacts = local_artifact_folder(store, run.run_id)
     return ComparisonResult(run.run_id, store.uri, comparison, table, None if artifacts is None else str(artifacts))
+
+
+def _pool_of(settings: CompareConfig, config: Config, missing: int) -> contextlib.AbstractContextManager[Pool | None]:
+    """Open the pool for `missing` runs; None if there are none."""
+    if not missing:
+        return contextlib.nullcontext()
+    return open_pool(run_task, settings, config.trainer.accelerator, missing)
 
 
 def _given_source(config: Config, store: Store) -> str | None:

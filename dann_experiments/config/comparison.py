@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from dann_experiments.config import limits
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.limits import between
+from dann_experiments.config.limits import above, between
 from dann_experiments.config.run import MOST_PROCESSES
+from dann_experiments.config.workers import MOST_GPUS, PoolSettings
 
 Kind = Literal["source_only", "statistics", "control", "adapted", "oracle"]
 """source_only: the source model as it is; statistics: that model with BatchNorm statistics of the target (AdaBN); control:
@@ -28,7 +29,7 @@ MOST_SEEDS = 1000  # a larger number is probably a seed
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(PoolSettings):
     """Did adaptation help? Arms over several seeds, judged against the source model and the lambda = 0 control."""
 
     arms: dict[str, dict[str, Any] | None] = field(default_factory=dict)
@@ -39,7 +40,16 @@ class CompareConfig:
     seeds: int | list[int] = 5
     """Number of seeds, counted from `seed` (1 to 1000), or a list of seeds. A verdict needs at least 3; 5 are better."""
     workers: Annotated[int | None, between(1, MOST_PROCESSES)] = None
-    """Runs at a time; null = one per GPU, else one per core (at most 4)."""
+    """Runs at a time; null = as many as fit on the GPUs (gpus_per_trial), without GPUs one per core, at most 4; with launcher
+    ray, as many as fit on the cluster. They share the cores."""
+    launcher: Literal["processes", "ray"] = "processes"
+    """Where runs are made. processes: on this machine; ray: on an existing Ray cluster."""
+    ray_address: str = "auto"
+    """Address of the Ray cluster; auto = the one that this machine belongs to."""
+    cpus_per_trial: Annotated[float, above(0)] = 1.0
+    """Cores of the Ray cluster per run."""
+    gpus_per_trial: Annotated[float | None, between(0, MOST_GPUS)] = None
+    """GPUs per run; 0.5 = two runs share one. null = 1; with launcher ray 0, and runs see no GPU."""
     runs: list[str] = field(default_factory=list)
     """Ids of finished runs to compare, without training anything. The runs of their source models are added."""
 
@@ -56,6 +66,7 @@ class CompareConfig:
         if any(not 0 <= seed < 2**32 for seed in given):
             raise InputError(f"seeds is {self.seeds}; seeds are whole numbers from 0 to 4294967295.")
         limits.check(self)
+        self.check_pool()
         if len(set(self.runs)) < len(self.runs):
             raise InputError("runs names a run twice; name each once.")
         if self.runs and self.arms:

@@ -31,7 +31,6 @@ from dann_experiments.models.networks import build_network, keeps_channels_last
 from dann_experiments.models.passes import check_joint, choose
 from dann_experiments.models.taps import Tap, resolve_taps
 from dann_experiments.names import ALL_SETS, DOMAINS, SPLITS, TARGET_TRAIN, Domain, SetName, Split
-from dann_experiments.tracking.processes import available_cores, visible_gpus
 from dann_experiments.training import random_states
 from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.checkpointing import Checkpoints
@@ -42,6 +41,7 @@ from dann_experiments.training.monitor import DomainAdaptationMonitorCallback, R
 from dann_experiments.training.optimizers import build_optimizer
 from dann_experiments.training.random_states import RandomStates
 from dann_experiments.training.ranks import Rank
+from dann_experiments.workers.processes import available_cores, visible_gpus
 
 log = logging.getLogger(__name__)
 LARGEST_BLANK = 1024  # pixels; divisible by every network's stride

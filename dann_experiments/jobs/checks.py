@@ -15,8 +15,8 @@ from dann_experiments.data.samples import shared_images
 from dann_experiments.models.networks import output_stride
 from dann_experiments.names import DOMAINS, SOURCE_TRAIN, SOURCE_VAL, TARGET_VAL, Domain, SetName
 from dann_experiments.scores.selection import SCORES
-from dann_experiments.tracking.processes import visible_gpus
 from dann_experiments.training.monitor import metrics_to_choose_by
+from dann_experiments.workers.processes import visible_gpus
 
 log = logging.getLogger(__name__)
 

@@ -38,9 +38,9 @@ from dann_experiments.jobs.build import (
     seeded,
 )
 from dann_experiments.names import SetName
-from dann_experiments.tracking.processes import how_it_ended
 from dann_experiments.training.curves import Curves
 from dann_experiments.training.ranks import Rank, leave
+from dann_experiments.workers.processes import how_it_ended
 
 READY = "ready"
 LAST_WORDS_SECONDS = 20.0  # for a process to say what went wrong, once the first rank has lost it

@@ -38,7 +38,6 @@ from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.reports.plots.predictions import draw_predictions
 from dann_experiments.reports.plots.run_curves import draw_curves
 from dann_experiments.scores.selection import KEPT
-from dann_experiments.tracking.processes import visible_gpus
 from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun, tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, remove_artifacts
 from dann_experiments.training.alignment import Alignment, probe_loaders
@@ -48,6 +47,7 @@ from dann_experiments.training.memory import advice_for_training, explain_out_of
 from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
 from dann_experiments.training.random_states import reseed
 from dann_experiments.training.scoring import Scores, predict_images, score_set
+from dann_experiments.workers.processes import visible_gpus
 
 log = logging.getLogger(__name__)
 PICTURES = 6  # images per domain in the prediction figures

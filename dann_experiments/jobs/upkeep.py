@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dann_experiments.config import Config, InputError
-from dann_experiments.tracking.orphans import RUNNING, close_orphans
 from dann_experiments.tracking.processes import live_process
+from dann_experiments.tracking.stale_runs import RUNNING, close_stale_runs
 from dann_experiments.tracking.store import experiment_ids, found_runs, open_store
 from dann_experiments.tracking.sync import Leftover, leftovers, sync
 
@@ -42,7 +42,7 @@ def doctor(config: Config) -> Health:
     """Close, in every experiment of the store, the runs whose process on this machine is gone; look at what is left."""
     store = open_store(config.tracking.uri, config.tracking.experiment, for_runs=False)
     experiments = experiment_ids(store)
-    closed = close_orphans(store, "doctor", experiments=experiments)
+    closed = close_stale_runs(store, "doctor", experiments=experiments)
     open_runs = found_runs(store, experiments, RUNNING)
     processes = {run.info.run_id: run.data.tags.get("dann.process") for run in open_runs}
     here = {run_id for run_id, process in processes.items() if process is not None and live_process(process)}

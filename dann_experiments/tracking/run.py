@@ -33,7 +33,6 @@ from dann_experiments.config.names import (
 from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.deleted import restored
 from dann_experiments.tracking.failures import explained_in_run
-from dann_experiments.tracking.last_word import have_last_word
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
 from dann_experiments.tracking.sender import SPOOL, TAGS, Sender, giving_way
 from dann_experiments.tracking.spool import Point
@@ -44,6 +43,9 @@ log = logging.getLogger(__name__)
 PARAMS_A_REQUEST = 100  # MLflow's limit
 END = "end.json"  # how a run ended, for `sync` where the store was away
 RUN_NAME = "mlflow.runName"
+# Kept with a run that a signal ended: under `mlflow run` its status may read FAILED, as MLflow (3.17) ends the run of a command
+# with another exit code than 0 once more. (It means to spare runs that have ended, but compares names of statuses to numbers.)
+KILLED_BY = "dann.killed_by"
 PARAM_PREFIX = "cfg."  # `mlflow run` logs its own raw strings under the plain names, and params cannot change
 
 
@@ -235,9 +237,8 @@ def tracked_run(
             arrived = signals.hold()
             if arrived is not None:  # whatever `error` is: code in C that a signal interrupts may raise its own instead
                 log.warning("%s: the run is being closed as KILLED.", arrived.name)
+                run.set_tags({KILLED_BY: arrived.name})
                 _close(run, "KILLED")
-                if claimed is not None:
-                    have_last_word(store.uri, run.run_id)
                 raise RunKilled(arrived) from None
             if isinstance(error, (KeyboardInterrupt, EndedEarly)):
                 _close(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FINISHED")
@@ -289,8 +290,8 @@ def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> Ite
     store.client.set_tag(run_id, "dann.process", process_name())  # first: whoever looks for runs of the dead spares it
     store.client.update_run(run_id, status="RUNNING")
     run = store.client.get_run(run_id)
-    if "dann.closed_by" in run.data.tags:
-        store.client.delete_tag(run_id, "dann.closed_by")
+    for tag in {"dann.closed_by", KILLED_BY} & run.data.tags.keys():  # how it ended before
+        store.client.delete_tag(run_id, tag)
     return (point for name in run.data.metrics for point in logged_points(store.client, run_id, name))
 
 

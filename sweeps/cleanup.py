@@ -1,4 +1,4 @@
-"""Ends what dead processes left open: trials that nobody runs, and runs that nobody will close."""
+"""Cleans up after dead processes: trials that nobody runs, and MLflow runs that nobody will close."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ from collections.abc import Iterable, Mapping
 from mlflow.exceptions import MlflowException
 from optuna.trial import TrialState
 
-from dann_experiments.tracking.orphans import close_orphan, close_orphans
 from dann_experiments.tracking.processes import is_elsewhere, live_process
+from dann_experiments.tracking.stale_runs import close_stale_run, close_stale_runs
 from dann_experiments.tracking.store import Store, without_secrets
+from dann_experiments.workers.pool import Key
 from sweeps.study import SWEEP_RUNS, Sweep, stale_trials
 
 log = logging.getLogger(__name__)
-ORPHAN_SECONDS = 30.0  # workers see their driver's end at once and close their runs
+LEAVE_SECONDS = 30.0  # workers notice the end of their driver at once and close their runs
 UNNAMED_SECONDS = 10.0  # longest time between claiming a trial and storing who did
 
 
-def reap_at_start(study: Sweep, store: Store, one_machine: bool) -> None:
+def clean_up_at_start(study: Sweep, store: Store, one_machine: bool) -> None:
     """End what earlier drivers left, and put their trials in again. The caller is the study's only driver on this machine;
-    `one_machine`: in the world (its storage is a file)."""
+    `one_machine`: on any machine, as the study's storage is a file."""
     for trial in study.trials(TrialState.RUNNING):
         worker = study.worker_of(trial)
         if worker is not None:
             if is_elsewhere(worker[1]) and not one_machine:
-                continue  # alive or not: its heartbeat tells
-            _end_orphan(worker[1])
+                continue  # its heartbeat tells whether it is alive
+            _end_stale_worker(worker[1])
         study.give_back(trial, "its worker died, and its driver too")
     study.put_in_again()
     if one_machine:  # wherever the earlier drivers were (a container's host name changes), they are gone
         for run_id in study.attribute(SWEEP_RUNS) or []:
             with contextlib.suppress(Exception):  # deleted, or in another store
                 if store.client.get_run(run_id).info.status == "RUNNING":
-                    close_orphan(store, run_id, "sweep")
+                    close_stale_run(store, run_id, "sweep")
     close_runs(study, store)
 
 
-def reap_dead_workers(study: Sweep, store: Store, tokens: Iterable[str], reason: str) -> None:
-    """Give back the running trials of workers that ended, put them in again, and close their runs."""
-    ended = set(tokens)
+def give_back_trials_of(tasks: Iterable[Key], study: Sweep, store: Store, reason: str) -> None:
+    """Give back the running trials of tasks (tokens) that have ended, put them in again, and close their runs."""
+    ended = set(tasks)
     for trial in study.trials(TrialState.RUNNING):
         worker = study.worker_of(trial)
         if worker is not None and worker[0] in ended:
@@ -51,7 +52,7 @@ def reap_dead_workers(study: Sweep, store: Store, tokens: Iterable[str], reason:
 
 
 def give_back_unnamed(study: Sweep) -> None:
-    """Give back trials whose worker died between claiming and saying so. For when no worker of the study is left."""
+    """Give back trials whose worker died between claiming them and storing its name; to be called when no worker is left."""
     for trial in study.trials(TrialState.RUNNING):
         if study.worker_of(trial) is None:
             study.give_back(trial, "its worker died while claiming it")
@@ -59,7 +60,7 @@ def give_back_unnamed(study: Sweep) -> None:
 
 
 class Watch:
-    """Looks for trials whose worker cannot be asked: of other machines, or killed while claiming."""
+    """Looks for trials whose worker cannot be asked: it is on another machine, or was killed while claiming."""
 
     def __init__(self, study: Sweep, store: Store) -> None:
         self._study, self._store = study, store
@@ -81,9 +82,8 @@ class Watch:
 
 
 def close_runs(study: Sweep, store: Store) -> None:
-    """Close as KILLED the runs that are open without anybody left to write them: of the study's trials that have ended, and
-    of processes of this machine that are gone (an earlier driver, a pretraining). A store that does not answer is left
-    alone: the next call finds them again."""
+    """Close as KILLED the open runs that nobody writes any more: of the study's trials that have ended, and of processes of
+    this machine that are gone (an earlier driver, a pretraining). Where the store does not answer, a later call closes them."""
     finished = {trial.number for trial in study.trials() if trial.state.is_finished()}
     sweep_runs = study.attribute(SWEEP_RUNS) or []
 
@@ -92,14 +92,14 @@ def close_runs(study: Sweep, store: Store) -> None:
         return own and int(tags["dann.trial"]) in finished
 
     try:
-        close_orphans(store, "sweep", has_ended)
+        close_stale_runs(store, "sweep", has_ended)
     except MlflowException as error:
         log.warning(
             "The tracking store does not answer (%s); runs are closed later.", without_secrets(str(error))[:200]
         )
 
 
-def _end_orphan(process_name: str) -> None:
+def _end_stale_worker(process_name: str) -> None:
     """Wait for a worker that outlived its driver to close its run; end it if it does not."""
     import psutil
 
@@ -108,7 +108,7 @@ def _end_orphan(process_name: str) -> None:
         return
     with contextlib.suppress(psutil.Error):
         try:
-            process.wait(ORPHAN_SECONDS)
+            process.wait(LEAVE_SECONDS)
         except psutil.TimeoutExpired:
             process.kill()
             process.wait(5)

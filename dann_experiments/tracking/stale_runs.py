@@ -1,4 +1,4 @@
-"""Runs that the store shows as running though the process that wrote them is gone."""
+"""Stale runs: the store shows them as running, but the process that wrote them is gone."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from dann_experiments.tracking.store import Store, found_runs
 RUNNING = "attributes.status = 'RUNNING'"
 
 
-def close_orphans(
+def close_stale_runs(
     store: Store,
     closed_by: str,
     also: Callable[[Mapping[str, str]], bool] = lambda tags: False,
     experiments: Sequence[str] | None = None,
 ) -> list[str]:
-    """Close as KILLED the open runs of the store's experiment (or of `experiments`, ids) whose process, on this machine, is
-    gone (SIGKILL, power), and those of whose tags `also` says that nobody writes them. `closed_by` is kept as the tag
-    `dann.closed_by`. Returns their ids. Raises MlflowException if the store does not answer."""
+    """Close as KILLED the open runs whose process on this machine is gone (SIGKILL, power), and return their ids.
+
+    `closed_by` is recorded in the tag `dann.closed_by`; `also` tells from a run's tags that nobody writes it any more;
+    `experiments`: ids, None = the store's own. Raises MlflowException if the store does not answer.
+    """
     closed = []
     wanted = [store.experiment_id] if experiments is None else list(experiments)
-    # a list first: closing one changes what stands on the pages that follow
-    for run in list(found_runs(store, wanted, RUNNING)):
+    for run in list(found_runs(store, wanted, RUNNING)):  # a list first: closing a run changes the pages that follow
         process = run.data.tags.get("dann.process")
         if (process is not None and is_gone(process)) or also(run.data.tags):
-            close_orphan(store, run.info.run_id, closed_by)
+            close_stale_run(store, run.info.run_id, closed_by)
             closed.append(run.info.run_id)
     return closed
 
 
-def close_orphan(store: Store, run_id: str, closed_by: str) -> None:
+def close_stale_run(store: Store, run_id: str, closed_by: str) -> None:
     """Close one run as KILLED."""
     store.client.set_tag(run_id, "dann.closed_by", f"{closed_by}: its process was gone")
     clock = Clock(store.client.get_run(run_id).info.start_time)  # the machine's clock may have been put back since

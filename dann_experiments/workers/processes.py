@@ -1,0 +1,112 @@
+"""Worker processes: how they are started, what makes one end with its driver, and how many this machine can run."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+MOST_DEFAULT_WORKERS = 4
+STOP_SECONDS = 90.0  # closing a run may wait a minute for its store
+PRELOADED = "dann_experiments.workers.preloaded"
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus(accelerator: str) -> list[str]:
+    """Return the GPUs that `trainer.accelerator` may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    if accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def default_workers(gpus: list[str], gpus_per_task: float = 1.0) -> int:
+    """Return as many workers as the GPUs hold; without GPUs one per core, but not more than memory usually holds."""
+    return len(gpus) * int(1 / gpus_per_task + 1e-6) or min(available_cores(), MOST_DEFAULT_WORKERS)
+
+
+def how_it_ended(code: int) -> str:
+    """Describe an exit code in words that follow a process's name: "was killed by SIGKILL ...", "ended with code 3"."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + (", as the kernel does where memory runs out" if name == "SIGKILL" else "")
+    return f"ended with code {code}"
+
+
+def join_or_kill(processes: Iterable[BaseProcess]) -> None:
+    """Wait STOP_SECONDS in all for processes that were asked to stop; kill those that are left."""
+    until = time.monotonic() + STOP_SECONDS
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def prepare_workers(module: str) -> None:
+    """Start the fork server, if there is none yet: a process that imports the libraries and `module` once for all workers.
+
+    It imports while this process continues (so the command line starts it before its own imports), does nothing else, touches
+    no GPU, and ends with this process. Where processes are not forked reliably (macOS, Windows) nothing is done: each worker
+    imports for itself.
+    """
+    if sys.platform == "linux":
+        from multiprocessing import forkserver
+
+        multiprocessing.set_forkserver_preload([PRELOADED, module])
+        forkserver.ensure_running()
+
+
+def worker_context() -> BaseContext:
+    """Return the multiprocessing context that starts workers."""
+    return multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+
+
+def become_worker(log_folder: str | None, environment: Mapping[str, str]) -> None:
+    """Make this new process a worker of its parent.
+
+    It gets a log file `worker-PID.log` instead of the terminal, and the parent's present `environment` without its MLflow run.
+    SIGTERM ends it in good order, SIGINT is left to the parent, and it ends when the parent is gone.
+    """
+    os.environ.clear()  # a forked process has the environment of the moment when `prepare_workers` was called
+    os.environ.update(environment)
+    os.environ.pop("MLFLOW_RUN_ID", None)
+    if log_folder is not None:
+        Path(log_folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(log_folder) / f"worker-{os.getpid()}.log", "a", buffering=1)  # noqa: SIM115  (open until the end)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers itself
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _end_with_the_parent() -> None:
+    """A parent that was killed cannot stop its workers: they notice its end themselves."""
+    from multiprocessing.connection import wait
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        with contextlib.suppress(Exception):
+            print("The driver is gone: stopping.", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)
