@@ -25,7 +25,7 @@ from dann_experiments.reports.plots.predictions import draw_predictions
 from dann_experiments.reports.plots.run_curves import draw_curves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from test_comparison_page import example
+from test_comparison_page import example  # pyright: ignore[reportMissingImports]
 
 
 def figures(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
