@@ -51,13 +51,6 @@ from dann_experiments.reports.plots.summary import Headline
 from dann_experiments.reports.plots.summary import draw_summary as draw
 from dann_experiments.reports.tables import MINUS, decimal, short
 
-KIND_WORDS = {
-    "source_only": "the source model as it is",
-    "statistics": "the source model with BatchNorm statistics of the target",
-    "control": "target images forwarded, lambda = 0",
-    "adapted": "adapted",
-    "oracle": "trained with target labels",
-}
 KIND_COLORS = {"source_only": GRAY, "statistics": YELLOW, "control": ORANGE, "oracle": NAVY}
 ADAPTED_COLORS = (TEAL, PURPLE, COLORS[9], RED, COLORS[10], "#5b6ee1")
 OUTCOME_COLORS = {
@@ -68,15 +61,8 @@ OUTCOME_COLORS = {
 }
 OUTCOME_MARKS = {"helped": "▲", "hurt": "▼", "no evidence": "○", "explained by BatchNorm statistics": "≈"}
 SCORE_COLUMNS = ("iou/source_val", "iou/target_val", "iou/source_test", "iou/target_test")
-GAP_COLUMNS = (
-    ("da/probe_acc", "a fresh probe's accuracy", "0.5: cannot tell the domains apart"),
-    ("da/a_distance", "A-distance", "0: none, 2: apart"),
-    ("da/domain_acc_val", "the run's classifier", "accuracy, held-out images"),
-)
+GAP_COLUMNS = ("da/probe_acc", "da/a_distance", "da/domain_acc_val")
 CURVES = ("iou/source_val", "iou/target_val", "da/lambda", "da/domain_acc", "da/domain_acc_val")
-PROJECTIONS: dict[features.Projection, str] = {
-    "pca": "their two principal components (PCA)", "umap": "UMAP's two dimensions",
-}  # fmt: skip
 COMMIT_TAG, ALIGNMENT_TAG = "mlflow.source.git.commit", "dann.alignment"
 
 
@@ -98,16 +84,13 @@ def write_page(path: Path, comparison: Comparison, links: Mapping[str, str] = {}
         comparison=comparison,
         seeds=len({run.seed for run in comparison.runs}),
         colors=arm_colors(comparison.arms),
-        kind_words=KIND_WORDS,
         outcome_marks=OUTCOME_MARKS,
         confidence=confidence,
         percent=_percent,
         nan=math.nan,
-        rule={
-            "min_seeds": MIN_SEEDS,
-            "smallest_gain": f"{100 * SMALLEST_GAIN:.1f} point",
-            "explained_share": f"{100 * EXPLAINED_SHARE:.0f} %",
-        },
+        min_seeds=MIN_SEEDS,
+        smallest_gain=SMALLEST_GAIN,
+        explained_share=EXPLAINED_SHARE,
         links={key: address for key, address in links.items() if pages.safe_address(address)},
         score_columns=columns + [comparison.metric] * (comparison.metric not in columns),
         baselines=[arm for arm in kinds if arm is not None],
@@ -117,9 +100,7 @@ def write_page(path: Path, comparison: Comparison, links: Mapping[str, str] = {}
         figures=_figures(comparison, confidence),
         **_tiles(comparison),
         gap_columns=[
-            column
-            for column in GAP_COLUMNS
-            if any(seed_scores(comparison, arm.name, column[0]) for arm in comparison.arms)
+            name for name in GAP_COLUMNS if any(seed_scores(comparison, arm.name, name) for arm in comparison.arms)
         ],
         alignment=[
             (run, run.tags[ALIGNMENT_TAG])
@@ -142,13 +123,6 @@ def draw_summary(path: Path, comparison: Comparison) -> None:
     names, kinds = shown_arms(comparison, panels), {arm.name: arm.kind for arm in comparison.arms}
     brief = [next((n for n in names if kinds.get(n) == kind), None) for kind in ("source_only", "control", "adapted")]
     names = [name for name in brief if name is not None] or names[:3]
-    count, truths = len(comparison.class_names), [panel.truth for panel in panels]
-    tiles = [("image", [panel.image for panel in panels])]
-    if any(truth is not None for truth in truths):
-        tiles.append(("truth", [None if truth is None else paint(truth, count) for truth in truths]))
-    for name in names:
-        maps = [panel.predictions.get(name) for panel in panels]
-        tiles.append((name, [None if ids is None else paint(ids, count) for ids in maps]))
     draw(
         path,
         comparison.title.replace("->", "→"),
@@ -158,9 +132,9 @@ def draw_summary(path: Path, comparison: Comparison) -> None:
         f"Each seed, mean and {_percent(confidence)} interval",
         f"{comparison.metric}, IoU points",
         {arm.name: (colors[arm.name], histories(comparison, arm.name)) for arm in comparison.arms},
-        tiles if panels else [],
+        _tile_columns(panels, names, len(comparison.class_names)) if panels else [],
         comparison.class_names,
-        _has_unlabeled(panels, count),
+        _has_unlabeled(panels, len(comparison.class_names)),
     )
 
 
@@ -272,9 +246,9 @@ def _figures(comparison: Comparison, confidence: float) -> dict[str, Any]:
     names = sorted(comparison.features, key=lambda name: ("before", "after", name).index(name))
     clouds = {name: (comparison.features[name].source, comparison.features[name].target) for name in names}
     projected = [
-        (how, method, svg(features.features_figure(clouds, how), how, f"Features of both domains by {how.upper()}"))
-        for how, method in PROJECTIONS.items()
-        if clouds and (how == "pca" or features.has_umap())
+        (how, svg(features.features_figure(clouds, how), how, f"Features of both domains by {how.upper()}"))
+        for how in (("pca", "umap") if features.has_umap() else ("pca",))
+        if clouds
     ]
     return {
         "scores": scores, "differences": differences, "curves": drawn, "classes": classes, "features": projected,
@@ -286,41 +260,44 @@ def _has_curve(found: Histories) -> bool:
     return any(len(finite(curve)) > 1 for domain in DOMAIN_COLORS for curve in found[f"iou/{domain}_val"])
 
 
+def _tile_columns(
+    panels: Sequence[Panel], names: Sequence[str], count: int
+) -> list[tuple[str, list[np.ndarray | None]]]:
+    """Return title and pictures per column: images, truth if there is any, then the arms."""
+    maps = [("truth", [panel.truth for panel in panels])] if any(panel.truth is not None for panel in panels) else []
+    maps += [(name, [panel.predictions.get(name) for panel in panels]) for name in names]
+    painted = [(name, [None if ids is None else paint(ids, count) for ids in found]) for name, found in maps]
+    return [("image", [panel.image for panel in panels]), *painted]
+
+
 def _tiles(comparison: Comparison) -> dict[str, Any]:
     panels, count = comparison.panels, len(comparison.class_names)
     names = shown_arms(comparison, panels)
-    with_truth = any(panel.truth is not None for panel in panels)
-    columns = ["image", *["truth"] * with_truth, *names]
+    columns = _tile_columns(panels, names, count)
     rows = []
-    for panel in panels:
-        row = [_tile("image", panel, panel.image)]
-        if with_truth:
-            row.append(_tile("truth", panel, None if panel.truth is None else paint(panel.truth, count)))
-        for name in names:
-            ids = panel.predictions.get(name)
-            tile = _tile(name, panel, None if ids is None else paint(ids, count))
-            if tile and ids is not None and panel.truth is not None:
-                tile["right"] = images.data_uri(images.faded(panel.truth, ids, count))
-                tile["iou"] = images.tile_iou(panel.truth, ids, count)
-            row.append(tile)
-        rows.append(row)
+    for row, panel in enumerate(panels):
+        tiles = [_tile(name, pictures[row], panel) for name, pictures in columns]
+        for name, tile in zip(names, tiles[len(columns) - len(names) :], strict=True):
+            if tile and panel.truth is not None:
+                tile["right"] = images.data_uri(images.faded(panel.truth, panel.predictions[name], count))
+                tile["iou"] = images.tile_iou(panel.truth, panel.predictions[name], count)
+        rows.append(tiles)
     colors = ["#" + bytes(color).hex() for color in np.round(255 * class_colors(count)).astype(np.uint8)]
     legend = list(zip(colors, comparison.class_names, strict=True))
     return {
         "tiles": rows,
-        "tile_columns": columns,
+        "tile_columns": [name for name, _ in columns],
         "tile_side": round(max(min(1060 / len(columns) - 6, 190), 84)),
-        "with_truth": with_truth,
+        "with_truth": len(columns) > 1 + len(names),
         "legend": legend + [(IGNORED_COLOR, NOT_LABELED)] * _has_unlabeled(panels, count),
     }
 
 
-def _tile(name: str, panel: Panel, pixels: np.ndarray | None) -> dict[str, Any] | None:
+def _tile(name: str, pixels: np.ndarray | None, panel: Panel) -> dict[str, Any] | None:
     if pixels is None:
         return None
-    small = max(panel.image.shape[:2]) <= images.SMALL
     image = images.data_uri(pixels, photo=pixels is panel.image)
-    return {"name": name, "image": image, "small": small, "right": "", "iou": math.nan}
+    return {"name": name, "image": image, "small": max(pixels.shape[:2]) <= images.SMALL, "right": "", "iou": math.nan}
 
 
 def _has_unlabeled(panels: Sequence[Panel], count: int) -> bool:

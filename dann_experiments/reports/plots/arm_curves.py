@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dann_experiments.reports.colors import DOMAIN_COLORS, MUTED, ORANGE, PAPER, PURPLE, TEAL
-from dann_experiments.reports.plots.series import Points, finite, mean_curve, smoothed, thinned
+from dann_experiments.reports.plots.series import Points, finite, mean_curve, smoothed
 from dann_experiments.reports.plots.style import drawing, legend_above, new_figure
 from dann_experiments.reports.tables import short
 
@@ -44,7 +44,7 @@ def arm_curves_figure(histories: Histories, limits: tuple[float, float, int], hi
     axes[0].set(ylabel="IoU points, validation", ylim=(low, high), xlim=(-0.02 * last, 1.02 * last))
     legend_above(axes[0])
     if has_lambda:
-        mean = [thinned(curve) for curve in histories["da/lambda"]]
+        mean = [smoothed(curve) for curve in histories["da/lambda"]]
         _draw_seeds(axes[1], mean, ORANGE, "lambda", with_seeds=False)
         axes[1].set(ylabel="lambda", ylim=(-0.05 * (highest_lambda or 1), 1.1 * (highest_lambda or 1)))
     if has_accuracy:

@@ -46,7 +46,7 @@ def draw_domains(
     below = figure.add_gridspec(rows, columns, left=0.03, right=0.98, top=top, bottom=bottom, hspace=0.45, wspace=0.1)
     for band in range(bands):
         axis = figure.add_subplot(below[band // columns, band % columns])
-        edges = _histogram_edges(np.concatenate([found[band] for found in values.values()]))
+        edges = _histogram_edges(np.concatenate([found[band] for found in values.values()])).tolist()
         for domain, found in values.items():
             weights = np.full(len(found[band]), 1 / len(found[band]))
             axis.hist(

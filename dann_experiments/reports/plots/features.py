@@ -61,7 +61,7 @@ def features_figure(clouds: Mapping[str, Cloud], how: Projection) -> Figure:
         axis.set(title=name, xticks=[], yticks=[])
         axis.spines[:].set(visible=True, color=GRID)
         try:
-            flat = project(*map(_sample, cloud), how)
+            flat = project(_sample(cloud[0]), _sample(cloud[1]), how)
         except ValueError as error:
             axis.text(0.5, 0.5, textwrap.fill(str(error), 40), ha="center", transform=axis.transAxes, color=MUTED)
             continue

@@ -36,11 +36,3 @@ def smoothed(curve: Points, most: int = MOST_POINTS) -> list[tuple[int, float]]:
     width = -(-len(curve) // most)
     chunks = [curve[start : start + width] for start in range(0, len(curve), width or 1)]
     return [(chunk[len(chunk) // 2][0], float(np.mean([value for _, value in chunk]))) for chunk in chunks]
-
-
-def thinned(curve: Points, most: int = MOST_POINTS) -> list[tuple[int, float]]:
-    """Return at most `most` points of the curve, evenly spread, its first and last among them."""
-    curve = finite(curve)
-    if len(curve) <= most:
-        return curve
-    return [curve[i] for i in np.unique(np.linspace(0, len(curve) - 1, most).round().astype(int))]

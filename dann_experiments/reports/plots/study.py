@@ -7,7 +7,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from markupsafe import Markup
@@ -49,7 +49,7 @@ def draw_study(
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     params = sorted({name for trial in complete for name in trial.params})
     for name, function in FIGURES.items():
-        wanted = {"target_name": objective}
+        wanted: dict[str, Any] = {"target_name": objective}
         if name == "contour":
             wanted["params"] = _for_contour(study, params)
         try:
@@ -73,7 +73,8 @@ def draw_study(
                 interactive = getattr(optuna.visualization, function)(study, **wanted)
             if name == "importances":
                 interactive.update_layout(title={"text": note, "font": {"size": 13}})
-            parts.append(Markup(plotly.io.to_html(interactive, include_plotlyjs=not parts, full_html=False)))  # noqa: S704
+            html = plotly.io.to_html(interactive, {"responsive": True}, include_plotlyjs=not parts, full_html=False)
+            parts.append(Markup(html))  # noqa: S704  (Plotly escapes what it is given)
         except Exception as error:  # whatever a figure lacks: the report must not fail for it
             missing[name] = " ".join(str(error).split())[:200]
         finally:
