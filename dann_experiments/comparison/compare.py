@@ -100,7 +100,8 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         if pool is not None:
             tracking = {**asdict(config.tracking), "uri": store.uri, "experiment": store.experiment}
             tags_of_runs = {"dann.comparison": run.run_id}
-            pool.logs = run.folder / "logs"
+            if settings.launcher == "processes":
+                pool.logs = run.folder / "logs"
             with contextlib.nullcontext() if settings.launcher == "ray" else shared_data(folder) as decoded:
                 run_cells(cells, done, store, tracking, tags_of_runs, pool, decoded)
         if cells:

@@ -82,7 +82,7 @@ def run_cells(
     the workers are stopped, and each closes its run as KILLED first.
     """
     missing = len(cells) - len(done.run_ids)
-    log.info("%d at a time, %d threads each; their output: %s", pool.count, pool.threads, pool.logs)
+    log.info("%d at a time, %d threads each; their output: %s", pool.count, pool.threads, pool.logs or "Ray's logs")
     try:
         with Progress("comparing", missing, cells[0].config.trainer.enable_progress_bar) as progress:
             _Scheduler(cells, done, store, tracking, tags, pool, decoded, progress).work()
@@ -121,17 +121,17 @@ class _Scheduler:
                 continue
             changes: dict[str, Any] = {}
             if cell.needs_source:
-                source = next(
-                    i
-                    for i, other in enumerate(self.cells)
-                    if other.arm.kind == "source_only" and other.seed == cell.seed
-                )
+                source = self._source_of(cell)
                 if source in self.done.failed:
                     self._failed(index, "its source model failed")
                 if source not in self.done.run_ids:
                     continue
                 changes[PATH] = f"runs:/{self.done.run_ids[source]}/model"
             yield index, self._task(cell, changes)
+
+    def _source_of(self, cell: Cell) -> int:
+        sources = ((index, one) for index, one in enumerate(self.cells) if one.arm.kind == "source_only")
+        return next(index for index, one in sources if one.seed == cell.seed)
 
     def _task(self, cell: Cell, changes: dict[str, Any]) -> Task:
         threads = min(cell.config.threads or self.pool.threads, self.pool.threads)
@@ -142,11 +142,13 @@ class _Scheduler:
         return self.tags | {"dann.arm": cell.arm.name, "dann.kind": cell.arm.kind, "dann.digest": cell.digest}
 
     def _died(self, index: int, ended: Ended) -> None:
-        tags = self._tags(self.cells[index]).items()
+        tags = self._tags(self.cells[index])
+
+        def is_its_run(found: Mapping[str, str]) -> bool:  # its worker may have been on another machine
+            return tags.items() <= found.items()
+
         with contextlib.suppress(Exception):  # a store that does not answer: the next comparison closes the run
-            close_stale_runs(
-                self.store, "compare", lambda found: tags <= found.items()
-            )  # its worker may be another machine's
+            close_stale_runs(self.store, "compare", is_its_run)
         if ended.deaths < ATTEMPTS:
             log.warning("%s: its process %s; trying it again.", self._name(index), ended.death)
         else:

@@ -1,4 +1,4 @@
-"""What a user is told of an error that is neither theirs nor ours: a disk that is full, a store that does not answer."""
+"""Messages for errors that are neither the user's nor ours: a full disk, a store that does not answer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dann_experiments.config.atomic_write import told
 from dann_experiments.config.errors import InputError, NotWritten, StoreAway
 from dann_experiments.tracking.store import in_one_line
 
-_GOES_ON = ("adapt", "pretrain")  # jobs whose runs go on with --resume
+_RESUMABLE = ("adapt", "pretrain")  # jobs whose runs continue with --resume
 
 
 def explained(error: BaseException) -> InputError | None:
-    """The one message for an error of a disk or of the tracking store; None for any other."""
+    """Return the one message for an error of a disk or of the tracking store; None for any other error."""
     answer = told(error)
     if answer is not None or not of_the_store(error):
         return answer
@@ -18,19 +18,18 @@ def explained(error: BaseException) -> InputError | None:
 
 
 def explained_in_run(error: BaseException, run_id: str, job: str | None) -> InputError | None:
-    """`explained` for an error that has ended a run, with the way to go on; None where the error says all that there is to
-    say."""
+    """Return `explained` for an error that has ended a run, with the way to continue; None where the error says all itself."""
     if isinstance(error, InputError) and not isinstance(error, (NotWritten, StoreAway)):
         return None
     found = explained(error)
     if found is None:
         return None
-    again = f"go on: python -m dann_experiments {job} --resume {run_id}" if job in _GOES_ON else f"run {job} again"
+    again = f"go on: python -m dann_experiments {job} --resume {run_id}" if job in _RESUMABLE else f"run {job} again"
     return type(found)(f"{found} When that is mended (free some space, make it writable), {again}")
 
 
 def of_the_store(error: BaseException) -> bool:
-    """Whether the store could not be reached or its database refused, as opposed to a request that was wrong."""
+    """Tell whether the store could not be reached or its database refused, as opposed to a wrong request."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import OperationalError
 
