@@ -14,6 +14,7 @@ from dann_experiments.adaptation.dann import DANNMethod
 from dann_experiments.adaptation.domain_classifier import DomainClassifier, masked_mean
 from dann_experiments.adaptation.method import Progress, StepOutputs
 from dann_experiments.data.dataset import eval_loader, train_loader
+from dann_experiments.data.reading import Reading, Window, read_header, read_pixels
 from dann_experiments.jobs import setup
 from dann_experiments.models.taps import resolve_taps
 from dann_experiments.training.losses import segmentation_loss
@@ -201,3 +202,22 @@ def test_images_of_two_types_are_not_measured_together(tmp_path):
     data = setup.load_data(config)
     with pytest.raises(InputError, match=r"data\.source has images of uint16 and uint8"):
         setup.check_data(config, data, setup.make_network(config))
+
+
+@pytest.mark.parametrize("pixel_size", [0.2, 1.0, 1.15, 3.7])
+def test_what_holds_data_does_not_depend_on_how_many_rows_of_a_file_are_read_at_a_time(
+    tmp_path, monkeypatch, pixel_size
+):
+    values = np.random.default_rng(0).integers(1, 9, (2, 120, 90)).astype(np.uint16)
+    values[:, np.random.default_rng(1).random((120, 90)) < 0.01] = 0
+    write_raster(tmp_path / "a.tif", values, crs="EPSG:32617", transform=from_origin(4e5, 3e6, 0.5, 0.5), nodata=0)
+    reading = Reading(pixel_size=pixel_size)
+    height, width = reading.grid_size(read_header(tmp_path / "a.tif"), tmp_path / "a.tif")
+    window = Window(1, 2, height - 3, width - 2)
+    _, whole = read_pixels(tmp_path / "a.tif", 2, reading, window)
+    monkeypatch.setattr("dann_experiments.data.reading.BLOCK_BYTES", 3000)
+    _, in_blocks = read_pixels(tmp_path / "a.tif", 2, reading, window)
+    assert whole is not None
+    assert in_blocks is not None
+    assert not whole.all()
+    np.testing.assert_array_equal(in_blocks, whole)
