@@ -318,6 +318,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
             "squares", after="killed"
         ),
     },
+    ("docs/scores.md", "Scores on tensors of your own"): {"python: import torch": Example("squares")},
     ("docs/selection.md", "Choosing without target labels"): {
         "python -m dann_experiments adapt --config mine.yaml --monitor.metric select/infomax --monitor.final_model best": Example(
             "squares"

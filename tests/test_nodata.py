@@ -14,6 +14,9 @@ from dann_experiments.adaptation.dann import DANNMethod
 from dann_experiments.adaptation.domain_classifier import DomainClassifier, masked_mean
 from dann_experiments.adaptation.method import Progress, StepOutputs
 from dann_experiments.data.loaders import eval_loader, train_loader
+from dann_experiments.data.pixels import read_pixels
+from dann_experiments.data.rasters import Window, read_header
+from dann_experiments.data.reading import Reading
 from dann_experiments.jobs.build import make_loaders, make_network
 from dann_experiments.models.taps import resolve_taps
 from dann_experiments.names import SOURCE_VAL, SetName
@@ -197,3 +200,22 @@ def test_images_of_two_types_are_not_measured_together(tmp_path):
     config = load_config(None, small_settings(tmp_path) | given | {"data.normalization": "domain"})
     with pytest.raises(InputError, match=r"data\.source has images of uint16 and uint8"):
         read_sets(config)
+
+
+@pytest.mark.parametrize("pixel_size", [0.2, 1.0, 1.15, 3.7])
+def test_what_holds_data_does_not_depend_on_how_many_rows_of_a_file_are_read_at_a_time(
+    tmp_path, monkeypatch, pixel_size
+):
+    values = np.random.default_rng(0).integers(1, 9, (2, 120, 90)).astype(np.uint16)
+    values[:, np.random.default_rng(1).random((120, 90)) < 0.01] = 0
+    write_raster(tmp_path / "a.tif", values, crs="EPSG:32617", transform=from_origin(4e5, 3e6, 0.5, 0.5), nodata=0)
+    reading = Reading(pixel_size=pixel_size)
+    height, width = reading.grid_size(read_header(tmp_path / "a.tif"), tmp_path / "a.tif")
+    window = Window(1, 2, height - 3, width - 2)
+    _, whole = read_pixels(tmp_path / "a.tif", 2, reading, window)
+    monkeypatch.setattr("dann_experiments.data.pixels.BLOCK_BYTES", 3000)
+    _, in_blocks = read_pixels(tmp_path / "a.tif", 2, reading, window)
+    assert whole is not None
+    assert in_blocks is not None
+    assert not whole.all()
+    np.testing.assert_array_equal(in_blocks, whole)

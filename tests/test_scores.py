@@ -1,6 +1,9 @@
 """Scores: IoU, precision, recall and F1 from one confusion matrix for the whole set, macro means, ignored pixels left out."""
 
+import doctest
+import importlib
 import math
+import pkgutil
 
 import numpy as np
 import pytest
@@ -11,10 +14,11 @@ from sklearn.metrics import accuracy_score, jaccard_score, precision_recall_fsco
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dann_experiments import scores
 from dann_experiments.models.networks import predicted_classes
 from dann_experiments.scores import macro_mean, row_shares
 from dann_experiments.scores.predictions import log_probabilities
-from dann_experiments.training.scoring import Scorer, Scores, predict_images, score_set
+from dann_experiments.training.scoring import Scorer, Scores, SelectionScorer, predict_images, score_set
 
 IGNORED = 255
 
@@ -115,12 +119,12 @@ def test_loss_is_the_mean_over_the_labelled_pixels_of_the_whole_set(batch_size):
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_a_set_without_labelled_pixels_scores_nan():
-    for scores in (score([[[0, 1]]], [[[IGNORED, IGNORED]]], 2), Scorer(2, IGNORED).compute()):
-        assert math.isnan(scores.iou)
-        assert math.isnan(scores.loss)
-        assert np.isnan(scores.class_iou).all()
-        assert scores.confusion.sum() == 0
-        assert list(scores.metrics("source_val", ["ground", "house"])) == ["iou/source_val"]
+    for found in (score([[[0, 1]]], [[[IGNORED, IGNORED]]], 2), Scorer(2, IGNORED).compute()):
+        assert math.isnan(found.iou)
+        assert math.isnan(found.loss)
+        assert np.isnan(found.class_iou).all()
+        assert found.confusion.sum() == 0
+        assert list(found.metrics("source_val", ["ground", "house"])) == ["iou/source_val"]
 
 
 def test_metrics_name_the_classes_present():
@@ -260,3 +264,33 @@ def test_a_set_without_labelled_pixels_has_means_of_nan_and_no_class_scores():
     found = Scorer(2, IGNORED).compute().all_metrics("source_val", ["ground", "house"])
     assert set(found) == {f"{kind}/source_val" for kind in ("iou", "precision", "recall", "f1", "accuracy")}
     assert all(math.isnan(value) for value in found.values())
+
+
+def test_the_functions_on_whole_tensors_give_what_training_adds_up_batch_by_batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20, 4, 24, 24, generator=generator)
+    labels = torch.randint(0, 4, (20, 24, 24), generator=generator)
+    labels[::3, 5:] = IGNORED
+    valid = torch.rand(20, 24, 24, generator=generator) > 0.2
+    labeled, unlabeled = Scorer(4, IGNORED), SelectionScorer()
+    for start in range(0, 20, 6):
+        part = slice(start, start + 6)
+        labeled.update(logits[part], labels[part])
+        unlabeled.update(logits[part], valid[part])
+    confusion = scores.confusion_matrix(logits.argmax(1), labels, 4)
+    assert scores.mean_iou(confusion) == labeled.compute().iou
+    assert unlabeled.compute() == pytest.approx({
+        "entropy": scores.mean_entropy(logits, valid), "infomax": scores.information_maximization(logits, valid),
+        "snd": scores.soft_neighborhood_density(logits, valid), "bnm": scores.batch_nuclear_norm(logits, valid),
+    }, abs=1e-9)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(scores.__path__)])
+def test_the_examples_in_the_docstrings_run(name):
+    module = importlib.import_module(f"dann_experiments.scores.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
+def test_every_exported_score_has_an_example():
+    functions = [getattr(scores, name) for name in scores.__all__ if name.islower()]
+    assert [function.__name__ for function in functions if ">>>" not in (function.__doc__ or "")] == []

@@ -61,29 +61,31 @@ def hides(values: np.ndarray, nodata: Sequence[Sequence[float]], way: NodataBand
     return np.logical_or.reduce(bands) if way == "any" else np.logical_and.reduce(bands)
 
 
-def all_valid_behind(
-    valid: np.ndarray, around: tuple[int, int], box: tuple[float, float, float, float], shape: tuple[int, int]
-) -> np.ndarray:
-    """Return `shape` bool of the working grid: True where every file pixel behind it, its neighbors included, is valid.
+def pixels_behind(start: float, length: float, count: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first and end file pixel behind each of `count` working pixels along one side, with one neighbor on each side.
 
-    `valid`: (H, W) of file pixels, whose first one stands at row and column `around` of the file; `box`: (top, left, height,
-    width) in pixels of the file of what becomes `shape` pixels.
+    `start`, `length`: the file pixels that become the `count`; `low`, `high`: first and end file pixel that may be looked at.
+    """
+    edges = start + np.arange(count + 1) * (length / count)
+    begin, end = np.floor(edges[:-1]).astype(int) - 1, np.ceil(edges[1:]).astype(int) + 1
+    return np.clip(begin, low, high), np.clip(end, low, high)
+
+
+def all_valid_behind(
+    valid: np.ndarray, rows: tuple[np.ndarray, np.ndarray], columns: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Return (h, w) bool of the working grid: True where every file pixel behind it is valid.
+
+    `valid`: (H, W) of file pixels; `rows` (h each) and `columns` (w each): first and end within it, as `pixels_behind`.
     """
     kind = np.int32 if valid.size < 2**31 else np.int64
     missing = np.zeros((valid.shape[0] + 1, valid.shape[1] + 1), kind)
     missing[1:, 1:] = (~valid).cumsum(0, dtype=kind).cumsum(1, dtype=kind)
-
-    def bounds(side: int) -> tuple[np.ndarray, np.ndarray]:
-        edges = box[side] + np.arange(shape[side] + 1) * (box[side + 2] / shape[side])
-        begin = np.floor(edges[:-1]).astype(int) - 1 - around[side]
-        end = np.ceil(edges[1:]).astype(int) + 1 - around[side]
-        return np.clip(begin, 0, valid.shape[side]), np.clip(end, 0, valid.shape[side])
-
-    (rows, bottom), (columns, right) = bounds(0), bounds(1)
+    (top, bottom), (left, right) = rows, columns
     count = (
         missing[np.ix_(bottom, right)]
-        - missing[np.ix_(rows, right)]
-        - missing[np.ix_(bottom, columns)]
-        + missing[np.ix_(rows, columns)]
+        - missing[np.ix_(top, right)]
+        - missing[np.ix_(bottom, left)]
+        + missing[np.ix_(top, left)]
     )
     return count == 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.data.nodata import all_valid_behind, default_nodata_bands, hides
+from dann_experiments.data.nodata import all_valid_behind, default_nodata_bands, hides, pixels_behind
 from dann_experiments.data.rasters import Header, Window, header_of, open_raster
 from dann_experiments.data.reading import Reading, chosen_bands
 
@@ -220,23 +220,39 @@ def _valid(
     if not reading.may_lack_data(header):
         return None
     if factor == 1.0:
-        own, around = values, window
-    else:  # validity of the file's pixels: a resampled one is valid only if all that it is made of are
-        top, left = max(int(window.top * factor) - 1, 0), max(int(window.left * factor) - 1, 0)
-        bottom = min(int(np.ceil((window.top + window.height) * factor)) + 1, header.height)
-        right = min(int(np.ceil((window.left + window.width) * factor)) + 1, header.width)
-        around = Window(top, left, bottom - top, right - left)
-        own = _stored(file, list(bands), around, header)
+        valid = _holds_data(file, header, bands, reading, window, values)
+        return None if valid.all() else valid
+    # Validity of the file's pixels: a resampled one is valid only if all that it is made of are. Some rows at a time, as the
+    # file's pixels may be many for each of the working grid's.
+    top, left = max(int(window.top * factor) - 1, 0), max(int(window.left * factor) - 1, 0)
+    bottom = min(int(np.ceil((window.top + window.height) * factor)) + 1, header.height)
+    right = min(int(np.ceil((window.left + window.width) * factor)) + 1, header.width)
+    box = _span(window, factor, header)
+    begins, ends = pixels_behind(box[0], box[2], window.height, top, bottom)
+    columns = pixels_behind(box[1], box[3], window.width, left, right)
+    columns = columns[0] - left, columns[1] - left
+    rows_at_a_time = max(int(BLOCK_BYTES / (values.itemsize * len(bands) * (right - left) * factor)), 1)
+    parts = []
+    for row in range(0, window.height, rows_at_a_time):
+        begin, end = begins[row : row + rows_at_a_time], ends[row : row + rows_at_a_time]
+        around = Window(int(begin[0]), left, int(end[-1] - begin[0]), right - left)
+        own = _holds_data(file, header, bands, reading, around, _stored(file, list(bands), around, header))
+        parts.append(all_valid_behind(own, (begin - around.top, end - around.top), columns))
+    valid = np.concatenate(parts)
+    return None if valid.all() else valid
+
+
+def _holds_data(
+    file: DatasetReader, header: Header, bands: Sequence[int], reading: Reading, window: Window, own: np.ndarray
+) -> np.ndarray:
+    """(h, w) bool of a window of the file's own pixels (bands, h, w): where there is data."""
     valid = np.ones(own.shape[1:], bool)
     if own.dtype.kind == "f":
         valid &= np.isfinite(own).all(0)
     alpha_is_data = header.alpha in bands
     if header.masked and not alpha_is_data and reading.nodata != ():
-        valid &= ~_masked(file, header, around, 1.0)
+        valid &= ~_masked(file, header, window, 1.0)
     nodata = reading.nodata_of(header, bands)
     if any(nodata):
         valid &= ~hides(own, nodata, reading.nodata_bands or default_nodata_bands(header.dtype))
-    if factor != 1.0:
-        shape = (window.height, window.width)
-        valid = all_valid_behind(valid, (around.top, around.left), _span(window, factor, header), shape)
-    return None if valid.all() else valid
+    return valid
