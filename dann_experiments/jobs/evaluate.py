@@ -171,7 +171,7 @@ def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
         "data.class_names": _class_names(config, notes),
     }
     domains = _domains(config)
-    known = [domain for domain in domains if domain in notes.readings]
+    known: list[Domain] = [domain for domain in domains if domain in notes.readings]
     for domain in known:
         changes |= _reading_changes(config, domain, notes.readings[domain][0])
     if known and known == domains:  # only a record: `_read` gets the numbers from the notes
