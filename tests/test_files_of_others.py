@@ -767,7 +767,8 @@ def test_data_that_are_read_by_a_newer_rule_have_another_digest_than_before_and_
     given |= {"data.source.scale": [0, 255], "data.target.scale": [0, 255], "data.target.nodata_bands": "all"}
     data = find_data(load_config(None, given))
     same = {
-        str(name): data.digests[str(name)] == content_digest(dataset.samples) for name, dataset in data.read().sets.items()
+        str(name): data.digests[str(name)] == content_digest(dataset.samples)
+        for name, dataset in data.read().sets.items()
     }
     assert same == {"source_train": False, "source_val": False, "target_train": True, "target_val": True}
 

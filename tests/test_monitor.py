@@ -755,7 +755,9 @@ def test_the_probe_s_features_are_those_of_the_held_out_images_before_and_after(
     data = runs.data()
     for when, network in (("before", runs.network("pretrained")), ("after", runs.network(name))):
         for domain, count in (("source", 4), ("target", 5)):
-            images = torch.stack([item["image"] for item in (data.sets[SetName(domain, "val")][i] for i in range(count))])
+            images = torch.stack(
+                [item["image"] for item in (data.sets[SetName(domain, "val")][i] for i in range(count))]
+            )
             with torch.no_grad():
                 maps = network.encoder(images)  # pyright: ignore[reportCallIssue]
                 made = maps[-1] if layer == "encoder" else network.decoder(maps)  # pyright: ignore[reportCallIssue]

@@ -102,7 +102,13 @@ def test_only_settings_jobs_comparison_and_the_command_line_take_the_whole_confi
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
                 arguments = node.args
-                for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
+                for one in (
+                    *arguments.posonlyargs,
+                    *arguments.args,
+                    *arguments.kwonlyargs,
+                    arguments.vararg,
+                    arguments.kwarg,
+                ):
                     assert one is None or "Config" not in names_of(one.annotation), f"{file}:{node.lineno} {one.arg}"
             elif isinstance(node, ast.AnnAssign):
                 assert "Config" not in names_of(node.annotation), f"{file}:{node.lineno}"

@@ -173,7 +173,9 @@ def test_a_metric_that_no_run_logs_is_no_objective(squares):
         check_objective(load_settings(SweepConfig, None, {"objective": name}), config, build.find_data(config).labelled)
     for name in ("iou/tarket_val", "class_iou/target_val/ground (any)", "da/domain_accuracy", "loss/train_x"):
         with pytest.raises(InputError, match="do not log"):
-            check_objective(load_settings(SweepConfig, None, {"objective": name}), config, build.find_data(config).labelled)
+            check_objective(
+                load_settings(SweepConfig, None, {"objective": name}), config, build.find_data(config).labelled
+            )
     (squares / "bare").mkdir()
     (squares / "bare" / "images").symlink_to(squares / "target_val" / "images")
     unlabelled = replace(config, {"data.target.val": ["bare"]})

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -16,7 +17,7 @@ from dann_experiments.data.writing import NODATA
 from dann_experiments.jobs.build import data_plan, find_data, make_network
 from dann_experiments.jobs.source_model import fetched
 from dann_experiments.models.files import ModelNotes, listed, load_into, read_model_notes, read_weights
-from dann_experiments.names import DOMAINS, SetName
+from dann_experiments.names import Domain, SetName
 from dann_experiments.tracking.store import Store
 
 
@@ -83,7 +84,7 @@ def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading,
 
 
 def _reading_of_settings(config: Config, domain: str) -> tuple[Reading, Normalization]:
-    name = next(SetName(known, "train") for known in DOMAINS if known == domain)
+    name = SetName(cast(Domain, domain), "train")
     plan = data_plan(config)
     reading = plan.images[name.domain].reading
     if plan.own_statistics or reading.scale == "percentiles":  # measured over the training images
