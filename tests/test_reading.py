@@ -222,7 +222,7 @@ def test_an_id_or_a_colour_that_nobody_named_is_refused_with_the_way_out(tmp_pat
     with pytest.raises(InputError, match=r"m\.png holds id 3, but value_map knows \[1\]; add it"):
         read_mask(tmp_path / "m.png", label_map(["a"], 255, {1: "a"}, None, []))
     Image.fromarray(np.array([[(1, 2, 3)]], np.uint8)).save(tmp_path / "c.png")
-    with pytest.raises(InputError, match=r"c\.png holds the colour \(1, 2, 3\), which color_map does not name"):
+    with pytest.raises(InputError, match=r"c\.png holds the color \(1, 2, 3\), which color_map does not name"):
         read_mask(tmp_path / "c.png", label_map(["a"], 255, None, {(0, 0, 0): "a"}, []))
 
 

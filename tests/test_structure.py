@@ -79,6 +79,56 @@ def test_only_config_knows_jsonargparse_and_only_tracking_and_jobs_know_mlflow()
         assert "mlflow" not in names or folder in ("tracking", "jobs"), file
 
 
+TAKE_CONFIG = ("config", "jobs", "comparison", "command_line", "cli", "__main__")  # and the sweeps, beside the package
+
+
+def names_of(annotation: ast.expr | None) -> set[str]:
+    """The names in an annotation, also where it is written as text."""
+    if annotation is None:
+        return set()
+    found: set[str] = set()
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= names_of(ast.parse(node.value, mode="eval").body)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+    return found
+
+
+def test_only_settings_jobs_comparison_and_the_command_line_take_the_whole_config():
+    package = PROJECT / "dann_experiments"
+    for file in package.rglob("*.py"):
+        if file.relative_to(package).parts[0].removesuffix(".py") in TAKE_CONFIG:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                arguments = node.args
+                for one in (
+                    *arguments.posonlyargs,
+                    *arguments.args,
+                    *arguments.kwonlyargs,
+                    arguments.vararg,
+                    arguments.kwarg,
+                ):
+                    assert one is None or "Config" not in names_of(one.annotation), f"{file}:{node.lineno} {one.arg}"
+            elif isinstance(node, ast.AnnAssign):
+                assert "Config" not in names_of(node.annotation), f"{file}:{node.lineno}"
+
+
+def test_set_names_are_spelled_and_taken_apart_in_one_file_alone():
+    spliced = re.compile(
+        r'f"\{(?:name|domain|self\.domain|side)\}_(?:train|val|test)\b|\.(?:split|partition)\("_"\)|\.replace\("_", "[. ]"\)'
+    )
+    for file in [*(PROJECT / "dann_experiments").rglob("*.py"), *(PROJECT / "sweeps").rglob("*.py")]:
+        room = file.relative_to(PROJECT).parts[1]
+        if room in ("names.py", "reports", "tracking", "__main__.py") or file.name == "figures.py":
+            continue  # labels of figures and columns
+        found = spliced.search(file.read_text())
+        assert found is None, f"{file}: {found}"
+
+
 def pins(lines: Iterable[str]) -> dict[str, str]:
     """Package -> version of lines like `ray[default]==2.0  # why`."""
     found = {}

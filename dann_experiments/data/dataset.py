@@ -111,7 +111,8 @@ class SegmentationDataset(Dataset):
 
     @property
     def later_rules(self) -> list[str]:
-        """Names of the rules, newer than version 0.1, by which images of this set are read otherwise than they were then."""
+        """Return the names of the rules, newer than version 0.1, by which images of this set are read otherwise than they were
+        then."""
         rules = set()
         for header in self.headers:
             if header.orientation != 1:
@@ -126,7 +127,7 @@ class SegmentationDataset(Dataset):
         return sorted(rules)
 
     def name_of(self, index: int) -> str:
-        """The image file of an item, with the window's place where the image has several."""
+        """Return the image file of an item, with the place of its window where the image has several."""
         piece = self.pieces[index]
         path, header = str(self.samples[piece.sample].image), self.headers[piece.sample]
         top, left, height, width = piece.window
@@ -134,7 +135,7 @@ class SegmentationDataset(Dataset):
         return path if whole else f"{path} [rows {top}:{top + height}, columns {left}:{left + width}]"
 
     def read(self, index: int) -> Arrays:
-        """Image (B, h, w) as stored in the file, mask (h, w) and validity (h, w; None = all valid) of an item."""
+        """Return image (B, h, w) as stored in the file, mask (h, w) and validity (h, w; None = all valid) of an item."""
         piece = self.pieces[index]
         if piece in self._kept:
             return self._kept[piece]
@@ -222,8 +223,8 @@ class SegmentationDataset(Dataset):
         return self._item(index, "none")
 
     def as_evaluated(self, most: int | None = None) -> SegmentationDataset:
-        """The same items, or `most` of them from all over the set, whole, in order and as they are: no crop, no augmentation,
-        no random draw. What is kept in memory is shared."""
+        """Return the same items, or `most` of them from all over the set, whole and in order: no crop, no augmentation, no random
+        draw. What is kept in memory is shared."""
         same = copy.copy(self)
         same.training, same.crop_size, same.augmentation = False, None, "none"
         if most is not None and most < len(self):
@@ -231,12 +232,12 @@ class SegmentationDataset(Dataset):
         return same
 
     def picture(self, item: dict[str, Tensor]) -> np.ndarray:
-        """An item's image (B, h, w) in 0..1: normalization undone."""
+        """Return an item's image (B, h, w) in 0..1: normalization undone."""
         mean, std = (np.array(side)[:, None, None] for side in (self.normalization.mean, self.normalization.std))
         return np.clip(item["image"].numpy() * std + mean, 0, 1)
 
     def normalization_of(self, sample: int) -> Normalization:
-        """With the range of the sample's own type where that counts."""
+        """Return the normalization of a sample: with the range of its own type where that counts."""
         return for_file(self.normalization, self.reading, self.headers[sample])
 
     def _item(self, index: int, augmentation: Strength) -> dict[str, Tensor]:
@@ -291,7 +292,7 @@ class SegmentationDataset(Dataset):
         return self.pad_to_crop and self.crop_size is not None and self.crop_size <= MOST_PADDED * min(height, width)
 
     def _padded(self, arrays: Arrays, height: int, width: int) -> Arrays:
-        """An item at a random place of a larger one that holds no data around it."""
+        """Put an item at a random place of a larger one that holds no data around it."""
         image, mask, valid = arrays
         rows, columns = image.shape[1:]
         top = int(torch.randint(height - rows + 1, ()))
@@ -316,7 +317,7 @@ class SegmentationDataset(Dataset):
         return [piece for area in areas for piece in grid(*area)]
 
     def _area(self, sample: Sample, header: Header) -> Window:
-        """The part of an image that belongs to the set, on the working grid."""
+        """Return the part of an image that belongs to the set, on the working grid."""
         height, width = self.reading.grid_size(header, sample.image)
         if sample.region is None:
             return Window(0, 0, height, width)

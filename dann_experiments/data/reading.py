@@ -29,7 +29,7 @@ class Reading:
     bands: tuple[int, ...] | None = None
     """Which bands in which order, from 1; None = all."""
     scale: Literal["type", "percentiles"] | tuple[float, float] = "type"
-    """What becomes 0..1: the type's range, the 2nd to 98th percentile of the training windows a band, or a range."""
+    """What becomes 0..1: the type's range, the 2nd to 98th percentile of the training windows per band, or a range."""
     nodata: Literal["file"] | tuple[float, ...] = "file"
     """Values that mean "no data": the file's own (value, mask or alpha), or these. NaN always does."""
     pixel_size: float | None = None
@@ -41,16 +41,16 @@ class Reading:
     unit: str | None = None
     """Unit of `pixel_size`: that of the files it was set for; None = not known yet, or no georeference has to tell."""
     settings: str = field(default="", compare=False, repr=False)
-    """What stands before the names of these settings in the job at hand, for messages: data.target., or nothing where a
-    finished model is only used. No part of how images are read."""
+    """Prefix of the names of these settings in messages: data.target., or nothing where a finished model is only used. No part
+    of how images are read."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether a finished model is used, whose network and scale nothing changes any more."""
+        """Whether a finished model is used, whose network and scale are fixed."""
         return not self.settings
 
     def factor(self, header: Header, path: Path) -> float:
-        """File pixels a pixel of the working grid, along a side."""
+        """Return the pixels of the file per pixel of the working grid, along a side."""
         if self.pixel_size is None:
             return 1.0
         own = self.file_pixel_size or header.pixel_size
@@ -82,7 +82,7 @@ class Reading:
         return f"{self.settings}pixel_size is {self.pixel_size:g}"
 
     def grid_size(self, header: Header, path: Path) -> tuple[int, int]:
-        """(height, width) of the working grid."""
+        """Return (height, width) of the working grid."""
         factor = self.factor(header, path)
         return max(round(header.height / factor), 1), max(round(header.width / factor), 1)
 
@@ -106,7 +106,7 @@ class Reading:
 class Normalization:
     """From stored values to what the network sees: (value - low) / (high - low), within 0..1, then (x - mean) / std.
 
-    One number a band in each.
+    Each holds one number per band.
     """
 
     low: tuple[float, ...]
@@ -115,7 +115,7 @@ class Normalization:
     std: tuple[float, ...]
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
-        """(B, h, w) float32 in 0..1 from stored values; NaN stays NaN."""
+        """Return (B, h, w) float32 in 0..1 from stored values; NaN stays NaN."""
         low, high = (np.array(side, np.float32)[:, None, None] for side in (self.low, self.high))
         result = values.astype(np.float32)
         result -= low
@@ -123,7 +123,7 @@ class Normalization:
         return np.clip(result, 0.0, 1.0, out=result)
 
     def __call__(self, values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
-        """(B, h, w) float32 for the network; pixels that are not `valid` (h, w) become 0, the mean."""
+        """Return (B, h, w) float32 for the network; pixels that are not `valid` (h, w) become 0, the mean."""
         result = self.scaled(values)
         result -= np.array(self.mean, np.float32)[:, None, None]
         result /= np.array(self.std, np.float32)[:, None, None]
@@ -133,7 +133,7 @@ class Normalization:
 
 
 def for_file(normalization: Normalization, reading: Reading, header: Header) -> Normalization:
-    """With the range of the file's values as low and high, where `scale` says that the file's type tells it."""
+    """Return the normalization of one file: where `scale` is `type`, with the range of the file's values as low and high."""
     if reading.scale != "type":
         return normalization
     bands = len(normalization.mean)
@@ -147,17 +147,17 @@ def largest_value(header: Header) -> float:
 
 
 def reading_facts(reading: Reading, normalization: Normalization) -> dict[str, Any]:
-    """Both as plain values, to be kept with a model."""
+    """Return both as plain values, to be kept with a model."""
     return plain_reading(reading) | dataclasses.asdict(normalization)
 
 
 def plain_reading(reading: Reading) -> dict[str, Any]:
-    """All that decides how images are read."""
+    """Return all that decides how images are read, as plain values."""
     return {name: value for name, value in dataclasses.asdict(reading).items() if name != "settings"}
 
 
 def reading_from_facts(facts: Mapping[str, Any]) -> tuple[Reading, Normalization]:
-    """What `reading_facts` took apart. Raises InputError for anything else."""
+    """Rebuild what `reading_facts` took apart. Raises InputError for anything else."""
 
     def made(cls: Any) -> Any:
         names = {item.name for item in dataclasses.fields(cls)} - {"settings"}
@@ -173,7 +173,7 @@ def reading_from_facts(facts: Mapping[str, Any]) -> tuple[Reading, Normalization
 
 
 def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int) -> list[int]:
-    """Indices from 1 of the bands to read; raises InputError where they are not there or not `in_channels` many."""
+    """Return the numbers, from 1, of the bands to read. Raises InputError where they are missing or not `in_channels` many."""
     chosen = list(reading.bands or header.data_bands)
     has = f"image {path} has {header.bands} band{'s' * (header.bands != 1)}"
     if header.alpha:
@@ -218,7 +218,7 @@ def _is_cmyk(path: Path) -> bool:
 
 
 def check_type(path: Path, header: Header, reading: Reading) -> None:
-    """Raises InputError for values whose range nobody said, and for types that hold no image."""
+    """Raise InputError for values whose range is not known, and for types that hold no image."""
     if not header.dtype.startswith(("uint", "int", "float")):  # GDAL has types that numpy lacks
         raise InputError(f"image {path} holds {header.dtype} values; whole and floating point numbers are read.")
     if reading.scale == "type" and header.dtype not in TYPE_RANGES:

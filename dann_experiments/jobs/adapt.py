@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import pytorch_lightning as pl
@@ -48,24 +49,16 @@ def adapt(
         data, network = _found(config)  # before a store is made: what is refused here leaves nothing behind
         store = store or open_store(config.tracking.uri, config.tracking.experiment)
         config, parts = _prepared(config, store, data, network, AUTO if resume == AUTO else None)
-        source_run_id, digest_of_source = load_source_model(config, network, _source_model(config), store)
+        source_run_id, source = load_source_model(config, network, _source_model(config), store)
         reseed(config.seed)  # the same numbers whether the source model was just trained or found
-        parts = Parts(network, make_method(config, parts.taps), parts.taps, parts.sets)
+        parts = dataclasses.replace(parts, method=make_method(config, parts.taps))
         config = with_batch_sizes(config, parts)
-        digest = run_digest("adapt", config, data.digests, digest_of_source)
+        digest = run_digest("adapt", config, data.digests, source)
         resumed = run_to_go_on(store, "adapt", resume, digest, config)
-        by_target_labels = config.monitor.uses_target_labels or chosen_by_target_labels(store, source_run_id)
-        own_tags = {
-            "dann.method": method_name(config),
-            "dann.source_digest": source_digest(config, data.digests),
-            "dann.digest": digest,
-            "dann.selected_with_target_labels": str(by_target_labels).lower(),
-            **({} if source_run_id is None else {"dann.source_run_id": source_run_id}),
-        }
         name = f"{method_name(config)} seed {config.seed}"
+        all_tags = {**_tags(config, store, data, digest, source_run_id), **(tags or {})}
         return tracked_training(
-            "adapt", config, store, parts, name, {**own_tags, **(tags or {})}, resumed, callbacks,
-            source_run_id=source_run_id,
+            "adapt", config, store, parts, name, all_tags, resumed, callbacks, source_run_id=source_run_id
         )  # fmt: skip
 
 
@@ -99,3 +92,14 @@ def _source_model(config: Config) -> str:
     path = config.domain_adaptation.pretrained_checkpoint.path
     assert path is not None
     return path
+
+
+def _tags(config: Config, store: Store, data: DomainData, digest: str, source_run_id: str | None) -> dict[str, str]:
+    by_target_labels = config.monitor.uses_target_labels or chosen_by_target_labels(store, source_run_id)
+    tags = {
+        "dann.method": method_name(config),
+        "dann.source_digest": source_digest(config, data.digests),
+        "dann.digest": digest,
+        "dann.selected_with_target_labels": str(by_target_labels).lower(),
+    }
+    return tags if source_run_id is None else tags | {"dann.source_run_id": source_run_id}

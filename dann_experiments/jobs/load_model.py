@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 from dann_experiments.checkpoints.saved_model import ModelNotes, read_model_notes
 from dann_experiments.checkpoints.trained_model import Model, model_digest
@@ -10,7 +11,7 @@ from dann_experiments.checkpoints.weights import listed, load_into, read_weights
 from dann_experiments.config import Config, InputError
 from dann_experiments.data.reading import Normalization, Reading
 from dann_experiments.jobs.build import data_plan, find_data, make_network
-from dann_experiments.names import DOMAINS, SetName
+from dann_experiments.names import Domain, SetName
 from dann_experiments.prediction.rasters import NODATA
 from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.store import Store
@@ -61,7 +62,7 @@ def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading,
 
 
 def _reading_of_settings(config: Config, domain: str) -> tuple[Reading, Normalization]:
-    name = next(SetName(known, "train") for known in DOMAINS if known == domain)
+    name = SetName(cast(Domain, domain), "train")
     plan = data_plan(config)
     reading = plan.images[name.domain].reading
     if plan.own_statistics or reading.scale == "percentiles":  # measured over the training images

@@ -1,7 +1,7 @@
-"""Starts the other ranks of a training (`trainer.devices`), and is what they run: one fit, without a tracking store.
+"""Starts the other ranks of a training (`trainer.devices`), and holds what they run: one loop, without a tracking store.
 
-They are plain processes, told by one line on their standard input what to train, and ended by its end, so that none outlives
-the first rank however that dies. Each answers by one line when it is ready, and by one that says what went wrong.
+They are plain processes. One line on their standard input says what to train; its end ends them, so that none outlives the first
+rank however that dies. Each answers by one line when it is ready, and by one that says what went wrong.
 """
 
 from __future__ import annotations
