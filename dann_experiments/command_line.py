@@ -41,10 +41,11 @@ class Request:
 
     def overrides(self, but: Sequence[str] = ()) -> dict[str, Any]:
         """Return dotted name -> text for `load_config`: short names spelled out, `but` left out."""
-        short = {long_name(key, self.command): value for key, value in self.settings.items() if key in SHORT_NAMES}
+        named = self.settings.items()
+        short: dict[str, Any] = {long_name(key, self.command): value for key, value in named if key in SHORT_NAMES}
         if SHORT_NAMES["feature_layer"] in short:  # the short name moves the tap, captured layers included
             short["domain_adaptation.feature_layers"] = None
-        return short | {key: value for key, value in self.settings.items() if key not in (*SHORT_NAMES, *but)}
+        return short | {key: value for key, value in named if key not in (*SHORT_NAMES, *but)}
 
 
 @dataclass(frozen=True)
