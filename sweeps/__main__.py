@@ -17,6 +17,7 @@ from dann_experiments.command_line import (
     DEFAULT_CONFIG,
     SHORT_NAMES,
     Command,
+    Option,
     Program,
     Request,
     quiet_libraries,
@@ -153,8 +154,8 @@ COMMANDS = {
         "search: a new study, or the missing trials of one that exists",
         usage="[--space FILE] [--config FILE] [--SETTING VALUE ...] [--DOTTED.KEY VALUE ...]",
         options={
-            "space": {"metavar": "FILE", "help": "YAML file of the search (default: sweeps/dann.yaml)"},
-            "config": {"metavar": "FILE", "help": "settings of adapt (default: recipes/digits.yaml)"},
+            "space": Option("YAML file of the search (default: sweeps/dann.yaml)", "FILE"),
+            "config": Option("settings of adapt (default: recipes/digits.yaml)", "FILE"),
         },
         settings=SETTINGS,
     ),
@@ -180,7 +181,7 @@ PROGRAM = Program(
     "Search hyperparameters of domain adaptation with Optuna, every trial a run in MLflow.",
     COMMANDS,
     failures={SweepFailed: "The sweep was stopped"},
-    interrupted="Stopped; `python -m sweeps resume --study NAME` runs what is missing.",
+    interrupted="Stopped; `python -m sweeps resume --study NAME` runs what is missing.\n",
 )
 
 if __name__ == "__main__":
