@@ -1,4 +1,4 @@
-"""Gives every user input wrong values, in process, and writes what comes back into docs/inputs.md.
+"""Try wrong values for every user input, in process, and write the answers into docs/inputs.md.
 
 python -m benchmarks.inputs --write    # minutes: it imports torch and makes an MLflow store in a temporary folder
 
@@ -16,7 +16,6 @@ import os
 import re
 import sys
 import tempfile
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,15 @@ from typing import Any
 import yaml
 
 from benchmarks.pages import DOCS, put
-from dann_experiments.__main__ import _argument_parser
-from dann_experiments.__main__ import main as dann
-from dann_experiments.command_line import SHORT_NAMES
+from dann_experiments.cli import PROGRAM as DANN
+from dann_experiments.command_line import SHORT_NAMES, Command
 from dann_experiments.config import Config, InputError, load_config
 from dann_experiments.config.comparison import CompareConfig
+from dann_experiments.config.description import type_name
+from dann_experiments.config.limits import settings_of
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
-from sweeps.__main__ import _argument_parser as _sweeps_parser
-from sweeps.__main__ import main as sweeps
+from sweeps.__main__ import PROGRAM as SWEEPS
 from sweeps.settings import SweepConfig
 
 PROJECT = DOCS.parent
@@ -123,31 +122,28 @@ def answer(program: Callable[[Sequence[str]], int], *words: str) -> str:
     return told.removeprefix("Error: ").strip()
 
 
-def flags_of(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
-    """Command -> its declared flags."""
-    action = next(item for item in parser._actions if isinstance(item, argparse._SubParsersAction))
-    return {
-        name: [flag for item in command._actions for flag in item.option_strings if flag.startswith("--")]
-        for name, command in action.choices.items()
-    }
+def flags_of(command: Command) -> list[str]:
+    """Return the flags of a command: its own options and the short names of settings."""
+    return [f"--{name}" for name in ("help", *command.options, *(SHORT_NAMES if command.short_names else ()))]
 
 
 def command_cases() -> Iterator[Case]:
     """Wrong words on the command lines, with every command and every flag."""
-    for name, program, parser in (("dann_experiments", dann, _argument_parser()), ("sweeps", sweeps, _sweeps_parser())):
-        flags = flags_of(parser)
-        yield Case("commands", f"{name}", "no such command", lambda program=program: answer(program, "nonsense"))
-        for command in flags:
-            shown = f"{name} {command}"
+    for program in (DANN, SWEEPS):
+        run = program.main
+        yield Case("commands", program.name, "no such command", lambda run=run: answer(run, "nonsense"))
+        for name, command in program.commands.items():
+            shown = f"{program.name} {name}"
             for wrong, words in {
                 "a word alone": ["stray"], "a flag without a name": ["--=1"], "no such flag": ["--no_such.flag", "1"],
                 "a key without value": ["--no_such.flag"], "one dash": ["-x", "1"],
             }.items():  # fmt: skip
-                yield Case("commands", shown, wrong, lambda p=program, c=command, w=words: answer(p, c, *w))
-            for flag in flags[command]:
+                yield Case("commands", shown, wrong, lambda run=run, c=name, w=words: answer(run, c, *w))
+            for flag in flags_of(command):
                 if flag not in ("--help", "--all"):
-                    yield Case("flags", f"{shown} {flag}", "no value",
-                               lambda p=program, c=command, f=flag: answer(p, c, f))  # fmt: skip
+                    yield Case(
+                        "flags", f"{shown} {flag}", "no value", lambda run=run, c=name, f=flag: answer(run, c, f)
+                    )
 
 
 def files(folder: Path) -> dict[str, Path]:
@@ -173,11 +169,11 @@ def files(folder: Path) -> dict[str, Path]:
 def file_cases(folder: Path) -> Iterator[Case]:
     """Files of settings: none of them is good for anything but `empty`, which is all defaults."""
     kinds = {
-        "config file (--config)": (dann, "config", "--config"),
-        "arms file (compare --arms)": (dann, "compare", "--seeds", "0", "--arms"),
-        "space file (sweeps run --space)": (sweeps, "run", "--n_trials", "0", "--space"),
+        "config file (--config)": (DANN.main, "config", "--config"),
+        "arms file (compare --arms)": (DANN.main, "compare", "--seeds", "0", "--arms"),
+        "space file (sweeps run --space)": (SWEEPS.main, "run", "--n_trials", "0", "--space"),
         "config file of predict (--config)": (
-            dann, "predict", "--model", "m", "--input", "none.png", "--output", "o.png", "--config",
+            DANN.main, "predict", "--model", "m", "--input", "none.png", "--output", "o.png", "--config",
         ),
     }  # fmt: skip
     for kind, (program, *words) in kinds.items():
@@ -214,7 +210,7 @@ def with_variable(name: str, value: str, *words: str) -> str:
     before = os.environ.get(name)
     os.environ[name] = value
     try:
-        return answer(dann, *words)
+        return answer(DANN.main, *words)
     finally:
         os.environ.pop(name)
         if before is not None:
@@ -233,12 +229,6 @@ def code(text: str, most: int = 230) -> str:
     """Text as code in a cell."""
     text = re.sub(r"[\x00-\x1f\ud800-\udfff]", "?", text.replace("`", "'"))
     return f"`{cell(text if len(text) <= most else text[:most] + ' ...')}`"
-
-
-def type_name(wanted: Any) -> str:
-    """A type as the messages write it."""
-    name = getattr(wanted, "__name__", None) if isinstance(wanted, type) else None
-    return name or str(wanted).replace("typing.", "").replace("Literal", "one of ")
 
 
 def is_generic(message: str) -> bool:
@@ -266,7 +256,7 @@ def generic_table(answers: Mapping[tuple[str, str, str], str]) -> list[str]:
 def settings_table(answers: Mapping[tuple[str, str, str], str], page: str, cls: type) -> list[str]:
     """Key, type, what is said beside the generic answers, and which of the wrong values are taken; of the keys asked."""
     lines = ["| key | type | its own answers | taken here |", "|---|---|---|---|"]
-    types = dict(typed(cls))
+    types = {setting.name: type_name(setting.type) for setting in settings_of(cls)}
     for key in dict.fromkeys(key for at, key, _ in answers if at == page):
         own: dict[str, list[str]] = {}
         taken = []
@@ -275,21 +265,10 @@ def settings_table(answers: Mapping[tuple[str, str, str], str], page: str, cls: 
             if message == TAKEN:
                 taken.append(wrong)
             elif not is_generic(message):
-                own.setdefault(re.sub(r" is [^;,]*(?=[;,])", " is VALUE", message), []).append(wrong)
+                own.setdefault(re.sub(r" is [^;,]*(?=[;,])", " is VALUE", message, count=1), []).append(wrong)
         shown = "<br>".join(f"{', '.join(wrongs)}: {code(text)}" for text, wrongs in own.items())
-        lines.append(f"| `{key}` | {code(type_name(types[key]), 400)} | {shown} | {cell(', '.join(taken))} |")
+        lines.append(f"| `{key}` | {code(types[key], 400)} | {shown} | {cell(', '.join(taken))} |")
     return lines
-
-
-def typed(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and type of every setting."""
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        inner = hints[item.name]
-        if dataclasses.is_dataclass(inner):
-            yield from typed(typing.cast(type, inner), f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", inner
 
 
 def plain_table(answers: Mapping[tuple[str, str, str], str], page: str, heads: str) -> list[str]:
@@ -318,13 +297,12 @@ def listed(names: Sequence[str], everything: Sequence[str]) -> str:
 def commands_table() -> list[str]:
     """Every command with its flags and the settings it takes."""
     lines = ["| command | flags | settings |", "|---|---|---|"]
-    for name, parser in (("dann_experiments", _argument_parser()), ("sweeps", _sweeps_parser())):
-        for command, flags in flags_of(parser).items():
-            if name == "sweeps":
-                kinds = {"run": "sweep, settings", "resume": "sweep", "confirm": "sweep"}.get(command, "study, storage")
-            else:
-                kinds = {"predict": "predict", "compare": "compare, settings"}.get(command, "settings")
-            lines.append(f"| `python -m {name} {command}` | {', '.join(f'`{flag}`' for flag in flags)} | {kinds} |")
+    kinds = {kind: name for name, kind in KINDS.items()}
+    for program in (DANN, SWEEPS):
+        for name, command in program.commands.items():
+            settings = ", ".join(kinds[kind] for kind in command.settings.values()) or "study, storage"
+            flags = ", ".join(f"`{flag}`" for flag in flags_of(command))
+            lines.append(f"| `python -m {program.name} {name}` | {flags} | {settings} |")
     return lines
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dann_experiments.command_line import Command, Program, Request, quiet_libraries
+from dann_experiments.command_line import Command, Option, Program, Request, quiet_libraries
 from dann_experiments.config import Config, TrainingFailed, config_to_yaml, load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys, load_settings
@@ -23,12 +23,9 @@ from dann_experiments.workers.processes import prepare_workers
 
 log = logging.getLogger(__name__)
 OF_ADAPTATION = ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer")
-CONFIG = {"config": {"metavar": "FILE", "help": "YAML file of settings, or a recipe's name (default: digits)"}}
+CONFIG = {"config": Option("YAML file of settings, or a recipe's name (default: digits)", "FILE")}
 RESUME = {
-    "resume": {
-        "metavar": "RUN_ID",
-        "help": "resume this killed run; auto: the newest one of these settings, else start a new run",
-    }
+    "resume": Option("resume this killed run; auto: the newest of these settings, else start a new run", "RUN_ID")
 }
 SETTINGS = {"settings (in a YAML file, or as --dotted.key value)": Config}
 
@@ -234,10 +231,8 @@ COMMANDS = {
         "write the class map of a raster of any size, or of many images: files, folders, patterns",
         usage="--model MODEL --input FILE [FILE ...] --output FILE [--KEY VALUE]",
         options={
-            "input": {
-                "metavar": "FILE", "nargs": "*", "action": "append", "help": "image files, folders and patterns ('a/*.tif')",
-            },
-            "config": {"metavar": "FILE", "help": "settings of the network, for a checkpoint without them"},
+            "input": Option("image files, folders and patterns ('a/*.tif')", "FILE", many=True),
+            "config": Option("settings of the network, for a checkpoint without them", "FILE"),
         },
         settings={"settings (as --key value)": PredictConfig},
         short_names=False,
@@ -247,8 +242,8 @@ COMMANDS = {
         "did adaptation help? source only, control, DANN and oracle over several seeds; a verdict and a report",
         options=CONFIG
         | {
-            "arms": {"metavar": "FILE", "help": "YAML file of arms (and seeds); default: the usual five"},
-            "runs": {"metavar": "ID", "nargs": "*", "help": "compare these finished runs; nothing is trained"},
+            "arms": Option("YAML file of arms (and seeds); default: the usual five", "FILE"),
+            "runs": Option("compare these finished runs, without training anything", "ID", many=True),
         },
         settings={"settings of the comparison (in the file of arms, or as --key value)": CompareConfig, **SETTINGS},
     ),
@@ -268,11 +263,11 @@ COMMANDS = {
     "layers": Command(
         _layers,
         "list the layers whose features can be aligned",
-        options=CONFIG | {"all": {"action": "store_true", "help": "list every layer, not only the useful ones"}},
+        options=CONFIG | {"all": Option("list every layer, not only the useful ones")},
         settings=SETTINGS,
     ),
     "config": Command(_show_config, "print the resolved settings as YAML", options=CONFIG, settings=SETTINGS),
-}  # fmt: skip
+}
 PROGRAM = Program(
     "dann_experiments",
     "Adapt segmentation networks to unlabelled domains with DANN, tracked in MLflow.",

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from dann_experiments.config import InputError
 from dann_experiments.config.recipes import forget_default, with_origin
@@ -30,6 +31,7 @@ SHORT_NAMES = {
 }
 SHELLS = ("bash", "sh", "dash", "zsh")  # `mlflow run` starts its command by one
 EMPTY = ("", "None")  # how MLflow spells an optional parameter that was left out
+HELP = ("-h", "--help")
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,34 @@ class Request:
 
     def overrides(self, but: Sequence[str] = ()) -> dict[str, Any]:
         """Return dotted name -> text for `load_config`: short names spelled out, `but` left out."""
-        short: dict[str, Any] = {
-            long_name(key, self.command): value for key, value in self.settings.items() if key in SHORT_NAMES
-        }
+        named = self.settings.items()
+        short: dict[str, Any] = {long_name(key, self.command): value for key, value in named if key in SHORT_NAMES}
         if SHORT_NAMES["feature_layer"] in short:  # the short name moves the tap, captured layers included
             short["domain_adaptation.feature_layers"] = None
-        return short | {key: value for key, value in self.settings.items() if key not in (*SHORT_NAMES, *but)}
+        return short | {key: value for key, value in named if key not in (*SHORT_NAMES, *but)}
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a command that is no setting."""
+
+    help: str
+    metavar: str = ""
+    """What its value is called; empty if it takes none."""
+    many: bool = False
+    """Whether it takes several values, and may be repeated."""
+
+    def take(self, tokens: list[str]) -> list[str]:
+        """Remove its values from the front of the words that follow it, and return them."""
+        taken: list[str] = []
+        while (
+            self.metavar
+            and tokens
+            and not tokens[0].startswith("-" if self.many else "--")
+            and (self.many or not taken)
+        ):
+            taken.append(tokens.pop(0))
+        return taken
 
 
 @dataclass(frozen=True)
@@ -60,10 +84,9 @@ class Command:
     """Returns the exit code."""
     purpose: str
     usage: str = "[--config FILE] [--SHORT VALUE ...] [--DOTTED.KEY VALUE ...]"
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Its own options: name -> keywords of `ArgumentParser.add_argument`."""
+    options: Mapping[str, Option] = field(default_factory=dict)
     settings: Mapping[str, type] = field(default_factory=dict)
-    """Heading -> settings that the help lists under it."""
+    """Heading -> class of settings that the help lists under it."""
     short_names: bool = True
     """Whether the help lists the short names of settings."""
 
@@ -73,33 +96,33 @@ class Program:
     """A program of several commands."""
 
     name: str
-    description: str
+    purpose: str
     commands: Mapping[str, Command]
     failures: Mapping[type[Exception], str]
     """Errors that end a command with exit code 1, and what is printed before their message."""
-    interrupted: str | None = None
-    """Printed after Ctrl-C."""
+    interrupted: str = ""
+    """What is printed after Ctrl-C."""
 
     def main(self, words: Sequence[str] | None = None) -> int:
         """Run one command. Return 0 if it is done, 1 if what it ran failed, 2 for something that the user can mend (each
         with one message), 130 after Ctrl-C."""
         forget_default()
         leave_clone()
+        words = sys.argv[1:] if words is None else words
         try:
-            request = self.parse(sys.argv[1:] if words is None else words)
-            if request.command == "":
-                print(self._parser().format_help(), end="")
-                return 2
-            if "help" in request.options:
-                print(self.help(request.command))
+            if not words or words[0] in HELP:
+                print(self.help(), end="")
+                return 0 if words else 2
+            if set(words) & set(HELP):
+                print(self.help_of(words[0]), end="")
                 return 0
+            request = self.parse(words)
             warn_of_stored_secrets({**request.options, **request.settings})
             return self.commands[request.command].run(request)
         except InputError as error:
             return report_input(error)
         except KeyboardInterrupt:
-            if self.interrupted is not None:
-                print(self.interrupted, file=sys.stderr)
+            print(self.interrupted, end="", file=sys.stderr)
             return 130
         except Exception as error:
             for kind, heading in self.failures.items():
@@ -109,98 +132,76 @@ class Program:
             return report_failure(error)
 
     def parse(self, words: Sequence[str]) -> Request:
-        """Take a command line apart. The command is empty if there is none; with `--help` nothing else is looked at. Raises
-        InputError for words that make no sense."""
-        known, rest = self._parser().parse_known_args(list(words))
-        given = {name: value for name, value in vars(known).items() if value not in (None, False)}
-        command = given.pop("command", "")
-        if not command or "help" in given:
-            return Request(command, given, {})
-        settings = dotted(rest)
-        options = {name: _words(name, value) if isinstance(value, list) else value for name, value in given.items()}
-        return Request(
-            command,
-            {name: value for name, value in options.items() if value not in (*EMPTY, [])},
-            {key: value for key, value in settings.items() if "." in key or value not in EMPTY},
-        )
+        """Take a command line apart. Raises InputError for words that make no sense."""
+        options: dict[str, Any] = {}
+        settings: dict[str, str] = {}
+        known = self._command(words[0]).options
+        tokens = list(words[1:])
+        while tokens:
+            token = tokens.pop(0)
+            key, equals, value = token.removeprefix("--").partition("=")
+            if not token.startswith("--"):
+                raise InputError(f"unexpected argument {token!r}; give settings as --dotted.key value.")
+            if not key:
+                raise InputError(f"{token!r} names no setting; give settings as --dotted.key value.")
+            option = known.get(key, Option("", "VALUE"))
+            values = [value] if equals else option.take(tokens)
+            if values and not option.metavar:
+                raise InputError(f"--{key} takes no value; leave {value!r} out.")
+            if option.metavar and not values:
+                raise InputError(f"--{key} has no value; give --{key} {option.metavar} (--help lists what there is).")
+            if key in known:
+                kept = [value for value in values if value not in EMPTY]
+                options[key] = [*options.get(key, []), *kept] if option.many else kept[0] if kept else not values
+            elif "." in key or values[0] not in EMPTY:
+                settings[key] = values[0]
+        return Request(words[0], {key: value for key, value in options.items() if value}, settings)
 
-    def help(self, command: str) -> str:
+    def help(self) -> str:
+        """Return the help of the program: its commands."""
+        lines = [f"usage: python -m {self.name} COMMAND ...", "", self.purpose, "", "commands:"]
+        lines += _listed({name: command.purpose for name, command in self.commands.items()})
+        about = (
+            "COMMAND --help lists every setting. Give one as --dotted.key value, for example --trainer.max_epochs 5."
+        )
+        return "\n".join([*lines, "", about, ""])
+
+    def help_of(self, name: str) -> str:
         """Return the help of a command: its options, short names and all its settings."""
         from dann_experiments.config.description import help_text
 
-        about = self.commands[command]
-        parts = [self._parsers()[1][command].format_help()]
-        if about.short_names:
-            short = [
-                f"  --{name:<20}  short for --{long_name(name, command)}"
-                for name, key in SHORT_NAMES.items()
-                if name != key
-            ]
-            parts.append("\n".join(["short names of settings:", *short, ""]))
-        parts += [f"{heading}:\n\n{help_text(kind)}" for heading, kind in about.settings.items()]
-        return "\n".join(parts)
+        command = self._command(name)
+        options = {f"--{key} {option.metavar}".rstrip(): option.help for key, option in command.options.items()}
+        lines = [f"usage: python -m {self.name} {name} {command.usage}", ""]
+        lines += [f"{command.purpose[0].upper()}{command.purpose[1:]}.", "", "options:"]
+        lines += _listed({**options, "--help": "show this help and every setting"})
+        if command.short_names:
+            short = {f"--{short}": f"short for --{long_name(short, name)}" for short in SHORT_NAMES if short != "seed"}
+            lines += ["", "short names of settings:", *_listed(short)]
+        for heading, kind in command.settings.items():
+            lines += ["", f"{heading}:", "", help_text(kind)]
+        return "\n".join([*lines, ""])
 
-    def _parser(self) -> _Parser:
-        return self._parsers()[0]
-
-    def _parsers(self) -> tuple[_Parser, Mapping[str, _Parser]]:
-        """The parser of the program, and that of each command."""
-        parser = _Parser(
-            prog=f"python -m {self.name}",
-            description=self.description,
-            epilog="COMMAND --help lists every setting. Give one as --dotted.key value, for example --trainer.max_epochs 5.",
-            allow_abbrev=False,
-        )
-        adding = parser.add_subparsers(dest="command", metavar="COMMAND")
-        parsers = {}
-        for name, command in self.commands.items():
-            parsers[name] = adding.add_parser(
-                name, help=command.purpose, description=command.purpose[0].upper() + command.purpose[1:] + ".",
-                add_help=False, allow_abbrev=False, usage=f"python -m {self.name} {name} {command.usage}",
-            )  # fmt: skip
-            parsers[name].add_argument("-h", "--help", action="store_true", help="show this help and every setting")
-            for option, keywords in command.options.items():
-                parsers[name].add_argument(f"--{option}", **keywords)
-        return parser, parsers
+    def _command(self, name: str) -> Command:
+        if name not in self.commands:
+            raise InputError(f"unknown command {name!r}; give one of {', '.join(self.commands)}.")
+        return self.commands[name]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises InputError, so that a wrong command is reported like any other wrong input."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise InputError."""
-        raise InputError(f"{message} (--help lists what there is).")
+def _listed(texts: Mapping[str, str]) -> list[str]:
+    """Return the lines of a list of names and what they mean."""
+    indent = max(map(len, texts)) + 4
+    width = max(40, min(shutil.get_terminal_size().columns, 120))
+    return [
+        line
+        for name, text in texts.items()
+        for line in textwrap.wrap(text, width, initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
+    ]
 
 
 def long_name(short: str, command: str) -> str:
     """Return the dotted name of a short one; in `pretrain`, `max_epochs` are those of pretraining."""
     return "pretraining.max_epochs" if (short, command) == ("max_epochs", "pretrain") else SHORT_NAMES[short]
-
-
-def dotted(words: Sequence[str]) -> dict[str, str]:
-    """Return `--key value` and `--key=value` as a mapping. Raises InputError for anything else."""
-    overrides: dict[str, str] = {}
-    tokens = list(words)
-    while tokens:
-        token = tokens.pop(0)
-        if not token.startswith("--"):
-            raise InputError(f"unexpected argument {token!r}; give settings as --dotted.key value.")
-        key, equals, value = token[2:].partition("=")
-        if not key:
-            raise InputError(f"{token!r} names no setting; give settings as --dotted.key value.")
-        if not equals:
-            if not tokens:
-                raise InputError(f"--{key} has no value; give --{key} VALUE (--help lists all settings).")
-            value = tokens.pop(0)
-        overrides[key] = value
-    return overrides
-
-
-def _words(option: str, given: Sequence[Any]) -> list[str]:
-    """Return the words of an option that takes several and may be repeated, without empty ones."""
-    if not given or [] in given:
-        raise InputError(f"--{option} has no value; give it one or several, or leave it out.")
-    return [word for part in given for word in ([part] if isinstance(part, str) else part) if word not in EMPTY]
 
 
 class _WithoutSecrets(logging.Formatter):

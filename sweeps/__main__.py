@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dann_experiments.command_line import (
     SHORT_NAMES,
     Command,
+    Option,
     Program,
     Request,
     quiet_libraries,
@@ -150,8 +151,8 @@ COMMANDS = {
         "search: a new study, or the missing trials of one that exists",
         usage="[--space FILE] [--config FILE] [--SETTING VALUE ...] [--DOTTED.KEY VALUE ...]",
         options={
-            "space": {"metavar": "FILE", "help": "YAML file of the search, or a name: dann (default), wide"},
-            "config": {"metavar": "FILE", "help": "settings of adapt, or a recipe's name (default: digits)"},
+            "space": Option("YAML file of the search, or a name: dann (default), wide", "FILE"),
+            "config": Option("settings of adapt, or a recipe's name (default: digits)", "FILE"),
         },
         settings=SETTINGS,
     ),
@@ -177,7 +178,7 @@ PROGRAM = Program(
     "Search hyperparameters of domain adaptation with Optuna, every trial a run in MLflow.",
     COMMANDS,
     failures={SweepFailed: "The sweep was stopped"},
-    interrupted="Stopped; `python -m sweeps resume --study NAME` runs what is missing.",
+    interrupted="Stopped; `python -m sweeps resume --study NAME` runs what is missing.\n",
 )
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""What the command line prints of a study: tables by rich, links, where the files are."""
+"""Print a study on the command line: its trials, links, and where the files are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich import box
+from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from dann_experiments.config.run import TARGET_LABEL_METRICS
 from dann_experiments.reports.tables import number
+from dann_experiments.reports.terminal import print_table
 from dann_experiments.tracking.store import open_store
 from sweeps.driver import SweepResult, find_study, study_config
 from sweeps.progress import describe_end
@@ -24,8 +24,8 @@ NAMES_WIDTH, CELL_WIDTH = 20, 10
 
 
 def result(ended: SweepResult, store: str) -> None:
-    """A sweep that ended: the best trials beside the known ones, and where everything is."""
-    print_table(ended.sweep)
+    """Print a sweep that has ended: the best trials beside the known ones, and where everything is."""
+    print_study(ended.sweep)
     counts = ended.sweep.counts()
     print(", ".join(f"{counts[state]} {state}" for state in ("complete", "pruned", "fail", "waiting") if counts[state]))
     print(f"Report, figures, best_config.yaml, trials.csv: {ended.folder}")
@@ -38,22 +38,21 @@ def result(ended: SweepResult, store: str) -> None:
         print(f"Next: python -m sweeps confirm {flags}   (the best again over new seeds; the best mean wins)")
 
 
-def print_table(study: Sweep) -> None:
-    """The best trials beside the known ones and the source model, a column each, as many as the terminal holds."""
-    console, known = Console(), baselines(study)
-    best = top_trials(study, max(1, (console.width - NAMES_WIDTH) // CELL_WIDTH - len(known) - 1))
+def print_study(study: Sweep) -> None:
+    """Print the best trials beside the known ones and the source model, one column each, as many as fit on the terminal."""
+    known = baselines(study)
+    width = Console().width
+    best = top_trials(study, max(1, (width - NAMES_WIDTH) // CELL_WIDTH - len(known) - 1))
     shown = {trial.number: trial for trial in [*best, *known]}
     found = comparison(study, sorted(shown.values(), key=study.rank, reverse=True)).set_index("").T
-    table = Table(title=f"study {study.name}", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("trial", no_wrap=True)
-    for name in found.columns:
-        heading = (
-            str(name).removeprefix("trial ").replace(" (", "\n").replace("source only", "source\nonly").rstrip(")")
-        )
-        table.add_column(heading, justify="right", overflow="fold")
-    for name, row in found.drop(index="state").iterrows():
-        table.add_row(str(name), *(number(cell, digits=3) for cell in row))
-    console.print(table)
+    headings = [
+        str(name).removeprefix("trial ").replace(" (", "\n").replace("source only", "source\nonly").rstrip(")")
+        for name in found.columns
+    ]
+    rows = [
+        [str(name), *(number(cell, digits=3) for cell in row)] for name, row in found.drop(index="state").iterrows()
+    ]
+    print_table(f"study {study.name}", ["trial", *headings], rows, SIMPLE)
     objective = study.attribute(DEFINITION)["objective"]
     if str(objective).startswith(TARGET_LABEL_METRICS):
         print(
@@ -61,16 +60,13 @@ def print_table(study: Sweep) -> None:
         )
     quality = target_free_choice(study)
     if quality is not None:
-        ranked = Table(title=f"choosing a trial without target labels, against {ORACLE}", box=box.SIMPLE)
-        for name in quality.columns:
-            ranked.add_column(str(name), justify="left" if name == "score" else "right")
-        for row in quality.itertuples(index=False):
-            ranked.add_row(*(number(cell, digits=3) for cell in row))
-        console.print(ranked)
+        rows = [[number(cell, digits=3) for cell in row] for row in quality.itertuples(index=False)]
+        title = f"choosing a trial without target labels, against {ORACLE}"
+        print_table(title, [str(name) for name in quality.columns], rows, SIMPLE)
 
 
 def status(name: str, storage: str | None) -> None:
-    """How far a study is, trial by trial."""
+    """Print the progress of a study, trial by trial."""
     address = storage_address(storage, name)
     study = find_study(name, address)
     counts, settings = study.counts(), study.attribute(SETTINGS)
@@ -97,34 +93,39 @@ def status(name: str, storage: str | None) -> None:
 
 
 def report(name: str, storage: str | None, tracking: Mapping[str, Any]) -> None:
-    """Write the report again and show its table. `tracking`: dotted `tracking.*`, where its runs are if not where stored."""
+    """Write the report again and print its table. `tracking`: dotted `tracking.*`, if the runs have moved since."""
     study = find_study(name, storage_address(storage, name))
     config = study_config(study, tracking)
     folder = study_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     store = open_store(config.tracking.uri, config.tracking.experiment, for_runs=False)
     write_report(study, store, folder)
-    print_table(study)
+    print_study(study)
     print(f"Report, figures, best_config.yaml, trials.csv: {folder}")
 
 
 def confirmation(found: Confirmation) -> None:
-    """The candidates by their means."""
+    """Print the candidates with their means."""
     if not len(found.table):
         print("No confirming run is complete.")
         return
     means = [str(name) for name in found.table.columns if str(name).endswith(" mean")]
     headings = [name.removesuffix(" mean").replace("/", "/\n") for name in means]
-    table = Table("", "seeds", *headings, "chosen by", title=f"study {found.study}", box=box.SIMPLE)
-    for row in found.table.to_dict("records"):
-        cells = [f"{row[name]:.3f} ± {row[name.removesuffix('mean') + 'sd']:.3f}" for name in means]
-        table.add_row(str(row["settings"]), str(row["seeds"]), *cells, number(row["chosen by"]))
-    Console().print(table)
+    rows = [
+        [
+            str(row["settings"]),
+            str(row["seeds"]),
+            *(f"{row[name]:.3f} ± {row[name.removesuffix('mean') + 'sd']:.3f}" for name in means),
+            number(row["chosen by"]),
+        ]
+        for row in found.table.to_dict("records")
+    ]
+    print_table(f"study {found.study}", ["", "seeds", *headings, "chosen by"], rows, SIMPLE)
     if found.beats_control is False:
         print("The lambda = 0 control has the better mean: what was found does not beat it.")
     if found.winner is None:
         print(
-            "No winner yet: some runs are missing (the same command runs them), or each candidate failed by some seed."
+            "No winner yet: some runs are missing (the same command runs them), or each candidate failed with some seed."
         )
     if found.model is not None:
         print(f"Winner: trial {found.winner}; its model (the run with the median score) is {found.model}")

@@ -541,7 +541,7 @@ def test_runs_scored_on_other_images_of_the_target_are_refused(here):
         ({"DANN": {"optimizer.lrr": 1}}, "arms.DANN: unknown setting 'optimizer.lrr'; did you mean"),
         ({"DANN": {"optimizer": {"lrr": 1}}}, "arms.DANN: unknown setting 'optimizer.lrr'; did you mean"),
         ({"DANN": {"optimizer.lr": "fast"}}, "arms.DANN: optimizer.lr is 'fast'"),
-        ({"DANN": {"kind": "dann"}}, "arms.DANN.kind is 'dann'; it is one of ['source_only'"),
+        ({"DANN": {"kind": "dann"}}, "arms.DANN.kind is 'dann'; give one of source_only"),
         (
             {"DANN": {}, "a": {"kind": "control"}, "b": {"kind": "control"}},
             "arms holds 2 arms of kind control; keep one",
@@ -586,11 +586,11 @@ def nested(settings: dict[str, object]) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "0"], "seeds is 0; give how many"),
-        (["--seeds", "-1"], "seeds is -1; give how many"),
+        (["--seeds", "0"], "seeds is 0; give their number"),
+        (["--seeds", "-1"], "seeds is -1; give their number"),
         (["--seeds", "[1, 1]"], "seeds is [1, 1]"),
         (["--seeds", "[-1]"], "seeds is [-1]; seeds are whole numbers from 0"),
-        (["--seeds", "4000000000"], "seeds is 4000000000; give how many, at most 1000"),
+        (["--seeds", "4000000000"], "seeds is 4000000000; give their number, at most 1000"),
         (["--seeds", "many"], "seeds is 'many'"),
         (["--workers", "0"], "workers is 0"),
         (["--launcher", "ray"], "launcher is 'ray', but tracking.uri is"),

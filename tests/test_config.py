@@ -57,7 +57,7 @@ def test_an_override_wins_over_the_file_and_leaves_its_neighbours(tmp_path):
             [0.5, 1],
             "pretraining.optimizer.betas is [0.5, 1.0]; give numbers from 0 to below 1",
         ),
-        ("data.target.bands", [0], "data.target.bands is [0]; give numbers of at least 1"),
+        ("data.target.bands", [0], "data.target.bands is [0]; name bands counted from 1"),
         ("data.source.bands", [], "data.source.bands is []; name bands counted from 1"),
         ("data.target.batch_size", 0, "data.target.batch_size is 0; give a number from 1 to 100000"),
         ("data.target.pixel_size", 0, "data.target.pixel_size is 0.0; give a number above 0"),

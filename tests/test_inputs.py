@@ -10,10 +10,10 @@ import pytest
 import yaml
 from conftest import small_settings
 
-from benchmarks import inputs
+from benchmarks import inputs, settings
 from benchmarks.pages import DOCS
 from dann_experiments.__main__ import main
-from dann_experiments.config import InputError, load_config
+from dann_experiments.config import Config, InputError, load_config
 from dann_experiments.config.parsing import known_keys
 
 PROJECT = Path(__file__).parents[1]
@@ -28,6 +28,17 @@ def table_of(page: str, name: str) -> str:
     found = re.search(rf"<!-- {name}: start -->\n(.*)<!-- {name}: end -->", page, re.DOTALL)
     assert found is not None, name
     return found.group(1)
+
+
+def test_the_page_of_settings_is_up_to_date_and_has_each_of_them():
+    assert settings.PAGE.read_text() == settings.page(), "run python -m benchmarks.settings"
+    for cls, prefixes in settings.CHAPTERS.values():
+        for groups in settings.groups_of(cls, prefixes).values():
+            assert all(f"`{one.key}`" in settings.page() for one in groups[0].settings)
+    chapters = {cls: [prefix for of, all_ in settings.CHAPTERS.values() if of is cls for prefix in all_]
+                for cls in inputs.KINDS.values()}  # fmt: skip
+    for key in known_keys():
+        assert key.startswith(tuple(filter(None, chapters[Config]))) or "." not in key, f"{key} has no chapter"
 
 
 @pytest.mark.parametrize("kind", inputs.KINDS)

@@ -266,6 +266,9 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         (["adapt", "--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
         (["adapt", "--trainer.max_epochs"], "has no value"),
         (["adapt", "stray"], "unexpected argument 'stray'"),
+        (["adpt"], "unknown command 'adpt'; give one of check-data"),
+        (["adapt", "--gamma", "--seed", "3"], "--gamma has no value"),
+        (["layers", "--all=3"], "--all takes no value"),
         (["adapt", "--config", "none.yaml"], "none.yaml does not exist"),
         (["evaluate"], "evaluate needs a model"),
         (["runs"], "has no finished adaptation run"),
@@ -277,6 +280,31 @@ def test_wrong_words_on_the_command_line_end_with_code_2_and_one_message(argumen
     assert said.startswith("Error: ")
     assert message in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "settings"),
+    [
+        (["adapt", "--config", "a.yaml", "--optimizer.lr=-1"], {"config": "a.yaml"}, {"optimizer.lr": "-1"}),
+        (["adapt", "--optimizer.lr", "-1", "--gamma=2"], {}, {"optimizer.lr": "-1", "gamma": "2"}),
+        (["adapt", "--config", "", "--gamma", "None", "--seed", ""], {}, {}),
+        (["adapt", "--data.root", "", "--model.encoder_weights", "None"], {},
+         {"data.root": "", "model.encoder_weights": "None"}),
+        (["adapt", "--tracking.run_name=--x", "--seed=1=2"], {}, {"tracking.run_name": "--x", "seed": "1=2"}),
+        (["layers", "--all"], {"all": True}, {}),
+        (["predict", "--input", "a", "", "b", "--output", "c", "--input=d"], {"input": ["a", "b", "d"]}, {"output": "c"}),
+    ],
+)  # fmt: skip
+def test_a_command_line_is_taken_apart_and_what_mlflow_left_empty_is_dropped(words, options, settings):
+    assert PROGRAM.parse(words) == Request(words[0], options, settings)
+
+
+def test_a_short_name_of_the_layer_moves_the_captured_layers_with_it():
+    request = PROGRAM.parse(["pretrain", "--feature_layer", "decoder", "--max_epochs", "3", "--optimizer.lr", "1"])
+    assert request.overrides() == {
+        "domain_adaptation.method.feature_layer": "decoder", "domain_adaptation.feature_layers": None,
+        "pretraining.max_epochs": "3", "optimizer.lr": "1",
+    }  # fmt: skip
 
 
 def test_the_process_ends_with_the_code_of_its_command(workplace):

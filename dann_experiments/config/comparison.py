@@ -74,12 +74,12 @@ class CompareConfig(PoolSettings):
         for name, arm in self.arms.items():
             kind = (arm or {}).get("kind", "adapted")
             if not str(name).strip():
-                raise InputError("arms has an arm without a name; name it.")
+                raise InputError("arms holds an arm without a name; name it.")
             if kind not in KINDS:
                 raise InputError(f"arms.{name}.kind is {kind!r}; give one of {', '.join(KINDS)}.")
         kinds = [(arm or {}).get("kind", "adapted") for arm in self.arms.values()]
         for kind in ("source_only", "control", "oracle"):
             if kinds.count(kind) > 1:
-                raise InputError(f"arms has {kinds.count(kind)} arms of kind {kind}; keep one.")
+                raise InputError(f"arms holds {kinds.count(kind)} arms of kind {kind}; keep one.")
         if self.arms and "adapted" not in kinds:
-            raise InputError("arms has no arm of kind adapted, so there is nothing to judge; add one.")
+            raise InputError("arms holds no arm of kind adapted, so there is nothing to judge; add one.")

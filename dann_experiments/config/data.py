@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from dann_experiments.config.errors import InputError
@@ -15,6 +15,7 @@ from dann_experiments.names import Domain
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MOST_IMAGES = 100_000  # upper limit of batch sizes; guards against allocating huge index lists
+BANDS = (not_empty("name bands counted from 1"), replace(at_least(1), way_out="name bands counted from 1"))
 Entry = str | dict[str, Any]
 
 
@@ -40,7 +41,7 @@ class DomainDataConfig:
     """Validation images; those with masks are scored after each epoch."""
     test: list[Entry] = field(default_factory=list)
     """Held-out images, scored once after training."""
-    bands: Annotated[list[int] | None, not_empty("name bands counted from 1"), at_least(1)] = None
+    bands: Annotated[list[int] | None, *BANDS] = None
     """Bands to read, in this order, counted from 1; null = all."""
     scale: Literal["type", "percentiles"] | list[float] = "type"
     """Range of values that is mapped to 0..1. type: the range of 8 or 16 bit; percentiles: the 2nd to 98th percentile of the

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dann_experiments.config import limits
-from dann_experiments.config.data import MOST_IMAGES
+from dann_experiments.config.data import BANDS, MOST_IMAGES
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.limits import above, at_least, between, not_empty
+from dann_experiments.config.limits import above, between
 from dann_experiments.config.run import TrackingConfig
 
 
@@ -30,7 +30,7 @@ class PredictConfig:
     images in their common folder."""
     domain: Literal["target", "source"] = "target"
     """Domain of the images: the model knows how bands, range and nodata of each are read."""
-    bands: Annotated[list[int] | None, not_empty("name bands counted from 1"), at_least(1)] = None
+    bands: Annotated[list[int] | None, *BANDS] = None
     """Bands to read, in this order, counted from 1 (1,2,3), if the images have other bands than those in training; null = as in
     training."""
     nodata: Literal["file"] | float | list[float] | None = None

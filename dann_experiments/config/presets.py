@@ -27,7 +27,7 @@ def preset(name: str, prefix: str = "") -> dict[str, Any]:
     """Return a preset as written. Raises InputError for an unknown name; `prefix`, such as `data.target.`, is what its message
     puts before the name of the setting."""
     if name not in preset_names():
-        raise InputError(f"{prefix}preset is {name!r}; it is one of {preset_names()}.")
+        raise InputError(f"{prefix}preset is {name!r}; give one of {', '.join(preset_names())}.")
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
