@@ -15,6 +15,7 @@ import mlflow
 import pytest
 import yaml
 from conftest import small_settings
+from mlflow.exceptions import ExecutionException
 from test_jobs import nested
 
 from dann_experiments import adapt, load_config, pretrain
@@ -148,11 +149,15 @@ def test_mlflow_run_adapts_in_its_own_run_and_pretrains_in_another(workplace, sq
     assert "iou/target_val" in adapted.data.metrics
 
 
-def test_wrong_input_under_mlflow_run_leaves_no_run_running(workplace, squares):
+def test_wrong_input_under_mlflow_run_leaves_no_run_running(workplace, squares, monkeypatch, capfd):
+    """By the function behind `mlflow run`, which starts the same command in a process."""
     (workplace / "c.yaml").write_text(yaml.safe_dump(nested(small_settings(squares))))
-    done = mlflow_run(workplace, f"config={workplace}/c.yaml", "feature_layer=encoder.layer9")
-    assert done.returncode != 0
-    assert "layers that do" in done.stderr + done.stdout
+    for name, value in clean_environment(workplace).items():
+        monkeypatch.setenv(name, value)
+    parameters = {"config": f"{workplace}/c.yaml", "feature_layer": "encoder.layer9"}
+    with pytest.raises(ExecutionException):
+        mlflow.projects.run(str(PROJECT), "adapt", parameters=parameters, env_manager="local")
+    assert "layers that do" in "".join(capfd.readouterr())
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workplace}/mlflow.db")
     runs = client.search_runs([item.experiment_id for item in client.search_experiments()])
     assert [run.info.status for run in runs] == ["FAILED"]
