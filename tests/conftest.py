@@ -1,19 +1,28 @@
-"""What several tests need: small data sets on disk, small settings, a store of their own."""
+"""What several tests need: small data sets on disk, small settings, a store of their own, a trained model."""
 
 from __future__ import annotations
 
 import os
+
+# pytest-xdist starts one worker per core; more threads, here and in child processes, would only wait for each other.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read once, when NumPy and SciPy are imported
+
+import dataclasses
+import json
 import shutil
 import sqlite3
 import warnings
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import rasterio
 import torch
+from filelock import FileLock
 from rasterio.errors import NotGeoreferencedWarning
 
 from benchmarks.squares import small_settings as squares_settings
@@ -23,7 +32,9 @@ from dann_experiments.data.domain_data import ImageSets
 from dann_experiments.jobs.build import find_data, make_network
 from dann_experiments.jobs.checks import checked_sets
 
-# Each worker of pytest-xdist is one process a core: more threads would only fight for them.
+if TYPE_CHECKING:
+    from dann_experiments import RunResult
+
 torch.set_num_threads(1)
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
@@ -40,10 +51,25 @@ def write_raster(path: Path, values: np.ndarray, **profile: object) -> Path:
     return path
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return the folder `name` that all workers of pytest-xdist share; the first to ask fills it with `make`."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            folder.mkdir()
+            try:
+                make(folder)
+            except BaseException:
+                shutil.rmtree(folder)
+                raise
+    return folder
+
+
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with source/, source_val/, target/ (no masks), target_val/, target_test/ of 32 px squares."""
-    return squares_in(tmp_path_factory.mktemp("squares"))
+    """A root with source/, source_val/, target/ (no masks), target_val/, target_test/ of 32 px squares; read-only."""
+    return made_once(tmp_path_factory, "squares", squares_in)
 
 
 def squares_in(root: Path) -> Path:
@@ -72,17 +98,60 @@ def new_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None
     a second or two, which most tests need not see again."""
     import mlflow
 
-    made = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(made)
-        mlflow.MlflowClient(f"sqlite:///{made}/mlflow.db").search_experiments()
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
 
-    def put(folder: Path) -> None:
-        shutil.copy(made / "mlflow.db", folder / "mlflow.db")
-        with closing(sqlite3.connect(folder / "mlflow.db")) as copy, copy:  # of experiment 0, the one that is there
-            copy.execute("UPDATE experiments SET artifact_location = ?", (f"{folder}/mlruns/0",))
+    made = made_once(tmp_path_factory, "store", make)
+    return lambda folder: copy_store(made / "mlflow.db", folder)
 
-    return put
+
+def copy_store(store: Path, folder: Path) -> None:
+    """Copy a store to `folder`/mlflow.db: its runs keep their files where they are, new ones put theirs into `folder`."""
+    with closing(sqlite3.connect(store)) as source, closing(sqlite3.connect(folder / "mlflow.db")) as copy, copy:
+        source.backup(copy)
+        copy.execute("UPDATE experiments SET artifact_location = ? || '/mlruns/' || experiment_id", (str(folder),))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A pretraining and an adaptation with `small_settings(squares)`, shared by all tests and workers; read-only."""
+
+    folder: Path
+
+    def result(self, job: str) -> RunResult:
+        """Return what `pretrain` or `adapt` returned."""
+        from dann_experiments import RunResult
+
+        return RunResult(**json.loads((self.folder / f"{job}.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def trained(squares: Path, new_store: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    from dann_experiments import adapt, load_config, pretrain
+
+    def make(folder: Path) -> None:
+        new_store(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in mlflow_variables():
+                patch.delenv(name)
+            patch.chdir(folder)
+            config = load_config(None, small_settings(squares))
+            for job in (pretrain, adapt):
+                result = job(config)
+                (folder / f"{result.job}.json").write_text(json.dumps(dataclasses.asdict(result)))
+                (folder / f"after_{result.job}").mkdir()
+                copy_store(folder / "mlflow.db", folder / f"after_{result.job}")
+
+    return Trained(made_once(tmp_path_factory, "trained", make))
+
+
+@pytest.fixture
+def pretrained_place(workplace: Path, trained: Trained) -> Path:
+    """`workplace` with a store that holds the pretraining of `trained`, from which an adaptation on `squares` starts."""
+    copy_store(trained.folder / "after_pretrain" / "mlflow.db", workplace)
+    return workplace
 
 
 @pytest.fixture
@@ -95,9 +164,12 @@ def workplace(empty_place: Path, new_store: Callable[[Path], None]) -> Path:
 @pytest.fixture
 def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder, where a job makes its own sqlite store; no MLflow variables from outside."""
-    for name in [
-        name for name in os.environ if name.startswith("MLFLOW_") and name != "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
-    ]:
+    for name in mlflow_variables():
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def mlflow_variables() -> list[str]:
+    """Names of the environment's MLflow variables, but for the one set above."""
+    return [name for name in os.environ if name.startswith("MLFLOW_") and name != "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -19,6 +18,7 @@ from conftest import small_settings
 
 import dann_experiments
 from dann_experiments import InputError, RunResult, adapt, evaluate, load_config, pretrain
+from dann_experiments.__main__ import main
 from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.reading import Reading
 
@@ -40,16 +40,13 @@ def history(store: mlflow.MlflowClient, run_id: str, metric: str) -> list[tuple[
     return sorted((point.step, point.value) for point in store.get_metric_history(run_id, metric))
 
 
-@pytest.fixture(scope="module")
-def run(squares, tmp_path_factory) -> Iterator[RunResult]:
-    """One pretraining and one adaptation, shared by the tests that only look."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow's own functions set it for the whole process
-        patch.chdir(tmp_path_factory.mktemp("run"))
-        yield adapt(load_config(None, small_settings(squares)))
+@pytest.fixture
+def run(trained) -> RunResult:
+    """The adaptation that all tests share, for those that only look."""
+    return trained.result("adapt")
 
 
-def test_a_run_shows_what_the_design_promises(run):
+def test_a_run_shows_what_the_design_promises(run, trained):
     found = client(run).get_run(run.run_id)
     assert found.info.status == "FINISHED"
     # 13 target images in batches of 3 make 4 steps an epoch; the source's 2 batches start again
@@ -94,13 +91,7 @@ def test_a_run_shows_what_the_design_promises(run):
         "figures/confusion_source_val.png", "figures/confusion_target_val.png", "figures/confusion_target_test.png",
         "figures/curves.png", "tables/class_iou.csv", "features.safetensors",
     }  # fmt: skip
-    assert not Path("outputs", run.run_id).exists()
-
-
-def test_one_job_is_one_run_and_the_pretraining_is_one_of_its_own(run):
-    runs = client(run).search_runs([run.experiment_id])
-    assert sorted(item.data.tags["dann.job"] for item in runs) == ["adapt", "pretrain"]
-    assert run.source_run_id == next(item.info.run_id for item in runs if item.data.tags["dann.job"] == "pretrain")
+    assert not (trained.folder / "outputs" / run.run_id).exists()
 
 
 def test_lambda_as_logged_starts_at_zero_and_follows_the_epochs(run):
@@ -109,7 +100,7 @@ def test_lambda_as_logged_starts_at_zero_and_follows_the_epochs(run):
     assert values[7] == pytest.approx(2 / (1 + np.exp(-10 * 1 / 2)) - 1, abs=1e-6)
 
 
-def test_lambda_in_batch_mode_ends_one_step_before_the_last_progress(workplace, squares):
+def test_lambda_in_batch_mode_ends_one_step_before_the_last_progress(pretrained_place, squares):
     settings = small_settings(squares, domain_adaptation__method__step_mode="batch", trainer__max_epochs=1)
     values = dict(steps(adapt(load_config(None, settings)), "da/lambda"))
     assert values[0] == 0.0
@@ -164,51 +155,49 @@ def test_the_model_loads_in_a_new_process_without_pickles_and_gives_the_same_log
     assert facts["class_names"] == ["ground", "square"]
 
 
-def test_pretraining_is_found_again_unless_the_network_differs_and_the_config_artifact_gives_the_same_numbers(
-    workplace, squares
+def test_pretraining_is_found_again_unless_the_network_differs_and_is_then_a_run_of_its_own(
+    pretrained_place, squares, trained
 ):
-    first = adapt(load_config(None, small_settings(squares)))
-    again = adapt(load_config(Path(str(first.artifacts)) / "config.yaml"))
-    assert again.source_run_id == first.source_run_id
-    assert again.metrics == first.metrics
-    from_search = adapt(load_config(None, small_settings(squares)))
-    assert from_search.source_run_id == first.source_run_id
-    assert from_search.metrics == first.metrics
-    other = adapt(load_config(None, small_settings(squares, model__decoder_channels=[8, 8, 8])))
-    assert other.source_run_id != first.source_run_id
+    """The config.yaml of a run gives the same numbers again."""
+    found_by_search = trained.result("adapt")
+    assert found_by_search.source_run_id == trained.result("pretrain").run_id
+    again = adapt(load_config(Path(found_by_search.artifacts) / "config.yaml"))
+    assert again.source_run_id == found_by_search.source_run_id
+    assert again.metrics == found_by_search.metrics
+    known = {run.info.run_id for run in client().search_runs(["1"])}
+    other = adapt(load_config(None, small_settings(squares, model__decoder_channels=[8, 8, 8], trainer__max_epochs=1)))
+    new = [run for run in client().search_runs(["1"]) if run.info.run_id not in known]
+    assert {run.data.tags["dann.job"]: run.info.run_id for run in new} == {
+        "adapt": other.run_id,
+        "pretrain": other.source_run_id,
+    }
+    assert len(new) == 2
 
 
-def test_python_command_line_and_notebook_give_the_same_metrics_to_the_bit(workplace, squares):
+def test_python_command_line_and_notebook_give_the_same_metrics_to_the_bit(pretrained_place, squares, trained):
     """The notebook's call is load_config(file, overrides) -> adapt, in a kernel of its own."""
     from nbclient import NotebookClient
     from nbformat.v4 import new_code_cell, new_notebook
 
-    (workplace / "c.yaml").write_text(yaml.safe_dump(nested(small_settings(squares))))
-    source = pretrain(load_config("c.yaml"))
+    (pretrained_place / "c.yaml").write_text(yaml.safe_dump(nested(small_settings(squares))))
+    source = trained.result("pretrain")
     with_source = {"domain_adaptation.pretrained_checkpoint.path": source.model_uri}
-    here = adapt(load_config("c.yaml", with_source))
-    command = [
-        sys.executable,
-        "-m",
-        "dann_experiments",
-        "adapt",
-        "--config",
-        "c.yaml",
-        "--source_checkpoint",
-        source.model_uri,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    assert main(["adapt", "--config", "c.yaml", "--source_checkpoint", source.model_uri]) == 0
     cells = [
         "from dann_experiments import adapt, load_config",
         f"result = adapt(load_config('c.yaml', {with_source}))",
     ]
     notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(workplace)}}).execute()
+    resources = {"metadata": {"path": str(pretrained_place)}}
+    NotebookClient(notebook, kernel_name="python3", resources=resources).execute()
+    here = trained.result("adapt")
+    stores = [client(here), client(), client()]
     runs = client().search_runs([here.experiment_id], "tags.`dann.job` = 'adapt'")
-    assert len(runs) == 3
+    run_ids = [here.run_id, *(item.info.run_id for item in runs)]
+    assert len(run_ids) == 3
     names = [name for name in runs[0].data.metrics if not name.startswith("time/")]
     for name in names:
-        histories = [history(client(), item.info.run_id, name) for item in runs]
+        histories = [history(store, run_id, name) for store, run_id in zip(stores, run_ids, strict=True)]
         assert histories[0] == histories[1] == histories[2], name
 
 
@@ -223,14 +212,14 @@ def nested(flat: dict[str, object]) -> dict[str, object]:
     return tree
 
 
-def test_lambda_zero_equals_dann_with_lambda_da_zero_to_the_bit(workplace, squares):
+def test_lambda_zero_equals_dann_with_lambda_da_zero_to_the_bit(pretrained_place, squares):
     control = adapt(load_config(None, small_settings(squares, domain_adaptation__method__name="lambda_zero")))
     dann = adapt(load_config(None, small_settings(squares, domain_adaptation__method__lambda_da=0.0)))
     assert control.metrics == dann.metrics
     assert {value for _, value in steps(control, "da/lambda")} == {0.0}
 
 
-def test_source_only_trains_as_many_steps_and_logs_no_domain_metrics(workplace, squares):
+def test_source_only_trains_as_many_steps_and_logs_no_domain_metrics(pretrained_place, squares):
     result = adapt(load_config(None, small_settings(squares, domain_adaptation__method__name="source_only")))
     metrics = client().get_run(result.run_id).data.metrics
     # what the probe of the encoder tells needs no adversary
@@ -238,14 +227,14 @@ def test_source_only_trains_as_many_steps_and_logs_no_domain_metrics(workplace, 
     assert [step for step, _ in steps(result, "loss/train_seg")] == list(range(8))
 
 
-def test_two_taps_log_their_own_numbers_and_the_mean_under_the_plain_names(workplace, squares):
+def test_two_taps_log_their_own_numbers_and_the_mean_under_the_plain_names(pretrained_place, squares):
     settings = small_settings(squares, domain_adaptation__method__feature_layer=["encoder", "decoder"])
     result = adapt(load_config(None, settings))
     both = [dict(steps(result, f"da_layer/{layer}/domain_loss"))[3] for layer in ("encoder", "decoder")]
     assert dict(steps(result, "da/domain_loss"))[3] == pytest.approx(np.mean(both), rel=1e-5)
 
 
-def test_the_best_checkpoint_by_a_target_metric_is_tagged_and_can_be_the_model(workplace, squares):
+def test_the_best_checkpoint_by_a_target_metric_is_tagged_and_can_be_the_model(pretrained_place, squares):
     settings = small_settings(
         squares, monitor__metric="iou/target_val", monitor__final_model="best", trainer__max_epochs=3
     )
@@ -262,18 +251,19 @@ def test_a_set_smaller_than_its_batch_trains_and_says_so(workplace, squares, cap
     assert len(steps(result, "loss/train_seg")) == 4
 
 
-def test_training_masks_of_the_target_are_never_opened(workplace, squares, tmp_path):
+def test_training_masks_of_the_target_are_never_opened(pretrained_place, squares, tmp_path):
     from conftest import write_domain
 
     write_domain(tmp_path / "labelled_target", 5, seed=9)
     opened: list[str] = []
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-    adapt(load_config(None, small_settings(squares, data__target__train=[str(tmp_path / "labelled_target")])))
+    labelled = [str(tmp_path / "labelled_target")]
+    adapt(load_config(None, small_settings(squares, data__target__train=labelled, trainer__max_epochs=1)))
     assert [name for name in opened if "labelled_target/images" in name]
     assert not [name for name in opened if "labelled_target/masks" in name]
 
 
-def test_training_that_raises_is_failed_with_its_traceback(workplace, squares):
+def test_training_that_raises_is_failed_with_its_traceback(pretrained_place, squares):
     class Bang(pl.Callback):
         def on_train_batch_end(self, *args, **kwargs):
             raise RuntimeError("bang at the end of a step")
@@ -346,18 +336,19 @@ def test_wrong_input_is_refused_before_a_run_is_made(workplace, squares, setting
 def test_what_starts_from_a_model_chosen_by_target_labels_is_tagged_too(workplace, squares):
     chosen = small_settings(squares, monitor__metric="iou/target_val", monitor__final_model="best")
     source = pretrain(load_config(None, chosen))
-    result = adapt(load_config(None, small_settings(squares)))
+    result = adapt(load_config(None, small_settings(squares, trainer__max_epochs=1)))
     assert result.source_run_id == source.run_id
     assert client().get_run(result.run_id).data.tags["dann.selected_with_target_labels"] == "true"
 
 
-def test_without_target_labels_the_pictures_show_the_target_all_the_same(workplace, squares):
-    result = adapt(load_config(None, small_settings(squares, data__target__val=[], data__target__test=[])))
+def test_without_target_labels_the_pictures_show_the_target_all_the_same(pretrained_place, squares):
+    settings = small_settings(squares, data__target__val=[], data__target__test=[], trainer__max_epochs=1)
+    result = adapt(load_config(None, settings))
     assert "iou/target_val" not in result.metrics
     assert (Path(str(result.artifacts)) / "figures" / "predictions_target.png").is_file()
 
 
-def test_clipping_is_a_group_s_own_so_the_control_does_not_feel_its_classifier(workplace, squares):
+def test_clipping_is_a_group_s_own_so_the_control_does_not_feel_its_classifier(pretrained_place, squares):
     losses = set()
     for hidden_size in (16, 64):
         settings = small_settings(
@@ -372,7 +363,7 @@ def test_clipping_is_a_group_s_own_so_the_control_does_not_feel_its_classifier(w
     assert len(losses) == 1
 
 
-def test_a_run_table_shows_runs_of_one_source_model_and_the_same_data_alone(workplace, squares):
+def test_a_run_table_shows_runs_of_one_source_model_and_the_same_data_alone(pretrained_place, squares):
     from dann_experiments.jobs.overview import overview
 
     adapt(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from pathlib import Path
+
 import mlflow
 import numpy as np
 import pytest
@@ -146,21 +150,25 @@ def test_the_values_under_nodata_change_neither_loss_nor_scores(tmp_path, raster
     assert np.sum(found[0][3]) == 64 * 64 - hidden
 
 
-def test_two_unequal_domains_of_rasters_train_with_all_of_it(rasters, workplace):
-    config = load_config(None, raster_settings(rasters, data__source__batch_size=5, data__target__batch_size=2))
-    result = adapt(config)
+@pytest.fixture(scope="module")
+def run(rasters, tmp_path_factory):
+    """Settings of two unequal domains of rasters, and a run with them."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = raster_settings(
+        rasters, data__source__batch_size=5, data__target__batch_size=2, tracking__uri=f"sqlite:///{folder}/mlflow.db"
+    )
+    with contextlib.chdir(folder):
+        return settings, adapt(load_config(None, settings))
+
+
+def test_two_unequal_domains_of_rasters_train_with_all_of_it(run, workplace):
+    settings, result = run
     assert 0 <= result.metrics["iou/target_test"] <= 1
-    again = adapt(config)
-    assert again.metrics == result.metrics
+    assert adapt(load_config(None, settings)).metrics == result.metrics
 
 
-def test_the_normalisation_is_kept_with_the_model_a_domain_each(rasters, workplace):
-    import json
-    from pathlib import Path
-
-    result = adapt(load_config(None, raster_settings(rasters)))
-    assert result.artifacts is not None
-    facts = json.loads((Path(result.artifacts) / "model" / "dann.json").read_text())["reading"]
+def test_the_normalisation_is_kept_with_the_model_a_domain_each(run):
+    facts = json.loads((Path(run[1].artifacts) / "model" / "dann.json").read_text())["reading"]
     assert facts["source"]["low"] == [0.0] * 4
     assert facts["source"]["high"] == [10000.0] * 4
     assert facts["target"]["scale"] == "percentiles"
@@ -182,8 +190,8 @@ def test_an_epoch_is_the_longer_loader_once_and_the_shorter_cycles(rasters, work
     assert len(set(seen)) > steps["target"]  # another order each time round
 
 
-def test_a_set_smaller_than_one_batch_trains_in_smaller_batches(rasters, workplace, caplog):
-    result = adapt(load_config(None, raster_settings(rasters, data__target__batch_size=500)))
+def test_a_set_smaller_than_one_batch_trains_in_smaller_batches(run, workplace, caplog):
+    result = adapt(load_config(None, run[0] | {"data.target.batch_size": 500}))
     assert "fewer than its batch size 500" in caplog.text
     run = mlflow.MlflowClient(tracking_uri=result.tracking_uri).get_run(result.run_id)
     assert "da/domain_loss" in run.data.metrics

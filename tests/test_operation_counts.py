@@ -1,6 +1,8 @@
 """What a run may cost, as counts of operations, which no other work changes: a guard against slow regressions."""
 
 import collections
+import contextlib
+import functools
 
 import pytest
 import pytorch_lightning as pl
@@ -10,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dann_experiments import DomainClassifier, adapt, load_config
 from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
-from tests.conftest import small_settings
+from tests.conftest import copy_store, small_settings
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount")
 """Operations whose result has to reach the host before the program goes on (`.item()`, `bool()`, sizes that depend on values)."""
@@ -84,35 +86,41 @@ class Counting(pl.Callback):
         self.waits[-1].__exit__(None, None, None)
 
 
-@pytest.fixture
-def counted(workplace, squares):
-    def run(**more):
-        counting = Counting()
-        adapt(load_config(None, small_settings(squares, **more)), callbacks=[counting])
+@pytest.fixture(scope="module")
+def counted(squares, trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("counted")
+    copy_store(trained.folder / "after_pretrain" / "mlflow.db", folder)
+
+    @functools.cache
+    def run(classifier):
+        counting, kind = Counting(), {"domain_adaptation__method__classifier": classifier}
+        settings = small_settings(squares, tracking__uri=f"sqlite:///{folder}/mlflow.db", trainer__max_epochs=1, **kind)
+        with contextlib.chdir(folder):
+            adapt(load_config(None, settings), callbacks=[counting])
         return counting
 
     return run
 
 
-STEPS, SOURCE, TARGET = 2 * 4, 4, 3  # 2 epochs of 13 target images in batches of 3; batches of 4 and 3 images
+STEPS, SOURCE, TARGET = 4, 4, 3  # 13 target images in batches of 3; batches of 4 and 3 images
 VALIDATION = 4 + 5  # images of both domains
 
 
 def test_no_target_image_meets_the_decoder_and_each_meets_the_encoder_once(counted):
-    images = counted().images["training"]
+    images = counted("pooled").images["training"]
     assert images == {"encoder": STEPS * (SOURCE + TARGET), "decoder": STEPS * SOURCE}
 
 
 def test_a_validation_image_is_forwarded_once(counted):
-    images = counted(trainer__max_epochs=1).images
+    images = counted("pooled").images
     assert images["validation True"] == {"encoder": VALIDATION, "decoder": VALIDATION}  # the warm start
     assert images["validation False"] == {"encoder": VALIDATION, "decoder": VALIDATION}
 
 
 @pytest.mark.parametrize("classifier", ["pooled", "pixel", "patch"])
 def test_a_training_step_waits_for_nothing(counted, classifier):
-    steps = counted(domain_adaptation__method__classifier=classifier, trainer__max_epochs=1).waits
-    assert len(steps) == 4
+    steps = counted(classifier).waits
+    assert len(steps) == STEPS
     assert all(step.operations > 100 for step in steps)  # the count sees the step
     assert [step.names for step in steps[1:]] == [[]] * 3  # the first decides at once (decision 10)
 
