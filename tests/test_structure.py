@@ -17,7 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from dann_experiments.cli import COMMANDS, PROGRAM, main
-from dann_experiments.cli import PROGRAM as SWEEPS
+from sweeps.__main__ import PROGRAM as SWEEPS
 from dann_experiments.command_line import SHORT_NAMES, Request
 from dann_experiments.config import load_config
 from dann_experiments.config.comparison import CompareConfig
