@@ -263,7 +263,7 @@ def test_masks_are_read_at_reduced_size_with_the_ids_that_are_in_them(tmp_path, 
 def test_reduced_images_are_averages_of_the_pixels_whatever_copies_the_file_brings(tmp_path, factor, monkeypatch):
     values = RNG.integers(0, 255, (1, 512, 512), np.uint8)
     means = values.reshape(1, 512 // factor, factor, 512 // factor, factor).mean((2, 4))
-    monkeypatch.setattr("dann_experiments.data.reading.BLOCK_BYTES", 20_000)  # several blocks
+    monkeypatch.setattr("dann_experiments.data.pixels.BLOCK_BYTES", 20_000)  # several blocks
     for name, path in with_reduced_copies(tmp_path, values).items():
         reading = Reading(pixel_size=float(factor))
         found = read_pixels(path, 1, reading).values

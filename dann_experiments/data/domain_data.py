@@ -242,7 +242,8 @@ class DomainData:
         normalizations that need not be measured. `ahead`: whether files are read now, as far as memory goes, and not when an item
         is asked for. Raises InputError for the first file that is wrong.
         """
-        chosen = [name for name in self._sets if names is None or name in set(names)]
+        wanted = set(self._sets if names is None else names)
+        chosen = [name for name in self._sets if name in wanted]
         for name in chosen if ahead else ():
             dataset = self._sets[name]
             self._fill(name, dataset)
