@@ -161,7 +161,7 @@ def test_a_key_that_stands_twice_is_refused_and_a_merged_one_is_not():
 
 
 def test_a_file_without_an_end_is_refused():
-    assert "letters" in answer(main, "config", "--config", "/dev/zero")
+    assert "characters" in answer(main, "config", "--config", "/dev/zero")
 
 
 # --- command lines ---
