@@ -239,8 +239,8 @@ def is_generic(message: str) -> bool:
 GENERIC = {
     "a value of another kind": r" is .*, but must be ",
     "null where a value must be": r" is null, but needs a value",
-    "a whole number of more than 63 bit": r" holds a whole number of more than 63 bit",
-    "a NUL, or bytes that are not UTF-8, in a text": r"; no store keeps a NUL",
+    "an integer of more than 63 bits": r" holds an integer of more than 63 bits",
+    "a NUL, or bytes that are not UTF-8, in a text": r"; tracking stores keep neither NUL",
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,8 @@ from dann_experiments.workers.processes import prepare_workers
 
 log = logging.getLogger(__name__)
 OF_ADAPTATION = ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer")
-CONFIG = {"config": Option("YAML file of settings, or a recipe's name (default: digits)", "FILE")}
-RESUME = {
-    "resume": Option("resume this killed run; auto: the newest of these settings, else start a new run", "RUN_ID")
-}
+CONFIG = Option("YAML file of settings, or a recipe's name (default: digits)", "FILE")
+RESUME = Option("resume this killed run; auto: the newest of these settings, else start a new run", "RUN_ID")
 SETTINGS = {"settings (in a YAML file, or as --dotted.key value)": Config}
 
 
@@ -207,25 +205,20 @@ def _show_config(request: Request) -> int:
     return 0
 
 
+def _command(run: Callable[[Request], int], purpose: str, **options: Option) -> Command:
+    """Describe a command that takes all settings of a run."""
+    return Command(run, purpose, options={"config": CONFIG, **options}, settings=SETTINGS)
+
+
 COMMANDS = {
-    "check-data": Command(
-        _check_data,
-        "read all data once: every problem by file name, then counts, class shares and band statistics",
-        options=CONFIG,
-        settings=SETTINGS,
+    "check-data": _command(
+        _check_data, "read all data once: every problem by file name, then counts, class shares and band statistics"
     ),
-    "pretrain": Command(
-        _pretrain, "train a source model on labelled source images", options=CONFIG | RESUME, settings=SETTINGS
+    "pretrain": _command(_pretrain, "train a source model on labelled source images", resume=RESUME),
+    "adapt": _command(
+        _adapt, "adapt a source model to the unlabelled target domain (pretrains first if needed)", resume=RESUME
     ),
-    "adapt": Command(
-        _adapt,
-        "adapt a source model to the unlabelled target domain (pretrains first if needed)",
-        options=CONFIG | RESUME,
-        settings=SETTINGS,
-    ),
-    "evaluate": Command(
-        _evaluate, "score a model on every labelled val and test set", options=CONFIG, settings=SETTINGS
-    ),
+    "evaluate": _command(_evaluate, "score a model on every labelled val and test set"),
     "predict": Command(
         _predict,
         "write the class map of a raster of any size, or of many images: files, folders, patterns",
@@ -240,33 +233,26 @@ COMMANDS = {
     "compare": Command(
         _compare,
         "did adaptation help? source only, control, DANN and oracle over several seeds; a verdict and a report",
-        options=CONFIG
-        | {
+        options={
+            "config": CONFIG,
             "arms": Option("YAML file of arms (and seeds); default: the usual five", "FILE"),
             "runs": Option("compare these finished runs, without training anything", "ID", many=True),
         },
         settings={"settings of the comparison (in the file of arms, or as --key value)": CompareConfig, **SETTINGS},
     ),
-    "runs": Command(_runs, "show the newest runs of an experiment side by side", options=CONFIG, settings=SETTINGS),
-    "sync": Command(
-        _sync,
-        "send what runs left in tracking.folder because the store was away or their process was killed",
-        options=CONFIG,
-        settings=SETTINGS,
+    "runs": _command(_runs, "show the newest runs of an experiment side by side"),
+    "sync": _command(
+        _sync, "send what runs left in tracking.folder because the store was away or their process was killed"
     ),
-    "doctor": Command(
-        _doctor,
-        "close runs that are shown as running though their process is gone; list what `sync` would send",
-        options=CONFIG,
-        settings=SETTINGS,
+    "doctor": _command(
+        _doctor, "close runs that are shown as running though their process is gone; list what `sync` would send"
     ),
-    "layers": Command(
+    "layers": _command(
         _layers,
         "list the layers whose features can be aligned",
-        options=CONFIG | {"all": Option("list every layer, not only the useful ones")},
-        settings=SETTINGS,
+        all=Option("list every layer, not only the useful ones"),
     ),
-    "config": Command(_show_config, "print the resolved settings as YAML", options=CONFIG, settings=SETTINGS),
+    "config": _command(_show_config, "print the resolved settings as YAML"),
 }
 PROGRAM = Program(
     "dann_experiments",

@@ -176,7 +176,7 @@ class Program:
         lines += [f"{command.purpose[0].upper()}{command.purpose[1:]}.", "", "options:"]
         lines += _listed({**options, "--help": "show this help and every setting"})
         if command.short_names:
-            short = {f"--{short}": f"short for --{long_name(short, name)}" for short in SHORT_NAMES if short != "seed"}
+            short = {f"--{short}": f"--{long_name(short, name)}" for short in SHORT_NAMES if short != "seed"}
             lines += ["", "short names of settings:", *_listed(short)]
         for heading, kind in command.settings.items():
             lines += ["", f"{heading}:", "", help_text(kind)]

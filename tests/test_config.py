@@ -91,7 +91,7 @@ def test_an_override_wins_over_the_file_and_leaves_its_neighbours(tmp_path):
             "monitor.forgetting_threshold is nan; give a number from 0 to 1",
         ),
         ("tracking.experiment", " ", "tracking.experiment is ' '; give it a name"),
-        ("tracking.run_name", "a\0", "tracking.run_name is 'a\\x00'; no store keeps a NUL"),
+        ("tracking.run_name", "a\0", "tracking.run_name is 'a\\x00'; tracking stores keep neither NUL"),
         ("data.root", "a\udcff", "what is not UTF-8"),
         ("data.root", ["a" * 10_000], "... (10004 letters), but must be"),
     ],

@@ -153,8 +153,8 @@ def test_bytes_that_are_no_text_are_taken_or_refused_with_one_message(content):
 
 
 def test_a_key_that_stands_twice_is_refused_and_a_merged_one_is_not():
-    assert "'seed' stands twice" in is_told(written("seed: 1\ndata: {root: a}\nseed: 2\n"))
-    assert "'root' stands twice" in is_told(written("data: {root: a, root: b}\n"))
+    assert "'seed' appears twice" in is_told(written("seed: 1\ndata: {root: a}\nseed: 2\n"))
+    assert "'root' appears twice" in is_told(written("data: {root: a, root: b}\n"))
     merged = written("model: &m {arch: unet, classes: 2}\npretraining: {max_epochs: 2}\n")
     assert is_told(merged) == TAKEN
     text = "trainer: {max_epochs: 1}\ndata: {source: &s {train: [a], batch_size: 2}, target: {<<: *s, batch_size: 3}}\n"
@@ -163,7 +163,7 @@ def test_a_key_that_stands_twice_is_refused_and_a_merged_one_is_not():
 
 
 def test_a_file_without_an_end_is_refused():
-    assert "letters" in answer(main, "config", "--config", "/dev/zero")
+    assert "characters" in answer(main, "config", "--config", "/dev/zero")
 
 
 # --- command lines ---

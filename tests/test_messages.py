@@ -355,7 +355,7 @@ ADDRESSES = {
 
 
 def check_told(said: str, address: str, written: bool = False) -> None:
-    assert ("files are written to the disk alone" if written else ADDRESSES[address]) in said, said
+    assert ("files are written only to the disk" if written else ADDRESSES[address]) in said, said
     assert not any(secret in said for secret in SECRETS), said
     assert "does not exist" not in said
 

@@ -17,12 +17,12 @@ import yaml
 from packaging.requirements import Requirement
 
 from dann_experiments.cli import COMMANDS, PROGRAM, main
-from sweeps.__main__ import PROGRAM as SWEEPS
 from dann_experiments.command_line import SHORT_NAMES, Request
 from dann_experiments.config import load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys
 from dann_experiments.config.prediction import PredictConfig
+from sweeps.__main__ import PROGRAM as SWEEPS
 from sweeps.settings import SweepConfig
 
 PROJECT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or forbidden: what they answered, in words, and no file left that is half written."""
+"""Write files whole or not at all, and explain errors of disks that are full, read-only or forbidden."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _REASONS = {
     errno.EIO: "its disk reports an error",
     errno.ESTALE: "its disk has gone away",
 }
-"""What users can mend, and we could not have caused; anything else flies as it is."""
+"""Errors that users can correct and that are no bugs of ours; all others are raised as they are."""
 _NO_TEMPORARY_FOLDER = "No usable temporary directory"  # Python's words, with the folders that it tried
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """The answer of a disk that `error` is, or was raised because of: libraries put their own errors in its place."""
+    """Return the error of a disk that `error` is or was caused by, as libraries raise their own; None if there is none."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -37,16 +37,16 @@ def disk_error(error: BaseException) -> OSError | None:
             if (error.errno in _REASONS and about_a_file) or str(error.strerror).startswith(_NO_TEMPORARY_FOLDER):
                 return error
         else:
-            told = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors, written in Rust, tells it
-            if told is not None and int(told[1]) in _REASONS:
-                return OSError(int(told[1]), os.strerror(int(told[1])))
+            number = re.search(r"\(os error (\d+)\)", str(error))  # from safetensors, which is written in Rust
+            if number is not None and int(number[1]) in _REASONS:
+                return OSError(int(number[1]), os.strerror(int(number[1])))
         context = None if error.__suppress_context__ else error.__context__
         error = error.__cause__ or context  # pyright: ignore[reportAssignmentType]
     return None
 
 
 def reason(error: OSError, place: Path, wanted: int | None = None) -> str:
-    """Why nothing can be written at `place`, in words; `wanted`: the bytes that it was to take."""
+    """Return in words why `place` cannot be written; `wanted`: the number of bytes that were to be written."""
     text = _REASONS.get(error.errno or 0, str(error.strerror))
     facts = []
     if text == FULL:
@@ -60,9 +60,11 @@ def reason(error: OSError, place: Path, wanted: int | None = None) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path, *parts: Path, wanted: Callable[[], int | None] = lambda: None) -> Iterator[None]:
-    """The block writes `path`, a file or a folder, under that name or first as `parts`. If it fails, what is half written is
-    removed, so that nobody takes it for the whole and it does not keep the disk full. Raises NotWritten where the disk is the
-    cause; `wanted` is then asked how many bytes there were to write."""
+    """Remove what a failed block has half written, so that nobody takes it for the whole and it does not fill the disk.
+
+    The block writes `path`, a file or a folder, under that name or first as `parts`. Raises NotWritten if the disk is the cause;
+    `wanted` returns the number of bytes that were to be written, for its message.
+    """
     try:
         yield
     except BaseException as error:
@@ -75,8 +77,8 @@ def writing(path: Path, *parts: Path, wanted: Callable[[], int | None] = lambda:
         raise NotWritten(f"{path} cannot be written: {reason(answer, path, wanted())}.") from error
 
 
-def told(error: BaseException) -> InputError | None:
-    """What to tell of an error that came from a disk, naming the file if the disk did; None for any other."""
+def explained_disk_error(error: BaseException) -> InputError | None:
+    """Return the message for an error that came from a disk, with the file if the disk named it; None for other errors."""
     if isinstance(error, InputError):
         return error
     answer = None if isinstance(error, TrainingFailed) else disk_error(error)

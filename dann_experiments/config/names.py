@@ -1,7 +1,7 @@
-"""What texts of a user are called in a tracking store: names that it takes, no two alike, and values that fit.
+"""Turn texts of users into names that a tracking store accepts, all different, and into values that fit.
 
-MLflow takes letters of any script, digits, and _ - . / : and blanks in the names of metrics, params and tags, up to 250
-of them, if the name is a path in its shortest form. Its tables keep texts up to the lengths below.
+MLflow accepts letters of any script, digits, _ - . / : and blanks in the names of metrics, params and tags, up to 250
+characters, if the name is a path in its shortest form. Its tables keep texts up to the lengths below.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ LONGEST_RUN_NAME = 250
 LONGEST_DATA_SET = 500
 LONGEST_PARAM = 6000
 LONGEST_TAG = 5000
-"""MLflow takes 8000, a database that an earlier version made 5000."""
+"""MLflow takes 8000; a database made by an earlier version takes 5000."""
 LONGEST_SOURCE = 10_000
-"""MLflow takes 65,535 of the source as JSON, where a letter may become six."""
+"""MLflow takes 65,535 characters of the source as JSON, in which one letter may become six."""
 LONGEST_EXPERIMENT = 500
 LONGEST_LABEL = 225
-"""Of a class or an arm: `compare/source_test/LABEL/mean` is then as long as a name may be."""
+"""Of a class or an arm, so that `compare/source_test/LABEL/mean` is not longer than a name may be."""
 _KEY = re.compile(r"[\w\-. :/]+")
 
 
 @functools.lru_cache(maxsize=10_000)
 def is_key(name: str) -> bool:
-    """Whether the store takes `name` as that of a metric, a param or a tag."""
+    """Return whether the store accepts `name` for a metric, a param or a tag."""
     is_shortest = posixpath.normpath(name) == name and not name.startswith(("/", ".."))
     return len(name) <= LONGEST_KEY and _KEY.fullmatch(name) is not None and is_shortest and name != "."
 
 
 def labels_in_store(labels: Sequence[str]) -> dict[str, str]:
-    """Label (of a class, of an arm) -> what it is called within the names of metrics, where no two are called alike.
+    """Return label (of a class, of an arm) -> its name in the names of metrics; no two names are equal.
 
-    ASCII letters, digits, blanks and _ - . stay as they are; anything else becomes _. Where labels would then be called alike,
-    those that are not called by their own text keep letters of any script, and get a digest if that is not their text either.
+    ASCII letters, digits, blanks and _ - . are kept; anything else becomes _. If two names would then be equal, those that
+    differ from their label keep letters of any script, and get a digest if they still differ from it.
     """
     plain = {label: _replaced(label, ascii_only=True) for label in labels}
     counts = Counter(plain.values())
@@ -54,8 +54,8 @@ def labels_in_store(labels: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(value: object, longest: int) -> str:
-    """`value` as a text of at most `longest` letters. A longer one says at its end that it was cut, and has a digest there, by
-    which different texts stay different."""
+    """Return `value` as a text of at most `longest` characters. A text that is cut says so at its end, with a digest, so that
+    different texts stay different."""
     text = str(value)
     if len(text) <= longest:
         return text
@@ -75,7 +75,7 @@ def _fits(name: str) -> bool:
 
 
 def _distinct(label: str, taken: set[str]) -> str:
-    """A name for a label that cannot be called by its plain form."""
+    """Return a name for a label whose plain form cannot be used."""
     name = _replaced(label, ascii_only=False)
     if name == label and _fits(name):
         return name

@@ -1,4 +1,4 @@
-"""YAML files and dotted overrides in, a checked `Config` out. The only file that knows jsonargparse."""
+"""Read settings: YAML files and dotted overrides in, a checked `Config` out. The only file that knows jsonargparse."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from dann_experiments.config.schema import Config
 from dann_experiments.config.target_dialect import translate
 
 Settings = TypeVar("Settings")
-MOST_VALUES = 100_000  # of a settings file, aliases counted wherever they stand
+MOST_VALUES = 100_000  # of a settings file, each use of an alias counted
 MOST_LETTERS = 16 * 2**20  # of a settings file
 MOST_SHOWN = 200  # letters of a wrong value in a message
-# PyYAML lets its parsers' own errors out where a tag and its text do not fit: `!!int ""`, `!!bool x`, `!!timestamp x`
+# PyYAML raises its parsers' own errors if a tag and its text do not fit: `!!int ""`, `!!bool x`, `!!timestamp x`
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: `1e-4` is a number (PyYAML alone reads it as a string). A key that stands twice in a mapping is refused
+    """Read YAML 1.2 floats: `1e-4` is a number (PyYAML alone reads a string). Refuse a key that appears twice in a mapping
     (PyYAML alone drops the first)."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """The mapping as written, before merge keys (<<) are put in."""
+        """Return the mapping as written, before merge keys (<<) are expanded."""
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if (key.tag, key.value) in seen:
-                    raise ComposerError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                    raise ComposerError(None, None, f"{key.value!r} appears twice", key.start_mark)
                 seen.add((key.tag, key.value))
         return node
 
@@ -56,22 +56,26 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read `file` (YAML), put `overrides` (dotted name -> value) on top, check everything.
+    """Read settings and check them.
 
-    `file` is a path, or the name of a recipe that ships with the package (`"digits"`).
-    Override values may be Python values or the strings a command line gives (`"1e-4"`, `"[encoder, decoder]"`).
-    Raises InputError naming the key, the value and the way out.
+    `file` is a YAML file, or the name of a recipe (`"digits"`); `overrides`, dotted name -> value, take precedence over it. Values may be Python values or texts as on
+    a command line (`"1e-4"`, `"[encoder, decoder]"`). Settings in neither have their defaults. Raises InputError, which names
+    the key, the value and the way out.
+
+    >>> config = load_config(overrides={"optimizer.lr": "1e-4", "data.source.batch_size": 4})
+    >>> config.optimizer.lr, config.data.source.batch_size
+    (0.0001, 4)
     """
     return _load(Config, None if file is None else settings_file(file), overrides, translate)
 
 
 def load_settings(cls: type[Settings], file: str | Path | None, overrides: Mapping[str, Any]) -> Settings:
-    """What `load_config` does, for settings of another kind: any frozen dataclass whose fields have docstrings."""
+    """Read settings of another class, a frozen dataclass, as `load_config` does."""
     return _load(cls, file, overrides)
 
 
 def given_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted name -> value of what `file` and `overrides` say themselves, for `replace`; defaults are left out."""
+    """Return dotted name -> value of the settings in `file` and `overrides`, without defaults, for `replace`."""
     settings = _read_yaml(settings_file(file)) if file is not None else {}
     for key, value in overrides.items():
         _set_dotted(settings, key, _scalar(value, _field_types(Config).get(key)))
@@ -91,25 +95,28 @@ def given_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> dic
 
 
 def config_from_dict(settings: Mapping[str, Any]) -> Config:
-    """The config that `config_to_dict` took apart, checked again."""
+    """Return the config that `config_to_dict` took apart, and check it again."""
     return _checked(Config, dict(settings))
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values (lists, numbers, strings), ready for YAML and JSON."""
+    """Return settings as nested plain values (lists, numbers, strings) for YAML and JSON."""
     return _plain(dataclasses.asdict(config))
 
 
 def config_to_yaml(config: Config) -> str:
-    """A YAML text that `load_config` reads back to an equal config."""
+    """Return a YAML text from which `load_config` reads an equal config."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, width=120)
 
 
 def flatten(config: Any) -> dict[str, Any]:
     """Return dotted name -> plain value for every setting of a dataclass.
 
-    A mapping that a user fills freely (`value_map`, `color_map`, `init_args`) is one value: its keys are data, and no store
-    takes every text as a name.
+    A mapping that users fill freely (`value_map`, `color_map`, `init_args`) is one value: its keys are data, and stores do not
+    accept every text as a name.
+
+    >>> flatten(load_config())["trainer.max_epochs"]
+    20
     """
     plain = config_to_dict(config)
     flat: dict[str, Any] = {}
@@ -122,7 +129,11 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def replace(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """`config` with some settings changed, checked again."""
+    """Return `config` with some settings changed (dotted name -> value), and check it again.
+
+    >>> replace(load_config(), {"seed": 3}).seed
+    3
+    """
     settings = config_to_dict(config)
     for key, value in overrides.items():
         _set_dotted(settings, key, value)
@@ -130,12 +141,12 @@ def replace(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def known_keys(cls: type = Config) -> list[str]:
-    """Every dotted name a user may set."""
+    """Return the dotted names of all settings."""
     return list(_field_types(cls))
 
 
 def scalar(text: Any, key: str) -> Any:
-    """What `text` means as the value of setting `key` on a command line; values that are no text stay as they are."""
+    """Return what `text` means as the value of setting `key` on a command line; other values are returned as they are."""
     return _scalar(text, _field_types(Config).get(key))
 
 
@@ -166,14 +177,16 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         raise InputError(f"config file {path} cannot be read: {error}") from None
     if len(text) > MOST_LETTERS:
-        raise InputError(f"config file {path} has more than {MOST_LETTERS} letters; is it a file of settings?")
+        raise InputError(f"config file {path} has more than {MOST_LETTERS} characters; is it a file of settings?")
     try:
         settings = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader: builds plain values only)
     except YAML_ERRORS as error:
         what = "" if isinstance(error, yaml.YAMLError) else "a value cannot be read: "
         raise InputError(f"config file {path} is not valid YAML: {what}{' '.join(str(error).split())}") from None
     if _count(settings, {}) > MOST_VALUES:
-        raise InputError(f"config file {path} grows too large by its aliases (*), or holds itself; write it out.")
+        raise InputError(
+            f"config file {path} is too large because of its aliases (*), or contains itself; write it out."
+        )
     if settings is None:
         return {}
     if not isinstance(settings, dict):
@@ -182,18 +195,18 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def _count(value: Any, known: dict[int, float]) -> float:
-    """How many values it holds; infinite if it holds itself."""
+    """Return the number of values in it; infinite if it contains itself."""
     if not isinstance(value, (dict, list)):
         return 1
     if id(value) not in known:
-        known[id(value)] = float("inf")  # while it is being counted
+        known[id(value)] = float("inf")  # until it is counted
         inner = value.values() if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_count(item, known) for item in inner)
     return known[id(value)]
 
 
 def _scalar(value: Any, wanted: Any) -> Any:
-    """What a command line's string means: YAML, but for texts, which stay as they are (a run may be called 2026)."""
+    """Return what a text on a command line means: YAML, except for settings that are texts (a run may be called 2026)."""
     if not isinstance(value, str):
         return value
     if wanted is str or (wanted == str | None and value not in ("null", "~", "")):
@@ -202,7 +215,7 @@ def _scalar(value: Any, wanted: Any) -> Any:
         meant = yaml.load(value, _Loader)  # noqa: S506
     except YAML_ERRORS:
         return value
-    if _count(meant, {}) > MOST_VALUES:  # it holds itself, or grows too large: a text at most
+    if _count(meant, {}) > MOST_VALUES:  # it contains itself, or grows too large: no more than a text
         return value
     parts = typing.get_args(wanted) if typing.get_origin(wanted) in (types.UnionType, typing.Union) else (wanted,)
     if str in parts and any(typing.get_origin(part) is list for part in parts):  # a text, or a list of them
@@ -212,7 +225,7 @@ def _scalar(value: Any, wanted: Any) -> Any:
 
 
 def _listed(meant: Any, parts: tuple[Any, ...]) -> Any:
-    """`1,2,3` as the list of numbers that it is, and a number as a list of one where it would not do alone."""
+    """Return `1,2,3` as a list of numbers, and a single number as a list of one if the setting takes only lists."""
     if isinstance(meant, str) and re.fullmatch(r"[-+.\w\s]+(,[-+.\w\s]+)+", meant):
         numbers = yaml.load(f"[{meant}]", _Loader)  # noqa: S506
         return numbers if all(isinstance(number, (int, float)) for number in numbers) else meant
@@ -227,7 +240,7 @@ def _set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
         inner = node.get(group)
         if inner is not None and not isinstance(inner, dict):
             raise InputError(
-                f"{key} cannot be set, as {'.'.join(groups[:depth])} is {_shown(inner)}; give a mapping there, or leave it out."
+                f"{key} cannot be set, as {'.'.join(groups[:depth])} is {_shown(inner)}; give a mapping there, or remove it."
             )
         node[group] = node = dict(inner or {})
     node[name] = value
@@ -249,21 +262,21 @@ def _refuse_unknown_keys(cls: type, settings: Mapping[str, Any]) -> None:
                 same_name = [other for other in known if other.rpartition(".")[2] == str(name).rpartition(".")[2]]
                 raise InputError(f"unknown setting {_shown(key)}; did you mean {(same_name or nearest)[0]!r}?")
             elif value is None and type(None) not in typing.get_args(known[key]):
-                raise InputError(f"{key} is null, but needs a value; leave it out to get its default.")
+                raise InputError(f"{key} is null, but needs a value; leave it out to use its default.")
             elif any(
                 isinstance(item, int) and abs(item) >= 2**63 for item in (value if isinstance(value, list) else [value])
             ):
-                raise InputError(f"{key} holds a whole number of more than 63 bit; give a smaller one.")
+                raise InputError(f"{key} holds an integer of more than 63 bits; give a smaller one.")
             elif not all(map(_storable, _texts(value))):
                 raise InputError(
-                    f"{key} is {_shown(value)}; no store keeps a NUL or what is not UTF-8, give another name."
+                    f"{key} is {_shown(value)}; tracking stores keep neither NUL nor what is not UTF-8; give another one."
                 )
 
     walk(settings, "")
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value, keys included."""
+    """Yield all texts in a value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, dict)):
@@ -272,16 +285,16 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _storable(text: str) -> bool:
-    # surrogates stand for bytes of the command line that are not UTF-8
+    # Python reads bytes of the command line that are not UTF-8 as surrogates
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, not longer than a person reads."""
+    """Return a value as a message shows it, cut if it is long."""
     try:
         text = repr(value)
     except RecursionError:
-        return "nested too deep"
+        return "nested too deeply"
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text)} letters)"
 
 
@@ -308,7 +321,7 @@ def _build(cls: type[Settings], settings: dict[str, Any]) -> Settings:
     parser = _parser(cls)
     try:
         given = _without_empty_groups(settings, _groups(cls))
-        # defaults that nothing asks for would take longer than all the rest: a sweep changes settings dozens of times
+        # unneeded defaults would take longer than all the rest, and a sweep changes settings dozens of times
         parsed = parser.parse_object(given, defaults=not _is_complete(cls, given))
         return cls(**vars(parser.instantiate_classes(parsed)))
     except InputError:
@@ -323,7 +336,7 @@ def _build(cls: type[Settings], settings: dict[str, Any]) -> Settings:
 
 
 def _is_complete(cls: type, settings: Mapping[str, Any]) -> bool:
-    """Whether every setting is given."""
+    """Return whether every setting is set."""
     for key in _field_types(cls):
         node: Any = settings
         for name in key.split("."):
@@ -334,7 +347,7 @@ def _is_complete(cls: type, settings: Mapping[str, Any]) -> bool:
 
 
 def _without_empty_groups(settings: Mapping[str, Any], groups: set[str], prefix: str = "") -> dict[str, Any]:
-    """A group written without settings (`data:` alone, or null) means its defaults."""
+    """Return settings without empty groups: a group without settings (`data:` alone, or null) means its defaults."""
     kept = {}
     for key, value in settings.items():
         if f"{prefix}{key}" in groups:
@@ -357,7 +370,7 @@ def _readable(cls: type, message: str, settings: dict[str, Any]) -> str:
     found = re.search(r'[Kk]ey "([^"]+)"', message)
     reason = " ".join(message.split())
     if not found:
-        return reason[:MOST_SHOWN] or "the settings are nested too deep."
+        return reason[:MOST_SHOWN] or "the settings are nested too deeply."
     key = found.group(1)
     value: Any = settings
     for part in key.split("."):

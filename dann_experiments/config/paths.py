@@ -1,4 +1,4 @@
-"""Paths as users write them, and addresses, which are none: files are read from the disk."""
+"""Paths as users write them. Addresses (https://, s3://, ...) are refused with a way out: files are read from the disk."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from urllib.parse import unquote, urlsplit
 from dann_experiments.config.errors import InputError
 
 ADDRESS = re.compile(r"\s*(?:(?P<scheme>[a-z][a-z0-9+.-]+):/|/vsi(?P<handler>[a-z0-9_]+)[/?])", re.IGNORECASE)
-# those that are known with one slash too: somebody made a path of them
+# also recognized with a single slash, as pathlib leaves them
 ONE_SLASH = {
     "http", "https", "ftp", "ftps", "sftp", "s3", "s3a", "s3n", "gs", "gcs", "az", "abfs", "abfss", "wasb", "wasbs", "adl",
     "hdfs", "dbfs", "file", "runs", "models", "mlflow-artifacts", "oss", "swift", "r2", "zip",
 }  # fmt: skip
-WRITTEN = ("output", "tracking.folder", "data.embedded.folder")  # settings that say where files go
+WRITTEN = ("output", "tracking.folder", "data.embedded.folder")  # settings for files that are written
 WAYS_OUT = {
     "copy it with `aws s3 cp` first": ("s3", "s3a", "s3n", "s3_streaming"),
     "copy it with `gcloud storage cp` first": ("gs", "gcs", "gs_streaming"),
@@ -30,18 +30,18 @@ WAYS_OUT = {
 
 
 def user_path(text: str | Path) -> Path:
-    """`text` with `~` and `~USER` put in. Never raises, as `Path.expanduser` does for a user that is not there."""
+    """Return `text` with `~` and `~USER` expanded. Never raises; `Path.expanduser` does for an unknown user."""
     return Path(os.path.expanduser(text))
 
 
 def local_path(text: str | Path, key: str) -> Path:
-    """The path that a user gave as the setting `key`. `file:///...` is one; raises InputError for any other address."""
+    """Return the path that is the value of setting `key`; `file:///...` is one. Raises InputError for any other address."""
     return user_path(local_text(str(text), key))
 
 
 def local_text(text: str, key: str) -> str:
-    """What a user wrote as a path or a pattern, without `file://`. Raises InputError for any other address: it would be taken for
-    a path that does not exist, or a folder of that name would be made. Passwords in it are not shown."""
+    """Return a path or a pattern without `file://`. Raises InputError for any other address, which would otherwise be taken for a
+    path that does not exist, or be made as a folder. Passwords in it are not shown."""
     scheme = _scheme(text)
     if scheme is None:
         return text
@@ -54,18 +54,18 @@ def local_text(text: str, key: str) -> str:
         return unquote(parts.path)
     if key in WRITTEN:
         raise InputError(
-            f"{key} is {_shown(text)}, which is an address; files are written to the disk alone. Give a path, and copy "
-            "what is there afterwards."
+            f"{key} is {_shown(text)}, which is an address, but files are written only to the disk. Give a path, and copy "
+            "the files afterwards."
         )
     way_out = next((way for way, schemes in WAYS_OUT.items() if scheme in schemes), "download it first")
     raise InputError(
-        f"{key} is {_shown(text)}, which is an address; files are read from the disk alone: {way_out}, and give the path of the "
-        "copy."
+        f"{key} is {_shown(text)}, which is an address, but files are read only from the disk: {way_out}, and give the path "
+        "of the copy."
     )
 
 
 def _scheme(text: str) -> str | None:
-    """The scheme of an address, or GDAL's name for a file system that is none (/vsis3/ is s3); None for a path."""
+    """Return the scheme of an address, or of a virtual file system of GDAL (s3 for /vsis3/); None for a path."""
     found = ADDRESS.match(text)
     if found is None:
         return None
@@ -76,7 +76,7 @@ def _scheme(text: str) -> str | None:
 
 
 def _shown(text: str) -> str:
-    """The address as a message may show it: without user, password and query, where keys and signatures stand."""
+    """Return an address without user, password and query, which may hold keys and signatures."""
     shown = re.sub(r"(:/+).*@", r"\1", text.strip(), flags=re.DOTALL)  # up to the last @: a password may hold any sign
     shown, mark, _ = shown.partition("?")
     return repr(f"{shown}?..." if mark else shown)

@@ -1,6 +1,6 @@
-"""Reads the Hydra-style spelling (`_target_:` lines) of the same settings.
+"""Read the Hydra-style spelling (`_target_:` lines) of the same settings.
 
-`_target_` only selects among the classes known here, by the last part of its dotted name; nothing is imported by it.
+`_target_` only selects one of the classes listed here, by the last part of its dotted name; nothing is imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MONITORS = {"DomainAdaptationMonitorCallback": "monitor"}
 
 
 def translate(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same settings without `_target_`: each becomes the key that selects that class here."""
+    """Return the same settings without `_target_`: each becomes the key that selects that class here."""
     settings = dict(settings)
     if isinstance(settings.get("model"), dict):
         settings["model"] = _select(settings["model"], "model", NETWORKS, "arch")
@@ -41,7 +41,7 @@ def translate(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schedule(value: Any) -> Any:
-    """`null` means no schedule, that is lambda_da itself."""
+    """Return the settings of a schedule; `null` means none, that is lambda_da itself."""
     if value is None:
         return {"kind": "constant"}
     return (
@@ -52,7 +52,7 @@ def _schedule(value: Any) -> Any:
 
 
 def _read_callbacks(settings: dict[str, Any], callbacks: Any, where: str) -> None:
-    """The monitor is the one callback a file may name: its arguments become `monitor`, `model.classes`, `data.class_names`."""
+    """Move the arguments of the monitor, the only callback allowed, to `monitor`, `model.classes` and `data.class_names`."""
     for entry in callbacks if isinstance(callbacks, list) else [callbacks]:
         if not isinstance(entry, dict) or "_target_" not in entry:
             raise InputError(f"{where} holds {entry!r}; give a mapping with _target_, one of {sorted(MONITORS)}.")

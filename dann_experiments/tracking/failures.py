@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dann_experiments.config.atomic_write import told
+from dann_experiments.config.atomic_write import explained_disk_error
 from dann_experiments.config.errors import InputError, NotWritten, StoreAway
 from dann_experiments.tracking.store import in_one_line
 
@@ -11,7 +11,7 @@ _RESUMABLE = ("adapt", "pretrain")  # jobs whose runs continue with --resume
 
 def explained(error: BaseException) -> InputError | None:
     """Return the one message for an error of a disk or of the tracking store; None for any other error."""
-    answer = told(error)
+    answer = explained_disk_error(error)
     if answer is not None or not of_the_store(error):
         return answer
     return StoreAway(f"the tracking store does not take or give what is asked of it: {in_one_line(error)}.")
