@@ -16,6 +16,7 @@ from dann_experiments.reports.plots.style import (
     legend_shape,
     new_figure,
     save,
+    tallest,
 )
 
 
@@ -42,9 +43,10 @@ def draw_predictions(
     handles = class_handles(class_names, not_labeled=holes)
     width = side * len(columns) + 0.3
     legend_columns, legend_height = legend_shape(handles, width - 0.3)
-    figure = new_figure(width, side * len(images) + 0.7 + legend_height)
+    row_height = side * tallest(images)
+    figure = new_figure(width, row_height * len(images) + 0.7 + legend_height)
     axis = canvas(figure)
     axis.text(0.17, 0.08, title, fontsize=11, va="top")
-    draw_grid(axis, columns, 0.17, 0.58, side)
+    draw_grid(axis, columns, 0.17, 0.58, side, row_height=row_height)
     figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.01, 0), ncols=legend_columns)
     save(figure, path)

@@ -16,6 +16,7 @@ from dann_experiments.reports.plots.style import (
     legend_shape,
     new_figure,
     save,
+    tallest,
 )
 
 
@@ -36,10 +37,12 @@ def draw_preview(
     shown = sorted({index for _, ids in maps for index in np.unique(ids).tolist() if 0 <= index < count})
     handles = class_handles(class_names, shown[:24])
     columns, legend = legend_shape(handles, 2 * side)
-    figure = new_figure(2 * side + 0.2, (side + 0.2) * len(maps) + 0.15 + legend)
+    heights = [side * tallest([image]) + 0.2 for _, image in images]
+    figure, top = new_figure(2 * side + 0.2, sum(heights) + 0.15 + legend), 0.3
     axis = canvas(figure)
-    for row, ((image_name, image), (map_name, ids)) in enumerate(zip(images, maps, strict=True)):
-        draw_grid(axis, [(image_name, [image]), (map_name, [paint(ids, count)])], 0.1, 0.3 + row * (side + 0.2), side)
+    for (image_name, image), (map_name, ids), height in zip(images, maps, heights, strict=True):
+        draw_grid(axis, [(image_name, [image]), (map_name, [paint(ids, count)])], 0.1, top, side)
+        top += height
     if handles:
         figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 0), ncols=columns)
     save(figure, path)

@@ -137,6 +137,11 @@ def canvas(figure: Figure) -> Axes:
     return axis
 
 
+def tallest(pictures: Sequence[np.ndarray]) -> float:
+    """Return the largest height of the pictures, each scaled so that its longest side is 1."""
+    return max((picture.shape[0] / max(picture.shape[:2]) for picture in pictures), default=1.0)
+
+
 def draw_grid(
     axis: Axes,
     columns: Sequence[tuple[str, Sequence[np.ndarray | None]]],
@@ -144,6 +149,7 @@ def draw_grid(
     top: float,
     side: float,
     size: float = 9,
+    row_height: float | None = None,
 ) -> None:
     """Draw columns of pictures (H, W, 3) on a `canvas`, each fitted into a square of `side`, a title above each column."""
     place = 0.96 * side
@@ -154,6 +160,6 @@ def draw_grid(
             if picture is None:
                 continue
             height, width = (place * length / max(picture.shape[:2]) for length in picture.shape[:2])
-            y = top + row * side
+            y = top + row * (row_height or side)
             axis.imshow(picture, extent=(x, x + width, y + height, y), interpolation="nearest", aspect="auto")
             axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=GRID, linewidth=0.6))
