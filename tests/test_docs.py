@@ -94,6 +94,8 @@ def test_the_notebooks_run_on_a_tiny_setting(workplace, monkeypatch):
     # multiprocessing asks for __spec__, which is forgotten too
     forget = [nbformat.v4.new_code_cell("%reset -f\n__spec__ = None") for _ in range(2)]
     cells = [*first, forget[0], *sweep, forget[1], *verdict]
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"  # each notebook counts its own
     notebook = nbformat.v4.new_notebook(cells=cells)
     resources = {"metadata": {"path": str(workplace)}}
     NotebookClient(notebook, kernel_name="python3", timeout=600, resources=resources).execute()
