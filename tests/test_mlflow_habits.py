@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
+from click.testing import CliRunner
 from conftest import small_settings
+from mlflow.cli import cli as mlflow_command
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from test_sweep_cluster import free_port, start_server, stop_server
 
@@ -33,14 +32,6 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     monkeypatch.setattr(environment, "_told", set())
     monkeypatch.setattr(sender, "SEND_SECONDS", 0.0)
     caplog.set_level(logging.INFO, "dann_experiments")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
-    process = start_server(tmp_path_factory.mktemp("server"), port)
-    yield f"http://127.0.0.1:{port}"
-    stop_server(process)
 
 
 @pytest.fixture(params=["sqlite", "server"])
@@ -380,9 +371,10 @@ def test_the_command_that_moves_runs_works_as_it_is_told_and_overwrites_no_store
     with pytest.raises(InputError) as told:
         open_store("my runs", None)
     command = str(told.value).partition("Move them there: ")[2].partition(" (their files")[0]
-    words = [sys.executable, "-m", *shlex.split(command)]
-    done = subprocess.run(words, cwd=workplace, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    program, *words = shlex.split(command)
+    assert program == "mlflow"
+    done = CliRunner().invoke(mlflow_command, words)
+    assert done.exit_code == 0, done.output[-2000:]
     assert (workplace / "mlflow.db").read_text() == "of somebody"
     store = open_store("sqlite:///mlflow_2.db", "old")
     (run,) = store.client.search_runs([store.experiment_id])

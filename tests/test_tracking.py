@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -22,31 +19,6 @@ from dann_experiments import adapt, load_config, pretrain
 from dann_experiments.tracking.store import without_secrets
 
 PROJECT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[str]:
-    """A real MLflow server on loopback, with a store of its own; stopped by its process group."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/s.db", "--artifacts-destination", str(folder / "artifacts")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        assert process.stdout is not None
-        told = b""
-        for line in process.stdout:  # the server says when it listens, and its worker when it answers
-            told += line
-            if b"Uvicorn running" in told and b"Application startup complete" in told:
-                break
-        urllib.request.urlopen(f"{url}/health", timeout=60)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def test_a_run_on_a_server_holds_the_same_as_on_sqlite(server, workplace, squares, trained):
