@@ -246,6 +246,7 @@ def artifact(run: mlflow.entities.Run, path: str) -> Path:
     return Path(run.info.artifact_uri.removeprefix("file://")) / path
 
 
+@pytest.mark.usefixtures("pretrained_place")
 def test_a_bad_step_fails_the_run_on_the_terminal_with_the_files_of_its_batch(workplace, squares, capfd):
     settings = small_settings(squares, monitor__metric=None, trainer__skip_bad_steps=1)
     del settings["domain_adaptation.method.hidden_size"]

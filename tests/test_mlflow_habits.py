@@ -15,7 +15,7 @@ from mlflow.cli import cli as mlflow_command
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from test_sweep_cluster import free_port, start_server, stop_server
 
-from dann_experiments import adapt, evaluate, load_config, pretrain
+from dann_experiments import adapt, evaluate, load_config
 from dann_experiments.__main__ import main
 from dann_experiments.config import InputError
 from dann_experiments.jobs import check_data
@@ -77,13 +77,13 @@ def test_a_run_left_in_the_environment_is_left_alone_and_named_once(workplace, m
     assert "unset MLFLOW_RUN_ID" in told
 
 
-def test_a_job_leaves_the_tags_of_a_finished_run_as_they_are(workplace, squares, monkeypatch):
-    config = load_config(None, small_settings(squares))
-    first = pretrain(config)
-    client = mlflow.MlflowClient(tracking_uri=first.tracking_uri)
+def test_a_job_leaves_the_tags_of_a_finished_run_as_they_are(pretrained_place, squares, trained, monkeypatch):
+    config, first = load_config(None, small_settings(squares)), trained.result("pretrain")
+    uri = f"sqlite:///{pretrained_place}/mlflow.db"
+    client = mlflow.MlflowClient(tracking_uri=uri)
     before = client.get_run(first.run_id).to_dictionary()
     monkeypatch.setenv("MLFLOW_RUN_ID", first.run_id)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", first.tracking_uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert check_data(config).run_id != first.run_id
     assert client.get_run(first.run_id).to_dictionary() == before
 
@@ -176,10 +176,10 @@ def test_a_deleted_experiment_is_told_with_the_command_that_restores_it(workplac
 
 
 def test_a_run_keeps_the_experiment_in_its_settings_and_goes_on_in_it_without_the_variable(
-    workplace, squares, monkeypatch
+    pretrained_place, squares, trained, monkeypatch
 ):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    result = evaluate_of(pretrain(load_config(None, small_settings(squares))).model_uri, squares)
+    result = evaluate_of(trained.result("pretrain").model_uri, squares)
     client = mlflow.MlflowClient(tracking_uri=result.tracking_uri)
     run = client.get_run(result.run_id)
     assert client.get_experiment(run.info.experiment_id).name == "mine"

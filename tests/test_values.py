@@ -84,6 +84,7 @@ class OnceInfinite(DomainAdaptationMethod):
         return MethodLoss(None, None, 0.0, {"da/mine": value})
 
 
+@pytest.mark.usefixtures("pretrained_place")
 def test_a_trial_whose_objective_was_infinite_once_fails_and_says_why(workplace, squares):
     settings = small_settings(squares, domain_adaptation__method__class_path=f"{__name__}.OnceInfinite")
     config = load_config(None, settings)
