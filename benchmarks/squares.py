@@ -34,7 +34,7 @@ def small_settings(root: Path) -> dict[str, Any]:
     """Dotted settings of a run of seconds on the folders source, source_val, target, target_val, target_test of `root`."""
     return {
         "model.arch": "unet",
-        "model.encoder_name": "tu-resnet18",  # of timm, without the layers below encoder_depth: 3 MB in place of 45
+        "model.encoder_name": "resnet18",
         "model.encoder_weights": None,
         "model.encoder_depth": 3,
         "model.decoder_channels": [16, 8, 8],

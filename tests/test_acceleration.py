@@ -38,7 +38,7 @@ class Losses(pl.Callback):
 
 
 @pytest.fixture
-def losses(workplace, squares):
+def losses(pretrained_place, squares):
     """Trains for an epoch; all start from the same source model."""
 
     def run(**more):

@@ -116,7 +116,7 @@ def fit(
 ) -> tuple[AdaptationModule, Remember, Metrics]:
     """A small network trained for a few steps; `more` goes to Lightning's trainer."""
     torch.manual_seed(0)
-    network = smp.Unet("resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=[16, 8, 8], classes=2)
+    network = smp.Unet("tu-test_resnet", encoder_weights=None, encoder_depth=3, decoder_channels=[16, 8, 8], classes=2)
     module = AdaptationModule(
         network, method, resolve_taps(network, method.feature_layers, 3),
         lambda groups: more.pop("optimizer", torch.optim.Adam)(groups, lr=1e-3, fused=fused),
@@ -193,7 +193,7 @@ def test_the_gradient_that_is_no_number_is_named_by_its_group():
 
 
 def test_the_layer_whose_domain_loss_is_no_number_is_named():
-    method = DANNMethod(["encoder", "decoder"], [128, 8], hidden_size=8)
+    method = DANNMethod(["encoder", "decoder"], [48, 8], hidden_size=8)
     with torch.no_grad():
         next(method.classifiers[1].parameters()).fill_(math.nan)
     with pytest.raises(
@@ -209,7 +209,7 @@ def test_images_that_are_no_numbers_are_named_among_their_batch():
     with pytest.raises(
         TrainingFailed, match=r"Step 2 .*Source batch: s4, s5\. Target batch: t104, t105 \(not finite .* t105\)\."
     ):
-        fit(DANNMethod("encoder", 128, hidden_size=8), guard, loader)
+        fit(DANNMethod("encoder", 48, hidden_size=8), guard, loader)
 
 
 def test_weights_that_an_update_made_infinite_are_not_kept(tmp_path):
@@ -247,6 +247,7 @@ def artifact(run: mlflow.entities.Run, path: str) -> Path:
     return Path(run.info.artifact_uri.removeprefix("file://")) / path
 
 
+@pytest.mark.usefixtures("pretrained_place")
 def test_a_bad_step_fails_the_run_on_the_terminal_with_the_files_of_its_batch(workplace, squares, capfd):
     settings = small_settings(squares, monitor__metric=None, trainer__skip_bad_steps=1)
     del settings["domain_adaptation.method.hidden_size"]

@@ -18,6 +18,7 @@ from dann_experiments import DomainAdaptationMethod, InputError, adapt, load_con
 PROJECT = Path(__file__).parents[1]
 
 
+@pytest.mark.usefixtures("pretrained_place")
 def test_the_documented_method_adapts(workplace, squares, monkeypatch):
     text = (PROJECT / "docs" / "your-own-method.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)

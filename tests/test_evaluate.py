@@ -652,7 +652,7 @@ def test_target_stats_without_training_images_or_without_batchnorm_is_refused_be
     assert len(client(trained).search_runs(["1", "2", "3"])) == runs
 
 
-def test_a_model_adapted_with_target_stats_holds_them_and_evaluate_gives_its_run_s_numbers(squares, workplace):
+def test_a_model_adapted_with_target_stats_holds_them_and_evaluate_gives_its_run_s_numbers(squares, pretrained_place):
     settings = small_settings(squares, domain_adaptation__batchnorm="target_stats")
     adapted = adapt(load_config(None, settings))
     scores = ["iou/source_val", "iou/target_val", "iou/target_test"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -21,9 +21,10 @@ ENCODER = ["--config", "mine.yaml", "--trainer.enable_progress_bar", "false"]
 
 
 @pytest.fixture
-def case(workplace: Path, request: pytest.FixtureRequest) -> str:
+def case(workplace: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The inputs of one case in the current folder."""
-    subprocess.run([sys.executable, str(GENERATOR), request.param], check=True, capture_output=True, timeout=120)
+    monkeypatch.setattr(sys, "argv", [str(GENERATOR), request.param])
+    runpy.run_path(str(GENERATOR), run_name="__main__")
     return request.param
 
 

@@ -291,7 +291,7 @@ def test_evaluate_scores_a_run_s_model_to_the_same_numbers(run, squares, workpla
     ("settings", "message"),
     [
         ({"domain_adaptation__method__feature_layer": "encoder.layer9"}, "layers that do: ["),
-        ({"domain_adaptation__method__in_channels": 7}, "give 128, or null"),
+        ({"domain_adaptation__method__in_channels": 7}, "give 48, or null"),
         ({"data__source__train": []}, "data.source.train is empty"),
         ({"data__target__train": ["nowhere"]}, "nowhere, which does not exist"),
         ({"monitor__metric": "iou/target_val", "data__target__val": []}, "needs labelled images in data.target.val"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import torch
 import yaml
 from conftest import small_settings, squares_in, write_raster
 from PIL import Image
-from test_predict import BYTES, make_network, save
+from test_predict import BYTES, save
+from test_predict import make_network as new_network
 
 from dann_experiments.__main__ import main
 from dann_experiments.config import Config, InputError, load_config
@@ -40,6 +42,9 @@ JOBS = {
 }
 FLAGS = {"config", "source_checkpoint", "input", "resume", "runs", "arms", "space", "study", "help"}
 GROUPS = {key.partition(".")[0] for key in known_keys(Config) if "." in key}
+
+
+make_network = functools.cache(new_network)  # never changed here
 
 
 def settings_in(message: str) -> set[str]:
@@ -243,7 +248,7 @@ def no_checkpoint(folder: Path) -> str:
 def other_network(folder: Path) -> str:
     save("other", make_network(classes=2))
     arguments = (folder / "other" / "config.json").read_text()
-    (folder / "other" / "config.json").write_text(arguments.replace("resnet18", "resnet34"))
+    (folder / "other" / "config.json").write_text(arguments.replace("tu-test_resnet", "tu-resnet18"))
     return "other"
 
 

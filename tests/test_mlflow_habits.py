@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
+from click.testing import CliRunner
 from conftest import small_settings
+from mlflow.cli import cli as mlflow_command
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from test_sweep_cluster import free_port, start_server, stop_server
 
-from dann_experiments import adapt, evaluate, load_config, pretrain
+from dann_experiments import adapt, evaluate, load_config
 from dann_experiments.__main__ import main
 from dann_experiments.config import InputError
 from dann_experiments.jobs import check_data
@@ -33,14 +32,6 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     monkeypatch.setattr(environment, "_told", set())
     monkeypatch.setattr(sender, "SEND_SECONDS", 0.0)
     caplog.set_level(logging.INFO, "dann_experiments")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
-    process = start_server(tmp_path_factory.mktemp("server"), port)
-    yield f"http://127.0.0.1:{port}"
-    stop_server(process)
 
 
 @pytest.fixture(params=["sqlite", "server"])
@@ -86,13 +77,13 @@ def test_a_run_left_in_the_environment_is_left_alone_and_named_once(workplace, m
     assert "unset MLFLOW_RUN_ID" in told
 
 
-def test_a_job_leaves_the_tags_of_a_finished_run_as_they_are(workplace, squares, monkeypatch):
-    config = load_config(None, small_settings(squares))
-    first = pretrain(config)
-    client = mlflow.MlflowClient(tracking_uri=first.tracking_uri)
+def test_a_job_leaves_the_tags_of_a_finished_run_as_they_are(pretrained_place, squares, trained, monkeypatch):
+    config, first = load_config(None, small_settings(squares)), trained.result("pretrain")
+    uri = f"sqlite:///{pretrained_place}/mlflow.db"
+    client = mlflow.MlflowClient(tracking_uri=uri)
     before = client.get_run(first.run_id).to_dictionary()
     monkeypatch.setenv("MLFLOW_RUN_ID", first.run_id)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", first.tracking_uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert check_data(config).run_id != first.run_id
     assert client.get_run(first.run_id).to_dictionary() == before
 
@@ -185,10 +176,10 @@ def test_a_deleted_experiment_is_told_with_the_command_that_restores_it(workplac
 
 
 def test_a_run_keeps_the_experiment_in_its_settings_and_goes_on_in_it_without_the_variable(
-    workplace, squares, monkeypatch
+    pretrained_place, squares, trained, monkeypatch
 ):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    result = evaluate_of(pretrain(load_config(None, small_settings(squares))).model_uri, squares)
+    result = evaluate_of(trained.result("pretrain").model_uri, squares)
     client = mlflow.MlflowClient(tracking_uri=result.tracking_uri)
     run = client.get_run(result.run_id)
     assert client.get_experiment(run.info.experiment_id).name == "mine"
@@ -380,9 +371,10 @@ def test_the_command_that_moves_runs_works_as_it_is_told_and_overwrites_no_store
     with pytest.raises(InputError) as told:
         open_store("my runs", None)
     command = str(told.value).partition("Move them there: ")[2].partition(" (their files")[0]
-    words = [sys.executable, "-m", *shlex.split(command)]
-    done = subprocess.run(words, cwd=workplace, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    program, *words = shlex.split(command)
+    assert program == "mlflow"
+    done = CliRunner().invoke(mlflow_command, words)
+    assert done.exit_code == 0, done.output[-2000:]
     assert (workplace / "mlflow.db").read_text() == "of somebody"
     store = open_store("sqlite:///mlflow_2.db", "old")
     (run,) = store.client.search_runs([store.experiment_id])

@@ -89,7 +89,7 @@ def write_tiff(path: Path | str, values: np.ndarray, **profile: Any) -> Path:
     return Path(path)
 
 
-ARGUMENTS = {"encoder_name": "resnet18", "in_channels": 3, "encoder_depth": 3, "decoder_channels": [16, 8, 8]}
+ARGUMENTS = {"encoder_name": "tu-test_resnet", "in_channels": 3, "encoder_depth": 3, "decoder_channels": [16, 8, 8]}
 
 
 def make_network(bands: int = 3, classes: int = 3, seed: int = 0) -> nn.Module:

@@ -6,7 +6,9 @@ import contextlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -72,20 +74,20 @@ def test_a_line_that_a_killed_writer_left_half_done_is_left_out_and_no_other(tmp
 
 def test_an_append_that_finds_no_room_leaves_the_file_as_it_was(tmp_path):
     """A real limit of the process: the kernel writes the part that fits and refuses the rest."""
-    script = f"""
-import resource, signal
-from pathlib import Path
-from dann_experiments.tracking.spool import Point, Spool
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-spool = Spool(Path({str(tmp_path / "s")!r}))
-spool.append([Point("a", 0.0, 1, 0)])
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    spool.append([Point("b", float(step), 1, step) for step in range(1000)])
-except OSError:
-    spool.append([Point("c", 1.0, 1, 1)])
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+    def write() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        spool = Spool(tmp_path / "s")
+        spool.append([Point("a", 0.0, 1, 0)])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        with pytest.raises(OSError):
+            spool.append([Point("b", float(step), 1, step) for step in range(1000)])
+        spool.append([Point("c", 1.0, 1, 1)])
+
+    process = multiprocessing.get_context("fork").Process(target=write)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     assert [point.name for point in Spool(tmp_path / "s").next(2000)] == ["a", "c"]
 
 
@@ -221,20 +223,17 @@ def test_many_threads_may_log_at_once(tmp_path):
 
 
 def test_what_was_persisted_outlives_a_process_that_is_killed_at_once(tmp_path):
-    script = f"""
-import os, signal
-from pathlib import Path
-from dann_experiments.tracking.sender import Sender
-class Away:
-    def log_batch(self, *_, **__): raise ConnectionError
-sender = Sender(Away(), "r", Path({str(tmp_path)!r}))
-for step in range(3000):
-    sender.put({{"a": step}}, step)
-sender.persist()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    def killed() -> None:
+        sender = Sender(Refusing(math.inf), "r", tmp_path)
+        for step in range(3000):
+            sender.put({"a": step}, step)
+        sender.persist()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert [point.step for point in Spool(tmp_path / SPOOL).next(5000)] == list(range(3000))
 
 
@@ -336,22 +335,18 @@ def test_a_run_that_ends_while_the_store_is_away_is_whole_after_sync(store, monk
 
 
 def test_doctor_closes_the_run_of_a_killed_process_and_sync_sends_what_it_left(store, capsys):
-    script = """
-import os, signal
-from pathlib import Path
-from dann_experiments.tracking.run import tracked_run
-from dann_experiments.tracking.store import open_store
-with tracked_run(open_store(None, "other"), None, "killed", {}, Path("outputs"), use_claimed=False) as run:
-    print(run.run_id, flush=True)
-    run.log_metrics({"loss": 0.25}, step=1)
-    run.persist()
-    (run.folder / "notes.txt").write_text("seen")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    run_id = done.stdout.strip()
-    assert done.returncode == -signal.SIGKILL
+    def killed() -> None:
+        with tracked_run(open_store(None, "other"), None, "killed", {}, Path("outputs"), use_claimed=False) as run:
+            run.log_metrics({"loss": 0.25}, step=1)
+            run.persist()
+            (run.folder / "notes.txt").write_text("seen")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (run_id,) = (path.name for path in Path("outputs").iterdir())
     assert store.client.get_run(run_id).info.status == "RUNNING"
     with tracked_run(store, None, "alive", {}, Path("outputs"), use_claimed=False) as run:
         assert main(["doctor"]) == 0

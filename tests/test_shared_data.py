@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import read_sets, small_settings, write_domain, write_raster
 
-from dann_experiments import adapt, pretrain
+from dann_experiments import adapt
 from dann_experiments.config import Config, InputError, load_config
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.data import dataset, shared_cache
@@ -246,10 +246,9 @@ def test_what_processes_left_that_are_gone_is_removed(tmp_path):
 
 
 def test_runs_that_share_have_the_numbers_of_runs_alone_and_ask_for_the_source_model_once(
-    squares, workplace, monkeypatch
+    squares, pretrained_place, monkeypatch
 ):
     config = load_config(None, small_settings(squares, trainer__max_epochs=1))
-    pretrain(config)
     alone = adapt(config)
     asked = []
     fetch = fetch_model.fetch
@@ -260,7 +259,7 @@ def test_runs_that_share_have_the_numbers_of_runs_alone_and_ask_for_the_source_m
 
     monkeypatch.setattr(fetch_model, "fetch", count)
     monkeypatch.setattr(source_model, "_kept", {})
-    with shared_data(workplace / "outputs"):
+    with shared_data(pretrained_place / "outputs"):
         results = [adapt(config) for _ in range(2)]
     assert len(asked) == 1
     for result in results:

@@ -64,14 +64,9 @@ def test_a_sqlite_store_takes_every_text(workplace):
     check_everything(store, log_everything(store, workplace / "outputs"))
 
 
-def test_a_server_takes_every_text(workplace):
-    port = free_port()
-    process = start_server(workplace, port)
-    try:
-        store = open_store(f"http://127.0.0.1:{port}", "texts")
-        check_everything(store, log_everything(store, workplace / "outputs"))
-    finally:
-        stop_server(process)
+def test_a_server_takes_every_text(server, workplace):
+    store = open_store(server, "texts")
+    check_everything(store, log_everything(store, workplace / "outputs"))
 
 
 @pytest.mark.slow

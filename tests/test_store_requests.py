@@ -14,7 +14,6 @@ import pytest
 import torch
 from mlflow.entities import Metric
 from sqlalchemy import Engine, event
-from test_sweep_cluster import free_port, start_server, stop_server
 
 from dann_experiments import load_config
 from dann_experiments.comparison.arms import Cell
@@ -94,14 +93,10 @@ def test_a_hundred_training_steps_make_one_request_of_a_sqlite_store(workplace):
     assert 0 < sum(statement.startswith("INSERT INTO metrics") for statement, _ in sent) <= 30
 
 
-def test_a_hundred_training_steps_make_one_request_of_a_server(workplace):
-    port = free_port()
-    process = start_server(workplace, port)
-    try:
-        logged_steps(f"http://127.0.0.1:{port}", workplace / "runs", 3000)
-    finally:
-        stop_server(process)
-    requests = re.findall(r'"(GET|POST) \S*/(\S+) HTTP', (workplace / "server.log").read_text())
+def test_a_hundred_training_steps_make_one_request_of_a_server(running_server, workplace):
+    before = len(running_server.log.read_text())
+    logged_steps(running_server.url, workplace / "runs", 3000)
+    requests = re.findall(r'"(GET|POST) \S*/(\S+) HTTP', running_server.log.read_text()[before:])
     made = [(method, what.partition("?")[0]) for method, what in requests if what.partition("?")[0] != "health"]
     assert 0 < sum(what != "get-history" for _, what in made) <= 30, Counter(made)
 

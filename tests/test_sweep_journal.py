@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import resource
 import shutil
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -78,30 +79,25 @@ def test_a_whole_journal_is_left_as_it_is_and_nothing_is_logged(study, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-FULL_DISK = """
-import resource, signal, sys
-from sweeps.study import Slot, Sweep, open_storage
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-study = Sweep(open_storage("journal.log"), "s")
-size = len(open("journal.log", "rb").read())
-resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, resource.RLIM_INFINITY))
-try:
-    study.add([Slot("search", {})])
-except OSError:
-    print("full")
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-print(open("journal.log", "rb").read()[-1:] != b"\\n")
-study.add([Slot("search", {})])
-"""
+FORK = multiprocessing.get_context("fork")  # the children have everything imported
+
+
+def write_to_a_full_disk() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    found = opened()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (JOURNAL.stat().st_size + 40, resource.RLIM_INFINITY))
+    with pytest.raises(OSError):
+        found.add([Slot("search", {})])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert JOURNAL.read_bytes()[-1:] != b"\n"
+    found.add([Slot("search", {})])
 
 
 def test_a_process_goes_on_when_a_full_disk_has_room_again(study):
-    project = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK], env={"PYTHONPATH": project}, capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["full", "True"], done.stderr
-    assert done.returncode == 0, done.stderr
+    process = FORK.Process(target=write_to_a_full_disk)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     assert len(opened().trials()) == 4
 
 
@@ -111,8 +107,7 @@ def add_ten(number: int) -> None:
 
 def test_processes_that_open_a_cut_journal_at_once_lose_no_trial(study):
     JOURNAL.write_bytes(JOURNAL.read_bytes() + b'{"op_code":4,"work')
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=add_ten, args=(number,)) for number in range(1, 4)]
+    processes = [FORK.Process(target=add_ten, args=(number,)) for number in range(1, 4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -150,22 +145,20 @@ def test_the_lock_is_given_back_when_the_file_cannot_be_mended(study):
     assert len(opened().trials()) == 4
 
 
+def write_for_ever() -> None:
+    found = opened()
+    while True:
+        found.add([Slot("search", {"x": "y" * 200_000})])
+
+
 def test_a_killed_writer_costs_no_trial(study):
-    code = (
-        "from sweeps.study import Sweep, Slot, open_storage\n"
-        "study = Sweep(open_storage('journal.log'), 's')\nprint('begun', flush=True)\n"
-        "while True: study.add([Slot('search', {'x': 'y' * 200_000})])"
-    )
-    project = str(Path(__file__).parents[1])
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env={"PYTHONPATH": project}, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
+    process = FORK.Process(target=write_for_ever)
+    process.start()
     while JOURNAL.stat().st_size < 3_000_000:
-        pass
+        assert process.is_alive()
+        time.sleep(0.001)
     process.kill()
-    process.communicate()
+    process.join()
     Path("journal.log.lock").unlink(missing_ok=True)  # Optuna would wait for half a minute
     count = len(opened().trials())
     opened().add([Slot("search", {})])

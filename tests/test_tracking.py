@@ -1,52 +1,21 @@
-"""Stores, statuses and `mlflow run`, with real servers and real processes."""
+"""Stores and statuses of runs, with real servers and real processes."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
 import yaml
 from conftest import small_settings
-from mlflow.exceptions import ExecutionException
 from test_jobs import nested
 
 from dann_experiments import adapt, load_config, pretrain
 from dann_experiments.tracking.store import without_secrets
-
-PROJECT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[str]:
-    """A real MLflow server on loopback, with a store of its own; stopped by its process group."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/s.db", "--artifacts-destination", str(folder / "artifacts")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        assert process.stdout is not None
-        told = b""
-        for line in process.stdout:  # the server says when it listens, and its worker when it answers
-            told += line
-            if b"Uvicorn running" in told and b"Application startup complete" in told:
-                break
-        urllib.request.urlopen(f"{url}/health", timeout=60)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def test_a_run_on_a_server_holds_the_same_as_on_sqlite(server, workplace, squares, trained):
@@ -118,75 +87,6 @@ def test_a_killed_run_is_killed_in_the_store_with_its_metrics_and_checkpoints(pr
     assert run.info.status == "KILLED"
     assert len(client.get_metric_history(run.info.run_id, "loss/train_seg")) >= 12
     assert [item.path for item in client.list_artifacts(run.info.run_id, "checkpoints")]
-
-
-def mlflow_run(
-    workplace: Path, *parameters: str, manager: str = "local", project: Path = PROJECT
-) -> subprocess.CompletedProcess:
-    arguments = [part for parameter in parameters for part in ("-P", parameter)]
-    command = [sys.executable, "-m", "mlflow", "run", str(project), "-e", "adapt", "--env-manager", manager, *arguments]
-    return subprocess.run(command, env=clean_environment(workplace), cwd=workplace, capture_output=True, text=True)
-
-
-def test_mlflow_run_adapts_in_its_own_run_and_pretrains_in_another(workplace, squares):
-    config = nested(small_settings(squares))
-    (workplace / "c d.yaml").write_text(
-        yaml.safe_dump(config)
-    )  # a blank in the path: parameters reach the shell quoted
-    done = mlflow_run(
-        workplace, f"config={workplace}/c d.yaml", "gamma=2.5", "max_epochs=1", f"tracking.folder={workplace}/out"
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workplace}/mlflow.db")
-    runs = client.search_runs([item.experiment_id for item in client.search_experiments()])
-    assert sorted(run.data.tags["dann.job"] for run in runs) == ["adapt", "pretrain"]
-    assert all(run.info.status == "FINISHED" for run in runs)
-    adapted = next(run for run in runs if run.data.tags["dann.job"] == "adapt")
-    assert adapted.data.params["gamma"] == "2.5"  # the string as mlflow run logged it
-    assert adapted.data.params["cfg.domain_adaptation.method.lambda_schedule.gamma"] == "2.5"
-    assert adapted.data.params["cfg.trainer.max_epochs"] == "1"
-    assert adapted.data.tags["mlflow.project.entryPoint"] == "adapt"
-    assert "iou/target_val" in adapted.data.metrics
-
-
-def test_wrong_input_under_mlflow_run_leaves_no_run_running(workplace, squares, monkeypatch, capfd):
-    """By the function behind `mlflow run`, which starts the same command in a process."""
-    (workplace / "c.yaml").write_text(yaml.safe_dump(nested(small_settings(squares))))
-    for name, value in clean_environment(workplace).items():
-        monkeypatch.setenv(name, value)
-    parameters = {"config": f"{workplace}/c.yaml", "feature_layer": "encoder.layer9"}
-    with pytest.raises(ExecutionException):
-        mlflow.projects.run(str(PROJECT), "adapt", parameters=parameters, env_manager="local")
-    assert "layers that do" in "".join(capfd.readouterr())
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workplace}/mlflow.db")
-    runs = client.search_runs([item.experiment_id for item in client.search_experiments()])
-    assert [run.info.status for run in runs] == ["FAILED"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("manager", ["uv", "virtualenv"])
-def test_mlflow_run_builds_its_environment_with(manager, workplace):
-    """The real MLproject with a stand-in requirement set: its commands start in the new environment."""
-    project = workplace / "project"
-    project.mkdir()
-    (project / "MLproject").write_text((PROJECT / "MLproject").read_text())
-    conda = yaml.safe_load((PROJECT / "conda.yaml").read_text())
-    python = next(item for item in conda["dependencies"] if isinstance(item, str) and item.startswith("python="))
-    conda["dependencies"] = [python, "pip", {"pip": ["pyyaml==6.0.3", "setuptools"]}]
-    (project / "conda.yaml").write_text(yaml.safe_dump(conda))
-    stand_in = project / "dann_experiments"
-    stand_in.mkdir()
-    (stand_in / "__main__.py").write_text(
-        "import sys, yaml, pathlib\n"
-        "pathlib.Path('seen.yaml').write_text(yaml.safe_dump({'argv': sys.argv[1:], 'python': sys.prefix}))\n"
-    )
-    done = mlflow_run(workplace, "gamma=2.5", "optimizer.lr=1e-3", manager=manager, project=project)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = yaml.safe_load((project / "seen.yaml").read_text())
-    assert seen["python"] != sys.prefix
-    assert seen["argv"][0] == "adapt"
-    assert seen["argv"][seen["argv"].index("--gamma") + 1] == "2.5"
-    assert seen["argv"][-2:] == ["--optimizer.lr", "1e-3"]
 
 
 def test_runs_that_bring_the_same_new_data_set_at_once_are_all_logged(workplace):

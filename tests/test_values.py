@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import small_settings
-from test_sweep_cluster import free_port, start_server, stop_server
 
 from dann_experiments import DomainAdaptationMethod, compare, load_config
 from dann_experiments.adaptation.method import MethodLoss
@@ -58,13 +57,8 @@ def test_a_sqlite_store_gives_infinity_and_nan_back_as_they_were_logged(workplac
     check(open_store(None, "e"))
 
 
-def test_a_server_gives_infinity_and_nan_back_as_they_were_logged(empty_place):
-    port = free_port()
-    process = start_server(empty_place, port)
-    try:
-        check(open_store(f"http://127.0.0.1:{port}", "e"))
-    finally:
-        stop_server(process)
+def test_a_server_gives_infinity_and_nan_back_as_they_were_logged(server):
+    check(open_store(server, "e"))
 
 
 @pytest.mark.parametrize(("stored", "value"), [(1.7976931348623157e308, INF), (-1.7976931348623157e308, -INF), (1e308, INF),
@@ -90,6 +84,7 @@ class OnceInfinite(DomainAdaptationMethod):
         return MethodLoss(None, None, 0.0, {"da/mine": value})
 
 
+@pytest.mark.usefixtures("pretrained_place")
 def test_a_trial_whose_objective_was_infinite_once_fails_and_says_why(workplace, squares):
     settings = small_settings(squares, domain_adaptation__method__class_path=f"{__name__}.OnceInfinite")
     config = load_config(None, settings)
