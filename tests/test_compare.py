@@ -18,10 +18,12 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 import yaml
 from conftest import small_settings, squares_in, write_domain
+from test_sweeps import environment, finish, make_place, runs_of, until
 
 from dann_experiments import DomainAdaptationMethod, InputError, RunResult, adapt, evaluate, load_config, pretrain
 from dann_experiments.__main__ import main
@@ -372,6 +374,33 @@ def test_a_comparison_that_is_stopped_closes_all_runs_as_killed_and_goes_on_when
     result = compare(here.config, settings)
     assert {run.arm for run in result.comparison.runs} == {"source only", "stopped", "next"}
     assert not here.runs("attributes.status = 'RUNNING'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_comparison_that_is_killed_takes_its_workers_along_and_the_same_command_completes_it(signum, code, tmp_path):
+    place = make_place(tmp_path, trainer__max_epochs=2)
+    (place / "arms.yaml").write_text("{arms: {source only: {kind: source_only}, DANN: {}}}")
+    words = ["compare", "--config", "config.yaml", "--arms", "arms.yaml", "--seeds", "1", "--workers", "1"]
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dann_experiments", *words], cwd=place, env=environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def worker() -> psutil.Process:
+        run = next(run for run in runs_of(place, "adapt") if run.info.status == "RUNNING")
+        return psutil.Process(int(run.data.tags["dann.process"].rsplit(":", 2)[1]))
+
+    process = start()
+    killed = until(worker, process)
+    os.kill(process.pid, signum)
+    finish(process, code)
+    killed.wait(120)
+    finish(start())
+    statuses = {job: sorted(run.info.status for run in runs_of(place, job)) for job in ("pretrain", "adapt", "compare")}
+    assert statuses == {"pretrain": ["FINISHED"], "adapt": ["FINISHED", "KILLED"], "compare": ["FINISHED", "KILLED"]}
 
 
 @pytest.mark.slow
