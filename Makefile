@@ -14,17 +14,17 @@ help:  ## list the targets
 
 install: .venv/installed  ## make .venv and install the project
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...'; exit 2; }
 	@echo "Installing into .venv (about 6 GB with torch; minutes the first time) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
 	@echo "Installing what the tests need ..."
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: .venv/installed  ## pretrain, control and DANN on the embedded digits; a table and pictures (minutes)

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from dann_experiments import Config, load_config
 from dann_experiments.adaptation.dann import DANNMethod
-from dann_experiments.command_line import DEFAULT_CONFIG
 from dann_experiments.jobs import setup
 from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.module import AdaptationModule
@@ -87,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    digits = load_config(DEFAULT_CONFIG)
+    digits = load_config("digits")
     unet = load_config(
         None,
         {

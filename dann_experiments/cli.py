@@ -13,17 +13,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dann_experiments.command_line import DEFAULT_CONFIG, Command, Option, Program, Request, quiet_libraries
+from dann_experiments.command_line import Command, Option, Program, Request, quiet_libraries
 from dann_experiments.config import Config, TrainingFailed, config_to_yaml, load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.config.recipes import load_or_default, report_default
 from dann_experiments.data import early
 from dann_experiments.data.samples import PRETRAINING_SETS, SETS
 
 log = logging.getLogger(__name__)
 OF_ADAPTATION = ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer")
-CONFIG = Option("YAML file of settings (default: recipes/digits.yaml)", "FILE")
+CONFIG = Option("YAML file of settings, or a recipe's name (default: digits)", "FILE")
 RESUME = Option("resume this killed run; auto: the newest of these settings, else start a new run", "RUN_ID")
 SETTINGS = {"settings (in a YAML file, or as --dotted.key value)": Config}
 
@@ -35,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _config(request: Request, without_effect: Sequence[str] = (), but: Sequence[str] = ()) -> Config:
     """Read the settings of a command and make the program ready to run it. `without_effect`: short names to warn of."""
-    config = load_config(request.options.get("config", DEFAULT_CONFIG), request.overrides(but))
+    config = load_or_default(request.options.get("config"), request.overrides(but))
     quiet_libraries()
+    if request.command not in ("runs", "sync", "doctor"):  # these need the tracking store alone
+        report_default(log.info)
     _warn_of_idle(request, without_effect)
     return config
 
@@ -202,7 +205,8 @@ def _layers(request: Request) -> int:
 
 
 def _show_config(request: Request) -> int:
-    print(config_to_yaml(load_config(request.options.get("config", DEFAULT_CONFIG), request.overrides())), end="")
+    print(config_to_yaml(load_or_default(request.options.get("config"), request.overrides())), end="")
+    report_default(lambda text: print(text, file=sys.stderr))
     return 0
 
 

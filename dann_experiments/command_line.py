@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
 import traceback
 import warnings
@@ -16,8 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from dann_experiments.config import InputError
+from dann_experiments.config.recipes import forget_default, with_origin
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "recipes" / "digits.yaml"
 SHORT_NAMES = {
     "source_checkpoint": "domain_adaptation.pretrained_checkpoint.path",
     "gamma": "domain_adaptation.method.lambda_schedule.gamma",
@@ -104,6 +106,7 @@ class Program:
         """Run one command. Return 0 if it is done, 1 if what it ran failed, 2 for something that the user can mend (each
         with one message), 130 after Ctrl-C."""
         words = sys.argv[1:] if words is None else words
+        forget_default()
         try:
             if not words or words[0] in HELP:
                 print(self.help(), end="")
@@ -111,6 +114,7 @@ class Program:
             if set(words) & set(HELP):
                 print(self.help_of(words[0]), end="")
                 return 0
+            leave_clone()
             request = self.parse(words)
             warn_of_stored_secrets({**request.options, **request.settings})
             return self.commands[request.command].run(request)
@@ -219,7 +223,7 @@ def report_input(error: InputError) -> int:
     """Print an error that the user can mend, without passwords; return the exit code."""
     from dann_experiments.tracking.store import without_secrets
 
-    print(f"Error: {without_secrets(str(error))}", file=sys.stderr)
+    print(f"Error: {without_secrets(with_origin(str(error)))}", file=sys.stderr)
     return 2
 
 
@@ -232,6 +236,27 @@ def report_failure(error: Exception) -> int:
         raise error
     print(f"Error: {found}", file=sys.stderr)
     return 2
+
+
+def leave_clone() -> None:
+    """Change from the temporary clone that `mlflow run ADDRESS` fetches into the folder where it was started: nobody looks for
+    their settings, data, outputs or `sqlite:///mlflow.db` in that clone.
+
+    A project that `mlflow run` finds in a local folder is no clone: there, paths stay relative to the project.
+    """
+    here = Path.cwd()
+    temporary = Path(tempfile.gettempdir()).resolve() / tempfile.gettempprefix()
+    if "MLFLOW_RUN_ID" not in os.environ or not str(here).startswith(str(temporary)) or not Path("MLproject").exists():
+        return
+    import psutil
+
+    from dann_experiments.tracking.processes import launcher
+
+    parent = launcher()
+    with contextlib.suppress(psutil.Error, OSError):
+        os.chdir(here if parent is None else parent.cwd())
+    if Path.cwd() != here:
+        print(f"Relative paths are those of {Path.cwd()}, where `mlflow run` was started.", file=sys.stderr)
 
 
 def warn_of_stored_secrets(given: Mapping[str, Any]) -> None:

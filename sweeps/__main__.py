@@ -7,14 +7,13 @@ any other setting of `adapt` is given by its dotted name (`--optimizer.lr 1e-3`)
 from __future__ import annotations
 
 import difflib
-import os
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dann_experiments.command_line import (
-    DEFAULT_CONFIG,
     SHORT_NAMES,
     Command,
     Option,
@@ -22,9 +21,9 @@ from dann_experiments.command_line import (
     Request,
     quiet_libraries,
 )
-from dann_experiments.config import InputError, load_config
+from dann_experiments.config import InputError
 from dann_experiments.config.parsing import known_keys, load_settings
-from dann_experiments.config.paths import local_path
+from dann_experiments.config.recipes import DEFAULT, load_or_default, report_default, settings_file
 from dann_experiments.data import early
 from dann_experiments.tracking.processes import fork_workers_from_here
 from sweeps.errors import SweepFailed
@@ -33,7 +32,9 @@ from sweeps.settings import SweepConfig
 if TYPE_CHECKING:
     from sweeps.driver import SweepResult
 
-DEFAULT_SPACE = Path(__file__).with_name("dann.yaml")
+SPACES = Path(__file__).parent
+DEFAULT_SPACE = "dann"
+log = logging.getLogger("sweeps")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,13 +55,12 @@ def _settings(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
 def _run(request: Request) -> int:
     sweep_flags, settings = _settings(request)
     quiet_libraries()
-    space = local_path(request.options.get("space", DEFAULT_SPACE), "--space")
-    config_file = local_path(request.options.get("config", DEFAULT_CONFIG), "--config")
-    if not os.path.exists(space):
-        raise InputError(f"space file {space} does not exist; sweeps/ holds some to start from.")
-    config = load_config(config_file, settings)
+    space = settings_file(request.options.get("space", DEFAULT_SPACE), "--space", SPACES)
+    config_file = settings_file(request.options["config"], "--config") if "config" in request.options else None
+    config = load_or_default(config_file, settings)
+    report_default(log.info)
     named = "study" in sweep_flags or load_settings(SweepConfig, space, {}).study is not None
-    defaults = {} if named else {"study": f"{space.stem}-{config_file.stem}"}
+    defaults = {} if named else {"study": f"{space.stem}-{config_file.stem if config_file else DEFAULT}"}
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
     early.begin(config)
     from sweeps.driver import run_sweep
@@ -93,7 +93,8 @@ def _resume(request: Request) -> int:
 
     fork_workers_from_here(PRELOADED)
     if "space" in sweep_flags:
-        sweep_flags["space"] = load_settings(SweepConfig, Path(sweep_flags["space"]), {}).space
+        space = settings_file(sweep_flags["space"], "--space", SPACES)
+        sweep_flags["space"] = load_settings(SweepConfig, space, {}).space
     return _finish(resume_sweep(name, storage, sweep_flags, settings))
 
 
@@ -154,8 +155,8 @@ COMMANDS = {
         "search: a new study, or the missing trials of one that exists",
         usage="[--space FILE] [--config FILE] [--SETTING VALUE ...] [--DOTTED.KEY VALUE ...]",
         options={
-            "space": Option("YAML file of the search (default: sweeps/dann.yaml)", "FILE"),
-            "config": Option("settings of adapt (default: recipes/digits.yaml)", "FILE"),
+            "space": Option("YAML file of the search, or a name: dann (default), wide", "FILE"),
+            "config": Option("settings of adapt, or the name of a recipe (default: digits)", "FILE"),
         },
         settings=SETTINGS,
     ),

@@ -20,6 +20,7 @@ from dann_experiments.config.description import type_name
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import settings_of
 from dann_experiments.config.paths import local_path
+from dann_experiments.config.recipes import settings_file
 from dann_experiments.config.schema import Config
 from dann_experiments.config.target_dialect import translate
 
@@ -57,15 +58,15 @@ _Loader.add_implicit_resolver(
 def load_config(file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read settings and check them.
 
-    `file` is a YAML file; `overrides`, dotted name -> value, take precedence over it. Values may be Python values or texts as on
-    a command line (`"1e-4"`, `"[encoder, decoder]"`). Settings in neither have their defaults. Raises InputError, which names
-    the key, the value and the way out.
+    `file` is a YAML file, or the name of a recipe of the package (`"digits"`); `overrides`, dotted name -> value, take
+    precedence over it. Values may be Python values or texts as on a command line (`"1e-4"`, `"[encoder, decoder]"`). Settings
+    in neither have their defaults. Raises InputError, which names the key, the value and the way out.
 
     >>> config = load_config(overrides={"optimizer.lr": "1e-4", "data.source.batch_size": 4})
     >>> config.optimizer.lr, config.data.source.batch_size
     (0.0001, 4)
     """
-    return _load(Config, file, overrides, translate)
+    return _load(Config, None if file is None else settings_file(file), overrides, translate)
 
 
 def load_settings(cls: type[Settings], file: str | Path | None, overrides: Mapping[str, Any]) -> Settings:
@@ -75,7 +76,7 @@ def load_settings(cls: type[Settings], file: str | Path | None, overrides: Mappi
 
 def given_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return dotted name -> value of the settings in `file` and `overrides`, without defaults, for `replace`."""
-    settings = _read_yaml(file) if file is not None else {}
+    settings = _read_yaml(settings_file(file)) if file is not None else {}
     for key, value in overrides.items():
         _set_dotted(settings, key, _scalar(value, _field_types(Config).get(key)))
     settings = translate(settings)
