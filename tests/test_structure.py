@@ -9,10 +9,12 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from dann_experiments.cli import COMMANDS, PROGRAM, main
 from dann_experiments.command_line import SHORT_NAMES, Request
@@ -77,24 +79,46 @@ def test_only_config_knows_jsonargparse_and_only_tracking_and_jobs_know_mlflow()
         assert "mlflow" not in names or folder in ("tracking", "jobs"), file
 
 
-def pins(lines: list[str]) -> dict[str, str]:
+def pins(lines: Iterable[str]) -> dict[str, str]:
+    """Package -> version of lines like `ray[default]==2.0  # why`."""
     found = {}
     for line in lines:
-        name, _, version = line.partition("==")
+        name, _, version = line.partition("#")[0].partition("==")
         assert version, f"{line} is not pinned"
-        found[re.sub(r"\[.*\]", "", name).strip().lower()] = version.strip()
+        found[Requirement(name).name] = version.strip()
     return found
 
 
-def test_conda_yaml_pyproject_and_the_tested_versions_agree():
+def test_conda_yaml_and_the_installed_versions_are_those_of_constraints_txt():
+    pinned = pins(line for line in (PROJECT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    wanted = pins(project["dependencies"])
+    wanted = [Requirement(line) for line in project["dependencies"]]
+    extras = [Requirement(line) for lines in project["optional-dependencies"].values() for line in lines]
+    assert {one.name for one in (*wanted, *extras)} - {project["name"]} == set(pinned)
+    for one in (*wanted, *extras):
+        assert one.name == project["name"] or one.specifier.contains(pinned[one.name]), one
+    assert all(one.specifier for one in wanted), "the package needs a lower bound for each"
     conda = yaml.safe_load((PROJECT / "conda.yaml").read_text())["dependencies"]
-    assert pins(next(item["pip"] for item in conda if isinstance(item, dict))) == wanted
-    for name, version in (wanted | pins(project["optional-dependencies"]["dev"])).items():
-        assert importlib.metadata.version(name).partition("+")[0] == version, name
+    in_conda = pins(next(item["pip"] for item in conda if isinstance(item, dict)))
+    assert in_conda == {one.name: pinned[one.name] for one in wanted}
+    needed = {
+        one.name
+        for lines in ("dev", "ray", "postgresql")
+        for one in map(Requirement, project["optional-dependencies"][lines])
+    }
+    for name in ({one.name for one in wanted} | needed) - {project["name"]}:
+        assert importlib.metadata.version(name).partition("+")[0] == pinned[name], name
     python = next(item.partition("=")[2] for item in conda if isinstance(item, str) and item.startswith("python="))
     assert tuple(map(int, python.split(".")[:2])) >= (3, 11)
+
+
+def test_the_page_of_the_installation_says_what_each_dependency_is_for():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \|", (PROJECT / "docs" / "install.md").read_text(), re.MULTILINE)
+    wanted = [Requirement(line) for line in project["dependencies"]]
+    assert {name: versions for name, versions in rows if name in {one.name for one in wanted}} == {
+        one.name: str(one.specifier).removeprefix(">=") for one in wanted
+    }
 
 
 def entry_points() -> dict:
