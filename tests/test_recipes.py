@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dann_experiments import adapt, load_config
-from dann_experiments.__main__ import main
+from dann_experiments.cli import main
 from dann_experiments.config.recipes import RECIPES as SHIPPED
 from dann_experiments.config.recipes import settings_file
 from sweeps.__main__ import SPACES
