@@ -15,6 +15,7 @@ import yaml
 from conftest import small_settings
 
 import dann_experiments
+from dann_experiments.config import config_to_yaml, load_config
 from dann_experiments.config.recipes import RECIPES
 
 PROJECT = Path(__file__).parents[1]
@@ -82,7 +83,15 @@ def test_the_wheel_holds_recipes_spaces_presets_and_types_and_nothing_but_the_pa
     assert run(programs / "python", "-c", version, cwd=empty_place).stdout.strip() == dann_experiments.__version__
 
 
-def test_an_installed_package_adapts_compares_and_sweeps_in_an_empty_folder(programs, empty_place):
+@pytest.fixture
+def squares_here(squares, empty_place) -> Path:
+    """The current folder, with images/ and mine.yaml, which names them by relative paths."""
+    shutil.copytree(squares, empty_place / "images")
+    (empty_place / "mine.yaml").write_text(config_to_yaml(load_config(None, small_settings(Path("images")))))
+    return empty_place
+
+
+def test_an_installed_package_adapts_in_an_empty_folder(programs, empty_place):
     shown = run(programs / "dann", "config", cwd=empty_place)
     assert yaml.safe_load(shown.stdout)["model"]["arch"] == "pspnet"
     assert "recipe 'digits'" in shown.stderr
@@ -90,20 +99,18 @@ def test_an_installed_package_adapts_compares_and_sweeps_in_an_empty_folder(prog
     assert run(*module, "config", "--config", "digits", cwd=empty_place).stdout == shown.stdout
     assert "--seeds" in run(programs / "dann", "compare", "--help", cwd=empty_place).stdout
     assert "did you mean" in run(programs / "dann", "config", "--sed", "1", cwd=empty_place, code=2).stderr
-    assert "dann, wide" in run(programs / "dann-sweep", "run", "--space", "x", cwd=empty_place, code=2).stderr
     adapted = run(programs / "dann", "adapt", *SHORT, cwd=empty_place)
     assert "iou/target_test" in adapted.stdout
-    run(programs / "dann-sweep", "run", "--n_trials", "1", "--workers", "1", *SHORT, cwd=empty_place)
-    assert (empty_place / "studies" / "dann-digits").is_dir()
 
 
-def test_mlflow_runs_a_git_address_with_paths_relative_to_where_the_user_is(checkout, squares, empty_place):
-    shutil.copytree(squares, empty_place / "images")
-    settings = small_settings(Path("images"))
-    (empty_place / "mine.yaml").write_text("\n".join(f"# {key}" for key in settings))
-    from dann_experiments.config.parsing import config_to_yaml, load_config
+def test_an_installed_package_searches_a_space_of_its_own(programs, squares_here):
+    assert "dann, wide" in run(programs / "dann-sweep", "run", "--space", "x", cwd=squares_here, code=2).stderr
+    words = ("run", "--config", "mine.yaml", "--n_trials", "1", "--workers", "1", "--trainer.max_epochs", "1")
+    run(programs / "dann-sweep", *words, cwd=squares_here)
+    assert (squares_here / "studies" / "dann-mine").is_dir()
 
-    (empty_place / "mine.yaml").write_text(config_to_yaml(load_config(None, settings)))
+
+def test_mlflow_runs_a_git_address_with_paths_relative_to_where_the_user_is(checkout, squares_here):
     variables = {
         # MLflow takes a file:// address for a local folder; git itself reads this https:// one from a folder
         "GIT_CONFIG_COUNT": "1",
@@ -113,9 +120,9 @@ def test_mlflow_runs_a_git_address_with_paths_relative_to_where_the_user_is(chec
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     done = run("mlflow", "run", "https://git.example/dann", "-e", "adapt", "--env-manager", "local",
-               "-P", "config=mine.yaml", cwd=empty_place, **variables)  # fmt: skip
-    assert f"Relative paths are those of {empty_place}" in done.stderr
-    client = mlflow.MlflowClient(f"sqlite:///{empty_place}/mlflow.db")
+               "-P", "config=mine.yaml", cwd=squares_here, **variables)  # fmt: skip
+    assert f"Relative paths are those of {squares_here}" in done.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{squares_here}/mlflow.db")
     found = client.search_runs([one.experiment_id for one in client.search_experiments()])
     assert {one.info.status for one in found} == {"FINISHED"}
     assert any("iou/target_test" in one.data.metrics for one in found)
