@@ -405,6 +405,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
 }
 
 CLUSTER = "addresses of a cluster; tests/test_sweep_cluster.py runs a real Ray cluster, PostgreSQL and MLflow server"
+INSTALLED = "a program of the installed package: tests/test_package.py runs it with other words"
 INSTALLS = "installs packages from the network"
 NOT_RUN: Mapping[str, str] = {
     "make test": "the suite that this test is part of",
@@ -419,6 +420,13 @@ NOT_RUN: Mapping[str, str] = {
     "pip install '.[ray,postgresql]'": INSTALLS,
     "pip download deepforest==2.1.0 --no-deps": "downloads from the network; the test draws such a package",
     "git clone ... && cd dann-experiments && make install && source .venv/bin/activate": INSTALLS,
+    "pip install .": "tests/test_package.py installs a wheel",
+    "pip install -c constraints.txt '.[ray]'": INSTALLS,
+    "dann adapt --config classic": INSTALLED,
+    "dann-sweep run --space wide --config digits": INSTALLED,
+    "dann config --config digits > mine.yaml": INSTALLED,
+    "mlflow run ADDRESS -e adapt --env-manager local -P config=mine.yaml": "tests/test_package.py runs it on an address",
+    "mlflow run ../dann-experiments": "needs a checkout beside the current folder",
     "optuna-dashboard studies/NAME/journal.log": "a program of the extra `dashboard`, which the tests do not install",
     "createdb dann": CLUSTER,
     "mlflow server --host 10.0.0.1 --port 5000 --backend-store-uri sqlite:///server.db"
