@@ -30,7 +30,7 @@ def settings_file(text: str | Path, key: str = "config file", folder: Path = REC
         InputError: if it is neither, naming what ships.
     """
     path = local_path(text, key)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     shipped = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
     if str(path.parent) in (".", folder.name) and path.suffix in ("", ".yaml") and path.stem in shipped:
