@@ -58,9 +58,9 @@ _Loader.add_implicit_resolver(
 def load_config(file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read settings and check them.
 
-    `file` is a YAML file, or the name of a recipe (`"digits"`); `overrides`, dotted name -> value, take precedence over it. Values may be Python values or texts as on
-    a command line (`"1e-4"`, `"[encoder, decoder]"`). Settings in neither have their defaults. Raises InputError, which names
-    the key, the value and the way out.
+    `file` is a YAML file, or the name of a recipe (`"digits"`); `overrides`, dotted name -> value, take precedence over it.
+    Values may be Python values or texts as on a command line (`"1e-4"`, `"[encoder, decoder]"`). Settings in neither have their
+    defaults. Raises InputError, which names the key, the value and the way out.
 
     >>> config = load_config(overrides={"optimizer.lr": "1e-4", "data.source.batch_size": 4})
     >>> config.optimizer.lr, config.data.source.batch_size
