@@ -87,3 +87,11 @@ def test_an_error_names_values_of_the_default_recipe_that_the_user_never_wrote(
     assert f"{arguments[1].removeprefix('--')} is " not in message.partition("recipe")[2]
     assert main([*arguments, "--config", "digits"]) == 2
     assert "Without --config" not in capsys.readouterr().err
+
+
+def test_a_suggestion_is_not_explained_as_a_value_of_the_recipe(empty_place, capsys):
+    assert main(["config"]) == 0  # the default recipe is in use
+    assert main(["config", "--model.arc", "unet"]) == 2
+    message = capsys.readouterr().err
+    assert "did you mean 'model.arch'" in message
+    assert "Without --config" not in message

@@ -74,11 +74,12 @@ def report_default(report: Callable[[str], None]) -> None:
 
 def with_origin(message: str) -> str:
     """Return the message of an error with those settings it is about that the user never wrote, but the default recipe."""
-    group = re.match(r"([\w.]+): ", message)  # of settings that do not fit together
+    about = message.partition("did you mean")[0]  # what is suggested is not what is wrong
+    group = re.match(r"([\w.]+): ", about)  # of settings that do not fit together
     named = [
         f"{key} is {value!r}"
         for key, value in _taken.items()
-        if re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", message) or (group and key.startswith(f"{group[1]}."))
+        if re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", about) or (group and key.startswith(f"{group[1]}."))
     ]
     if not named:
         return message
