@@ -289,7 +289,7 @@ def test_a_domain_the_model_knows_nothing_of_is_normalised_by_the_settings(train
     expected = counted(model, squares / "source_val", 0, 255, source["mean"], source["std"])
     assert matrix(result, "source_val") == expected.tolist()
     assert tags_of(result)["dann.normalisation_from"] == "source: model, target: settings"
-    assert "does not say how target images are normalised" in caplog.text
+    assert "does not say how target images are normalized" in caplog.text
 
 
 def test_a_folder_of_save_pretrained_tells_its_network(trained, squares, workplace):
