@@ -238,7 +238,7 @@ def main() -> int:
     import_what_runs_need()
     lines: list[Line] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        chaos = Chaos(Path(folder), known.seed, time.monotonic(), known.share)
+        chaos = Chaos(Path(folder), known.seed, time.monotonic(), Fraction(known.share))
         write_data(chaos.data, known.seed)
         source = source_model(chaos.folder / "source", chaos.data)
         for name, part in PARTS.items():
