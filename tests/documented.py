@@ -418,7 +418,7 @@ NOT_RUN: Mapping[str, str] = {
     "make install": INSTALLS,
     "mlflow migrate-filestore --source FOLDER --target sqlite:///mlflow.db": "run in tests/test_mlflow_habits.py, as printed",
     "make chaos": "6 to 12 minutes; CI runs a third of it, and its arguments are tested as `python -m benchmarks.chaos`",
-    "mlflow run . -e adapt --env-manager uv": "makes an environment from the network (tests/test_tracking.py, with one at hand)",
+    "mlflow run . -e adapt --env-manager uv": "makes an environment from the network (one at hand: tests/test_mlflow_run.py)",
     "mlflow run . -e adapt --env-manager virtualenv": "makes an environment from the network",
     "mlflow run . -e adapt": "needs conda; that MLflow asks for it without is asserted",
     "pip install '.[dashboard]'": INSTALLS,
