@@ -19,13 +19,14 @@ from typing import Any
 
 from dann_experiments.config import InputError
 from dann_experiments.config.recipes import forget_default, with_origin
+from dann_experiments.names import Key
 
 SHORT_NAMES = {
-    "source_checkpoint": "domain_adaptation.pretrained_checkpoint.path",
+    "source_checkpoint": Key.SOURCE_MODEL,
     "gamma": "domain_adaptation.method.lambda_schedule.gamma",
     "hidden_size": "domain_adaptation.method.hidden_size",
     "discriminator_lr": "domain_adaptation.method.discriminator_lr",
-    "feature_layer": "domain_adaptation.method.feature_layer",
+    "feature_layer": Key.FEATURE_LAYER,
     "max_epochs": "trainer.max_epochs",
     "seed": "seed",
 }
@@ -49,7 +50,7 @@ class Request:
         named = self.settings.items()
         short: dict[str, Any] = {long_name(key, self.command): value for key, value in named if key in SHORT_NAMES}
         if SHORT_NAMES["feature_layer"] in short:  # the short name moves the tap, captured layers included
-            short["domain_adaptation.feature_layers"] = None
+            short[Key.FEATURE_LAYERS] = None
         return short | {key: value for key, value in named if key not in (*SHORT_NAMES, *but)}
 
 

@@ -58,3 +58,163 @@ PRETRAINING_SETS = tuple(name for name in ALL_SETS if name != TARGET_TRAIN)
 """The sets that the source model's training uses."""
 SCORED_SETS = tuple(name for name in ALL_SETS if name.split != "train")
 """The sets that `evaluate` scores."""
+
+
+class Job:
+    """What a run did, in its tag `dann.job`."""
+
+    CHECK_DATA = "check-data"
+    PRETRAIN = "pretrain"
+    ADAPT = "adapt"
+    EVALUATE = "evaluate"
+    PREDICT = "predict"
+    COMPARE = "compare"
+    SWEEP = "sweep"
+    TRIAL = "trial"
+
+
+class Key:
+    """Settings that several rooms name."""
+
+    SOURCE_MODEL = "domain_adaptation.pretrained_checkpoint.path"
+    SOURCE_PREFIX = "domain_adaptation.pretrained_checkpoint.source_prefix"
+    METHOD = "domain_adaptation.method.name"
+    CLASS_PATH = "domain_adaptation.method.class_path"
+    INIT_ARGS = "domain_adaptation.method.init_args"
+    FEATURE_LAYER = "domain_adaptation.method.feature_layer"
+    FEATURE_LAYERS = "domain_adaptation.feature_layers"
+
+
+LAMBDA_ZERO = {Key.METHOD: "lambda_zero", Key.CLASS_PATH: None, Key.INIT_ARGS: {}}
+"""Settings of the control: the same training with lambda = 0, also of a method of the user's own."""
+
+
+class Tag:
+    """Tags of runs in MLflow."""
+
+    JOB = "dann.job"
+    METHOD = "dann.method"
+    SOURCE = "dann.source"
+    TARGET = "dann.target"
+    DIGEST = "dann.digest"
+    SOURCE_DIGEST = "dann.source_digest"
+    SOURCE_RUN_ID = "dann.source_run_id"
+    RESUMED_RUN_ID = "dann.resumed_run_id"
+    PROCESS = "dann.process"
+    CLOSED_BY = "dann.closed_by"
+    KILLED_BY = "dann.killed_by"
+    SELECTED_WITH_TARGET_LABELS = "dann.selected_with_target_labels"
+    FORGOT_SOURCE = "dann.forgot_source"
+    ALIGNMENT = "dann.alignment"
+    BATCHNORM = "dann.batchnorm"
+    MODEL = "dann.model"
+    NETWORK_FROM = "dann.network_from"
+    NORMALIZATION_FROM = "dann.normalisation_from"  # as it is in the stores of users
+    COMPARISON = "dann.comparison"
+    ARM = "dann.arm"
+    KIND = "dann.kind"
+    VERDICT = "dann.verdict"
+    STUDY = "dann.study"
+    OBJECTIVE = "dann.objective"
+    SWEEP_RUN_ID = "dann.sweep_run_id"
+    TRIAL = "dann.trial"
+    ROLE = "dann.role"
+    RETRY_OF = "dann.retry_of"
+    PRUNED = "dann.pruned"
+    PRUNED_AFTER_EPOCHS = "dann.pruned_after_epochs"
+
+
+class Metric:
+    """Names of metrics; `METRICS` says what they mean. Those that end in a slash or underscore are beginnings of names."""
+
+    IOU = "iou/"
+    CLASS_IOU = "class_iou/"
+    SOURCE_VAL_IOU = "iou/source_val"
+    TARGET_VAL_IOU = "iou/target_val"
+    SOURCE_TEST_IOU = "iou/source_test"
+    TARGET_TEST_IOU = "iou/target_test"
+    GAP = "iou/gap_source_minus_target"
+    SOURCE_DROP = "iou/source_drop_from_baseline"
+    DOMAIN_ACCURACY = "da/domain_acc"
+    DOMAIN_ACCURACY_VAL = "da/domain_acc_val"
+    DOMAIN_LOSS = "da/domain_loss"
+    LAMBDA = "da/lambda"
+    PROBE_ACCURACY = "da/probe_acc"
+    A_DISTANCE = "da/a_distance"
+    LOSS = "loss/"
+    SEGMENTATION_LOSS = "loss/train_seg"
+    ADAPTATION_LOSS = "loss/train_da"
+    TOTAL_LOSS = "loss/train_total"
+    VAL_LOSS = "loss/val_"
+    SELECT = "select/"
+    SELECT_ENTROPY = "select/entropy"
+    SELECT_INFOMAX = "select/infomax"
+    SELECT_SND = "select/snd"
+    SELECT_BNM = "select/bnm"
+    SOURCE_KEPT = "select/source_kept"
+    LEARNING_RATE = "lr/"
+    EPOCH_SECONDS = "time/epoch_seconds"
+    BAD_STEPS = "bad_steps"
+
+    @staticmethod
+    def iou(name: SetName | str) -> str:
+        """Return the name of the mean IoU of a set: iou/target_val."""
+        return f"{Metric.IOU}{name}"
+
+    @staticmethod
+    def class_iou(name: SetName | str, label: str) -> str:
+        """Return the name of the IoU of one class of a set: class_iou/target_val/road."""
+        return f"{Metric.CLASS_IOU}{name}/{label}"
+
+    @staticmethod
+    def val_loss(domain: Domain | str) -> str:
+        """Return the name of a domain's validation loss: loss/val_target."""
+        return f"{Metric.VAL_LOSS}{domain}"
+
+
+METRICS = (
+    (
+        (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU),
+        "mean IoU over the classes present, from one confusion matrix of the whole set, without ignored pixels; step 0 = before "
+        "adaptation",
+    ),
+    ((Metric.SOURCE_TEST_IOU, Metric.TARGET_TEST_IOU), "the same for the test sets, once, with the final weights"),
+    (("class_iou/SET/CLASS",), "IoU of one class"),
+    (
+        ("precision/SET", "recall/SET", "f1/SET", "accuracy/SET"),
+        "only in `evaluate`, the first three also per class (`/CLASS`), with tables and confusion matrices",
+    ),
+    ((Metric.GAP, Metric.SOURCE_DROP), "how far the target is behind the source; how much of the source was forgotten"),
+    (
+        (Metric.DOMAIN_ACCURACY, Metric.DOMAIN_LOSS),
+        "accuracy of the domain classifier, balanced over the domains (0.5 = confused), and its loss",
+    ),
+    ((Metric.DOMAIN_ACCURACY_VAL,), "the accuracy of the same classifier on held-out images, once per epoch"),
+    (
+        (Metric.PROBE_ACCURACY, Metric.A_DISTANCE),
+        "a fresh probe of the features, before (step 0) and after adaptation: can the domains still be told apart? "
+        "[docs/alignment.md](docs/alignment.md)",
+    ),
+    (
+        ("select/*",),
+        "scores of the unlabelled target, by which to choose epochs and trials: [docs/selection.md](docs/selection.md)",
+    ),
+    ((Metric.LAMBDA,), "weight of the reversed gradient"),
+    (
+        (Metric.SEGMENTATION_LOSS, Metric.ADAPTATION_LOSS, Metric.TOTAL_LOSS),
+        "training losses per step: cross-entropy, the method's own, and their weighted sum",
+    ),
+    (("loss/val_source", "loss/val_target"), "mean cross-entropy on the validation sets"),
+    (("lr/*", "time/*"), "learning rates; seconds per epoch"),
+    (
+        (Metric.BAD_STEPS,),
+        "number of skipped steps whose loss or gradient was not finite, if there were any (`trainer.skip_bad_steps`)",
+    ),
+)
+"""The metrics of a run: names, and what they mean. README's table is made of it."""
+
+
+def metric_table() -> str:
+    """Return the table of metrics in Markdown."""
+    rows = [f"| {', '.join(f'`{name}`' for name in names)} | {meaning} |" for names, meaning in METRICS]
+    return "\n".join(["| metric | meaning |", "|---|---|", *rows])

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from mlflow.exceptions import MlflowException
 from optuna.trial import TrialState
 
+from dann_experiments.names import Job, Tag
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.stale_runs import close_stale_run, close_stale_runs
 from dann_experiments.tracking.store import Store, without_secrets
@@ -88,8 +89,8 @@ def close_runs(study: Sweep, store: Store) -> None:
     sweep_runs = study.attribute(SWEEP_RUNS) or []
 
     def has_ended(tags: Mapping[str, str]) -> bool:
-        own = tags.get("dann.job") == "trial" and tags.get("dann.sweep_run_id") in sweep_runs
-        return own and int(tags["dann.trial"]) in finished
+        own = tags.get(Tag.JOB) == Job.TRIAL and tags.get(Tag.SWEEP_RUN_ID) in sweep_runs
+        return own and int(tags[Tag.TRIAL]) in finished
 
     try:
         close_stale_runs(store, "sweep", has_ended)

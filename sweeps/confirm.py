@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dann_experiments.config import InputError, config_to_yaml
 from dann_experiments.config.untrusted import refuse_stored_code
 from dann_experiments.config.workers import RAY_ONLY
+from dann_experiments.names import Metric
 from dann_experiments.reports.tables import markdown, number
 from dann_experiments.tracking.store import Store, open_store
 from dann_experiments.workers.pool import refuse_unshared
@@ -193,7 +194,7 @@ class _Contest:
                 continue
             row: dict[str, Any] = {"trial": trial.number, "settings": label(trial), "seeds": len(runs)}
             columns = {objective: [run.value for run in runs]}
-            for metric in ("iou/source_val", "iou/target_test"):
+            for metric in (Metric.SOURCE_VAL_IOU, Metric.TARGET_TEST_IOU):
                 columns[metric] = [run.user_attrs.get("scores", {}).get(metric) for run in runs]
             for metric, values in columns.items():
                 given = [float(value) for value in values if value is not None]

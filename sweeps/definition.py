@@ -10,27 +10,21 @@ from typing import Any
 
 from dann_experiments.config import Config, InputError, config_to_dict, flatten
 from dann_experiments.config.parsing import config_from_dict, load_settings
-from dann_experiments.config.untrusted import CLASS_PATH
 from dann_experiments.config.workers import RAY_ONLY
+from dann_experiments.names import LAMBDA_ZERO, Key
 from sweeps.settings import QUESTION, SweepConfig
 from sweeps.space import Space
 from sweeps.study import DEFINITION, SETTINGS, Slot, Sweep
 
 log = logging.getLogger(__name__)
 DEFAULT_TRIALS = 20
-PATH = "domain_adaptation.pretrained_checkpoint.path"
-CONTROL = {
-    "domain_adaptation.method.name": "lambda_zero",
-    "domain_adaptation.method.class_path": None,  # of a method of the user's own, too
-    "domain_adaptation.method.init_args": {},
-}
 # with the settings
 NOT_STORED = ("space", "study", "storage", "objective", "direction", "n_trials", "timeout", "allow_class_path")
 
 
 def classes_named(space: Mapping[str, Any], config: Config) -> list[str]:
     """Every `class_path` that the settings or the choices of the space (as its file or `Space.described` has them) name."""
-    entry = space.get(CLASS_PATH)
+    entry = space.get(Key.CLASS_PATH)
     choices = entry.get("choices") or [] if isinstance(entry, Mapping) else []
     return [str(name) for name in (config.domain_adaptation.method.class_path, *choices) if name is not None]
 
@@ -40,7 +34,7 @@ def slots_of(sweep: SweepConfig, space: Space, config: Config) -> list[Slot]:
     InputError where the sampler is `grid` and the space has none."""
     point = space.values_of(config)
     known = [Slot("recipe", {}, point) if point is not None else Slot("recipe", {}, reference=True)]
-    known.append(Slot("control", CONTROL, reference=True))
+    known.append(Slot("control", LAMBDA_ZERO, reference=True))
     if sweep.sampler == "grid":
         points = (found for found in space.grid() if found != point)
         slots = itertools.chain(known, (Slot("search", {}, found) for found in points))
@@ -111,7 +105,7 @@ def refuse_changes(study: Sweep, sweep: SweepConfig, space: Space, config: Confi
             changes[f"space: {key}"] = (before.get(key, "not searched"), after.get(key, "not searched"))
     old, new = flatten(config_from_dict(definition["config"])), flatten(config)
     for key in {**old, **new}:
-        ours = key.startswith("tracking.") or key == "threads" or (key == PATH and new.get(key) is None)
+        ours = key.startswith("tracking.") or key == "threads" or (key == Key.SOURCE_MODEL and new.get(key) is None)
         if not ours and old.get(key) != new.get(key):
             changes[key] = (old.get(key), new.get(key))
     if changes:

@@ -24,6 +24,7 @@ from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs import checks, prepare
 from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.shared_data import shared_data
+from dann_experiments.names import Job, Tag
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, open_store, without_secrets
 from dann_experiments.workers.pool import Pool, open_pool, refuse_unshared
@@ -168,10 +169,10 @@ def drive(
     folder = study_folder(study.name)
     folder.mkdir(parents=True, exist_ok=True)
     tags = {
-        "dann.job": "sweep",
-        "dann.study": study.name,
-        "dann.objective": sweep.objective,
-        "dann.selected_with_target_labels": str(sweep.uses_target_labels).lower(),
+        Tag.JOB: Job.SWEEP,
+        Tag.STUDY: study.name,
+        Tag.OBJECTIVE: sweep.objective,
+        Tag.SELECTED_WITH_TARGET_LABELS: str(sweep.uses_target_labels).lower(),
     }
     close_runs(study, store)
     runs = Path(config.tracking.folder)

@@ -17,8 +17,8 @@ from dann_experiments.config.errors import StoreAway
 from dann_experiments.config.untrusted import refuse_stored_code
 from dann_experiments.jobs import RunResult, adapt, evaluate
 from dann_experiments.jobs.checks import check_labels
-from dann_experiments.names import SetName
-from dann_experiments.scores.selection import PREFIX, choice_value
+from dann_experiments.names import Job, Metric, SetName, Tag
+from dann_experiments.scores.selection import choice_value
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.monitor import metrics_to_choose_by
 from sweeps.pruning import Pruned, PruningCallback
@@ -27,8 +27,14 @@ from sweeps.space import Space, settings_of
 from sweeps.study import SOURCE_ONLY, SOURCE_WANTED, STORAGE_ERRORS, Sweep, build_pruner, build_sampler
 
 log = logging.getLogger(__name__)
-EACH_STEP = ("da/domain_loss", "da/domain_acc", "loss/train_seg", "loss/train_da", "loss/train_total")
-VALIDATED = ("iou/", "class_iou/", "loss/val_")  # beginnings of the names that validation gives
+EACH_STEP = (
+    Metric.DOMAIN_LOSS,
+    Metric.DOMAIN_ACCURACY,
+    Metric.SEGMENTATION_LOSS,
+    Metric.ADAPTATION_LOSS,
+    Metric.TOTAL_LOSS,
+)
+VALIDATED = (Metric.IOU, Metric.CLASS_IOU, Metric.VAL_LOSS)  # beginnings of the names that validation gives
 
 
 def check_objective(sweep: SweepConfig, config: Config, labelled: Collection[SetName]) -> None:
@@ -50,16 +56,16 @@ def check_objective(sweep: SweepConfig, config: Config, labelled: Collection[Set
 def run_tags(sweep: SweepConfig, name: str, trial: FrozenTrial, sweep_run_id: str) -> dict[str, str]:
     """What ties a run to its trial, its study and the sweep's run."""
     tags = {
-        "dann.job": "trial",
-        "dann.study": name,
-        "dann.trial": str(trial.number),
-        "dann.role": trial.user_attrs["role"],
-        "dann.sweep_run_id": sweep_run_id,
+        Tag.JOB: Job.TRIAL,
+        Tag.STUDY: name,
+        Tag.TRIAL: str(trial.number),
+        Tag.ROLE: trial.user_attrs["role"],
+        Tag.SWEEP_RUN_ID: sweep_run_id,
     }
     if sweep.uses_target_labels:
-        tags["dann.selected_with_target_labels"] = "true"
+        tags[Tag.SELECTED_WITH_TARGET_LABELS] = "true"
     if trial.user_attrs.get("retry_of") is not None:
-        tags["dann.retry_of"] = str(trial.user_attrs["retry_of"])
+        tags[Tag.RETRY_OF] = str(trial.user_attrs["retry_of"])
     if sweep.nested:
         tags["mlflow.parentRunId"] = sweep_run_id
     return tags
@@ -112,7 +118,7 @@ def score_source_model(study: Sweep, config: Config) -> None:
         return
     try:
         named = replace(config, {"tracking.run_name": f"{study.name} source model"})
-        result = evaluate(named, {"dann.study": study.name})
+        result = evaluate(named, {Tag.STUDY: study.name})
         study.set_attribute(SOURCE_ONLY, {"scores": scores_of(result.metrics), "run_id": result.run_id})
     except (StoreAway, *STORAGE_ERRORS):
         raise
@@ -146,7 +152,7 @@ def _objective_value(result: RunResult, objective: str) -> float:
 
 def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
     """What is stored of a run's metrics: its IoU values, and the scores of the target that need no labels."""
-    return {name: float(value) for name, value in metrics.items() if name.startswith(("iou/", PREFIX))}
+    return {name: float(value) for name, value in metrics.items() if name.startswith((Metric.IOU, Metric.SELECT))}
 
 
 def _reason(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import math
 import optuna
 import pytorch_lightning as pl
 
+from dann_experiments.names import Metric, Tag
 from dann_experiments.tracking.run import EndedEarly, RunLogger
 
 
@@ -38,7 +39,9 @@ class PruningCallback(pl.Callback):
             return
         epochs = trainer.current_epoch + 1
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        wrong = {name: value for name, value in values.items() if name.startswith("loss/") and not math.isfinite(value)}
+        wrong = {
+            name: value for name, value in values.items() if name.startswith(Metric.LOSS) and not math.isfinite(value)
+        }
         if wrong or not math.isfinite(values.get(self.metric, 0.0)):
             raise FloatingPointError(f"after epoch {epochs}: {wrong or {self.metric: values[self.metric]}}")
         self.trial.set_user_attr("epochs", epochs)
@@ -48,5 +51,5 @@ class PruningCallback(pl.Callback):
         if self.may_prune and epochs < (trainer.max_epochs or 0) and self.trial.should_prune():
             logger = trainer.logger
             assert isinstance(logger, RunLogger)
-            logger.run.set_tags({"dann.pruned": "true", "dann.pruned_after_epochs": epochs})
+            logger.run.set_tags({Tag.PRUNED: "true", Tag.PRUNED_AFTER_EPOCHS: epochs})
             raise Pruned(f"pruned after {epochs} of {trainer.max_epochs} epochs")

@@ -16,6 +16,7 @@ from dann_experiments.comparison.selection_quality import score_quality
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.config.run import TARGET_LABEL_METRICS
+from dann_experiments.names import Metric
 from dann_experiments.reports.pages import write_page
 from dann_experiments.reports.plots.study import FIGURES, MOST_IN_CONTOUR, draw_study
 from dann_experiments.scores.selection import SCORES as SCORES_WITHOUT_LABELS
@@ -28,12 +29,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TOP = 5
-ORACLE = "iou/target_val"  # what target labels would choose by
 FEWEST_FOR_IMPORTANCES = 50
 """Complete trials that importances (Optuna's PED-ANOVA) need, by our own measurements: with 20 trials, one of two settings that
 did not matter got 0.98 (tests/test_sweep_report.py has that study)."""
 FEWEST_RANKED = 3  # two are always in order, or in none
-SCORES = ("iou/source_val", "iou/target_val", "iou/source_test", "iou/target_test")
+SCORES = (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU, Metric.SOURCE_TEST_IOU, Metric.TARGET_TEST_IOU)
 
 
 def trials_table(study: Sweep) -> pd.DataFrame:
@@ -220,7 +220,7 @@ def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> dict[str,
         "top": comparison(study, shown),
         "trials": comparison(study, study.counted()),
         "quality": target_free_choice(study),
-        "oracle": ORACLE,
+        "oracle": Metric.TARGET_VAL_IOU,
         "failed": [(trial.number, trial.user_attrs.get("error")) for trial in failed],
         "figures": list(FIGURES),
         "missing": missing,
@@ -275,5 +275,5 @@ def target_free_choice(study: Sweep) -> pd.DataFrame | None:
         for trial in study.trials(TrialState.COMPLETE)
         if trial.user_attrs.get("role") in ("recipe", "search")
     ]
-    rows = [row for row in rows if ORACLE in row and any(name in row for name in SCORES_WITHOUT_LABELS)]
-    return score_quality(pd.DataFrame(rows), ORACLE) if len(rows) >= FEWEST_RANKED else None
+    rows = [row for row in rows if Metric.TARGET_VAL_IOU in row and any(name in row for name in SCORES_WITHOUT_LABELS)]
+    return score_quality(pd.DataFrame(rows), Metric.TARGET_VAL_IOU) if len(rows) >= FEWEST_RANKED else None

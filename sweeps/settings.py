@@ -10,6 +10,7 @@ from dann_experiments.config import InputError, limits
 from dann_experiments.config.limits import above, between, matching
 from dann_experiments.config.run import MOST_PROCESSES, TARGET_LABEL_METRICS, MonitorConfig
 from dann_experiments.config.workers import MOST_GPUS, PoolSettings
+from dann_experiments.names import Metric
 
 QUESTION = (
     "space",
@@ -40,7 +41,7 @@ class SweepConfig(PoolSettings):
     """Number of trials, including the values of the config and the lambda = 0 control; null = 20, or the whole grid."""
     timeout: Annotated[float | None, above(0, infinite=True)] = None
     """Start no further trial after this many seconds; null = no limit."""
-    objective: str = "iou/target_val"
+    objective: str = Metric.TARGET_VAL_IOU
     """Metric that chooses the best trial. One of the target uses target labels: the runs are tagged, and the report says so."""
     direction: Literal["maximize", "minimize"] | None = None
     """Whether a larger or a smaller value is better; null = smaller for a loss, a gap, a drop or the entropy, else larger."""

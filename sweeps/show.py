@@ -9,12 +9,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 
 from dann_experiments.config.run import TARGET_LABEL_METRICS
+from dann_experiments.names import Metric
 from dann_experiments.reports.tables import number
 from dann_experiments.reports.terminal import print_table
 from dann_experiments.tracking.store import open_store
 from sweeps.driver import SweepResult, find_study, study_config
 from sweeps.progress import describe_end
-from sweeps.report import ORACLE, baselines, comparison, target_free_choice, top_trials, write_report
+from sweeps.report import baselines, comparison, target_free_choice, top_trials, write_report
 from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep, flags_of, is_journal, storage_address, study_folder
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def print_study(study: Sweep) -> None:
     quality = target_free_choice(study)
     if quality is not None:
         rows = [[number(cell, digits=3) for cell in row] for row in quality.itertuples(index=False)]
-        title = f"choosing a trial without target labels, against {ORACLE}"
+        title = f"choosing a trial without target labels, against {Metric.TARGET_VAL_IOU}"
         print_table(title, [str(name) for name in quality.columns], rows, SIMPLE)
 
 

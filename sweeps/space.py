@@ -23,9 +23,9 @@ from dann_experiments.config import Config, InputError, config_to_dict, known_ke
 from dann_experiments.config.parsing import scalar
 from dann_experiments.jobs import build
 from dann_experiments.models.taps import Tap, list_layers
+from dann_experiments.names import Key
 
-FEATURE_LAYER = "domain_adaptation.method.feature_layer"
-FOLLOW_THE_LAYER = ("domain_adaptation.method.in_channels", "domain_adaptation.feature_layers")
+FOLLOW_THE_LAYER = ("domain_adaptation.method.in_channels", Key.FEATURE_LAYERS)
 NOT_SEARCHED = {
     "pretraining.": "the source model is trained once and shared by all trials",
     "tracking.": "it says where runs are kept, not what they do",
@@ -160,7 +160,7 @@ class Space:
 def settings_of(chosen: Mapping[str, Label]) -> dict[str, Any]:
     """The overrides that a point of the space stands for; what follows the feature layer is left to follow it."""
     overrides = {key: scalar(value, key) for key, value in chosen.items()}
-    if FEATURE_LAYER in overrides:
+    if Key.FEATURE_LAYER in overrides:
         overrides |= {key: None for key in FOLLOW_THE_LAYER if key not in overrides}
     return overrides
 
@@ -261,8 +261,8 @@ def _read_parameter(key: str, entry: Any, entries: Mapping[str, Any], config: Co
 def _choices(key: str, entry: Mapping[str, Any], config: Config) -> list[Label]:
     choices = entry.get("choices")
     if choices == AUTO:
-        if key != FEATURE_LAYER:
-            raise InputError(f"space: {key}.choices is 'auto', which is known for {FEATURE_LAYER} alone.")
+        if key != Key.FEATURE_LAYER:
+            raise InputError(f"space: {key}.choices is 'auto', which is known for {Key.FEATURE_LAYER} alone.")
         return list(_useful_layers(config))
     if not isinstance(choices, list) or not choices:
         raise InputError(f"space: {key}.choices is {choices!r}; give a list.")
@@ -304,7 +304,7 @@ def _useful_layers(config: Config) -> list[str]:
     whole = [layer for layer in layers if layer.name == "encoder"]
     if stages and whole and (stages[-1].channels, stages[-1].stride) == (whole[0].channels, whole[0].stride):
         layers.remove(stages[-1])  # `encoder` means its deepest map: the same one
-    return [layer.name for layer in layers if _refused(config, {FEATURE_LAYER: layer.name}) is None]
+    return [layer.name for layer in layers if _refused(config, {Key.FEATURE_LAYER: layer.name}) is None]
 
 
 def _refused(config: Config, chosen: Mapping[str, Label]) -> InputError | None:

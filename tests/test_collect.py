@@ -12,7 +12,7 @@ from mlflow.entities import Param
 
 from dann_experiments.comparison.collect import arms_of_runs
 from dann_experiments.config import config_to_dict, flatten, load_config
-from dann_experiments.config.names import LONGEST_PARAM, shortened
+from dann_experiments.config.store_names import LONGEST_PARAM, shortened
 from dann_experiments.tracking.store import Store, open_store
 
 OWN = {"domain_adaptation.method.class_path": "somebody.Own"}

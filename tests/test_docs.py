@@ -14,6 +14,7 @@ from conftest import small_settings
 from documented import few_digits
 
 from dann_experiments import DomainAdaptationMethod, InputError, adapt, load_config
+from dann_experiments.names import metric_table
 
 PROJECT = Path(__file__).parents[1]
 
@@ -126,3 +127,7 @@ def test_the_page_of_reliability_holds_counts_that_are_all_as_promised():
     assert len(rows) > 20, "run make chaos"
     assert "not as promised" not in found.group(1)
     assert "--seed" in found.group(1)
+
+
+def test_the_readme_s_table_of_metrics_is_the_vocabulary_s():
+    assert metric_table() in (PROJECT / "README.md").read_text()

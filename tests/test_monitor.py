@@ -39,13 +39,13 @@ from dann_experiments.models.batchnorm import statistics_loader, target_statisti
 from dann_experiments.models.networks import build_network
 from dann_experiments.models.passes import choose
 from dann_experiments.models.taps import resolve_taps
-from dann_experiments.names import SOURCE_VAL, TARGET_TRAIN, SetName
+from dann_experiments.names import SOURCE_VAL, TARGET_TRAIN, Metric, SetName, Tag
 from dann_experiments.scores.domain_probe import probe
-from dann_experiments.scores.selection import KEPT, SCORES
+from dann_experiments.scores.selection import SCORES
 from dann_experiments.tracking.run import RunLogger, tracked_run
 from dann_experiments.tracking.store import open_store
 from dann_experiments.training.module import AdaptationModule
-from dann_experiments.training.monitor import FORGOTTEN, DomainAdaptationMonitorCallback, TargetStatistics
+from dann_experiments.training.monitor import DomainAdaptationMonitorCallback, TargetStatistics
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step`", "ignore:.*does not have a.*dataloader"
@@ -171,7 +171,7 @@ def test_a_user_s_own_module_is_watched_under_each_logger_of_lightning(place, tm
         "class_iou/source_val/ground": [1.0, 9 / 11, 1.0],
         "iou/gap_source_minus_target": [3 / 4, 9 / 11 - 3 / 7, 1 / 3],
         "iou/source_drop_from_baseline": [0.0, 2 / 11, 0.0],
-        KEPT: [1.0, 1.0, 1.0],
+        Metric.SOURCE_KEPT: [1.0, 1.0, 1.0],
     }
     # each pixel is as sure as the others: softmax of (3, 0)
     share = 1 / (1 + np.exp(-3.0))
@@ -230,8 +230,8 @@ def test_the_source_falling_below_the_threshold_twice_is_two_warnings_and_a_tag_
     assert "iou/source_val fell to 0.667, 0.333 below" in told[0]
     assert "forgetting_threshold is 0.300" in told[0]
     for run_id in (run.run_id, loggers[0].run_id):
-        assert place.client.get_run(run_id).data.tags[FORGOTTEN] == "true"
-    assert [value for _, value in points_of(place.client, run.run_id)[KEPT]] == [1.0, 0.0, 0.0, 1.0, 0.0]
+        assert place.client.get_run(run_id).data.tags[Tag.FORGOT_SOURCE] == "true"
+    assert [value for _, value in points_of(place.client, run.run_id)[Metric.SOURCE_KEPT]] == [1.0, 0.0, 0.0, 1.0, 0.0]
 
 
 def test_a_source_that_stays_within_the_threshold_gives_neither_warning_nor_tag(place, tmp_path, caplog):
@@ -239,7 +239,7 @@ def test_a_source_that_stays_within_the_threshold_gives_neither_warning_nor_tag(
     # better than the warm start by more than the threshold, then back to it: no fall below the baseline
     watched(tmp_path, Scripted([(2, 0), (0, 0), (2, 0)]), logger, forgetting_threshold=0.3)
     assert not forgetting(caplog)
-    assert FORGOTTEN not in place.client.get_run(str(logger.run_id)).data.tags
+    assert Tag.FORGOT_SOURCE not in place.client.get_run(str(logger.run_id)).data.tags
 
 
 def test_a_second_training_has_its_own_baseline_and_its_own_warnings(tmp_path, caplog):
@@ -644,7 +644,7 @@ VALIDATIONS = [0, 4, 8, 12]
 @pytest.mark.parametrize("name", ["separate", "source_only", "target_stats", "joint", "bare", "turned"])
 def test_scores_without_labels_stand_at_the_warm_start_and_at_each_validation(runs, name):
     history = runs.history(name)
-    for metric in [*SCORES, KEPT, "da/domain_acc_val"]:
+    for metric in [*SCORES, Metric.SOURCE_KEPT, "da/domain_acc_val"]:
         # `final_model: best` closes each series with the chosen weights' value
         assert sorted({step for step, _ in history[metric]}) == VALIDATIONS, metric
         assert all(0 <= value <= 1 for _, value in history[metric])
@@ -659,7 +659,14 @@ def test_at_step_0_all_runs_show_the_scores_of_their_common_warm_start(runs):
 def test_a_target_without_masks_gives_the_same_training_the_same_scores_and_the_same_choice(runs):
     bare, labelled = runs.history("bare"), runs.history("separate")
     assert not [name for name in bare if "target_val" in name or "val_target" in name or "gap" in name]
-    for metric in [*SCORES, KEPT, "da/domain_acc_val", "iou/source_val", "loss/train_total", "da/probe_acc"]:
+    for metric in [
+        *SCORES,
+        Metric.SOURCE_KEPT,
+        "da/domain_acc_val",
+        "iou/source_val",
+        "loss/train_total",
+        "da/probe_acc",
+    ]:
         assert bare[metric] == labelled[metric], metric
     for which in ("last", "best"):
         ours, theirs = runs.weights("bare", which), runs.weights("separate", which)
@@ -679,7 +686,7 @@ def closing_and_history(runs: Place, name: str, metric: str) -> tuple[float, dic
 def test_the_best_checkpoint_is_that_of_the_best_score_among_epochs_that_kept_the_source(runs, name):
     metric = str(RUNS[name]["monitor__metric"])
     closing, values = closing_and_history(runs, name, metric)
-    kept = closing_and_history(runs, name, KEPT)[1]
+    kept = closing_and_history(runs, name, Metric.SOURCE_KEPT)[1]
     assert list(values) == VALIDATIONS[1:]
     assert len(set(values.values())) == EPOCHS, "epochs that score the same tell nothing"
     candidates = {step: value for step, value in values.items() if kept[step]} or {STEPS: values[STEPS]}
@@ -699,12 +706,12 @@ def test_the_best_checkpoint_is_that_of_the_best_score_among_epochs_that_kept_th
 
 def test_the_epoch_that_is_sure_and_forgot_the_source_is_not_chosen(runs):
     _, values = closing_and_history(runs, "turned", "select/entropy")
-    _, kept = closing_and_history(runs, "turned", KEPT)
+    _, kept = closing_and_history(runs, "turned", Metric.SOURCE_KEPT)
     assert min(values, key=values.__getitem__) == 8
     assert kept == {4: 1.0, 8: 0.0, 12: 1.0}
-    assert runs.tags("turned")[FORGOTTEN] == "true"
-    assert FORGOTTEN not in runs.tags("pretrained")
-    assert runs.runs["turned"].metrics[KEPT] == 1.0
+    assert runs.tags("turned")[Tag.FORGOT_SOURCE] == "true"
+    assert Tag.FORGOT_SOURCE not in runs.tags("pretrained")
+    assert runs.runs["turned"].metrics[Metric.SOURCE_KEPT] == 1.0
 
 
 def test_pretraining_chooses_by_a_score_of_the_target_where_it_reads_target_images_else_by_the_source(runs):

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dann_experiments.names import Metric
 from dann_experiments.scores.predictions import log_probabilities
-from dann_experiments.scores.selection import KEPT, PREFIX, SCORES, choice_value
+from dann_experiments.scores.selection import SCORES, choice_value
 from dann_experiments.scores.snd import COMPARED, SLOTS, PixelSample, neighborhood_density
 from dann_experiments.training.scoring import SelectionScorer
 
@@ -263,23 +264,23 @@ def test_one_class_is_refused():
 
 
 def test_the_table_names_what_is_computed_and_worst_loses_against_every_value():
-    assert tuple(SCORES) == tuple(PREFIX + name for name in scored(noise(1, 2, 4, 4)))
+    assert tuple(SCORES) == tuple(Metric.SELECT + name for name in scored(noise(1, 2, 4, 4)))
     for score in SCORES.values():
         assert score.worst > 1 if score.better == "min" else score.worst < 0
 
 
 @pytest.mark.parametrize("metric", SCORES)
 def test_a_score_chooses_by_its_value_unless_the_source_is_forgotten(metric):
-    assert choice_value(metric, {metric: 0.25, KEPT: 1.0}) == 0.25
+    assert choice_value(metric, {metric: 0.25, Metric.SOURCE_KEPT: 1.0}) == 0.25
     assert choice_value(metric, {metric: 0.25}) == 0.25
-    assert choice_value(metric, {metric: 0.25, KEPT: 0.0}) == SCORES[metric].worst
-    assert choice_value(metric, {metric: math.nan, KEPT: 1.0}) == SCORES[metric].worst
+    assert choice_value(metric, {metric: 0.25, Metric.SOURCE_KEPT: 0.0}) == SCORES[metric].worst
+    assert choice_value(metric, {metric: math.nan, Metric.SOURCE_KEPT: 1.0}) == SCORES[metric].worst
 
 
 def test_other_metrics_choose_as_they_are():
-    metrics = {"iou/source_val": 0.5, "loss/val_source": math.nan, KEPT: 0.0}
+    metrics = {"iou/source_val": 0.5, "loss/val_source": math.nan, Metric.SOURCE_KEPT: 0.0}
     assert choice_value("iou/source_val", metrics) == 0.5
     assert math.isnan(choice_value("loss/val_source", metrics))
-    assert choice_value(KEPT, metrics) == 0.0
+    assert choice_value(Metric.SOURCE_KEPT, metrics) == 0.0
     with pytest.raises(KeyError, match="select/snd"):
         choice_value("select/snd", metrics)

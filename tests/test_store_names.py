@@ -12,7 +12,7 @@ from test_sweep_cluster import database, free_port, postgresql, start_server, st
 
 from dann_experiments import load_config
 from dann_experiments.config import InputError, flatten
-from dann_experiments.config.names import LONGEST_LABEL, is_key, labels_in_store, shortened
+from dann_experiments.config.store_names import LONGEST_LABEL, is_key, labels_in_store, shortened
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.sender import Sender
 from dann_experiments.tracking.store import Store, open_store

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from dann_experiments.config import InputError, config_to_yaml, load_config, replace
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.jobs import build
+from dann_experiments.names import Key
 from sweeps import space as space_module
 from sweeps.__main__ import main
 from sweeps.objective import check_objective
 from sweeps.settings import SweepConfig
-from sweeps.space import FEATURE_LAYER, Space, label_of, read_space, read_stored, settings_of
+from sweeps.space import Space, label_of, read_space, read_stored, settings_of
 
 PROJECT = Path(__file__).parents[1]
 METHOD = "domain_adaptation.method"
@@ -52,23 +53,23 @@ def test_every_shipped_space_fits_the_recipes_and_says_how_to_run_it(file):
 
 def test_the_default_space_searches_the_four_of_the_mission():
     described = read_space(load_settings(SweepConfig, PROJECT / "sweeps" / "dann.yaml", {}).space, BASE).described()
-    assert set(described) == {GAMMA, f"{METHOD}.hidden_size", f"{METHOD}.discriminator_lr", FEATURE_LAYER}
+    assert set(described) == {GAMMA, f"{METHOD}.hidden_size", f"{METHOD}.discriminator_lr", Key.FEATURE_LAYER}
     assert (described[GAMMA]["low"], described[GAMMA]["high"]) == (1, 20)
     assert described[f"{METHOD}.discriminator_lr"]["log"] is True
 
 
 def test_auto_means_the_useful_layers_of_this_network_each_once():
-    choices = space_of({FEATURE_LAYER: "auto"}).described()[FEATURE_LAYER]["choices"]
+    choices = space_of({Key.FEATURE_LAYER: "auto"}).described()[Key.FEATURE_LAYER]["choices"]
     assert {"encoder", "decoder", "segmentation_head"} <= set(choices)
     assert len([name for name in choices if name.startswith("encoder.")]) == 2  # three stages; the deepest is `encoder`
     joint = replace(BASE, {"domain_adaptation.batchnorm": "joint"})
-    assert set(space_of({FEATURE_LAYER: "auto"}, joint).described()[FEATURE_LAYER]["choices"]) <= set(choices)
+    assert set(space_of({Key.FEATURE_LAYER: "auto"}, joint).described()[Key.FEATURE_LAYER]["choices"]) <= set(choices)
 
 
 def test_in_channels_follows_the_layer():
     config = replace(BASE, {f"{METHOD}.in_channels": 128, "domain_adaptation.feature_layers": ["encoder"]})
-    for layer in space_of({FEATURE_LAYER: "auto"}, config).described()[FEATURE_LAYER]["choices"]:
-        changed = replace(config, settings_of({FEATURE_LAYER: layer}))
+    for layer in space_of({Key.FEATURE_LAYER: "auto"}, config).described()[Key.FEATURE_LAYER]["choices"]:
+        changed = replace(config, settings_of({Key.FEATURE_LAYER: layer}))
         build.make_method(changed, build.make_taps(changed, build.make_network(changed)))  # refuses a wrong number
 
 
@@ -98,9 +99,9 @@ REFUSED = {
     "a width that no memory holds": (
         {f"{METHOD}.hidden_size": {"type": "int", "low": 8, "high": 2**30, "log": True}}, "1073741824 is refused",
     ),
-    "a layer that is not there": ({FEATURE_LAYER: {"type": "categorical", "choices": ["encoder.layer9"]}}, "encoder.layer9"),
+    "a layer that is not there": ({Key.FEATURE_LAYER: {"type": "categorical", "choices": ["encoder.layer9"]}}, "encoder.layer9"),
     "auto elsewhere": ({f"{METHOD}.classifier": "auto"}, "auto"),
-    "choices twice": ({FEATURE_LAYER: {"type": "categorical", "choices": ["encoder", "encoder"]}}, "once"),
+    "choices twice": ({Key.FEATURE_LAYER: {"type": "categorical", "choices": ["encoder", "encoder"]}}, "once"),
     "the seed": ({"seed": {"type": "int", "low": 0, "high": 9}}, "seed cannot be searched"),
     "tracking": ({"tracking.experiment": {"type": "categorical", "choices": ["a"]}}, "cannot be searched"),
     "pretraining": ({"pretraining.max_epochs": {"type": "int", "low": 1, "high": 9}}, "cannot be searched"),
@@ -222,12 +223,12 @@ def test_the_points_of_a_grid_are_values_of_the_space():
 
 
 def test_a_stored_space_is_read_back_to_the_same():
-    space = space_of({**CONDITIONAL, FEATURE_LAYER: "auto"})
+    space = space_of({**CONDITIONAL, Key.FEATURE_LAYER: "auto"})
     assert read_stored(space.described()) == space
 
 
 LISTS = {
-    FEATURE_LAYER: {"type": "categorical", "choices": ["encoder", ["encoder", "decoder"]]},
+    Key.FEATURE_LAYER: {"type": "categorical", "choices": ["encoder", ["encoder", "decoder"]]},
     "optimizer.betas": {"type": "categorical", "choices": [[0.5, 0.999], [0.9, 0.999]]},
     "trainer.gradient_clip_val": {"type": "categorical", "choices": [None, 1.0]},
     "trainer.deterministic": {"type": "categorical", "choices": [True, False]},
@@ -244,7 +245,7 @@ def test_a_point_is_found_again_in_the_settings_it_makes(seed):
     config = replace(BASE, settings_of(point))
     assert space.values_of(config) == point
     assert config.domain_adaptation.method.layers == (
-        ["encoder", "decoder"] if point[FEATURE_LAYER] == label_of(["encoder", "decoder"]) else ["encoder"]
+        ["encoder", "decoder"] if point[Key.FEATURE_LAYER] == label_of(["encoder", "decoder"]) else ["encoder"]
     )
 
 

@@ -12,6 +12,7 @@ from dann_experiments.adaptation.domain_classifier import SOURCE, TARGET, Domain
 from dann_experiments.adaptation.gradient_reversal import GradientReversal
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
 from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler
+from dann_experiments.names import Metric
 
 OUTPUT_LAYER = "segmentation_head"  # where features are class logits
 
@@ -74,9 +75,9 @@ class DANNMethod(DomainAdaptationMethod):
                 metrics[f"da_layer/{layer}/domain_loss"] = loss.detach()
                 metrics[f"da_layer/{layer}/domain_acc"] = accuracy
         domain_loss = torch.stack(losses).mean()
-        metrics["da/domain_loss"] = domain_loss.detach()
-        metrics["da/domain_acc"] = torch.stack(accuracies).mean()
-        metrics["da/lambda"] = lambda_now
+        metrics[Metric.DOMAIN_LOSS] = domain_loss.detach()
+        metrics[Metric.DOMAIN_ACCURACY] = torch.stack(accuracies).mean()
+        metrics[Metric.LAMBDA] = lambda_now
         return MethodLoss(domain_loss, domain_loss.detach(), lambda_now, metrics)
 
     def domain_hits(self, features: Mapping[str, Tensor], domain: int, valid: Tensor | None) -> Mapping[str, Tensor]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.names import Key
 
 log = logging.getLogger(__name__)
-PREFIX_KEY = "domain_adaptation.pretrained_checkpoint.source_prefix"
 # put into names by torch.compile; DataParallel, DDP and AveragedModel; FSDP; activation checkpointing
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 COUNTER = "num_batches_tracked"  # older tools do not save it, and only BatchNorm without a momentum reads it
@@ -49,7 +49,7 @@ def find_weights(
     wanted: Mapping[str, Tensor],
     where: str,
     source_prefix: str | None = None,
-    prefix_key: str = PREFIX_KEY,
+    prefix_key: str = Key.SOURCE_PREFIX,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of `weights` by the names of `wanted`, a network's state dict, and the names under the same prefix that
     the network lacks. `source_prefix` chooses the prefix; messages call that setting `prefix_key` and the checkpoint `where`.

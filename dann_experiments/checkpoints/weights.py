@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dann_experiments.checkpoints.prefixes import PREFIX_KEY, find_weights, is_counter
+from dann_experiments.checkpoints.prefixes import find_weights, is_counter
 from dann_experiments.checkpoints.safe_load import load_tensors
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.paths import user_path
+from dann_experiments.names import Key
 
 SourceFormat = Literal["auto", "pytorch_lightning", "pytorch", "smp"]
 WEIGHTS_NAME = "model.safetensors"
@@ -69,7 +70,7 @@ def load_into(
     strict: bool,
     where: str,
     source_prefix: str | None = None,
-    prefix_key: str = PREFIX_KEY,
+    prefix_key: str = Key.SOURCE_PREFIX,
 ) -> list[str]:
     """Load `weights` into `network`: those under `source_prefix`, or under the one prefix, such as `model.`, that brings a
     network (`prefixes`). Their values are cast to the network's type.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dann_experiments.checkpoints.prefixes import PREFIX_KEY
 from dann_experiments.comparison.result import Arm
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.comparison import ARM_NAMES, DEFAULT_ARMS, CompareConfig
@@ -19,17 +18,16 @@ from dann_experiments.jobs.build import find_data, make_method, make_network, ma
 from dann_experiments.jobs.checks import checked_sets
 from dann_experiments.jobs.evaluate import STATISTICS_SET
 from dann_experiments.jobs.identity import run_digest
-from dann_experiments.names import ALL_SETS, PRETRAINING_SETS, SCORED_SETS
+from dann_experiments.names import ALL_SETS, LAMBDA_ZERO, PRETRAINING_SETS, SCORED_SETS, Job, Key
 
 log = logging.getLogger(__name__)
-PATH = "domain_adaptation.pretrained_checkpoint.path"
 JOBS = {
-    "source_only": "pretrain", "statistics": "evaluate", "control": "adapt", "adapted": "adapt", "oracle": "pretrain",
+    "source_only": Job.PRETRAIN, "statistics": Job.EVALUATE, "control": Job.ADAPT, "adapted": Job.ADAPT, "oracle": Job.PRETRAIN,
 }  # fmt: skip
 SOURCE_ONLY = ARM_NAMES["source_only"]
 NO_CONTROL = "There is no lambda = 0 control, without which no help can be claimed."
-ADVERSARY = ("domain_adaptation.method.", "domain_adaptation.feature_layers")
-SET_HERE = ("seed", "threads", "tracking.", PATH, PREFIX_KEY, "data.oracle")
+ADVERSARY = ("domain_adaptation.method.", Key.FEATURE_LAYERS)
+SET_HERE = ("seed", "threads", "tracking.", Key.SOURCE_MODEL, Key.SOURCE_PREFIX, "data.oracle")
 """What the comparison sets itself, for all arms."""
 ALIKE = (
     "model.", "data.class_names", "data.ignore_index", "data.source.val", "data.source.test", "data.target.val",
@@ -37,10 +35,10 @@ ALIKE = (
 )  # fmt: skip
 """What arms must share: the network of the source model that they start from, and what scores are measured on."""
 MAKES_THE_KIND = {
-    "control": ("domain_adaptation.method.name", "domain_adaptation.method.class_path", "domain_adaptation.method.lambda_da"),
+    "control": (Key.METHOD, Key.CLASS_PATH, "domain_adaptation.method.lambda_da"),
     "statistics": ("domain_adaptation.batchnorm",),
 }  # fmt: skip
-SETS = {"pretrain": PRETRAINING_SETS, "adapt": ALL_SETS, "evaluate": (*SCORED_SETS, STATISTICS_SET)}
+SETS = {Job.PRETRAIN: PRETRAINING_SETS, Job.ADAPT: ALL_SETS, Job.EVALUATE: (*SCORED_SETS, STATISTICS_SET)}
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def check_arms(cells: Sequence[Cell]) -> None:
     before the source models are trained. Raises InputError."""
     checked_data, checked = set(), set()
     for cell in cells:
-        if cell.job != "adapt" or cell.arm.name in checked:
+        if cell.job != Job.ADAPT or cell.arm.name in checked:
             continue
         checked.add(cell.arm.name)
         config = cell.config
@@ -173,11 +171,11 @@ def cells_of(arms: Sequence[Arm], seeds: Sequence[int], config: Config, source_d
     given = config.domain_adaptation.pretrained_checkpoint.path
     cells: list[Cell] = []
     for seed in seeds:
-        source = source_digest or digests.of("pretrain", replace(config, {"seed": seed}), None)
+        source = source_digest or digests.of(Job.PRETRAIN, replace(config, {"seed": seed}), None)
         for arm in sorted(arms, key=lambda arm: arm.kind != "source_only"):
-            job = "evaluate" if arm.kind == "source_only" and given is not None else JOBS[arm.kind]
+            job = Job.EVALUATE if arm.kind == "source_only" and given is not None else JOBS[arm.kind]
             own = _settings(arm, config, seed)
-            from_source = job != "pretrain"
+            from_source = job != Job.PRETRAIN
             try:
                 digest = digests.of(job, own, source if from_source else None)
             except InputError as error:
@@ -189,11 +187,7 @@ def cells_of(arms: Sequence[Arm], seeds: Sequence[int], config: Config, source_d
 def _settings(arm: Arm, config: Config, seed: int) -> Config:
     changes: dict[str, Any] = {"seed": seed}
     if arm.kind == "control":
-        changes |= {
-            "domain_adaptation.method.name": "lambda_zero",
-            "domain_adaptation.method.class_path": None,
-            "domain_adaptation.method.init_args": {},
-        }
+        changes |= LAMBDA_ZERO
     elif arm.kind == "statistics":
         changes["domain_adaptation.batchnorm"] = "target_stats"
     elif arm.kind == "oracle":
@@ -215,8 +209,8 @@ def _trained_on_the_target(config: Config) -> dict[str, Any]:
         "data.source": config_to_dict(target),
         "data.class_names": list(config.class_names),
         "data.oracle": [],
-        PATH: None,
-        PREFIX_KEY: None,
+        Key.SOURCE_MODEL: None,
+        Key.SOURCE_PREFIX: None,
     }
 
 

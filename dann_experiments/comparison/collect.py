@@ -16,16 +16,25 @@ from dann_experiments.comparison.result import Arm, ArmRun
 from dann_experiments.config import Config, InputError, flatten, load_config
 from dann_experiments.config.comparison import ARM_NAMES, KINDS, Kind
 from dann_experiments.config.errors import StoreAway
-from dann_experiments.config.names import LONGEST_PARAM
+from dann_experiments.config.store_names import LONGEST_PARAM
 from dann_experiments.config.untrusted import without_code
-from dann_experiments.scores.selection import PREFIX
+from dann_experiments.names import Job, Metric, Tag
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, known_run, without_secrets
 from dann_experiments.tracking.values import context_of, last_values, logged_points
 
 log = logging.getLogger(__name__)
-CURVES = ("iou/source_val", "iou/target_val", "da/lambda", "da/domain_acc", "da/domain_acc_val")
-PROBES = ("da/probe_acc", "da/a_distance")  # at step 0 of the warm start, at the last step of the adapted network
+CURVES = (
+    Metric.SOURCE_VAL_IOU,
+    Metric.TARGET_VAL_IOU,
+    Metric.LAMBDA,
+    Metric.DOMAIN_ACCURACY,
+    Metric.DOMAIN_ACCURACY_VAL,
+)
+PROBES = (
+    Metric.PROBE_ACCURACY,
+    Metric.A_DISTANCE,
+)  # at step 0 of the warm start, at the last step of the adapted network
 METHOD = "domain_adaptation.method."  # config_of leaves a class of somebody's own out
 NOT_THE_ARM = (
     "seed", "threads", "tracking.", "domain_adaptation.pretrained_checkpoint.", "trainer.enable_progress_bar",
@@ -40,7 +49,7 @@ def read_run(store: Store, run_id: str, arm: Arm, reused: bool) -> ArmRun:
     metrics = last_values(run)
     if arm.kind == "oracle":  # what its own settings call the source is the target
         metrics = {name: value for name, value in metrics.items() if "source" not in name and "gap" not in name}
-    wanted = [name for name in metrics if name in (*CURVES, *PROBES) or name.startswith(PREFIX)]
+    wanted = [name for name in metrics if name in (*CURVES, *PROBES) or name.startswith(Metric.SELECT)]
     history = {name: _history(store, run_id, name) for name in wanted} if arm.kind in ("control", "adapted") else {}
     return ArmRun(arm.name, int(run.data.tags["seed"]), run_id, metrics, history, dict(run.data.tags), reused)
 
@@ -123,8 +132,8 @@ def _finished(store: Store, run_id: str, what: str = "") -> Any:
     run = known_run(store, run_id)
     if run is None:
         raise InputError(f"{where}, which the tracking store does not have; see tracking.uri.")
-    job = run.data.tags.get("dann.job")
-    if job not in ("adapt", "trial", "pretrain", "evaluate") or "seed" not in run.data.tags:
+    job = run.data.tags.get(Tag.JOB)
+    if job not in (Job.ADAPT, Job.TRIAL, Job.PRETRAIN, Job.EVALUATE) or "seed" not in run.data.tags:
         raise InputError(f"{where}, a run of {job or 'something else'}; give runs of adapt (and evaluate).")
     if run.info.status != "FINISHED":
         raise InputError(f"{where}, whose status is {run.info.status}; give finished runs.")
@@ -136,7 +145,7 @@ def _sources(store: Store, runs: Mapping[str, Any], kinds: Mapping[str, Kind]) -
     one is given, else the one that made the model. And notes about runs that are none's source."""
     starts: dict[int, str] = {}
     for run_id, run in runs.items():
-        source = run.data.tags.get("dann.source_run_id")
+        source = run.data.tags.get(Tag.SOURCE_RUN_ID)
         if kinds[run_id] in ("statistics", "control", "adapted") and source is not None:
             seed = _seed(run)
             if starts.setdefault(seed, source) != source:
@@ -149,11 +158,11 @@ def _sources(store: Store, runs: Mapping[str, Any], kinds: Mapping[str, Kind]) -
     for run_id, run in runs.items():
         if kinds[run_id] != "source_only":
             continue
-        if run.data.tags["dann.job"] != "evaluate":
+        if run.data.tags[Tag.JOB] != Job.EVALUATE:
             if run_id not in starts.values():
                 unused.append(run_id)
             continue
-        seed, source = _seed(run), run.data.tags.get("dann.source_run_id")
+        seed, source = _seed(run), run.data.tags.get(Tag.SOURCE_RUN_ID)
         if seed in sources:
             raise InputError(
                 f"runs holds two evaluations of a source model with seed {seed} ({sources[seed].info.run_id}, {run_id}); "
@@ -190,7 +199,7 @@ def _refuse_other_images(runs: Sequence[Any]) -> None:
 
 def _given_name(runs: Iterable[Any]) -> str | None:
     """What a comparison called the arm of these runs; None without one, or if they were called differently."""
-    names = {run.data.tags["dann.arm"] for run in runs if "dann.arm" in run.data.tags}
+    names = {run.data.tags[Tag.ARM] for run in runs if Tag.ARM in run.data.tags}
     return next(iter(names)) if len(names) == 1 else None
 
 
@@ -200,24 +209,24 @@ def _seed(run: Any) -> int:
 
 def _kind(run: Any) -> Kind:
     tags = run.data.tags
-    if tags.get("dann.kind") in KINDS:  # a run that `compare` made
-        return tags["dann.kind"]
-    if tags["dann.job"] == "pretrain":
+    if tags.get(Tag.KIND) in KINDS:  # a run that `compare` made
+        return tags[Tag.KIND]
+    if tags[Tag.JOB] == Job.PRETRAIN:
         return "source_only"
-    if tags["dann.job"] == "evaluate":
-        return "statistics" if tags.get("dann.batchnorm") == "target_stats" else "source_only"
-    return "control" if tags.get("dann.method") == "lambda_zero" else "adapted"
+    if tags[Tag.JOB] == Job.EVALUATE:
+        return "statistics" if tags.get(Tag.BATCHNORM) == "target_stats" else "source_only"
+    return "control" if tags.get(Tag.METHOD) == "lambda_zero" else "adapted"
 
 
 def _method(run: Any) -> str:
-    return run.data.tags.get("dann.method", "")
+    return run.data.tags.get(Tag.METHOD, "")
 
 
 def _settings(store: Store, run: Any, kind: Kind) -> dict[str, str]:
     """The settings that tell arms apart; of what is not trained, none."""
     if kind == "statistics":
         return {}
-    unused = (*NOT_THE_ARM, "pretraining.") if run.data.tags["dann.job"] != "pretrain" else NOT_THE_ARM
+    unused = (*NOT_THE_ARM, "pretraining.") if run.data.tags[Tag.JOB] != Job.PRETRAIN else NOT_THE_ARM
     params = {
         key.removeprefix(PARAM_PREFIX): value for key, value in run.data.params.items() if key.startswith(PARAM_PREFIX)
     }

@@ -23,10 +23,10 @@ from dann_experiments.comparison.selection_quality import per_epoch_choices, sco
 from dann_experiments.comparison.verdict import Verdict, difference_table, judge
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.comparison import CompareConfig
-from dann_experiments.config.names import labels_in_store
+from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.jobs import checks, identity
 from dann_experiments.jobs.shared_data import shared_data
-from dann_experiments.names import DOMAINS
+from dann_experiments.names import DOMAINS, Job, Metric, Tag
 from dann_experiments.tracking.fetch_model import digest_of_model, fetched
 from dann_experiments.tracking.run import TrackedRun, tracked_run
 from dann_experiments.tracking.stale_runs import close_stale_runs
@@ -34,9 +34,10 @@ from dann_experiments.tracking.store import TRAINING_PAGES, Store, local_artifac
 from dann_experiments.workers.pool import Pool, open_pool, refuse_unshared
 
 log = logging.getLogger(__name__)
-JUDGED = ("iou/target_test", "iou/target_val")  # the first that all judged runs have
-TABLE_SCORES = ("iou/source_val", "iou/source_test", "iou/target_val", "iou/target_test")
-SHOWN = (*TABLE_SCORES, *PROBES, "class_iou/")  # names, or beginnings of names, of what a report shows of a run
+JUDGED = (Metric.TARGET_TEST_IOU, Metric.TARGET_VAL_IOU)  # the first that all judged runs have
+GAPS = (Metric.PROBE_ACCURACY, Metric.DOMAIN_ACCURACY_VAL)
+TABLE_SCORES = (Metric.SOURCE_VAL_IOU, Metric.SOURCE_TEST_IOU, Metric.TARGET_VAL_IOU, Metric.TARGET_TEST_IOU)
+SHOWN = (*TABLE_SCORES, *PROBES, Metric.CLASS_IOU)  # names, or beginnings of names, of what a report shows of a run
 PAGE, SUMMARY = "report.html", "summary.png"
 
 
@@ -86,7 +87,7 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         done = find_cells(cells, store)
         check_arms([cell for index, cell in enumerate(cells) if index not in done.run_ids])
     names = [identity.domain_name(config, domain) for domain in DOMAINS]
-    tags = {"dann.job": "compare", "dann.source": names[0], "dann.target": names[1], "seed": config.seed}
+    tags = {Tag.JOB: Job.COMPARE, Tag.SOURCE: names[0], Tag.TARGET: names[1], "seed": config.seed}
     folder = Path(config.tracking.folder)
     with (
         _pool_of(settings, config, len(cells) - len(done.run_ids)) as pool,
@@ -99,7 +100,7 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
             log.info("%d runs: %d exist, %d to make.", len(cells), len(done.reused), len(cells) - len(done.run_ids))
         if pool is not None:
             tracking = {**asdict(config.tracking), "uri": store.uri, "experiment": store.experiment}
-            tags_of_runs = {"dann.comparison": run.run_id}
+            tags_of_runs = {Tag.COMPARISON: run.run_id}
             if settings.launcher == "processes":
                 pool.logs = run.folder / "logs"
             with contextlib.nullcontext() if settings.launcher == "ray" else shared_data(folder) as decoded:
@@ -202,7 +203,7 @@ def _selection(runs: Sequence[ArmRun], adapted: Sequence[str]) -> pd.DataFrame |
     choices = [per_epoch_choices(run.history, run.run_id) for run in runs if run.arm in adapted]
     choices = [one.loc[one["step"] > 0, :] for one in choices if len(one)]  # no checkpoint is kept of the warm start
     choices = [one for one in choices if len(one) > 1]
-    return score_quality(pd.concat(choices, ignore_index=True), "iou/target_val") if choices else None
+    return score_quality(pd.concat(choices, ignore_index=True), Metric.TARGET_VAL_IOU) if choices else None
 
 
 def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
@@ -211,12 +212,12 @@ def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
         bad = [name for name in run.metrics if name.startswith(SHOWN) and not _has(run, name)]
         if bad:
             yield f"{run.arm}, seed {run.seed}: {', '.join(sorted(bad))} of run {run.run_id} is no finite number and is left out."
-    if any(run.tags.get("dann.selected_with_target_labels") == "true" for run in runs if run.arm in adapted):
+    if any(run.tags.get(Tag.SELECTED_WITH_TARGET_LABELS) == "true" for run in runs if run.arm in adapted):
         yield "Checkpoints or settings of these runs were chosen by target labels: scores on the same labels flatter."
     commits = {run.tags.get("mlflow.source.git.commit", "")[:9] for run in runs} - {""}
     if len(commits) > 1:
         yield f"The runs were made with {len(commits)} versions of the code: {', '.join(sorted(commits))}."
-    if any(run.tags.get("dann.forgot_source") == "true" for run in runs if run.arm in adapted):
+    if any(run.tags.get(Tag.FORGOT_SOURCE) == "true" for run in runs if run.arm in adapted):
         yield "Some adapted runs forgot the source on the way (iou/source_val fell below monitor.forgetting_threshold)."
 
 
@@ -227,7 +228,7 @@ def _table(comparison: Comparison) -> pd.DataFrame:
             for arm in comparison.arms
             for run in comparison.runs_of(arm.name)
             for name, value in sorted(run.metrics.items(), key=_order)
-            if name in TABLE_SCORES or name.startswith("class_iou/")
+            if name in TABLE_SCORES or name.startswith(Metric.CLASS_IOU)
         ],
         columns=["arm", "seed", "metric", "value"],
     )
@@ -256,7 +257,7 @@ def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: 
     table.to_csv(tables / "scores.csv", index=False, float_format="%.6f")
     rows = [
         {"arm": one.arm, "seed": one.seed, "run_id": one.run_id, "reused": one.reused,
-         **{name: one.metrics[name] for name in (*TABLE_SCORES, "da/probe_acc", "da/domain_acc_val") if _has(one, name)}}
+         **{name: one.metrics[name] for name in (*TABLE_SCORES, *GAPS) if _has(one, name)}}
         for one in comparison.runs
     ]  # fmt: skip
     pd.DataFrame(rows).dropna(axis="columns", how="all").to_csv(tables / "runs.csv", index=False, float_format="%.6f")
@@ -272,7 +273,7 @@ def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: 
     lines = [verdict.line for verdict in comparison.verdicts] or list(comparison.notes)
     (run.folder / "verdict.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     outcomes = "; ".join(f"{verdict.arm}: {verdict.outcome}" for verdict in comparison.verdicts)
-    texts = {"dann.verdict": outcomes or "no target labels", "mlflow.note.content": "\n\n".join(lines)}
+    texts = {Tag.VERDICT: outcomes or "no target labels", "mlflow.note.content": "\n\n".join(lines)}
     run.set_tags(texts)
     write_page(run.folder / PAGE, comparison, links)
     draw_summary(run.folder / SUMMARY, comparison)

@@ -23,7 +23,8 @@ from dann_experiments.comparison.verdict import (
     Verdict,
     paired,
 )
-from dann_experiments.config.names import labels_in_store
+from dann_experiments.config.store_names import labels_in_store
+from dann_experiments.names import Metric, Tag
 from dann_experiments.reports import images, pages
 from dann_experiments.reports.colors import (
     COLORS,
@@ -60,10 +61,16 @@ OUTCOME_COLORS = {
     "explained by BatchNorm statistics": "#b26a00",
 }
 OUTCOME_MARKS = {"helped": "▲", "hurt": "▼", "no evidence": "○", "explained by BatchNorm statistics": "≈"}
-SCORE_COLUMNS = ("iou/source_val", "iou/target_val", "iou/source_test", "iou/target_test")
-GAP_COLUMNS = ("da/probe_acc", "da/a_distance", "da/domain_acc_val")
-CURVES = ("iou/source_val", "iou/target_val", "da/lambda", "da/domain_acc", "da/domain_acc_val")
-COMMIT_TAG, ALIGNMENT_TAG = "mlflow.source.git.commit", "dann.alignment"
+SCORE_COLUMNS = (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU, Metric.SOURCE_TEST_IOU, Metric.TARGET_TEST_IOU)
+GAP_COLUMNS = (Metric.PROBE_ACCURACY, Metric.A_DISTANCE, Metric.DOMAIN_ACCURACY_VAL)
+CURVES = (
+    Metric.SOURCE_VAL_IOU,
+    Metric.TARGET_VAL_IOU,
+    Metric.LAMBDA,
+    Metric.DOMAIN_ACCURACY,
+    Metric.DOMAIN_ACCURACY_VAL,
+)
+COMMIT_TAG, ALIGNMENT_TAG = "mlflow.source.git.commit", Tag.ALIGNMENT
 
 
 def write_page(path: Path, comparison: Comparison, links: Mapping[str, str] = {}) -> None:
@@ -232,7 +239,7 @@ def _figures(comparison: Comparison, confidence: float) -> dict[str, Any]:
     trained = {arm.name: curves[arm.name] for arm in comparison.arms if arm.kind in ("control", "adapted")}
     trained = {arm: found for arm, found in trained.items() if _has_curve(found)}
     limits = curve_limits(list(trained.values()))
-    lambdas = [value for found in curves.values() for curve in found["da/lambda"] for _, value in finite(curve)]
+    lambdas = [value for found in curves.values() for curve in found[Metric.LAMBDA] for _, value in finite(curve)]
     drawn = [
         (arm, svg(arm_curves_figure(found, limits, max(lambdas, default=0)), f"curves{number}", f"Curves of {arm}"))
         for number, (arm, found) in enumerate(trained.items())
@@ -257,7 +264,7 @@ def _figures(comparison: Comparison, confidence: float) -> dict[str, Any]:
 
 def _has_curve(found: Histories) -> bool:
     """Return whether some validation IoU was measured more than once."""
-    return any(len(finite(curve)) > 1 for domain in DOMAIN_COLORS for curve in found[f"iou/{domain}_val"])
+    return any(len(finite(curve)) > 1 for domain in DOMAIN_COLORS for curve in found[Metric.iou(f"{domain}_val")])
 
 
 def _tile_columns(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.command_line import quiet_libraries
-from dann_experiments.comparison.arms import PATH, Cell
+from dann_experiments.comparison.arms import Cell
 from dann_experiments.config import Config, config_to_dict, replace
 from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.data.shared_cache import share
@@ -19,6 +19,7 @@ from dann_experiments.jobs.adapt import adapt
 from dann_experiments.jobs.evaluate import evaluate
 from dann_experiments.jobs.pretrain import pretrain
 from dann_experiments.jobs.source_model import keep_source_models
+from dann_experiments.names import Job, Key, Tag
 from dann_experiments.tracking.stale_runs import close_stale_runs
 from dann_experiments.tracking.store import Store, experiment_ids, newest_finished
 from dann_experiments.workers.pool import ATTEMPTS, Ended, Pool
@@ -63,7 +64,7 @@ def find_cells(cells: Sequence[Cell], store: Store) -> Done:
 
 def finished_run(store: Store, digest: str, experiments: Sequence[str] | None = None) -> str | None:
     """Return the newest finished run with this digest; `experiments`: ids to search, None = all of the store."""
-    return newest_finished(store, {"dann.digest": digest}, experiments)
+    return newest_finished(store, {Tag.DIGEST: digest}, experiments)
 
 
 def run_cells(
@@ -126,7 +127,7 @@ class _Scheduler:
                     self._failed(index, "its source model failed")
                 if source not in self.done.run_ids:
                     continue
-                changes[PATH] = f"runs:/{self.done.run_ids[source]}/model"
+                changes[Key.SOURCE_MODEL] = f"runs:/{self.done.run_ids[source]}/model"
             yield index, self._task(cell, changes)
 
     def _source_of(self, cell: Cell) -> int:
@@ -139,7 +140,7 @@ class _Scheduler:
         return Task(cell.job, config_to_dict(replace(cell.config, changes)), self._tags(cell), self.decoded)
 
     def _tags(self, cell: Cell) -> dict[str, str]:
-        return self.tags | {"dann.arm": cell.arm.name, "dann.kind": cell.arm.kind, "dann.digest": cell.digest}
+        return self.tags | {Tag.ARM: cell.arm.name, Tag.KIND: cell.arm.kind, Tag.DIGEST: cell.digest}
 
     def _died(self, index: int, ended: Ended) -> None:
         tags = self._tags(self.cells[index])
@@ -174,7 +175,7 @@ def run_task(task: Task) -> str:
     _prepare(task.decoded)
     config: Config = config_from_dict(task.settings)
     print(f"{task.job}: {task.tags['dann.arm']}, seed {config.seed}", flush=True)
-    return {"adapt": adapt, "evaluate": evaluate, "pretrain": pretrain}[task.job](config, tags=task.tags).run_id
+    return {Job.ADAPT: adapt, Job.EVALUATE: evaluate, Job.PRETRAIN: pretrain}[task.job](config, tags=task.tags).run_id
 
 
 @functools.cache  # once in a worker

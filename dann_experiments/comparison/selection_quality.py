@@ -8,15 +8,14 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr  # comes with scikit-learn
 
-from dann_experiments.scores.selection import KEPT, PREFIX, SCORES, choice_value
+from dann_experiments.names import Metric
+from dann_experiments.scores.selection import SCORES, choice_value
 
-ORACLE = "iou/target_val"
-NAIVE = "iou/source_val"
 LAST = "last"
 COLUMNS = ("score", "better", "groups", "candidates", "spearman", "regret", "regret_kept")
 
 
-def score_quality(choices: pd.DataFrame, oracle: str = ORACLE) -> pd.DataFrame:
+def score_quality(choices: pd.DataFrame, oracle: str = Metric.TARGET_VAL_IOU) -> pd.DataFrame:
     """What choosing by each score would have given, against choosing by `oracle` (higher is better), which needs labels.
 
     `choices` has a row a candidate, in order of time: `group` (candidates of one group are ranked against each other: the epochs
@@ -42,11 +41,11 @@ def score_quality(choices: pd.DataFrame, oracle: str = ORACLE) -> pd.DataFrame:
     groups: dict[object, list[int]] = {}  # row numbers, in order of time
     for number in np.flatnonzero(known).tolist():
         groups.setdefault(choices["group"].iloc[number], []).append(number)
-    names = [name for name in (oracle, KEPT, *SCORES, NAIVE) if name in choices.columns]
+    names = [name for name in (oracle, Metric.SOURCE_KEPT, *SCORES, Metric.SOURCE_VAL_IOU) if name in choices.columns]
     values = {name: choices[name].to_numpy(float) for name in names}
     parts = [{name: column[numbers] for name, column in values.items()} for numbers in groups.values()]
-    scores = [name for name in (*SCORES, NAIVE) if name in values]
-    rows = [_quality(name, parts, oracle, KEPT in values) for name in (*scores, LAST)]
+    scores = [name for name in (*SCORES, Metric.SOURCE_VAL_IOU) if name in values]
+    rows = [_quality(name, parts, oracle, Metric.SOURCE_KEPT in values) for name in (*scores, LAST)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -79,13 +78,13 @@ def _quality(name: str, groups: Sequence[Group], oracle: str, kept_known: bool) 
 def _merits(name: str, group: Group, count: int, kept_only: bool) -> np.ndarray:
     """What a choice goes by, the greatest first: the score, or minus it where less is better."""
     if name in SCORES:
-        names = (name, KEPT) if kept_only else (name,)
+        names = (name, Metric.SOURCE_KEPT) if kept_only else (name,)
         values = [choice_value(name, {key: group[key][index] for key in names}) for index in range(count)]
         return np.array(values) * (-1 if SCORES[name].better == "min" else 1)
     merits = np.arange(count, dtype=float) if name == LAST else group[name]
     merits = np.where(np.isnan(merits), -np.inf, merits)
     if kept_only:
-        kept = group[KEPT] != 0  # NaN, not known, counts as kept, as in choice_value
+        kept = group[Metric.SOURCE_KEPT] != 0  # NaN, not known, counts as kept, as in choice_value
         merits = np.where(kept, merits, -np.inf) if kept.any() else merits
     return merits
 
@@ -95,7 +94,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def per_epoch_choices(
-    history: Mapping[str, Sequence[tuple[int, float]]], group: str, oracle: str = ORACLE
+    history: Mapping[str, Sequence[tuple[int, float]]], group: str, oracle: str = Metric.TARGET_VAL_IOU
 ) -> pd.DataFrame:
     """The validations of a run as candidates for `score_quality`, from its histories, metric -> [(step, value)] in order.
 
@@ -107,6 +106,6 @@ def per_epoch_choices(
     scores = [name for name in SCORES if by_step.get(name)]
     needed = [by_step.get(oracle, {}), *(by_step[name] for name in scores)]
     steps = sorted(set.intersection(*(set(values) for values in needed))) if scores else []
-    names = [oracle, NAIVE, *(name for name in history if name.startswith(PREFIX))]
+    names = [oracle, Metric.SOURCE_VAL_IOU, *(name for name in history if name.startswith(Metric.SELECT))]
     columns = {name: [by_step.get(name, {}).get(step, float("nan")) for step in steps] for name in names}
     return pd.DataFrame({"group": [group] * len(steps), "step": steps} | columns)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import above, at_least, between, fraction_below, not_empty
 from dann_experiments.config.paths import local_text
+from dann_experiments.names import Metric
 
 MOST_PROCESSES = 1024  # upper limit of processes and threads; guards against halting the machine
 TARGET_LABEL_METRICS = ("iou/target", "class_iou/target", "loss/val_target", "iou/gap")
@@ -88,7 +89,7 @@ class TrainerConfig:
 class MonitorConfig:
     """The metric that chooses the best epoch, and which weights a run ends with."""
 
-    metric: str | None = "iou/source_val"
+    metric: str | None = Metric.SOURCE_VAL_IOU
     """Metric that chooses checkpoints/best; null = no best checkpoint. iou/target_val uses target labels, and the run is tagged
     accordingly. select/entropy, select/infomax, select/snd and select/bnm use none (docs/selection.md); with them an epoch
     counts only if the source has not dropped by more than forgetting_threshold."""
@@ -105,7 +106,9 @@ class MonitorConfig:
     def direction(self) -> Literal["max", "min"]:
         """`mode`; if it is null, what the name of the metric implies."""
         falling = self.metric is not None and (
-            self.metric.startswith(("loss/", "select/entropy")) or "gap" in self.metric or "drop" in self.metric
+            self.metric.startswith((Metric.LOSS, Metric.SELECT_ENTROPY))
+            or "gap" in self.metric
+            or "drop" in self.metric
         )
         return self.mode or ("min" if falling else "max")
 

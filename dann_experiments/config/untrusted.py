@@ -7,16 +7,15 @@ from collections.abc import Collection
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.parsing import replace
 from dann_experiments.config.schema import Config
-
-CLASS_PATH = "domain_adaptation.method.class_path"
+from dann_experiments.names import Key
 
 
 def refuse_stored_code(named: str | None, allowed: Collection[str], where: str) -> None:
     """Raise InputError if settings from a store name a class (`class_path`) that the caller has not allowed by name."""
     if named is not None and named not in allowed:
         raise InputError(
-            f"{where} names code, {CLASS_PATH} {named!r}, which is not imported because a store says so; if it is yours, give "
-            f"--allow_class_path {named}."
+            f"{where} names code, {Key.CLASS_PATH} {named!r}, which is not imported because a store says so; if it is yours, "
+            f"give --allow_class_path {named}."
         )
 
 
@@ -24,4 +23,4 @@ def without_code(config: Config) -> Config:
     """Return `config` without a method of the user's own: enough to read what a run was about."""
     if config.domain_adaptation.method.class_path is None:
         return config
-    return replace(config, {CLASS_PATH: None, "domain_adaptation.method.init_args": {}})
+    return replace(config, {Key.CLASS_PATH: None, Key.INIT_ARGS: {}})

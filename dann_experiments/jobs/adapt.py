@@ -21,6 +21,7 @@ from dann_experiments.jobs.source_model import (
     find_or_make_source_model,
     load_source_model,
 )
+from dann_experiments.names import Job, Key, Tag
 from dann_experiments.tracking.store import Store, open_store
 from dann_experiments.training.random_states import reseed
 
@@ -44,7 +45,7 @@ def adapt(
         refuse_several_processes(config, "callbacks")
     if resume not in (None, AUTO):
         store = open_store(config.tracking.uri, config.tracking.experiment)
-        config = as_the_run(store, resume, "adapt", config)
+        config = as_the_run(store, resume, Job.ADAPT, config)
     with seeded(config):
         data, network = _found(config)  # before a store is made: what is refused here leaves nothing behind
         store = store or open_store(config.tracking.uri, config.tracking.experiment)
@@ -53,12 +54,12 @@ def adapt(
         reseed(config.seed)  # the same numbers whether the source model was just trained or found
         parts = dataclasses.replace(parts, method=make_method(config, parts.taps))
         config = with_batch_sizes(config, parts)
-        digest = run_digest("adapt", config, data.digests, source)
-        resumed = run_to_go_on(store, "adapt", resume, digest, config)
+        digest = run_digest(Job.ADAPT, config, data.digests, source)
+        resumed = run_to_go_on(store, Job.ADAPT, resume, digest, config)
         name = f"{method_name(config)} seed {config.seed}"
         all_tags = {**_tags(config, store, data, digest, source_run_id), **(tags or {})}
         return tracked_training(
-            "adapt", config, store, parts, name, all_tags, resumed, callbacks, source_run_id=source_run_id
+            Job.ADAPT, config, store, parts, name, all_tags, resumed, callbacks, source_run_id=source_run_id
         )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def _prepared(
     taps = make_taps(config, network)
     parts = Parts(network, make_method(config, taps), taps, sets)  # refuse a wrong method before hours of pretraining
     source_model = find_or_make_source_model(config, store, data.digests, resume_pretraining)
-    return replace(config, {"domain_adaptation.pretrained_checkpoint.path": source_model}), parts
+    return replace(config, {Key.SOURCE_MODEL: source_model}), parts
 
 
 def _source_model(config: Config) -> str:
@@ -97,9 +98,9 @@ def _source_model(config: Config) -> str:
 def _tags(config: Config, store: Store, data: DomainData, digest: str, source_run_id: str | None) -> dict[str, str]:
     by_target_labels = config.monitor.uses_target_labels or chosen_by_target_labels(store, source_run_id)
     tags = {
-        "dann.method": method_name(config),
-        "dann.source_digest": source_digest(config, data.digests),
-        "dann.digest": digest,
-        "dann.selected_with_target_labels": str(by_target_labels).lower(),
+        Tag.METHOD: method_name(config),
+        Tag.SOURCE_DIGEST: source_digest(config, data.digests),
+        Tag.DIGEST: digest,
+        Tag.SELECTED_WITH_TARGET_LABELS: str(by_target_labels).lower(),
     }
-    return tags if source_run_id is None else tags | {"dann.source_run_id": source_run_id}
+    return tags if source_run_id is None else tags | {Tag.SOURCE_RUN_ID: source_run_id}

@@ -29,7 +29,7 @@ from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs.build import data_plan
 from dann_experiments.jobs.checks import remarks_on_label_maps
 from dann_experiments.jobs.identity import domain_tags, public_settings
-from dann_experiments.names import ALL_SETS, DOMAINS, SOURCE_TRAIN, Domain, SetName
+from dann_experiments.names import ALL_SETS, DOMAINS, SOURCE_TRAIN, Domain, Job, SetName, Tag
 from dann_experiments.reports.plots.domains import draw_domains
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import open_store
@@ -335,7 +335,7 @@ def _log(
     shares: Mapping[SetName, np.ndarray],
 ) -> str:
     store = open_store(config.tracking.uri, config.tracking.experiment)
-    tags = {"dann.job": "check-data", **domain_tags(config)}
+    tags = {Tag.JOB: Job.CHECK_DATA, **domain_tags(config)}
     with tracked_run(
         store, config.tracking.run_name, "check-data", tags, Path(config.tracking.folder), use_claimed=True
     ) as run:

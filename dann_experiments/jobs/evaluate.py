@@ -24,7 +24,7 @@ from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.run_training import describe_run
 from dann_experiments.jobs.source_model import chosen_by_target_labels, load_weights
 from dann_experiments.models.batchnorm import has_batchnorm, statistics_loader, target_statistics
-from dann_experiments.names import DOMAINS, SCORED_SETS, TARGET_TRAIN, Domain, SetName
+from dann_experiments.names import DOMAINS, SCORED_SETS, TARGET_TRAIN, Domain, Job, SetName, Tag
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.scores import macro_mean, row_shares
 from dann_experiments.tracking.fetch_model import fetched
@@ -82,7 +82,7 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
                 target_statistics(network, loader)
         all_tags = {**_tags(config, store, notes, model_run_id), **(tags or {})}
         folder = Path(config.tracking.folder)
-        with tracked_run(store, config.tracking.run_name, "evaluate", all_tags, folder, use_claimed=True) as run:
+        with tracked_run(store, config.tracking.run_name, Job.EVALUATE, all_tags, folder, use_claimed=True) as run:
             describe_run(run, config, sets)
             scores: dict[SetName, Scores] = {}
             loaders = make_loaders(config, sets)
@@ -103,7 +103,7 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
             _write_results(run.folder, scores, names)
     folder = local_artifact_folder(store, run.run_id)
     return RunResult(
-        job="evaluate", run_id=run.run_id, experiment_id=store.experiment_id, tracking_uri=store.uri,
+        job=Job.EVALUATE, run_id=run.run_id, experiment_id=store.experiment_id, tracking_uri=store.uri,
         metrics=metrics, source_run_id=model_run_id, artifacts=None if folder is None else str(folder),
     )  # fmt: skip
 
@@ -135,19 +135,19 @@ def _tags(config: Config, store: Store, notes: ModelNotes | None, model_run_id: 
     readings = {} if notes is None else notes.readings
     domains = _domains(config)
     tags = {
-        "dann.job": "evaluate",
+        Tag.JOB: Job.EVALUATE,
         **domain_tags(config),
-        "dann.model": config.domain_adaptation.pretrained_checkpoint.path,
-        "dann.network_from": "settings" if notes is None else "model",
-        "dann.normalisation_from": ", ".join(
+        Tag.MODEL: config.domain_adaptation.pretrained_checkpoint.path,
+        Tag.NETWORK_FROM: "settings" if notes is None else "model",
+        Tag.NORMALIZATION_FROM: ", ".join(
             f"{domain}: {'model' if domain in readings else 'settings'}" for domain in domains
         ),
-        "dann.selected_with_target_labels": str(chosen_by_target_labels(store, model_run_id)).lower(),
+        Tag.SELECTED_WITH_TARGET_LABELS: str(chosen_by_target_labels(store, model_run_id)).lower(),
         "seed": config.seed,
     }
     if _with_target_statistics(config):
-        tags["dann.batchnorm"] = "target_stats"
-    return tags if model_run_id is None else tags | {"dann.source_run_id": model_run_id}
+        tags[Tag.BATCHNORM] = "target_stats"
+    return tags if model_run_id is None else tags | {Tag.SOURCE_RUN_ID: model_run_id}
 
 
 def _with_target_statistics(config: Config) -> bool:

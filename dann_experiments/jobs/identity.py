@@ -10,8 +10,7 @@ from typing import Any
 
 from dann_experiments.config import Config, config_to_dict, replace
 from dann_experiments.config.run import TrainerConfig
-from dann_experiments.names import DOMAINS, SOURCE_TRAIN, SOURCE_VAL, Domain
-from dann_experiments.scores.selection import PREFIX
+from dann_experiments.names import DOMAINS, SOURCE_TRAIN, Domain, Job, Metric
 from dann_experiments.tracking.store import without_secrets
 
 WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test")  # data digests cover what these name
@@ -62,9 +61,9 @@ def source_digest(config: Config, digests: Mapping[str, str]) -> str:
 
 def as_pretrained(config: Config) -> Config:
     """Return the settings that count in pretraining, which has no unlabelled scores of a target without validation images."""
-    by_target = (config.monitor.metric or "").startswith(PREFIX)
+    by_target = (config.monitor.metric or "").startswith(Metric.SELECT)
     if by_target and not config.data.resolved("target").val and config.data.resolved("source").val:
-        return replace(config, {"monitor.metric": f"iou/{SOURCE_VAL}", "monitor.mode": None})
+        return replace(config, {"monitor.metric": Metric.SOURCE_VAL_IOU, "monitor.mode": None})
     return config
 
 
@@ -74,7 +73,7 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     Those have equal settings, equal data (`digests` of the sets they use, by name) and an equal source model (its run's own
     digest). Where results and files are kept, how fast the data come and the number of threads do not count.
     """
-    settings = config_to_dict(as_pretrained(config) if job == "pretrain" else config)
+    settings = config_to_dict(as_pretrained(config) if job == Job.PRETRAIN else config)
     del settings["tracking"], settings["threads"], settings["data"]["root"], settings["data"]["embedded"]
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
     del settings["data"]["oracle"]
@@ -92,11 +91,11 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
         del checkpoint["source_prefix"]
     for domain in DOMAINS:
         settings["data"][domain] = _reading_settings(config, domain)
-    if job == "pretrain":
+    if job == Job.PRETRAIN:
         del settings["domain_adaptation"], settings["optimizer"], settings["trainer"]["max_epochs"]
     else:
         del settings["pretraining"]
-    if job == "evaluate":
+    if job == Job.EVALUATE:
         del settings["optimizer"], settings["trainer"]["max_epochs"], settings["domain_adaptation"]["method"]
     return _digest({"job": job, "settings": settings, "data": dict(digests)})
 

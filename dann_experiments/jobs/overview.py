@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.comparison import ARM_NAMES
+from dann_experiments.names import Job, Key, Metric, Tag
+from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, found_runs, local_folder, open_store, quoted
 from dann_experiments.tracking.values import context_of, last_values
 
@@ -20,10 +22,8 @@ ROW_NAMES = {
 }
 """By the method's name, in the table's order."""
 ADAPTED = "tags.`dann.job` = 'adapt' and attributes.status = 'FINISHED'"
-SOURCE_PARAM = "cfg.domain_adaptation.pretrained_checkpoint.path"
-PREFIX_PARAM = (
-    "cfg.domain_adaptation.pretrained_checkpoint.source_prefix"  # runs of before there was the setting lack it
-)
+SOURCE_PARAM = f"{PARAM_PREFIX}{Key.SOURCE_MODEL}"
+PREFIX_PARAM = f"{PARAM_PREFIX}{Key.SOURCE_PREFIX}"  # runs of before there was the setting lack it
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ def overview(config: Config) -> Overview:
             "--tracking.experiment."
         )
     arms = _newest_of_each_method(store, newest)
-    source_run_id = newest.data.tags.get("dann.source_run_id")
+    source_run_id = newest.data.tags.get(Tag.SOURCE_RUN_ID)
     if source_run_id is not None and "source_only" not in arms:
         source = store.client.get_run(source_run_id)
-        if source.data.tags.get("dann.job") == "pretrain":
+        if source.data.tags.get(Tag.JOB) == Job.PRETRAIN:
             arms["source_only"] = source
     rows = {}
     order = [*[name for name in ROW_NAMES if name in arms], *[name for name in arms if name not in ROW_NAMES]]
@@ -87,14 +87,14 @@ def _newest_of_each_method(store: Store, newest: Any) -> dict[str, Any]:
     arms: dict[str, Any] = {}
     found = newest
     while found is not None:
-        method = found.data.tags["dann.method"]
+        method = found.data.tags[Tag.METHOD]
         arms[method] = found
         said = quoted(method)
         if said is not None:
             wanted.append(f"tags.`dann.method` != {said}")
         others = found_runs(store, [store.experiment_id], " and ".join(wanted), page=10)
         # looked at again here: a filter cannot say all
-        fitting = (run for run in others if _basis(run) == basis and run.data.tags["dann.method"] not in arms)
+        fitting = (run for run in others if _basis(run) == basis and run.data.tags[Tag.METHOD] not in arms)
         found = next(fitting, None)
     return arms
 
@@ -107,7 +107,7 @@ def _basis(run: Any) -> tuple[str | None, str, frozenset[tuple[str, str]]]:
 
 
 def _is_score(metric: str) -> bool:
-    return metric.startswith("iou/") and metric.endswith(("_val", "_test"))
+    return metric.startswith(Metric.IOU) and metric.endswith(("_val", "_test"))
 
 
 def _score_order(metric: str) -> tuple[bool, bool]:

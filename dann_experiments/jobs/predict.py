@@ -20,6 +20,7 @@ from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config import Config, InputError, config_to_dict, flatten
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.jobs.load_model import load_model
+from dann_experiments.names import Job, Tag
 from dann_experiments.prediction.find_images import find_work
 from dann_experiments.prediction.mapping import MapMaker, Outcome
 from dann_experiments.prediction.rasters import (
@@ -80,7 +81,7 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
     model.network.to(device)
     for folder in {output.parent for _, output in work}:
         folder.mkdir(parents=True, exist_ok=True)
-    tags = {"dann.job": "predict", **({} if model.run_id is None else {"dann.source_run_id": model.run_id})}
+    tags = {Tag.JOB: Job.PREDICT, **({} if model.run_id is None else {Tag.SOURCE_RUN_ID: model.run_id})}
     folder = Path(settings.tracking.folder)
     with tracked_run(store, settings.tracking.run_name, "predict", tags, folder, use_claimed=True) as run:
         _describe(run, settings)

@@ -15,7 +15,7 @@ from dann_experiments.jobs.identity import as_pretrained, run_digest, source_dig
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
 from dann_experiments.jobs.run_training import Parts, tracked_training
-from dann_experiments.names import PRETRAINING_SETS, SOURCE_VAL
+from dann_experiments.names import PRETRAINING_SETS, SOURCE_VAL, Job, Tag
 from dann_experiments.tracking.store import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def pretrain(
     store = None
     if resume not in (None, AUTO):
         store = open_store(config.tracking.uri, config.tracking.experiment)
-        config = as_the_run(store, resume, "pretrain", config)
+        config = as_the_run(store, resume, Job.PRETRAIN, config)
     return pretrain_with(config, store, main_job=True, callbacks=callbacks, more_tags=tags, resume=resume)
 
 
@@ -52,19 +52,19 @@ def pretrain_with(
     with seeded(config):
         data = find_data(config, PRETRAINING_SETS)
         store = store or open_store(config.tracking.uri, config.tracking.experiment)
-        digest = run_digest("pretrain", config, data.digests)
+        digest = run_digest(Job.PRETRAIN, config, data.digests)
         by_target, config = config.monitor, as_pretrained(config)
         if config.monitor != by_target:
             log.info("Pretraining reads no target images: its best checkpoint is chosen by iou/%s.", SOURCE_VAL)
-        resumed = run_to_go_on(store, "pretrain", resume, digest, config)
+        resumed = run_to_go_on(store, Job.PRETRAIN, resume, digest, config)
         network = make_network(config)
         parts = Parts(network, SourceOnly(), [], checked_sets(config, data, network))
         tags = {
-            "dann.method": "source_only",
-            "dann.source_digest": source_digest(config, data.digests),
-            "dann.digest": digest,
-            "dann.selected_with_target_labels": str(config.monitor.uses_target_labels).lower(),
+            Tag.METHOD: "source_only",
+            Tag.SOURCE_DIGEST: source_digest(config, data.digests),
+            Tag.DIGEST: digest,
+            Tag.SELECTED_WITH_TARGET_LABELS: str(config.monitor.uses_target_labels).lower(),
             **(more_tags or {}),
         }
         name = f"pretrain seed {config.seed}"
-        return tracked_training("pretrain", config, store, parts, name, tags, resumed, callbacks, main_job=main_job)
+        return tracked_training(Job.PRETRAIN, config, store, parts, name, tags, resumed, callbacks, main_job=main_job)

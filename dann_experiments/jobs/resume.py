@@ -15,10 +15,9 @@ from dann_experiments.checkpoints import files
 from dann_experiments.config import Config, InputError, flatten, load_config, replace
 from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.parsing import given_settings
-from dann_experiments.config.untrusted import CLASS_PATH
 from dann_experiments.jobs.identity import as_pretrained
+from dann_experiments.names import Job, Key, Tag
 from dann_experiments.tracking.deleted import is_deleted
-from dann_experiments.tracking.fetch_model import SOURCE_MODEL
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, check_room, in_one_line, known_run, open_store, without_secrets
@@ -55,7 +54,7 @@ def settings_to_resume(run_id: str, job: str, file: str | Path | None, overrides
     given = given_settings(file, overrides)
     store = open_store(given.get("tracking.uri"), given.get("tracking.experiment"), for_runs=False)
     recorded = _recorded(store, _unfinished(store, run_id, job), given.get("tracking.folder"))
-    _refuse_foreign_class(recorded, given.get(CLASS_PATH))
+    _refuse_foreign_class(recorded, given.get(Key.CLASS_PATH))
     return _agreed(job, recorded.config, replace(recorded.config, {"tracking.uri": None, **given}))
 
 
@@ -66,7 +65,7 @@ def as_the_run(store: Store, run_id: str, job: str, config: Config) -> Config:
     _refuse_foreign_class(recorded, config.domain_adaptation.method.class_path)
     if config.domain_adaptation.pretrained_checkpoint.path is None:
         path = recorded.config.domain_adaptation.pretrained_checkpoint.path
-        config = replace(config, {SOURCE_MODEL: path})
+        config = replace(config, {Key.SOURCE_MODEL: path})
     return _agreed(job, recorded.config, config)
 
 
@@ -77,7 +76,7 @@ def run_to_go_on(store: Store, job: str, resume: str | None, digest: str, config
         return None
     if resume != AUTO:
         run = _unfinished(store, resume, job)
-        if run.data.tags.get("dann.digest") != digest:
+        if run.data.tags.get(Tag.DIGEST) != digest:
             raise InputError(
                 f"resume is {resume}, whose data or source model have changed since: its dann.digest is "
                 f"{run.data.tags.get('dann.digest')}, now it is {digest}. Restore the files, or start a new run without resume."
@@ -132,12 +131,12 @@ def _unfinished(store: Store, run_id: str, job: str) -> Any:
         raise InputError(
             f"resume is {run_id}, which was deleted in the store; bring it back: mlflow runs restore --run-id {run_id}."
         )
-    found = run.data.tags.get("dann.job")
+    found = run.data.tags.get(Tag.JOB)
     if found != job:
         raise InputError(f"resume is {run_id}, a run of {found}; {job} goes on in runs of its own alone.")
     if run.info.status == "FINISHED":
         raise InputError(f"resume is {run_id}, which is FINISHED: there is nothing left to do. Leave resume out.")
-    process = run.data.tags.get("dann.process")
+    process = run.data.tags.get(Tag.PROCESS)
     if run.info.status == "RUNNING" and process is not None:
         alive = live_process(process)
         if alive is not None:
@@ -160,7 +159,7 @@ def _newest_unfinished(store: Store, job: str, digest: str) -> Any | None:
     for run in store.client.search_runs([store.experiment_id], wanted, order_by=["attributes.start_time DESC"]):
         if run.info.run_id == store.claimed_run_id:  # the one that `mlflow run` made for us
             continue
-        process = run.data.tags.get("dann.process")
+        process = run.data.tags.get(Tag.PROCESS)
         if run.info.status != "RUNNING" or process is None:
             return run
         if is_elsewhere(process):
@@ -197,14 +196,14 @@ def _refuse_foreign_class(recorded: _Recorded, given: str | None) -> None:
     wanted = recorded.config.domain_adaptation.method.class_path
     if recorded.from_store and wanted not in (None, given):
         raise InputError(
-            f"{CLASS_PATH} is {wanted!r} in the settings that the tracking store keeps of this run, and would be imported; if "
-            f"you trust it, give it yourself: --{CLASS_PATH} {wanted}."
+            f"{Key.CLASS_PATH} is {wanted!r} in the settings that the tracking store keeps of this run, and would be imported; "
+            f"if you trust it, give it yourself: --{Key.CLASS_PATH} {wanted}."
         )
 
 
 def _agreed(job: str, recorded: Config, wanted: Config) -> Config:
     """Return `wanted`; raise InputError where it differs from the run's own settings in what changes numbers."""
-    if job == "pretrain":  # as the run kept its own
+    if job == Job.PRETRAIN:  # as the run kept its own
         wanted = as_pretrained(wanted)
     before, now = flatten(recorded), flatten(wanted)
     for key in [*before, *(key for key in now if key not in before)]:

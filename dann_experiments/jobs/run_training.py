@@ -22,7 +22,7 @@ from dann_experiments.checkpoints.files import BEST, LAST
 from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, flatten, replace
 from dann_experiments.config.atomic_write import writing
-from dann_experiments.config.names import labels_in_store
+from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import ImageSets
 from dann_experiments.data.loaders import Loaders
@@ -32,12 +32,11 @@ from dann_experiments.jobs.other_ranks import other_ranks
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS, checkpoint_to_go_on_from, folder_of_runs
 from dann_experiments.models.taps import Tap
-from dann_experiments.names import DOMAINS, Domain, SetName
+from dann_experiments.names import DOMAINS, Domain, Job, Metric, SetName, Tag
 from dann_experiments.reports.images import display_image
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.reports.plots.predictions import draw_predictions
 from dann_experiments.reports.plots.run_curves import draw_curves
-from dann_experiments.scores.selection import KEPT
 from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun, tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, remove_artifacts
 from dann_experiments.training.alignment import Alignment, probe_loaders
@@ -99,7 +98,7 @@ def tracked_training(
     Pretraining goes by the settings under `pretraining`, and the adaptation is probed before and after."""
     folder = folder_of_runs(store, resumed, config.tracking.folder)
     run_name = config.tracking.run_name if main_job else None
-    tags = {"dann.job": job, **domain_tags(config), "seed": config.seed, **tags}
+    tags = {Tag.JOB: job, **domain_tags(config), "seed": config.seed, **tags}
     batch_sizes = make_loaders(config, parts.sets).batch_sizes
     with (
         tracked_run(store, run_name, name, tags, folder, main_job, resumed) as run,
@@ -109,9 +108,9 @@ def tracked_training(
     ):
         checkpoint = None if resumed is None else checkpoint_to_go_on_from(store, run.run_id, run.folder)
         describe_run(run, config, parts.sets)
-        if job == "pretrain":
+        if job == Job.PRETRAIN:
             reseed(config.seed)
-        outcome = train(config, run, parts, callbacks, pretraining=job == "pretrain", checkpoint=checkpoint)
+        outcome = train(config, run, parts, callbacks, pretraining=job == Job.PRETRAIN, checkpoint=checkpoint)
     artifacts = local_artifact_folder(store, run.run_id)
     return RunResult(
         job=job,
@@ -185,8 +184,8 @@ def train(
             loop.run(checkpoint)
             monitor, final_step = loop.monitor, loop.trainer.global_step
             unlabelled = monitor.target_scores | monitor.domain_accuracy
-            if KEPT in monitor.metrics():
-                unlabelled[KEPT] = monitor.metrics()[KEPT]
+            if Metric.SOURCE_KEPT in monitor.metrics():
+                unlabelled[Metric.SOURCE_KEPT] = monitor.metrics()[Metric.SOURCE_KEPT]
             if alignment is not None:
                 alignment.measure("after", network, loop.device)
                 unlabelled |= _log_gap(run, alignment, monitor, final_step)
@@ -245,11 +244,11 @@ def _log_gap(
 ) -> dict[str, float]:
     """Log what the probes found as metrics at step 0 and `final_step`, the features as a file, and in words what it means as the
     run's description. Return the final metrics."""
-    gap = alignment.finish(monitor.domain_accuracy.get("da/domain_acc_val"))
+    gap = alignment.finish(monitor.domain_accuracy.get(Metric.DOMAIN_ACCURACY_VAL))
     run.log_metrics(gap.before, step=0)
     run.log_metrics(gap.after, step=final_step)
     log.info("%s", gap.text)
-    run.set_tags({"dann.alignment": gap.text, "mlflow.note.content": gap.text})
+    run.set_tags({Tag.ALIGNMENT: gap.text, "mlflow.note.content": gap.text})
     with writing(run.folder / FEATURES_FILE):
         save_file(gap.features, run.folder / FEATURES_FILE, metadata={"layer": gap.layer})
     return gap.after

@@ -15,7 +15,8 @@ from dann_experiments.config import Config
 from dann_experiments.config.paths import local_path
 from dann_experiments.jobs.identity import source_digest
 from dann_experiments.jobs.pretrain import pretrain_with
-from dann_experiments.tracking.fetch_model import SOURCE_MODEL, digest_of_model, fetched, registered
+from dann_experiments.names import Job, Key, Tag
+from dann_experiments.tracking.fetch_model import digest_of_model, fetched, registered
 from dann_experiments.tracking.store import Store, newest_finished
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def find_or_make_source_model(
     resumes."""
     if config.domain_adaptation.pretrained_checkpoint.path is not None:
         return config.domain_adaptation.pretrained_checkpoint.path
-    run_id = newest_finished(store, {"dann.job": "pretrain", "dann.source_digest": source_digest(config, digests)})
+    run_id = newest_finished(store, {Tag.JOB: Job.PRETRAIN, Tag.SOURCE_DIGEST: source_digest(config, digests)})
     if run_id is None:
         log.info("No finished pretraining run of this network and source data: pretraining first, as a run of its own.")
         run_id = pretrain_with(config, store, main_job=False, resume=resume).run_id
@@ -43,7 +44,7 @@ def chosen_by_target_labels(store: Store, source_run_id: str | None) -> bool:
     """Return whether the run that a model comes from chose by target labels: what is made from the model then did so too."""
     if source_run_id is None:
         return False
-    return store.client.get_run(source_run_id).data.tags.get("dann.selected_with_target_labels") == "true"
+    return store.client.get_run(source_run_id).data.tags.get(Tag.SELECTED_WITH_TARGET_LABELS) == "true"
 
 
 def load_source_model(config: Config, network: nn.Module, path: str, store: Store) -> tuple[str | None, str]:
@@ -91,6 +92,6 @@ def _identity(path: str, store: Store) -> Any:
         return None
     if path.startswith("runs:/"):
         return path
-    place = local_path(path, SOURCE_MODEL).resolve()
+    place = local_path(path, Key.SOURCE_MODEL).resolve()
     files = sorted(place.rglob("*")) if place.is_dir() else [place] if place.exists() else []
     return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)

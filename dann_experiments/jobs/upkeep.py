@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dann_experiments.config import Config, InputError
+from dann_experiments.names import Tag
 from dann_experiments.tracking.processes import live_process
 from dann_experiments.tracking.stale_runs import RUNNING, close_stale_runs
 from dann_experiments.tracking.store import experiment_ids, found_runs, open_store
@@ -44,7 +45,7 @@ def doctor(config: Config) -> Health:
     experiments = experiment_ids(store)
     closed = close_stale_runs(store, "doctor", experiments=experiments)
     open_runs = found_runs(store, experiments, RUNNING)
-    processes = {run.info.run_id: run.data.tags.get("dann.process") for run in open_runs}
+    processes = {run.info.run_id: run.data.tags.get(Tag.PROCESS) for run in open_runs}
     here = {run_id for run_id, process in processes.items() if process is not None and live_process(process)}
     elsewhere = [run_id for run_id in processes if run_id not in here]
     return Health(closed, len(here), elsewhere, leftovers(Path(config.tracking.folder)))

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dann_experiments.names import Metric
 from dann_experiments.tracking.store import TRAINING_PAGES, without_secrets
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def cell(value: float | None, form: str = ".3f", factor: float = 1) -> str:
 
 def print_scores(title: str, rows: Mapping[str, Scores]) -> None:
     """Print the IoUs of a run, one row per label; rows without metrics are left out."""
-    names = list(dict.fromkeys(name for scores in rows.values() for name in scores if name.startswith("iou/")))
+    names = list(dict.fromkeys(name for scores in rows.values() for name in scores if name.startswith(Metric.IOU)))
     print_table(
         title,
         ["", *names],
@@ -62,7 +63,7 @@ def print_scores(title: str, rows: Mapping[str, Scores]) -> None:
 def print_comparison(comparison: Any, table: pd.DataFrame) -> None:
     """Print the arms of a comparison with their scores, and what was found. `table`: one row per arm and metric, with the
     columns `mean`, `std` (fractions) and `n` (seeds)."""
-    scores = [name for name in table["metric"].unique() if name.startswith("iou/")]
+    scores = [name for name in table["metric"].unique() if name.startswith(Metric.IOU)]
     found = table.set_index(["arm", "metric"])
 
     def row(arm: str) -> list[str]:
@@ -86,7 +87,7 @@ def print_comparison(comparison: Any, table: pd.DataFrame) -> None:
 
 def print_overview(table: pd.DataFrame, experiment: str, experiment_id: str, folders: Mapping[str, str]) -> None:
     """Print the newest runs side by side. `table`: one row per arm, with `run_id` and metrics; `folders`: arm -> its files."""
-    scores = [name for name in table.columns if name.startswith("iou/")]
+    scores = [name for name in table.columns if name.startswith(Metric.IOU)]
     rows = [
         [str(arm), *(cell(float(row[name])) for name in scores), str(row["run_id"])[:8]]
         for arm, row in zip(table.index, table.to_dict("records"), strict=True)

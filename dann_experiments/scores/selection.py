@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-PREFIX = "select/"
-KEPT = "select/source_kept"
+from dann_experiments.names import Metric
+
 """1 where the source's IoU is within `monitor.forgetting_threshold` of its baseline, else 0."""
 
 
@@ -27,10 +27,10 @@ class Score:
 
 SCORES: Mapping[str, Score] = MappingProxyType(
     {
-        "select/entropy": Score("min", 2.0),
-        "select/infomax": Score("max", -1.0),
-        "select/snd": Score("max", -1.0),
-        "select/bnm": Score("max", -1.0),
+        Metric.SELECT_ENTROPY: Score("min", 2.0),
+        Metric.SELECT_INFOMAX: Score("max", -1.0),
+        Metric.SELECT_SND: Score("max", -1.0),
+        Metric.SELECT_BNM: Score("max", -1.0),
     }
 )
 """The scores by their full metric name."""
@@ -48,6 +48,6 @@ def choice_value(metric: str, metrics: Mapping[str, float]) -> float:
     """
     value = float(metrics[metric])
     score = SCORES.get(metric)
-    if score is not None and (math.isnan(value) or metrics.get(KEPT, 1.0) == 0):
+    if score is not None and (math.isnan(value) or metrics.get(Metric.SOURCE_KEPT, 1.0) == 0):
         return score.worst
     return value

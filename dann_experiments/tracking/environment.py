@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.names import Tag
 from dann_experiments.tracking.deleted import is_deleted
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def given_run(client: Any, run_id: str) -> Any | None:
             raise
         why = "which the tracking store does not have"
     else:
-        job = run.data.tags.get("dann.job")
+        job = run.data.tags.get(Tag.JOB)
         if is_deleted(run):
             why = "a run that was deleted"
         elif run.info.status != "RUNNING":

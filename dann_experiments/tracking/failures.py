@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dann_experiments.config.atomic_write import explained_disk_error
 from dann_experiments.config.errors import InputError, NotWritten, StoreAway
+from dann_experiments.names import Job
 from dann_experiments.tracking.store import in_one_line
 
-_RESUMABLE = ("adapt", "pretrain")  # jobs whose runs continue with --resume
+_RESUMABLE = (Job.ADAPT, Job.PRETRAIN)  # jobs whose runs continue with --resume
 
 
 def explained(error: BaseException) -> InputError | None:

@@ -12,14 +12,14 @@ from pathlib import Path
 from dann_experiments.config.errors import InputError, NotWritten
 from dann_experiments.config.paths import local_path
 from dann_experiments.data.samples import file_digest
+from dann_experiments.names import Key, Tag
 from dann_experiments.tracking.store import Store, check_room, in_one_line
 
-SOURCE_MODEL = "domain_adaptation.pretrained_checkpoint.path"
 """The setting that names the source model."""
 
 
 @contextlib.contextmanager
-def fetched(path: str, store: Store, key: str = SOURCE_MODEL) -> Iterator[tuple[Path, str | None]]:
+def fetched(path: str, store: Store, key: str = Key.SOURCE_MODEL) -> Iterator[tuple[Path, str | None]]:
     """Give what `fetch` returns, and remove the copy after the block. Raises InputError if nothing is there."""
     with tempfile.TemporaryDirectory() as folder:
         local, run_id = fetch(path, Path(folder), store, key)
@@ -32,7 +32,7 @@ def fetched(path: str, store: Store, key: str = SOURCE_MODEL) -> Iterator[tuple[
         yield local, run_id
 
 
-def fetch(path: str, folder: Path, store: Store, key: str = SOURCE_MODEL) -> tuple[Path, str | None]:
+def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) -> tuple[Path, str | None]:
     """Return a local copy of a model, in `folder` where it comes from the store, and the id of the run that made it, if known.
 
     `key` is the setting that errors name. Raises InputError for what the store does not have.
@@ -82,7 +82,7 @@ def digest_of_model(store: Store, path: str, local: Path, run_id: str | None) ->
     """
     inside = path.partition("/")[2].partition("/")[2] if path.startswith("runs:/") else ""
     if run_id is not None and inside in ("", "model"):
-        known = store.client.get_run(run_id).data.tags.get("dann.digest")
+        known = store.client.get_run(run_id).data.tags.get(Tag.DIGEST)
         if known is not None:
             return known
     if path.startswith("runs:/"):

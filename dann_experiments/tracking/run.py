@@ -21,7 +21,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from dann_experiments.config.errors import InputError, StoreAway
-from dann_experiments.config.names import (
+from dann_experiments.config.store_names import (
     LONGEST_DATA_SET,
     LONGEST_PARAM,
     LONGEST_RUN_NAME,
@@ -30,6 +30,7 @@ from dann_experiments.config.names import (
     is_key,
     shortened,
 )
+from dann_experiments.names import Tag
 from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.deleted import restored
 from dann_experiments.tracking.failures import explained_in_run
@@ -45,7 +46,6 @@ END = "end.json"  # how a run ended, for `sync` where the store was away
 RUN_NAME = "mlflow.runName"
 # Kept with a run that a signal ended: under `mlflow run` its status may read FAILED, as MLflow (3.17) ends the run of a command
 # with another exit code than 0 once more. (It means to spare runs that have ended, but compares names of statuses to numbers.)
-KILLED_BY = "dann.killed_by"
 PARAM_PREFIX = "cfg."  # `mlflow run` logs its own raw strings under the plain names, and params cannot change
 
 
@@ -237,7 +237,7 @@ def tracked_run(
             arrived = signals.hold()
             if arrived is not None:  # whatever `error` is: code in C that a signal interrupts may raise its own instead
                 log.warning("%s: the run is being closed as KILLED.", arrived.name)
-                run.set_tags({KILLED_BY: arrived.name})
+                run.set_tags({Tag.KILLED_BY: arrived.name})
                 _close(run, "KILLED")
                 raise RunKilled(arrived) from None
             if isinstance(error, (KeyboardInterrupt, EndedEarly)):
@@ -246,7 +246,7 @@ def tracked_run(
             with contextlib.suppress(OSError):
                 (run_folder / "traceback.txt").write_text(without_secrets(traceback.format_exc()))
             _close(run, "FAILED")
-            told = explained_in_run(error, run_id, tags.get("dann.job"))
+            told = explained_in_run(error, run_id, tags.get(Tag.JOB))
             if told is not None:
                 raise told from error
             raise
@@ -283,14 +283,14 @@ def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> Ite
     """Make a run a running one again; the points that the store has of it."""
     if claimed is not None and claimed != run_id:
         note = f"This run is empty: it went on with run {run_id}."
-        for key, text in {"dann.resumed_run_id": run_id, "mlflow.note.content": note}.items():
+        for key, text in {Tag.RESUMED_RUN_ID: run_id, "mlflow.note.content": note}.items():
             store.client.set_tag(claimed, key, text)
         store.client.set_terminated(claimed, "FINISHED")
     (folder / END).unlink(missing_ok=True)
-    store.client.set_tag(run_id, "dann.process", process_name())  # first: whoever looks for runs of the dead spares it
+    store.client.set_tag(run_id, Tag.PROCESS, process_name())  # first: whoever looks for runs of the dead spares it
     store.client.update_run(run_id, status="RUNNING")
     run = store.client.get_run(run_id)
-    for tag in {"dann.closed_by", KILLED_BY} & run.data.tags.keys():  # how it ended before
+    for tag in {Tag.CLOSED_BY, Tag.KILLED_BY} & run.data.tags.keys():  # how it ended before
         store.client.delete_tag(run_id, tag)
     return (point for name in run.data.metrics for point in logged_points(store.client, run_id, name))
 
@@ -337,7 +337,7 @@ def _signals_raise() -> Iterator[_Signals]:
 
 def _provenance() -> dict[str, str]:
     """Who, which process and which code: user, commit, and whether the working tree differs from it."""
-    tags: dict[str, str] = {"dann.process": process_name()}
+    tags: dict[str, str] = {Tag.PROCESS: process_name()}
     with contextlib.suppress(Exception):  # no user database entry (containers) is no reason to fail
         tags["mlflow.user"] = getpass.getuser()
     project = Path(__file__).resolve().parents[2]

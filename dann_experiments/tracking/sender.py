@@ -21,7 +21,7 @@ from typing import Any
 
 from dann_experiments.config.atomic_write import reason
 from dann_experiments.config.errors import NotWritten
-from dann_experiments.config.names import LONGEST_KEY, is_key
+from dann_experiments.config.store_names import LONGEST_KEY, is_key
 from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.deleted import restored
 from dann_experiments.tracking.spool import Point, Spool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from dann_experiments.names import Tag
 from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.processes import is_gone
 from dann_experiments.tracking.store import Store, found_runs
@@ -25,7 +26,7 @@ def close_stale_runs(
     closed = []
     wanted = [store.experiment_id] if experiments is None else list(experiments)
     for run in list(found_runs(store, wanted, RUNNING)):  # a list first: closing a run changes the pages that follow
-        process = run.data.tags.get("dann.process")
+        process = run.data.tags.get(Tag.PROCESS)
         if (process is not None and is_gone(process)) or also(run.data.tags):
             close_stale_run(store, run.info.run_id, closed_by)
             closed.append(run.info.run_id)
@@ -34,6 +35,6 @@ def close_stale_runs(
 
 def close_stale_run(store: Store, run_id: str, closed_by: str) -> None:
     """Close one run as KILLED."""
-    store.client.set_tag(run_id, "dann.closed_by", f"{closed_by}: its process was gone")
+    store.client.set_tag(run_id, Tag.CLOSED_BY, f"{closed_by}: its process was gone")
     clock = Clock(store.client.get_run(run_id).info.start_time)  # the machine's clock may have been put back since
     store.client.set_terminated(run_id, "KILLED", clock.now())

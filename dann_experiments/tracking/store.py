@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
 from dann_experiments.config.errors import InputError, NotWritten, StoreAway
-from dann_experiments.config.names import LONGEST_EXPERIMENT
+from dann_experiments.config.store_names import LONGEST_EXPERIMENT
 from dann_experiments.tracking.deleted import DELETED
 from dann_experiments.tracking.environment import EXPERIMENT_ID, RUN_ID, given_run, wanted_experiment
 from dann_experiments.tracking.sqlite import absolute, check_file, look_at_metrics, one_opens

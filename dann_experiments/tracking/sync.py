@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dann_experiments.names import Tag
 from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.deleted import is_deleted
 from dann_experiments.tracking.processes import is_elsewhere, live_process
@@ -66,7 +67,7 @@ def sync(store: Store, folder: Path) -> Iterator[Leftover]:
 
 def _writer(run: Any) -> str | None:
     """Who writes an open run: a living process of this machine, or one of another machine, which cannot be asked."""
-    process = run.data.tags.get("dann.process")
+    process = run.data.tags.get(Tag.PROCESS)
     if process is None or run.info.status != "RUNNING" or not (is_elsewhere(process) or live_process(process)):
         return None
     return f"process {process}"

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from dann_experiments.data.domain_data import MOST_STANDING_IN, ImageSets
 from dann_experiments.data.loaders import Loaders, eval_loader
 from dann_experiments.models.taps import Tap, resolve_taps
-from dann_experiments.names import DOMAINS, SetName
+from dann_experiments.names import DOMAINS, Metric, SetName
 from dann_experiments.scores.domain_probe import FEWEST_IMAGES, Probe, mean_probe, probe
 from dann_experiments.training.alignment_text import explain
 from dann_experiments.training.pooled_features import pooled_features
@@ -110,7 +110,11 @@ class Alignment:
             if [layer] != self._tapped:
                 values[f"da_layer/{layer}/probe_acc"] = result.accuracy
         mean = mean_probe(self._judged(probes))
-        return values if mean is None else {**values, "da/probe_acc": mean.accuracy, "da/a_distance": mean.a_distance}
+        return (
+            values
+            if mean is None
+            else {**values, Metric.PROBE_ACCURACY: mean.accuracy, Metric.A_DISTANCE: mean.a_distance}
+        )
 
     def _judged(self, probes: dict[str, Probe]) -> list[Probe]:
         """Return the probes of the tapped layers, else of the encoder."""

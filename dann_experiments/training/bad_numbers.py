@@ -23,11 +23,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from dann_experiments.config.errors import TrainingFailed
+from dann_experiments.names import Metric
 from dann_experiments.training import ranks
 from dann_experiments.training.module import AdaptationModule, StepLosses
 
 log = logging.getLogger(__name__)
-METRIC = "bad_steps"
 MOST_UNDER_WAY = 8  # steps whose numbers have not reached the host: a bound on the batches that are held meanwhile
 
 
@@ -88,10 +88,10 @@ class BadNumbers(pl.Callback):
         self._first = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {METRIC: self.bad_steps}
+        return {Metric.BAD_STEPS: self.bad_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.bad_steps = state_dict[METRIC]
+        self.bad_steps = state_dict[Metric.BAD_STEPS]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._buffers, self._first = _Buffers(pl_module), True
@@ -161,7 +161,7 @@ class BadNumbers(pl.Callback):
             return
         self.bad_steps += 1
         for logger in trainer.loggers:
-            logger.log_metrics({METRIC: self.bad_steps}, step=step.number)
+            logger.log_metrics({Metric.BAD_STEPS: self.bad_steps}, step=step.number)
         stories = ranks.gathered_texts(self._story(step), module.device)
         guilty = ranks.gathered_texts("yes" if _wrong_parts(step) else "no", module.device)
         story = stories[guilty.index("yes") if "yes" in guilty else 0]

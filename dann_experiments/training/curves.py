@@ -8,7 +8,15 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-CURVES = ("iou/source_val", "iou/target_val", "da/domain_acc", "da/domain_acc_val", "da/lambda")
+from dann_experiments.names import Metric
+
+CURVES = (
+    Metric.SOURCE_VAL_IOU,
+    Metric.TARGET_VAL_IOU,
+    Metric.DOMAIN_ACCURACY,
+    Metric.DOMAIN_ACCURACY_VAL,
+    Metric.LAMBDA,
+)
 
 
 class Curves(pl.Callback):

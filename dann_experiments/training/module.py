@@ -25,6 +25,7 @@ from dann_experiments.models.compiling import has_compiled, uncompiled
 from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
 from dann_experiments.models.passes import Passes, check_joint, choose, forward_with_taps
 from dann_experiments.models.taps import Tap, recording
+from dann_experiments.names import Metric
 from dann_experiments.training import ranks
 from dann_experiments.training.losses import segmentation_loss
 from dann_experiments.training.optimizers import build_scheduler, order_states
@@ -99,10 +100,13 @@ class AdaptationModule(pl.LightningModule):
         outputs = self.step_outputs(batch)
         segmentation = segmentation_loss(outputs.source_logits, outputs.source_labels, self.ignore_index)
         share = self.method.loss(outputs, self.progress())
-        metrics: dict[str, Any] = {"loss/train_seg": segmentation.detach(), "loss/train_total": segmentation.detach()}
+        metrics: dict[str, Any] = {
+            Metric.SEGMENTATION_LOSS: segmentation.detach(),
+            Metric.TOTAL_LOSS: segmentation.detach(),
+        }
         if share.value is not None:
-            metrics["loss/train_da"] = share.value
-            metrics["loss/train_total"] = segmentation.detach() + share.weight * share.value
+            metrics[Metric.ADAPTATION_LOSS] = share.value
+            metrics[Metric.TOTAL_LOSS] = segmentation.detach() + share.weight * share.value
         metrics = ranks.mean_of(metrics | dict(share.metrics), self.device)
         for logger in self.loggers:
             # tensors go as they are: a .item() here would wait for the device each step

@@ -15,16 +15,15 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dann_experiments.config.names import labels_in_store
+from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.models.batchnorm import target_statistics
-from dann_experiments.names import DOMAINS, SetName
+from dann_experiments.names import DOMAINS, Metric, SetName, Tag
 from dann_experiments.scores.predictions import in_parts, log_probabilities
-from dann_experiments.scores.selection import KEPT, PREFIX, SCORES, choice_value
+from dann_experiments.scores.selection import SCORES, choice_value
 from dann_experiments.training.ranks import sum_of
 from dann_experiments.training.scoring import Scorer, Scores, SelectionScorer
 
 log = logging.getLogger(__name__)
-FORGOTTEN = "dann.forgot_source"  # tag of a run whose source IoU fell below the threshold at some time
 
 
 class DomainAdaptationMonitorCallback(pl.Callback):
@@ -126,7 +125,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.latest = {DOMAINS[index]: scorer.compute(True) for index, scorer in sorted(self._scorers.items())}
         self.target_scores = {}
         if self._unlabelled is not None:
-            self.target_scores = {PREFIX + name: value for name, value in self._unlabelled.compute(True).items()}
+            self.target_scores = {Metric.SELECT + name: value for name, value in self._unlabelled.compute(True).items()}
         hits = {layer: {index: sum_of(own) for index, own in of.items()} for layer, of in self._hits.items()}
         self.domain_accuracy = _domain_accuracy(hits)
         self._scorers, self._unlabelled, self._hits = {}, None, {}
@@ -143,7 +142,10 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             values = {name: choice_value(name, metrics) for name in metrics}
             # for checkpoints; `log` would take a millisecond for each
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-            for name in ("iou/source_val", "iou/target_val"):  # the progress bar; the loggers have all already
+            for name in (
+                Metric.SOURCE_VAL_IOU,
+                Metric.TARGET_VAL_IOU,
+            ):  # the progress bar; the loggers have all already
                 if name in values:
                     pl_module.log(name, values[name], prog_bar=True, logger=False, add_dataloader_idx=False)
             self._warn_of_forgetting(trainer.loggers)
@@ -152,13 +154,13 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         """The last validation under the names that a run shows."""
         values = validation_metrics(self.latest, self.baseline, self.class_names)
         values |= self.target_scores | self.domain_accuracy
-        drop = values.get("iou/source_drop_from_baseline")
+        drop = values.get(Metric.SOURCE_DROP)
         if self.target_scores and drop is not None:
-            values[KEPT] = float(drop <= self.forgetting_threshold)
+            values[Metric.SOURCE_KEPT] = float(drop <= self.forgetting_threshold)
         return values
 
     def _warn_of_forgetting(self, loggers: Sequence[Logger]) -> None:
-        drop = self.metrics().get("iou/source_drop_from_baseline", 0.0)
+        drop = self.metrics().get(Metric.SOURCE_DROP, 0.0)
         if drop > self.forgetting_threshold and not self._forgetting:
             log.warning(
                 "iou/source_val fell to %.3f, %.3f below the warm start's (monitor.forgetting_threshold is %.3f): the "
@@ -166,7 +168,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
                 self.latest["source"].iou, drop, self.forgetting_threshold,
             )  # fmt: skip
             for logger in loggers:
-                _set_tag(logger, FORGOTTEN, "true")
+                _set_tag(logger, Tag.FORGOT_SOURCE, "true")
         self._forgetting = drop > self.forgetting_threshold
 
 
@@ -185,7 +187,7 @@ def _domain_accuracy(hits: Mapping[str, Mapping[int, Tensor]]) -> dict[str, floa
             by_layer[layer] = float(torch.stack([counts[0] / counts[1] for counts in of_domain.values()]).mean())
     if not by_layer:
         return {}
-    values = {"da/domain_acc_val": sum(by_layer.values()) / len(by_layer)}
+    values = {Metric.DOMAIN_ACCURACY_VAL: sum(by_layer.values()) / len(by_layer)}
     if len(hits) > 1:
         values |= {f"da_layer/{layer}/domain_acc_val": accuracy for layer, accuracy in by_layer.items()}
     return values
@@ -209,21 +211,21 @@ def validation_metrics(
             continue
         scores = latest[domain]
         values |= scores.metrics(str(SetName(domain, "val")), class_names)
-        values[f"loss/val_{domain}"] = scores.loss
+        values[Metric.val_loss(domain)] = scores.loss
     if len(latest) == 2:
-        values["iou/gap_source_minus_target"] = latest["source"].iou - latest["target"].iou
+        values[Metric.GAP] = latest["source"].iou - latest["target"].iou
     if "source" in baseline and "source" in latest:
-        values["iou/source_drop_from_baseline"] = baseline["source"].iou - latest["source"].iou
+        values[Metric.SOURCE_DROP] = baseline["source"].iou - latest["source"].iou
     return values
 
 
 def metrics_to_choose_by(class_names: Sequence[str]) -> list[str]:
     """Return the metrics by which a checkpoint or a trial can be chosen, where both domains have labelled images."""
-    known = ["iou/gap_source_minus_target", "iou/source_drop_from_baseline"]
+    known = [Metric.GAP, Metric.SOURCE_DROP]
     for domain in DOMAINS:
         name = SetName(domain, "val")
-        known += [f"iou/{name}", f"loss/val_{domain}"]
-        known += [f"class_iou/{name}/{label}" for label in labels_in_store(class_names).values()]
+        known += [Metric.iou(name), Metric.val_loss(domain)]
+        known += [Metric.class_iou(name, label) for label in labels_in_store(class_names).values()]
     return known + list(SCORES)
 
 
@@ -248,7 +250,7 @@ class RatesAndTimes(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics({"time/epoch_seconds": time.perf_counter() - self._start}, step=trainer.global_step)
+            logger.log_metrics({Metric.EPOCH_SECONDS: time.perf_counter() - self._start}, step=trainer.global_step)
 
 
 class TargetStatistics(pl.Callback):

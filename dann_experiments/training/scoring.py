@@ -17,9 +17,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from dann_experiments import scores
-from dann_experiments.config.names import labels_in_store
+from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.models.networks import logits_of_any_size, predicted_classes
 from dann_experiments.models.taps import evaluating
+from dann_experiments.names import Metric
 from dann_experiments.scores.bnm import batch_nuclear_norm_from
 from dann_experiments.scores.entropy import mean_entropy_from
 from dann_experiments.scores.infomax import information_maximization_from
@@ -88,7 +89,7 @@ class Scores:
 
     def metrics(self, name: str, class_names: Sequence[str]) -> dict[str, float]:
         """Return `iou/NAME`, and `class_iou/NAME/CLASS` for the classes present."""
-        return {f"iou/{name}": self.iou} | _by_class("class_iou", name, class_names, self.class_iou)
+        return {Metric.iou(name): self.iou} | _by_class("class_iou", name, class_names, self.class_iou)
 
     def all_metrics(self, name: str, class_names: Sequence[str]) -> dict[str, float]:
         """Return `metrics`, then `precision`, `recall`, `f1`, each as /NAME (macro mean) and /NAME/CLASS where it is defined, and

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
+from dann_experiments.names import Metric
 from dann_experiments.reports.colors import DOMAIN_COLORS, MUTED, ORANGE, PAPER, PURPLE, TEAL
 from dann_experiments.reports.plots.series import Points, finite, mean_curve, smoothed
 from dann_experiments.reports.plots.style import drawing, legend_above, new_figure
@@ -29,8 +30,8 @@ def arm_curves_figure(histories: Histories, limits: tuple[float, float, int], hi
         limits: lowest and highest IoU point and last step of the axes, the same for arms side by side (`curve_limits`).
         highest_lambda: of all arms, so that lambda = 0 looks like 0.
     """
-    has_lambda = bool(histories.get("da/lambda"))
-    has_accuracy = bool(histories.get("da/domain_acc") or histories.get("da/domain_acc_val"))
+    has_lambda = bool(histories.get(Metric.LAMBDA))
+    has_accuracy = bool(histories.get(Metric.DOMAIN_ACCURACY) or histories.get(Metric.DOMAIN_ACCURACY_VAL))
     heights = [3.0] + [0.9] * has_lambda + [1.4] * has_accuracy
     figure = new_figure(5.0, sum(heights) + 0.7, (0.52, 0.05, 0.25, 0.42), hspace=0.17)
     axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
@@ -44,15 +45,15 @@ def arm_curves_figure(histories: Histories, limits: tuple[float, float, int], hi
     axes[0].set(ylabel="IoU points, validation", ylim=(low, high), xlim=(-0.02 * last, 1.02 * last))
     legend_above(axes[0])
     if has_lambda:
-        mean = [smoothed(curve) for curve in histories["da/lambda"]]
+        mean = [smoothed(curve) for curve in histories[Metric.LAMBDA]]
         _draw_seeds(axes[1], mean, ORANGE, "lambda", with_seeds=False)
         axes[1].set(ylabel="lambda", ylim=(-0.05 * (highest_lambda or 1), 1.1 * (highest_lambda or 1)))
     if has_accuracy:
         axis = axes[-1]
         axis.axhline(0.5, color=MUTED, linewidth=0.8, linestyle="--", zorder=1)
-        training = [smoothed(curve) for curve in histories.get("da/domain_acc", ())]
+        training = [smoothed(curve) for curve in histories.get(Metric.DOMAIN_ACCURACY, ())]
         _draw_seeds(axis, training, TEAL, "training batches")
-        _draw_seeds(axis, histories.get("da/domain_acc_val", ()), PURPLE, "held-out images", marker="s")
+        _draw_seeds(axis, histories.get(Metric.DOMAIN_ACCURACY_VAL, ()), PURPLE, "held-out images", marker="s")
         axis.set(ylabel="domain accuracy", ylim=(0, 1.03), yticks=[0, 0.5, 1])
         legend_above(axis)
     axes[-1].set_xlabel("optimizer step")
@@ -99,7 +100,10 @@ def draw_all_curves(axis: Axes, arms: Mapping[str, tuple[str, Histories]]) -> No
 
 
 def _in_points(histories: Histories, domain: str) -> list[list[tuple[int, float]]]:
-    return [[(step, 100 * value) for step, value in finite(curve)] for curve in histories.get(f"iou/{domain}_val", ())]
+    return [
+        [(step, 100 * value) for step, value in finite(curve)]
+        for curve in histories.get(Metric.iou(f"{domain}_val"), ())
+    ]
 
 
 def _draw_seeds(

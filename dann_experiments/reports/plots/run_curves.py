@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dann_experiments.names import Metric
 from dann_experiments.reports.colors import DOMAIN_COLORS, MUTED, PURPLE, TEAL, YELLOW
 from dann_experiments.reports.plots.series import Points, smoothed
 from dann_experiments.reports.plots.style import drawing, legend_above, new_figure, save
@@ -20,15 +21,15 @@ def draw_curves(path: Path, history: Mapping[str, Points], title: str) -> None:
     figure = new_figure(8, 6.5, (0.7, 0.2, 0.75, 0.5), hspace=0.18)
     above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
     for domain, color in DOMAIN_COLORS.items():
-        _plot(above, history, f"iou/{domain}_val", color, marker="o")
+        _plot(above, history, Metric.iou(f"{domain}_val"), color, marker="o")
     above.set_ylabel("mean IoU")
-    _plot(middle, history, "da/domain_acc", TEAL, smooth=True)
-    _plot(middle, history, "da/domain_acc_val", PURPLE, marker="o")
+    _plot(middle, history, Metric.DOMAIN_ACCURACY, TEAL, smooth=True)
+    _plot(middle, history, Metric.DOMAIN_ACCURACY_VAL, PURPLE, marker="o")
     middle.axhline(0.5, color=MUTED, linewidth=0.8, linestyle="--")
     middle.text(0, 0.44, "0.5: domains confused", fontsize=7, color=MUTED)
     middle.set_ylim(0, 1.02)
     middle.set_ylabel("domain accuracy")
-    _plot(below, history, "da/lambda", YELLOW)
+    _plot(below, history, Metric.LAMBDA, YELLOW)
     below.set_ylabel("lambda")
     below.set_xlabel("optimizer step")
     for axis in (above, middle, below):
