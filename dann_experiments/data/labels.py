@@ -1,4 +1,4 @@
-"""Label maps: from the ids or colors in a mask file to the class ids of the network, by class name."""
+"""Maps the ids or colors in mask files to the class ids of the network, by class name."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class LabelMap:
-    """What the masks of one domain mean. Ids of the network go from 0 to `num_classes` - 1; `ignore_index` counts nowhere."""
+    """The label map of a domain. Class ids range from 0 to `num_classes` - 1; pixels of `ignore_index` are ignored."""
 
     num_classes: int
     ignore_index: int = 255
     ids: Mapping[int, int] | None = None
-    """Id in the file -> id of the network (or ignore_index); None = the same ids."""
+    """Mask value -> class id (or ignore_index); None = mask values are class ids."""
     colors: Mapping[Color, int] | None = None
-    """Red, green, blue in the file -> id of the network (or ignore_index); instead of ids."""
+    """(red, green, blue) in the mask -> class id (or ignore_index); used instead of `ids`."""
     ignored: frozenset[int] = frozenset()
-    """More ids of the file that count nowhere."""
+    """Further mask values that are ignored."""
     settings: str = field(default="", compare=False, repr=False)
-    """Prefix of the names of these settings in messages: data.source., data.target."""
+    """Prefix of the settings' names in messages: `data.source.` or `data.target.`."""
 
     def network_id(self, value: int) -> int | None:
-        """Map a mask value to a class id of the network; None if the value is unknown."""
+        """Return the class id for a mask value, None if the value is unknown."""
         if value in self.ignored:
             return self.ignore_index
         if self.ids is not None and value in self.ids:
@@ -43,7 +43,7 @@ class LabelMap:
 
     @functools.cached_property
     def table(self) -> np.ndarray:
-        """(256,) id of the network for each 8 bit id; -1 where it is none."""
+        """(256,) class id for each 8-bit mask value; -1 if the value is unknown."""
         found = [self.network_id(value) for value in range(256)]
         return np.array([-1 if value is None else value for value in found], np.int16)
 
@@ -56,7 +56,7 @@ def label_map(
     ignore_values: Sequence[int],
     settings: str = "",
 ) -> LabelMap:
-    """Build the label map of a domain from the names of its ids or colors; a name that is no class of the network is ignored."""
+    """Build a domain's label map from the class names of its ids or colors; ids of names that are not classes are ignored."""
     index = {name: position for position, name in enumerate(class_names)}
     return LabelMap(
         len(class_names),
@@ -69,17 +69,17 @@ def label_map(
 
 
 def read_mask(path: Path, labels: LabelMap, window: Window | None = None, factor: float = 1.0) -> np.ndarray:
-    """Read a window of a mask (None = all of it) as (h, w) uint8 class ids of the network.
+    """Read a window of a mask (None = all of it) as (h, w) uint8 class ids. `factor`: see `read_labels`.
 
-    Where the file itself says that there is no label (NaN, its nodata value, its mask or alpha band), the pixel is ignored,
-    unless `labels` names its value; the transparency of a picture hides only what `labels` does not know. Raises InputError
-    naming file and id (or color) for what the map does not know.
+    Pixels that the file marks as unlabeled (NaN, nodata value, mask or alpha band) are ignored unless `value_map` names their
+    value; in PNG, GIF and WebP, transparency hides only unknown values. Raises InputError that names the file and the first
+    unknown id or color.
     """
     stored = read_labels(path, window, factor)
     try:
         return _network_ids(path, stored, labels)
     except InputError as error:
-        with open_raster(path) as opened:  # asked here alone: reading a good mask needs no answer
+        with open_raster(path) as opened:  # checked only here, as valid masks do not need it
             lossy = changes_values(opened)
         if not lossy:
             raise
@@ -137,7 +137,7 @@ def _what_is_known(labels: LabelMap) -> str:
 def _colors(
     path: Path, values: np.ndarray, palette: Mapping[int, Sequence[int]] | None, labels: LabelMap
 ) -> np.ndarray:
-    """(h, w) int32, red * 65536 + green * 256 + blue."""
+    """Return (h, w) int32 color codes: red * 65536 + green * 256 + blue."""
     if palette is not None:
         bands = colors_of(values[0], palette).astype(np.int32)
     elif len(values) == 3 and values.dtype == np.uint8:

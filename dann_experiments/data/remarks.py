@@ -1,5 +1,4 @@
-"""Collects what is wrong with files, and remarks on what is odd and yet allowed: one per kind, with the first file and the way
-out."""
+"""Collects problems with files, and remarks on what is unusual but allowed: one per kind, with the first file and a remedy."""
 
 from __future__ import annotations
 
@@ -21,49 +20,49 @@ from dann_experiments.data.reading import Reading
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-NODATA_TAG = 42113  # GDAL_NODATA of a TIFF
+NODATA_TAG = 42113  # TIFF tag GDAL_NODATA
 PROBLEMS_SHOWN = 20
-NOT_SQUARE = 0.01  # relative difference of a pixel's sides
+NOT_SQUARE = 0.01  # tolerated relative difference of a pixel's sides
 
 
 class Remarks:
-    """Remarks by kind: how many files each concerns, and what it says of the first."""
+    """Remarks by kind: the number of files concerned, and the text for the first of them."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, text: str) -> None:
-        """Add a remark; another one of the same kind is only counted."""
+        """Add a remark; only count it if there is one of the same kind already."""
         count, first = self._kinds.get(kind, (0, text))
         self._kinds[kind] = (count + 1, first)
 
     def take(self, path: Path, found: Iterator[tuple[str, str]]) -> None:
-        """Add (kind, text) remarks on a file; the texts continue a sentence that starts with its name."""
+        """Add (kind, text) remarks on a file; each text continues a sentence that begins with the file's path."""
         for kind, text in found:
             self.add(kind, f"{path} {text}")
 
     def lines(self) -> list[str]:
-        """One line for each kind."""
+        """Return one line per kind."""
         return [
             text if count == 1 else f"{text} (This holds for {count} files.)" for count, text in self._kinds.values()
         ]
 
 
 class Problems:
-    """What is wrong with the files, collected, so that all of it can be reported at once."""
+    """Collects problems with files, so that all are reported at once."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.remarks = Remarks()
-        """What is odd and yet allowed."""
+        """Remarks on what is unusual but allowed."""
 
     def append(self, text: str) -> None:
-        """Add a problem, once."""
+        """Add a problem unless it is already listed."""
         if text not in self.texts:
             self.texts.append(text)
 
     def refuse(self) -> None:
-        """Raise InputError that lists the problems, if there are any."""
+        """Raise InputError that lists the problems, if any."""
         if len(self.texts) == 1:
             raise InputError(self.texts[0])
         if self.texts:
@@ -78,10 +77,10 @@ class Problems:
 def image_remarks(
     file: DatasetReader, path: Path, header: Header, reading: Reading, in_channels: int
 ) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for an open image."""
+    """Yield remarks (kind, text) on an open image."""
     images = 0
     if file.driver == "GTiff":
-        # ImageJ keeps large stacks behind one page, and says in its description how many images there are
+        # ImageJ stores large stacks behind one page and gives the number of images in its description
         described = re.search(r"^images=(\d+)", file.tags().get("TIFFTAG_IMAGEDESCRIPTION", ""), re.MULTILINE)
         images = max(len(file.subdatasets), int(described[1]) if described else 0)
     if images > 1:
@@ -141,7 +140,7 @@ def image_remarks(
 
 
 def mask_remarks(file: DatasetReader, header: Header, labels: LabelMap) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for an open mask."""
+    """Yield remarks (kind, text) on an open mask."""
     if changes_values(file):
         yield (
             "lossy mask",
@@ -165,7 +164,7 @@ def mask_remarks(file: DatasetReader, header: Header, labels: LabelMap) -> Itera
 
 
 def _unusable_nodata(path: Path, file: DatasetReader, header: Header) -> str | None:
-    """The nodata tag of a file, as it is written there, if no pixel can hold it."""
+    """Return the text of a file's nodata tag if no pixel can hold its value, else None."""
     if header.dtype.startswith(("float", "complex")):
         return None
     known = header.nodata[0]
@@ -173,7 +172,7 @@ def _unusable_nodata(path: Path, file: DatasetReader, header: Header) -> str | N
         return None if fits(known, header.dtype) else f"{known:g}"
     if file.driver != "GTiff":
         return None
-    with contextlib.suppress(Exception), open(path, "rb") as stored:  # GDAL hands on no tag that the type cannot hold
+    with contextlib.suppress(Exception), open(path, "rb") as stored:  # GDAL does not pass on a value that the type cannot hold
         start = stored.read(16)
         head = start if 43 in (start[2], start[3]) else start[:8]
         directory = TiffImagePlugin.ImageFileDirectory_v2(head)
