@@ -47,8 +47,8 @@ def label_map_remarks(
             near = {name: difflib.get_close_matches(name, lacking or class_names, n=1) for name in more}
             hint = "".join(f"; did you mean {found[0]!r} by {name!r}?" for name, found in near.items() if found)
             remarks.append(
-                f"data.{domain}: its label map names {more}, which are none of the network's classes {list(class_names)} and "
-                f"count nowhere (write {IGNORED} if that is meant){hint}"
+                f"data.{domain}: its label map names {more}, which are not among the network's classes {list(class_names)} and "
+                f"are ignored (write {IGNORED} if that is intended){hint}"
             )
         if lacking:
             remarks.append(f"data.{domain}: its label map has no class {lacking}.")
@@ -78,8 +78,8 @@ def absent_classes(
 def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> None:
     """Raise InputError if training items cannot be batched for a network of this stride.
 
-    Items must be at least as large as the crop (or be padded to it) or, without crops, all of one size. The crop's or items' sides
-    must be divisible by `stride`. `name`: the set's name in messages.
+    Items must be at least as large as the crop (or be padded to it) or, without crops, all of one size. The sides of the crop or
+    the items must be divisible by `stride`. `name`: the set's name in messages.
     """
     sizes: dict[tuple[int, int], Path] = {}
     for piece in dataset.pieces:

@@ -51,9 +51,9 @@ class SegmentationDataset(Dataset):
     (h, w), float32 with 0 at nodata, if any image of the set may lack data. Pixels without data are 0 (the mean) in the image
     and `ignore_index` in the mask.
 
-    With `training`, items are cropped to `crop_size` at random, and those asked for as (index, seed) are augmented; `seed` decides
-    both. `random_windows` draws the places of windows, too. With `pad_to_crop`, an item smaller than the crop is put at a random place
-    in it, surrounded by nodata. `headers` saves reading them again; `memory` limits what is kept decoded.
+    With `training`, items are cropped to `crop_size` at random, and those asked for as (index, seed) are augmented; `seed`
+    decides both. `random_windows` draws the places of windows, too. With `pad_to_crop`, an item smaller than the crop is put at
+    a random place in it, surrounded by nodata. `headers` saves reading them again; `memory` limits what is kept decoded.
     Raises InputError for a file that is not an image, or whose bands or type do not fit.
     """
 

@@ -38,7 +38,7 @@ def checked_header(
         if (of_mask.height, of_mask.width) != (header.height, header.width):
             raise InputError(
                 f"image {sample.image} is {header.height} x {header.width} pixels, its mask {sample.mask} "
-                f"{of_mask.height} x {of_mask.width}; they must be of one size."
+                f"{of_mask.height} x {of_mask.width}; they must have the same size."
             )
         _check_same_place(sample, place, place_of(file))
         if remarks is not None and labels is not None:
@@ -71,6 +71,6 @@ def _check_same_place(sample: Sample, image: Place | None, mask: Place | None) -
     apart = pixels_apart(image, mask)
     if apart is not None and not apart <= FARTHEST:
         raise InputError(
-            f"image {sample.image} and its mask {sample.mask} lie in different places, {apart:.4g} pixels apart (image: "
-            f"{described(image)}; mask: {described(mask)}); pair files of one place, or mend the georeference that is wrong."
+            f"image {sample.image} and its mask {sample.mask} are in different places, {apart:.4g} pixels apart (image: "
+            f"{described(image)}; mask: {described(mask)}); pair files of the same place, or correct the wrong georeference."
         )

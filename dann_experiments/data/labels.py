@@ -84,8 +84,8 @@ def read_mask(path: Path, labels: LabelMap, window: Window | None = None, factor
         if not lossy:
             raise
         raise InputError(
-            f"{str(error).partition(';')[0].rstrip('.')}. The file is compressed with loss (as JPEG is), which makes such values "
-            "at every border: save masks without loss, for example as PNG, from the labels as they were drawn."
+            f"{str(error).partition(';')[0].rstrip('.')}. The file has a lossy compression (such as JPEG), which creates such "
+            "values at every border; save the mask again from the original labels without loss, for example as PNG."
         ) from None
 
 
@@ -109,7 +109,7 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
         array = np.where(hidden, labels.ignore_index, array) if array.dtype.kind == "f" else array
     whole = array.dtype.kind in "ui" or (array.dtype.kind == "f" and np.isfinite(array).all() and not (array % 1).any())
     if not whole:
-        raise InputError(f"mask {path} holds values that are no whole numbers; masks hold one class id per pixel.")
+        raise InputError(f"mask {path} holds values that are not whole numbers; masks hold one class id per pixel.")
     if array.dtype == np.uint8 and hidden is None:
         mapped = labels.table[array]
         if mapped.min(initial=0) >= 0:

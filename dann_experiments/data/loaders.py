@@ -62,7 +62,7 @@ class SeededOrder(Sampler[tuple[int, int]]):
         self._epoch = epoch
 
     def position(self, items: int | None) -> dict[str, Any]:
-        """Return the state for `go_on_from` after `items` of the current pass; None = at the end of an epoch, before a new pass."""
+        """Return the state for `go_on_from` after `items` of the current pass; None = at the end of an epoch."""
         return (self._states() if items is None else dict(self._pass_start)) | {"items": items or 0}
 
     def go_on_from(self, position: Mapping[str, Any], epoch: int) -> None:

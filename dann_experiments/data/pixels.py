@@ -123,8 +123,8 @@ def _read(
         way = Resampling.average if factor > 1 else Resampling.bilinear
     shape = (window.height, window.width)
     box = header.turn.stored(_span(window, factor, header), header.height, header.width)
-    # Overviews (and wavelets of JPEG 2000) need not be averages of the file's pixels, and those of a mask can contain ids that the
-    # mask does not. A VRT may use its sources' overviews even if it reports none.
+    # Overviews (and wavelets of JPEG 2000) need not be averages of the file's pixels, and those of a mask can contain ids that
+    # the mask does not. A VRT may use its sources' overviews even if it reports none.
     own_sizes = factor > 1 and (file.driver == "VRT" or bool(file.overviews(bands[0])))
     # GDAL leaves masked pixels out of averages, but `nodata` and `nodata_bands` may count them as data.
     hiding = way != Resampling.nearest and (header.masked or any(value is not None for value in header.nodata))
@@ -217,8 +217,8 @@ def _valid(
 ) -> np.ndarray | None:  # fmt: skip
     """Return (h, w) bool, False where a pixel lacks data; None = all hold data.
 
-    A pixel lacks data if a band is NaN or infinite, if any or all bands hold nodata values (`nodata_bands`), or if the file's mask
-    or alpha band hides it.
+    A pixel lacks data if a band is NaN or infinite, if any or all bands hold nodata values (`nodata_bands`), or if the file's
+    mask or alpha band hides it.
     """
     if not reading.may_lack_data(header):
         return None

@@ -58,8 +58,8 @@ class Reading:
         own = self.file_pixel_size or header.pixel_size
         if own is None:
             raise InputError(
-                f"image {path} has no georeference that tells its pixel size, but {self._working_size()}; give "
-                f"{self.settings}file_pixel_size, the side of its pixels."
+                f"image {path} has no georeference with a pixel size, but {self._working_size()}; set "
+                f"{self.settings}file_pixel_size, the side length of its pixels."
             )
         unit = None if self.file_pixel_size else header.unit
         shown = f"{own:g} {unit}" if unit else f"{own:g}"
@@ -175,7 +175,7 @@ def reading_from_facts(facts: Mapping[str, Any]) -> tuple[Reading, Normalization
 
 
 def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int) -> list[int]:
-    """Return the numbers (from 1) of the bands to read. Raises InputError if any is missing or they are not `in_channels` many."""
+    """Return the numbers (from 1) of the bands to read. Raises InputError if any is missing or their count does not fit."""
     chosen = list(reading.bands or header.data_bands)
     has = f"image {path} has {header.bands} band{'s' * (header.bands != 1)}"
     if header.alpha:
@@ -191,7 +191,9 @@ def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int)
         read = "" if reading.bands is None else f", of which {chosen} are read"
         takes = f"the {'model' if reading.is_finished else 'network'} takes {in_channels}"
         if reading.bands is None and in_channels == 3 and _is_cmyk(path):
-            raise InputError(f"image {path} is in CMYK, the inks of print, but {takes} bands; convert it to RGB.")
+            raise InputError(
+                f"image {path} is in CMYK, the color space of print, but {takes} bands; convert it to RGB."
+            )
         way_out = f"choose {in_channels} of them with {key}"
         if in_channels <= 8:
             example = range(1, in_channels + 1)
@@ -222,14 +224,16 @@ def _is_cmyk(path: Path) -> bool:
 def check_type(path: Path, header: Header, reading: Reading) -> None:
     """Raise InputError for data types whose range is unknown, and for types that cannot be read as images."""
     if not header.dtype.startswith(("uint", "int", "float")):  # such as GDAL's complex types
-        raise InputError(f"image {path} holds {header.dtype} values; whole and floating point numbers are read.")
+        raise InputError(
+            f"image {path} holds {header.dtype} values; only integers and floating-point numbers are read."
+        )
     if reading.scale == "type" and header.dtype not in TYPE_RANGES:
         if reading.is_finished:
             raise InputError(
                 f"image {path} holds {header.dtype} values, but the model was trained on images of 8 or 16 bit, read by the "
-                "range of that type; convert the image to what the training images were."
+                "range of that type; convert the image to that type."
             )
         raise InputError(
-            f"image {path} holds {header.dtype} values, whose range is not known; set {reading.settings}scale to "
+            f"image {path} holds {header.dtype} values, whose range is unknown; set {reading.settings}scale to "
             "[LOW, HIGH] or percentiles."
         )

@@ -44,7 +44,7 @@ class Remarks:
     def lines(self) -> list[str]:
         """Return one line per kind."""
         return [
-            text if count == 1 else f"{text} (This holds for {count} files.)" for count, text in self._kinds.values()
+            text if count == 1 else f"{text} (This applies to {count} files.)" for count, text in self._kinds.values()
         ]
 
 
@@ -86,7 +86,7 @@ def image_remarks(
     if images > 1:
         yield (
             "pages",
-            (f"holds {images} images (pages), of which the first is read; save the others as files."),
+            (f"holds {images} images (pages), of which only the first is read; save the others as separate files."),
         )
     if reading.nodata == "file":
         tag = _unusable_nodata(path, file, header)
@@ -94,8 +94,8 @@ def image_remarks(
             yield (
                 f"nodata {tag}",
                 (
-                    f"says that {tag} is its nodata value, which {header.dtype} pixels cannot hold: no pixel lacks data by it. "
-                    "If another value stands for it, set nodata to that; else set nodata to []."
+                    f"declares the nodata value {tag}, which {header.dtype} pixels cannot hold, so no pixel counts as nodata. "
+                    "If another value means nodata, set nodata to it; else set nodata to []."
                 ),
             )
     lost = [value for value in reading.nodata if not fits(value, header.dtype)] if reading.nodata != "file" else []
@@ -104,25 +104,25 @@ def image_remarks(
             "nodata of the settings",
             (
                 f"has {header.dtype} pixels, which cannot hold {reading.settings}nodata "
-                f"{', '.join(f'{value:g}' for value in lost)}: no pixel lacks data by it."
+                f"{', '.join(f'{value:g}' for value in lost)}, so no pixel counts as nodata."
             ),
         )
     if header.palette and reading.bands is None and in_channels == 1:
-        yield "palette", "is a picture with a palette, of which a network of one band gets the numbers, not the colors."
+        yield "palette", "is an image with a palette; a network with one band gets its indices, not the colors."
     size, own = reading.file_pixel_size, header.pixel_size
     if size is not None and own is not None and abs(size - own) > NOT_SQUARE * own:
         yield (
             "file_pixel_size",
             (
                 f"has pixels of {own:g} {header.unit or ''}".rstrip()
-                + f" by its georeference, but {reading.settings}file_pixel_size {size:g} is used; leave that out to use its own."
+                + f" by its georeference, but {reading.settings}file_pixel_size {size:g} is used; remove it to use its own."
             ),
         )
     if reading.scale == "type" and (any(scale != 1 for scale in file.scales) or any(file.offsets)):
         yield (
             "scale",
             (
-                f"says that its values mean value x {file.scales[0]:g} + {file.offsets[0]:g} (first band); values are taken as "
+                f"declares its values as value x {file.scales[0]:g} + {file.offsets[0]:g} (first band); values are read as "
                 "stored, so give scale in stored values."
             ),
         )
@@ -134,7 +134,7 @@ def image_remarks(
                 "not square",
                 (
                     f"has pixels that are not square ({width:.6g} x {height:.6g} {header.unit or ''}".rstrip()
-                    + "); pixel_size changes both sides by one factor. Reproject the file if shapes matter."
+                    + "); pixel_size scales both sides by the same factor. Reproject the file if shapes matter."
                 ),
             )
 
@@ -145,8 +145,8 @@ def mask_remarks(file: DatasetReader, header: Header, labels: LabelMap) -> Itera
         yield (
             "lossy mask",
             (
-                "is compressed with loss (as JPEG is), which changes labels at borders; save masks without loss, for example "
-                "as PNG, from the labels as they were drawn."
+                "has a lossy compression (such as JPEG), which changes labels at borders; save masks again from the original "
+                "labels without loss, for example as PNG."
             ),
         )
     value = header.nodata[0]
@@ -157,8 +157,8 @@ def mask_remarks(file: DatasetReader, header: Header, labels: LabelMap) -> Itera
             yield (
                 f"mask nodata {value}",
                 (
-                    f"says that {value:g} is its nodata value, so these pixels are not labelled, though {value:g} is a class id. "
-                    "If they are that class, name the ids in value_map."
+                    f"declares the nodata value {value:g}, so these pixels are not labeled, though {value:g} is a class id. "
+                    "If they belong to that class, name the ids in value_map."
                 ),
             )
 
@@ -172,7 +172,10 @@ def _unusable_nodata(path: Path, file: DatasetReader, header: Header) -> str | N
         return None if fits(known, header.dtype) else f"{known:g}"
     if file.driver != "GTiff":
         return None
-    with contextlib.suppress(Exception), open(path, "rb") as stored:  # GDAL does not pass on a value that the type cannot hold
+    with (
+        contextlib.suppress(Exception),
+        open(path, "rb") as stored,
+    ):  # GDAL does not pass on a value that the type cannot hold
         start = stored.read(16)
         head = start if 43 in (start[2], start[3]) else start[:8]
         directory = TiffImagePlugin.ImageFileDirectory_v2(head)

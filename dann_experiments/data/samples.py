@@ -67,14 +67,14 @@ def find_samples(
     for sample in samples:
         other = masks_of.setdefault((sample.image, sample.region), sample.mask)
         if other != sample.mask:
-            report(f"{key}: image {sample.image} is given two masks, {other} and {sample.mask}; keep one.")
+            report(f"{key}: image {sample.image} has two masks, {other} and {sample.mask}; keep one.")
             continue
         if not is_file(sample.image):
             report(f"{key}: image {sample.image} {_lacking(sample.image)}.")
         elif sample.mask is not None and not is_file(sample.mask):
             report(f"{key}: mask {sample.mask} of image {sample.image} {_lacking(sample.mask)}.")
         elif sample.mask is None and masks == "required":
-            report(f"{key}: image {sample.image} has no mask, but this set needs one for each image.")
+            report(f"{key}: image {sample.image} has no mask, but this set needs one per image.")
         else:
             good.append(sample)
     labelled = [sample for sample in good if sample.mask is not None]
@@ -82,7 +82,9 @@ def find_samples(
         return good
     for sample in good:
         if sample.mask is None:
-            report(f"{key}: image {sample.image} has no mask, but others of this set have; give all or none.")
+            report(
+                f"{key}: image {sample.image} has no mask, but others of this set have one; give masks for all or none."
+            )
     return labelled
 
 
@@ -222,7 +224,7 @@ def _paired(
         for lonely in (name for name in one if name not in other):
             report(
                 f"{key}: {kind} {one[lonely]} has no {partner} ({partner}s: {entry[f'{partner}s']}; they are paired by "
-                "stem, by what wildcards stand for, or by their place in a list). To keep some of the images alone, list them in "
+                "stem, by the text that wildcards match, or by position in a list). To use only some of the images, list them in "
                 "names."
             )
     return [(image, masks[name]) for name, image in images.items() if name in masks]
@@ -253,7 +255,7 @@ def _named(images: Mapping[Key, Path], names: Any, root: Path, key: str) -> dict
         example = next(iter(images.values())).name
         raise InputError(
             f"{key}: no file matches names {_some(lonely)}; names are file names (such as {example}), stems, the texts that "
-            "wildcards stand for, or shell patterns of these."
+            "wildcards match, or shell patterns for these."
         )
     if lonely:
         log.warning("%s: no file matches %d of the names: %s.", key, len(lonely), _some(lonely))
@@ -311,7 +313,7 @@ def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str],
     others = {file.stem: file for file in sorted((path / "masks").iterdir()) if file.stem not in masks}
     for stem in images:
         if stem not in masks:
-            hint = f"; {others[stem].name} is no image ({_READ})" if stem in others else ""
+            hint = f"; {others[stem].name} is not an image ({_READ})" if stem in others else ""
             report(
                 f"{key}: image {images[stem]} has no mask of the same stem in {path / 'masks'}{hint}. Masks of other names are "
                 'paired by patterns: {images: "images/*.png", masks: "masks/*_mask.png"}.'
@@ -355,7 +357,7 @@ def _kinds_there(entry: Any, root: Path) -> str:
 
 
 def _lacking(path: Path) -> str:
-    return "is no file" if os.path.exists(path) else "does not exist"
+    return "is not a file" if os.path.exists(path) else "does not exist"
 
 
 def _shown(entry: Any, root: Path) -> str:

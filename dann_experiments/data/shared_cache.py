@@ -55,7 +55,9 @@ class SharedCache:
 
         lock = FileLock(self.folder / f"{key}.lock")
         held = False
-        with contextlib.suppress(OSError, NotImplementedError):  # no locks on this disk: several processes may read, harmlessly
+        with contextlib.suppress(
+            OSError, NotImplementedError
+        ):  # no locks on this disk: several processes may read, harmlessly
             lock.acquire()
             held = True
         try:
@@ -94,7 +96,9 @@ class SharedCache:
         try:
             size = sum(array.nbytes + ALIGNED for arrays in kept.values() for array in arrays if array is not None)
             if shutil.disk_usage(self.folder).free < 2 * size:
-                log.info("%s: no space for %.0f MB of decoded data; each process reads the files itself.", blob, size / 1e6)
+                log.info(
+                    "%s: no space for %.0f MB of decoded data; each process reads the files itself.", blob, size / 1e6
+                )
                 return
             with open(parts[0], "wb") as file:
                 places = [[_write(file, array) for array in arrays] for arrays in kept.values()]
@@ -109,7 +113,9 @@ class SharedCache:
                 "class_pixels": pixels,
             }
             parts[1].write_text(json.dumps(facts))
-            for part, path in zip(parts, (blob, index), strict=True):  # the index comes last and marks the set as complete
+            for part, path in zip(
+                parts, (blob, index), strict=True
+            ):  # the index comes last and marks the set as complete
                 os.replace(part, path)
         except OSError as error:
             log.info("%s cannot be written (%s); each process reads the files itself.", blob, error)

@@ -128,11 +128,11 @@ def range_remark(found: BandStatistics, scale: object, headers: Sequence[Header]
     ways = f"set {key}.scale to [LOW, HIGH] (for surface reflectance often [0, 10000]) or to percentiles."
     beyond = float(np.mean((found.drawn < low) | (found.drawn > high)))
     if beyond > CLIPPED:
-        return f"{what}, but {beyond:.0%} of the values lie beyond it and are clipped: {ways}"
+        return f"{what}, but {beyond:.0%} of the values are outside and will be clipped: {ways}"
     smallest, largest = float(found.low.min()), float(found.high.max())
     if largest - smallest < narrow * (high - low):
         return (
-            f"{what}, but nearly all values lie between {smallest:g} and {largest:g}, {(largest - smallest) / (high - low):.1%} "
-            f"of it: to the network the images are nearly of one shade. If that is not what was measured, {ways}"
+            f"{what}, but nearly all values are between {smallest:g} and {largest:g}, {(largest - smallest) / (high - low):.1%} "
+            f"of it: the network sees almost no contrast. Unless that is intended, {ways}"
         )
     return None
