@@ -130,9 +130,7 @@ def _only_one(
     candidates: Sequence[Candidate], weights: Mapping[str, Tensor], where: str, prefix_key: str, total: int
 ) -> Candidate:
     """Return the candidate to use if the user chose none. Raises InputError if several may be meant."""
-    fullest = max(
-        candidates, key=lambda candidate: (candidate.fitting, len(candidate.names))
-    )  # the first of equal ones
+    fullest = max(candidates, key=lambda candidate: (candidate.fitting, len(candidate.names)))  # the first in a tie
     if fullest.fitting == total:
         rivals = [one for one in candidates if one.fitting == total]
     elif fullest.fitting:

@@ -87,7 +87,7 @@ class DataPlan:
     show_progress: bool = False
 
     def find(self, name: SetName, report: Callable[[str], None] = refuse) -> list[Sample] | None:
-        """Return the samples of one set, None if it has no entries. `report` problems, including a missing training set."""
+        """Return the samples of one set, None if it has no entries; report problems, including a missing training set."""
         images = self.images[name.domain]
         entries = images.entries[name.split]
         if not entries:

@@ -94,7 +94,7 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
     if labels.colors is not None:
         return _from_colors(path, _colors(path, values, stored.palette, labels), labels, hidden)
     if len(values) == 3 and np.array_equal(values[0], values[1]) and np.array_equal(values[0], values[2]):
-        values = values[:1]  # ids written as grey colors
+        values = values[:1]  # ids written as gray colors
     if len(values) != 1:
         raise InputError(
             f"mask {path} has {len(values)} bands; masks hold one class id per pixel, or colors that {labels.settings}color_map "

@@ -56,7 +56,7 @@ def _pair(folder: Path, line: str, root: Path, place: str) -> Pair:
 
 
 def manifest_pairs(path: Path, root: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Pair]:
-    """Return the pairs in a CSV manifest; `report` bad rows. A column `split` selects rows by the last part of `key`."""
+    """Return the pairs in a CSV manifest; report bad rows. A column `split` selects rows by the last part of `key`."""
     split = key.rpartition(".")[2]
     text = _text(path, f"{key}: manifest")
     try:

@@ -37,7 +37,7 @@ class SeededOrder(Sampler[tuple[int, int]]):
         self._epoch = 0
         self._epoch_of_pass: int | None = None
         self._pass_start = self._states()
-        self._to_skip: int | None = None  # items that another process did of the pass
+        self._to_skip: int | None = None  # items of the pass done by another process
 
     def __len__(self) -> int:
         return len(self._dataset) // self._world

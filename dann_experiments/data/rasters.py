@@ -24,7 +24,7 @@ from dann_experiments.data.orientation import TURNS, Turn, orientation_of
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP", "GIF", "JP2OpenJPEG", "VRT")  # of GDAL's many
+DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP", "GIF", "JP2OpenJPEG", "VRT")  # accepted drivers of GDAL
 CACHE_MB = 128  # GDAL's cache of decoded blocks; its own default is a share of the machine's memory
 LARGEST_SIDE, MOST_PIXELS, MOST_BANDS = 10**7, 10**12, 4096  # a header that claims more is damaged
 Image.MAX_IMAGE_PIXELS = None  # aerial mosaics are larger than Pillow's guard against decompression bombs
@@ -77,7 +77,7 @@ class Header:
 
     @property
     def data_bands(self) -> list[int]:
-        """Numbers of all bands but the alpha band, from 1."""
+        """Numbers (from 1) of all bands except the alpha band."""
         return [band for band in range(1, self.count + 1) if band != self.alpha]
 
     @property

@@ -120,11 +120,10 @@ def predicted_classes(logits: Tensor) -> Tensor:
 
 
 def keeps_channels_last(setting: bool | None, network: nn.Module, device: torch.device) -> bool:
-    """Return True if training uses the channels-last memory format: `setting` (`trainer.channels_last`), or by default (None)
-    on a CPU for networks with depthwise convolutions.
+    """Return `setting` (`trainer.channels_last`) or, if None, True for networks with depthwise convolutions on a CPU.
 
-    These took 0.89 to 0.98 of the time per step, networks without them 0.93 to 1.25 (docs/log.md). The default does not depend on
-    timing, so that runs stay reproducible.
+    With the channels-last memory format, these took 0.89 to 0.98 of the time per step, other networks 0.93 to 1.25 (docs/log.md).
+    The default does not depend on timing, so that runs stay reproducible.
     """
     if setting is not None:
         return setting
