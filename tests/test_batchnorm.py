@@ -402,9 +402,7 @@ def test_images_whose_sides_the_network_cannot_divide_are_taken_too():
     assert (network.encoder.bn1.running_mean != 0).all()
 
 
-@pytest.mark.parametrize(
-    ("batches", "message"), [([], "gives none"), ([{"image": images(1, 1)}], "two images or more")]
-)
+@pytest.mark.parametrize(("batches", "message"), [([], "has none"), ([{"image": images(1, 1)}], "two images or more")])
 def test_statistics_that_cannot_be_taken_are_refused_and_change_nothing(batches, message):
     network = build_network(
         "deeplabv3", "resnet18", None, 3, 2, {}

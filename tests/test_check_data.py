@@ -89,7 +89,7 @@ def missing_mask(root):
 
 def a_folder_for_an_image(root):
     as_manifest(root, "source", ["source_files/images,source_files/masks/0.png"])
-    return ["source_files/images is no file"]
+    return ["source_files/images is not a file"]
 
 
 def image_without_mask(root):
@@ -111,7 +111,7 @@ def some_masks_missing(root):
 
 def required_masks_missing(root):
     shutil.rmtree(root / "source_val" / "masks")
-    return [f"source_val/images/{n}.png has no mask, but this set needs one for each image" for n in range(4)]
+    return [f"source_val/images/{n}.png has no mask, but this set needs one per image" for n in range(4)]
 
 
 def unreadable_image(root):
@@ -176,7 +176,7 @@ def colour_outside_the_map(root):
 def mask_of_fractions(root):
     (root / "source" / "masks" / "1.png").unlink()
     write_raster(root / "source" / "masks" / "1.tif", np.full((1, 32, 32), np.inf, np.float32))
-    return ["source/masks/1.tif holds values that are no whole numbers"]
+    return ["source/masks/1.tif holds values that are not whole numbers"]
 
 
 def only_ignored_and_one_class(root):
@@ -243,7 +243,7 @@ def nothing_but_nodata(root):
 def range_that_nobody_said(root):
     (root / "target" / "images" / "1.png").unlink()
     write_raster(root / "target" / "images" / "1.tif", np.zeros((3, 32, 32), np.float32))
-    return ["target/images/1.tif holds float32 values, whose range is not known"]
+    return ["target/images/1.tif holds float32 values, whose range is unknown"]
 
 
 def complex_numbers(root):
@@ -269,7 +269,7 @@ def region_beyond_the_image(root):
 
 
 def pixel_size_that_is_not_known(root):
-    return ["target/images/0.png has no georeference that tells its pixel size"], {"data__target__pixel_size": 0.5}
+    return ["target/images/0.png has no georeference with a pixel size"], {"data__target__pixel_size": 0.5}
 
 
 def pixel_size_in_another_unit(root):

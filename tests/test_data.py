@@ -160,7 +160,7 @@ def unequal_images(root: Path) -> str:
 
 def no_masks_at_all(root: Path) -> str:
     shutil.rmtree(root / "source" / "masks")
-    return "has no mask, but this set needs one for each image"
+    return "has no mask, but this set needs one per image"
 
 
 def manifest_without_images(root: Path) -> str:

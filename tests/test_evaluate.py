@@ -369,7 +369,7 @@ def test_sets_without_masks_are_left_out_with_a_word(trained, squares, workplace
         ({CHECKPOINT: "none.ckpt"}, "pretrained_checkpoint.path is none.ckpt, which does not exist"),
         ({CHECKPOINT: "runs:/0123456789abcdef0123456789abcdef"}, "which the tracking store does not give"),
         ({CHECKPOINT: "models:/nobody@champion"}, "which the tracking store does not give"),
-        ({CHECKPOINT: "text.pt"}, "is no checkpoint that torch can read"),
+        ({CHECKPOINT: "text.pt"}, "is not a checkpoint that torch can read"),
         ({"data.source.val": [], "data.target.val": [], "data.target.test": []}, "evaluate needs labelled images"),
         (
             {"data.source.val": [], "data.target.val": [], "data.target.test": ["target"]},

@@ -32,8 +32,8 @@ def case(workplace: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     ("case", "code", "said"),
     [
         ("plain", 0, GOOD), ("color_map", 0, GOOD), ("nodata_text", 0, GOOD), ("degrees", 2, DEGREES),
-        ("elsewhere", 2, "lie in different places"), ("exif", 0, GOOD), ("exif_oblong", 0, GOOD), ("nan_masks", 0, GOOD),
-        ("reflectance", 0, "nearly all values lie between"), ("jpeg_masks", 2, "The file is compressed with loss"),
+        ("elsewhere", 2, "are in different places"), ("exif", 0, GOOD), ("exif_oblong", 0, GOOD), ("nan_masks", 0, GOOD),
+        ("reflectance", 0, "nearly all values are between"), ("jpeg_masks", 2, "The file has a lossy compression"),
         ("excel", 0, GOOD), ("pairs_list", 0, GOOD), ("mask_nodata", 0, GOOD), ("partial_nodata", 0, LOOK),
         ("names_pattern", 0, GOOD),
     ],

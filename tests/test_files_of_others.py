@@ -101,7 +101,7 @@ def test_a_nodata_value_that_the_type_cannot_hold_hides_no_pixel_and_is_remarked
     remarks = Remarks()
     checked_header(Sample(tagged, None), Reading(), 3, remarks=remarks)
     (line,) = remarks.lines()
-    assert f"tagged.tif says that {value:g} is its nodata value, which uint8 pixels cannot hold" in line
+    assert f"tagged.tif declares the nodata value {value:g}, which uint8 pixels cannot hold" in line
 
 
 @pytest.mark.parametrize("given", ["file", (7.0,)])
@@ -312,7 +312,7 @@ def test_an_image_and_a_mask_that_say_they_lie_elsewhere_are_no_pair(tmp_path, m
     if not apart:
         checked_header(sample, Reading(), 3)
         return
-    with pytest.raises(InputError, match=r"i\.tif and its mask .*m\.tif lie in different places"):
+    with pytest.raises(InputError, match=r"i\.tif and its mask .*m\.tif are in different places"):
         checked_header(sample, Reading(), 3)
 
 
@@ -400,7 +400,8 @@ def test_a_nodata_value_that_is_a_class_id_is_not_labelled_unless_the_map_names_
         remarks = Remarks()
         checked_header(Sample(image, path), Reading(), 3, labels, remarks=remarks)
         assert (
-            any("0 is its nodata value, so these pixels are not labelled" in line for line in remarks.lines()) == said
+            any("declares the nodata value 0, so these pixels are not labeled" in line for line in remarks.lines())
+            == said
         )
 
 
@@ -447,7 +448,7 @@ def test_ids_that_compression_made_are_told_as_such(tmp_path, way):
     labels = label_map(["a", "b"], 255, {0: "a", 255: "b"}, None, [])
     assert set(np.unique(read_mask(plain, labels))) == {0, 1}
     with pytest.raises(
-        InputError, match=r"holds id \d+, but value_map knows \[0, 255\]\. The file is compressed with loss"
+        InputError, match=r"holds id \d+, but value_map knows \[0, 255\]\. The file has a lossy compression"
     ):
         read_mask(path, labels)
 
@@ -464,7 +465,7 @@ def test_values_that_fill_little_of_the_range_are_remarked_on_with_the_ways_out(
     given = {**small_settings(workplace), "data.target.test": []}
     report = check_data(load_config(None, given))
     assert report.problems == []
-    narrow = [line for line in report.remarks if "nearly all values lie between" in line]
+    narrow = [line for line in report.remarks if "nearly all values are between" in line]
     assert len(narrow) == 2
     assert "data.source.scale type makes 0 to 65535" in narrow[0]
     assert "[0, 10000]) or to percentiles" in narrow[0]
@@ -473,7 +474,7 @@ def test_values_that_fill_little_of_the_range_are_remarked_on_with_the_ways_out(
     assert line.startswith("data.target.scale makes 0 to 1000 the range of 0 to 1, but 6")
     config = load_config(None, given)
     read_sets(config)
-    assert "nearly all values lie between" in caplog.text
+    assert "nearly all values are between" in caplog.text
     assert check_data(load_config(None, {**scaled, "data.target.scale": [0, 2500]})).remarks == []
 
 
@@ -500,9 +501,9 @@ def test_a_file_of_several_pages_or_with_scaled_values_says_so(tmp_path):
     for path in (tmp_path / "pages.tif", tmp_path / "stack.tif", scaled):
         checked_header(Sample(path, None), Reading(), 3, remarks=remarks)
     one, two = remarks.lines()
-    assert "pages.tif holds 3 images (pages), of which the first is read" in one
-    assert "(This holds for 2 files.)" in one
-    assert "scaled.tif says that its values mean value x 2.75e-05 + -0.2" in two
+    assert "pages.tif holds 3 images (pages), of which only the first is read" in one
+    assert "(This applies to 2 files.)" in one
+    assert "scaled.tif declares its values as value x 2.75e-05 + -0.2" in two
 
 
 # --- partly without data ---
@@ -643,15 +644,13 @@ def test_files_of_kinds_that_are_not_read_are_named(tree):
         find_samples(["arrays"], tree, "data.source.train")
     (tree / "data" / "masks" / "b.png").unlink()
     (tree / "data" / "masks" / "b.geojson").write_text("{}")
-    with pytest.raises(InputError, match=r"b\.png has no mask of the same stem in .*masks; b\.geojson is no image"):
+    with pytest.raises(InputError, match=r"b\.png has no mask of the same stem in .*masks; b\.geojson is not an image"):
         find_samples(["data"], tree, "data.source.train")
 
 
 def test_an_image_with_two_masks_in_one_set_is_refused(tree):
     (tree / "a.csv").write_text("image,mask\ndata/images/b.png,data/masks/b.png\ndata/images/b.png,data/masks/c.png\n")
-    with pytest.raises(
-        InputError, match=r"image .*b\.png is given two masks, .*masks/b\.png and .*masks/c\.png; keep one"
-    ):
+    with pytest.raises(InputError, match=r"image .*b\.png has two masks, .*masks/b\.png and .*masks/c\.png; keep one"):
         found_in(tree, "a.csv")
 
 

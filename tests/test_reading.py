@@ -141,7 +141,7 @@ def test_the_range_of_a_type_is_known_for_8_and_16_bit_and_asked_for_otherwise(t
         assert for_file(normalisation, Reading(), header).high == (end,)
     file = write_raster(tmp_path / "f.tif", np.zeros((1, 4, 4), np.float32))
     with pytest.raises(
-        InputError, match=r"f\.tif holds float32 values, whose range is not known; set data\.target\.scale"
+        InputError, match=r"f\.tif holds float32 values, whose range is unknown; set data\.target\.scale"
     ):
         check_type(file, read_header(file), Reading(settings="data.target."))
     check_type(file, read_header(file), Reading(scale=(0.0, 1.0)))

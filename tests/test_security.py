@@ -197,7 +197,7 @@ def test_a_module_that_only_lies_in_the_current_folder_is_imported_if_pythonpath
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path / "here"))  # as `python -m` does
-    with pytest.raises(ImportError, match="only lies in the current folder"):
+    with pytest.raises(ImportError, match="only found in the current folder"):
         find_class("trap_here.Method")
     assert not trap.exists()
     monkeypatch.setenv("PYTHONPATH", ".")
@@ -359,7 +359,7 @@ def test_a_checkpoint_with_foreign_hyperparameters_loads_by_its_tensors_alone(tm
 
 def test_a_whole_pickled_network_is_refused_with_its_class(tmp_path):
     torch.save(torch.nn.Sequential(torch.nn.Linear(1, 1)), tmp_path / "a.pt")
-    with pytest.raises(InputError, match=r"whole pickled object .*Linear.* Save its state_dict alone"):
+    with pytest.raises(InputError, match=r"whole pickled object .*Linear.* Save only its state_dict"):
         read_weights(tmp_path / "a.pt")
 
 

@@ -1,4 +1,4 @@
-"""Makes the method that the settings name: the one place that knows the methods by name."""
+"""Builds the adaptation method that the settings name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS: dict[str, type[DomainAdaptationMethod]] = {
 
 
 def build_schedule(kind: str, gamma: float) -> LambdaScheduler:
-    """`dann`, `linear` or `constant`; gamma is used by the first alone."""
+    """Return the schedule of `kind` dann, linear or constant; only dann uses `gamma`."""
     if kind == "dann":
         return DANNScheduler(gamma)
     return LinearScheduler() if kind == "linear" else ConstantScheduler()
@@ -33,7 +33,10 @@ def build_method(
     schedule: LambdaScheduler,
     **arguments: Any,
 ) -> DomainAdaptationMethod:
-    """A built-in method. `channels`: layer -> channels as read from the network, which `given_channels` must equal."""
+    """Return a built-in method.
+
+    `channels`: layer -> channels, as read from the network. Raises InputError if `given_channels` is not None and differs.
+    """
     if name == "source_only":
         return SourceOnly()
     actual = [channels[layer] for layer in feature_layer]
@@ -51,9 +54,10 @@ def build_method(
 def load_own_method(
     class_path: str, init_args: Mapping[str, Any], channels: Mapping[str, int]
 ) -> DomainAdaptationMethod:
-    """A user's method, `package.module.Class(**init_args)`; refused unless it is a DomainAdaptationMethod.
+    """Return a user's method, `package.module.Class(**init_args)`.
 
-    A constructor that has a parameter `channels` is given layer -> channels of the captured layers.
+    A constructor with a parameter `channels` gets the mapping layer -> channels of the captured layers. Raises InputError if the
+    class cannot be imported, is not a DomainAdaptationMethod or refuses `init_args`.
     """
     where = f"domain_adaptation.method.class_path is {class_path!r}"
     try:
@@ -61,7 +65,7 @@ def load_own_method(
     except ImportError as error:
         raise InputError(f"{where}, which cannot be imported ({error}); is its package installed?") from None
     if not (isinstance(method, type) and issubclass(method, DomainAdaptationMethod)):
-        raise InputError(f"{where}, which is no subclass of dann_experiments.DomainAdaptationMethod.")
+        raise InputError(f"{where}, which is not a subclass of dann_experiments.DomainAdaptationMethod.")
     arguments = dict(init_args)
     if "channels" in method.__init__.__code__.co_varnames[: method.__init__.__code__.co_argcount]:
         arguments.setdefault("channels", dict(channels))

@@ -1,4 +1,4 @@
-"""DANN (Ganin & Lempitsky 2015), its lambda = 0 control, and training on the source alone."""
+"""DANN (Ganin & Lempitsky 2015), its lambda = 0 control, and training on the source only."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ OUTPUT_LAYER = "segmentation_head"  # where features are class logits
 
 
 class DANNMethod(DomainAdaptationMethod):
-    """Domain-adversarial training: a classifier a layer learns the domain, the network learns to confuse it.
+    """Domain-adversarial training: one classifier per layer learns the domain, and the network learns to confuse it.
 
-    lambda acts once, in the reversal: the network feels -lambda times the gradient of the domain loss, the classifiers
-    its plain gradient at every lambda, 0 included. The domain loss is the mean of the two domains' cross-entropies, so
-    batches of unequal size weigh equally; with several layers, the mean over layers.
+    lambda acts only in the gradient reversal: the network gets -lambda times the gradient of the domain loss, while the
+    classifiers get the plain gradient at every lambda, including 0. The domain loss is the mean of the cross-entropies of both
+    domains, so that batches of different size have equal weight; with several layers, it is the mean over layers.
 
-    `in_channels`: channels at the layer, or one number a layer. `lambda_da` scales the schedule; with `lambda_schedule`
-    None it is lambda itself. `step_mode`: p = epoch / max_epochs, or batch / all batches.
+    `in_channels`: channels of the layer, or one number per layer. `discriminator_lr`: learning rate of the classifiers.
+    `lambda_da` scales the schedule; if `lambda_schedule` is None, it is lambda itself. `step_mode`: progress p is epoch /
+    max_epochs ("epoch") or step / total_steps ("batch"). Raises ValueError for arguments out of range.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class DANNMethod(DomainAdaptationMethod):
         self.step_mode = step_mode
 
     def lambda_at(self, progress: Progress) -> float:
-        """lambda for this step."""
+        """Return lambda for this step."""
         if self.step_mode == "epoch":
             return self.lambda_da * self.schedule.get_lambda(progress.epoch, progress.max_epochs)
         return self.lambda_da * self.schedule.get_lambda(progress.step, progress.total_steps)
@@ -81,7 +82,7 @@ class DANNMethod(DomainAdaptationMethod):
         return MethodLoss(domain_loss, domain_loss.detach(), lambda_now, metrics)
 
     def domain_hits(self, features: Mapping[str, Tensor], domain: int, valid: Tensor | None) -> Mapping[str, Tensor]:
-        """The classifiers' right decisions on features that training has not seen."""
+        """Return the correct decisions and the number of decisions per layer on validation features; see the base class."""
         found = {}
         for layer, classifier in zip(self.feature_layers, self.classifiers, strict=True):
             assert isinstance(classifier, DomainClassifier)
@@ -89,7 +90,7 @@ class DANNMethod(DomainAdaptationMethod):
         return found
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The classifiers, in a group of their own with `discriminator_lr`."""
+        """Return one group: the classifiers, with `discriminator_lr`."""
         return [{"params": list(self.classifiers.parameters()), "lr": self.discriminator_lr, "name": "discriminator"}]
 
     def _layer_loss(
@@ -110,9 +111,9 @@ class DANNMethod(DomainAdaptationMethod):
 
 
 class LambdaZero(DANNMethod):
-    """The control: DANN's forwards, steps and classifiers with lambda 0, so the network feels no domain loss.
+    """The control: the forward passes, steps and classifiers of DANN with lambda = 0, so that the network gets no domain loss.
 
-    What it gains over source-only comes from more training and from target images in BatchNorm, not from the adversary.
+    Any gain over source-only training comes from target images in BatchNorm or from more training, not from the adversary.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -121,7 +122,7 @@ class LambdaZero(DANNMethod):
 
 
 class SourceOnly(DomainAdaptationMethod):
-    """No adaptation: the segmentation loss of the source alone; target images are not forwarded."""
+    """No adaptation: training with only the segmentation loss of the source. Target images are not forwarded."""
 
     uses_target = False
 

@@ -1,4 +1,4 @@
-"""The domain classifier: an MLP on pooled features, the same at every position, or convolutions over neighbourhoods.
+"""The domain classifier: an MLP on pooled features, an MLP at every position, or convolutions over neighborhoods.
 
 Letters: N images, C channels, H x W positions.
 """
@@ -17,8 +17,10 @@ Kind = Literal["pooled", "pixel", "patch"]
 
 
 class Pointwise(nn.Conv2d):
-    """A 1 x 1 convolution. On maps of one position it runs as the linear layer that it is there: as a convolution it takes three
-    to four times as long on a CPU, forward and backward, most of it to bring the weights into another order."""
+    """A 1 x 1 convolution that runs as a linear layer on maps of one position.
+
+    On a CPU, the convolution takes three to four times as long there, mostly to reorder the weights.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
@@ -30,12 +32,12 @@ class Pointwise(nn.Conv2d):
 
 
 class DomainClassifier(nn.Module):
-    """Source or target? Logits of two classes (0 source, 1 target) from features (N, C, H, W).
+    """Computes logits of two classes (0 source, 1 target) from features (N, C, H, W).
 
-    `pooled` (default): global average pooling, then an MLP with two hidden layers; logits (N, 2). `pixel`: the same MLP as
-    1 x 1 convolutions; logits (N, 2, H, W). `patch`: strided convolutions that see shapes (as the discriminator of Tsai et
-    al. 2018, section 3.2); logits (N, 2, H/4, W/4). `on_logits`: the features are class logits; judge their softmax.
-    `valid` (N, h, w), 1 where a pixel counts, leaves pixels out of the pooling or of the loss.
+    Kinds: `pooled` (default), global average pooling and an MLP with two hidden layers, logits (N, 2); `pixel`, the same MLP as
+    1 x 1 convolutions, logits (N, 2, H, W); `patch`, strided convolutions that see shapes (like the discriminator of Tsai et
+    al. 2018, section 3.2), logits (N, 2, H/4, W/4). `on_logits`: the features are class logits, so use their softmax.
+    `valid` (N, h, w), 1 where a pixel counts, excludes pixels from the pooling or the loss.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class DomainClassifier(nn.Module):
                 nn.Conv2d(hidden_size, 2, 1),
             )
             return
-        # one module for both kinds: a pooled map is a map of one position
+        # the same module for both kinds: a pooled map has one position
         self.layers = nn.Sequential(
             Pointwise(in_channels, hidden_size),
             nn.ReLU(inplace=True),
@@ -66,32 +68,31 @@ class DomainClassifier(nn.Module):
         )
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        if features.ndim == 2:  # features that are pooled already
+        if features.ndim == 2:  # already pooled
             features = features[:, :, None, None]
         if self.on_logits:
             features = features.softmax(1)
         if self.kind == "pooled":
             return self.layers(masked_mean(features, valid)).flatten(1)
-        if self.kind == "patch":  # a map smaller than the convolutions is enlarged by repeating its edge
+        if self.kind == "patch":  # pad maps smaller than the kernels by repeating the edge
             missing = [max(4 - side, 0) for side in features.shape[2:]]
             if any(missing):
                 features = functional.pad(features, (0, missing[1], 0, missing[0]), mode="replicate")
         return self.layers(features)
 
     def logits_of(self, batches: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Tensor]:
-        """Logits of each batch of features and validity. Pooled features, a few numbers an image, go through the layers
-        together, which then read their weights once."""
+        """Return the logits of each batch of (features, valid). Pooled features of all batches pass the layers together."""
         if self.kind != "pooled" or self.on_logits:
             return [self(features, valid) for features, valid in batches]
         pooled = [masked_mean(features, valid) for features, valid in batches]
         return self.layers(torch.cat(pooled)).flatten(1).split([len(features) for features in pooled])
 
     def domain_loss(self, features: Tensor, domain: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy and accuracy (0..1) on features that all come from `domain`."""
+        """Return mean cross-entropy and accuracy (0..1) on features that all come from `domain`."""
         return self.loss_of(self(features, valid), domain, valid)
 
     def loss_of(self, logits: Tensor, domain: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`domain_loss`, from its logits."""
+        """Return `domain_loss` from logits."""
         labels = torch.full(logits.shape[:1] + logits.shape[2:], domain, device=logits.device)
         losses = functional.cross_entropy(logits.float(), labels, reduction="none")
         right = (logits.argmax(1) == labels).float().detach()
@@ -102,20 +103,22 @@ class DomainClassifier(nn.Module):
         return (losses * weights).sum() / total, (right * weights).sum() / total
 
     def hits(self, features: Tensor, domain: int, valid: Tensor | None = None) -> Tensor:
-        """(2,) how many decisions on features of `domain` are right, and how many there are, each weighted by its valid share:
-        sums, so that the accuracy of a whole set can be taken from its batches."""
+        """Return (2,): the number of correct decisions on features of `domain` and of all decisions, weighted by valid share.
+
+        These are sums, so that the accuracy of a whole set can be computed from its batches.
+        """
         logits = self(features, valid)
         right = (logits.argmax(1) == domain).double()
         weights = torch.ones_like(right) if valid is None else self._weights(valid, logits).double()
         return torch.stack([(right * weights).sum(), weights.sum()])
 
     def _weights(self, valid: Tensor, logits: Tensor) -> Tensor:
-        # pooled: an image without a single valid pixel has no features to judge
+        # pooled: an image without any valid pixel has no features
         return (valid > 0).any(2).any(1).float() if self.kind == "pooled" else resize_valid(valid, logits)
 
 
 def masked_mean(features: Tensor, valid: Tensor | None) -> Tensor:
-    """Average over positions (N, C, 1, 1); with `valid` (N, h, w), weighted by the valid share of each position."""
+    """Return the mean over positions (N, C, 1, 1), weighted by the valid share per position if `valid` (N, h, w) is set."""
     if valid is None:
         return features.mean((2, 3), keepdim=True)
     weights = resize_valid(valid, features)[:, None]
@@ -123,6 +126,6 @@ def masked_mean(features: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def resize_valid(valid: Tensor, like: Tensor) -> Tensor:
-    """Share of valid pixels behind each position of the map `like` (N, C, H, W): (N, h, w) -> (N, H, W), 0..1."""
+    """Return the share of valid pixels (N, H, W), 0..1, per position of the map `like` (N, C, H, W), from `valid` (N, h, w)."""
     size = (like.shape[2], like.shape[3])
     return functional.adaptive_avg_pool2d(valid[:, None].to(like.dtype), size)[:, 0]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class _Reverse(torch.autograd.Function):
-    """The reversal; its backward is itself differentiable, so double backward gives lambda squared."""
+    """The reversal. Its backward is differentiable, too; double backward gives lambda squared."""
 
     @staticmethod
     def forward(features: Tensor, lambda_now: float) -> Tensor:
@@ -25,9 +25,9 @@ class _Reverse(torch.autograd.Function):
 
 
 class GradientReversal(nn.Module):
-    """Passes features on unchanged and multiplies their gradient by -`lambda_now`.
+    """Returns features unchanged and multiplies their gradient by -`lambda_now`.
 
-    Any shape, any floating dtype. `lambda_now` may be given at each call; otherwise the constructor's is used.
+    Accepts any shape and floating-point type. `lambda_now` of a call overrides that of the constructor.
     """
 
     def __init__(self, lambda_now: float = 1.0) -> None:

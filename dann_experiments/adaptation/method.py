@@ -1,4 +1,4 @@
-"""The interface of an adaptation method: what it is given each step and what it gives back.
+"""The interface of adaptation methods: their inputs and outputs per training step.
 
 Letters: S source and T target images, K classes, C channels, H x W positions of a tapped layer, h x w pixels.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands, counted from 0."""
+    """Progress of training; epochs and steps count from 0."""
 
     epoch: int
     max_epochs: int
@@ -24,13 +24,13 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """p by batches, 0 up to (not including) 1."""
+        """Progress p by steps, from 0 to less than 1."""
         return self.step / self.total_steps
 
 
 @dataclass(frozen=True)
 class StepOutputs:
-    """What one training step's forwards gave."""
+    """Outputs of the forward passes of a training step."""
 
     source_logits: Tensor
     """(S, K, h, w)"""
@@ -48,50 +48,52 @@ class StepOutputs:
 
 @dataclass(frozen=True)
 class MethodLoss:
-    """A method's share of the loss."""
+    """A method's contribution to the loss."""
 
     differentiated: Tensor | None
-    """Added to the segmentation loss for the backward pass; None = nothing."""
+    """Loss to add to the segmentation loss for the backward pass; None = nothing."""
     value: Tensor | None
     """The same loss unweighted, logged as loss/train_da."""
     weight: float
-    """Its weight in what the encoder feels: loss/train_total is logged as L_seg + weight * value."""
+    """Effective weight of the loss for the encoder; loss/train_total is logged as L_seg + weight * value."""
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
-    """More to log this step, under full names such as da/domain_acc."""
+    """Further metrics to log in this step, by full name such as da/domain_acc."""
 
 
 class DomainAdaptationMethod(nn.Module, ABC):
-    """A way to adapt. Subclass it, name the class in `domain_adaptation.method.class_path`, and `adapt` trains with it.
+    """Base class of adaptation methods. Name a subclass in `domain_adaptation.method.class_path` to train with it.
 
-    The network's forwards and the segmentation loss are done for you; the method sees features and adds its loss. What it
-    keeps from step to step belongs in parameters, buffers or `get_extra_state`: a resumed run gets those back.
+    The trainer runs the forward passes and computes the segmentation loss; the method gets features and adds its own loss. Keep
+    state between steps in parameters, buffers or `get_extra_state`, so that a resumed run restores it.
     """
 
     feature_layers: tuple[str, ...] = ()
-    """Layers whose features `loss` needs."""
+    """Names of the layers whose features `loss` needs."""
     uses_target: bool = True
-    """False: target images are not forwarded at all."""
+    """If False, target images are not forwarded."""
 
     @abstractmethod
     def loss(self, outputs: StepOutputs, progress: Progress) -> MethodLoss:
-        """The method's loss for one step, on a graph that reaches the network through the features."""
+        """Return the method's loss for one step; gradients reach the network through the features."""
 
     def domain_hits(self, features: Mapping[str, Tensor], domain: int, valid: Tensor | None) -> Mapping[str, Tensor]:
-        """Called in validation, in eval mode, with the features of one batch of `domain` (0 source, 1 target): layer -> (2,)
-        right decisions of the method's domain classifier and all of them. `da/domain_acc_val` comes from their sums;
-        default: there is no such classifier."""
+        """Return layer -> (2,): the numbers of correct and of all decisions of the domain classifier on a validation batch.
+
+        Called in eval mode with features of `domain` (0 source, 1 target) and validity (N, h, w); da/domain_acc_val is computed
+        from the sums. By default, there is no classifier.
+        """
         return {}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups of the method's own parameters; default: one group at the network's learning rate."""
+        """Return optimizer groups of the method's parameters; by default, one group at the network's learning rate."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return [{"params": parameters, "name": "method"}] if parameters else []
 
     def on_train_start(self, network: nn.Module) -> None:
-        """Called once, before the first step; in a resumed run before the state of its checkpoint is put in."""
+        """Called once before the first step; in a resumed run, before the checkpoint's state is loaded."""
 
     def on_epoch_start(self, progress: Progress) -> None:
         """Called before each epoch."""
 
     def on_train_end(self, network: nn.Module) -> None:
-        """Called once, after the last step."""
+        """Called once after the last step."""

@@ -1,4 +1,4 @@
-"""Finds the class that `class_path` names. Importing a module runs it: what can be checked is checked before."""
+"""Imports the class that `class_path` names, after checks, since importing a module runs its code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 
 def find_class(class_path: str) -> Any:
-    """What `package.module.Class` names, whatever it is. Raises ImportError.
+    """Return the object that `package.module.Class` names; its type is not checked. Raises ImportError.
 
-    A module that is not imported yet is imported only if it is Python source, on Python's path for another reason than lying in
-    the current folder (settings from a stranger often lie beside files from that stranger), and its text brings the name.
+    A module that is not imported yet must be Python source that defines or imports the name, and must not be importable only
+    because it is in the current folder: untrusted settings often come with files next to them.
     """
     module_name, _, class_name = class_path.rpartition(".")
     if not all(part.isidentifier() for part in class_path.split(".")) or not module_name:
-        raise ImportError("it is not of the form package.module.Class")
+        raise ImportError("it does not have the form package.module.Class")
     if module_name not in sys.modules:
         _check_source(module_name, class_name)
         importlib.import_module(module_name)
@@ -31,15 +31,15 @@ def find_class(class_path: str) -> Any:
 
 
 def _check_source(module_name: str, class_name: str) -> None:
-    """Looks, and imports nothing, not even the packages around the module."""
+    """Check the module's source without importing anything, not even its parent packages."""
     spec = _spec_of(module_name)
     if spec is None:
         raise ImportError(f"no module named {module_name!r}")
     if spec.origin is None or not spec.origin.endswith(".py"):
-        raise ImportError(f"module {module_name} is no file of Python source")
+        raise ImportError(f"module {module_name} is not a Python source file")
     if _only_in_current_folder(Path(spec.origin), module_name):
         raise ImportError(
-            f"{spec.origin} is not installed, it only lies in the current folder; if it is yours, set PYTHONPATH=."
+            f"{spec.origin} is not installed and only found in the current folder; if it is yours, set PYTHONPATH=."
         )
     try:
         tree = ast.parse(Path(spec.origin).read_bytes())
@@ -61,7 +61,7 @@ def _spec_of(module_name: str) -> ModuleSpec | None:
 
 
 def _only_in_current_folder(file: Path, module_name: str) -> bool:
-    """`python -m` puts the current folder first on the path, unasked; PYTHONPATH and installed packages come after it."""
+    """Return True if the module is found only because `python -m` puts the current folder first on the path."""
     here = Path.cwd().resolve()
     depth = module_name.count(".") + (file.name == "__init__.py")
     if file.resolve().parents[depth] != here:
@@ -71,7 +71,7 @@ def _only_in_current_folder(file: Path, module_name: str) -> bool:
 
 
 def _names_in(tree: ast.Module) -> set[str]:
-    """Of classes, and of what is imported from elsewhere."""
+    """Return the names of all classes and imports in a module."""
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -1,7 +1,7 @@
-"""Checkpoint files that survive a kill: written whole or not at all, each with a digest beside it, so that damage is found.
+"""Writes checkpoint files atomically, each with a digest in a second file to detect damage.
 
-While a run trains, its folder holds `step_N.ckpt`, from which it resumes after N optimizer steps, and `best_N.ckpt`, the weights
-that were best after N. When training has ended, well or not, they become `last.ckpt` and `best.ckpt`.
+During training, the folder of a run holds `step_N.ckpt`, to resume after N optimizer steps, and `best_N.ckpt`, the best weights
+so far, from step N. When training ends, normally or not, they become `last.ckpt` and `best.ckpt`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 LAST, BEST = "last.ckpt", "best.ckpt"
 STEP, BEST_STEP = "step_", "best_"
 OWN = "dann_experiments"
-"""Key of our own part of a checkpoint: epoch, positions of the loaders, best step and value."""
+"""Key of this package's part of a checkpoint: epoch, positions of the loaders, best step and value."""
 _DIGEST = ".blake2b"
-_PART = ".part"  # of a file that is being written
+_PART = ".part"  # suffix of a file that is being written
 _CHUNK = 2**20
 
 
 def numbered(folder: Path, prefix: str) -> dict[int, Path]:
-    """Return step -> file of the files whose names begin with `prefix` (STEP or BEST_STEP), in the order of their steps."""
+    """Return step -> file for files whose names begin with `prefix` (STEP or BEST_STEP), sorted by step."""
     found = {}
     for path in folder.glob(f"{prefix}*.ckpt"):
         with contextlib.suppress(ValueError):
@@ -41,14 +41,14 @@ def numbered(folder: Path, prefix: str) -> dict[int, Path]:
 
 
 def step_of(path: Path) -> int:
-    """Return N, the optimizer steps done, of a `step_N.ckpt`."""
+    """Return N, the number of optimizer steps, of a `step_N.ckpt`."""
     return int(path.stem.removeprefix(STEP))
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint. At any moment `path` is the whole of it or what was there before, even if power fails.
+    """Write a checkpoint atomically: even after a power failure, `path` is the complete new file or the previous one.
 
-    Raises NotWritten, and leaves nothing half written, where the disk is full or cannot be written to.
+    Raises NotWritten, and leaves no partial files, if the disk is full or not writable.
     """
     part, part_of_digest = (one.with_name(one.name + _PART) for one in (path, _beside(path)))
     with writing(path, part, part_of_digest, wanted=lambda: _size(content)):
@@ -66,7 +66,7 @@ def write(content: Mapping[str, Any], path: Path) -> None:
 
 
 def _size(content: Mapping[str, Any]) -> int:
-    """Return the size in bytes that a checkpoint's file will have."""
+    """Return the size in bytes of the file for a checkpoint."""
     with open(os.devnull, "wb") as nowhere:
         counting = _Hashing(nowhere)
         torch.save(dict(content), counting)  # pyright: ignore[reportArgumentType]
@@ -74,7 +74,7 @@ def _size(content: Mapping[str, Any]) -> int:
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether `read` will load it: tensors and plain values, no objects."""
+    """Return True if `read` can load the value, which must consist of tensors and plain values."""
     if isinstance(value, dict):
         return all(is_plain(inner) for pair in value.items() for inner in pair)
     if isinstance(value, (list, tuple)):
@@ -83,7 +83,7 @@ def is_plain(value: Any) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read what `write` wrote: tensors, on the CPU, and plain values. Raises ValueError if the file is damaged."""
+    """Read a checkpoint from `write`, with tensors on the CPU. Raises ValueError if the file is damaged."""
     problem = damage(path)
     if problem is not None:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
@@ -91,19 +91,19 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint file; None if it is what was written."""
+    """Return what is wrong with a checkpoint file, None if it is undamaged."""
     if path.stat().st_size == 0:
         return "it is empty"
     try:
         wanted = _beside(path).read_text(encoding="ascii").strip()
     except (FileNotFoundError, UnicodeDecodeError):
         wanted = None
-    if wanted is None:  # of `last.ckpt` and `best.ckpt` the archive's own checksums remain
+    if wanted is None:  # `last.ckpt` and `best.ckpt` have only the archive's own checksums
         try:
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
         except (zipfile.BadZipFile, NotImplementedError, OSError):
-            return "it is cut off or no checkpoint"
+            return "it is truncated or not a checkpoint"
         return None if bad is None else "its bytes are not those that were written"
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
@@ -113,7 +113,7 @@ def damage(path: Path) -> str | None:
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """Return the newest undamaged checkpoint to resume from, None if there is none; log each damaged one."""
+    """Return the newest undamaged checkpoint to resume from, None if there is none; log damaged ones."""
     for path in reversed(numbered(folder, STEP).values()):
         problem = damage(path)
         if problem is None:
@@ -123,7 +123,7 @@ def newest_intact(folder: Path) -> Path | None:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Remove what a run that resumes from `step` will make again: later checkpoints, and half-written files."""
+    """Remove later checkpoints and partial files, which a run that resumes from `step` will write again."""
     for prefix in (STEP, BEST_STEP):
         for found, path in numbered(folder, prefix).items():
             if found > step:
@@ -133,15 +133,15 @@ def forget_after(folder: Path, step: int) -> None:
 
 
 def best_of(folder: Path, step: int) -> Path | None:
-    """Return the file of the best weights, those of `step`; None if it is gone or damaged."""
+    """Return the file of the best weights, from `step`; None if it is missing or damaged."""
     path = folder / f"{BEST_STEP}{step}.ckpt"
     return path if path.exists() and damage(path) is None else None
 
 
 def finish(folder: Path, best_step: int | None) -> None:
-    """Keep the newest as `last.ckpt` and the best as `best.ckpt`, when training has ended."""
+    """At the end of training, keep the newest checkpoint as `last.ckpt` and the best as `best.ckpt`; remove the others."""
     steps, bests = numbered(folder, STEP), numbered(folder, BEST_STEP)
-    if steps:  # first: after a kill here, `reopen` still finds which weights were best
+    if steps:  # first, so that `reopen` still finds the best weights after a kill here
         os.replace(steps[max(steps)], folder / LAST)
     if best_step in bests:
         os.replace(bests[best_step], folder / BEST)
@@ -170,7 +170,7 @@ def reopen(folder: Path) -> None:
 def ready_to_resume(folder: Path) -> Path | None:
     """Prepare the checkpoints in `folder` for a run that resumes, and return the newest undamaged one.
 
-    What came after it is removed, as it will be made again. None, and an empty folder, if there is none to resume from.
+    Remove later files, which the run will write again. Without such a checkpoint, return None and remove all numbered ones.
     """
     reopen(folder)
     found = newest_intact(folder)
@@ -185,10 +185,10 @@ def remove(path: Path) -> None:
 
 
 class WholeFiles(CheckpointIO):
-    """Lightning's plugin for files, by `write` and `read`.
+    """Lightning's checkpoint plugin, based on `write` and `read`.
 
-    All processes of a training make these calls together. So what keeps a checkpoint from the disk is not raised but kept in
-    `problem`; while that is set nothing is written.
+    In distributed training, all processes make these calls together, so an error of one must not be raised here. It is kept in
+    `problem` instead; while that is set, nothing is written.
     """
 
     problem: NotWritten | None = None
@@ -210,7 +210,7 @@ class WholeFiles(CheckpointIO):
 
 
 class _Hashing:
-    """A file to write to, as torch.save needs it, that counts and digests what is written."""
+    """A file object for torch.save that counts and hashes the bytes written."""
 
     def __init__(self, file: Any) -> None:
         self.digest = hashlib.blake2b(digest_size=16)
@@ -236,8 +236,8 @@ def _to_disk(file: Any) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Write a new name in the folder to the disk, too."""
-    with contextlib.suppress(OSError):  # not every system opens folders
+    """Flush the folder's entries to the disk."""
+    with contextlib.suppress(OSError):  # not all systems can open folders
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

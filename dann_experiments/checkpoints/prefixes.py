@@ -1,11 +1,11 @@
-"""Finds a network's weights among the tensors of a checkpoint, whatever prefixes training tools put before their names.
+"""Finds a network's weights among the tensors of a checkpoint, under any prefix that training tools put before the names.
 
-A prefix is what comes before the network's own names: `model` in `model.encoder.conv1.weight`, the empty one in a plain state
-dict. It is complete if it brings every weight of the network in the network's shape; counters of batches are no weights.
+The prefix is the part before the network's own names: `model` in `model.encoder.conv1.weight`, empty in a plain state dict. It is
+complete if it has every weight of the network in the right shape. Batch counters do not count as weights.
 
-- One complete prefix is taken. Others, of which a checkpoint has only parts, are left out and logged.
-- Several complete prefixes with different values (a network and its running average) are refused: the user chooses one.
-- Without a complete prefix, the one with most weights is taken, unless another brings at least half as many.
+- A single complete prefix is used; incomplete ones are ignored and logged.
+- Several complete prefixes with different values (a network and its running average) raise an InputError: the user must choose.
+- Without a complete prefix, the one with most weights is used, unless another has at least half as many.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.names import Key
 
 log = logging.getLogger(__name__)
-# put into names by torch.compile; DataParallel, DDP and AveragedModel; FSDP; activation checkpointing
+# inserted into names by torch.compile; DataParallel, DDP and AveragedModel; FSDP; activation checkpointing
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-COUNTER = "num_batches_tracked"  # older tools do not save it, and only BatchNorm without a momentum reads it
-RIVAL_SHARE = 0.5  # of the weights under the fullest prefix: with so many, another prefix may be meant as well
-ROOT = "."  # how the empty prefix is shown, and may be given where an empty text means "not set"
+COUNTER = "num_batches_tracked"  # not saved by older tools, and only used by BatchNorm without momentum
+RIVAL_SHARE = 0.5  # share of the fullest prefix's weights from which another prefix may be meant, too
+ROOT = "."  # the empty prefix in messages and settings, where an empty string means "not set"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The weights of the network under one prefix of a checkpoint."""
+    """The network's weights under one prefix of a checkpoint."""
 
     prefix: str
     names: Mapping[str, str]
-    """The network's own name -> the checkpoint's."""
+    """Name in the network -> name in the checkpoint."""
     fitting: int
-    """Weights in the network's shape, counters left out."""
+    """Number of weights with the right shape, without batch counters."""
 
     @property
     def shown(self) -> str:
-        """The prefix as messages show it."""
+        """The prefix for messages."""
         return repr(self.prefix or ROOT)
 
 
@@ -51,10 +51,10 @@ def find_weights(
     source_prefix: str | None = None,
     prefix_key: str = Key.SOURCE_PREFIX,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of `weights` by the names of `wanted`, a network's state dict, and the names under the same prefix that
-    the network lacks. `source_prefix` chooses the prefix; messages call that setting `prefix_key` and the checkpoint `where`.
+    """Return the tensors of `weights` by the names of `wanted`, and the names under the same prefix that the network lacks.
 
-    Raises InputError if several prefixes may be meant, and for a `source_prefix` that is not there.
+    `wanted`: a network's state dict. `source_prefix` chooses the prefix; messages call that setting `prefix_key` and the
+    checkpoint `where`. Raises InputError if several prefixes may be meant or `source_prefix` does not exist.
     """
     candidates = _candidates(weights, wanted, where)
     total = sum(not is_counter(name) for name in wanted)
@@ -69,12 +69,12 @@ def find_weights(
 
 
 def is_counter(name: str) -> bool:
-    """Return whether the name is that of a counter of batches, which is no weight."""
+    """Return True for the name of a batch counter, which does not count as a weight."""
     return name.rpartition(".")[2] == COUNTER
 
 
 def _candidates(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> list[Candidate]:
-    """Return every prefix with at least one weight of the network, by name."""
+    """Return every prefix with at least one weight of the network, sorted by name."""
     known = {_without_wrappers(name): name for name in wanted}
     found: dict[str, dict[str, str]] = {}
     for name in sorted(weights):
@@ -103,7 +103,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _named(candidates: Sequence[Candidate], source_prefix: str, where: str, prefix_key: str, total: int) -> Candidate:
-    """Return the candidate that a user means: by the whole prefix, with or without wrappers, or by some parts of it."""
+    """Return the candidate that the user means, by the whole prefix (with or without wrappers) or some of its parts."""
     given = source_prefix.strip(".")
     tests = [
         lambda prefix: prefix == given,
@@ -129,15 +129,13 @@ def _named(candidates: Sequence[Candidate], source_prefix: str, where: str, pref
 def _only_one(
     candidates: Sequence[Candidate], weights: Mapping[str, Tensor], where: str, prefix_key: str, total: int
 ) -> Candidate:
-    """Return the candidate to take without a choice of the user; raises InputError if there may be several."""
-    fullest = max(
-        candidates, key=lambda candidate: (candidate.fitting, len(candidate.names))
-    )  # the first of equal ones
+    """Return the candidate to use if the user chose none. Raises InputError if several may be meant."""
+    fullest = max(candidates, key=lambda candidate: (candidate.fitting, len(candidate.names)))  # the first in a tie
     if fullest.fitting == total:
         rivals = [one for one in candidates if one.fitting == total]
     elif fullest.fitting:
         rivals = [one for one in candidates if one.fitting >= RIVAL_SHARE * fullest.fitting]
-    else:  # another network's names, in other shapes
+    else:  # names fit, but no shape does: another network
         rivals = [one for one in candidates if len(one.names) >= RIVAL_SHARE * len(fullest.names)]
     if any(not _equal(fullest, one, weights) for one in rivals):
         raise InputError(
@@ -154,7 +152,7 @@ def _only_one(
 
 
 def _equal(one: Candidate, other: Candidate, weights: Mapping[str, Tensor]) -> bool:
-    """Return whether both bring the same values: one network that was saved, or registered, under two names."""
+    """Return True if both have the same values, as when one network is saved under two names."""
     if one is other:
         return True
     names = {own for own in one.names if not is_counter(own)}
@@ -165,7 +163,7 @@ def _equal(one: Candidate, other: Candidate, weights: Mapping[str, Tensor]) -> b
 
 
 def _surplus(weights: Mapping[str, Tensor], chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
-    """Return the names under the chosen prefix that are neither its weights nor another candidate's."""
+    """Return the names under the chosen prefix that belong neither to it nor to another candidate."""
     start = chosen.prefix and f"{chosen.prefix}."
     taken = {_without_wrappers(own) for own in chosen.names}
     others = tuple(
@@ -182,6 +180,6 @@ def _surplus(weights: Mapping[str, Tensor], chosen: Candidate, candidates: Seque
 
 
 def _listed(candidates: Sequence[Candidate], total: int) -> str:
-    """List prefixes with the share of the network that each brings, in a sentence's length."""
+    """List up to eight prefixes for a message, each with its share of the network's weights."""
     shown = [f"{one.shown} ({one.fitting} of {total} weights)" for one in candidates[:8]]
     return ", ".join(shown) + (f" and {len(candidates) - 8} more" if len(candidates) > 8 else "")

@@ -1,7 +1,7 @@
-"""Reads `torch.save` files that may be a stranger's: tensors and plain values, never code.
+"""Reads untrusted `torch.save` files: tensors and plain values, never code.
 
-Training frameworks keep objects of their own beside the weights (hyperparameters above all). torch refuses a file with such
-objects as a whole; here each is replaced by something inert, its class is not imported, and the tensors are read.
+Training frameworks save their own objects, mostly hyperparameters, together with the weights. torch refuses such files.
+Here, inert placeholders replace these objects without importing their classes, so that the tensors can be read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from dann_experiments.config.errors import InputError
 
 log = logging.getLogger(__name__)
-# nothing that a checkpoint needs is of these: a file that names them was made to run something
+# no checkpoint needs these modules: a file that names them was made to run code
 RUNS_CODE = {
     "_pickle", "builtins", "code", "commands", "ctypes", "importlib", "multiprocessing", "nt", "operator", "os",
     "pickle", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys", "webbrowser",
@@ -32,11 +32,11 @@ MAPPINGS = {
     "collections.defaultdict", "lightning_fabric.utilities.data.AttributeDict",
     "lightning.fabric.utilities.data.AttributeDict", "pytorch_lightning.utilities.parsing.AttributeDict",
 }  # fmt: skip
-SLACK_BYTES = 2**20  # of a file beyond its members
+SLACK_BYTES = 2**20  # tolerated excess of the unpacked size over the file's size
 
 
 class ForeignObject:
-    """Stands for an object of a class that is not imported: takes any arguments and any state, and does nothing."""
+    """A placeholder for an object whose class is not imported; accepts any arguments and state, and ignores them."""
 
     def __new__(cls, *_: Any) -> ForeignObject:
         return super().__new__(cls)
@@ -49,15 +49,17 @@ class ForeignObject:
 
 
 class _ForeignMapping:
-    """The same for a mapping, whose items torch sets one by one and in a few types only."""
+    """A placeholder for a foreign mapping; it creates an OrderedDict, one of the few types that torch sets items of."""
 
     def __new__(cls, *_: Any) -> Any:
         return OrderedDict()
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Read the mapping in a file of `torch.save`, with foreign objects in it replaced. Raises InputError, with the reason, for a
-    file that names what runs code, for a whole pickled network, and for what is no such file."""
+    """Read the mapping in a `torch.save` file, with placeholders for foreign objects.
+
+    Raises InputError if the file names code to run, holds a pickled network, or is not such a file.
+    """
     try:
         foreign = _foreign_names(path)
         stand_ins = [(_ForeignMapping if name in MAPPINGS else ForeignObject, name) for name in foreign]
@@ -65,20 +67,22 @@ def load_tensors(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except Exception as error:  # torch raises many kinds here; each means: not a file of tensors
+    except Exception as error:  # torch raises many types, all for files that it cannot read
         found = re.search(
             r"WeightsUnpickler error:\s*(.*)|(Trying to load .* is blocked)|(a torchscript checkpoint)", str(error)
         )
         if found and _may_hold_code(path):
             raise InputError(
                 f"checkpoint {path} holds more than tensors and plain values ({_first_sentence(found[1] or found[0])}); it was "
-                "not loaded, as that could run foreign code. Save its state_dict alone."
+                "not loaded, as that could run foreign code. Save only its state_dict."
             ) from None
-        raise InputError(f"checkpoint {path} is no checkpoint that torch can read ({type(error).__name__}).") from None
+        raise InputError(
+            f"checkpoint {path} is not a checkpoint that torch can read ({type(error).__name__})."
+        ) from None
     if isinstance(content, ForeignObject):
         raise InputError(
-            f"checkpoint {path} is a whole pickled object ({_listed(foreign)}); loading that would run foreign code. Save its "
-            "state_dict alone."
+            f"checkpoint {path} is a whole pickled object ({_listed(foreign)}); loading it would run foreign code. Save only "
+            "its state_dict."
         )
     if not isinstance(content, dict):
         raise InputError(
@@ -90,20 +94,22 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def _may_hold_code(path: Path) -> bool:
-    """Return whether it begins as an archive or a pickle does; a text is neither."""
+    """Return True if the file begins like an archive or a pickle, unlike a text."""
     with open(path, "rb") as file:
         return file.read(1) in (b"P", b"\x80")
 
 
 def _foreign_names(path: Path) -> list[str]:
-    """Return what the file would import, beside what torch knows as harmless; [] for the older format, which torch itself
-    refuses where it names anything."""
+    """Return the names that the file would import, except those that torch considers safe.
+
+    [] for torch's older format, in which torch itself refuses such names. Raises InputError for names that run code.
+    """
     if not zipfile.is_zipfile(path):
         return []
     with zipfile.ZipFile(path) as package:
         if sum(member.file_size for member in package.infolist()) > path.stat().st_size + SLACK_BYTES:
             raise InputError(
-                f"checkpoint {path} is compressed, as torch.save makes none; it may be made to fill the memory."
+                f"checkpoint {path} is compressed, which torch.save never does; it may be meant to exhaust the memory."
             )
     foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     runs = [name for name in foreign if name.split(".")[0] in RUNS_CODE and name not in PLAIN]

@@ -1,8 +1,8 @@
-"""Saved models: a folder of safetensors and JSON, and what its JSON notes of the network. Nothing is unpickled.
+"""Writes and reads saved models: folders of safetensors and JSON, without pickles.
 
-A saved model is a folder in segmentation-models-pytorch's own `save_pretrained` format (`config.json`,
-`model.safetensors`), so that `smp.from_pretrained(folder)` reads it, with `dann.json` beside it: class names, ids that are
-ignored, and how the images of each domain are read and normalized. `read_model_notes` reads both JSON files back.
+A saved model is a folder in the `save_pretrained` format of segmentation-models-pytorch (`config.json`, `model.safetensors`), so
+that `smp.from_pretrained(folder)` reads it. An additional `dann.json` holds class names, the ignored id, and how the images of
+each domain are read and normalized. `read_model_notes` reads both JSON files.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ from dann_experiments.names import DOMAINS
 CONFIG_NAME = "config.json"
 NOTES_NAME = "dann.json"
 BASIC_ARGUMENTS = ("encoder_name", "in_channels", "classes")
-# of config.json: what says nothing about the weights, and an activation at the end, since our networks give logits
+# keys of config.json to skip: unrelated to weights, or a final activation, since our networks return logits
 NO_ARGUMENTS = ("_model_class", "encoder_weights", "activation")
 
 
 @dataclass(frozen=True)
 class ModelNotes:
-    """The network, the classes and the reading of images that a saved model notes beside its weights."""
+    """Metadata of a saved model: the network, the classes, and how images are read."""
 
     arch: str
-    """Key of `smp.MODEL_ARCHITECTURES_MAPPING`."""
+    """Architecture, a key of `smp.MODEL_ARCHITECTURES_MAPPING`."""
     arguments: Mapping[str, Any]
-    """Arguments of `smp.create_model`: encoder_name, in_channels, classes and whatever else is not null."""
+    """Arguments of `smp.create_model`: encoder_name, in_channels, classes and others that are not null."""
     class_names: tuple[str, ...] | None = None
-    """One per class, index = class id; None where the model was saved by segmentation-models-pytorch alone."""
+    """Class names by class id; None if segmentation-models-pytorch saved the model."""
     ignore_index: int | None = None
-    """Mask value that counted nowhere in training."""
+    """Mask value that was ignored in training."""
     readings: Mapping[str, tuple[Reading, Normalization]] = field(default_factory=dict)
-    """By domain (source, target): how its images are read and normalized. A domain without training images is absent."""
+    """How images are read and normalized, by domain (source, target); domains without training images are absent."""
 
     @property
     def classes(self) -> int:
-        """Number of classes, K of the logits."""
+        """Number of classes K."""
         return self.arguments["classes"]
 
     @property
     def in_channels(self) -> int:
-        """Bands of its images."""
+        """Number of bands per image."""
         return self.arguments["in_channels"]
 
     def build(self) -> nn.Module:
-        """Build the network without its weights (`load_into` brings them). Raises InputError if it cannot be built."""
+        """Return the network without its weights, for `load_into`. Raises InputError if it cannot be built."""
         own = {name: self.arguments[name] for name in self.arguments if name not in BASIC_ARGUMENTS}
         return build_network(self.arch, self.arguments["encoder_name"], None, self.in_channels, self.classes, own)
 
@@ -66,8 +66,10 @@ class ModelNotes:
 def save_model(
     folder: str | Path, network: nn.Module, arch: str, arguments: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
-    """Write `network` into `folder`; `arguments` are those of `smp.create_model`, `facts` what else a user needs. Raises
-    NotWritten where the disk is full or cannot be written to."""
+    """Write `network` into `folder`; `arguments`: those of `smp.create_model`, `facts`: further content of `dann.json`.
+
+    Raises NotWritten if the disk is full or not writable.
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -81,11 +83,11 @@ def save_model(
 
 
 def read_model_notes(path: str | Path, where: str | None = None) -> ModelNotes | None:
-    """Read the notes of a saved model at `path` (its folder, or the weights in it); None for a checkpoint without notes.
+    """Read the notes of a saved model at `path` (its folder or weights file); return None for a checkpoint without notes.
 
-    `where` names it in errors, if `path` is only a copy. The notes of a `save_pretrained` folder without `dann.json` are its
-    network alone. Models older than readings have one mean and std for both domains. Raises InputError for notes that are damaged
-    or name what segmentation-models-pytorch does not have: nothing is imported by their names.
+    `where` names the model in errors if `path` is a copy. Without `dann.json`, only the network is known. Older models have
+    one mean and std for both domains. Raises InputError if notes are damaged or name anything unknown to
+    segmentation-models-pytorch; nothing is imported by name.
     """
     path = user_path(path)
     folder = path.parent if path.name == WEIGHTS_NAME and not path.is_dir() else path
@@ -98,7 +100,7 @@ def read_model_notes(path: str | Path, where: str | None = None) -> ModelNotes |
         return None
     config = _read_json(folder / CONFIG_NAME, where)
     has_notes = (folder / NOTES_NAME).is_file()
-    if not has_notes and "_model_class" not in config:  # another library's
+    if not has_notes and "_model_class" not in config:  # from another library
         return None
     facts = _read_json(folder / NOTES_NAME, where) if has_notes else {"arch": config["_model_class"]}
     check = _NoteChecker(where)
@@ -128,7 +130,7 @@ def _read_json(file: Path, where: str) -> dict[str, Any]:
 
 
 class _NoteChecker:
-    """Turns the notes of a saved model into values that can be relied on; refuses the rest, naming the model."""
+    """Validates the notes of a saved model; raises InputError that names the model for invalid ones."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -151,7 +153,7 @@ class _NoteChecker:
 
         found = {name: value for name, value in config.items() if name not in NO_ARGUMENTS and value is not None}
         encoder = found.get("encoder_name")
-        # timm would ask a hub for a name with a colon (hf-hub:, local-dir:), which a file shall not bring about
+        # a colon (hf-hub:, local-dir:) would make timm download or read other files, which notes must not cause
         if not isinstance(encoder, str) or ":" in encoder:
             raise self.refused("encoder_name", encoder, "an encoder of segmentation-models-pytorch", CONFIG_NAME)
         for name, least in (("in_channels", 1), ("classes", 2)):
@@ -190,19 +192,19 @@ class _NoteChecker:
     def reading(self, domain: str, facts: Any, bands: int) -> tuple[Reading, Normalization]:
         prefix = f"reading.{domain}." if domain else ""
         try:
-            reading, normalisation = reading_from_facts(facts)
+            reading, normalization = reading_from_facts(facts)
         except InputError:
             raise self.refused(
                 prefix.rstrip("."), facts, "low, high, mean and std, each with one number per band"
             ) from None
         for key in ("low", "high", "mean", "std"):
-            value = getattr(normalisation, key)
+            value = getattr(normalization, key)
             if not _are_numbers(value, bands):
                 raise self.refused(prefix + key, value, f"{bands} numbers, one per band (in_channels)")
-        if min(normalisation.std) <= 0:
-            raise self.refused(f"{prefix}std", normalisation.std, "above 0 for each band")
-        if any(low >= high for low, high in zip(normalisation.low, normalisation.high, strict=True)):
-            raise self.refused(f"{prefix}high", normalisation.high, f"above low, {normalisation.low}")
+        if min(normalization.std) <= 0:
+            raise self.refused(f"{prefix}std", normalization.std, "above 0 for each band")
+        if any(low >= high for low, high in zip(normalization.low, normalization.high, strict=True)):
+            raise self.refused(f"{prefix}high", normalization.high, f"above low, {normalization.low}")
         wanted = {
             "bands": (_are_bands(reading.bands, bands), f"null or {bands} band numbers counted from 1"),
             "scale": (_is_scale(reading.scale), "type, percentiles or [LOW, HIGH]"),
@@ -215,7 +217,7 @@ class _NoteChecker:
         for key, (right, what) in wanted.items():
             if not right:
                 raise self.refused(prefix + key, getattr(reading, key), what)
-        return reading, normalisation
+        return reading, normalization
 
 
 def _is_whole(value: Any) -> bool:

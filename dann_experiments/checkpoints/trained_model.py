@@ -1,4 +1,4 @@
-"""A trained model with all that is needed to use it on images: network, class names, reading, normalization."""
+"""A trained model with everything needed to apply it to images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dann_experiments.data.reading import Normalization, Reading
 
 @dataclass(frozen=True)
 class Model:
-    """A network with all that is needed to use it."""
+    """A network with everything needed to apply it to images."""
 
     network: nn.Module
     class_names: Sequence[str]
@@ -22,13 +22,13 @@ class Model:
     reading: Reading
     normalisation: Normalization
     digest: str
-    """Equal for equal weights and class names."""
+    """Digest of weights and class names (`model_digest`)."""
     run_id: str | None
-    """The run that made it, where known."""
+    """MLflow run that trained it; None = unknown."""
 
 
 def model_digest(network: nn.Module, class_names: Sequence[str]) -> str:
-    """Return 32 hex digits that are equal for equal weights and class names; `network` is on the CPU."""
+    """Return 32 hex digits that are equal for equal weights and class names; `network` must be on the CPU."""
     digest = hashlib.blake2b(json.dumps([type(network).__name__, list(class_names)]).encode(), digest_size=16)
     for name, tensor in network.state_dict().items():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Reads the weights of a checkpoint, from the formats that people have, and loads them into a network. Nothing is unpickled."""
+"""Reads the weights of a checkpoint in common formats, without running code, and loads them into a network."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dann_experiments.names import Key
 
 SourceFormat = Literal["auto", "pytorch_lightning", "pytorch", "smp"]
 WEIGHTS_NAME = "model.safetensors"
-DEEPEST = 4  # mappings inside mappings of a checkpoint that are looked into
+DEEPEST = 4  # levels of nested mappings to search in a checkpoint
 
 
 def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict[str, Tensor]:
-    """Read the tensors in a file or folder by name: Lightning `.ckpt`, state dict, SMP folder, safetensors.
+    """Return the tensors in a file or folder by name: Lightning `.ckpt`, state dict, SMP folder or safetensors.
 
-    State dicts inside mappings (`net`, `model.state_dict`) are all read; where there are several, their names begin with the
-    keys that lead to them. Only tensors and plain values are read, never code (`safe_load`). Raises InputError for anything else.
+    All state dicts in nested mappings (`net`, `model.state_dict`) are read; if there are several, names begin with their keys.
+    Only tensors and plain values are read, never code (`safe_load`). Raises InputError for anything else.
     """
     path = user_path(path)
     if not path.exists():
@@ -50,7 +50,7 @@ def read_weights(path: str | Path, source_format: SourceFormat = "auto") -> dict
     is_lightning = source_format == "pytorch_lightning" or "pytorch-lightning_version" in content
     if is_lightning and not isinstance(content.get("state_dict", content), dict):
         raise InputError(
-            f"checkpoint {path} holds {type(content['state_dict']).__name__} as state_dict; give one of names and tensors."
+            f"checkpoint {path} holds {type(content['state_dict']).__name__} as state_dict; it must map names to tensors."
         )
     only = content.get("state_dict", content) if source_format == "pytorch_lightning" else content
     found = dict(_state_dicts(only))
@@ -72,10 +72,10 @@ def load_into(
     source_prefix: str | None = None,
     prefix_key: str = Key.SOURCE_PREFIX,
 ) -> list[str]:
-    """Load `weights` into `network`: those under `source_prefix`, or under the one prefix, such as `model.`, that brings a
-    network (`prefixes`). Their values are cast to the network's type.
+    """Load `weights` into `network`, cast to its type, and return one line for each weight that does not fit.
 
-    Returns what did not fit, one line each; with `strict` raises InputError listing it by name instead.
+    Uses the weights under `source_prefix`, or under the only prefix that holds a network (see `prefixes`). `where` names the
+    checkpoint in messages. Raises InputError if nothing fits, for NaN or infinite weights and, with `strict`, for any misfit.
     """
     wanted = network.state_dict()
     found, surplus = find_weights(weights, wanted, where, source_prefix, prefix_key)
@@ -88,34 +88,36 @@ def load_into(
     ]
     if problems and strict:
         raise InputError(
-            f"checkpoint {where} does not fit the network of `model` ({listed(problems)}). Give the checkpoint's own model "
+            f"checkpoint {where} does not fit the network of `model` ({listed(problems)}). Use the checkpoint's own model "
             "settings, or set domain_adaptation.pretrained_checkpoint.strict_loading to false to load what fits."
         )
     fitting = {name: tensor for name, tensor in found.items() if tensor.shape == wanted[name].shape}
     if not fitting:
-        raise InputError(f"checkpoint {where} has no weight in common with the network that is built for it.")
+        raise InputError(f"checkpoint {where} has no weights in common with the network of `model`.")
     for name, tensor in fitting.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(
-                f"checkpoint {where} holds NaN or infinity in {name}: the training that wrote it diverged. Give an earlier one."
+                f"checkpoint {where} holds NaN or infinity in {name}: its training diverged. Use an earlier checkpoint."
             )
     network.load_state_dict(fitting, strict=False)
     return problems
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Return the problems that `load_into` found, in a sentence's length."""
+    """Join up to eight problems of `load_into` for a message."""
     return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
 
 
 def _holds_values(tensor: Tensor) -> bool:
-    """Return False for tensors that claim a size without holding values: meta, sparse and quantized ones."""
+    """Return False for meta, sparse and quantized tensors, which do not hold one value per element."""
     return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
 def _state_dicts(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Yield every mapping of names to tensors in `content`, itself included, with the keys that lead to it. State dicts have
-    dotted names: where there are some, mappings without dots, such as an optimizer's, are left out."""
+    """Yield (keys that lead to it, mapping) for every mapping of names to tensors in `content`, including itself.
+
+    If any has dotted names, as state dicts do, mappings without them, such as an optimizer's, are left out.
+    """
     found = list(_tensors_inside(content, (), 0))
     dotted = [(keys, state) for keys, state in found if any("." in name for name in state)]
     yield from dotted or found

@@ -1,4 +1,4 @@
-"""Random changes of training images, the same for image, mask and validity; torchvision's transforms."""
+"""Random augmentation of training images with torchvision's transforms; image, mask and validity change together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _QuarterTurn(v2.Transform):
 
 
 class _BandJitter(v2.Transform):
-    """Gain and offset of each band, for images that are not RGB."""
+    """Changes gain and offset of each band at random, for images that are not RGB."""
 
     _transformed_types = (tv_tensors.Image,)
 
@@ -40,9 +40,9 @@ class _BandJitter(v2.Transform):
 def augmented(
     image: Tensor, mask: Tensor | None, valid: Tensor | None, strength: Strength
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Image (B, h, w) in 0..1, mask (h, w) and validity (h, w), changed together; draws from torch's random state.
+    """Return image (B, h, w) in 0..1, mask (h, w) and validity (h, w), augmented together with torch's random state.
 
-    light: flips and quarter turns. strong: also scale (0.5 to 1 of the area, back to full size), colour and blur.
+    light: flips and quarter turns. strong: also random crops of 0.5 to 1 of the area, resized to full size, color and blur.
     """
     if strength == "none":
         return image, mask, valid
@@ -50,8 +50,8 @@ def augmented(
     changes: list[Any] = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), _QuarterTurn()]
     if strength == "strong":
         scale = v2.RandomResizedCrop(size, scale=(0.5, 1.0), ratio=(0.9, 1.1), antialias=True)
-        colour = v2.ColorJitter(0.3, 0.3, 0.3, 0.05) if image.shape[0] == 3 else _BandJitter()
-        changes += [scale, v2.RandomApply([colour], 0.8), v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.5))], 0.3)]
+        color = v2.ColorJitter(0.3, 0.3, 0.3, 0.05) if image.shape[0] == 3 else _BandJitter()
+        changes += [scale, v2.RandomApply([color], 0.8), v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.5))], 0.3)]
     given: dict[str, Tensor] = {"image": tv_tensors.Image(image)}
     if mask is not None:
         given["mask"] = tv_tensors.Mask(mask)
@@ -66,5 +66,5 @@ def augmented(
 
 
 def _like(given: Any, changed: Tensor) -> Any:
-    """`changed` as the kind of tensor (image or mask) that `given` is."""
+    """Return `changed` wrapped in the tensor type (image or mask) of `given`."""
     return tv_tensors.wrap(changed, like=given)  # pyright: ignore[reportCallIssue]

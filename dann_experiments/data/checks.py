@@ -1,4 +1,4 @@
-"""Checks of sets of images before training: sizes, units, value ranges, classes."""
+"""Checks image sets before training: sizes, units, value ranges, classes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from dann_experiments.data.dataset import MOST_PADDED, SegmentationDataset
 from dann_experiments.data.statistics import BandSums, range_remark
 from dann_experiments.names import DOMAINS, Domain, SetName
 
-LOOKED_AT_FOR_RANGE = 16  # training windows, by which a range that does not suit is found
+LOOKED_AT_FOR_RANGE = 16  # windows to check the range of values on
 
 
 def range_of_some(dataset: SegmentationDataset, key: str) -> str | None:
-    """Return a remark where a set's `scale` does not suit the values of some of its windows, else None. `key`: the domain's
-    settings, such as data.source."""
+    """Return a remark if a set's `scale` does not suit the values of a sample of its windows, else None.
+
+    `key`: prefix of the domain's settings, such as data.source.
+    """
     if dataset.reading.scale == "percentiles":
         return None
     sums = BandSums(dataset.in_channels)
@@ -32,10 +34,10 @@ def range_of_some(dataset: SegmentationDataset, key: str) -> str | None:
 def label_map_remarks(
     class_names: Sequence[str], mapped: Mapping[Domain, Sequence[str]], own_maps: Iterable[Domain]
 ) -> list[str]:
-    """Return sentences on label maps that name other classes than the network has, or lack some of them.
+    """Return remarks on label maps that name classes the network does not have, or that lack some of its classes.
 
-    `mapped`: class names of each domain's map, for domains that have one; `own_maps`: the domains whose map the user wrote: that
-    of a preset knows all classes of its data set, of which a network may have some.
+    `mapped`: class names in each domain's label map, if it has one. `own_maps`: domains whose map the user wrote; only these are
+    checked for surplus classes, since a preset's map names all classes of its data set.
     """
     remarks = []
     for domain, names in mapped.items():
@@ -45,8 +47,8 @@ def label_map_remarks(
             near = {name: difflib.get_close_matches(name, lacking or class_names, n=1) for name in more}
             hint = "".join(f"; did you mean {found[0]!r} by {name!r}?" for name, found in near.items() if found)
             remarks.append(
-                f"data.{domain}: its label map names {more}, which are none of the network's classes {list(class_names)} and "
-                f"count nowhere (write {IGNORED} if that is meant){hint}"
+                f"data.{domain}: its label map names {more}, which are not among the network's classes {list(class_names)} and "
+                f"are ignored (write {IGNORED} if that is intended){hint}"
             )
         if lacking:
             remarks.append(f"data.{domain}: its label map has no class {lacking}.")
@@ -56,10 +58,10 @@ def label_map_remarks(
 def absent_classes(
     class_pixels: np.ndarray, class_names: Sequence[str], ignore_index: int, map_remarks: Sequence[str]
 ) -> str | None:
-    """Return a remark on classes that no mask of data.source.train holds, else None.
+    """Return a remark on classes that no mask of data.source.train contains, else None.
 
-    `class_pixels`: (256,) pixels of each id. Raises InputError, with the remarks on label maps, where fewer than two classes are
-    left: masks of 0 and 255 would train on nothing, as 255 is ignored by default.
+    `class_pixels`: (256,) number of pixels per id. Raises InputError, with the remarks on label maps, if fewer than two classes
+    are present; masks of 0 and 255, for example, leave one class, as 255 is ignored by default.
     """
     found = np.flatnonzero(class_pixels).tolist()
     classes = [value for value in found if value != ignore_index]
@@ -74,9 +76,10 @@ def absent_classes(
 
 
 def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> None:
-    """Refuse training items that cannot be put into batches of a network of this stride.
+    """Raise InputError if training items cannot be batched for a network of this stride.
 
-    Items must be larger than the crop or, without crops, all of one size; crop or items must be divisible by `stride`.
+    Items must be at least as large as the crop (or be padded to it) or, without crops, all of one size. The sides of the crop or
+    the items must be divisible by `stride`. `name`: the set's name in messages.
     """
     sizes: dict[tuple[int, int], Path] = {}
     for piece in dataset.pieces:
@@ -107,7 +110,7 @@ def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> Non
 
 
 def unit_problems(sets: Mapping[SetName, SegmentationDataset]) -> list[str]:
-    """Return what is wrong with the pixel sizes of several sets: one number that means two units."""
+    """Return a message per set whose `pixel_size` is used with two different units."""
     first: dict[tuple[Domain, float], tuple[SetName, str, Path]] = {}
     problems = []
     for name, dataset in sets.items():

@@ -1,4 +1,4 @@
-"""Items of a set of images: windows of images with their masks, as tensors."""
+"""The data set of one domain and split: windows of images with their masks, as tensors."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from dann_experiments.data.reading import TYPE_RANGES, Normalization, Reading, f
 from dann_experiments.data.samples import Sample
 from dann_experiments.data.windows import Piece, at_random, default_size, grid
 
-MOST_PADDED = 8  # times a side of an image that a crop may be: beyond, hardly any of it would hold data
-Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]  # image (B, h, w) as stored, mask (h, w), valid (h, w)
+MOST_PADDED = 8  # largest crop size as a multiple of the image's shorter side; larger crops would be mostly padding
+Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]  # stored image (B, h, w), mask (h, w), valid (h, w)
 
 
 class Memory:
-    """How much decoded data may still be kept, shared by the sets of a job."""
+    """A memory budget for decoded images, shared by the sets of a job."""
 
     def __init__(self, gigabytes: float) -> None:
         self.bytes_left = gigabytes * 1e9
         self.full = gigabytes <= 0
-        """Whether something had to be left out: reading ahead is of no use any more."""
+        """True once something did not fit; reading ahead is then useless."""
 
     def take(self, arrays: Arrays) -> bool:
-        """Count these arrays and return True if they may be kept."""
+        """Reserve memory for these arrays; return False if they do not fit."""
         size = sum(array.nbytes for array in arrays if array is not None)
         if size > self.bytes_left:
             self.full = True
@@ -45,14 +45,16 @@ class Memory:
 
 
 class SegmentationDataset(Dataset):
-    """Items {"image": (B, h, w) float32, "index": i}, with "mask" (h, w) int64 class ids where there are masks, and "valid"
-    (h, w) float32, 0 at nodata, where an image of the set may lack data.
+    """A data set of windows of images (`window_size`, see `windows`), or of whole images.
 
-    An item is a window of an image (`window_size`, see `windows.py`), or an image. Pixels without data are 0 in the image (the
-    mean) and `ignore_index` in the mask. A training set (`training`) draws a crop and an augmentation for each item from
-    torch's random state, or from the seed that comes with the index as (index, seed); its windows may lie at random places.
-    An item smaller than the crop is put at a random place of it, with pixels without data around it (`pad_to_crop`).
-    Raises InputError for a file that is no image, and for one whose bands or type do not fit.
+    An item is {"image": (B, h, w) float32, "index": i}. It has "mask" (h, w), int64 class ids, if the set has masks, and "valid"
+    (h, w), float32 with 0 at nodata, if any image of the set may lack data. Pixels without data are 0 (the mean) in the image
+    and `ignore_index` in the mask.
+
+    With `training`, items are cropped to `crop_size` at random, and those asked for as (index, seed) are augmented; `seed`
+    decides both. `random_windows` draws the places of windows, too. With `pad_to_crop`, an item smaller than the crop is put at
+    a random place in it, surrounded by nodata. `headers` saves reading them again; `memory` limits what is kept decoded.
+    Raises InputError for a file that is not an image, or whose bands or type do not fit.
     """
 
     def __init__(
@@ -94,25 +96,24 @@ class SegmentationDataset(Dataset):
         self._kept: dict[Piece, Arrays] = {}
         self._filled = False
         self.class_pixels: np.ndarray | None = None
-        """(256,) pixels of each id in the masks, from `fill`; None until then, or where not all masks were read."""
+        """(256,) number of mask pixels per class id, set by `fill`; None before that, or if not all masks were read."""
 
     def __len__(self) -> int:
         return len(self.pieces)
 
     @property
     def in_channels(self) -> int:
-        """Bands of an item."""
+        """Number of bands per image."""
         return len(self.normalization.mean)
 
     @property
     def has_masks(self) -> bool:
-        """Whether the items bring masks."""
+        """True if the items have masks."""
         return bool(self.samples) and self.samples[0].mask is not None
 
     @property
     def later_rules(self) -> list[str]:
-        """Return the names of the rules, newer than version 0.1, by which images of this set are read otherwise than they were
-        then."""
+        """Return the names of the reading rules introduced after version 0.1 that change how this set is read."""
         rules = set()
         for header in self.headers:
             if header.orientation != 1:
@@ -127,7 +128,7 @@ class SegmentationDataset(Dataset):
         return sorted(rules)
 
     def name_of(self, index: int) -> str:
-        """Return the image file of an item, with the place of its window where the image has several."""
+        """Return the image file of an item, followed by the window's rows and columns unless it covers the whole image."""
         piece = self.pieces[index]
         path, header = str(self.samples[piece.sample].image), self.headers[piece.sample]
         top, left, height, width = piece.window
@@ -135,7 +136,7 @@ class SegmentationDataset(Dataset):
         return path if whole else f"{path} [rows {top}:{top + height}, columns {left}:{left + width}]"
 
     def read(self, index: int) -> Arrays:
-        """Return image (B, h, w) as stored in the file, mask (h, w) and validity (h, w; None = all valid) of an item."""
+        """Return an item's image (B, h, w) as stored in the file, mask (h, w) and validity (h, w; None = all valid)."""
         piece = self.pieces[index]
         if piece in self._kept:
             return self._kept[piece]
@@ -158,9 +159,10 @@ class SegmentationDataset(Dataset):
         return arrays
 
     def fill(self) -> Iterator[int]:
-        """Read what can be kept in memory and what must be known before training: the masks, and which windows hold no data
-        (a training set drops them). Yields the number of items done after each, none if all was done before; raises InputError
-        for a bad file."""
+        """Read the set, keep what fits into memory, count class pixels, and drop training windows without any data.
+
+        Yield the number of items done after each item; yield nothing on a second call. Raises InputError for a bad file.
+        """
         if self._filled:
             return
         pixels = np.zeros(256, np.int64)
@@ -189,19 +191,21 @@ class SegmentationDataset(Dataset):
         self._filled = True
 
     def with_normalization(self, normalization: Normalization) -> SegmentationDataset:
-        """Return the same items under another normalization. What is kept in memory is shared."""
+        """Return a copy with another normalization, which shares the images kept in memory."""
         same = copy.copy(self)
         same.normalization = normalization
         return same
 
     def kept(self) -> dict[Piece, Arrays] | None:
-        """Return what `fill` keeps in memory, if that is all of the set."""
+        """Return the arrays that `fill` keeps in memory; None unless the whole set is kept."""
         whole = self._filled and all(piece in self._kept for piece in self.pieces)
         return {piece: self._kept[piece] for piece in self.pieces} if whole else None
 
     def restore(self, kept: Mapping[Piece, Arrays], class_pixels: np.ndarray | None, counted: bool = False) -> bool:
-        """Take over what `fill` of another process found. Return False, and change nothing, where it does not fit into memory.
-        `counted`: the arrays replace those that are kept already."""
+        """Take over the result of `fill` from another process. Return False, and change nothing, if it does not fit into memory.
+
+        `counted`: the arrays replace those kept already, so they take no further memory.
+        """
         size = sum(array.nbytes for arrays in kept.values() for array in arrays if array is not None)
         if not counted:
             if self.memory.full or size > self.memory.bytes_left:
@@ -213,7 +217,7 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
         if isinstance(index, tuple):
             index, seed = index
-            # of the CPU alone: torch.manual_seed would also note a traceback for each kind of device that is not in use yet
+            # Seed only the CPU: torch.manual_seed also formats a traceback for every device type not yet initialized.
             state = torch.default_generator.get_state()
             torch.default_generator.manual_seed(seed)
             try:
@@ -223,8 +227,10 @@ class SegmentationDataset(Dataset):
         return self._item(index, "none")
 
     def as_evaluated(self, most: int | None = None) -> SegmentationDataset:
-        """Return the same items, or `most` of them from all over the set, whole and in order: no crop, no augmentation, no random
-        draw. What is kept in memory is shared."""
+        """Return a copy for evaluation, without crops or augmentation, that shares the images kept in memory.
+
+        `most`: keep at most this many items, evenly spaced over the set.
+        """
         same = copy.copy(self)
         same.training, same.crop_size, same.augmentation = False, None, "none"
         if most is not None and most < len(self):
@@ -232,12 +238,12 @@ class SegmentationDataset(Dataset):
         return same
 
     def picture(self, item: dict[str, Tensor]) -> np.ndarray:
-        """Return an item's image (B, h, w) in 0..1: normalization undone."""
+        """Return an item's image (B, h, w) in 0..1, with the normalization undone."""
         mean, std = (np.array(side)[:, None, None] for side in (self.normalization.mean, self.normalization.std))
         return np.clip(item["image"].numpy() * std + mean, 0, 1)
 
     def normalization_of(self, sample: int) -> Normalization:
-        """Return the normalization of a sample: with the range of its own type where that counts."""
+        """Return the normalization of a sample, with the range of its own data type if `scale` is `type`."""
         return for_file(self.normalization, self.reading, self.headers[sample])
 
     def _item(self, index: int, augmentation: Strength) -> dict[str, Tensor]:
@@ -252,7 +258,7 @@ class SegmentationDataset(Dataset):
             image = torch.from_numpy(normalization(values, valid))
         else:
             scaled = normalization.scaled(values)
-            if valid is not None:  # NaN would spread in a blur
+            if valid is not None:  # a blur would spread NaN
                 scaled[:, ~valid] = np.array(normalization.mean, np.float32)[:, None]
             changed, labels, known = augmented(torch.from_numpy(scaled), labels, known, augmentation)
             image = self._normalized(changed, known)
@@ -288,11 +294,11 @@ class SegmentationDataset(Dataset):
         return image[:, *window], None if mask is None else mask[window], None if valid is None else valid[window]
 
     def pads(self, height: int, width: int) -> bool:
-        """Return whether an item of this size is filled up to the crop where it is smaller."""
+        """Return True if an item of this size may be padded to the crop size."""
         return self.pad_to_crop and self.crop_size is not None and self.crop_size <= MOST_PADDED * min(height, width)
 
     def _padded(self, arrays: Arrays, height: int, width: int) -> Arrays:
-        """Put an item at a random place of a larger one that holds no data around it."""
+        """Pad an item with nodata to `height` x `width`, at a random place."""
         image, mask, valid = arrays
         rows, columns = image.shape[1:]
         top = int(torch.randint(height - rows + 1, ()))
@@ -317,7 +323,7 @@ class SegmentationDataset(Dataset):
         return [piece for area in areas for piece in grid(*area)]
 
     def _area(self, sample: Sample, header: Header) -> Window:
-        """Return the part of an image that belongs to the set, on the working grid."""
+        """Return the part of an image that belongs to the set, in pixels of the working grid."""
         height, width = self.reading.grid_size(header, sample.image)
         if sample.region is None:
             return Window(0, 0, height, width)
@@ -325,7 +331,7 @@ class SegmentationDataset(Dataset):
         if right > header.width or bottom > header.height:
             raise InputError(
                 f"image {sample.image} is {header.width} pixels wide and {header.height} high; its region "
-                f"{list(sample.region)} (left, top, right, bottom) goes beyond."
+                f"{list(sample.region)} (left, top, right, bottom) extends beyond it."
             )
         factor = self.reading.factor(header, sample.image)
         first_row, first_column = round(top / factor), round(left / factor)

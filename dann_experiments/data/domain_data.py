@@ -1,7 +1,7 @@
-"""The image sets of a job, from plain settings to finished sets.
+"""Builds the image sets of a job from plain settings.
 
 data = DomainData(plan, names)  # files found, headers checked
-sets = data.read()              # pixels read as far as memory goes, normalization known
+sets = data.read()              # images read up to the memory limit, normalization measured
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from dann_experiments.data.statistics import measure, normalization_from
 from dann_experiments.names import DOMAINS, SOURCE_TRAIN, SOURCE_VAL, TARGET_TRAIN, Domain, SetName, Split
 
 log = logging.getLogger(__name__)
-MOST_STANDING_IN = 200  # training images that are used for validation where no domain has a validation set
+MOST_STANDING_IN = 200  # cap on training images used for validation if no domain has a validation set
 
 
 @dataclass(frozen=True)
 class DomainImages:
-    """The images of one domain: where they are, and how they are read."""
+    """Location of a domain's images, and how they are read."""
 
     entries: Mapping[Split, Sequence[Any]]
-    """What `find_samples` takes, per split."""
+    """Entries for `find_samples`, per split."""
     reading: Reading
     labels: LabelMap
     augmentation: Strength = "none"
     root: str | None = None
-    """Folder that the entries are relative to; None = that of the plan."""
+    """Folder that the entries are relative to; None = the plan's `root`."""
     preset: str | None = None
-    """Name of the known data set that the entries come from, for messages."""
+    """Name of the preset that the entries come from, for messages."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Cut:
 
     window_size: int | None = None
     random_windows: bool = False
-    """Of training sets."""
+    """Draw the places of training windows at random."""
     window_count: int | None = None
     crop_size: int | None = None
     pad_to_crop: bool = False
@@ -67,7 +67,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """All that decides the sets of a job, as plain values."""
+    """All settings that decide the sets of a job, as plain values."""
 
     images: Mapping[Domain, DomainImages]
     in_channels: int
@@ -76,26 +76,25 @@ class DataPlan:
     """Per band, of images scaled to 0..1."""
     std: tuple[float, ...]
     own_statistics: bool = False
-    """Whether each domain's own mean and deviation are measured and used in place of `mean` and `std`."""
+    """Measure each domain's mean and standard deviation and use them in place of `mean` and `std`."""
     memory_gb: float = 0.0
-    """Decoded images are kept up to this size, all sets together."""
+    """Memory limit for decoded images, for all sets together."""
     root: str | None = None
-    """Folder that the entries are relative to; None = the embedded data, else the current folder."""
+    """Folder that the entries are relative to; None = the embedded data if set, else the current folder."""
     embedded: EmbeddedName | None = None
     embedded_seed: int = 0
     embedded_folder: str | None = None
     show_progress: bool = False
 
     def find(self, name: SetName, report: Callable[[str], None] = refuse) -> list[Sample] | None:
-        """Return the samples of one set, None if it has no entries. What is wrong goes to `report`; so does a missing training
-        set."""
+        """Return the samples of one set, None if it has no entries; report problems, including a missing training set."""
         images = self.images[name.domain]
         entries = images.entries[name.split]
         if not entries:
             if name.split == "train":
                 report(f"{name.key} is empty; name a CSV manifest or a folder with images/ to train on.")
             return None
-        # the target's training masks are never looked for
+        # never look for masks of the target's training images
         masks = "no" if name == TARGET_TRAIN else "required" if name in (SOURCE_TRAIN, SOURCE_VAL) else "if present"
 
         def report_with_preset(text: str) -> None:
@@ -111,8 +110,10 @@ class DataPlan:
         memory: Memory | None = None,
         cut: Cut | None = None,
     ) -> SegmentationDataset:
-        """Return the items of a set as far as headers decide them, under the normalization that needs no measuring. Raises
-        InputError for a region beyond its image, or a pixel size that is not known."""
+        """Return a set by its headers, without reading pixels, with `fixed_normalization`.
+
+        Raises InputError for a region beyond its image or an unknown pixel size.
+        """
         images = self.images[name.domain]
         return SegmentationDataset(
             samples, images.labels, self.fixed_normalization(name.domain), images.reading, name.split == "train",
@@ -120,14 +121,14 @@ class DataPlan:
         )  # fmt: skip
 
     def fixed_normalization(self, domain: Domain) -> Normalization:
-        """Return what the settings alone decide; see `DomainData.normalization` for what has to be measured."""
+        """Return the normalization by settings only; `DomainData.normalization` measures the rest."""
         scale, bands = self.images[domain].reading.scale, self.in_channels
         low, high = scale if isinstance(scale, tuple) else (0.0, 1.0)
         mean, std = ((0.5,) * bands, (0.25,) * bands) if self.own_statistics else (self.mean, self.std)
         return Normalization((low,) * bands, (high,) * bands, mean, std)
 
     def _root_of(self, domain: Domain) -> Path:
-        """Return the folder that a domain's entries are relative to; builds the embedded data where they are missing."""
+        """Return the folder that a domain's entries are relative to; build the embedded data there if missing."""
         own = self.images[domain].root
         if own is not None:
             return under(Path(), own, f"data.{domain}.root")
@@ -144,15 +145,15 @@ class DataPlan:
 
 @dataclass(frozen=True, eq=False)
 class ImageSets:
-    """Finished sets of images by name; a set that the settings do not name is absent."""
+    """Image sets by name, ready to use; sets without entries in the settings are absent."""
 
     sets: Mapping[SetName, SegmentationDataset]
     digest_of: Callable[[Path], bytes]
-    """Digest of a file's bytes."""
+    """Returns the digest of a file's bytes."""
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """Digest of each set, by its name as text."""
+        """Digest of each set, by its name as a string."""
         return _digests(self.sets, self.digest_of)
 
     def get(self, name: SetName) -> SegmentationDataset | None:
@@ -160,7 +161,7 @@ class ImageSets:
         return self.sets.get(name)
 
     def labelled(self, name: SetName) -> SegmentationDataset | None:
-        """Return the set if it is there and has masks."""
+        """Return the set if it exists and has masks, else None."""
         found = self.sets.get(name)
         return found if found is not None and found.has_masks else None
 
@@ -169,15 +170,17 @@ class ImageSets:
         return {name.domain: dataset for name, dataset in self.sets.items() if name.split == "train"}
 
     def any_of(self, domain: Domain) -> SegmentationDataset | None:
-        """Return the domain's training, validation or test set, the first that is there."""
+        """Return the first existing of the domain's training, validation and test set."""
         splits: tuple[Split, ...] = ("train", "val", "test")
         return next(
             (self.sets[name] for name in (SetName(domain, split) for split in splits) if name in self.sets), None
         )
 
     def held_out(self, domain: Domain) -> SegmentationDataset | None:
-        """Return the domain's validation images, with or without masks. Where it has none: as many of its training images, as
-        they are and without masks, as the other domain has to validate on."""
+        """Return the domain's validation set, with or without masks, or else training images without augmentation.
+
+        The number of training images is that of the largest validation set of any domain, or `MOST_STANDING_IN` without one.
+        """
         own, trained_on = self.get(SetName(domain, "val")), self.get(SetName(domain, "train"))
         if own is not None or trained_on is None:
             return own
@@ -186,9 +189,9 @@ class ImageSets:
 
 
 class DomainData:
-    """The sets of a job whose files are found and whose headers are right; `read` returns them finished.
+    """Finds the files of a job's sets and checks their headers; `read` returns the sets ready to use.
 
-    Workers of one sweep or comparison share what they decode (`shared_cache`). Raises InputError that lists all that is wrong.
+    Workers of one sweep or comparison share decoded images (`shared_cache`). Raises InputError that lists all problems.
     """
 
     def __init__(self, plan: DataPlan, names: Iterable[SetName]) -> None:
@@ -215,16 +218,16 @@ class DomainData:
 
     @property
     def names(self) -> list[SetName]:
-        """Names of the sets that there are."""
+        """Names of all sets."""
         return list(self._sets)
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """Digest of each set, by its name as text: equal for equal bytes of its files that are read by equal rules."""
+        """Digest of each set, by its name as a string; equal for files with equal bytes that are read by equal rules."""
         return _digests(self._sets, self.digest_of)
 
     def digest_of(self, path: Path) -> bytes:
-        """Return the digest of a file's bytes, which are read once."""
+        """Return the digest of a file's bytes; read them only once."""
         if path not in self._file_digests:
             self._file_digests[path] = file_digest(path)
         return self._file_digests[path]
@@ -236,11 +239,11 @@ class DomainData:
         known: Mapping[Domain, Normalization] | None = None,
         ahead: bool = True,
     ) -> ImageSets:
-        """Return sets, ready to be used.
+        """Return the sets `names` (None = all), ready to use.
 
-        `names`: which; None = all. `stride`: of the network that is to be trained; training images must fit it. `known`:
-        normalizations that need not be measured. `ahead`: whether files are read now, as far as memory goes, and not when an item
-        is asked for. Raises InputError for the first file that is wrong.
+        `stride`: stride of the network to train, which the size of training images must fit; None = do not check. `known`:
+        normalizations that need not be measured. `ahead`: read files now, up to the memory limit, not when an item is asked for.
+        Raises InputError for the first bad file.
         """
         wanted = set(self._sets if names is None else names)
         chosen = [name for name in self._sets if name in wanted]
@@ -258,8 +261,11 @@ class DomainData:
         )
 
     def normalization(self, domain: Domain, names: Iterable[SetName] | None = None) -> Normalization:
-        """Return the normalization of a domain, measured where the settings ask for it: over its training windows, or where it
-        has none over the first of its sets `names` (None = all)."""
+        """Return the normalization of a domain, measured if the settings ask for it.
+
+        It is measured over the training windows or, without a training set, over the first set of the domain in `names`
+        (None = all). Raises InputError if images of different types cannot be measured together.
+        """
         scale, own = self.plan.images[domain].reading.scale, self.plan.own_statistics
         fixed = self.plan.fixed_normalization(domain)
         if not (own or scale == "percentiles"):
@@ -270,7 +276,7 @@ class DomainData:
             measured = next(self._sets[name] for name in names or self._sets if name.domain == domain)
         ends = {largest_value(header) if scale == "type" else 0.0 for header in measured.headers}
         types = sorted({header.dtype for header in measured.headers})
-        if len(types) > 1 or len(ends) > 1:  # the sums of such values would mean nothing
+        if len(types) > 1 or len(ends) > 1:  # sums over different types are meaningless
             raise InputError(
                 f"data.{domain} has images of {' and '.join(types)}, whose bands cannot be measured together; convert "
                 "them to one type, or set data.normalization to fixed and scale to type or a range."
@@ -280,13 +286,13 @@ class DomainData:
         return normalization_from(sums.result(), fixed, scale, ends.pop(), own)
 
     def _unread(self, train: SetName) -> SegmentationDataset | None:
-        """Return a training set that the job itself does not use, to measure it."""
+        """Return a training set that the job does not use otherwise, to measure it; None if it has no entries."""
         if not self.plan.images[train.domain].entries["train"]:
             return None
         return self.plan.dataset(train, self.plan.find(train) or [])
 
     def _with_headers(self, name: SetName, found: Sequence[Sample], problems: Problems) -> SegmentationDataset | None:
-        """Return a set without the images that are wrong, None where none is left; already read where workers share it."""
+        """Return a set without its bad images, None if none is left; with a shared cache, it is already read."""
         shared = shared_cache.in_use()
         if shared is None or problems.texts:
             return self._from_files(name, found, problems)
@@ -313,12 +319,12 @@ class DomainData:
         if samples:
             try:
                 return self.plan.dataset(name, samples, headers, self._memory)
-            except InputError as error:  # a region beyond its image, a pixel size that is not known
+            except InputError as error:  # a region beyond its image, an unknown pixel size
                 problems.append(str(error))
         return None
 
     def _decided_by(self, name: SetName) -> dict[str, Any]:
-        """All that the decoded windows of a set depend on, beside its files."""
+        """Return everything but the files that the decoded windows of a set depend on."""
         images, cut, training = self.plan.images[name.domain], self.plan.cut, name.split == "train"
         return {
             "labels": images.labels,
@@ -334,14 +340,16 @@ class DomainData:
 
 
 def embedded_folder(folder: str | None) -> Path:
-    """Return where embedded data are built: `folder`, else the user's cache."""
+    """Return the folder to build embedded data in: `folder` if set, else one in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dann_experiments"
     return under(Path(), folder, "data.embedded.folder") if folder is not None else cache
 
 
 def followed(steps: Iterable[Any], count: int, what: str, shown: bool) -> list[Any]:
-    """Go through `steps` and return the last of them in a list; `shown`: with a progress bar, on a terminal where it takes
-    long."""
+    """Exhaust `steps` and return a list of the last one, or [] if there is none.
+
+    `shown`: show a progress bar if stdout is a terminal and `count` is above 200.
+    """
     from rich.progress import track
 
     silent = not (shown and sys.stdout.isatty() and count > 200)
@@ -352,8 +360,10 @@ def followed(steps: Iterable[Any], count: int, what: str, shown: bool) -> list[A
 
 
 def _digests(sets: Mapping[SetName, SegmentationDataset], digest_of: Callable[[Path], bytes]) -> dict[str, str]:
-    """Return a digest of each set over the bytes of its files, and over the rules by which they are read otherwise than in
-    version 0.1, so that earlier numbers are not taken for those of now."""
+    """Return a digest of each set over its files' bytes and over the rules that change how they are read since version 0.1.
+
+    Results of earlier versions are thus not mistaken for current ones.
+    """
     digests = {}
     for name, dataset in sets.items():
         digest, rules = content_digest(dataset.samples, digest_of), dataset.later_rules

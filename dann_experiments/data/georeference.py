@@ -1,4 +1,4 @@
-"""Georeferences: the place that a file shows, the unit of its pixel size, and whether an image and its mask agree."""
+"""Compares the georeferences of images and masks, and finds the unit of pixel sizes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-# pixels that the corners of an image and its mask may lie apart: half a one, as where one file names the pixels' corners and the
-# other their centers, and what rounding adds to it
+# Largest distance in pixels between the corners of an image and its mask: half a pixel, if one file refers to the corners of
+# pixels and the other to their centers, plus rounding.
 FARTHEST = 0.501
 
 
 class Place(NamedTuple):
-    """Size and georeference of a file, without its pixels."""
+    """Size and georeference of a file."""
 
     height: int
     width: int
     crs: Any
-    """None where only a transform is known (a world file)."""
+    """None if only a transform is known (a world file)."""
     transform: Any
 
 
 def place_of(file: DatasetReader) -> Place | None:
-    """Return the place of an open file; None without a georeference, or with ground control points alone."""
+    """Return the place of an open file; None without a georeference or with only ground control points."""
     transform = file.transform
     if transform.is_identity or not transform.determinant:
         return None
@@ -38,15 +38,15 @@ def unit_of(crs: Any) -> str | None:
         return "degree"
     try:
         name = crs.units_factor[0]
-    except Exception:  # a CRS of a kind that PROJ gives no unit of
+    except Exception:  # PROJ knows no unit for this kind of CRS
         return None
     return str(name) or None
 
 
 def pixels_apart(image: Place, mask: Place) -> float | None:
-    """Return how far the corners of two files of one size lie apart, at most, in pixels of the first.
+    """Return the largest distance between the corners of an image and its mask of equal size, in pixels of the image.
 
-    None where their CRS cannot be compared. Catches a shift, another pixel size, and rows stored from south to north.
+    None if their CRS cannot be compared. A shift, another pixel size and rows stored from south to north all show up.
     """
     corners = [(0, 0), (mask.width, 0), (0, mask.height), (mask.width, mask.height)]
     points = [_at(mask.transform, *corner) for corner in corners]
@@ -55,7 +55,7 @@ def pixels_apart(image: Place, mask: Place) -> float | None:
 
         try:
             found = transform(mask.crs, image.crs, [x for x, _ in points], [y for _, y in points])
-        except Exception:  # PROJ knows no way between them
+        except Exception:  # PROJ knows no transform between them
             return None
         points = list(zip(found[0], found[1], strict=True))
     back = ~image.transform
@@ -64,7 +64,7 @@ def pixels_apart(image: Place, mask: Place) -> float | None:
 
 
 def described(place: Place) -> str:
-    """Return a place as a person reads it: upper left corner, pixel size, CRS."""
+    """Describe a place for messages: upper left corner, pixel size, CRS."""
     x, y = _at(place.transform, 0, 0)
     name = "no CRS" if place.crs is None else place.crs.to_string()
     name = name if len(name) <= 60 else f"{name[:60]}..."

@@ -1,4 +1,4 @@
-"""Reads the headers of an image and its mask before training, and checks that both fit the settings and each other."""
+"""Reads the headers of images and masks before training, and checks that they fit the settings and each other."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def checked_header(
     labels: LabelMap | None = None,
     remarks: Remarks | None = None,
 ) -> Header:
-    """Return the image's header. What is odd about the files and yet allowed goes to `remarks`.
+    """Return the image's header; add anything unusual but allowed to `remarks`.
 
-    Raises InputError for what is no image, for bands or a type that do not fit, and for a mask of another size or place.
+    Raises InputError for a file that is not an image, bands or a type that do not fit, or a mask of another size or place.
     """
     with open_raster(sample.image) as file:
         header = verified_header(file, sample.image)
@@ -38,7 +38,7 @@ def checked_header(
         if (of_mask.height, of_mask.width) != (header.height, header.width):
             raise InputError(
                 f"image {sample.image} is {header.height} x {header.width} pixels, its mask {sample.mask} "
-                f"{of_mask.height} x {of_mask.width}; they must be of one size."
+                f"{of_mask.height} x {of_mask.width}; they must have the same size."
             )
         _check_same_place(sample, place, place_of(file))
         if remarks is not None and labels is not None:
@@ -49,9 +49,9 @@ def checked_header(
 def read_headers(
     samples: Sequence[Sample], reading: Reading, in_channels: int, labels: LabelMap, problems: Problems
 ) -> tuple[list[Sample], list[Header]]:
-    """Return the samples whose headers are right, and these; what is wrong with the others is added to `problems`."""
+    """Return the samples with valid headers, and those headers; add what is wrong with the others to `problems`."""
     kept, headers = [], []
-    equal: dict[Header, Header] = {}  # most are: one object is enough
+    equal: dict[Header, Header] = {}  # share one object between equal headers, as most are
     with many_files():
         for sample in samples:
             try:
@@ -65,12 +65,12 @@ def read_headers(
 
 
 def _check_same_place(sample: Sample, image: Place | None, mask: Place | None) -> None:
-    """Raise InputError where both files are georeferenced, and disagree."""
+    """Raise InputError if both files are georeferenced but show different places."""
     if image is None or mask is None:
         return
     apart = pixels_apart(image, mask)
     if apart is not None and not apart <= FARTHEST:
         raise InputError(
-            f"image {sample.image} and its mask {sample.mask} lie in different places, {apart:.4g} pixels apart (image: "
-            f"{described(image)}; mask: {described(mask)}); pair files of one place, or mend the georeference that is wrong."
+            f"image {sample.image} and its mask {sample.mask} are in different places, {apart:.4g} pixels apart (image: "
+            f"{described(image)}; mask: {described(mask)}); pair files of the same place, or correct the wrong georeference."
         )

@@ -1,4 +1,4 @@
-"""Label maps: from the ids or colors in a mask file to the class ids of the network, by class name."""
+"""Maps the ids or colors in mask files to the class ids of the network, by class name."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class LabelMap:
-    """What the masks of one domain mean. Ids of the network go from 0 to `num_classes` - 1; `ignore_index` counts nowhere."""
+    """The label map of a domain. Class ids range from 0 to `num_classes` - 1; pixels of `ignore_index` are ignored."""
 
     num_classes: int
     ignore_index: int = 255
     ids: Mapping[int, int] | None = None
-    """Id in the file -> id of the network (or ignore_index); None = the same ids."""
+    """Mask value -> class id (or ignore_index); None = mask values are class ids."""
     colors: Mapping[Color, int] | None = None
-    """Red, green, blue in the file -> id of the network (or ignore_index); instead of ids."""
+    """(red, green, blue) in the mask -> class id (or ignore_index); used instead of `ids`."""
     ignored: frozenset[int] = frozenset()
-    """More ids of the file that count nowhere."""
+    """Further mask values that are ignored."""
     settings: str = field(default="", compare=False, repr=False)
-    """Prefix of the names of these settings in messages: data.source., data.target."""
+    """Prefix of the settings' names in messages: `data.source.` or `data.target.`."""
 
     def network_id(self, value: int) -> int | None:
-        """Map a mask value to a class id of the network; None if the value is unknown."""
+        """Return the class id for a mask value, None if the value is unknown."""
         if value in self.ignored:
             return self.ignore_index
         if self.ids is not None and value in self.ids:
@@ -43,7 +43,7 @@ class LabelMap:
 
     @functools.cached_property
     def table(self) -> np.ndarray:
-        """(256,) id of the network for each 8 bit id; -1 where it is none."""
+        """(256,) class id for each 8-bit mask value; -1 if the value is unknown."""
         found = [self.network_id(value) for value in range(256)]
         return np.array([-1 if value is None else value for value in found], np.int16)
 
@@ -56,7 +56,7 @@ def label_map(
     ignore_values: Sequence[int],
     settings: str = "",
 ) -> LabelMap:
-    """Build the label map of a domain from the names of its ids or colors; a name that is no class of the network is ignored."""
+    """Build a domain's label map from the class names of its ids or colors; ids of names that are not classes are ignored."""
     index = {name: position for position, name in enumerate(class_names)}
     return LabelMap(
         len(class_names),
@@ -69,23 +69,23 @@ def label_map(
 
 
 def read_mask(path: Path, labels: LabelMap, window: Window | None = None, factor: float = 1.0) -> np.ndarray:
-    """Read a window of a mask (None = all of it) as (h, w) uint8 class ids of the network.
+    """Read a window of a mask (None = all of it) as (h, w) uint8 class ids. `factor`: see `read_labels`.
 
-    Where the file itself says that there is no label (NaN, its nodata value, its mask or alpha band), the pixel is ignored,
-    unless `labels` names its value; the transparency of a picture hides only what `labels` does not know. Raises InputError
-    naming file and id (or color) for what the map does not know.
+    Pixels that the file marks as unlabeled (NaN, nodata value, mask or alpha band) are ignored unless `value_map` names their
+    value; in PNG, GIF and WebP, transparency hides only unknown values. Raises InputError that names the file and the first
+    unknown id or color.
     """
     stored = read_labels(path, window, factor)
     try:
         return _network_ids(path, stored, labels)
     except InputError as error:
-        with open_raster(path) as opened:  # asked here alone: reading a good mask needs no answer
+        with open_raster(path) as opened:  # checked only here, as valid masks do not need it
             lossy = changes_values(opened)
         if not lossy:
             raise
         raise InputError(
-            f"{str(error).partition(';')[0].rstrip('.')}. The file is compressed with loss (as JPEG is), which makes such values "
-            "at every border: save masks without loss, for example as PNG, from the labels as they were drawn."
+            f"{str(error).partition(';')[0].rstrip('.')}. The file has a lossy compression (such as JPEG), which creates such "
+            "values at every border; save the mask again from the original labels without loss, for example as PNG."
         ) from None
 
 
@@ -94,7 +94,7 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
     if labels.colors is not None:
         return _from_colors(path, _colors(path, values, stored.palette, labels), labels, hidden)
     if len(values) == 3 and np.array_equal(values[0], values[1]) and np.array_equal(values[0], values[2]):
-        values = values[:1]  # ids written as grey colors
+        values = values[:1]  # ids written as gray colors
     if len(values) != 1:
         raise InputError(
             f"mask {path} has {len(values)} bands; masks hold one class id per pixel, or colors that {labels.settings}color_map "
@@ -109,7 +109,7 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
         array = np.where(hidden, labels.ignore_index, array) if array.dtype.kind == "f" else array
     whole = array.dtype.kind in "ui" or (array.dtype.kind == "f" and np.isfinite(array).all() and not (array % 1).any())
     if not whole:
-        raise InputError(f"mask {path} holds values that are no whole numbers; masks hold one class id per pixel.")
+        raise InputError(f"mask {path} holds values that are not whole numbers; masks hold one class id per pixel.")
     if array.dtype == np.uint8 and hidden is None:
         mapped = labels.table[array]
         if mapped.min(initial=0) >= 0:
@@ -137,7 +137,7 @@ def _what_is_known(labels: LabelMap) -> str:
 def _colors(
     path: Path, values: np.ndarray, palette: Mapping[int, Sequence[int]] | None, labels: LabelMap
 ) -> np.ndarray:
-    """(h, w) int32, red * 65536 + green * 256 + blue."""
+    """Return (h, w) int32 color codes: red * 65536 + green * 256 + blue."""
     if palette is not None:
         bands = colors_of(values[0], palette).astype(np.int32)
     elif len(values) == 3 and values.dtype == np.uint8:

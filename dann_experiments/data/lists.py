@@ -1,4 +1,4 @@
-"""Reads lists and manifests of images: text files with a path, or an image and its mask, per line."""
+"""Reads image lists and CSV manifests: text files with one image, or an image and its mask, per line."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.paths import local_path, local_text, user_path
 
-Pair = tuple[Path, Path | None]  # an image, and its mask where there is one
+Pair = tuple[Path, Path | None]  # an image and its mask, if any
 
 
 def lines_of(path: Path, key: str) -> list[str]:
-    """The lines of a list file, without blank ones and comments (#)."""
+    """Return the lines of a list file without blank lines and comments (#)."""
     lines = (line.strip() for line in _text(path, f"{key}: list").splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def _text(path: Path, what: str) -> str:
-    """A text file of any of the encodings that spreadsheets write: UTF-8 or UTF-16, with or without a byte-order mark."""
+    """Return the text of a file in UTF-8, with or without a byte-order mark, or in UTF-16 with one, as spreadsheets write."""
     try:
         content = path.read_bytes()
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -36,13 +36,13 @@ def _text(path: Path, what: str) -> str:
 
 
 def pairs_of(path: Path, root: Path, key: str) -> list[Pair]:
-    """An image on each line, or an image and its mask, separated by a tab, semicolon, comma or blanks."""
+    """Return the pairs in a list file: per line an image and, after a tab, semicolon, comma or spaces, its mask if any."""
     return [_pair(path.parent, line, root, f"{key}: a line of {path}") for line in lines_of(path, key)]
 
 
 def _pair(folder: Path, line: str, root: Path, place: str) -> Pair:
     whole = beside(folder, line, root, place)
-    if is_file(whole):  # a name may hold blanks and commas
+    if is_file(whole):  # names may contain spaces and commas
         return whole, None
     line = line.rstrip(" \t;,")
     for separator in "\t;,":
@@ -52,10 +52,11 @@ def _pair(folder: Path, line: str, root: Path, place: str) -> Pair:
     halves = [(line[: blank.start()], line[blank.end() :]) for blank in re.finditer(r"\s+", line)]
     paths = [(beside(folder, image, root, place), beside(folder, mask, root, place)) for image, mask in halves]
     there = [pair for pair in paths if is_file(pair[0]) and is_file(pair[1])]
-    return next(iter(there or paths), (whole, None))  # where none is there, one is named as missing
+    return next(iter(there or paths), (whole, None))  # if no file exists, report one as missing
 
 
 def manifest_pairs(path: Path, root: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Pair]:
+    """Return the pairs in a CSV manifest; report bad rows. A column `split` selects rows by the last part of `key`."""
     split = key.rpartition(".")[2]
     text = _text(path, f"{key}: manifest")
     try:
@@ -77,7 +78,7 @@ def manifest_pairs(path: Path, root: Path, key: str, with_masks: bool, report: C
                 report(f"{key}: manifest {path}, line {reader.line_num} has more fields than the header names.")
                 continue
             if not any((text or "").strip() for name, text in row.items() if isinstance(name, str)):
-                continue  # spreadsheets end with rows of separators alone
+                continue  # spreadsheets append rows that hold only separators
             if not (row["image"] or "").strip():
                 report(f"{key}: manifest {path}, line {reader.line_num}: the image is empty.")
                 continue
@@ -102,8 +103,10 @@ def manifest_pairs(path: Path, root: Path, key: str, with_masks: bool, report: C
 
 
 def _manifest_reader(text: str) -> csv.DictReader[str]:
-    """A reader whose separator is the one that makes a column called image of the first line: spreadsheets write semicolons
-    where the comma is for decimals, and tabs as "Unicode text". A line `sep=;` before it is Excel's own."""
+    """Return a reader with the separator that yields a column called image in the first line.
+
+    Spreadsheets write semicolons in locales with decimal commas, and tabs as "Unicode text". Excel may put a line `sep=;` first.
+    """
     lines = io.StringIO(text, newline="")
     first = lines.readline()
     if first.strip().lower().startswith("sep="):
@@ -115,21 +118,21 @@ def _manifest_reader(text: str) -> csv.DictReader[str]:
 
 
 def is_file(path: Path) -> bool:
-    """Never raises, as `Path.is_file` does for names that are too long and for folders that may not be entered."""
+    """Return True for a file; unlike `Path.is_file`, never raise for names that are too long or folders without access."""
     return os.path.isfile(path)
 
 
 def under(root: Path, name: str, key: str | None = None) -> Path:
-    """A path as a user writes it, `~` included, relative to `root`. Raises InputError for an address as the setting `key`."""
+    """Return a user's path (`~` allowed) relative to `root`. With `key`, raises InputError for a remote address in it."""
     path = user_path(name) if key is None else local_path(name, key)
     return path if path.is_absolute() else root / path
 
 
 def beside(folder: Path, name: str, root: Path, place: str) -> Path:
-    """A path as a list or manifest in `folder` writes it: relative to that folder, or else to the domain's `root`.
+    """Return a path from a list or manifest in `folder`, relative to that folder or else to the domain's `root`.
 
-    Separators of Windows, and a slash before a path that is relative all the same, are understood where only so a file is there.
-    `place`: the line, for messages. Raises InputError for an address.
+    If no such file exists, backslashes are tried as separators, and then without a leading slash. `place` names the line in
+    messages. Raises InputError for a remote address.
     """
     name = local_text(name.strip().strip("\"'"), place)
     slashed = name.replace("\\", "/")

@@ -1,6 +1,6 @@
-"""Loaders: what training, validation and scoring draw from the sets of images.
+"""Data loaders for training, validation and scoring.
 
-The order of items, crops and augmentations depends on the seed alone: not on workers, nor on what else draws random numbers.
+The order of items, crops and augmentations depends only on the seed, not on workers or other random draws.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from dann_experiments.data.domain_data import ImageSets
 from dann_experiments.names import DOMAINS, SOURCE_VAL, Domain, SetName
 
 log = logging.getLogger(__name__)
-Share = tuple[int, int]  # of several ranks that train together: which one, and how many
+Share = tuple[int, int]  # (rank, number of ranks) in distributed training
 
 
 class SeededOrder(Sampler[tuple[int, int]]):
-    """A random order of the items, another each pass, each index with a seed for its crop and augmentation: the same numbers
-    whatever the workers. A later process can resume in the middle of a pass, without touching the items before. Of several ranks
-    that train together, `share` (rank, how many) takes its part of one common order, as many items as each other."""
+    """A sampler that shuffles the items anew on each pass and yields (index, seed); the seed decides crop and augmentation.
+
+    The numbers do not depend on the number of workers. A later process can resume in the middle of a pass without loading
+    earlier items. In distributed training, each rank takes an equal part (`share`) of one common order.
+    """
 
     def __init__(self, dataset: SegmentationDataset, seed: int, share: Share = (0, 1)) -> None:
         self._dataset = dataset
@@ -35,15 +37,15 @@ class SeededOrder(Sampler[tuple[int, int]]):
         self._epoch = 0
         self._epoch_of_pass: int | None = None
         self._pass_start = self._states()
-        self._to_skip: int | None = None  # of a pass that another process began
+        self._to_skip: int | None = None  # items of the pass done by another process
 
     def __len__(self) -> int:
         return len(self._dataset) // self._world
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         count = len(self._dataset)
-        # The numbers that are drawn and not used keep the order of the results in docs/results.md: one each pass, and an
-        # order where a pass follows another in one epoch.
+        # The unused draws (one number per pass, and one order before a further pass in the same epoch) keep the orders of
+        # earlier versions, so that docs/results.md stays reproducible.
         skipped, self._to_skip = self._to_skip, None
         if skipped is None and self._epoch_of_pass == self._epoch:
             torch.randperm(count, generator=self._order)
@@ -56,15 +58,15 @@ class SeededOrder(Sampler[tuple[int, int]]):
         return itertools.islice(zip(order, seeds, strict=True), first, end, self._world)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
+        """Set the epoch; Lightning calls this before each one."""
         self._epoch = epoch
 
     def position(self, items: int | None) -> dict[str, Any]:
-        """Return what `go_on_from` needs after `items` of the newest pass; None: after an epoch, when a new pass comes next."""
+        """Return the state for `go_on_from` after `items` of the current pass; None = at the end of an epoch."""
         return (self._states() if items is None else dict(self._pass_start)) | {"items": items or 0}
 
     def go_on_from(self, position: Mapping[str, Any], epoch: int) -> None:
-        """Make the next pass, in `epoch`, the rest of the one at `position`."""
+        """Make the next pass, in `epoch`, continue the one at `position`."""
         self._order.set_state(position["order"])
         self._seeds.set_state(position["seeds"])
         self._to_skip, self._epoch = int(position["items"]), epoch
@@ -74,7 +76,7 @@ class SeededOrder(Sampler[tuple[int, int]]):
 
 
 class _EqualSizes(Sampler[list[int]]):
-    """Every item of a share (rank, how many) once, in order, in batches of neighbors of one size."""
+    """A batch sampler of every item of a share once, in order; a batch holds consecutive items of one size."""
 
     def __init__(self, dataset: SegmentationDataset, batch_size: int, share: Share = (0, 1)) -> None:
         rank, world = share
@@ -104,10 +106,10 @@ def train_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Return a loader of shuffled full batches; a set smaller than one batch is one smaller batch, with a warning.
+    """Return a loader of shuffled full batches; log a warning and use one smaller batch if the set has fewer items.
 
-    Order, crops and augmentations depend on `seed` alone, whatever else draws random numbers, and on no number of workers.
-    With `share` (rank, how many ranks), batches of this size are each rank's own; the set must hold an item for each.
+    Order, crops and augmentations depend only on `seed`, not on workers or other random draws. With `share` (rank, number of
+    ranks), `batch_size` is per rank, and the set must have at least one item per rank. `name` is that of the set, for messages.
     """
     order = SeededOrder(dataset, seed, share)
     if len(order) < batch_size:
@@ -130,30 +132,29 @@ def eval_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Return a loader of every item, or those of a share (rank, how many ranks), once, in order; a batch has images of one
-    size."""
+    """Return a loader of every item of a share (rank, number of ranks) once, in order; images of a batch have one size."""
     sampler = _EqualSizes(dataset, batch_size, share)
     return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory)
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """The loaders of a job: its sets in the batches of its settings."""
+    """Builds the loaders of a job from its sets and batch settings."""
 
     sets: ImageSets
     batch_sizes: Mapping[Domain, int]
-    """Training batches."""
+    """Training batch size per domain."""
     eval_batch_size: int | None
-    """Batches of validation and scoring; None = as in training."""
+    """Batch size of validation and scoring; None = as in training."""
     seed: int
     num_workers: int = 0
-    """Processes per loader."""
+    """Worker processes per loader."""
     pin_memory: bool = False
-    """Whether batches are loaded into memory that a GPU copies from by itself."""
+    """Load batches into page-locked memory, from which copies to a GPU are asynchronous."""
     share: Share = (0, 1)
 
     def training(self) -> dict[str, DataLoader]:
-        """Return one loader per domain that has training images, each with an order of its own."""
+        """Return one loader per domain with training images, each with its own order."""
         found = {}
         for offset, domain in enumerate(DOMAINS):
             name = SetName(domain, "train")
@@ -166,7 +167,7 @@ class Loaders:
         return found
 
     def validation(self) -> list[DataLoader]:
-        """Return the source's, which needs masks, and the target's, which does not; none without the source's."""
+        """Return the loaders of the source, which needs masks, and of the target, if any; [] without a labeled source set."""
         source, target = self.sets.labelled(SOURCE_VAL), self.sets.held_out("target")
         if source is None:
             return []
@@ -174,11 +175,11 @@ class Loaders:
         return loaders if target is None else [*loaders, self.scoring(target, "target")]
 
     def scoring(self, dataset: SegmentationDataset, domain: Domain) -> DataLoader:
-        """Return a loader of a set of `domain`, whole, in the batches of validation."""
+        """Return a loader of a whole set of `domain` in validation batches."""
         return eval_loader(
             dataset, self.eval_batch_size_of(domain), self.share, self.num_workers, self.pin_memory
         )  # fmt: skip
 
     def eval_batch_size_of(self, domain: Domain) -> int:
-        """Return the images per batch of validation."""
+        """Return the batch size of validation for `domain`."""
         return self.eval_batch_size or self.batch_sizes[domain]

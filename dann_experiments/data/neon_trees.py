@@ -1,10 +1,10 @@
-"""Aerial tiles of two NEON sites, Yellowstone and Florida, with tree crowns, taken out of the package `deepforest`.
+"""Extract aerial tiles with tree crowns of two NEON sites, Yellowstone and Florida, from the package `deepforest`.
 
     pip download deepforest==2.1.0 --no-deps
     python -m dann_experiments.data.neon_trees deepforest-2.1.0-py3-none-any.whl neon_trees
 
-The package (MIT; imagery: National Ecological Observatory Network) is opened as the zip file it is, not imported. A mask is 1
-inside the ellipse inscribed in each of its boxes, else 0: approximate, as crowns are.
+The wheel (MIT license; imagery: National Ecological Observatory Network) is opened as a zip file, never imported. A mask is 1
+inside the ellipse inscribed in each annotated box, else 0; crown outlines are therefore approximate.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from dann_experiments.config.errors import InputError
 
-MOST_BYTES = 64 * 2**20  # of a tile, unpacked
+MOST_BYTES = 64 * 2**20  # largest unpacked size of a member
 TILES = {
     "2019_YELL_2_528000_4978000_image_crop2": "source_yellowstone/{}/yell_a.png",
     "2019_YELL_2_541000_4977000_image_crop": "source_yellowstone/{}/yell_b.png",
@@ -28,7 +28,7 @@ TILES = {
 
 
 def build_neon_trees(wheel: str | Path, folder: str | Path) -> Path:
-    """Write images and masks of the three tiles below `folder`. Raises InputError for a file that does not hold them."""
+    """Write images and masks of the three tiles below `folder` and return it. Raises InputError if the wheel lacks them."""
     from PIL import Image
 
     folder = Path(folder).expanduser()
@@ -52,14 +52,14 @@ def build_neon_trees(wheel: str | Path, folder: str | Path) -> Path:
 
 
 def _member(package: zipfile.ZipFile, name: str) -> bytes:
-    """A file of the package, by its whole name: where it goes is ours to say. Raises ValueError for one without measure."""
+    """Return the bytes of a file in the wheel. Raises ValueError if it is larger than `MOST_BYTES` unpacked."""
     if package.getinfo(name).file_size > MOST_BYTES:
         raise ValueError(f"{name} has more than {MOST_BYTES} bytes")
     return package.read(name)
 
 
 def crowns(boxes: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> np.ndarray:
-    """(H, W) uint8: 1 inside the ellipse inscribed in a box (left, top, right, bottom), else 0."""
+    """Return a mask (H, W) uint8: 1 inside the ellipse inscribed in each box (left, top, right, bottom in pixels), else 0."""
     mask = np.zeros(size, np.uint8)
     rows, columns = np.mgrid[: size[0], : size[1]]
     for left, top, right, bottom in boxes:

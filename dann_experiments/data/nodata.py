@@ -1,4 +1,4 @@
-"""Which pixels of a file hold data: nodata values, masks inside the file, alpha bands, NaN.
+"""Finds the pixels that hold nodata values, by the file's data type and bands.
 
 Letters: B bands, h x w pixels.
 """
@@ -15,10 +15,10 @@ NodataBands = Literal["any", "all"]
 
 
 def holds(values: np.ndarray, value: float) -> np.ndarray:
-    """Return where pixels hold the nodata `value`; bool, the shape of `values`.
+    """Return a bool array in the shape of `values`, True where pixels hold the nodata `value`.
 
-    Compared as GDAL's ARE_REAL_EQUAL does: in the pixels' own type, floating point numbers up to a few units of the last
-    place, since a tag is a decimal text that writers cut short. A value that the type cannot hold marks no pixel.
+    Compare as GDAL's ARE_REAL_EQUAL does, in the pixels' own type: floating-point numbers may differ by a few units in the last
+    place, because writers shorten the tag's decimal text. A value that the type cannot hold matches no pixel.
     """
     if values.dtype.kind == "f":
         if math.isnan(value):
@@ -35,7 +35,7 @@ def holds(values: np.ndarray, value: float) -> np.ndarray:
 
 
 def fits(value: float, dtype: np.dtype | str) -> bool:
-    """Return whether a pixel of this type can hold the value."""
+    """Return True if a pixel of this type can hold the value."""
     dtype = np.dtype(dtype)
     if dtype.kind not in "iu":
         return True
@@ -43,17 +43,17 @@ def fits(value: float, dtype: np.dtype | str) -> bool:
 
 
 def default_nodata_bands(dtype: str) -> NodataBands:
-    """Return what `nodata_bands` unset means for files of this type.
+    """Return the default of `nodata_bands` for files of this type.
 
-    In 8 bit pictures 0 or 255 in one band is a color like any other (the green of pure red is 0), so only a pixel with the
-    value in all bands lacks data. In all other types a nodata value is no measurement, and a pixel one of whose bands lacks
-    data cannot be shown to a network: the fill value would be taken for a number. docs/data.md compares other tools.
+    In 8-bit images, 0 or 255 in one band is an ordinary color (pure red has a green value of 0), so a pixel lacks data only if
+    all bands hold the value. In other types, one band with nodata is enough: the network would take its fill value for a
+    measurement. docs/data.md compares other tools.
     """
     return "all" if dtype in ("uint8", "int8") else "any"
 
 
 def hides(values: np.ndarray, nodata: Sequence[Sequence[float]], way: NodataBands) -> np.ndarray:
-    """Return (h, w) bool, True where the bands (B, h, w) hold their nodata values (some for each band, or none)."""
+    """Return (h, w) bool, True where any or all (`way`) of the bands (B, h, w) hold one of their nodata values."""
     bands = [
         np.logical_or.reduce([holds(band, value) for value in own]) if own else np.zeros(band.shape, bool)
         for band, own in zip(values, nodata, strict=True)
@@ -62,9 +62,9 @@ def hides(values: np.ndarray, nodata: Sequence[Sequence[float]], way: NodataBand
 
 
 def pixels_behind(start: float, length: float, count: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first and end file pixel behind each of `count` working pixels along one side, with one neighbor on each side.
+    """Return the range (first, end) of file pixels behind each of `count` working pixels along one side, widened by one pixel.
 
-    `start`, `length`: the file pixels that become the `count`; `low`, `high`: first and end file pixel that may be looked at.
+    `start`, `length`: the file pixels that `count` working pixels cover; `low`, `high`: limits (first, end) of the ranges.
     """
     edges = start + np.arange(count + 1) * (length / count)
     begin, end = np.floor(edges[:-1]).astype(int) - 1, np.ceil(edges[1:]).astype(int) + 1
@@ -74,9 +74,9 @@ def pixels_behind(start: float, length: float, count: int, low: int, high: int) 
 def all_valid_behind(
     valid: np.ndarray, rows: tuple[np.ndarray, np.ndarray], columns: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
-    """Return (h, w) bool of the working grid: True where every file pixel behind it is valid.
+    """Return (h, w) bool for the working grid, True where every file pixel behind is valid.
 
-    `valid`: (H, W) of file pixels; `rows` (h each) and `columns` (w each): first and end within it, as `pixels_behind`.
+    `valid`: (H, W) for file pixels; `rows` (h each) and `columns` (w each): ranges from `pixels_behind`, relative to `valid`.
     """
     kind = np.int32 if valid.size < 2**31 else np.int64
     missing = np.zeros((valid.shape[0] + 1, valid.shape[1] + 1), kind)

@@ -1,7 +1,7 @@
-"""Turns pictures the way their EXIF orientation tag says: cameras store the sensor's rows and note how the camera was held.
+"""Rotates and flips images as their EXIF orientation tag says; cameras store sensor rows and how the camera was held.
 
-A *stored* window is one of the file's own rows and columns, a *shown* window one of the picture as people see it. All other
-code works with shown windows.
+A *stored* window refers to the file's rows and columns, a *shown* window to the image as viewers display it. All other code
+works with shown windows.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
 TAG = 0x0112  # Orientation, EXIF 2.32 table 4; its values 1 to 8
-METADATA_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # of a PNG: EXIF of its own, as text, or XMP
+METADATA_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # PNG chunks that can hold EXIF (native or as text) or XMP
 FORMATS = {
     "JPEG": ["JPEG", "MPO"],
     "PNG": ["PNG"],
     "WEBP": ["WEBP"],
     "GTiff": ["TIFF"],
-}  # GDAL driver: Pillow's formats
+}  # GDAL driver -> Pillow formats
 
 
 class Turn(NamedTuple):
-    """How stored pixels become shown ones: transpose first, then flip."""
+    """The transform from stored to shown pixels: transpose first, then flip."""
 
     transposed: bool
     rows_flipped: bool
     columns_flipped: bool
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the shown (height, width) of a stored one, or the stored of a shown one."""
+        """Convert (height, width) from stored to shown, or back."""
         return (width, height) if self.transposed else (height, width)
 
     def stored(
         self, box: tuple[float, float, float, float], height: int, width: int
     ) -> tuple[float, float, float, float]:
-        """Return the stored (top, left, height, width) of a shown box; `height`, `width`: the shown size of the file."""
+        """Convert a shown box to the stored (top, left, height, width); `height` and `width` are the shown size of the file."""
         top, left, rows, columns = box
         if self.rows_flipped:
             top = height - top - rows
@@ -51,7 +51,7 @@ class Turn(NamedTuple):
         return (left, top, columns, rows) if self.transposed else (top, left, rows, columns)
 
     def shown(self, values: np.ndarray) -> np.ndarray:
-        """Return stored values (..., h, w) as they are shown."""
+        """Return stored values (..., h, w) in shown orientation."""
         if self.transposed:
             values = values.swapaxes(-1, -2)
         return values[..., :: -1 if self.rows_flipped else 1, :: -1 if self.columns_flipped else 1]
@@ -71,9 +71,9 @@ TURNS = {
 
 
 def orientation_of(file: DatasetReader) -> int:
-    """Return the orientation tag of an open file, 1 to 8; 1 where it has none.
+    """Return the orientation tag of an open file, 1 to 8; 1 if it has none.
 
-    A georeferenced file is upright: its georeference belongs to the rows as stored, and GIS programs show them so.
+    Georeferenced files count as upright: the georeference refers to stored rows, and GIS programs ignore the tag.
     """
     formats = FORMATS.get(file.driver)
     if formats is None or file.crs is not None or not file.transform.is_identity:
@@ -85,21 +85,23 @@ def orientation_of(file: DatasetReader) -> int:
     return _tag(file.name, status.st_size, status.st_mtime_ns, tuple(formats))
 
 
-@functools.lru_cache(maxsize=2**16)  # called at every reading of a window; size and time tell a changed file
+@functools.lru_cache(maxsize=2**16)  # called for every window; size and time reveal a changed file
 def _tag(name: str, size: int, time: int, formats: tuple[str, ...]) -> int:
     try:
         if formats == ("PNG",) and not _has_metadata(name):
             return 1
         with Image.open(Path(name), formats=list(formats)) as image:
             found = image.getexif().get(TAG, 1)
-    except Exception:  # Pillow raises many kinds for damaged metadata, which is no reason not to read the pixels
+    except Exception:  # Pillow raises many types for damaged metadata; the pixels can still be read
         return 1
     return found if found in TURNS else 1
 
 
 def _has_metadata(name: str) -> bool:
-    """Return whether a PNG has a chunk that can hold metadata. Its tags may follow its pixels, so Pillow would decode all of them
-    to look for some; to step over the chunks takes a tenth of the time of that for the smallest images."""
+    """Return True if a PNG has a chunk that can hold metadata.
+
+    Such chunks may follow the pixels, which Pillow would decode to find them; skipping chunks takes a tenth of the time or less.
+    """
     with open(name, "rb") as file:
         file.seek(8)  # the signature
         while len(start := file.read(8)) == 8:

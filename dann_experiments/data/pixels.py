@@ -1,4 +1,4 @@
-"""Reads the pixels of images and masks. Windows are read, never a large raster whole.
+"""Reads windows of images and masks, so that large rasters never need to fit into memory.
 
 Letters: B bands, h x w pixels of a window of the working grid (see `reading`).
 """
@@ -19,11 +19,11 @@ from dann_experiments.data.reading import Reading, chosen_bands
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-BLOCK_BYTES = 64 * 2**20  # of full-size pixels that are held at a time to make smaller ones of them
+BLOCK_BYTES = 64 * 2**20  # full-size pixels held in memory at a time while downsampling
 
 
 class Pixels(NamedTuple):
-    """What a window holds."""
+    """The pixels of a window."""
 
     values: np.ndarray
     """(B, h, w) as stored."""
@@ -34,11 +34,10 @@ class Pixels(NamedTuple):
 def read_pixels(
     path: Path, in_channels: int, reading: Reading, window: Window | None = None, header: Header | None = None
 ) -> Pixels:
-    """Read a window of the working grid (None = all of it) with the bands that `reading` chooses; `header` saves reading it
-    again.
+    """Read a window of the working grid (None = all of it); `header` saves reading it again.
 
-    Raises InputError for an unreadable file, for bands that are not there, and for another number of them than
-    `in_channels`. One gray band among color images is repeated to three; a palette becomes its colors.
+    If three bands are needed and `reading` chooses none, a gray band is repeated and palette indices become colors. Raises
+    InputError for an unreadable file, missing bands, or a number of bands other than `in_channels`.
     """
     with open_raster(path) as file:
         header = header or header_of(file)
@@ -56,22 +55,23 @@ def read_pixels(
 
 
 class StoredLabels(NamedTuple):
-    """What a mask file holds."""
+    """The contents of a mask file."""
 
     values: np.ndarray
     """(bands, h, w) as stored."""
     palette: dict[int, Any] | None
-    """Its color table."""
+    """Color table: index -> color; None = no palette."""
     hidden: np.ndarray | None
-    """(h, w) bool, True where the file says that there is no label: its nodata value, its mask or alpha band, NaN; None =
-    nowhere."""
+    """(h, w) bool, True where the file marks pixels as unlabeled (nodata value, mask or alpha band, NaN); None = nowhere."""
     transparent: bool
-    """Whether `hidden` is the transparency of a picture (PNG, GIF, WebP), which may be there for looks alone."""
+    """True if the file is a PNG, GIF or WebP, whose transparency may be merely decorative."""
 
 
 def read_labels(path: Path, window: Window | None = None, factor: float = 1.0) -> StoredLabels:
-    """Read a window of a mask (None = all of it), of which the nearest pixels are taken. `factor`: pixels of the file per pixel
-    of the working grid, along a side."""
+    """Read a window of a mask (None = all of it) by nearest-neighbor sampling.
+
+    `factor`: file pixels per pixel of the working grid, along one side. Raises InputError for a file that is not a mask.
+    """
     with open_raster(path) as file:
         header = header_of(file)
         if header.bands > 4:
@@ -89,10 +89,10 @@ def read_labels(path: Path, window: Window | None = None, factor: float = 1.0) -
 def _hidden(
     file: DatasetReader, header: Header, values: np.ndarray, window: Window, factor: float
 ) -> np.ndarray | None:
-    """Where a mask itself says that there is no label."""
+    """Return (h, w) bool, True where the file marks pixels as unlabeled; None = nowhere."""
     hidden = np.zeros(values.shape[1:], bool)
     if values.dtype.kind == "f":
-        hidden |= np.isnan(values).all(0)  # an infinite id is a mistake, not a hole
+        hidden |= np.isnan(values).all(0)  # an infinite id is an error, not a missing label
     own = [[] if value is None else [value] for value in (header.nodata[band - 1] for band in header.data_bands)]
     if any(own):
         hidden |= hides(values, own, "all")
@@ -102,7 +102,7 @@ def _hidden(
 
 
 def colors_of(indices: np.ndarray, palette: Mapping[int, Sequence[int]]) -> np.ndarray:
-    """Return (3, h, w) uint8: the colors of a palette's indices (h, w; 8 or 16 bit); black where it names none."""
+    """Return (3, h, w) uint8 colors of palette indices (h, w), 8 or 16 bit; indices not in the palette become black."""
     table = np.zeros((max(256, *palette, int(indices.max(initial=0)) + 1) + 1, 3), np.uint8)
     for index, color in palette.items():
         table[index] = color[:3]
@@ -112,7 +112,7 @@ def colors_of(indices: np.ndarray, palette: Mapping[int, Sequence[int]]) -> np.n
 def _read(
     file: DatasetReader, bands: Sequence[int], window: Window, factor: float, header: Header, smooth: bool
 ) -> np.ndarray:
-    """(bands, h, w) of a window of the working grid."""
+    """Return the values (bands, h, w) of a window of the working grid; `smooth`: resample by averages or bilinearly."""
     from rasterio.enums import Resampling
 
     bands = list(bands)
@@ -123,10 +123,10 @@ def _read(
         way = Resampling.average if factor > 1 else Resampling.bilinear
     shape = (window.height, window.width)
     box = header.turn.stored(_span(window, factor, header), header.height, header.width)
-    # reduced copies inside or beside the file (overviews, wavelets of JPEG 2000) need not be averages of its pixels, and those
-    # of a mask can hold ids that are not in it; a VRT asks its sources for theirs, whatever it says of itself
+    # Overviews (and wavelets of JPEG 2000) need not be averages of the file's pixels, and those of a mask can contain ids that
+    # the mask does not. A VRT may use its sources' overviews even if it reports none.
     own_sizes = factor > 1 and (file.driver == "VRT" or bool(file.overviews(bands[0])))
-    # GDAL would leave out of an average what the file hides, which may count as data: `nodata` and `nodata_bands` decide that
+    # GDAL leaves masked pixels out of averages, but `nodata` and `nodata_bands` may count them as data.
     hiding = way != Resampling.nearest and (header.masked or any(value is not None for value in header.nodata))
     if own_sizes or hiding:
         values = _reduced(file, bands, header, box, header.turn.size(*shape), way)
@@ -138,7 +138,7 @@ def _read(
 
 
 def _span(window: Window, factor: float, header: Header) -> tuple[float, float, float, float]:
-    """(top, left, height, width) in pixels of the file of a window of the working grid, whose last row and column end with it."""
+    """Return (top, left, height, width) of a window in file pixels; the working grid's last row and column end with the file."""
     top, left = window.top * factor, window.left * factor
     return (
         top, left, min(window.height * factor, header.height - top), min(window.width * factor, header.width - left)
@@ -146,16 +146,16 @@ def _span(window: Window, factor: float, header: Header) -> tuple[float, float, 
 
 
 def _stored(file: DatasetReader, bands: list[int], window: Window, header: Header) -> np.ndarray:
-    """(bands, h, w) of the file's own pixels, as they are shown."""
-    if window == (0, 0, header.height, header.width):  # what rasterio does about windows takes time
+    """Return the file's own pixels (bands, h, w) of a shown window, in shown orientation."""
+    if window == (0, 0, header.height, header.width):  # reading without a window is faster in rasterio
         return header.turn.shown(file.read(bands))
     return header.turn.shown(file.read(bands, window=_box(*header.turn.stored(window, header.height, header.width))))
 
 
 def _masked(file: DatasetReader, header: Header, window: Window, factor: float) -> np.ndarray:
-    """(h, w) bool of the working grid, nearest pixel: where an alpha band is 0 or a mask inside the file hides pixels.
+    """Return (h, w) bool for the working grid (nearest pixel), True where the alpha band is 0 or an internal mask hides pixels.
 
-    The alpha band itself is read: GDAL passes it over in a file that has a nodata value as well.
+    The alpha band is read directly, since GDAL ignores it in files that also have a nodata value.
     """
     if factor != 1.0:
         box = _span(window, factor, header)
@@ -176,12 +176,12 @@ def _reduced(
     file: DatasetReader, bands: list[int], header: Header, box: tuple[float, float, float, float],
     shape: tuple[int, int], way: Any,
 ) -> np.ndarray:  # fmt: skip
-    """(bands, *shape) of a stored box (top, left, height, width), made of the pixels at full size, some rows at a time."""
+    """Return a stored box (top, left, height, width) resampled to (bands, *shape) from full-size pixels, some rows at a time."""
     from rasterio.io import MemoryFile
 
     top, left, height, width = box
     step = height / shape[0]
-    margin = 0 if step >= 1 else 2  # pixels that smaller ones are interpolated from as well
+    margin = 0 if step >= 1 else 2  # more pixels around, for interpolation
     first_column = max(int(left) - margin, 0)
     last_column = min(int(np.ceil(left + width - 1e-9)) + margin, file.width)
     line = len(bands) * np.dtype(header.dtype).itemsize * (last_column - first_column) * step
@@ -215,15 +215,18 @@ def _valid(
     file: DatasetReader, header: Header, bands: Sequence[int], reading: Reading, window: Window, factor: float,
     values: np.ndarray,
 ) -> np.ndarray | None:  # fmt: skip
-    """Where there is data: not where a band is NaN or infinite, nor where bands hold nodata values (`nodata_bands`: any or all
-    of them), nor where the file's own mask or alpha band hides a pixel."""
+    """Return (h, w) bool, False where a pixel lacks data; None = all hold data.
+
+    A pixel lacks data if a band is NaN or infinite, if any or all bands hold nodata values (`nodata_bands`), or if the file's
+    mask or alpha band hides it.
+    """
     if not reading.may_lack_data(header):
         return None
     if factor == 1.0:
         valid = _holds_data(file, header, bands, reading, window, values)
         return None if valid.all() else valid
-    # Validity of the file's pixels: a resampled one is valid only if all that it is made of are. Some rows at a time, as the
-    # file's pixels may be many for each of the working grid's.
+    # A resampled pixel is valid only if all file pixels behind it are. Read some rows at a time, as there may be many file
+    # pixels per working pixel.
     top, left = max(int(window.top * factor) - 1, 0), max(int(window.left * factor) - 1, 0)
     bottom = min(int(np.ceil((window.top + window.height) * factor)) + 1, header.height)
     right = min(int(np.ceil((window.left + window.width) * factor)) + 1, header.width)
@@ -245,7 +248,7 @@ def _valid(
 def _holds_data(
     file: DatasetReader, header: Header, bands: Sequence[int], reading: Reading, window: Window, own: np.ndarray
 ) -> np.ndarray:
-    """(h, w) bool of a window of the file's own pixels (bands, h, w): where there is data."""
+    """Return (h, w) bool, True where a window `own` (bands, h, w) of the file's own pixels holds data."""
     valid = np.ones(own.shape[1:], bool)
     if own.dtype.kind == "f":
         valid &= np.isfinite(own).all(0)

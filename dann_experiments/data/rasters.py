@@ -1,6 +1,6 @@
-"""Opens image files: headers, GDAL's settings, and checks of files that are damaged.
+"""Opens image files with GDAL, reads their headers, and checks for damage.
 
-Whatever goes wrong with a file is an InputError that names it.
+Any failure to open or read a file raises an InputError that names it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from dann_experiments.data.orientation import TURNS, Turn, orientation_of
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP", "GIF", "JP2OpenJPEG", "VRT")  # of GDAL's many
-CACHE_MB = 128  # of decoded blocks that GDAL keeps; its own default is a share of the machine's memory
+DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP", "GIF", "JP2OpenJPEG", "VRT")  # accepted drivers of GDAL
+CACHE_MB = 128  # GDAL's cache of decoded blocks; its own default is a share of the machine's memory
 LARGEST_SIDE, MOST_PIXELS, MOST_BANDS = 10**7, 10**12, 4096  # a header that claims more is damaged
 Image.MAX_IMAGE_PIXELS = None  # aerial mosaics are larger than Pillow's guard against decompression bombs
 GDAL_OPTIONS = {
     "GDAL_CACHEMAX": CACHE_MB,
-    "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a cut off JPEG is an error, not a grey area
-    "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",  # side files are looked for by name; listing a large folder each time is slow
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a truncated JPEG is an error, not a gray area
+    "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",  # look for side files by name; listing large folders is slow
 }
 
 
 class Window(NamedTuple):
-    """A rectangle of pixels."""
+    """A rectangle, in pixels."""
 
     top: int
     left: int
@@ -46,66 +46,65 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a raster before a pixel is read."""
+    """Properties of a raster that are known before any pixel is read."""
 
     height: int
     width: int
     bands: int
-    """Without an alpha band."""
+    """Number of bands without the alpha band."""
     dtype: str
     nodata: tuple[float | None, ...]
-    """The file's own nodata value of each band, an alpha band included."""
+    """The file's nodata value per band, including the alpha band."""
     masked: bool
-    """Whether an alpha band or an internal mask says which pixels hold data."""
+    """True if an alpha band or an internal mask marks the pixels that hold data."""
     pixel_size: float | None
-    """Side of a pixel in units of the file's CRS; None = not georeferenced."""
+    """Side length of a pixel in the unit of the file's CRS; None = not georeferenced."""
     palette: bool
-    """One band of indices into a colour table."""
+    """True if the only band holds indices into a color table."""
     unit: str | None = None
-    """Unit of `pixel_size`, such as metre or degree; None = not known."""
+    """Unit of `pixel_size`, such as metre or degree; None = unknown."""
     orientation: int = 1
-    """EXIF orientation, 1 to 8. Height and width are those of the picture as it is shown."""
+    """EXIF orientation, 1 to 8. `height` and `width` are those of the image as displayed."""
     bits: int | None = None
-    """Bits of a value where they are fewer than its type has (1, 2 and 4 bit PNG, 12 bit TIFF); None = all."""
+    """Bits per value if fewer than the type has (1, 2 and 4 bit PNG, 12 bit TIFF); None = all."""
     alpha: int = 0
-    """Number of its alpha band, from 1; 0 = none."""
+    """Number of the alpha band, from 1; 0 = none."""
 
     @property
     def count(self) -> int:
-        """Bands, an alpha band included."""
+        """Number of bands, including the alpha band."""
         return self.bands + (self.alpha > 0)
 
     @property
     def data_bands(self) -> list[int]:
-        """Numbers of the bands without the alpha band, from 1."""
+        """Numbers (from 1) of all bands except the alpha band."""
         return [band for band in range(1, self.count + 1) if band != self.alpha]
 
     @property
     def turn(self) -> Turn:
-        """How the stored pixels are turned to be shown."""
+        """The transform from stored to displayed pixels."""
         return TURNS[self.orientation]
 
 
 def read_header(path: Path) -> Header:
-    """Return size, bands, type, nodata and resolution of a file without reading pixels. Raises InputError for what is no
-    image."""
+    """Return the header of an image file without reading pixels. Raises InputError if it is not an image."""
     with open_raster(path) as file:
         return verified_header(file, path)
 
 
 def verified_header(file: DatasetReader, path: Path) -> Header:
-    """Return the header of an open file. Raises InputError for a damaged PNG, which GDAL would fill up silently."""
+    """Return the header of an open file. Raises InputError for a damaged PNG, whose missing pixels GDAL would silently fill."""
     if file.driver == "PNG":
         try:
             with Image.open(path, formats=["PNG"]) as image:
                 image.verify()
-        except Exception as error:  # Pillow raises many kinds for broken files
+        except Exception as error:  # Pillow raises many types for damaged files
             raise InputError(f"{path} cannot be read as an image: {error}") from None
     return header_of(file)
 
 
 def changes_values(file: DatasetReader) -> bool:
-    """Return whether the file is compressed with loss, as far as it says so."""
+    """Return True if the file declares a lossy compression."""
     facts = file.tags(ns="IMAGE_STRUCTURE")
     of_jpeg = facts.get("COMPRESSION", "") in ("JPEG", "YCbCr JPEG")
     said = facts.get("COMPRESSION_REVERSIBILITY", "").startswith("LOSSY") or float(facts.get("MAX_Z_ERROR", 0)) > 0
@@ -113,8 +112,7 @@ def changes_values(file: DatasetReader) -> bool:
 
 
 def check_deflated(path: Path) -> None:
-    """Raise InputError for a deflated TIFF that fails its own checksums, which GDAL does not check: it reads whatever a damaged
-    stream gives."""
+    """Raise InputError for a deflate-compressed TIFF with damaged data; GDAL does not check the checksums."""
     with open_raster(path) as file:
         if file.driver != "GTiff" or file.profile.get("compress") != "deflate":
             return
@@ -126,7 +124,7 @@ def check_deflated(path: Path) -> None:
         with open(path, "rb") as stored:
             for band, place in itertools.product(bands, places):
                 start, length = (file.get_tag_item(f"BLOCK_{key}_{place}", "TIFF", band) for key in ("OFFSET", "SIZE"))
-                if start is None or length is None:  # a sparse file leaves out blocks of zeros
+                if start is None or length is None:  # sparse files omit blocks of zeros
                     continue
                 stored.seek(int(start))
                 try:
@@ -138,7 +136,7 @@ def check_deflated(path: Path) -> None:
 
 
 class _Held(threading.local):
-    """Whether GDAL's settings are made already in this thread."""
+    """Records, per thread, that GDAL's options are set."""
 
     options = False
 
@@ -148,8 +146,7 @@ _held = _Held()
 
 @contextlib.contextmanager
 def many_files() -> Iterator[None]:
-    """Make GDAL's settings once for all files that are read in the block: per file, that takes longer than reading a small
-    one."""
+    """Set GDAL's options once for all files read in the block; setting them per file takes longer than reading a small one."""
     if _held.options:
         yield
         return
@@ -167,10 +164,10 @@ def many_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_raster(path: Path) -> Iterator[DatasetReader]:
-    """Open a raster for reading; whatever goes wrong in the block is an InputError that names the file."""
+    """Open a raster for reading; turn errors in the block into an InputError that names the file."""
     from rasterio._err import CPLE_BaseError
     from rasterio.errors import RasterioError
-    from rasterio.io import DatasetReader as Reader  # `rasterio.open` makes GDAL's settings anew at each call
+    from rasterio.io import DatasetReader as Reader  # `rasterio.open` sets GDAL's options on each call
 
     try:
         with many_files(), Reader(str(path)) as file:
@@ -195,7 +192,7 @@ def open_raster(path: Path) -> Iterator[DatasetReader]:
 
 
 def header_of(file: DatasetReader) -> Header:
-    """Return the header of an open file. Raises InputError for one that is damaged, or has bands of several types."""
+    """Return the header of an open file. Raises InputError if it is damaged or the bands have different types."""
     from rasterio.enums import ColorInterp, MaskFlags
 
     side, pixels = max(file.height, file.width), file.height * file.width

@@ -1,7 +1,7 @@
-"""How the files of one domain become numbers: bands, range, nodata, pixel size, normalization.
+"""Describes how the files of a domain are read: bands, range, nodata, pixel size, normalization.
 
-Letters: B bands, h x w pixels of a window. Every window is one of the *working grid*: the file's own pixels, or, where
-`pixel_size` asks for it, the grid that they are resampled to.
+Letters: B bands, h x w pixels of a window. Every window is in pixels of the *working grid*: the file's own pixels or, with
+`pixel_size`, the grid that they are resampled to.
 """
 
 from __future__ import annotations
@@ -18,46 +18,48 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.data.nodata import NodataBands
 from dann_experiments.data.rasters import Header, open_raster
 
-LARGEST_CHANGE = 100.0  # of a pixel's side by resampling, either way: more is a mistake in the unit
+LARGEST_CHANGE = 100.0  # largest factor of resampling, up or down; more suggests a wrong unit
 TYPE_RANGES = {"uint8": 255.0, "uint16": 65535.0}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the images of one domain are read."""
+    """Settings for reading the images of a domain."""
 
     bands: tuple[int, ...] | None = None
-    """Which bands in which order, from 1; None = all."""
+    """Numbers of the bands to read, in order, from 1; None = all."""
     scale: Literal["type", "percentiles"] | tuple[float, float] = "type"
-    """What becomes 0..1: the type's range, the 2nd to 98th percentile of the training windows per band, or a range."""
+    """Range mapped to 0..1: the type's range, the 2nd to 98th percentile per band over the training windows, or (low, high)."""
     nodata: Literal["file"] | tuple[float, ...] = "file"
-    """Values that mean "no data": the file's own (value, mask or alpha), or these. NaN always does."""
+    """Values that mean "no data": those the file declares (value, mask or alpha), or these. NaN always does."""
     pixel_size: float | None = None
-    """Side of a pixel of the working grid; None = the file's pixels."""
+    """Side length of a pixel of the working grid; None = that of the file's pixels."""
     file_pixel_size: float | None = None
-    """Side of the files' pixels, same unit; None = from their georeference."""
+    """Side length of the files' pixels in the same unit; None = from their georeference."""
     nodata_bands: NodataBands | None = None
-    """Whether a pixel lacks data where any of its bands holds a nodata value, or where all do; None = by the type."""
+    """A pixel lacks data if any, or if all, of its bands hold a nodata value; None = depends on the type."""
     unit: str | None = None
-    """Unit of `pixel_size`: that of the files it was set for; None = not known yet, or no georeference has to tell."""
+    """Unit of `pixel_size`, from the files it was set for; None = unknown so far, or not needed."""
     settings: str = field(default="", compare=False, repr=False)
-    """Prefix of the names of these settings in messages: data.target., or nothing where a finished model is only used. No part
-    of how images are read."""
+    """Prefix of the settings' names in messages, such as `data.target.`; empty when a finished model is used."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether a finished model is used, whose network and scale are fixed."""
+        """True if a finished model is used, whose network and scale are fixed."""
         return not self.settings
 
     def factor(self, header: Header, path: Path) -> float:
-        """Return the pixels of the file per pixel of the working grid, along a side."""
+        """Return the number of file pixels per pixel of the working grid, along one side.
+
+        Raises InputError if the pixel size or its unit does not fit the settings.
+        """
         if self.pixel_size is None:
             return 1.0
         own = self.file_pixel_size or header.pixel_size
         if own is None:
             raise InputError(
-                f"image {path} has no georeference that tells its pixel size, but {self._working_size()}; give "
-                f"{self.settings}file_pixel_size, the side of its pixels."
+                f"image {path} has no georeference with a pixel size, but {self._working_size()}; set "
+                f"{self.settings}file_pixel_size, the side length of its pixels."
             )
         unit = None if self.file_pixel_size else header.unit
         shown = f"{own:g} {unit}" if unit else f"{own:g}"
@@ -82,12 +84,12 @@ class Reading:
         return f"{self.settings}pixel_size is {self.pixel_size:g}"
 
     def grid_size(self, header: Header, path: Path) -> tuple[int, int]:
-        """Return (height, width) of the working grid."""
+        """Return (height, width) of the image in pixels of the working grid."""
         factor = self.factor(header, path)
         return max(round(header.height / factor), 1), max(round(header.width / factor), 1)
 
     def may_lack_data(self, header: Header) -> bool:
-        """Whether pixels without data are possible, so that validity has to be read."""
+        """Return True if pixels may lack data, so that validity has to be read."""
         if header.dtype.startswith("float"):
             return True
         if self.nodata == ():
@@ -95,7 +97,7 @@ class Reading:
         return header.masked or self.nodata != "file" or any(value is not None for value in header.nodata)
 
     def nodata_of(self, header: Header, bands: Sequence[int]) -> list[list[float]]:
-        """Return the nodata values of each of `bands` (from 1), NaN aside, which always is one."""
+        """Return the nodata values of each of `bands` (from 1), without NaN, which always means nodata."""
         if self.nodata != "file":
             return [[value for value in self.nodata if value == value]] * len(bands)
         own = [header.nodata[band - 1] for band in bands]
@@ -104,9 +106,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Normalization:
-    """From stored values to what the network sees: (value - low) / (high - low), within 0..1, then (x - mean) / std.
+    """Maps stored values to network inputs: x = (value - low) / (high - low), clipped to 0..1, then (x - mean) / std.
 
-    Each holds one number per band.
+    Each attribute has one number per band.
     """
 
     low: tuple[float, ...]
@@ -115,7 +117,7 @@ class Normalization:
     std: tuple[float, ...]
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
-        """Return (B, h, w) float32 in 0..1 from stored values; NaN stays NaN."""
+        """Return stored values (B, h, w) scaled to 0..1 as float32; NaN stays NaN."""
         low, high = (np.array(side, np.float32)[:, None, None] for side in (self.low, self.high))
         result = values.astype(np.float32)
         result -= low
@@ -123,7 +125,7 @@ class Normalization:
         return np.clip(result, 0.0, 1.0, out=result)
 
     def __call__(self, values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
-        """Return (B, h, w) float32 for the network; pixels that are not `valid` (h, w) become 0, the mean."""
+        """Return stored values (B, h, w) as normalized float32; pixels that are not `valid` (h, w) become 0, the mean."""
         result = self.scaled(values)
         result -= np.array(self.mean, np.float32)[:, None, None]
         result /= np.array(self.std, np.float32)[:, None, None]
@@ -133,7 +135,7 @@ class Normalization:
 
 
 def for_file(normalization: Normalization, reading: Reading, header: Header) -> Normalization:
-    """Return the normalization of one file: where `scale` is `type`, with the range of the file's values as low and high."""
+    """Return the normalization of one file; if `scale` is `type`, with the range of the file's type."""
     if reading.scale != "type":
         return normalization
     bands = len(normalization.mean)
@@ -141,23 +143,23 @@ def for_file(normalization: Normalization, reading: Reading, header: Header) -> 
 
 
 def largest_value(header: Header) -> float:
-    """Return the end of the range that `scale: type` means: of 1, 2 and 4 bit images 1, 3 and 15, else that of the type."""
+    """Return the end of the range for `scale: type`: 1, 3 or 15 for 1, 2 or 4 bit images, else that of the type."""
     few = header.bits is not None and header.bits < 8 and not header.palette
     return float(2**header.bits - 1) if few and header.bits is not None else TYPE_RANGES[header.dtype]
 
 
 def reading_facts(reading: Reading, normalization: Normalization) -> dict[str, Any]:
-    """Return both as plain values, to be kept with a model."""
+    """Return both as plain values, to be saved with a model."""
     return plain_reading(reading) | dataclasses.asdict(normalization)
 
 
 def plain_reading(reading: Reading) -> dict[str, Any]:
-    """Return all that decides how images are read, as plain values."""
+    """Return the reading as plain values, without the prefix for messages."""
     return {name: value for name, value in dataclasses.asdict(reading).items() if name != "settings"}
 
 
 def reading_from_facts(facts: Mapping[str, Any]) -> tuple[Reading, Normalization]:
-    """Rebuild what `reading_facts` took apart. Raises InputError for anything else."""
+    """Rebuild both from the values of `reading_facts`. Raises InputError for anything else."""
 
     def made(cls: Any) -> Any:
         names = {item.name for item in dataclasses.fields(cls)} - {"settings"}
@@ -166,14 +168,14 @@ def reading_from_facts(facts: Mapping[str, Any]) -> tuple[Reading, Normalization
         })  # fmt: skip
 
     try:
-        facts = {"nodata_bands": "all", **facts}  # as models read their images before there was a choice
+        facts = {"nodata_bands": "all", **facts}  # the only behavior when older models were saved
         return made(Reading), made(Normalization)
     except (TypeError, AttributeError) as error:
         raise InputError(f"the model's notes on how its images are read cannot be used: {error}") from None
 
 
 def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int) -> list[int]:
-    """Return the numbers, from 1, of the bands to read. Raises InputError where they are missing or not `in_channels` many."""
+    """Return the numbers (from 1) of the bands to read. Raises InputError if any is missing or their count does not fit."""
     chosen = list(reading.bands or header.data_bands)
     has = f"image {path} has {header.bands} band{'s' * (header.bands != 1)}"
     if header.alpha:
@@ -189,7 +191,9 @@ def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int)
         read = "" if reading.bands is None else f", of which {chosen} are read"
         takes = f"the {'model' if reading.is_finished else 'network'} takes {in_channels}"
         if reading.bands is None and in_channels == 3 and _is_cmyk(path):
-            raise InputError(f"image {path} is in CMYK, the inks of print, but {takes} bands; convert it to RGB.")
+            raise InputError(
+                f"image {path} is in CMYK, the color space of print, but {takes} bands; convert it to RGB."
+            )
         way_out = f"choose {in_channels} of them with {key}"
         if in_channels <= 8:
             example = range(1, in_channels + 1)
@@ -210,7 +214,7 @@ def chosen_bands(path: Path, header: Header, reading: Reading, in_channels: int)
 
 
 def _is_cmyk(path: Path) -> bool:
-    """Whether the first bands of a file are inks; of 8 bit GDAL makes colors of them by itself."""
+    """Return True if the file's bands are CMYK inks; GDAL converts 8-bit CMYK to RGB by itself."""
     from rasterio.enums import ColorInterp
 
     with open_raster(path) as file:
@@ -218,16 +222,18 @@ def _is_cmyk(path: Path) -> bool:
 
 
 def check_type(path: Path, header: Header, reading: Reading) -> None:
-    """Raise InputError for values whose range is not known, and for types that hold no image."""
-    if not header.dtype.startswith(("uint", "int", "float")):  # GDAL has types that numpy lacks
-        raise InputError(f"image {path} holds {header.dtype} values; whole and floating point numbers are read.")
+    """Raise InputError for data types whose range is unknown, and for types that cannot be read as images."""
+    if not header.dtype.startswith(("uint", "int", "float")):  # such as GDAL's complex types
+        raise InputError(
+            f"image {path} holds {header.dtype} values; only integers and floating-point numbers are read."
+        )
     if reading.scale == "type" and header.dtype not in TYPE_RANGES:
         if reading.is_finished:
             raise InputError(
                 f"image {path} holds {header.dtype} values, but the model was trained on images of 8 or 16 bit, read by the "
-                "range of that type; convert the image to what the training images were."
+                "range of that type; convert the image to that type."
             )
         raise InputError(
-            f"image {path} holds {header.dtype} values, whose range is not known; set {reading.settings}scale to "
+            f"image {path} holds {header.dtype} values, whose range is unknown; set {reading.settings}scale to "
             "[LOW, HIGH] or percentiles."
         )

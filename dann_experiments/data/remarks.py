@@ -1,5 +1,4 @@
-"""Collects what is wrong with files, and remarks on what is odd and yet allowed: one per kind, with the first file and the way
-out."""
+"""Collects problems with files, and remarks on what is unusual but allowed: one per kind, with the first file and a remedy."""
 
 from __future__ import annotations
 
@@ -21,49 +20,49 @@ from dann_experiments.data.reading import Reading
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-NODATA_TAG = 42113  # GDAL_NODATA of a TIFF
+NODATA_TAG = 42113  # TIFF tag GDAL_NODATA
 PROBLEMS_SHOWN = 20
-NOT_SQUARE = 0.01  # relative difference of a pixel's sides
+NOT_SQUARE = 0.01  # tolerated relative difference of a pixel's sides
 
 
 class Remarks:
-    """Remarks by kind: how many files each concerns, and what it says of the first."""
+    """Remarks by kind: the number of files concerned, and the text for the first of them."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, text: str) -> None:
-        """Add a remark; another one of the same kind is only counted."""
+        """Add a remark; only count it if there is one of the same kind already."""
         count, first = self._kinds.get(kind, (0, text))
         self._kinds[kind] = (count + 1, first)
 
     def take(self, path: Path, found: Iterator[tuple[str, str]]) -> None:
-        """Add (kind, text) remarks on a file; the texts continue a sentence that starts with its name."""
+        """Add (kind, text) remarks on a file; each text continues a sentence that begins with the file's path."""
         for kind, text in found:
             self.add(kind, f"{path} {text}")
 
     def lines(self) -> list[str]:
-        """One line for each kind."""
+        """Return one line per kind."""
         return [
-            text if count == 1 else f"{text} (This holds for {count} files.)" for count, text in self._kinds.values()
+            text if count == 1 else f"{text} (This applies to {count} files.)" for count, text in self._kinds.values()
         ]
 
 
 class Problems:
-    """What is wrong with the files, collected, so that all of it can be reported at once."""
+    """Collects problems with files, so that all are reported at once."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.remarks = Remarks()
-        """What is odd and yet allowed."""
+        """Remarks on what is unusual but allowed."""
 
     def append(self, text: str) -> None:
-        """Add a problem, once."""
+        """Add a problem unless it is already listed."""
         if text not in self.texts:
             self.texts.append(text)
 
     def refuse(self) -> None:
-        """Raise InputError that lists the problems, if there are any."""
+        """Raise InputError that lists the problems, if any."""
         if len(self.texts) == 1:
             raise InputError(self.texts[0])
         if self.texts:
@@ -78,16 +77,16 @@ class Problems:
 def image_remarks(
     file: DatasetReader, path: Path, header: Header, reading: Reading, in_channels: int
 ) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for an open image."""
+    """Yield remarks (kind, text) on an open image."""
     images = 0
     if file.driver == "GTiff":
-        # ImageJ keeps large stacks behind one page, and says in its description how many images there are
+        # ImageJ stores large stacks behind one page and gives the number of images in its description
         described = re.search(r"^images=(\d+)", file.tags().get("TIFFTAG_IMAGEDESCRIPTION", ""), re.MULTILINE)
         images = max(len(file.subdatasets), int(described[1]) if described else 0)
     if images > 1:
         yield (
             "pages",
-            (f"holds {images} images (pages), of which the first is read; save the others as files."),
+            (f"holds {images} images (pages), of which only the first is read; save the others as separate files."),
         )
     if reading.nodata == "file":
         tag = _unusable_nodata(path, file, header)
@@ -95,8 +94,8 @@ def image_remarks(
             yield (
                 f"nodata {tag}",
                 (
-                    f"says that {tag} is its nodata value, which {header.dtype} pixels cannot hold: no pixel lacks data by it. "
-                    "If another value stands for it, set nodata to that; else set nodata to []."
+                    f"declares the nodata value {tag}, which {header.dtype} pixels cannot hold, so no pixel counts as nodata. "
+                    "If another value means nodata, set nodata to it; else set nodata to []."
                 ),
             )
     lost = [value for value in reading.nodata if not fits(value, header.dtype)] if reading.nodata != "file" else []
@@ -105,25 +104,25 @@ def image_remarks(
             "nodata of the settings",
             (
                 f"has {header.dtype} pixels, which cannot hold {reading.settings}nodata "
-                f"{', '.join(f'{value:g}' for value in lost)}: no pixel lacks data by it."
+                f"{', '.join(f'{value:g}' for value in lost)}, so no pixel counts as nodata."
             ),
         )
     if header.palette and reading.bands is None and in_channels == 1:
-        yield "palette", "is a picture with a palette, of which a network of one band gets the numbers, not the colors."
+        yield "palette", "is an image with a palette; a network with one band gets its indices, not the colors."
     size, own = reading.file_pixel_size, header.pixel_size
     if size is not None and own is not None and abs(size - own) > NOT_SQUARE * own:
         yield (
             "file_pixel_size",
             (
                 f"has pixels of {own:g} {header.unit or ''}".rstrip()
-                + f" by its georeference, but {reading.settings}file_pixel_size {size:g} is used; leave that out to use its own."
+                + f" by its georeference, but {reading.settings}file_pixel_size {size:g} is used; remove it to use its own."
             ),
         )
     if reading.scale == "type" and (any(scale != 1 for scale in file.scales) or any(file.offsets)):
         yield (
             "scale",
             (
-                f"says that its values mean value x {file.scales[0]:g} + {file.offsets[0]:g} (first band); values are taken as "
+                f"declares its values as value x {file.scales[0]:g} + {file.offsets[0]:g} (first band); values are read as "
                 "stored, so give scale in stored values."
             ),
         )
@@ -135,19 +134,19 @@ def image_remarks(
                 "not square",
                 (
                     f"has pixels that are not square ({width:.6g} x {height:.6g} {header.unit or ''}".rstrip()
-                    + "); pixel_size changes both sides by one factor. Reproject the file if shapes matter."
+                    + "); pixel_size scales both sides by the same factor. Reproject the file if shapes matter."
                 ),
             )
 
 
 def mask_remarks(file: DatasetReader, header: Header, labels: LabelMap) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for an open mask."""
+    """Yield remarks (kind, text) on an open mask."""
     if changes_values(file):
         yield (
             "lossy mask",
             (
-                "is compressed with loss (as JPEG is), which changes labels at borders; save masks without loss, for example "
-                "as PNG, from the labels as they were drawn."
+                "has a lossy compression (such as JPEG), which changes labels at borders; save masks again from the original "
+                "labels without loss, for example as PNG."
             ),
         )
     value = header.nodata[0]
@@ -158,14 +157,14 @@ def mask_remarks(file: DatasetReader, header: Header, labels: LabelMap) -> Itera
             yield (
                 f"mask nodata {value}",
                 (
-                    f"says that {value:g} is its nodata value, so these pixels are not labelled, though {value:g} is a class id. "
-                    "If they are that class, name the ids in value_map."
+                    f"declares the nodata value {value:g}, so these pixels are not labeled, though {value:g} is a class id. "
+                    "If they belong to that class, name the ids in value_map."
                 ),
             )
 
 
 def _unusable_nodata(path: Path, file: DatasetReader, header: Header) -> str | None:
-    """The nodata tag of a file, as it is written there, if no pixel can hold it."""
+    """Return the text of a file's nodata tag if no pixel can hold its value, else None."""
     if header.dtype.startswith(("float", "complex")):
         return None
     known = header.nodata[0]
@@ -173,7 +172,10 @@ def _unusable_nodata(path: Path, file: DatasetReader, header: Header) -> str | N
         return None if fits(known, header.dtype) else f"{known:g}"
     if file.driver != "GTiff":
         return None
-    with contextlib.suppress(Exception), open(path, "rb") as stored:  # GDAL hands on no tag that the type cannot hold
+    with (
+        contextlib.suppress(Exception),
+        open(path, "rb") as stored,
+    ):  # GDAL does not pass on a value that the type cannot hold
         start = stored.read(16)
         head = start if 43 in (start[2], start[3]) else start[:8]
         directory = TiffImagePlugin.ImageFileDirectory_v2(head)

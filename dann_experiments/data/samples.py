@@ -1,4 +1,4 @@
-"""Finds images and masks: from manifests, folders, patterns and lists to checked lists of files."""
+"""Finds images and masks by manifests, folders, patterns and lists, and checks that the files exist."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from dann_experiments.data.lists import beside, is_file, lines_of, manifest_pair
 
 log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".vrt")
-Key = tuple[str, ...]  # what an image and its mask have in common
+Key = tuple[str, ...]  # pairs an image with its mask
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image file and, where there is one, its mask."""
+    """An image file and its mask, if any."""
 
     image: Path
     mask: Path | None
     region: tuple[int, int, int, int] | None = None
-    """(left, top, right, bottom) in pixels of the file: the part that belongs to the set; None = all."""
+    """(left, top, right, bottom) in file pixels: the part of the image that belongs to the set; None = all."""
 
 
 def refuse(message: str) -> None:
-    """Raise InputError: the default way to report a problem. `check-data` collects them instead."""
+    """Raise InputError. This is the default `report`; `check-data` collects the messages instead."""
     raise InputError(message)
 
 
 def find_samples(
     entries: Sequence[Any], root: Path, key: str, masks: str = "if present", report: Callable[[str], None] = refuse
 ) -> list[Sample]:
-    """All samples that `entries` name, in a fixed order.
+    """Return all samples that `entries` name, in a fixed order.
 
-    An entry is one of those of `data.source.train` (see its help), relative to `root`. A manifest with a column `split`
-    gives the rows whose split is the last part of `key`. `masks`: "required", "if present" or "no" (masks are then not
-    even looked for). `key` names the setting in messages. What is missing goes to `report`, one message each (InputError
-    by default), and the sample is left out.
+    Entries take the forms of `data.source.train` (see its help), relative to `root`. From a manifest with a column `split`, take
+    the rows whose split is the last part of `key`, the name of the setting, which also appears in messages. `masks`: "required",
+    "if present" or "no" (do not look for masks). For each missing file, call `report` with a message (by default, it raises
+    InputError) and leave out the sample.
     """
     samples: list[Sample] = []
     for entry in entries:
@@ -67,14 +67,14 @@ def find_samples(
     for sample in samples:
         other = masks_of.setdefault((sample.image, sample.region), sample.mask)
         if other != sample.mask:
-            report(f"{key}: image {sample.image} is given two masks, {other} and {sample.mask}; keep one.")
+            report(f"{key}: image {sample.image} has two masks, {other} and {sample.mask}; keep one.")
             continue
         if not is_file(sample.image):
             report(f"{key}: image {sample.image} {_lacking(sample.image)}.")
         elif sample.mask is not None and not is_file(sample.mask):
             report(f"{key}: mask {sample.mask} of image {sample.image} {_lacking(sample.mask)}.")
         elif sample.mask is None and masks == "required":
-            report(f"{key}: image {sample.image} has no mask, but this set needs one for each image.")
+            report(f"{key}: image {sample.image} has no mask, but this set needs one per image.")
         else:
             good.append(sample)
     labelled = [sample for sample in good if sample.mask is not None]
@@ -82,12 +82,14 @@ def find_samples(
         return good
     for sample in good:
         if sample.mask is None:
-            report(f"{key}: image {sample.image} has no mask, but others of this set have; give all or none.")
+            report(
+                f"{key}: image {sample.image} has no mask, but others of this set have one; give masks for all or none."
+            )
     return labelled
 
 
 def _on_disk(entry: Any, key: str) -> Any:
-    """An entry with `file://` left out. Raises InputError for the addresses in it."""
+    """Return an entry without `file://`. Raises InputError if it contains a remote address."""
     if isinstance(entry, Mapping):
         return {name: _on_disk(value, key) for name, value in entry.items()}
     if isinstance(entry, list):
@@ -96,12 +98,12 @@ def _on_disk(entry: Any, key: str) -> Any:
 
 
 def files_of(samples: Sequence[Sample]) -> list[Path]:
-    """Images and masks in their order."""
+    """Return the paths of images and masks, in order."""
     return [path for sample in samples for path in (sample.image, sample.mask) if path is not None]
 
 
 def content_digest(samples: Sequence[Sample], digest_of: Callable[[Path], bytes] | None = None) -> str:
-    """Return 32 hex digits over the bytes of all files in order: equal data has equal digests, whatever its folder."""
+    """Return 32 hex digits over the bytes of all files in order, so that equal data in other folders has the same digest."""
     digest_of = digest_of or file_digest
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
@@ -115,7 +117,7 @@ def content_digest(samples: Sequence[Sample], digest_of: Callable[[Path], bytes]
 
 
 def file_digest(path: Path) -> bytes:
-    """Digest of one file's bytes."""
+    """Return the BLAKE2b digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").digest()
 
@@ -123,8 +125,10 @@ def file_digest(path: Path) -> bytes:
 def shared_images(
     sets: Mapping[str, Sequence[Sample]], digest_of: Callable[[Path], bytes]
 ) -> list[tuple[str, Path, str, Path]]:
-    """(set, image, other set, image) for each image, by its bytes, that is in two sets which must not share any: train,
-    val and test of one domain, and anything of the other domain. Parts of one image that do not overlap may."""
+    """Return (set, image, other set, its image) for each image with equal bytes in two of `sets`, which must not share images.
+
+    Regions of one image that do not overlap may be in different sets.
+    """
     found: list[tuple[str, Path, str, Path]] = []
     seen: dict[bytes, list[tuple[str, Sample]]] = {}
     for name, samples in sets.items():
@@ -179,8 +183,10 @@ def _from_mapping(
 
 
 def _located(where: Any, root: Path, key: str, report: Callable[[str], None]) -> dict[Key, Path]:
-    """The files that `where` (a folder, a pattern, a list file, a file, or a list of files) names, by what pairs them:
-    the texts of a pattern's wildcards, the place in a list, else the stem."""
+    """Return the files that `where` (a folder, a pattern, a list file, a file, or a list of files) names, by pairing key.
+
+    The key is the text matched by a pattern's wildcards, the position in a list, or the stem.
+    """
     if isinstance(where, list):
         return {("#", str(number)): under(root, str(name)) for number, name in enumerate(where)}
     text = str(where)
@@ -207,7 +213,7 @@ def _paired(
     report: Callable[[str], None],
     all_masks: bool,
 ) -> list[tuple[Path, Path | None]]:
-    """Each image with its mask; lonely images are reported, and with `all_masks` lonely masks."""
+    """Return each image with its mask; report images without a mask and, with `all_masks`, masks without an image."""
     if images and masks and len(next(iter(images))) != len(next(iter(masks))):
         raise InputError(
             f"{key}: images {entry['images']} and masks {entry['masks']} cannot be paired; give both as folders of equal "
@@ -218,14 +224,14 @@ def _paired(
         for lonely in (name for name in one if name not in other):
             report(
                 f"{key}: {kind} {one[lonely]} has no {partner} ({partner}s: {entry[f'{partner}s']}; they are paired by "
-                "stem, by what wildcards stand for, or by their place in a list). To keep some of the images alone, list them in "
+                "stem, by the text that wildcards match, or by position in a list). To use only some of the images, list them in "
                 "names."
             )
     return [(image, masks[name]) for name, image in images.items() if name in masks]
 
 
 def _named(images: Mapping[Key, Path], names: Any, root: Path, key: str) -> dict[Key, Path]:
-    """The images whose file name, stem or wildcard text is listed, or matches a shell pattern (`*`, `?`, `[0-9]`) of the list."""
+    """Return the images whose file name, stem or wildcard text equals one of `names` or matches it as a shell pattern."""
     if isinstance(names, str):
         path = under(root, names)
         if not is_file(path):
@@ -233,7 +239,7 @@ def _named(images: Mapping[Key, Path], names: Any, root: Path, key: str) -> dict
         names = lines_of(path, key)
     wanted = [str(name).replace("\\", "/").rpartition("/")[2] for name in names]
     there = {text for key_, image in images.items() for text in (image.name, image.stem, *key_)}
-    plain = set(wanted)  # a name that is there is no pattern, whatever signs it holds
+    plain = set(wanted)  # a name that exists is not a pattern, even with wildcard characters
     patterns = [name for name in wanted if glob.has_magic(name) and name not in there]
     kept: dict[Key, Path] = {}
     matched: set[str] = set()
@@ -249,7 +255,7 @@ def _named(images: Mapping[Key, Path], names: Any, root: Path, key: str) -> dict
         example = next(iter(images.values())).name
         raise InputError(
             f"{key}: no file matches names {_some(lonely)}; names are file names (such as {example}), stems, the texts that "
-            "wildcards stand for, or shell patterns of these."
+            "wildcards match, or shell patterns for these."
         )
     if lonely:
         log.warning("%s: no file matches %d of the names: %s.", key, len(lonely), _some(lonely))
@@ -261,7 +267,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _globbed(pattern: str, root: Path, key: str) -> dict[Path, Key]:
-    """Image files that match, and the texts their wildcards stand for."""
+    """Return the image files that match, each with the texts its wildcards matched."""
     try:
         expression = re.compile(_expression(pattern))
         found = sorted(glob.glob(pattern, root_dir=root, recursive=True))
@@ -279,7 +285,7 @@ def _globbed(pattern: str, root: Path, key: str) -> dict[Path, Key]:
 
 
 def _expression(pattern: str) -> str:
-    """The regular expression of a glob pattern, a group a wildcard."""
+    """Return the regular expression of a glob pattern, with one group per wildcard."""
     parts = []
     for part in re.split(r"(\*\*/|\*|\?|\[[^\]]+\])", pattern.replace("\\", "/")):
         if part == "**/":
@@ -298,7 +304,7 @@ def _expression(pattern: str) -> str:
 def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
     if not (path / "images").is_dir():
         alone = _by_stem(path, key, report)
-        if alone:  # a folder of images, without masks
+        if alone:  # a folder that holds only images
             return [Sample(image, None) for _, image in sorted(alone.items())]
     images = _by_stem(path / "images", key, report)
     if not images or not with_masks or not (path / "masks").is_dir():
@@ -307,7 +313,7 @@ def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str],
     others = {file.stem: file for file in sorted((path / "masks").iterdir()) if file.stem not in masks}
     for stem in images:
         if stem not in masks:
-            hint = f"; {others[stem].name} is no image ({_READ})" if stem in others else ""
+            hint = f"; {others[stem].name} is not an image ({_READ})" if stem in others else ""
             report(
                 f"{key}: image {images[stem]} has no mask of the same stem in {path / 'masks'}{hint}. Masks of other names are "
                 'paired by patterns: {images: "images/*.png", masks: "masks/*_mask.png"}.'
@@ -338,7 +344,7 @@ _READ = f"{', '.join(IMAGE_SUFFIXES)} are read"
 
 
 def _kinds_there(entry: Any, root: Path) -> str:
-    """What a message says of the files in a folder without images: their suffixes, and those that are read."""
+    """Describe, for a message, the file suffixes in a folder without images, and the suffixes that are read."""
     if isinstance(entry, Mapping):
         return ""
     folder = under(root, str(entry))
@@ -351,7 +357,7 @@ def _kinds_there(entry: Any, root: Path) -> str:
 
 
 def _lacking(path: Path) -> str:
-    return "is no file" if os.path.exists(path) else "does not exist"
+    return "is not a file" if os.path.exists(path) else "does not exist"
 
 
 def _shown(entry: Any, root: Path) -> str:

@@ -1,8 +1,8 @@
-"""A cache of decoded sets that the processes of one sweep or comparison share: one reads the files, the others map what it wrote.
+"""A cache of decoded sets for the processes of a sweep or comparison: one process reads the files, the others map its copy.
 
-A set is two files of a folder: KEY.bin, the arrays one after another, and KEY.json, their description. The key is a digest of all
-that decides them: files (path, size, time of change), regions, and how they are read and cut. The folder is made and removed by
-one sweep or comparison. Where a set does not fit into `data.memory_gb` or onto the disk, each process reads the files itself.
+A set is stored as KEY.bin, the concatenated arrays, and KEY.json, their description. The key is a digest of the files (path,
+size, modification time), their regions, and how they are read and cut. The sweep or comparison creates and removes the folder.
+If a set does not fit into `data.memory_gb` or onto the disk, each process reads the files itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dann_experiments.data.samples import Sample, files_of
 from dann_experiments.data.windows import Piece
 
 log = logging.getLogger(__name__)
-ALIGNED = 64  # bytes at which an array begins
+ALIGNED = 64  # arrays begin at multiples of this many bytes
 _in_use: SharedCache | None = None
 
 
@@ -39,7 +39,7 @@ class SharedCache:
         self.folder = folder
 
     def key(self, samples: Sequence[Sample], **facts: Any) -> str:
-        """Return the key of a set: a digest of its files as they are now, and of the `facts` of how they are read and cut."""
+        """Return the key of a set: a digest of its files' current state and of `facts`, which say how they are read and cut."""
         files = []
         for sample in samples:
             paths = files_of([sample])
@@ -50,12 +50,14 @@ class SharedCache:
 
     @contextlib.contextmanager
     def alone(self, key: str) -> Iterator[None]:
-        """Lock a key, so that one process reads and the others wait for what it writes."""
+        """Lock a key, so that one process reads the files while the others wait for the result."""
         from filelock import FileLock
 
         lock = FileLock(self.folder / f"{key}.lock")
         held = False
-        with contextlib.suppress(OSError, NotImplementedError):  # a disk without locks: several may read, none is wrong
+        with contextlib.suppress(
+            OSError, NotImplementedError
+        ):  # no locks on this disk: several processes may read, harmlessly
             lock.acquire()
             held = True
         try:
@@ -65,7 +67,7 @@ class SharedCache:
                 lock.release()
 
     def index(self, key: str) -> Mapping[str, Any] | None:
-        """Return what is known of a set; None where no process has written it."""
+        """Return the description of a set; None if no process has written it."""
         try:
             return json.loads((self.folder / f"{key}.json").read_text())
         except (OSError, ValueError):
@@ -82,8 +84,10 @@ class SharedCache:
         return {path: bytes.fromhex(digest) for path, digest in found}
 
     def store(self, key: str, dataset: SegmentationDataset, digest_of: Callable[[Path], bytes]) -> None:
-        """Write a set that was read, and replace its arrays by those of the file. Do nothing where the set is not kept in
-        memory as a whole, or where the disk has no room."""
+        """Write a filled set, and map its arrays from the file from then on.
+
+        Do nothing if the set is not kept in memory as a whole, or if the disk has too little space.
+        """
         kept = dataset.kept()
         if kept is None:
             return
@@ -92,7 +96,9 @@ class SharedCache:
         try:
             size = sum(array.nbytes + ALIGNED for arrays in kept.values() for array in arrays if array is not None)
             if shutil.disk_usage(self.folder).free < 2 * size:
-                log.info("%s has no room for %.0f MB of decoded data: each process reads for itself.", blob, size / 1e6)
+                log.info(
+                    "%s: no space for %.0f MB of decoded data; each process reads the files itself.", blob, size / 1e6
+                )
                 return
             with open(parts[0], "wb") as file:
                 places = [[_write(file, array) for array in arrays] for arrays in kept.values()]
@@ -107,10 +113,12 @@ class SharedCache:
                 "class_pixels": pixels,
             }
             parts[1].write_text(json.dumps(facts))
-            for part, path in zip(parts, (blob, index), strict=True):  # the index last: with it the set is complete
+            for part, path in zip(
+                parts, (blob, index), strict=True
+            ):  # the index comes last and marks the set as complete
                 os.replace(part, path)
         except OSError as error:
-            log.info("%s cannot be written (%s): each process reads for itself.", blob, error)
+            log.info("%s cannot be written (%s); each process reads the files itself.", blob, error)
             for part in parts:
                 with contextlib.suppress(OSError):
                     part.unlink(missing_ok=True)
@@ -119,7 +127,7 @@ class SharedCache:
             dataset.restore(*self._read(key, facts), counted=True)
 
     def load(self, key: str, index: Mapping[str, Any], dataset: SegmentationDataset) -> bool:
-        """Fill a set with what was written; return False where that does not fit into its memory."""
+        """Fill a set from the cache; return False if it does not fit into memory."""
         try:
             return dataset.restore(*self._read(key, index))
         except OSError:
@@ -127,7 +135,7 @@ class SharedCache:
 
     def _read(self, key: str, index: Mapping[str, Any]) -> tuple[dict[Piece, Arrays], np.ndarray | None]:
         with open(self.folder / f"{key}.bin", "rb") as file:
-            # private: the pages are everybody's, and one that somebody wrote to would be that process's own
+            # copy-on-write: processes share the pages, and a write would affect only the process that made it
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         kept = {}
         for (sample, *window, rows, columns), places in zip(index["pieces"], index["places"], strict=True):
@@ -138,18 +146,18 @@ class SharedCache:
 
 
 def in_use() -> SharedCache | None:
-    """Return the cache that this process shares with others; None = it shares none."""
+    """Return the cache that this process shares with others, None if there is none."""
     return _in_use
 
 
 def share(folder: Path | None) -> None:
-    """Share what this process reads from now on in `folder`; None = nothing."""
+    """Share the sets that this process reads from now on in `folder`; None = do not share."""
     global _in_use
     _in_use = None if folder is None else SharedCache(folder)
 
 
 def _write(file: Any, array: np.ndarray | None) -> list[Any] | None:
-    """Write an array; return where it begins, its type and its shape."""
+    """Write an array; return its offset, type and shape."""
     if array is None:
         return None
     file.write(b"\0" * (-file.tell() % ALIGNED))

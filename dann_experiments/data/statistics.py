@@ -1,4 +1,4 @@
-"""Mean, standard deviation and percentiles of a domain's bands, over its training windows."""
+"""Measures mean, standard deviation and percentiles per band over a domain's training windows."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.rasters import Header
 from dann_experiments.data.reading import Normalization, largest_value
 
-SAMPLED = 4096  # pixels per window that percentiles are taken from
+SAMPLED = 4096  # pixels drawn per window for the percentiles
 PERCENTILES = (2, 98)
-NARROW = {"uint8": 0.1, "uint16": 0.25}  # share of a type's range below which nearly all values look like another range
+NARROW = {"uint8": 0.1, "uint16": 0.25}  # share of the type's range; values that span less suggest another range
 NARROW_OF_A_GIVEN_RANGE = 0.02
-CLIPPED = 0.1  # share of the values beyond the range above which it is the wrong one
+CLIPPED = 0.1  # share of values beyond the range; more suggests another range
 
 
 @dataclass(frozen=True)
 class BandStatistics:
-    """One number per band, of the values as stored, over the pixels that hold data."""
+    """Statistics per band of the stored values, over the pixels that hold data."""
 
     minimum: np.ndarray
     maximum: np.ndarray
@@ -32,15 +32,15 @@ class BandStatistics:
     high: np.ndarray
     """98th percentile."""
     pixels: int
-    """Pixels that hold data."""
+    """Number of pixels that hold data."""
     nodata: int
-    """Pixels that do not."""
+    """Number of pixels without data."""
     drawn: np.ndarray
-    """(B, n) values drawn at random, for histograms."""
+    """(B, n) randomly drawn values, for histograms."""
 
 
 class BandSums:
-    """Adds up windows; percentiles come from pixels drawn at random (fixed seed)."""
+    """Accumulates statistics over windows; percentiles use randomly drawn pixels (fixed seed)."""
 
     def __init__(self, bands: int) -> None:
         self._rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ class BandSums:
         self._pixels = self._nodata = 0
 
     def add(self, values: np.ndarray, valid: np.ndarray | None) -> None:
-        """Add a window: values (B, h, w), valid (h, w) or None."""
+        """Add a window: values (B, h, w), valid (h, w; None = all valid)."""
         pixels = (values.reshape(len(values), -1) if valid is None else values[:, valid]).astype(np.float64)
         self._nodata += values[0].size - pixels.shape[1]
         if not pixels.shape[1]:
@@ -63,7 +63,7 @@ class BandSums:
         self._drawn.append(pixels[:, self._rng.integers(pixels.shape[1], size=min(SAMPLED, pixels.shape[1]))])
 
     def result(self) -> BandStatistics:
-        """The statistics of all that was added; NaN where nothing was."""
+        """Return the statistics of all windows added; NaN if none held data."""
         count = max(self._pixels, 1)
         unknown = np.full_like(self._sum, np.nan)
         mean = self._sum / count if self._pixels else unknown
@@ -75,7 +75,7 @@ class BandSums:
 
 
 def measure(dataset: SegmentationDataset) -> Iterator[BandSums]:
-    """Go through all items; yields the sums after each."""
+    """Add all items; yield the sums after each."""
     sums = BandSums(dataset.in_channels)
     for index in range(len(dataset)):
         values, _, valid = dataset.read(index)
@@ -86,10 +86,10 @@ def measure(dataset: SegmentationDataset) -> Iterator[BandSums]:
 def normalization_from(
     found: BandStatistics, given: Normalization, scale: object, largest: float, own: bool
 ) -> Normalization:
-    """`given` with the percentiles as range where `scale` says so, and (`own`) with the data's mean and deviation.
+    """Return `given` with the range that `scale` asks for and, with `own`, the data's mean and standard deviation.
 
-    `largest`: the end of the range that `scale: type` means.
-    Mean and deviation are of the unclipped values, scaled; a band without any spread gets the deviation 1.
+    `largest`: end of the range for `scale: type`. Mean and deviation are those of the scaled but unclipped values; a band of
+    constant values gets a deviation of 1.
     """
     low, high = np.array(given.low), np.array(given.high)
     if scale == "percentiles":
@@ -110,9 +110,9 @@ def _tuple(values: np.ndarray) -> tuple[float, ...]:
 
 
 def range_remark(found: BandStatistics, scale: object, headers: Sequence[Header], key: str) -> str | None:
-    """Return a remark where the range that `scale` makes 0..1 does not suit the values, else None.
+    """Return a remark if the range that `scale` maps to 0..1 does not suit the values, else None.
 
-    `headers`: of the files; `key`: the domain's settings, such as data.source. Percentiles suit by themselves, and files of
+    `headers`: those of the files; `key`: prefix of the domain's settings, such as data.source. Percentiles always suit. Files of
     several types, each with its own range, are not judged.
     """
     header = headers[0]
@@ -128,11 +128,11 @@ def range_remark(found: BandStatistics, scale: object, headers: Sequence[Header]
     ways = f"set {key}.scale to [LOW, HIGH] (for surface reflectance often [0, 10000]) or to percentiles."
     beyond = float(np.mean((found.drawn < low) | (found.drawn > high)))
     if beyond > CLIPPED:
-        return f"{what}, but {beyond:.0%} of the values lie beyond it and are clipped: {ways}"
+        return f"{what}, but {beyond:.0%} of the values are outside and will be clipped: {ways}"
     smallest, largest = float(found.low.min()), float(found.high.max())
     if largest - smallest < narrow * (high - low):
         return (
-            f"{what}, but nearly all values lie between {smallest:g} and {largest:g}, {(largest - smallest) / (high - low):.1%} "
-            f"of it: to the network the images are nearly of one shade. If that is not what was measured, {ways}"
+            f"{what}, but nearly all values are between {smallest:g} and {largest:g}, {(largest - smallest) / (high - low):.1%} "
+            f"of it: the network sees almost no contrast. Unless that is intended, {ways}"
         )
     return None

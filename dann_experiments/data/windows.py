@@ -1,4 +1,4 @@
-"""Where the windows of an image lie: side by side over all of it, or at random places."""
+"""Divides images into windows, in a grid that covers them or at random places."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ import numpy as np
 
 from dann_experiments.data.rasters import Window
 
-LARGE = 2048 * 2048  # pixels above which an image is never one window
+LARGE = 2048 * 2048  # pixels above which an image is split by default
 LARGE_WINDOW = 1024
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One item of a set: a window of one of its images."""
+    """An item of a set: a window of one of its images."""
 
     sample: int
     window: Window
     counted_rows: int = 0
-    """Rows at its top that belong to the window above as well and were counted there."""
+    """Rows at the top that overlap the window above and are counted there."""
     counted_columns: int = 0
-    """The same at its left."""
+    """Columns at the left that overlap the window to the left and are counted there."""
 
 
 def default_size(height: int, width: int, window_size: int | None, crop_size: int | None) -> int | None:
-    """Side of the windows of an image; None = it is one window."""
+    """Return the side of an image's windows in pixels; None = one window for the whole image."""
     if window_size is not None:
         return window_size
     return max(LARGE_WINDOW, crop_size or 0) if height * width > LARGE else None
 
 
 def grid(sample: int, area: Window, size: int | None) -> list[Piece]:
-    """Windows of `size` x `size` that cover `area`, side by side; the last of a row or column is moved back into the area,
-    where it overlaps the one before. Smaller where the area is."""
+    """Return windows of `size` x `size` pixels, or smaller if the area is, that cover `area` side by side.
+
+    The last window of a row or column is shifted back into the area, where it overlaps the one before.
+    """
     if size is None:
         return [Piece(sample, area)]
     return [
@@ -45,9 +47,9 @@ def grid(sample: int, area: Window, size: int | None) -> list[Piece]:
 
 
 def at_random(areas: Sequence[tuple[int, Window, int | None]], count: int | None, seed: int) -> list[Piece]:
-    """`count` windows at random places of `areas` (sample, area, window size), an area as often as its grid is large.
+    """Return `count` windows at random places in `areas`, each (sample, area, window size); None = as many as the grids have.
 
-    None = as many as the grids have. An area that is one window is taken whole.
+    An area is drawn in proportion to the number of windows in its grid. An area without a window size is taken whole.
     """
     rng = np.random.default_rng(seed)
     grids = [len(grid(sample, area, size)) for sample, area, size in areas]
@@ -62,7 +64,7 @@ def at_random(areas: Sequence[tuple[int, Window, int | None]], count: int | None
 
 
 def _starts(length: int, size: int) -> list[tuple[int, int]]:
-    """(start, pixels shared with the window before) of windows along one side."""
+    """Return (start, pixels shared with the previous window) of each window along one side."""
     if length <= size:
         return [(0, 0)]
     starts = [(start, 0) for start in range(0, length - size + 1, size)]

@@ -1,8 +1,8 @@
-"""BatchNorm statistics as a choice: forwards that leave them alone, and statistics of the target alone (AdaBN).
+"""Controls BatchNorm statistics: forward passes that do not update them, and statistics of the target only (AdaBN).
 
-A BatchNorm (Ioffe & Szegedy 2015, arXiv:1502.03167) in training mode normalises with the mean and variance of its batch and moves
-its running mean and variance towards them; in eval mode it normalises with the running ones. What each value of
-`domain_adaptation.batchnorm` makes of this stands in docs/batchnorm.md. N images, C channels, H x W positions.
+In training mode, BatchNorm (Ioffe & Szegedy 2015, arXiv:1502.03167) normalizes with the mean and variance of the batch and moves
+its running statistics towards them; in eval mode, it normalizes with the running statistics. docs/batchnorm.md explains the
+values of `domain_adaptation.batchnorm`. Letters: N images, C channels, H x W positions.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from dann_experiments.models.networks import logits_of_any_size
 from dann_experiments.models.taps import evaluating
 
 MOST_IMAGES = 2000
-"""Enough for `target_statistics`: the mean of so many images is known to 2 % of their standard deviation."""
+"""Enough images for `target_statistics`: their mean is accurate to 2 % of their standard deviation."""
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # timm's norm-act layers are subclasses
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 def has_batchnorm(network: nn.Module) -> bool:
-    """Whether any BatchNorm keeps running statistics; without one, `source_only` and `target_stats` change nothing."""
+    """Return True if any BatchNorm keeps running statistics; without one, `source_only` and `target_stats` have no effect."""
     return bool(_layers(network))
 
 
 @contextmanager
 def statistics_kept(network: nn.Module) -> Iterator[nn.Module]:
-    """Forwards inside move no running mean, running variance or `num_batches_tracked` of a BatchNorm.
+    """Keep forward passes in the block from updating running statistics and `num_batches_tracked` of any BatchNorm.
 
-    They normalise as they would without: layers in training mode with their batch, layers in eval mode (frozen ones) with
-    their running statistics, layers without running statistics with their batch. Given back as found.
+    Normalization is unchanged: layers in training mode and layers without running statistics use the batch, other layers in eval
+    mode (frozen ones) their running statistics. The layers are restored afterwards.
     """
-    # A momentum of 0 would do for mean and variance, but the batch would still be counted.
+    # A momentum of 0 would keep mean and variance, but still count the batch.
     tracking = [layer for layer in _layers(network) if layer.track_running_stats]
     for layer in tracking:
-        layer.track_running_stats = False  # read in training mode alone, while the layer has running statistics
+        layer.track_running_stats = False  # with running statistics, read only in training mode
     try:
         yield network
     finally:
@@ -53,10 +53,11 @@ def statistics_kept(network: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def by_domain(network: nn.Module, count: int, keep_target: bool = False) -> Iterator[nn.Module]:
-    """In forwards of more than `count` images inside, every BatchNorm in training mode takes the first `count` (the source) and
-    the others (the target) each by themselves, one after the other, as two forwards would. With `keep_target` the target
-    moves no running statistics. Forwards of `count` images are as always. Given back as found."""
+    """Make every BatchNorm in training mode normalize the first `count` images (source) and the others (target) separately.
 
+    This equals two forward passes, one after the other. With `keep_target`, the target does not update running statistics.
+    Batches of up to `count` images are unaffected. The layers are restored after the block.
+    """
     layers: list[Any] = [module for module in network.modules() if isinstance(module, _KINDS) and module.training]
     kinds = [type(layer) for layer in layers]
     for layer, kind in zip(layers, kinds, strict=True):
@@ -69,18 +70,18 @@ def by_domain(network: nn.Module, count: int, keep_target: bool = False) -> Iter
             del layer.source_count, layer.keep_target
 
 
-@functools.cache  # one class for all steps: torch.compile compiles anew for another
+@functools.cache  # the same class in all steps, or torch.compile would recompile
 def _by_domain(kind: Any) -> Any:
     class ByDomain(kind):
         def forward(self, values: Tensor) -> Tensor:
             if len(values) <= self.source_count:
                 return super().forward(values)
             source, target = values.split([self.source_count, len(values) - self.source_count])
-            normalised = super().forward(source)
+            normalized = super().forward(source)
             tracking = self.track_running_stats
             self.track_running_stats = tracking and not self.keep_target  # as in `statistics_kept`
             try:
-                return torch.cat([normalised, super().forward(target)])
+                return torch.cat([normalized, super().forward(target)])
             finally:
                 self.track_running_stats = tracking
 
@@ -90,20 +91,20 @@ def _by_domain(kind: Any) -> Any:
 def target_statistics(
     network: nn.Module, loader: Iterable[Mapping[str, Tensor]], most_images: int = MOST_IMAGES
 ) -> None:
-    """Replace running mean and variance of every BatchNorm by those of the loader's images: AdaBN (Li et al. 2018, Adaptive
-    Batch Normalization for practical domain adaptation, Pattern Recognition 80, section 3).
+    """Replace the running mean and variance of every BatchNorm by those of the loader's images.
 
-    Batches are {"image": (N, B, H, W)}; each image is forwarded once through the whole network, without gradients, until
-    `most_images` are done (the batch that reaches the number is still taken). Only BatchNorm runs in training mode, so
-    dropout draws nothing. Each batch is normalised with its own statistics on its way, so what a layer sees is what it sees
-    in training; what a layer keeps is the mean and the variance of all its values in all batches together (with n - 1, as
-    torch does), not an average of batch variances, which would leave out how batches differ. The first BatchNorm's numbers
-    therefore do not depend on how images are put into batches, deeper ones' a little; the order of batches changes nothing.
+    This is AdaBN (Li et al. 2018, Adaptive Batch Normalization for practical domain adaptation, Pattern Recognition 80, section
+    3). Batches are {"image": (N, B, H, W)}. Each image passes once through the whole network, without gradients, until at least
+    `most_images` are done. Only BatchNorm runs in training mode, so dropout is inactive.
 
-    Every position counts, those of nodata (0 in the image, the mean) too, as in training. Layers in eval mode are
-    re-estimated like the others; a layer that no image reaches stays as it is, and `num_batches_tracked` everywhere.
-    Every module's mode is given back as found. Raises InputError, and changes nothing, without images, and where one image
-    by itself meets a BatchNorm on a map of one position.
+    Each batch is normalized with its own statistics, so layers get the inputs that they get in training. A layer stores the mean
+    and variance (with n - 1, as torch does) of all its values in all batches together; an average of batch variances would
+    miss the differences between batches. Hence the first BatchNorm does not depend on how images are batched, and deeper ones
+    depend on it only slightly; the order of batches has no effect.
+
+    Every position counts, including nodata (0 in the image, the mean), as in training. Layers in eval mode are re-estimated, too.
+    Layers that no image reaches and `num_batches_tracked` do not change; the modes of all modules are restored. Raises
+    InputError, and changes nothing, if there are no images or a batch of one image reaches a BatchNorm on a map of one position.
     """
     device = next(network.parameters()).device
     seen: dict[_BatchNorm, list[tuple[int, Tensor, Tensor]]] = {layer: [] for layer in _layers(network)}
@@ -111,7 +112,9 @@ def target_statistics(
     def record(layer: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
         values = inputs[0].float()
         variance, mean = torch.var_mean(values, [dim for dim in range(values.ndim) if dim != 1], correction=0)
-        seen[layer].append((values.numel() // values.shape[1], mean, variance))  # left on the device: no waiting here
+        seen[layer].append(
+            (values.numel() // values.shape[1], mean, variance)
+        )  # stay on the device, to avoid a synchronization
 
     handles = [layer.register_forward_pre_hook(record) for layer in seen]
     images_done = 0
@@ -129,13 +132,13 @@ def target_statistics(
             raise
         raise InputError(
             "the statistics of target images need batches of two images or more, as this network has a BatchNorm on a map of "
-            "one position: give data.target.train two images or more of each size, or a data.window_size that all have."
+            "one position; give data.target.train two images or more of each size, or set a data.window_size that all have."
         ) from None
     finally:
         for handle in handles:
             handle.remove()
     if not images_done:
-        raise InputError("the statistics of target images need images, but data.target.train gives none.")
+        raise InputError("the statistics of target images need images, but data.target.train has none.")
     with torch.no_grad():
         for layer, batches in seen.items():
             if batches:
@@ -143,11 +146,11 @@ def target_statistics(
 
 
 def statistics_loader(dataset: SegmentationDataset, batch_size: int) -> DataLoader:
-    """A set for `target_statistics`: every item once, whole and without augmentation, in the same order each time.
+    """Return a loader for `target_statistics`: every item once, whole, without augmentation, in a fixed order.
 
-    A batch holds images of one size from all over the set, so that a manifest sorted by scene gives no batches of one scene,
-    and the first batches alone are a fair sample. Batches of a size differ by one image at most; none is of one image unless
-    its size is unique (a `batch_size` of 1 makes pairs).
+    A batch holds images of one size, evenly spaced over the set, so that batches of a manifest sorted by scene mix scenes, and
+    the first batches are a fair sample. Batches of one size differ by at most one image. None has a single image unless its
+    size is unique (a `batch_size` of 1 makes pairs).
     """
     sizes: dict[tuple[int, int], list[int]] = {}
     for index, piece in enumerate(dataset.pieces):
@@ -155,28 +158,32 @@ def statistics_loader(dataset: SegmentationDataset, batch_size: int) -> DataLoad
     batches: list[tuple[float, list[int]]] = []
     for indices in sizes.values():
         count = max(min(-(-len(indices) // batch_size), len(indices) // 2), 1)
-        # where a batch stands among those of its size: sizes take turns
+        # sort by relative position among batches of the same size, to interleave sizes
         batches += [((start + 0.5) / count, indices[start::count]) for start in range(count)]
     ordered = [indices for _, indices in sorted(batches)]
-    # a generator of its own: a loader draws a number each time, and training's random state is not ours to move
+    # own generator: a loader draws a number per pass, which must not change the random state of training
     return DataLoader(dataset.as_evaluated(), batch_sampler=ordered, generator=torch.Generator())
 
 
 def _layers(network: nn.Module) -> list[_BatchNorm]:
-    """Every BatchNorm with running statistics."""
+    """Return every BatchNorm with running statistics."""
     layers = [module for module in network.modules() if isinstance(module, _KINDS)]
     return [layer for layer in layers if layer.running_mean is not None and layer.running_var is not None]
 
 
 def _put_together(layer: _BatchNorm, batches: list[tuple[int, Tensor, Tensor]]) -> None:
-    """Mean and total variance from (positions, mean (C,), variance (C,)) a batch: the mean of the variances within batches
-    plus the variance of their means."""
+    """Set the layer's statistics from (number of values, mean (C,), variance (C,)) per batch.
+
+    The total variance is the mean of the variances within batches plus the variance of their means.
+    """
     assert layer.running_mean is not None
     assert layer.running_var is not None
     counts = torch.tensor([count for count, _, _ in batches], dtype=torch.float64)
     total = counts.sum()
     shares = (counts / total)[:, None]
-    means = torch.stack([mean for _, mean, _ in batches]).cpu().double()  # double after cpu: MPS has none
+    means = (
+        torch.stack([mean for _, mean, _ in batches]).cpu().double()
+    )  # .double() after .cpu(), as MPS has no float64
     variances = torch.stack([variance for _, _, variance in batches]).cpu().double()
     mean = (shares * means).sum(0)
     variance = (shares * (variances + (means - mean) ** 2)).sum(0)

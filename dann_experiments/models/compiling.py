@@ -1,4 +1,4 @@
-"""`torch.compile` for the parts of a network between its taps; training steps alone use what was compiled."""
+"""Applies `torch.compile` to the parts of a network between its taps; only training steps run compiled code."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-MOST_VARIANTS = 64  # compiled for one piece of code, which several stages share; torch's own limit is 8
+MOST_VARIANTS = 64  # recompilations per function, which several stages share; torch's default limit is 8
 
 
 def compile_parts(network: nn.Module, tapped: Set[str]) -> None:
-    """Compile in place the largest modules that neither are nor hold one of `tapped` (names of modules): hooks on those, and
-    what ends a forward at the last of them, stay outside. Names and weights stay; compiling itself comes with the first step."""
+    """Compile in place the largest modules that neither are nor contain one of `tapped` (module names).
+
+    Hooks on tapped modules thus stay outside compiled code. Names and weights do not change. Compilation runs in the first step.
+    """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
@@ -22,7 +24,7 @@ def compile_parts(network: nn.Module, tapped: Set[str]) -> None:
 
 
 def is_of_compiling(error: Exception) -> bool:
-    """Whether an exception comes from torch's compiler: a C++ compiler that is missing, a network that it cannot take."""
+    """Return True if an exception comes from torch's compiler, such as a missing C++ compiler or an unsupported network."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
@@ -30,13 +32,13 @@ def is_of_compiling(error: Exception) -> bool:
 
 
 def has_compiled(network: nn.Module) -> bool:
-    """Whether any of its modules was compiled."""
+    """Return True if any module of the network is compiled."""
     return any(module._compiled_call_impl is not None for module in network.modules())
 
 
 @contextmanager
 def uncompiled(network: nn.Module) -> Iterator[None]:
-    """Forwards inside run as they were written: evaluation sees images of many sizes, each of which would be compiled."""
+    """Run forward passes in the block without compiled code; evaluation would recompile for each image size."""
     if has_compiled(network):
         with torch.compiler.set_stance("force_eager"):
             yield

@@ -1,4 +1,4 @@
-"""Builds segmentation-models-pytorch networks and turns their refusals into readable errors."""
+"""Builds segmentation-models-pytorch networks and explains their errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DRAWS = {
 
 
 class _Undrawn(TorchFunctionMode):
-    """Leaves weights as the memory is: a VGG draws a hundred million numbers that its segmentation network never uses."""
+    """Skips random initialization: a VGG draws a hundred million numbers that its segmentation network never uses."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in DRAWS:
@@ -38,10 +38,10 @@ def build_network(
     arguments: Mapping[str, Any],
     drawn: bool = True,
 ) -> nn.Module:
-    """`smp.create_model` with `arguments` for the network's own constructor; the output is logits (N, classes, H, W).
-    `drawn` False: weights are no random numbers but anything, for a network whose weights will all be replaced.
+    """Return `smp.create_model` with `arguments` for the network's constructor; its output is logits (N, classes, H, W).
 
-    Raises InputError for an encoder or an argument that this network does not take.
+    `drawn` False: leave weights uninitialized; load a complete checkpoint before use. Raises InputError for an encoder or an
+    argument that this network does not accept, and for pretrained weights that cannot be loaded.
     """
     import segmentation_models_pytorch as smp
 
@@ -69,7 +69,7 @@ def build_network(
             f"model.encoder_weights is {encoder_weights!r}, but these weights cannot be loaded ({_first_line(error)}); "
             "give null to start from random weights."
         ) from None
-    except Exception as error:  # the hub clients raise classes of their own when there is no network
+    except Exception as error:  # hub clients raise their own types when offline
         if encoder_weights is None:
             raise
         raise InputError(
@@ -79,7 +79,7 @@ def build_network(
 
 
 def output_stride(network: nn.Module) -> int:
-    """The number that image sides must be divisible by (1 where the network takes any size)."""
+    """Return the number that image sides must be divisible by; 1 if the network accepts any size."""
     if not getattr(network, "requires_divisible_input_shape", True):
         return 1
     return int(getattr(getattr(network, "encoder", None), "output_stride", 1))
@@ -90,9 +90,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def logits_of_any_size(network: nn.Module, images: Tensor) -> Tensor:
-    """Logits (N, K, H, W) of images (N, B, H, W) whose sides need not be divisible by the network's stride.
+    """Return logits (N, K, H, W) for images (N, B, H, W) whose sides need not be divisible by the network's stride.
 
-    Such images are enlarged at the right and lower edge by repeating the edge, and the logits cut back.
+    Images are padded at the right and bottom by repeating the edge, and the logits are cropped back.
     """
     height, width = images.shape[-2:]
     padding = _padding(network, height, width)
@@ -102,13 +102,13 @@ def logits_of_any_size(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def predicted_classes(logits: Tensor) -> Tensor:
-    """(N, H, W) class ids of the greatest logits (N, K, H, W); the first of equal ones."""
+    """Return (N, H, W) class ids of the largest logits (N, K, H, W); the lowest id in a tie."""
     if logits.device.type != "cpu":
         return logits.argmax(1)
-    # On a CPU argmax over a dimension that is not the last takes up to thirty times as long; slow are comparing into bool and
-    # filling by a mask as well, so all here is of one type.
+    # On a CPU, argmax over a dimension other than the last takes up to thirty times as long. Comparing into bool and filling by a
+    # mask are slow, too, so all tensors here have one type.
     logits = logits.detach()
-    if logits.dtype.itemsize < 4:  # half precision, which does not count beyond 256 classes
+    if logits.dtype.itemsize < 4:  # half precision cannot represent all class ids above 256
         logits = logits.float()
     best = logits[:, 0].clone()
     classes, higher = torch.zeros_like(best), torch.empty_like(best)
@@ -120,9 +120,11 @@ def predicted_classes(logits: Tensor) -> Tensor:
 
 
 def keeps_channels_last(setting: bool | None, network: nn.Module, device: torch.device) -> bool:
-    """Whether training keeps maps with their channels last in memory: as `trainer.channels_last` says; None = where a step is
-    known to take less time, on a CPU with depthwise convolutions (0.89 to 0.98 of six networks tried; without them 0.93 to 1.25,
-    docs/log.md). By the layers, not by a clock: a run gives the same digits each time."""
+    """Return `setting` (`trainer.channels_last`) or, if None, True for networks with depthwise convolutions on a CPU.
+
+    With the channels-last memory format, these took 0.89 to 0.98 of the time per step, other networks 0.93 to 1.25 (docs/log.md).
+    The default does not depend on timing, so that runs stay reproducible.
+    """
     if setting is not None:
         return setting
     depthwise = (layer.groups == layer.in_channels > 1 for layer in network.modules() if isinstance(layer, nn.Conv2d))
@@ -130,7 +132,7 @@ def keeps_channels_last(setting: bool | None, network: nn.Module, device: torch.
 
 
 def valid_as_seen(network: nn.Module, valid: Tensor) -> Tensor:
-    """`valid` (N, H, W) at the size that `logits_of_any_size` gives the network: what it adds at the edges counts nowhere."""
+    """Return `valid` (N, H, W) padded with 0 to the size that `logits_of_any_size` gives the network."""
     height, width = valid.shape[-2:]
     return functional.pad(valid, _padding(network, height, width))
 

@@ -1,8 +1,8 @@
-"""The forwards of a training step: source through the whole network, target up to the last tap, in one pass or in two.
+"""Forward passes of a training step: source through the whole network, target up to the last tap, in one pass or two.
 
-Convolutions of one pass over both domains' images do the work of two passes with less reading of weights and fewer calls, and
-their gradients are added up once. BatchNorm then normalises each domain by itself, so that the numbers stay those of two passes.
-S source and T target images, C channels, H x W positions.
+One pass over the images of both domains reads weights less often, makes fewer calls and accumulates gradients once. BatchNorm
+then normalizes each domain separately, so that the results equal those of two passes. Letters: S source and T target images, K
+classes, C channels, H x W positions.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from dann_experiments.models.batchnorm import by_domain, statistics_kept
 from dann_experiments.models.taps import JOINT_CUTS, AllTapsReached, Tap, recording
 
 Forwards = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
-"""Source logits (S, K, h, w); source and target features by layer name, (S, C, H, W) and (T, C, H, W)."""
+"""Source logits (S, K, h, w), and features by layer name of source (S, C, H, W) and target (T, C, H, W)."""
 
-TRIAL_IMAGES = 4  # a domain: enough for the variance of a map of one position
+TRIAL_IMAGES = 4  # per domain; enough for a variance over a map of one position
 TRIAL_SIZE = 64
 SAME = 0.02
-"""Mean difference of two passes from one, in units of the features' mean size: rounding gives 1e-6 (1e-3 with TF32), an image
-normalised with the other domain, or another draw of dropout, 0.1 and more."""
+"""Relative tolerance (mean absolute difference / mean magnitude) below which one pass counts as equal to two.
+
+Rounding gives about 1e-6 (1e-3 with TF32); an image normalized with the other domain, or another draw of dropout, 0.1 or more.
+"""
 
 
 def forward_with_taps(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The whole forward; returns the logits and each tap's features."""
+    """Run the whole network; return the logits and each tap's features."""
     with recording(network, taps) as features:
         logits = network(images)
     return logits, features
 
 
 def forward_to_taps(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> dict[str, Tensor]:
-    """Each tap's features; no layer behind the last of them runs."""
+    """Return each tap's features; layers after the last tap do not run."""
     with recording(network, taps, stop=True) as features, suppress(AllTapsReached):
         network(images)
     return features
@@ -46,7 +48,7 @@ def forward_to_taps(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> 
 def forward_twice(
     network: nn.Module, source_images: Tensor, target_images: Tensor, taps: Sequence[Tap], keep_statistics: bool = False
 ) -> Forwards:
-    """Source, then target; with `keep_statistics` the target moves no BatchNorm's running statistics."""
+    """Forward the source, then the target; with `keep_statistics`, the target does not update BatchNorm statistics."""
     logits, source_features = forward_with_taps(network, source_images, taps)
     with statistics_kept(network) if keep_statistics else nullcontext():
         return logits, source_features, forward_to_taps(network, target_images, taps)
@@ -55,8 +57,10 @@ def forward_twice(
 def forward_joint(
     network: nn.Module, source_images: Tensor, target_images: Tensor, taps: Sequence[Tap], cut: Tap | None = None
 ) -> Forwards:
-    """One pass of both domains up to `cut`, one of the taps (None = the end of the encoder, or the last of `JOINT_CUTS` that is
-    tapped); the source alone from there on."""
+    """Forward both domains in one pass up to `cut`, and only the source from there on.
+
+    `cut`: one of the taps; None = the last of `JOINT_CUTS` that is tapped, else the end of the encoder.
+    """
     count, total = len(source_images), len(source_images) + len(target_images)
     cut = cut or _late_cut(taps)
 
@@ -65,10 +69,10 @@ def forward_joint(
             return type(given)(item[:count] if len(item) == total else item for item in given)
         return given[:count] if len(given) == total else given
 
-    # modules around the cut may give maps from before it as well: an encoder its skip connections
+    # modules around the cut may also return earlier maps, such as an encoder its skip connections
     around = [name for name in _parents(cut.module) if name]
     with recording(network, taps) as features:
-        # registered after the recording hooks, so these see the same full output and cut it behind them
+        # registered after the recording hooks, which thus see the output before it is split
         handles = [cut.hook(network, source_part)]
         for name in around:
             handles.append(
@@ -85,20 +89,20 @@ def forward_joint(
 
 @dataclass(frozen=True)
 class Passes:
-    """How one network's training steps forward both domains: found once, by trying (`choose`)."""
+    """Forwards both domains in a training step, in the way that `choose` found by a trial."""
 
     taps: Sequence[Tap]
     batchnorm: str
-    """The setting's value (docs/batchnorm.md)."""
+    """Value of `domain_adaptation.batchnorm` (docs/batchnorm.md)."""
     cut: Tap | None
-    """The tap where the target leaves a pass of both domains; None = two passes, or with `joint` a later cut."""
+    """The tap after which only the source goes on; None = two passes or, with `joint`, a later cut."""
     weights: int = 0
-    """Of convolutions and linear layers up to the cut."""
+    """Number of weights of convolutions and linear layers up to the cut."""
     values_a_pixel: float = 0.0
-    """That those layers give, for each pixel of an image."""
+    """Number of output values of those layers per image pixel."""
 
     def __call__(self, network: nn.Module, source_images: Tensor, target_images: Tensor) -> Forwards:
-        """One training step's forwards."""
+        """Run the forward passes of a training step on images (S, B, h, w) and (T, B, h, w)."""
         images, taps, kept = (source_images, target_images), self.taps, self.batchnorm == "source_only"
         if self.batchnorm == "joint":
             return forward_joint(network, *images, taps, self.cut)
@@ -108,9 +112,11 @@ class Passes:
             return forward_joint(network, *images, taps, self.cut)
 
     def pays(self, source_images: Tensor, target_images: Tensor) -> bool:
-        """Whether one pass takes less time. It reads the weights once for both domains; on a CPU its larger maps leave the caches
-        sooner, which costs as much where there are more of them than weights (docs/performance.md). On other devices half as
-        many calls always pay."""
+        """Return True if one pass is faster than two.
+
+        One pass reads the weights once for both domains. On a CPU, its larger maps exceed the caches sooner, which outweighs that
+        if maps have more values than there are weights (docs/performance.md). On other devices, fewer calls are always faster.
+        """
         if source_images.shape[1:] != target_images.shape[1:]:
             return False
         pixels = source_images.shape[0] * source_images.shape[2] * source_images.shape[3]
@@ -118,9 +124,11 @@ class Passes:
 
 
 def choose(network: nn.Module, taps: Sequence[Tap], batchnorm: str, in_channels: int) -> Passes:
-    """One pass where the network can be parted at its last tap and gives the numbers of two passes, which is tried on a few
-    noise images: layers that draw random numbers (dropout) or mix images in ways of their own keep two passes. Nothing
-    of the network or of torch's random state is changed."""
+    """Choose one pass if the network can be split at its last tap and then gives the results of two passes, else two.
+
+    A trial on a few noise images decides. Layers that draw random numbers (dropout) or mix images need two passes. The network
+    and torch's random state do not change.
+    """
     parameter = next(network.parameters())
     device = parameter.device
     devices = [device] if device.type == "cuda" else []
@@ -128,30 +136,30 @@ def choose(network: nn.Module, taps: Sequence[Tap], batchnorm: str, in_channels:
     with torch.random.fork_rng(devices=devices), torch.no_grad(), exact, _unchanged(network):
         torch.manual_seed(0)
         noise = torch.randn(2, TRIAL_IMAGES, in_channels, TRIAL_SIZE, TRIAL_SIZE, device=device, dtype=parameter.dtype)
-        images = noise[0], 3 * noise[1] + 1  # of another distribution, or mixing the domains would show little
+        images = noise[0], 3 * noise[1] + 1  # different distributions, so that mixing the domains shows
         try:
             cut, weights, values = _last(network, images[0], taps)
             if batchnorm == "joint":
                 forward_joint(network, *images, taps, cut)
                 return Passes(taps, batchnorm, cut)
-            torch.manual_seed(0)  # dropout behind the cut draws the same in both
+            torch.manual_seed(0)  # same draws of dropout after the cut in both
             apart = forward_twice(network, *images, taps)
             torch.manual_seed(0)
             with by_domain(network, TRIAL_IMAGES):
                 together = forward_joint(network, *images, taps, cut)
         except (RuntimeError, TypeError, ValueError, IndexError):
-            return Passes(taps, batchnorm, None)  # behind the cut, maps of both domains meet those of one
+            return Passes(taps, batchnorm, None)  # after the cut, maps of both domains meet maps of one
         pixels = TRIAL_IMAGES * TRIAL_SIZE**2
         return Passes(taps, batchnorm, cut if _same(apart, together) else None, weights, values / pixels)
 
 
 def check_joint(taps: Sequence[Tap]) -> None:
-    """Refuse taps at which a joint forward cannot part the domains."""
+    """Raise InputError for taps at which a joint forward pass cannot split the domains."""
     for tap in taps:
         if tap.module not in JOINT_CUTS and not tap.module.startswith("encoder."):
             raise InputError(
-                "domain_adaptation.batchnorm is 'joint', which works with layers of the encoder, with the whole 'decoder' and "
-                f"with 'segmentation_head', not with {tap.name!r}; tap one of those or set batchnorm to 'separate'."
+                "domain_adaptation.batchnorm is 'joint', which works with layers of the encoder, the whole 'decoder' and "
+                f"'segmentation_head', not with {tap.name!r}; tap one of those or set batchnorm to 'separate'."
             )
 
 
@@ -167,7 +175,7 @@ def _parents(module: str) -> list[str]:
 
 
 def _last(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> tuple[Tap, int, int]:
-    """The tap that a forward reaches last, the weights of convolutions and linear layers up to it, and the values they give."""
+    """Return the tap reached last, and how many weights and output values convolutions and linear layers have up to it."""
     counts = [0, 0]
 
     def count(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -193,7 +201,7 @@ def _same(one: Forwards, other: Forwards) -> bool:
 
 @contextmanager
 def _unchanged(network: nn.Module) -> Iterator[None]:
-    """Buffers are given back as found."""
+    """Restore the network's buffers after the block."""
     kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
         yield

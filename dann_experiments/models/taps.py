@@ -1,8 +1,8 @@
-"""Feature taps: which layers there are, what they give, and how their features are recorded in a forward.
+"""Feature taps: lists layers, looks them up, and records their features in a forward pass.
 
-A tap is the dotted name of a module. A module that returns several maps (an SMP `encoder`) means its deepest non-empty
-one; `NAME.K` picks map K of such a module where no module has that name. Of a module that runs several times in one
-forward (a shared ReLU) the first call counts, everywhere. N images, C channels, H x W positions.
+A tap is the dotted name of a module. If a module returns several maps (an SMP `encoder`), the tap is its deepest non-empty map;
+`NAME.K` picks map K, unless a module has that name. If a module runs several times in one forward pass (a shared ReLU), only its
+first call counts. Letters: N images, C channels, H x W positions.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dann_experiments.models.compiling import uncompiled
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer that can be tapped."""
+    """A layer that can be tapped."""
 
     name: str
     channels: int
     stride: float
-    """Input pixels a position, along one side."""
+    """Input pixels per position, along one side."""
     useful: bool
-    """Whole encoder, one of its stages, decoder or head: where features of both domains are worth aligning."""
+    """True for the encoder, its stages, the decoder and the head, where aligning features of both domains is useful."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,24 @@ class Tap:
 
     name: str
     module: str
-    """Name of the module whose output holds the features; with `before`, whose input."""
+    """Name of the module whose output (with `before`, input) holds the features."""
     map_index: int | None
-    """Which of several maps; None = the deepest non-empty one."""
+    """Index of the map among several; None = the deepest non-empty one."""
     channels: int
     stride: float
     copy: bool
-    """The following module overwrites this output in place, so recording must copy it."""
+    """True if a later module overwrites the output in place, so that it must be copied."""
     before: bool = False
-    """No module gives exactly these features: they are what `module` is given first."""
+    """True if no module outputs exactly these features, and they are the first input of `module`."""
 
     def pick(self, output: Any) -> Tensor:
-        """The features (N, C, H, W) in the module's output, or in its inputs."""
+        """Return the features (N, C, H, W) in the module's output (with `before`, inputs)."""
         if self.before:
             return output[0]
         return output[self.map_index] if self.map_index is not None else deepest_map(output)
 
     def hook(self, network: nn.Module, see: Callable[[Any], Any]) -> RemovableHandle:
-        """Call `see` with the module's output (or its inputs) in each forward; what it returns, if not None, takes its place."""
+        """Call `see` with the module's output (or inputs) in each forward pass; its result, if not None, replaces it."""
         module = network.get_submodule(self.module)
         if self.before:
             return module.register_forward_pre_hook(lambda module, inputs: see(inputs))
@@ -63,15 +63,15 @@ class Tap:
 
 
 JOINT_CUTS = ("encoder", "decoder", "segmentation_head")
-"""Where a joint forward can part the domains, in the order of the forward pass."""
+"""Modules after which a joint forward pass can split the domains, in the order of the forward pass."""
 
 
 class AllTapsReached(Exception):
-    """Ends a forward that nobody needs any further."""
+    """Ends a forward pass once all taps are recorded."""
 
 
 def deepest_map(output: Any) -> Tensor:
-    """The last map (N, C, H, W) with channels in a module's output; raises TypeError where there is none."""
+    """Return the last map (N, C, H, W) with channels in a module's output. Raises TypeError if there is none."""
     if isinstance(output, (list, tuple)):
         for item in reversed(output):
             if _is_map(item):
@@ -83,7 +83,7 @@ def deepest_map(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[nn.Module]:
-    """`network` in eval mode, without gradients and `uncompiled`; every module's own mode is given back as found."""
+    """Set `network` to eval mode, without gradients and `uncompiled`; restore the mode of every module afterwards."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -95,9 +95,9 @@ def evaluating(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def resolve_taps(network: nn.Module, layers: Sequence[str], in_channels: int, size: int = 64) -> list[Tap]:
-    """Look up each layer by one forward of a blank (1, in_channels, size, size) image in eval mode.
+    """Resolve layer names with one forward pass of a blank image (1, in_channels, size, size) in eval mode.
 
-    Raises InputError with the list of useful layers for a name that is not there or gives no map.
+    Raises InputError that lists the useful layers if a layer does not exist or does not output a map.
     """
     modules = dict(network.named_modules())
     wanted: dict[str, tuple[str, int | None]] = {}
@@ -121,7 +121,7 @@ def resolve_taps(network: nn.Module, layers: Sequence[str], in_channels: int, si
             raise _no_such_layer(network, name, in_channels, size) from None
         given = features.shape[1], size / features.shape[2]
         sooner = None if index is None else _where_first(features, module, calls)
-        if sooner is not None:  # nothing behind the stage has to run for it
+        if sooner is not None:  # record it there, so that later layers need not run
             taps.append(Tap(name, sooner[0], None, *given, copy=False, before=sooner[1]))
         else:
             version = calls[module].versions[-1 if index is None else index]
@@ -131,18 +131,18 @@ def resolve_taps(network: nn.Module, layers: Sequence[str], in_channels: int, si
 
 @dataclass
 class _Call:
-    """The first call of a module in a forward."""
+    """The first call of a module in a forward pass."""
 
     output: Any = None
     versions: Sequence[int] = ()
-    """torch's counts of in-place changes of the maps in `output`, when it was given; of a single map, or the deepest, last."""
+    """torch's version counters (in-place changes) of the maps in `output` when returned; last, that of the deepest map."""
     given: Tensor | None = None
-    """Its first input."""
+    """The first input, if it is a map."""
     given_version: int = -1
 
 
 def _first_calls(network: nn.Module, in_channels: int, size: int) -> dict[str, _Call]:
-    """By module name, in the order in which the calls end. All maps are held, so that they can be told apart by identity."""
+    """Return the first calls by module name, in the order they end. All maps are kept alive, so that identities are unique."""
     begun: dict[str, _Call] = {}
     calls: dict[str, _Call] = {}
 
@@ -180,12 +180,13 @@ def _first_calls(network: nn.Module, in_channels: int, size: int) -> dict[str, _
 
 
 def _where_first(features: Tensor, parent: str, calls: Mapping[str, _Call]) -> tuple[str, bool] | None:
-    """The module inside `parent` that gives exactly this map, outermost, and False; or that is given it first, and True."""
+    """Return (name, False) of the outermost module in `parent` that outputs exactly this map, else (name, True) of one whose
+    first input it is; None if there is neither."""
     inside = {name: call for name, call in calls.items() if name.startswith(f"{parent}.")}
     giving = [
         name
         for name, call in inside.items()
-        if call.output is features and call.versions[-1] == features._version  # not what a later layer made of it
+        if call.output is features and call.versions[-1] == features._version  # not changed in place by a later layer
     ]
     if giving:
         return min(giving, key=lambda name: name.count(".")), False
@@ -196,7 +197,7 @@ def _where_first(features: Tensor, parent: str, calls: Mapping[str, _Call]) -> t
 
 
 def list_layers(network: nn.Module, in_channels: int, size: int = 64) -> list[LayerInfo]:
-    """Every layer that can be tapped, in the order of the forward pass; `size` is the side of the blank image used."""
+    """Return every layer that can be tapped, in forward order; `size`: side in pixels of the blank image passed through."""
     calls = _first_calls(network, in_channels, size)
     maps: list[tuple[str, Tensor]] = []
     for name, call in calls.items():
@@ -205,7 +206,7 @@ def list_layers(network: nn.Module, in_channels: int, size: int = 64) -> list[La
     whole = calls["encoder"].output if "encoder" in calls else None
     encoder_maps = list(whole) if isinstance(whole, (list, tuple)) else []
     stages = {id(item): index for index, item in enumerate(encoder_maps) if _is_map(item) and index > 0}
-    named: dict[int, str] = {}  # the outermost module that gives exactly a stage's map stands for the stage
+    named: dict[int, str] = {}  # the outermost module that outputs exactly a stage's map names the stage
     for name, features in maps:
         outermost = name.count(".") <= named.get(id(features), name).count(".")
         if id(features) in stages and name.startswith("encoder.") and outermost:
@@ -223,7 +224,10 @@ def list_layers(network: nn.Module, in_channels: int, size: int = 64) -> list[La
 
 @contextmanager
 def recording(network: nn.Module, taps: Sequence[Tap], stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """The dictionary given holds each tap's features after a forward in the block; `stop` ends that forward at the last."""
+    """Yield a dictionary that a forward pass in the block fills with features (N, C, H, W) by tap name.
+
+    `stop`: raise AllTapsReached once all are recorded, so that later layers do not run.
+    """
     features: dict[str, Tensor] = {}
 
     def recorder(tap: Tap) -> Callable[[Any], None]:
@@ -254,7 +258,7 @@ def _blank_forward(network: nn.Module, in_channels: int, size: int) -> None:
     with evaluating(network):
         try:
             network(torch.zeros(1, in_channels, size, size, device=parameter.device, dtype=parameter.dtype))
-        except RuntimeError as error:  # memory, or a size that this network does not take
+        except RuntimeError as error:  # out of memory, or an unsupported size
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"model: the network does not take a blank image of {size} x {size} pixels: {reason}"
