@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import doctest
+import importlib
 import importlib.metadata
 import re
 import shlex
@@ -339,3 +341,24 @@ def test_files_of_the_project_name_no_machine_paths():
         if path.suffix in (".png", ".jpg") or not path.is_file():
             continue
         assert not pattern.search(path.read_text(errors="ignore")), name
+
+
+SOURCES = sorted([*(PROJECT / "dann_experiments").rglob("*.py"), *(PROJECT / "sweeps").rglob("*.py")])
+
+
+def test_no_file_is_longer_than_400_lines():
+    assert {str(file) for file in SOURCES if len(file.read_text().splitlines()) > 400} == set()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        ".".join(file.relative_to(PROJECT).with_suffix("").parts)
+        for file in SOURCES
+        if re.search(r"^\s*>>> ", file.read_text(), re.MULTILINE)
+    ],
+)
+def test_examples_in_docstrings_run(module):
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.attempted > 0
+    assert found.failed == 0

@@ -264,7 +264,7 @@ def _figures(comparison: Comparison, confidence: float) -> dict[str, Any]:
 
 def _has_curve(found: Histories) -> bool:
     """Return whether some validation IoU was measured more than once."""
-    return any(len(finite(curve)) > 1 for domain in DOMAIN_COLORS for curve in found[Metric.iou(f"{domain}_val")])
+    return any(len(finite(curve)) > 1 for domain in DOMAIN_COLORS for curve in found[Metric.iou(SetName(domain, "val"))])
 
 
 def _tile_columns(

@@ -102,7 +102,7 @@ def draw_all_curves(axis: Axes, arms: Mapping[str, tuple[str, Histories]]) -> No
 def _in_points(histories: Histories, domain: str) -> list[list[tuple[int, float]]]:
     return [
         [(step, 100 * value) for step, value in finite(curve)]
-        for curve in histories.get(Metric.iou(f"{domain}_val"), ())
+        for curve in histories.get(Metric.iou(SetName(domain, "val")), ())
     ]
 
 

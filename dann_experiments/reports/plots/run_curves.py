@@ -21,7 +21,7 @@ def draw_curves(path: Path, history: Mapping[str, Points], title: str) -> None:
     figure = new_figure(8, 6.5, (0.7, 0.2, 0.75, 0.5), hspace=0.18)
     above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
     for domain, color in DOMAIN_COLORS.items():
-        _plot(above, history, Metric.iou(f"{domain}_val"), color, marker="o")
+        _plot(above, history, Metric.iou(SetName(domain, "val")), color, marker="o")
     above.set_ylabel("mean IoU")
     _plot(middle, history, Metric.DOMAIN_ACCURACY, TEAL, smooth=True)
     _plot(middle, history, Metric.DOMAIN_ACCURACY_VAL, PURPLE, marker="o")
