@@ -19,7 +19,7 @@ QUESTION = (
     "sampler",
     "sampler_seed",
     "pruner",
-)  # a change of these is another study
+)  # changing one of these makes another study
 FILE_NAME = matching(r"[\w][\w .+-]{0,99}", "up to 100 letters, digits, blanks and . + - _ (it names files)")
 
 
@@ -86,14 +86,14 @@ class SweepConfig(PoolSettings):
 
     @property
     def maximizes(self) -> bool:
-        """Whether larger is better: by `direction`, or by what the name of the objective implies."""
+        """True if larger is better, by `direction` or, if that is null, by the name of the objective."""
         if self.direction is not None:
             return self.direction == "maximize"
         return MonitorConfig(metric=self.objective).direction == "max"
 
     @property
     def uses_target_labels(self) -> bool:
-        """Whether the objective is computed from target labels."""
+        """True if the objective is computed from target labels."""
         return self.objective.startswith(TARGET_LABEL_METRICS)
 
     def __post_init__(self) -> None:
@@ -102,5 +102,5 @@ class SweepConfig(PoolSettings):
         if re.search(r"_test(/|$)", self.objective):
             raise InputError(
                 f"objective is {self.objective!r}, a score of the held-out test set, which can no longer test what was "
-                "chosen by it. Choose by a validation metric; the report shows the test scores beside it."
+                "chosen by it. Choose by a validation metric; the report shows the test scores as well."
             )
