@@ -213,7 +213,7 @@ class _Contest:
         return table.sort_values(f"{objective} mean", **order)
 
     def winner(self, study: Sweep) -> FrozenTrial | None:
-        """Return the candidate (or recipe) with the best mean when all runs have ended; one that failed with a seed cannot win."""
+        """Return the candidate (or recipe) with the best mean once all runs have ended; one with a failed seed cannot win."""
         if any(not trial.state.is_finished() or superseded(trial) for trial in study.counted()):
             return None
         entered = [trial for trial in self.trials() if trial.user_attrs["role"] != "control"]

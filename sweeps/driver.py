@@ -61,11 +61,7 @@ from sweeps.worker import work
 
 __all__ = ["SweepFailed", "SweepResult", "drive", "find_study", "resume_sweep", "run_sweep", "study_config"]
 log = logging.getLogger(__name__)
-SOURCE_KEYS = (
-    "model.",
-    "data.",
-    "domain_adaptation.pretrained_checkpoint.",
-)  # searching one of these changes the source model
+SOURCE_KEYS = ("model.", "data.", "domain_adaptation.pretrained_checkpoint.")  # searched, they change the source model
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ class Sweep:
                 return False
 
     def put_in_again(self) -> int:
-        """Add retries of the trials that were given back and return their number. Only for the driver: two would add them twice."""
+        """Add retries of the trials that were given back and return their number. Only the driver calls this."""
         waiting = [trial for trial in self.counted() if superseded(trial)]
         self.add([_again(trial) for trial in waiting])
         return len(waiting)
