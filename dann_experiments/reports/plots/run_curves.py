@@ -1,4 +1,4 @@
-"""The curves of one run."""
+"""Draws the curves of one run."""
 
 from __future__ import annotations
 
