@@ -55,7 +55,7 @@ class MethodConfig:
         return [self.feature_layer] if isinstance(self.feature_layer, str) else list(self.feature_layer)
 
     def check(self, prefix: str) -> None:
-        """Raise InputError for settings that do not agree."""
+        """Raise InputError for settings that contradict each other."""
         if not all(self.layers) or not self.layers or len(set(self.layers)) != len(self.layers):
             raise InputError(f"{prefix}feature_layer is {self.feature_layer!r}; name each layer once.")
         if self.in_channels is not None:

@@ -104,7 +104,7 @@ class MonitorConfig:
 
     @property
     def direction(self) -> Literal["max", "min"]:
-        """`mode`; if it is null, what the name of the metric implies."""
+        """`mode`, or if it is null, the direction that the name of the metric implies."""
         falling = self.metric is not None and (
             self.metric.startswith((Metric.LOSS, Metric.SELECT_ENTROPY))
             or "gap" in self.metric
@@ -114,11 +114,11 @@ class MonitorConfig:
 
     @property
     def uses_target_labels(self) -> bool:
-        """Whether the metric that chooses is computed from target labels."""
+        """True if the metric that chooses is computed from target labels."""
         return self.metric is not None and self.metric.startswith(TARGET_LABEL_METRICS)
 
     def check(self, prefix: str) -> None:
-        """Raise InputError for `best` without a metric."""
+        """Raise InputError if final_model is best but there is no metric."""
         if self.metric is None and self.final_model == "best":
             raise InputError(
                 f"{prefix}final_model is 'best', but {prefix}metric is null; name the metric that chooses."

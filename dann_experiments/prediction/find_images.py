@@ -214,7 +214,9 @@ def _mirrored(images: Sequence[Path], root: Path, target: Path) -> list[tuple[Pa
         output = (target / os.path.relpath(os.path.abspath(path), root)).with_suffix(suffix)
         name = output.with_suffix("")
         if name in pairs:
-            raise InputError(f"input: {pairs[name][0]} and {path} have the same stem, so they would have the same map; keep one.")
+            raise InputError(
+                f"input: {pairs[name][0]} and {path} have the same stem, so they would have the same map; keep one."
+            )
         pairs[name] = (path, output)
     return list(pairs.values())
 

@@ -33,7 +33,9 @@ def draw_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]
     axis.invert_yaxis()
     for (row, column), pixels in np.ndenumerate(confusion):
         text, share = short_count(int(pixels)), known[row, column]
-        color = "white" if share > 0.5 else "black" if pixels else "#a0a0a0"  # 0 is faint, so that other counts are easy to see
+        color = (
+            "white" if share > 0.5 else "black" if pixels else "#a0a0a0"
+        )  # 0 is faint, so that other counts are easy to see
         text = f"{share:.2f}\n{text}" if share else text
         axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=color)
     places = np.arange(count) + 0.5

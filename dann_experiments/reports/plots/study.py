@@ -67,7 +67,9 @@ def draw_study(
                 elif name == "history":
                     _draw_levels(figure.axes[0], levels)
                 else:
-                    figure.axes[0].set_title(textwrap.fill(note, 72), loc="left", fontsize=11)  # replaces Optuna's title
+                    figure.axes[0].set_title(
+                        textwrap.fill(note, 72), loc="left", fontsize=11
+                    )  # replaces Optuna's title
                 _tidy(figure)
                 figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
                 interactive = getattr(optuna.visualization, function)(study, **wanted)
