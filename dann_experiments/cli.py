@@ -214,13 +214,13 @@ def _command(run: Callable[[Request], int], purpose: str, **options: Option) -> 
 
 COMMANDS = {
     "check-data": _command(
-        _check_data, "read all data once: every problem by file name, then counts, class shares and band statistics"
+        _check_data, "read all data once; print every problem with its file name, then counts, class shares and band statistics"
     ),
-    "pretrain": _command(_pretrain, "train a source model on labelled source images", resume=RESUME),
+    "pretrain": _command(_pretrain, "train a source model on labeled source images", resume=RESUME),
     "adapt": _command(
-        _adapt, "adapt a source model to the unlabelled target domain (pretrains first if needed)", resume=RESUME
+        _adapt, "adapt a source model to the unlabeled target domain (pretrains first if needed)", resume=RESUME
     ),
-    "evaluate": _command(_evaluate, "score a model on every labelled val and test set"),
+    "evaluate": _command(_evaluate, "score a model on every labeled val and test set"),
     "predict": Command(
         _predict,
         "write the class map of a raster of any size, or of many images: files, folders, patterns",
@@ -244,10 +244,10 @@ COMMANDS = {
     ),
     "runs": _command(_runs, "show the newest runs of an experiment side by side"),
     "sync": _command(
-        _sync, "send what runs left in tracking.folder because the store was away or their process was killed"
+        _sync, "send files that runs left in tracking.folder because the store was away or their process was killed"
     ),
     "doctor": _command(
-        _doctor, "close runs that are shown as running though their process is gone; list what `sync` would send"
+        _doctor, "close runs that are shown as running although their process is gone; list the files that `sync` would send"
     ),
     "layers": _command(
         _layers,
@@ -258,7 +258,7 @@ COMMANDS = {
 }
 PROGRAM = Program(
     "dann_experiments",
-    "Adapt segmentation networks to unlabelled domains with DANN, tracked in MLflow.",
+    "Adapt segmentation networks to unlabeled domains with DANN, tracked in MLflow.",
     COMMANDS,
     failures={TrainingFailed: "Training failed"},
 )

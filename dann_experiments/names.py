@@ -192,12 +192,12 @@ METRICS = (
     ((Metric.DOMAIN_ACCURACY_VAL,), "the accuracy of the same classifier on held-out images, once per epoch"),
     (
         (Metric.PROBE_ACCURACY, Metric.A_DISTANCE),
-        "a fresh probe of the features, before (step 0) and after adaptation: can the domains still be told apart? "
+        "a new classifier on the features, before (step 0) and after adaptation: can it distinguish the domains? "
         "[docs/alignment.md](docs/alignment.md)",
     ),
     (
         ("select/*",),
-        "scores of the unlabelled target, by which to choose epochs and trials: [docs/selection.md](docs/selection.md)",
+        "label-free scores of the target, for choosing epochs and trials: [docs/selection.md](docs/selection.md)",
     ),
     ((Metric.LAMBDA,), "weight of the reversed gradient"),
     (

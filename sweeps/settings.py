@@ -28,7 +28,7 @@ class SweepConfig(PoolSettings):
     """A search over settings of `adapt`, written in a YAML file (`--space FILE`). Each setting is also a flag."""
 
     space: dict[str, Any] = field(default_factory=dict)
-    """What is searched, only in the file that the flag --space names: dotted setting -> {type: float, low, high, log,
+    """Settings to search, only in the file that the flag --space names: dotted setting -> {type: float, low, high, log,
     step}, {type: int, low, high, log, step}, {type: categorical, choices}, each with an optional
     `when: {other.setting: value}`; `auto` for domain_adaptation.method.feature_layer means all useful layers of the
     network."""
@@ -44,7 +44,7 @@ class SweepConfig(PoolSettings):
     objective: str = Metric.TARGET_VAL_IOU
     """Metric that chooses the best trial. One of the target uses target labels: the runs are tagged, and the report says so."""
     direction: Literal["maximize", "minimize"] | None = None
-    """Whether a larger or a smaller value is better; null = smaller for a loss, a gap, a drop or the entropy, else larger."""
+    """Direction of the objective; null = smaller for a loss, a gap, a drop or the entropy, else larger."""
     sampler: Literal["tpe", "gp", "qmc", "random", "grid"] = "tpe"
     """How values are proposed. tpe: tree-structured Parzen estimator; gp: Gaussian process; qmc: quasi-Monte Carlo (Sobol);
     random: independent draws; grid: every point of a grid."""

@@ -219,7 +219,7 @@ def _parents_first(entries: Mapping[str, Any]) -> list[str]:
 
     def add(key: str, below: tuple[str, ...]) -> None:
         if key in below:
-            raise InputError(f"space: {' -> '.join([*below, key])}: these depend on each other in a circle.")
+            raise InputError(f"space: {' -> '.join([*below, key])}: these depend on each other in a ring.")
         if key in order:
             return
         when = entries[key].get("when") if isinstance(entries[key], Mapping) else None

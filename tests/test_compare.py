@@ -650,7 +650,7 @@ def test_usual_arms_without_oracle_images_are_four_and_say_so(here):
     config = config_of(here.root, data__oracle=[])
     arms, notes = arms_of(CompareConfig(), config)
     assert [arm.name for arm in arms] == ARMS[:4]
-    assert notes == ["No oracle: data.oracle names no labelled training images of the target."]
+    assert notes == ["No oracle: data.oracle names no labeled training images of the target."]
 
 
 def test_checking_arms_draws_no_random_numbers(here):

@@ -81,8 +81,8 @@ def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[st
         _refuse_overrides(arm)
         if arm.kind == "oracle" and not config.data.oracle:
             if settings.arms:
-                raise InputError(f"arms.{arm.name} is an oracle, but data.oracle names no labelled target images.")
-            notes.append("No oracle: data.oracle names no labelled training images of the target.")
+                raise InputError(f"arms.{arm.name} is an oracle, but data.oracle names no labeled target images.")
+            notes.append("No oracle: data.oracle names no labeled training images of the target.")
             continue
         kept.append(arm)
     return kept, notes

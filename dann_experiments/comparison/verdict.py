@@ -168,7 +168,7 @@ def _decide(source: Interval, control: Interval, shift: Interval, confidence: fl
         doubt = f"is below {smallest}" if control.low > 0 else "is not wholly above 0"
         return "no evidence", (
             f"{against_both}: the gain over the control {doubt}, so the adversary's part is not shown, and neither is it that "
-            f"the control alone gives {EXPLAINED_SHARE * 100:.0f} % of the gain or more ({said(shift)})."
+            f"the control by itself gives {EXPLAINED_SHARE * 100:.0f} % of the gain or more ({said(shift)})."
         )
     if beats_control:
         if shift.mean < 0:
@@ -209,7 +209,7 @@ def _left_out(*arms: Mapping[int, float]) -> str:
     if not missing:
         return ""
     lack = "lacks a score in some arm and is" if missing == 1 else "lack a score in some arm and are"
-    return f" {_seeds(missing)} {lack} left out there: if a run failed, the rest may flatter."
+    return f" {_seeds(missing)} {lack} left out there: if a run failed, the rest may look too good."
 
 
 def _points(value: float) -> str:

@@ -26,7 +26,7 @@ class MethodConfig:
 
     name: Literal["dann", "lambda_zero", "source_only"] = "dann"
     """dann: adversarial training; lambda_zero: the control, the same training with lambda 0, so that target images pass through
-    the network but it receives no domain loss; source_only: train on source images alone."""
+    the network but it receives no domain loss; source_only: train only on source images."""
     class_path: Annotated[str | None, matching(r"[^\W\d]\w*(\.[^\W\d]\w*)+", "package.module.Class")] = None
     """Use your own method instead: the import path of a subclass of DomainAdaptationMethod."""
     init_args: dict[str, Any] = field(default_factory=dict)

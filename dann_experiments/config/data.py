@@ -50,8 +50,8 @@ class DomainDataConfig:
     """Pixel value or values without data, which count nowhere; file: the nodata value of the file. The mask and alpha band of a
     file count as well, and so does NaN in any band; []: no values."""
     nodata_bands: Literal["any", "all"] | None = None
-    """Whether a pixel lacks data if any of its bands holds a nodata value, or only if all do. null: all for 8 bit images,
-    where 0 and 255 are also colors; any for other types, where fill values would be taken for measurements."""
+    """Bands that must hold a nodata value for a pixel to have no data: any of them, or all. null: all for 8 bit images, where 0
+    and 255 are also colors; any for other types, where fill values would be mistaken for measurements."""
     ignore_values: list[int] = field(default_factory=list)
     """Mask values that count nowhere, in addition to data.ignore_index."""
     value_map: Annotated[dict[int, str] | None, not_empty("name the values, or null to take them as class ids")] = None

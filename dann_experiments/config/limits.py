@@ -75,7 +75,7 @@ def matching(pattern: str, text: str) -> Limit:
 
 
 def _numbers(text: str, phrase: str, holds: Callable[[float], bool]) -> Limit:
-    """Limit a number and each number in a list; other values are left alone. `holds` must be false for NaN."""
+    """Limit a number and each number in a list; other values are allowed. `holds` must be false for NaN."""
 
     def allows(value: Any) -> bool:
         parts = value if isinstance(value, (list, tuple)) else [value]

@@ -62,7 +62,7 @@ class ModelConfig:
     decoder_aspp_dropout: Annotated[float | None, DROPOUT] = None
     """Dropout of the ASPP module (deeplabv3, deeplabv3plus)."""
     decoder_readout: str | None = None
-    """What happens to the prefix tokens (dpt): ignore, add, cat."""
+    """Handling of the prefix tokens (dpt): ignore, add, cat."""
     decoder_intermediate_channels: Annotated[list[int] | None, SIZE] = None
     """Channels of the reassembled features (dpt)."""
     decoder_fusion_channels: Annotated[int | None, SIZE] = None

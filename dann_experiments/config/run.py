@@ -94,7 +94,7 @@ class MonitorConfig:
     accordingly. select/entropy, select/infomax, select/snd and select/bnm use none (docs/selection.md); with them an epoch
     counts only if the source has not dropped by more than forgetting_threshold."""
     mode: Literal["max", "min"] | None = None
-    """Whether a larger or a smaller value is better; null = smaller for a loss, a gap, a drop or the entropy, else larger."""
+    """Direction of the metric: max = larger is better; null = smaller for a loss, a gap, a drop or the entropy, else larger."""
     final_model: Literal["last", "best"] = "last"
     """Weights that become the run's model and are scored on the test sets."""
     log_every_n_epochs: Annotated[int, at_least(1)] = 1

@@ -106,7 +106,7 @@ def print_overview(table: pd.DataFrame, experiment: str, experiment_id: str, fol
 
 def print_data_report(report: Any) -> int:
     """Print the report of `check_data`. Return the exit code: 2 if there are problems, else 0."""
-    tables = (("sets (class shares of labelled pixels)", report.counts.T), ("bands, as stored", report.bands))
+    tables = (("sets (class shares of labeled pixels)", report.counts.T), ("bands, as stored", report.bands))
     for title, frame in tables:
         if frame.size:
             rows = [
