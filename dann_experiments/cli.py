@@ -214,7 +214,8 @@ def _command(run: Callable[[Request], int], purpose: str, **options: Option) -> 
 
 COMMANDS = {
     "check-data": _command(
-        _check_data, "read all data once; print every problem with its file name, then counts, class shares and band statistics"
+        _check_data,
+        "read all data once; print every problem with its file name, then counts, class shares and band statistics",
     ),
     "pretrain": _command(_pretrain, "train a source model on labeled source images", resume=RESUME),
     "adapt": _command(
@@ -247,7 +248,8 @@ COMMANDS = {
         _sync, "send files that runs left in tracking.folder because the store was away or their process was killed"
     ),
     "doctor": _command(
-        _doctor, "close runs that are shown as running although their process is gone; list the files that `sync` would send"
+        _doctor,
+        "close runs that are shown as running although their process is gone; list the files that `sync` would send",
     ),
     "layers": _command(
         _layers,

@@ -129,7 +129,7 @@ def score_source_model(study: Sweep, config: Config) -> None:
     except (StoreAway, *STORAGE_ERRORS):
         raise
     except Exception as error:
-        log.warning("The source model could not be scored as it is: %s", _reason(error))
+        log.warning("The unadapted source model could not be scored: %s", _reason(error))
     _free_memory()
 
 

@@ -59,7 +59,7 @@ def describe_end(trial: FrozenTrial) -> str:
     if trial.state == TrialState.PRUNED:
         return f"pruned after epoch {trial.user_attrs.get('epochs')}"
     if superseded(trial):
-        return f"put in again{role}: {trial.user_attrs.get('error')}"
+        return f"retried{role}: {trial.user_attrs.get('error')}"
     return f"FAILED{role}: {trial.user_attrs.get('error')}"
 
 

@@ -1,4 +1,4 @@
-"""All settings of a sweep: what is searched, by which sampler, for how long."""
+"""All settings of a sweep: search space, sampler, budget, workers."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def work(task: Task) -> None:
             log.warning("%s: waiting for the store", why)
             time.sleep(PAUSE_SECONDS)
         except UpdateFinishedTrialError:  # its heartbeat was late, and another process put the trial back
-            log.warning("another process has put this trial back into the study meanwhile")
+            log.warning("another process has meanwhile put this trial back into the study")
             trial = None
         except (KeyboardInterrupt, SystemExit):  # the trial's run has been closed as KILLED
             if trial is not None:

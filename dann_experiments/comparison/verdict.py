@@ -74,7 +74,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float], confidence: float = C
     `a`, `b`: seed -> score; NaN and infinity count as missing. Raises ValueError for a `confidence` outside of 0 to 1.
     """
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1, as in 0.95.")
+        raise ValueError(f"confidence is {confidence}; it must be between 0 and 1, as in 0.95.")
     differences = [a[seed] - b[seed] for seed in a if seed in b and math.isfinite(a[seed]) and math.isfinite(b[seed])]
     n = len(differences)
     mean = math.fsum(differences) / n if n else math.nan
@@ -107,13 +107,13 @@ def judge(
     control may be empty: then only harm can be shown. Raises ValueError for scores that look like percentages.
     """
     if arms < 1:
-        raise ValueError(f"arms is {arms}; it counts the adapted arms judged together, this one included: at least 1.")
+        raise ValueError(
+            f"arms is {arms}; it is the number of adapted arms judged together, including this one: at least 1."
+        )
     for name, scores in (("adapted", adapted), ("control", control), ("source_only", source_only)):
         large = [score for score in scores.values() if math.isfinite(score) and abs(score) > 2]
         if large:
-            raise ValueError(
-                f"{name} scores of {arm} hold {large[0]:g}; {metric} must be given from 0 to 1, not in percent."
-            )
+            raise ValueError(f"{name} scores of {arm} hold {large[0]:g}; {metric} must be from 0 to 1, not in percent.")
     confidence = 1 - (1 - confidence) / arms
     against_source = paired(adapted, source_only, confidence)
     against_control = paired(adapted, control, confidence)
@@ -179,7 +179,7 @@ def _decide(source: Interval, control: Interval, shift: Interval, confidence: fl
         return "no evidence", f"{against_both}: better than the control, but not shown to beat the source model."
     if source.low > 0 or source.high < 0:
         return "no evidence", f"{against_both}: a difference below {smallest} is too small to matter."
-    return "no evidence", f"{against_both}: the interval against source only holds 0."
+    return "no evidence", f"{against_both}: the interval against source only contains 0."
 
 
 def _at_least(value: float, bound: float) -> bool:

@@ -35,8 +35,8 @@ class DomainDataConfig:
     """Training images. Target images need no masks; masks listed for them are not read. An entry is a CSV manifest (columns
     image, mask, split; paths relative to it), a folder with images/ and masks/ with equal file stems, a glob pattern, a list
     file (.txt, one path per line), an image file, or a mapping {images: ..., masks: ...} of folders, patterns, list files or
-    files; patterns are paired by what their wildcards match. The mapping also takes names (a list, or a file of names, to
-    keep) and region ([left, top, right, bottom] in pixels of the file)."""
+    files; patterns are paired by the parts that their wildcards match. The mapping also takes names (a list, or a file of names,
+    to keep) and region ([left, top, right, bottom] in pixels of the file)."""
     val: list[Entry] = field(default_factory=list)
     """Validation images; those with masks are scored after each epoch."""
     test: list[Entry] = field(default_factory=list)

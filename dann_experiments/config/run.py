@@ -64,7 +64,7 @@ class TrainerConfig:
     CPU). Needs a C++ compiler. Changes the last digits of results."""
     auto_batch_size: bool = False
     """On a GPU, `adapt` doubles the batch sizes of both domains as long as a training step fits into memory, and records the
-    sizes in the run. Not for sweeps and comparisons, because their runs would differ in more than what is compared."""
+    sizes in the run. Not for sweeps and comparisons, because their runs would differ in more than the compared settings."""
     gradient_clip_val: Annotated[float | None, above(0)] = None
     """Clip the gradient norm of the network, and of each domain classifier by itself, to this; null = do not clip."""
     skip_bad_steps: Annotated[int, at_least(0)] = 0

@@ -61,7 +61,7 @@ class RayPool(Pool):
             _check_reachable(address)  # Ray itself would retry for minutes
             self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             signal.signal(signal.SIGTERM, on_sigterm)  # replace the handler of Ray, which exits with another code
-        except Exception as error:  # a ConnectionError, a ValueError or a RuntimeError, depending on what is wrong
+        except Exception as error:  # a ConnectionError, a ValueError or a RuntimeError, depending on the cause
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"ray_address is {address!r}, where no Ray cluster answers ({reason}); start one with `ray start "
