@@ -1,4 +1,4 @@
-"""Adapts segmentation networks to unlabelled domains with DANN, tracked in MLflow.
+"""Adapts segmentation networks to unlabeled domains with DANN, tracked in MLflow.
 
 Public names load on first use, so that importing the package costs nothing.
 """

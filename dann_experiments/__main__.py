@@ -1,4 +1,4 @@
-"""`python -m dann_experiments`: see `cli.py`."""
+"""Entry point of `python -m dann_experiments`; see `cli.py`."""
 
 import sys
 

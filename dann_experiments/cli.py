@@ -1,7 +1,7 @@
-"""The command line: `python -m dann_experiments COMMAND`; `COMMANDS`, at the end, lists what there is.
+"""The command line: `python -m dann_experiments COMMAND`; `COMMANDS`, at the end, lists the commands.
 
-`--config` takes a file of settings or the name of a recipe, `--any.dotted.key value` changes one. Flags without dots are the
-commands' own options, and short names of the settings that are changed most (`command_line.SHORT_NAMES`).
+`--config` takes a file of settings or the name of a recipe; `--any.dotted.key value` changes one setting. Flags without dots
+are options of the commands, or short names of the most used settings (`command_line.SHORT_NAMES`).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ SETTINGS = {"settings (in a YAML file, or as --dotted.key value)": Config}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; `arguments` are those of the process by default."""
+    """Run one command and return its exit code; `arguments` defaults to those of the process."""
     return PROGRAM.main(arguments)
 
 
 def _config(request: Request, without_effect: Sequence[str] = (), but: Sequence[str] = ()) -> Config:
-    """Read the settings of a command and make the program ready to run it. `without_effect`: short names to warn of."""
+    """Read the settings of a command and set up logging. `without_effect`: short names that cause a warning."""
     config = load_or_default(request.options.get("config"), request.overrides(but))
     quiet_libraries()
-    if request.command not in ("runs", "sync", "doctor"):  # these need the tracking store alone
+    if request.command not in ("runs", "sync", "doctor"):  # these need only the tracking store
         report_default(log.info)
     _warn_of_idle(request, without_effect)
     return config
@@ -72,7 +72,7 @@ def _adapt(request: Request) -> int:
 
 
 def _training_config(request: Request, without_effect: Sequence[str] = ()) -> Config:
-    """Read the settings; those of a run that is resumed come from that run."""
+    """Read the settings. Those of a resumed run come from that run."""
     run_id = request.options.get("resume")
     if run_id in (None, "auto"):
         return _config(request, without_effect)
@@ -105,7 +105,7 @@ def _print_run(result: Any) -> int:
 def _predict(request: Request) -> int:
     inputs = request.options.get("input", [])
     settings = load_settings(PredictConfig, None, {**request.settings, **({"input": inputs} if inputs else {})})
-    if len(inputs) == 1:  # as it was written: a name may look like a list
+    if len(inputs) == 1:  # unchanged: a file name may look like a list
         settings = dataclasses.replace(settings, input=inputs[0])
     config = load_config(request.options["config"]) if "config" in request.options else None
     quiet_libraries()
@@ -134,7 +134,9 @@ def _compare(request: Request) -> int:
         if idle:
             log.warning("With runs, these have no effect: %s.", ", ".join(idle))
     if settings.launcher == "processes" and not settings.runs:
-        prepare_workers("dann_experiments.comparison.runner")  # imported for all workers while this process imports
+        prepare_workers(
+            "dann_experiments.comparison.runner"
+        )  # imported once for all workers, in parallel to this process
     from dann_experiments.comparison.compare import ComparisonFailed, compare
     from dann_experiments.reports import terminal
 
@@ -212,13 +214,14 @@ def _command(run: Callable[[Request], int], purpose: str, **options: Option) -> 
 
 COMMANDS = {
     "check-data": _command(
-        _check_data, "read all data once: every problem by file name, then counts, class shares and band statistics"
+        _check_data,
+        "read all data once; print every problem with its file name, then counts, class shares and band statistics",
     ),
-    "pretrain": _command(_pretrain, "train a source model on labelled source images", resume=RESUME),
+    "pretrain": _command(_pretrain, "train a source model on labeled source images", resume=RESUME),
     "adapt": _command(
-        _adapt, "adapt a source model to the unlabelled target domain (pretrains first if needed)", resume=RESUME
+        _adapt, "adapt a source model to the unlabeled target domain (pretrains first if needed)", resume=RESUME
     ),
-    "evaluate": _command(_evaluate, "score a model on every labelled val and test set"),
+    "evaluate": _command(_evaluate, "score a model on every labeled val and test set"),
     "predict": Command(
         _predict,
         "write the class map of a raster of any size, or of many images: files, folders, patterns",
@@ -242,10 +245,11 @@ COMMANDS = {
     ),
     "runs": _command(_runs, "show the newest runs of an experiment side by side"),
     "sync": _command(
-        _sync, "send what runs left in tracking.folder because the store was away or their process was killed"
+        _sync, "send files that runs left in tracking.folder because the store was away or their process was killed"
     ),
     "doctor": _command(
-        _doctor, "close runs that are shown as running though their process is gone; list what `sync` would send"
+        _doctor,
+        "close runs that are shown as running although their process is gone; list the files that `sync` would send",
     ),
     "layers": _command(
         _layers,
@@ -256,7 +260,7 @@ COMMANDS = {
 }
 PROGRAM = Program(
     "dann_experiments",
-    "Adapt segmentation networks to unlabelled domains with DANN, tracked in MLflow.",
+    "Adapt segmentation networks to unlabeled domains with DANN, tracked in MLflow.",
     COMMANDS,
     failures={TrainingFailed: "Training failed"},
 )

@@ -1,4 +1,4 @@
-"""What the command lines of `dann_experiments` and `sweeps` share: words in, one message and an exit code out."""
+"""The shared parts of the command lines of `dann_experiments` and `sweeps`: parsing, help, messages and exit codes."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ SHORT_NAMES = {
     "max_epochs": "trainer.max_epochs",
     "seed": "seed",
 }
-SHELLS = ("bash", "sh", "dash", "zsh")  # `mlflow run` starts its command by one
-EMPTY = ("", "None")  # how MLflow spells an optional parameter that was left out
+SHELLS = ("bash", "sh", "dash", "zsh")  # `mlflow run` starts its command with one of these
+EMPTY = ("", "None")  # values that MLflow passes for optional parameters that are not set
 HELP = ("-h", "--help")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A command line, taken apart. Parameters that `mlflow run` left empty are dropped already."""
+    """A parsed command line, without parameters that `mlflow run` left empty."""
 
     command: str
     options: Mapping[str, Any]
-    """The command's own options that have a value, such as `config`; a list for one that takes several words."""
+    """Option -> value for options of the command, such as `config`; a list if an option takes several values."""
     settings: Mapping[str, str]
-    """Every other `--key value`, by the key as written: short names, and dotted names of settings."""
+    """Key -> value for every other `--key value`, with short or dotted names as written."""
 
     def overrides(self, but: Sequence[str] = ()) -> dict[str, Any]:
-        """Return dotted name -> text for `load_config`: short names spelled out, `but` left out."""
+        """Return dotted name -> text for `load_config`, with short names resolved and without the keys in `but`."""
         named = self.settings.items()
         short: dict[str, Any] = {long_name(key, self.command): value for key, value in named if key in SHORT_NAMES}
-        if SHORT_NAMES["feature_layer"] in short:  # the short name moves the tap, captured layers included
+        if SHORT_NAMES["feature_layer"] in short:  # the short name also resets the captured layers
             short[Key.FEATURE_LAYERS] = None
         return short | {key: value for key, value in named if key not in (*SHORT_NAMES, *but)}
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a command that is no setting."""
+    """An option of a command that is not a setting."""
 
     help: str
     metavar: str = ""
-    """What its value is called; empty if it takes none."""
+    """Name of its value in the help; empty if it takes no value."""
     many: bool = False
-    """Whether it takes several values, and may be repeated."""
+    """True if it takes several values and may be repeated."""
 
     def take(self, tokens: list[str]) -> list[str]:
-        """Remove its values from the front of the words that follow it, and return them."""
+        """Remove its values from the start of `tokens`, the words after the option, and return them."""
         taken: list[str] = []
         while (
             self.metavar
@@ -87,26 +87,28 @@ class Command:
     usage: str = "[--config FILE] [--SHORT VALUE ...] [--DOTTED.KEY VALUE ...]"
     options: Mapping[str, Option] = field(default_factory=dict)
     settings: Mapping[str, type] = field(default_factory=dict)
-    """Heading -> class of settings that the help lists under it."""
+    """Heading in the help -> class of settings listed under it."""
     short_names: bool = True
-    """Whether the help lists the short names of settings."""
+    """True if the help lists the short names of settings."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program of several commands."""
+    """A program with several commands."""
 
     name: str
     purpose: str
     commands: Mapping[str, Command]
     failures: Mapping[type[Exception], str]
-    """Errors that end a command with exit code 1, and what is printed before their message."""
+    """Errors that end a command with exit code 1 -> text before their message."""
     interrupted: str = ""
-    """What is printed after Ctrl-C."""
+    """Text printed after Ctrl-C."""
 
     def main(self, words: Sequence[str] | None = None) -> int:
-        """Run one command. Return 0 if it is done, 1 if what it ran failed, 2 for something that the user can mend (each
-        with one message), 130 after Ctrl-C."""
+        """Run one command and return its exit code.
+
+        0: success; 1: the job failed; 2: an error that the user can correct (both with one message); 130: Ctrl-C.
+        """
         forget_default()
         leave_clone()
         words = sys.argv[1:] if words is None else words
@@ -133,7 +135,7 @@ class Program:
             return report_failure(error)
 
     def parse(self, words: Sequence[str]) -> Request:
-        """Take a command line apart. Raises InputError for words that make no sense."""
+        """Parse a command line. Raises InputError for unknown commands and unexpected words."""
         options: dict[str, Any] = {}
         settings: dict[str, str] = {}
         known = self._command(words[0]).options
@@ -150,7 +152,7 @@ class Program:
             if values and not option.metavar:
                 raise InputError(f"--{key} takes no value; leave {value!r} out.")
             if option.metavar and not values:
-                raise InputError(f"--{key} has no value; give --{key} {option.metavar} (--help lists what there is).")
+                raise InputError(f"--{key} has no value; give --{key} {option.metavar} (--help lists all options).")
             if key in known:
                 kept = [value for value in values if value not in EMPTY]
                 options[key] = [*options.get(key, []), *kept] if option.many else kept[0] if kept else not values
@@ -159,7 +161,7 @@ class Program:
         return Request(words[0], {key: value for key, value in options.items() if value}, settings)
 
     def help(self) -> str:
-        """Return the help of the program: its commands."""
+        """Return the help of the program, which lists its commands."""
         lines = [f"usage: python -m {self.name} COMMAND ...", "", self.purpose, "", "commands:"]
         lines += _listed({name: command.purpose for name, command in self.commands.items()})
         about = (
@@ -190,7 +192,7 @@ class Program:
 
 
 def _listed(texts: Mapping[str, str]) -> list[str]:
-    """Return the lines of a list of names and what they mean."""
+    """Return the lines of a list of names and their meaning."""
     indent = max(map(len, texts)) + 4
     width = max(40, min(shutil.get_terminal_size().columns, 120))
     return [
@@ -201,12 +203,12 @@ def _listed(texts: Mapping[str, str]) -> list[str]:
 
 
 def long_name(short: str, command: str) -> str:
-    """Return the dotted name of a short one; in `pretrain`, `max_epochs` are those of pretraining."""
+    """Return the dotted name for a short one; in `pretrain`, `max_epochs` means the epochs of pretraining."""
     return "pretraining.max_epochs" if (short, command) == ("max_epochs", "pretrain") else SHORT_NAMES[short]
 
 
 class _WithoutSecrets(logging.Formatter):
-    """Leaves passwords out of every message, also those of libraries."""
+    """Removes passwords from every message, including those of libraries."""
 
     def format(self, record: logging.LogRecord) -> str:
         from dann_experiments.tracking.store import without_secrets
@@ -215,14 +217,14 @@ class _WithoutSecrets(logging.Formatter):
 
 
 def _print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print Python's own traceback, without passwords."""
+    """Print the traceback of Python without passwords."""
     from dann_experiments.tracking.store import without_secrets
 
     print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def report_input(error: InputError) -> int:
-    """Print an error that the user can mend, without passwords; return the exit code."""
+    """Print an error that the user can correct, without passwords; return the exit code."""
     from dann_experiments.tracking.store import without_secrets
 
     print(f"Error: {without_secrets(with_origin(str(error)))}", file=sys.stderr)
@@ -230,7 +232,7 @@ def report_input(error: InputError) -> int:
 
 
 def report_failure(error: Exception) -> int:
-    """Print the answer of a disk or of the tracking store; return the exit code. Any other error is raised again."""
+    """Print an error of the disk or the tracking store; return the exit code. Any other error is raised again."""
     from dann_experiments.tracking.failures import explained
 
     found = explained(error)
@@ -241,10 +243,10 @@ def report_failure(error: Exception) -> int:
 
 
 def leave_clone() -> None:
-    """Change from the temporary clone that `mlflow run ADDRESS` fetches into the folder where it was started: nobody looks for
-    their settings, data, outputs or `sqlite:///mlflow.db` in that clone.
+    """Change from the temporary clone of `mlflow run ADDRESS` to the folder where it was started.
 
-    A project that `mlflow run` finds in a local folder is no clone: there, paths stay relative to the project.
+    Users do not expect settings, data, outputs or `sqlite:///mlflow.db` in that clone. A project in a local folder is no clone:
+    there, paths stay relative to the project.
     """
     here = Path.cwd()
     temporary = Path(tempfile.gettempdir()).resolve() / tempfile.gettempprefix()
@@ -260,7 +262,7 @@ def leave_clone() -> None:
 
 
 def warn_of_stored_secrets(given: Mapping[str, Any]) -> None:
-    """Warn if a parameter of `mlflow run` holds a password: MLflow has stored it with the run before this program starts."""
+    """Warn if a parameter of `mlflow run` contains a password: MLflow has already stored it with the run."""
     from dann_experiments.tracking.store import without_secrets
 
     for key, value in given.items():
@@ -273,7 +275,7 @@ def warn_of_stored_secrets(given: Mapping[str, Any]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Show our own messages in full, those of libraries only from warnings on, and passwords in none."""
+    """Show all our own messages, only warnings and errors of libraries, and no passwords."""
     from rich.logging import RichHandler
 
     sys.excepthook = _print_error
@@ -285,5 +287,5 @@ def quiet_libraries() -> None:
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Lightning's own, which no user can change
+    # a warning of Lightning that users cannot act on
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")

@@ -1,6 +1,6 @@
-"""Names that several rooms share: domains, splits, and the sets of images that they make.
+"""Names that several rooms share: domains, splits, sets of images, jobs, settings, tags and metrics.
 
-Set names are spelled and taken apart here alone.
+Only this module builds and parses names of sets.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class SetName:
 
     @property
     def key(self) -> str:
-        """Return the setting that names the images: data.source.train."""
+        """The setting that lists the images: data.source.train."""
         return f"data.{self.domain}.{self.split}"
 
     @property
     def words(self) -> str:
-        """Return the name in titles: source train."""
+        """The name in titles: source train."""
         return f"{self.domain} {self.split}"
 
     @classmethod
     def parse(cls, text: str) -> SetName:
-        """Return the set whose name as text is `text`, such as source_train. Raises ValueError for any other text."""
+        """Return the set with this name, such as source_train. Raises ValueError for any other text."""
         domain, _, split = text.partition("_")
         if domain not in DOMAINS or split not in SPLITS:
             raise ValueError(f"{text!r} is no set of images; they are {', '.join(map(str, ALL_SETS))}.")
@@ -55,13 +55,13 @@ class SetName:
 ALL_SETS = tuple(SetName(domain, split) for domain in DOMAINS for split in SPLITS)
 SOURCE_TRAIN, SOURCE_VAL, SOURCE_TEST, TARGET_TRAIN, TARGET_VAL, TARGET_TEST = ALL_SETS
 PRETRAINING_SETS = tuple(name for name in ALL_SETS if name != TARGET_TRAIN)
-"""The sets that the source model's training uses."""
+"""The sets that training of the source model uses."""
 SCORED_SETS = tuple(name for name in ALL_SETS if name.split != "train")
 """The sets that `evaluate` scores."""
 
 
 class Job:
-    """What a run did, in its tag `dann.job`."""
+    """Values of the tag `dann.job`: the kinds of runs."""
 
     CHECK_DATA = "check-data"
     PRETRAIN = "pretrain"
@@ -74,7 +74,7 @@ class Job:
 
 
 class Key:
-    """Settings that several rooms name."""
+    """Dotted names of settings that several rooms use."""
 
     SOURCE_MODEL = "domain_adaptation.pretrained_checkpoint.path"
     SOURCE_PREFIX = "domain_adaptation.pretrained_checkpoint.source_prefix"
@@ -86,7 +86,7 @@ class Key:
 
 
 LAMBDA_ZERO = {Key.METHOD: "lambda_zero", Key.CLASS_PATH: None, Key.INIT_ARGS: {}}
-"""Settings of the control: the same training with lambda = 0, also of a method of the user's own."""
+"""Settings of the control: the same training with lambda = 0, also if the user has set an own method."""
 
 
 class Tag:
@@ -109,7 +109,7 @@ class Tag:
     BATCHNORM = "dann.batchnorm"
     MODEL = "dann.model"
     NETWORK_FROM = "dann.network_from"
-    NORMALIZATION_FROM = "dann.normalisation_from"  # as it is in the stores of users
+    NORMALIZATION_FROM = "dann.normalisation_from"  # this spelling is in the stores of users
     COMPARISON = "dann.comparison"
     ARM = "dann.arm"
     KIND = "dann.kind"
@@ -125,7 +125,7 @@ class Tag:
 
 
 class Metric:
-    """Names of metrics; `METRICS` says what they mean. Those that end in a slash or underscore are beginnings of names."""
+    """Names of metrics; `METRICS` explains them. Those that end in a slash or underscore are prefixes."""
 
     IOU = "iou/"
     CLASS_IOU = "class_iou/"
@@ -192,12 +192,12 @@ METRICS = (
     ((Metric.DOMAIN_ACCURACY_VAL,), "the accuracy of the same classifier on held-out images, once per epoch"),
     (
         (Metric.PROBE_ACCURACY, Metric.A_DISTANCE),
-        "a fresh probe of the features, before (step 0) and after adaptation: can the domains still be told apart? "
+        "a new classifier on the features, before (step 0) and after adaptation: can it distinguish the domains? "
         "[docs/alignment.md](docs/alignment.md)",
     ),
     (
         ("select/*",),
-        "scores of the unlabelled target, by which to choose epochs and trials: [docs/selection.md](docs/selection.md)",
+        "label-free scores of the target, for choosing epochs and trials: [docs/selection.md](docs/selection.md)",
     ),
     ((Metric.LAMBDA,), "weight of the reversed gradient"),
     (
@@ -211,7 +211,7 @@ METRICS = (
         "number of skipped steps whose loss or gradient was not finite, if there were any (`trainer.skip_bad_steps`)",
     ),
 )
-"""The metrics of a run: names, and what they mean. README's table is made of it."""
+"""The metrics of a run: names and meaning. The table in the README is generated from it."""
 
 
 def metric_table() -> str:

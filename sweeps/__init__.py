@@ -1,4 +1,4 @@
-"""Searches hyperparameters with Optuna: everything that starts many runs. `python -m sweeps --help`.
+"""Hyperparameter search with Optuna; `python -m sweeps --help` lists the commands.
 
 Public names load on first use, so that importing the package costs nothing.
 """

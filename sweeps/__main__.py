@@ -1,7 +1,7 @@
 """The command line: `python -m sweeps {run,resume,status,report,confirm}`.
 
 Flags without dots are settings of the sweep (`--n_trials 20`) or short names of settings of `adapt` (`--max_epochs 5`);
-any other setting of `adapt` is given by its dotted name (`--optimizer.lr 1e-3`).
+other settings of `adapt` have dotted names (`--optimizer.lr 1e-3`).
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ if TYPE_CHECKING:
 
 SPACES = Path(__file__).parent
 DEFAULT_SPACE = "dann"
-WORKER = "sweeps.worker"  # what workers run; it is imported for all of them while the driver imports
+WORKER = (
+    "sweeps.worker"  # module that workers run; the fork server imports it once for all, while the driver imports too
+)
 log = logging.getLogger("sweeps")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; `arguments` are those of the process by default."""
+    """Run one command and return its exit code; `arguments` defaults to those of the process."""
     return PROGRAM.main(arguments)
 
 
 def _settings(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the settings of the sweep and, by dotted names, those of `adapt`."""
+    """Return the settings of the sweep, and those of `adapt` by dotted name."""
     keys = known_keys(SweepConfig)
     for key in request.settings:
         if "." not in key and key not in (*keys, *SHORT_NAMES, *known_keys()):
@@ -70,7 +72,7 @@ def _run(request: Request) -> int:
 
 
 def _study(request: Request) -> tuple[str, str | None, dict[str, Any], dict[str, Any]]:
-    """Return name and storage of a study that exists, the other settings of the sweep, and `tracking.*` of `adapt`."""
+    """Return name and storage of an existing study, the other settings of the sweep, and `tracking.*` of `adapt`."""
     sweep_flags, settings = _settings(request)
     quiet_libraries()
     name = sweep_flags.pop("study", None)
@@ -136,7 +138,7 @@ def _report(request: Request) -> int:
 
 
 def _of_a_look(request: Request) -> tuple[str, str | None, Mapping[str, Any]]:
-    """Return `_study` for a command that changes nothing and so takes no settings of the sweep."""
+    """Return name, storage and `tracking.*` for a command that only reads a study; refuse settings of the sweep."""
     name, storage, sweep_flags, settings = _study(request)
     if sweep_flags:
         raise InputError(f"--{next(iter(sweep_flags))} has no effect in {request.command}; give --study and --storage.")
@@ -148,7 +150,7 @@ SETTINGS = {"settings of the sweep (in the YAML file of the space, or as --key v
 COMMANDS = {
     "run": Command(
         _run,
-        "search: a new study, or the missing trials of one that exists",
+        "search: a new study, or the missing trials of an existing one",
         usage="[--space FILE] [--config FILE] [--SETTING VALUE ...] [--DOTTED.KEY VALUE ...]",
         options={
             "space": Option("YAML file of the search, or a name: dann (default), wide", "FILE"),

@@ -1,4 +1,4 @@
-"""Cleans up after dead processes: trials that nobody runs, and MLflow runs that nobody will close."""
+"""Cleans up after dead processes: puts their trials back into the study and closes their MLflow runs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from dann_experiments.workers.pool import Key
 from sweeps.study import SWEEP_RUNS, Sweep, stale_trials
 
 log = logging.getLogger(__name__)
-LEAVE_SECONDS = 30.0  # workers notice the end of their driver at once and close their runs
-UNNAMED_SECONDS = 10.0  # longest time between claiming a trial and storing who did
+LEAVE_SECONDS = 30.0  # time for workers to close their runs: they notice at once that their driver is gone
+UNNAMED_SECONDS = 10.0  # longest time between claiming a trial and storing the name of the worker
 
 
 def clean_up_at_start(study: Sweep, store: Store, one_machine: bool) -> None:
-    """End what earlier drivers left, and put their trials in again. The caller is the study's only driver on this machine;
-    `one_machine`: on any machine, as the study's storage is a file."""
+    """End the workers of earlier drivers, put their trials back into the study and close their runs.
+
+    The caller is the only driver of the study on this machine. `one_machine`: the storage of the study is a file, so there is
+    no driver on other machines either.
+    """
     for trial in study.trials(TrialState.RUNNING):
         worker = study.worker_of(trial)
         if worker is not None:
             if is_elsewhere(worker[1]) and not one_machine:
-                continue  # its heartbeat tells whether it is alive
+                continue  # its heartbeat shows whether it is alive
             _end_stale_worker(worker[1])
         study.give_back(trial, "its worker died, and its driver too")
     study.put_in_again()
-    if one_machine:  # wherever the earlier drivers were (a container's host name changes), they are gone
+    if one_machine:  # earlier drivers are gone, even those with another host name (that of a container changes)
         for run_id in study.attribute(SWEEP_RUNS) or []:
             with contextlib.suppress(Exception):  # deleted, or in another store
                 if store.client.get_run(run_id).info.status == "RUNNING":
@@ -42,7 +45,7 @@ def clean_up_at_start(study: Sweep, store: Store, one_machine: bool) -> None:
 
 
 def give_back_trials_of(tasks: Iterable[Key], study: Sweep, store: Store, reason: str) -> None:
-    """Give back the running trials of tasks (tokens) that have ended, put them in again, and close their runs."""
+    """Put the running trials of tasks (tokens) that have ended back into the study, and close their runs."""
     ended = set(tasks)
     for trial in study.trials(TrialState.RUNNING):
         worker = study.worker_of(trial)
@@ -53,7 +56,7 @@ def give_back_trials_of(tasks: Iterable[Key], study: Sweep, store: Store, reason
 
 
 def give_back_unnamed(study: Sweep) -> None:
-    """Give back trials whose worker died between claiming them and storing its name; to be called when no worker is left."""
+    """Put back trials whose worker died between claiming them and storing its name. Call it when no worker is left."""
     for trial in study.trials(TrialState.RUNNING):
         if study.worker_of(trial) is None:
             study.give_back(trial, "its worker died while claiming it")
@@ -61,14 +64,14 @@ def give_back_unnamed(study: Sweep) -> None:
 
 
 class Watch:
-    """Looks for trials whose worker cannot be asked: it is on another machine, or was killed while claiming."""
+    """Looks for trials of dead workers that the pool cannot report: on other machines, or killed while claiming a trial."""
 
     def __init__(self, study: Sweep, store: Store) -> None:
         self._study, self._store = study, store
         self._unnamed: dict[int, float] = {}
 
     def look(self) -> None:
-        """Give back what is found."""
+        """Put the trials of dead workers back into the study."""
         gone = [(trial, "its heartbeat stopped") for trial in stale_trials(self._study)]
         now = time.monotonic()
         for trial in self._study.trials(TrialState.RUNNING):
@@ -83,8 +86,10 @@ class Watch:
 
 
 def close_runs(study: Sweep, store: Store) -> None:
-    """Close as KILLED the open runs that nobody writes any more: of the study's trials that have ended, and of processes of
-    this machine that are gone (an earlier driver, a pretraining). Where the store does not answer, a later call closes them."""
+    """Close open runs as KILLED if their trial has ended or their process on this machine (a driver, a pretraining) is gone.
+
+    If the tracking store does not answer, a later call closes them.
+    """
     finished = {trial.number for trial in study.trials() if trial.state.is_finished()}
     sweep_runs = study.attribute(SWEEP_RUNS) or []
 
@@ -96,12 +101,12 @@ def close_runs(study: Sweep, store: Store) -> None:
         close_stale_runs(store, "sweep", has_ended)
     except MlflowException as error:
         log.warning(
-            "The tracking store does not answer (%s); runs are closed later.", without_secrets(str(error))[:200]
+            "The tracking store does not answer (%s); runs will be closed later.", without_secrets(str(error))[:200]
         )
 
 
 def _end_stale_worker(process_name: str) -> None:
-    """Wait for a worker that outlived its driver to close its run; end it if it does not."""
+    """Wait until a worker whose driver is gone has closed its run; kill it if it takes too long."""
     import psutil
 
     process = live_process(process_name)

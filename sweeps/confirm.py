@@ -1,4 +1,4 @@
-"""Runs the best trials again over new seeds: one lucky run does not win, the best mean does, and its model is registered."""
+"""Runs the best trials again over new seeds, so that the best mean wins, not one lucky run; registers the winner's model."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ EFFECTIVE = {
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What the new seeds showed."""
+    """The results over the new seeds."""
 
     study: str
     objective: str
     table: pd.DataFrame
-    """A row each candidate, best mean first: objective and test score, mean, standard deviation, values."""
+    """One row per candidate, best mean first: mean, standard deviation and values of objective and test score."""
     winner: int | None
     """Number of the trial with the best mean; None if none was confirmed."""
     beats_control: bool | None
-    """Whether its mean is better than the control's; None without a control."""
+    """True if the winner's mean is better than the control's; None without a winner or a control."""
     model: str | None
-    """models:/NAME@champion."""
+    """Address of the registered model, models:/NAME@champion; None without a winner."""
     folder: Path
 
 
@@ -77,9 +77,11 @@ def confirm(
     overrides: Mapping[str, Any] | None = None,
     tracking: Mapping[str, Any] | None = None,
 ) -> Confirmation:
-    """Run the best `confirm_top` trials and the control over `confirm_seeds` seeds that chose nothing; runs that exist are
-    not run again. `overrides`: settings of EFFECTIVE, `tracking` (dotted `tracking.*`): where the study's runs are. Raises
-    InputError where the study has no complete trial."""
+    """Run the best `confirm_top` trials and the control over `confirm_seeds` new seeds; finished runs are reused.
+
+    `overrides`: settings of the sweep, only those in EFFECTIVE; `tracking`: dotted `tracking.*`, the store of the study's runs.
+    Raises InputError if the study has no complete trial.
+    """
     address = storage_address(storage, name)
     parent = find_study(name, address)
     overrides = dict(overrides or {})
@@ -133,7 +135,7 @@ def confirm(
 
 
 def _confirming_study(contest: _Contest, sweep: SweepConfig, address: str, store: Store) -> Sweep:
-    """The study of the confirming runs, with all that are missing put in."""
+    """Return the study of the confirming runs, with the missing ones added."""
     parent, storage = contest.parent, open_storage(address)
     name = f"{parent.name}-confirm"
     study = Sweep.find(storage, name) or Sweep.create(storage, name, parent.maximizes)
@@ -157,12 +159,12 @@ class _Contest:
     seeds: Sequence[int]
 
     def trials(self) -> list[FrozenTrial]:
-        """The candidates, then the known trials that are none."""
+        """Return the candidates, then recipe and control if they are no candidates."""
         numbers = {trial.number for trial in self.candidates}
         return [*self.candidates, *(trial for trial in baselines(self.parent) if trial.number not in numbers)]
 
     def slots(self) -> list[Slot]:
-        """A run of each by each seed."""
+        """Return one run per trial and seed."""
         return [
             Slot(
                 "confirm",
@@ -175,7 +177,7 @@ class _Contest:
         ]
 
     def runs(self, study: Sweep, trial: FrozenTrial) -> list[FrozenTrial]:
-        """The complete runs of one of them by these seeds."""
+        """Return the complete runs of one trial with the seeds of this contest."""
         return [
             run
             for run in study.trials(TrialState.COMPLETE)
@@ -183,7 +185,7 @@ class _Contest:
         ]
 
     def table(self, study: Sweep) -> pd.DataFrame:
-        """A row each with at least one complete run, best mean first."""
+        """Return one row per trial with at least one complete run, best mean first."""
         import pandas as pd
 
         objective = self.parent.attribute(DEFINITION)["objective"]
@@ -211,7 +213,7 @@ class _Contest:
         return table.sort_values(f"{objective} mean", **order)
 
     def winner(self, study: Sweep) -> FrozenTrial | None:
-        """The candidate (or recipe) with the best mean, once all have run; one that failed by a seed cannot win."""
+        """Return the candidate (or recipe) with the best mean once all runs have ended; one with a failed seed cannot win."""
         if any(not trial.state.is_finished() or superseded(trial) for trial in study.counted()):
             return None
         entered = [trial for trial in self.trials() if trial.user_attrs["role"] != "control"]
@@ -219,7 +221,7 @@ class _Contest:
         return max(whole, key=lambda trial: statistics.fmean(map(study.rank, self.runs(study, trial))), default=None)
 
     def beats_control(self, table: pd.DataFrame, winner: FrozenTrial | None) -> bool | None:
-        """Whether the winner's mean is better than the control's; None if one of them is missing."""
+        """Return whether the winner's mean is better than the control's; None if one of them is missing."""
         if winner is None or not len(table):
             return None
         column = f"{self.parent.attribute(DEFINITION)['objective']} mean"
@@ -236,7 +238,7 @@ def _failed(trial: FrozenTrial) -> bool:
 
 
 def _register(store: Store, name: str, contest: _Contest, study: Sweep, winner: FrozenTrial) -> str:
-    """Register the model of the winner's run with the median score (a typical one, not the luckiest)."""
+    """Register the model of the winner's run with the median score, which is typical and not just lucky."""
     from mlflow.exceptions import MlflowException
 
     runs = sorted(contest.runs(study, winner), key=study.rank)
@@ -271,13 +273,13 @@ def _text(parent: Sweep, table: pd.DataFrame) -> str:
     objective = parent.attribute(DEFINITION)["objective"]
     first = table["trial"].tolist()[0]
     control = [trial.number for trial in baselines(parent) if trial.user_attrs["role"] == "control"]
-    note = "The control has the best mean: no adaptation here beats it." if first in control else ""
+    note = "The control has the best mean: no adapted candidate beats it." if first in control else ""
     return "\n".join(
         [
             f"# Study {parent.name}, confirmed",
             "",
-            f"Each candidate again over seeds that chose nothing; ordered by the mean of `{objective}`. `chosen by` is the "
-            "single value that put it into the list. Standard deviations are over the seeds.",
+            f"Each candidate, run again over new seeds, ordered by the mean of `{objective}`. `chosen by` is the single "
+            "value by which it was selected. Standard deviations are over the seeds.",
             note,
             _source_line(parent),
             "",

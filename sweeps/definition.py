@@ -1,4 +1,4 @@
-"""What a study is: its question (space, objective, settings that are not searched), stored with it, and its trials."""
+"""The definition of a study, which is stored with it: space, objective, fixed settings and trials."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from sweeps.study import DEFINITION, SETTINGS, Slot, Sweep
 
 log = logging.getLogger(__name__)
 DEFAULT_TRIALS = 20
-# with the settings
+# not stored with the settings of a sweep
 NOT_STORED = ("space", "study", "storage", "objective", "direction", "n_trials", "timeout", "allow_class_path")
 
 
 def classes_named(space: Mapping[str, Any], config: Config) -> list[str]:
-    """Every `class_path` that the settings or the choices of the space (as its file or `Space.described` has them) name."""
+    """Return every `class_path` named in the settings or in the space, which is written as in its file or `Space.described`."""
     entry = space.get(Key.CLASS_PATH)
     choices = entry.get("choices") or [] if isinstance(entry, Mapping) else []
     return [str(name) for name in (config.domain_adaptation.method.class_path, *choices) if name is not None]
 
 
 def slots_of(sweep: SweepConfig, space: Space, config: Config) -> list[Slot]:
-    """All trials of the budget: the recipe's own values, the control, and those that the search will fill. Raises
-    InputError where the sampler is `grid` and the space has none."""
+    """Return all trials of the budget: the values of the recipe, the control, and the trials of the search.
+
+    Raises InputError if the sampler is `grid` and the space has no grid.
+    """
     point = space.values_of(config)
     known = [Slot("recipe", {}, point) if point is not None else Slot("recipe", {}, reference=True)]
     known.append(Slot("control", LAMBDA_ZERO, reference=True))
@@ -44,17 +46,17 @@ def slots_of(sweep: SweepConfig, space: Space, config: Config) -> list[Slot]:
 
 
 def missing_slots(sweep: SweepConfig, slots: list[Slot], present: int, wanted: int) -> list[Slot]:
-    """What a study of `present` trials lacks for `wanted`."""
+    """Return the trials that a study with `present` trials still needs to have `wanted`."""
     drawn = 0 if sweep.sampler == "grid" else max(0, wanted - len(slots))
     return [*slots, *(Slot("search", {}) for _ in range(drawn))][present:wanted]
 
 
 def describe(study: Sweep, sweep: SweepConfig, space: Space, config: Config, n_trials: int) -> None:
-    """Store the question with a new study."""
+    """Store the definition with a new study."""
     settings = config_to_dict(config)
     del settings["tracking"]
     store_settings(study, sweep, n_trials)
-    study.set_attribute(  # last: a study that has it is whole
+    study.set_attribute(  # last: a study with a definition is complete
         DEFINITION,
         {
             "space": space.described(),
@@ -66,20 +68,20 @@ def describe(study: Sweep, sweep: SweepConfig, space: Space, config: Config, n_t
 
 
 def store_settings(study: Sweep, sweep: SweepConfig, n_trials: int) -> None:
-    """Store how the study is run, for those who run it on."""
+    """Store the settings of the sweep with the study, so that `resume` can use them."""
     kept = {key: value for key, value in config_to_dict(sweep).items() if key not in NOT_STORED}
     study.set_attribute(SETTINGS, kept | {"n_trials": n_trials})
 
 
 def stored_settings(study: Sweep, overrides: Mapping[str, Any]) -> SweepConfig:
-    """The settings that are stored with a study, `overrides` on top."""
+    """Return the settings stored with a study, with `overrides` taking precedence."""
     definition, stored = study.attribute(DEFINITION), dict(study.attribute(SETTINGS))
-    stored.pop("allow_class_path", None)  # whoever wrote it there: a storage allows nothing
-    if not stored.get("gpus_per_trial"):  # what it was by default before processes could share a GPU
+    stored.pop("allow_class_path", None)  # a storage cannot give permission to import code
+    if not stored.get("gpus_per_trial"):  # the default of earlier versions, in which processes could not share a GPU
         stored.pop("gpus_per_trial", None)
     if overrides.get("launcher") == "processes":
         stored = {key: value for key, value in stored.items() if key not in RAY_ONLY}
-    plain = {  # null stands for what is not given there
+    plain = {  # null marks what is not set in the file
         key: {name: value for name, value in entry.items() if value is not None}
         for key, entry in definition["space"].items()
     }
@@ -88,8 +90,7 @@ def stored_settings(study: Sweep, overrides: Mapping[str, Any]) -> SweepConfig:
 
 
 def refuse_changes(study: Sweep, sweep: SweepConfig, space: Space, config: Config) -> None:
-    """A study is one question; another space, objective, sampler or base is another study. Raises InputError with the
-    differences."""
+    """Raise InputError, with the differences, if space, objective, sampler or fixed settings differ from the study's."""
     definition, settings = study.attribute(DEFINITION), study.attribute(SETTINGS)
     changes: dict[str, tuple[Any, Any]] = {}
     direction = "maximize" if sweep.maximizes else "minimize"
@@ -111,5 +112,5 @@ def refuse_changes(study: Sweep, sweep: SweepConfig, space: Space, config: Confi
     if changes:
         shown = "; ".join(f"{key}: {old!r} in the study, now {new!r}" for key, (old, new) in changes.items())
         raise InputError(
-            f"study {study.name!r} asks something else ({shown}); go back to its settings or name a new study."
+            f"study {study.name!r} has other settings ({shown}); go back to its settings or name a new study."
         )

@@ -1,4 +1,4 @@
-"""Runs a sweep: checks everything, makes the study, keeps workers going, and ends with a report whatever happened."""
+"""Runs a sweep: checks the input, creates the study, runs the workers, and always writes a report at the end."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ SOURCE_KEYS = ("model.", "data.", "domain_adaptation.pretrained_checkpoint.")  #
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A sweep that ended."""
+    """The result of a sweep."""
 
     sweep: Sweep
     """The study."""
@@ -78,9 +78,9 @@ class SweepResult:
     experiment: str
     tracking_uri: str = field(repr=False)  # it may hold a password
     folder: Path
-    """report.md, trials.csv, best_config.yaml, figures/, logs/."""
+    """Folder with report.md, trials.csv, best_config.yaml, figures/ and logs/."""
     links: Mapping[str, str]
-    """Pages of the MLflow UI, beginning with `#`."""
+    """Pages of the MLflow UI, as fragments that start with `#`."""
 
     @property
     def study(self) -> str:
@@ -89,9 +89,12 @@ class SweepResult:
 
 
 def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
-    """Run a new study, or the missing trials of one that exists. Raises InputError, with nothing started, for what the
-    user can mend; SweepFailed when `max_failures` trials failed in a row, or all."""
-    named = classes_named(sweep.space, config)  # by the caller, who has thereby allowed them
+    """Run a new study, or the missing trials of an existing one.
+
+    Raises InputError, before any trial starts, for input that the user can correct; SweepFailed if `max_failures` trials in a
+    row, or all trials, failed.
+    """
+    named = classes_named(sweep.space, config)  # named by the caller, and so allowed
     sweep = dataclasses.replace(sweep, allow_class_path=list(dict.fromkeys([*sweep.allowed_classes, *named])))
     if sweep.study is None:
         raise InputError("study has no name; give one.")
@@ -100,9 +103,9 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     space = read_space(sweep.space, config)
     address = storage_address(sweep.storage, sweep.study)
     with sharing(sweep, config) as decoded:
-        data = find_data(config)  # all that is wrong with the files, before a study is made
+        data = find_data(config)  # reports all problems with the files before a study is created
         check_objective(sweep, config, data.labelled)
-        slots_of(sweep, space, config)  # refuse what has no grid before anything is opened
+        slots_of(sweep, space, config)  # refuses a space without a grid before anything is opened
         refuse_unshared(sweep, "storage", address)
         with only_driver(address, sweep.study), open_workers(sweep, config) as pool:
             storage = open_storage(address)
@@ -113,7 +116,9 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
             if study is not None and study.attribute(DEFINITION) is None and study.trials():
                 raise InputError(f"study {study.name!r} was not made by this program; give another name.")
             slots = slots_of(sweep, space, config)
-            if study is None or study.attribute(DEFINITION) is None:  # the latter: its driver died while it made it
+            if (
+                study is None or study.attribute(DEFINITION) is None
+            ):  # without a definition: its driver died while creating it
                 study = study or Sweep.create(storage, sweep.study, sweep.maximizes)
                 _begin(study, sweep, space, config, store, slots, data, pool.threads)
             else:
@@ -129,8 +134,11 @@ def resume_sweep(
     overrides: Mapping[str, Any] | None = None,
     tracking: Mapping[str, Any] | None = None,
 ) -> SweepResult:
-    """Run the missing trials of a study by what is stored with it. `overrides` change how (workers, timeout, launcher,
-    n_trials ...), `tracking` (dotted `tracking.*`) where its runs are. Raises what `run_sweep` raises."""
+    """Run the missing trials of a study with the settings stored in it.
+
+    `overrides`: settings of the sweep that may change (workers, timeout, launcher, n_trials, ...); `tracking`: dotted
+    `tracking.*`, the store of its runs. Raises the same errors as `run_sweep`.
+    """
     study = find_study(name, storage_address(storage, name))
     sweep = stored_settings(study, {**(overrides or {}), "storage": storage})
     config = study_config(study, tracking or {})
@@ -140,7 +148,7 @@ def resume_sweep(
 
 
 def find_study(name: str, address: str) -> Sweep:
-    """A study that is there; raises InputError if it is not."""
+    """Return an existing study. Raises InputError if there is none of this name at `address`."""
     if is_journal(address) and not os.path.exists(user_path(address)):
         raise InputError(f"study {name!r}: there is no {address}; name its storage with --storage.")
     study = Sweep.find(open_storage(address), name)
@@ -150,7 +158,7 @@ def find_study(name: str, address: str) -> Sweep:
 
 
 def study_config(study: Sweep, tracking: Mapping[str, Any]) -> Config:
-    """The settings of a study, with the tracking store that its runs are in, `tracking` (dotted `tracking.*`) on top."""
+    """Return the settings of a study with the tracking store of its runs; `tracking` (dotted `tracking.*`) takes precedence."""
     place = {f"tracking.{key}": value for key, value in (study.attribute(TRACKING) or {}).items()}
     return replace(config_from_dict(study.attribute(DEFINITION)["config"]), {**place, **tracking})
 
@@ -165,7 +173,7 @@ def drive(
     decoded: Path | None,
     report: Callable[[Sweep, Store, Path], None] = write_report,
 ) -> SweepResult:
-    """Keep workers going until no trial is left, in the sweep's own run; the report is written however it ends."""
+    """Run workers until no trial is left, inside the run of the sweep. The report is written even after an error."""
     folder = study_folder(study.name)
     folder.mkdir(parents=True, exist_ok=True)
     tags = {
@@ -181,7 +189,7 @@ def drive(
         run.log_params({f"sweep.{key}": value for key, value in study.attribute(SETTINGS).items()})
         try:
             run_trials(study, sweep, config, store, address, run, pool, decoded)
-            score_source_model(study, config)  # if no worker has
+            score_source_model(study, config)  # if no worker has done so
         finally:
             report(study, store, folder)
             _into_run(folder, run.folder)
@@ -197,16 +205,16 @@ def _begin(
     study: Sweep, sweep: SweepConfig, space: Space, config: Config, store: Store, slots: list[Slot], data: DomainData,
     threads: int,
 ) -> None:  # fmt: skip
-    """Make the source model and the study's trials; `threads`: each worker's share of the cores."""
+    """Train the source model if needed and add the trials to the study; `threads`: each worker's share of the cores."""
     shared = not any(parameter.key.startswith(SOURCE_KEYS) for parameter in space.parameters)
     prepared = prepare(config, store, data)
     if slots and slots[0].reference:
         log.info(
-            "The settings' own values are not in the space: their trial is shown, and the sampler does not see it."
+            "The values in the settings are outside the space: their trial is run and shown, but the sampler does not see it."
         )
     scored_on = (config.data.source.val, config.data.source.test, config.data.target.test)
     study.set_attribute(SOURCE_WANTED, shared and any(scored_on))
-    _free_gpu_memory()  # all of it is the workers'
+    _free_gpu_memory()  # the workers need it
     experiment = config.tracking.experiment
     secret = without_secrets(store.uri) != store.uri
     study.set_attribute(TRACKING, {"uri": None if secret else store.uri, "experiment": experiment})
@@ -215,18 +223,18 @@ def _begin(
 
 
 def _go_on(study: Sweep, sweep: SweepConfig, slots: list[Slot], store: Store, address: str) -> None:
-    """Put in what is missing of a study that exists."""
+    """Add the missing trials to an existing study."""
     place = study.attribute(TRACKING) or {}
     if place.get("uri") not in (None, store.uri):
-        log.warning("The study's earlier runs are in %s, this driver's go elsewhere.", place["uri"])
+        log.warning("The earlier runs of this study are in %s, but new ones go to another store.", place["uri"])
     clean_up_at_start(study, store, is_journal(address))
     present = len(study.counted())
     wanted = sweep.n_trials or study.attribute(SETTINGS)["n_trials"]
     if wanted < present:
-        log.warning("study %r has %d trials in all already; n_trials %d is less.", study.name, present, wanted)
+        log.warning("study %r already has %d trials, more than n_trials %d.", study.name, present, wanted)
     store_settings(study, sweep, max(present, wanted))
     study.add(missing_slots(sweep, slots, present, wanted))
-    log.info("study %r exists: running what is missing of its %d trials.", study.name, max(present, wanted))
+    log.info("study %r exists: running the missing ones of its %d trials.", study.name, max(present, wanted))
 
 
 def _free_gpu_memory() -> None:
@@ -237,12 +245,12 @@ def _free_gpu_memory() -> None:
 
 
 def in_store(config: Config, store: Store) -> Config:
-    """Under `mlflow run`, store and experiment are those of its run: the trials belong there too."""
+    """Return the settings with the store and experiment in use; under `mlflow run` these are those of its run."""
     return replace(config, {"tracking.uri": store.uri, "tracking.experiment": store.experiment})
 
 
 def sharing(sweep: SweepConfig, config: Config) -> contextlib.AbstractContextManager[Path | None]:
-    """Open the folder in which driver and workers share their decoded data; None for the machines of a cluster."""
+    """Open the folder in which driver and workers share decoded data; it is None on a Ray cluster."""
     return contextlib.nullcontext() if sweep.launcher == "ray" else shared_data(Path(config.tracking.folder))
 
 
@@ -252,7 +260,7 @@ def open_workers(sweep: SweepConfig, config: Config) -> contextlib.AbstractConte
 
 
 def with_threads(config: Config, share: int) -> Config:
-    """Limit the threads of a trial to its share of the cores. Stored with the study: the last digits of a result depend on it."""
+    """Limit the threads of a trial to its share of the cores. Stored with the study, because results depend on it slightly."""
     if config.threads is not None and config.threads <= share:
         return config
     log.info("threads: %d for each trial, so that the workers share the cores.", share)
@@ -261,7 +269,7 @@ def with_threads(config: Config, share: int) -> Config:
 
 @contextlib.contextmanager
 def only_driver(address: str, study: str) -> Iterator[None]:
-    """Hold the study on this machine; raises InputError if another driver does."""
+    """Lock the study on this machine. Raises InputError if another driver is running it."""
     from filelock import FileLock, Timeout
 
     if is_journal(address):
@@ -273,7 +281,7 @@ def only_driver(address: str, study: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout:  # an OSError too
+    except Timeout:  # must come first: it is also an OSError
         raise InputError(
             f"study {study!r} is being run by another process of this machine; wait for it or stop it."
         ) from None

@@ -1,5 +1,5 @@
-"""The one exception of a sweep beside InputError."""
+"""The only exception of a sweep besides InputError."""
 
 
 class SweepFailed(RuntimeError):
-    """So much failed that going on makes no sense; the message says what."""
+    """Too many trials failed to continue. The message gives the cause."""

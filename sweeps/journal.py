@@ -1,7 +1,7 @@
-"""Optuna's journal file where a writer was stopped within a line: killed, or by a full disk.
+"""Repairs Optuna's journal file if a writer stopped in the middle of a line: it was killed, or the disk was full.
 
-Optuna appends to what stands there. The next record would share a line with the unfinished one, and the file could never be
-read again. So whoever takes the file's lock to write ends its last line first.
+Optuna appends to the file, so the next record would be on the same line as the unfinished one, and the file could not be read
+any more. So every writer repairs the last line first, after it has taken the lock of the file.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import BinaryIO
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 log = logging.getLogger(__name__)
-BLOCK = 2**16  # bytes read at a time from the file's end
+BLOCK = 2**16  # bytes read at a time, from the end of the file
 
 
 class MendingLock(JournalFileSymlinkLock):
-    """Optuna's own lock of a journal file; taking it ends an unfinished last line."""
+    """Optuna's lock of a journal file; taking it also repairs an unfinished last line."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.path = path
 
     def acquire(self) -> bool:
-        """Take the lock, then mend the file."""
+        """Take the lock, then repair the file."""
         taken = super().acquire()
         try:
             end_last_line(self.path)
@@ -37,13 +37,12 @@ class MendingLock(JournalFileSymlinkLock):
 
 
 def journal(path: Path) -> JournalFileBackend:
-    """The journal at `path`, whose writers mend it."""
+    """Return the journal at `path`; its writers repair it."""
     return JournalFileBackend(str(path), MendingLock(str(path)))
 
 
 def end_last_line(path: str) -> None:
-    """Cut an unfinished last line off; a record that lacks the end of its line alone is kept and gets it. To be called with
-    the file's lock taken."""
+    """Cut off an unfinished last line; a complete record without a line end gets one. The caller holds the lock of the file."""
     with open(path, "r+b") as file:
         start, line = _last_line(file)
         if not line or line.endswith(b"\n"):
@@ -51,7 +50,7 @@ def end_last_line(path: str) -> None:
         if _is_record(line):
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
-            log.warning("journal %s: the last record lacked the end of its line (a full disk?); it has one now.", path)
+            log.warning("journal %s: the last record lacked the end of its line (a full disk?); it was added.", path)
         else:
             file.truncate(start)
             log.warning(
@@ -63,7 +62,7 @@ def end_last_line(path: str) -> None:
 
 
 def damaged_line(path: Path) -> int | None:
-    """The number of the first line, from 1, that ends and is no record; None if there is none."""
+    """Return the number, from 1, of the first complete line that is no record; None if there is none."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n") and not _is_record(line):
@@ -72,14 +71,14 @@ def damaged_line(path: Path) -> int | None:
 
 
 def last_line_is_damaged(path: Path) -> bool:
-    """Whether the last line ends and is no record. Optuna passes over it, until there is a line behind it."""
+    """Return whether the last line is complete but no record. Optuna ignores such a line until another one follows."""
     with open(path, "rb") as file:
         _, line = _last_line(file)
     return line.endswith(b"\n") and not _is_record(line)
 
 
 def _last_line(file: BinaryIO) -> tuple[int, bytes]:
-    """Where the last line starts, and its bytes; its end, if it has one, belongs to it."""
+    """Return the offset of the last line and its bytes, including its line end, if any."""
     start = file.seek(0, os.SEEK_END)
     line = b""
     while start > 0:
@@ -94,7 +93,7 @@ def _last_line(file: BinaryIO) -> tuple[int, bytes]:
 
 
 def _is_record(line: bytes) -> bool:
-    """Whether it is a whole record of Optuna."""
+    """Return whether a line is a complete record of Optuna."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):

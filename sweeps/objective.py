@@ -1,4 +1,4 @@
-"""One trial: values drawn, one `adapt`, its score told to the study. An error fails the trial and nothing else."""
+"""One trial: draws values, runs `adapt`, and reports the score to the study. An error fails only this trial."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ EACH_STEP = (
     Metric.ADAPTATION_LOSS,
     Metric.TOTAL_LOSS,
 )
-VALIDATED = (Metric.IOU, Metric.CLASS_IOU, Metric.VAL_LOSS)  # beginnings of the names that validation gives
+VALIDATED = (Metric.IOU, Metric.CLASS_IOU, Metric.VAL_LOSS)  # prefixes of the metrics that validation logs
 
 
 def check_objective(sweep: SweepConfig, config: Config, labelled: Collection[SetName]) -> None:
-    """Refuse an objective that no run logs; raises InputError. Warns where it cannot be pruned by."""
+    """Raise InputError for an objective that no run logs. Warn if it cannot be used for pruning."""
     name = sweep.objective
     known = metrics_to_choose_by(config.class_names)
     own_method = config.domain_adaptation.method.class_path is not None and not name.startswith(VALIDATED)
@@ -47,14 +47,14 @@ def check_objective(sweep: SweepConfig, config: Config, labelled: Collection[Set
         return
     if name not in EACH_STEP and not name.startswith("da_layer/") and not own_method:
         raise InputError(
-            f"objective is {name!r}, which these runs do not log; validation gives {known}, each step {list(EACH_STEP)}."
+            f"objective is {name!r}, which these runs do not log; validation logs {known}, each step {list(EACH_STEP)}."
         )
     if sweep.pruner != "none":
         log.warning("pruner %s has no effect: %s is not scored by validation.", sweep.pruner, name)
 
 
 def run_tags(sweep: SweepConfig, name: str, trial: FrozenTrial, sweep_run_id: str) -> dict[str, str]:
-    """What ties a run to its trial, its study and the sweep's run."""
+    """Return the tags that link a run to its trial, its study and the run of the sweep."""
     tags = {
         Tag.JOB: Job.TRIAL,
         Tag.STUDY: name,
@@ -72,14 +72,17 @@ def run_tags(sweep: SweepConfig, name: str, trial: FrozenTrial, sweep_run_id: st
 
 
 def trial_config(base: Config, overrides: Mapping[str, Any], point: Mapping[str, Any]) -> Config:
-    """The settings of a trial: the sweep's, the slot's own, and the values drawn."""
+    """Return the settings of a trial: those of the sweep, changed by the drawn values and the overrides of its slot."""
     return replace(base, {**settings_of(point), **overrides})
 
 
 def run_trial(
     study: Sweep, space: Space, sweep: SweepConfig, base: Config, slot: FrozenTrial, sweep_run_id: str
 ) -> None:
-    """Run one claimed trial and tell its end. Raises only what ends the whole worker (SIGINT, SIGTERM)."""
+    """Run one claimed trial and report its result to the study.
+
+    Raises only errors that are not those of the trial: the store or the storage is away, SIGINT, SIGTERM.
+    """
     started = time.monotonic()
     sampler = build_sampler(sweep, space.conditional, slot.number, sweep.n_trials or 1)
     optuna_study = study.for_sampling(sampler, build_pruner(sweep.pruner, base.trainer.max_epochs))
@@ -106,14 +109,17 @@ def run_trial(
     except Exception as error:
         log.error("trial %d failed: %s", slot.number, without_secrets(traceback.format_exc()))
         study.note(slot, error=_reason(error))
-    _free_memory()  # not in the handler above, where the traceback still holds what the trial held
+    _free_memory()  # not in the handler above, where the traceback still refers to the trial's tensors
     study.note(slot, seconds=round(time.monotonic() - started, 2))
     optuna_study.tell(trial, value, state, skip_if_finished=True)
 
 
 def score_source_model(study: Sweep, config: Config) -> None:
-    """Score the model that all trials start from, as it is, unless that is done or not wanted: a run of its own, whose scores
-    are stored with the study. An error leaves the study without them. Raises what ends the whole worker."""
+    """Score the unadapted model that all trials start from, in a separate run, and store its scores with the study.
+
+    Does nothing if that is done or not wanted. After an error the study has no such scores; if the store or the storage is
+    away, the error is raised.
+    """
     if not study.attribute(SOURCE_WANTED) or study.attribute(SOURCE_ONLY) is not None:
         return
     try:
@@ -123,13 +129,15 @@ def score_source_model(study: Sweep, config: Config) -> None:
     except (StoreAway, *STORAGE_ERRORS):
         raise
     except Exception as error:
-        log.warning("The source model could not be scored as it is: %s", _reason(error))
+        log.warning("The unadapted source model could not be scored: %s", _reason(error))
     _free_memory()
 
 
 def _objective_value(result: RunResult, objective: str) -> float:
-    """The final model's score (of a select/ score the worst value if it forgot the source); of what is logged along the way,
-    the mean over the last tenth of the steps."""
+    """Return the final model's score; for a metric that is only logged during training, the mean of its last tenth of values.
+
+    A select/ score counts as its worst value if the model forgot the source.
+    """
     if objective in result.metrics:
         value = float(choice_value(objective, result.metrics))
     else:
@@ -151,7 +159,7 @@ def _objective_value(result: RunResult, objective: str) -> float:
 
 
 def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What is stored of a run's metrics: its IoU values, and the scores of the target that need no labels."""
+    """Return the metrics of a run that are stored with its trial: IoU values and label-free target scores."""
     return {name: float(value) for name, value in metrics.items() if name.startswith((Metric.IOU, Metric.SELECT))}
 
 
@@ -161,7 +169,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _free_memory() -> None:
-    """After an error (out of memory above all) and after any end, the next trial must find the memory free."""
+    """Free the memory for the next trial; this matters most after an out-of-memory error."""
     import gc
 
     import torch

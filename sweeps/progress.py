@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a live line on a terminal, a line for each trial that ends elsewhere."""
+"""The progress display of a sweep: a live line on a terminal, otherwise one line per finished trial."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StudyProgress(Progress):
         self._reported = {trial.number for trial in study.trials() if trial.state.is_finished()}
 
     def refresh(self) -> None:
-        """Show what has changed."""
+        """Update the display."""
         line, done = self._line()
         for trial in self._study.trials():
             if trial.state.is_finished() and trial.number not in self._reported:
@@ -59,7 +59,7 @@ def describe_end(trial: FrozenTrial) -> str:
     if trial.state == TrialState.PRUNED:
         return f"pruned after epoch {trial.user_attrs.get('epochs')}"
     if superseded(trial):
-        return f"put in again{role}: {trial.user_attrs.get('error')}"
+        return f"retried{role}: {trial.user_attrs.get('error')}"
     return f"FAILED{role}: {trial.user_attrs.get('error')}"
 
 

@@ -1,4 +1,4 @@
-"""Our pruning callback for Lightning: reports the objective after each epoch, ends the run when the pruner says so."""
+"""Pruning callback for Lightning: reports the objective after each epoch and ends the run if the pruner decides so."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Pruned(EndedEarly):
 
 
 class PruningCallback(pl.Callback):
-    """Reports `metric` to `trial` after each validation, at step = epochs done; raises Pruned where `may_prune`.
+    """Reports `metric` to `trial` after each validation, at step = epochs done.
 
-    A loss that is no finite number raises FloatingPointError: its trial has failed. The run of a pruned trial is tagged
-    `dann.pruned` and `dann.pruned_after_epochs`.
+    Raises Pruned if the pruner decides so and `may_prune` is set, FloatingPointError if a loss or the metric is not finite. The
+    run of a pruned trial gets the tags `dann.pruned` and `dann.pruned_after_epochs`.
     """
 
     def __init__(self, trial: optuna.Trial, metric: str, may_prune: bool = True) -> None:
@@ -29,7 +29,7 @@ class PruningCallback(pl.Callback):
         self.may_prune = may_prune
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Tie the trial to its run before anything can go wrong in it."""
+        """Store the run id with the trial before anything can fail."""
         logger = trainer.logger
         assert isinstance(logger, RunLogger)
         self.trial.set_user_attr("run_id", logger.version)

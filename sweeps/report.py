@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: trials.csv, best_config.yaml, figures and report.md, from the study alone."""
+"""Writes the results of a sweep: trials.csv, best_config.yaml, figures and report.md. It reads only the study."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 TOP = 5
 FEWEST_FOR_IMPORTANCES = 50
-"""Complete trials that importances (Optuna's PED-ANOVA) need, by our own measurements: with 20 trials, one of two settings that
-did not matter got 0.98 (tests/test_sweep_report.py has that study)."""
-FEWEST_RANKED = 3  # two are always in order, or in none
+"""Number of complete trials that importances (Optuna's PED-ANOVA) need, as we measured: with 20 trials, one of two settings
+without any effect got 0.98 (tests/test_sweep_report.py has that study)."""
+FEWEST_RANKED = 3  # the rank correlation of two trials is always 1 or -1
 SCORES = (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU, Metric.SOURCE_TEST_IOU, Metric.TARGET_TEST_IOU)
 
 
 def trials_table(study: Sweep) -> pd.DataFrame:
-    """All trials, a row each, those that were put in again included: how they ended, their scores, values and runs."""
+    """Return one row per trial, including retried ones: how it ended, its scores, values and run."""
     import pandas as pd
 
     rows = []
@@ -68,18 +68,18 @@ def trials_table(study: Sweep) -> pd.DataFrame:
 
 
 def write_trials(study: Sweep, path: Path) -> None:
-    """The table as CSV; whole numbers stay whole where some are missing."""
+    """Write the table as CSV. Integer columns stay integers even if values are missing."""
     trials_table(study).convert_dtypes().to_csv(path, index=False)
 
 
 def config_of(study: Sweep, trial: FrozenTrial) -> Config:
-    """The settings that a trial ran with, ready for `adapt`."""
+    """Return the settings that a trial ran with, ready for `adapt`."""
     base = config_from_dict(study.attribute(DEFINITION)["config"])
     return trial_config(base, trial.user_attrs["overrides"], trial.user_attrs.get("point") or trial.params)
 
 
 def point_of(study: Sweep, trial: FrozenTrial) -> dict[str, Any]:
-    """The values of the searched settings that a trial ran with; of a known one, those that its settings have."""
+    """Return the values of the searched settings that a trial ran with. Those of a reference come from its full settings."""
     if not trial.user_attrs.get("reference"):
         return dict(trial.user_attrs.get("point") or trial.params)
     settings = flatten(config_of(study, trial))
@@ -87,7 +87,7 @@ def point_of(study: Sweep, trial: FrozenTrial) -> dict[str, Any]:
 
 
 def write_report(study: Sweep, store: Store, folder: Path) -> None:
-    """Write everything into `folder`; what cannot be drawn yet is left out and named."""
+    """Write all files into `folder`. The report names the figures that cannot be drawn yet."""
     write_trials(study, folder / "trials.csv")
     best = study.best()
     if best is not None:
@@ -104,7 +104,7 @@ def write_report(study: Sweep, store: Store, folder: Path) -> None:
 
 
 def _drawn_with(study: Sweep) -> tuple[str, dict[str, float], str]:
-    """Return the objective, what the search must beat (the control and the source model), and a note on importances."""
+    """Return the objective, the scores to beat (control and source model), and a note on importances."""
     objective, source, control = study.attribute(DEFINITION)["objective"], study.attribute(SOURCE_ONLY), _control(study)
     levels = {
         "lambda = 0 control": None if control is None else control.value,
@@ -115,13 +115,13 @@ def _drawn_with(study: Sweep) -> tuple[str, dict[str, float], str]:
 
 
 def complete_in_search(study: Sweep) -> int:
-    """The number of complete trials that samplers and figures see: those of the budget without the references."""
+    """Return the number of complete trials that samplers and figures see: those of the budget without references."""
     trials = study.counted()
     return sum(t.state == TrialState.COMPLETE and not t.user_attrs.get("reference") for t in trials)
 
 
 def importances_note(complete: int) -> str:
-    """What the importances rest on, and how much they can be trusted."""
+    """Return a note that says how many trials the importances come from and how reliable they are."""
     if complete >= FEWEST_FOR_IMPORTANCES:
         return f"Importances from {complete} complete trials."
     return (
@@ -131,7 +131,7 @@ def importances_note(complete: int) -> str:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last parts of dotted names, as many as tell them apart."""
+    """Return dotted name -> its shortest ending that no other name has."""
     short: dict[str, str] = {}
     for key in keys:
         parts = key.split(".")
@@ -143,7 +143,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _short_names(study: Sweep) -> optuna.Study:
-    """A copy of the search in memory, under names that fit on an axis."""
+    """Return an in-memory copy of the study, with parameter names that fit on an axis."""
     shown = {trial.number for trial in study.counted() if not trial.user_attrs.get("reference")}
     names = short_names(list(study.attribute(DEFINITION)["space"]))
     copy = optuna.create_study(direction="maximize" if study.maximizes else "minimize")
@@ -164,7 +164,7 @@ def _short_names(study: Sweep) -> optuna.Study:
 
 
 def links(store: Store, study: Sweep, trials: Sequence[FrozenTrial]) -> dict[str, str]:
-    """Pages of the MLflow UI: the chart of all trials, and the comparison of some; beginning with `#`."""
+    """Return pages of the MLflow UI, as fragments that start with `#`: a chart of all trials and a comparison of `trials`."""
     runs = [trial.user_attrs["run_id"] for trial in trials if "run_id" in trial.user_attrs]
     escaped = quote(f"tags.`dann.study` = '{study.name}'", safe="")
     chart = f"#/experiments/{store.experiment_id}/runs?searchFilter={escaped}&compareRunsMode=CHART&{TRAINING_PAGES}"
@@ -176,19 +176,19 @@ def links(store: Store, study: Sweep, trials: Sequence[FrozenTrial]) -> dict[str
 
 
 def top_trials(study: Sweep, count: int = TOP) -> list[FrozenTrial]:
-    """The best complete trials, the control apart, best first."""
+    """Return the best complete trials, best first, without the control."""
     found = [t for t in study.trials(TrialState.COMPLETE) if t.user_attrs.get("role") in ("recipe", "search")]
     return sorted(found, key=study.rank, reverse=True)[:count]
 
 
 def baselines(study: Sweep) -> list[FrozenTrial]:
-    """The recipe's own values and the control, where they are complete."""
+    """Return the trials with the values of the recipe and of the control that are complete."""
     found = [t for t in study.trials(TrialState.COMPLETE) if t.user_attrs.get("role") in ("recipe", "control")]
     return sorted(found, key=lambda trial: trial.number)
 
 
 def label(trial: FrozenTrial) -> str:
-    """What a table calls a trial."""
+    """Return the name of a trial in tables."""
     role = {"recipe": " (recipe)", "control": " (control)"}.get(trial.user_attrs["role"], "")
     return f"trial {trial.number}{role}"
 
@@ -242,8 +242,10 @@ def _epochs_share(study: Sweep, definition: Mapping[str, Any]) -> float:
 
 
 def comparison(study: Sweep, trials: Sequence[FrozenTrial]) -> pd.DataFrame:
-    """The source model as it was, if it was scored, and `trials`: scores, values of the searched settings (short names),
-    run. Columns without any value are left out."""
+    """Return a table of the unadapted source model (if it was scored) and `trials`: scores, searched values (short names), run.
+
+    Columns without any value are left out.
+    """
     import pandas as pd
 
     definition, source = study.attribute(DEFINITION), study.attribute(SOURCE_ONLY)
@@ -266,8 +268,10 @@ def comparison(study: Sweep, trials: Sequence[FrozenTrial]) -> pd.DataFrame:
 
 
 def target_free_choice(study: Sweep) -> pd.DataFrame | None:
-    """How well each score that needs no target labels would have chosen among the complete trials of the search
-    (`score_quality`); None with fewer than three, or without target labels to tell."""
+    """Return how well each label-free score would have chosen among the complete trials of the search (`score_quality`).
+
+    None for fewer than three trials with a target IoU and a label-free score.
+    """
     import pandas as pd
 
     rows = [

@@ -1,4 +1,4 @@
-"""Runs the trials of a study: starts workers until no trial is left, gives back what dead ones held, stops what is hopeless."""
+"""Runs the trials of a study: starts workers, puts back the trials of dead ones, and stops a sweep that keeps failing."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ from sweeps.worker import PATIENCE_SECONDS, PAUSE_SECONDS, Task
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
-IDLE_DEATHS = 3  # workers in a row that die before they claim a trial: something is wrong with all of them
+IDLE_DEATHS = 3  # stop after so many workers in a row died before they claimed a trial: all of them would
 
 
 def run_trials(
     study: Sweep, sweep: SweepConfig, config: Config, store: Store, address: str, run: TrackedRun, pool: Pool,
     decoded: Path | None = None,
 ) -> None:  # fmt: skip
-    """Run until no trial waits or the time is over. `address`: of the study's storage; `run`: the sweep's own; in folder
-    `decoded` the workers share decoded data. Raises SweepFailed when to continue is hopeless."""
+    """Run workers until no trial is waiting or the time is up.
+
+    `address`: the storage of the study; `run`: the run of the sweep; `decoded`: folder in which workers share decoded data.
+    Raises SweepFailed if too many trials failed in a row or workers keep dying.
+    """
     study.set_attribute(HALT, None)
     threads = pool.count * (config.threads or 1)
     if sweep.launcher == "processes" and threads > available_cores():
@@ -50,7 +53,7 @@ def run_trials(
                         break
                     progress.refresh()
                     away_since = None
-                except STORAGE_ERRORS as error:  # a database that restarts: the workers wait for it as well
+                except STORAGE_ERRORS as error:  # a database that restarts: workers wait for it too
                     away_since = away_since or time.monotonic()
                     if time.monotonic() - away_since > PATIENCE_SECONDS:
                         raise
@@ -60,11 +63,11 @@ def run_trials(
     finally:
         give_back_trials_of(pool.stop(), study, store, "stopped with its worker")
         if sweep.launcher == "processes":
-            give_back_unnamed(study)  # killed in the moment of claiming
+            give_back_unnamed(study)  # of workers killed while claiming a trial
 
 
 class _Scheduler:
-    """The time of one driver with a study."""
+    """Starts and watches the workers of one driver."""
 
     def __init__(
         self, study: Sweep, sweep: SweepConfig, config: Config, store: Store, address: str, run: TrackedRun, pool: Pool,
@@ -76,14 +79,14 @@ class _Scheduler:
         self.watch = Watch(study, store)
         self.before = {trial.number for trial in study.trials() if trial.state.is_finished()}
         self.finished = len(self.before)
-        self.begun = False  # whether workers have been started: until then there is nothing to wait for
+        self.begun = False  # False until workers have been started: before that there is nothing to wait for
         self.idle_deaths = 0
         self.last_death = ""
         self.scorer: str | None = None
-        """Token of the task that scores the source model beside the trials of the others."""
+        """Token of the task that also scores the source model."""
 
     def is_over(self) -> bool:
-        """Wait a moment for tasks to end, clean up after them, start new ones; True when nothing is left to do."""
+        """Wait briefly for tasks to end, clean up after them and start new ones. Return True if nothing is left to do."""
         for ended in self.pool.wait(POLL_SECONDS if self.begun else 0.0):
             self._task_ended(ended)
         self.begun = True
@@ -145,11 +148,11 @@ class _Scheduler:
         if counts["fail"] and counts["fail"] == sum(counts.values()):
             raise SweepFailed(f"every trial failed, most of them with: {_common_cause(self.study)}")
         if late and counts["waiting"]:
-            log.warning("timeout: %d trials have not been run; `resume` runs them.", counts["waiting"])
+            log.warning("timeout: %d trials have not been run; `resume` will run them.", counts["waiting"])
 
 
 def _hopeless(study: Sweep, before: set[int], max_failures: int) -> str | None:
-    """Say why the sweep should stop, if the last `max_failures` trials failed."""
+    """Return the reason to stop the sweep if the last `max_failures` trials failed; None otherwise."""
     ended = [t for t in study.counted() if t.state.is_finished() and t.number not in before and t.datetime_complete]
     ended.sort(key=lambda trial: trial.datetime_complete or 0)  # pyright: ignore[reportArgumentType, reportCallIssue]
     last = ended[-max_failures:]

@@ -1,4 +1,4 @@
-"""All settings of a sweep: what is searched, by which sampler, for how long."""
+"""All settings of a sweep: search space, sampler, budget, workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUESTION = (
     "sampler",
     "sampler_seed",
     "pruner",
-)  # a change of these is another study
+)  # changing one of these makes another study
 FILE_NAME = matching(r"[\w][\w .+-]{0,99}", "up to 100 letters, digits, blanks and . + - _ (it names files)")
 
 
@@ -28,7 +28,7 @@ class SweepConfig(PoolSettings):
     """A search over settings of `adapt`, written in a YAML file (`--space FILE`). Each setting is also a flag."""
 
     space: dict[str, Any] = field(default_factory=dict)
-    """What is searched, only in the file that the flag --space names: dotted setting -> {type: float, low, high, log,
+    """Settings to search, only in the file that the flag --space names: dotted setting -> {type: float, low, high, log,
     step}, {type: int, low, high, log, step}, {type: categorical, choices}, each with an optional
     `when: {other.setting: value}`; `auto` for domain_adaptation.method.feature_layer means all useful layers of the
     network."""
@@ -44,7 +44,7 @@ class SweepConfig(PoolSettings):
     objective: str = Metric.TARGET_VAL_IOU
     """Metric that chooses the best trial. One of the target uses target labels: the runs are tagged, and the report says so."""
     direction: Literal["maximize", "minimize"] | None = None
-    """Whether a larger or a smaller value is better; null = smaller for a loss, a gap, a drop or the entropy, else larger."""
+    """Direction of the objective; null = smaller for a loss, a gap, a drop or the entropy, else larger."""
     sampler: Literal["tpe", "gp", "qmc", "random", "grid"] = "tpe"
     """How values are proposed. tpe: tree-structured Parzen estimator; gp: Gaussian process; qmc: quasi-Monte Carlo (Sobol);
     random: independent draws; grid: every point of a grid."""
@@ -86,14 +86,14 @@ class SweepConfig(PoolSettings):
 
     @property
     def maximizes(self) -> bool:
-        """Whether larger is better: by `direction`, or by what the name of the objective implies."""
+        """True if larger is better, by `direction` or, if that is null, by the name of the objective."""
         if self.direction is not None:
             return self.direction == "maximize"
         return MonitorConfig(metric=self.objective).direction == "max"
 
     @property
     def uses_target_labels(self) -> bool:
-        """Whether the objective is computed from target labels."""
+        """True if the objective is computed from target labels."""
         return self.objective.startswith(TARGET_LABEL_METRICS)
 
     def __post_init__(self) -> None:
@@ -102,5 +102,5 @@ class SweepConfig(PoolSettings):
         if re.search(r"_test(/|$)", self.objective):
             raise InputError(
                 f"objective is {self.objective!r}, a score of the held-out test set, which can no longer test what was "
-                "chosen by it. Choose by a validation metric; the report shows the test scores beside it."
+                "chosen by it. Choose by a validation metric; the report shows the test scores as well."
             )

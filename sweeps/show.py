@@ -1,4 +1,4 @@
-"""Print a study on the command line: its trials, links, and where the files are."""
+"""Prints a study on the command line: its trials, links, and where the files are."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES_WIDTH, CELL_WIDTH = 20, 10
 
 
 def result(ended: SweepResult, store: str) -> None:
-    """Print a sweep that has ended: the best trials beside the known ones, and where everything is."""
+    """Print the results of a sweep: the best trials next to recipe and control, and where the files are."""
     print_study(ended.sweep)
     counts = ended.sweep.counts()
     print(", ".join(f"{counts[state]} {state}" for state in ("complete", "pruned", "fail", "waiting") if counts[state]))
@@ -40,7 +40,7 @@ def result(ended: SweepResult, store: str) -> None:
 
 
 def print_study(study: Sweep) -> None:
-    """Print the best trials beside the known ones and the source model, one column each, as many as fit on the terminal."""
+    """Print one column per trial, as many as fit on the terminal: recipe, control, source model and the best trials."""
     known = baselines(study)
     width = Console().width
     best = top_trials(study, max(1, (width - NAMES_WIDTH) // CELL_WIDTH - len(known) - 1))
@@ -57,7 +57,7 @@ def print_study(study: Sweep) -> None:
     objective = study.attribute(DEFINITION)["objective"]
     if str(objective).startswith(TARGET_LABEL_METRICS):
         print(
-            f"Chosen by {objective}, which uses target labels: the best of many is flattered; iou/target_test is not."
+            f"Chosen by {objective}, which uses target labels: the best of many scores is too optimistic; iou/target_test is not."
         )
     quality = target_free_choice(study)
     if quality is not None:
@@ -94,7 +94,7 @@ def status(name: str, storage: str | None) -> None:
 
 
 def report(name: str, storage: str | None, tracking: Mapping[str, Any]) -> None:
-    """Write the report again and print its table. `tracking`: dotted `tracking.*`, if the runs have moved since."""
+    """Write the report again and print its table. `tracking`: dotted `tracking.*`, if the runs have been moved."""
     study = find_study(name, storage_address(storage, name))
     config = study_config(study, tracking)
     folder = study_folder(name)
@@ -123,7 +123,7 @@ def confirmation(found: Confirmation) -> None:
     ]
     print_table(f"study {found.study}", ["", "seeds", *headings, "chosen by"], rows, SIMPLE)
     if found.beats_control is False:
-        print("The lambda = 0 control has the better mean: what was found does not beat it.")
+        print("The lambda = 0 control has the better mean: no trial of the search beats it.")
     if found.winner is None:
         print(
             "No winner yet: some runs are missing (the same command runs them), or each candidate failed with some seed."

@@ -1,7 +1,7 @@
-"""The search space: read from a mapping, checked against the settings it changes, drawn from by an Optuna trial.
+"""The search space: read from a mapping, checked against the settings that it changes, and sampled by an Optuna trial.
 
-Every parameter is a dotted setting of `adapt`. A value that is not a plain number, word or truth value (a list of layers)
-is known to Optuna by its YAML text.
+Every parameter is a dotted setting of `adapt`. Optuna takes only plain values (numbers, texts, booleans); any other value,
+such as a list of layers, is represented by its YAML text.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dann_experiments.names import Key
 FOLLOW_THE_LAYER = ("domain_adaptation.method.in_channels", Key.FEATURE_LAYERS)
 NOT_SEARCHED = {
     "pretraining.": "the source model is trained once and shared by all trials",
-    "tracking.": "it says where runs are kept, not what they do",
-    "seed": "a seed that was chosen is luck; `confirm` runs the best trials over several",
+    "tracking.": "it sets where runs are stored, not what they do",
+    "seed": "the best seed is only luck; `confirm` runs the best trials over several",
     "data.num_workers": "it changes no result",
     "data.memory_gb": "it changes no result",
-    "threads": "it changes the last digits alone",
+    "threads": "it changes only the last digits",
     "trainer.devices": "trials run in one process",
     "trainer.enable_progress_bar": "it changes no result",
     "data.embedded.folder": "it changes no result",
@@ -43,7 +43,7 @@ FIELDS = {
     "categorical": {"choices"},
 }
 AUTO = "auto"
-MOST_POINTS = 100_000  # of one setting in a grid
+MOST_POINTS = 100_000  # in the grid of one setting
 Label = str | int | float | bool | None
 
 
@@ -54,21 +54,21 @@ class Parameter:
     key: str
     distribution: BaseDistribution
     when: Mapping[str, Sequence[Label]]
-    """Searched only where these searched settings have one of these values."""
+    """Searched setting -> values. This parameter is searched only if each of these settings has one of its values."""
 
     def active(self, chosen: Mapping[str, Label]) -> bool:
-        """Whether it is searched, given what was chosen before it."""
+        """Return whether it is searched, for the values chosen so far."""
         return all(key in chosen and chosen[key] in values for key, values in self.when.items())
 
     def ends(self) -> list[Label]:
-        """All choices, or both ends of the range."""
+        """Return all choices, or both ends of the range."""
         if isinstance(self.distribution, CategoricalDistribution):
             return list(self.distribution.choices)
         assert isinstance(self.distribution, (FloatDistribution, IntDistribution))
         return [self.distribution.low, self.distribution.high]
 
     def grid(self) -> list[Label]:
-        """Every value; raises InputError if there are infinitely many."""
+        """Return every value. Raises InputError if there are infinitely many, or more than MOST_POINTS."""
         found = self.distribution
         if isinstance(found, CategoricalDistribution):
             return list(found.choices)
@@ -93,11 +93,11 @@ class Space:
 
     @property
     def conditional(self) -> bool:
-        """Whether some parameter depends on another."""
+        """True if some parameter depends on another."""
         return any(parameter.when for parameter in self.parameters)
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Label]:
-        """Draw a value for each parameter that is active."""
+        """Draw a value for each active parameter."""
         chosen: dict[str, Label] = {}
         for parameter in self.parameters:
             if parameter.active(chosen):
@@ -105,7 +105,7 @@ class Space:
         return chosen
 
     def grid(self) -> Iterator[dict[str, Label]]:
-        """Every point, inactive parameters left out."""
+        """Yield every point, without inactive parameters."""
 
         def points(done: dict[str, Label], rest: Sequence[Parameter]) -> Iterator[dict[str, Label]]:
             if not rest:
@@ -119,7 +119,7 @@ class Space:
         return points({}, self.parameters)
 
     def values_of(self, config: Config) -> dict[str, Label] | None:
-        """The point that these settings are; None if it is not in the space."""
+        """Return the point of the space with the values of these settings; None if they are outside the space."""
         settings = config_to_dict(config)
         chosen: dict[str, Label] = {}
         for parameter in self.parameters:
@@ -141,7 +141,7 @@ class Space:
         return chosen
 
     def described(self) -> dict[str, Any]:
-        """As plain values, to be stored with the study and compared with it."""
+        """Return the space as plain values, to store it with the study and to compare it later."""
         described = {}
         for parameter in self.parameters:
             found = parameter.distribution
@@ -158,7 +158,7 @@ class Space:
 
 
 def settings_of(chosen: Mapping[str, Label]) -> dict[str, Any]:
-    """The overrides that a point of the space stands for; what follows the feature layer is left to follow it."""
+    """Return the overrides for a point of the space. Settings that depend on the feature layer are reset with it."""
     overrides = {key: scalar(value, key) for key, value in chosen.items()}
     if Key.FEATURE_LAYER in overrides:
         overrides |= {key: None for key in FOLLOW_THE_LAYER if key not in overrides}
@@ -166,17 +166,17 @@ def settings_of(chosen: Mapping[str, Label]) -> dict[str, Any]:
 
 
 def label_of(value: Any) -> Label:
-    """How Optuna knows a setting's value: itself, or its YAML text."""
+    """Return a setting's value as Optuna takes it: unchanged, or as YAML text."""
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
 
 
 def read_space(entries: Mapping[str, Any], config: Config) -> Space:
-    """Read and check a whole space against the settings it would change.
+    """Read a space and check it against the settings that it changes.
 
-    Raises InputError, naming the key, for an unknown key, a wrong type, a layer that is not there, an end of a range that
-    the settings refuse, and a dependence on what is not searched.
+    Raises InputError, with the key, for an unknown key, a wrong type, a layer that does not exist, an end of a range that the
+    settings do not allow, and a dependence on a setting that is not searched.
     """
     if not entries:
         raise InputError("space is empty; name the settings to search, as sweeps/dann.yaml does.")
@@ -190,7 +190,7 @@ def read_space(entries: Mapping[str, Any], config: Config) -> Space:
 
 
 def read_stored(described: Mapping[str, Any]) -> Space:
-    """The space that `Space.described` gave: checked before it was stored."""
+    """Return the space that `Space.described` returned. It was checked before it was stored."""
     parameters = []
     for key, entry in described.items():
         fields = {name: value for name, value in entry.items() if name not in ("type", "when")}
@@ -262,7 +262,7 @@ def _choices(key: str, entry: Mapping[str, Any], config: Config) -> list[Label]:
     choices = entry.get("choices")
     if choices == AUTO:
         if key != Key.FEATURE_LAYER:
-            raise InputError(f"space: {key}.choices is 'auto', which is known for {Key.FEATURE_LAYER} alone.")
+            raise InputError(f"space: {key}.choices is 'auto', which works only for {Key.FEATURE_LAYER}.")
         return list(_useful_layers(config))
     if not isinstance(choices, list) or not choices:
         raise InputError(f"space: {key}.choices is {choices!r}; give a list.")
@@ -295,7 +295,7 @@ def _range(key: str, kind: str, entry: Mapping[str, Any]) -> BaseDistribution:
 
 
 def _useful_layers(config: Config) -> list[str]:
-    """The layers of this network that can be tapped under these settings."""
+    """Return the layers of this network that can be tapped with these settings."""
     network = _network(config)
     layers = [
         layer for layer in list_layers(network, config.model.in_channels, build.blank_size(config)) if layer.useful
@@ -303,7 +303,7 @@ def _useful_layers(config: Config) -> list[str]:
     stages = [layer for layer in layers if layer.name.startswith("encoder.")]
     whole = [layer for layer in layers if layer.name == "encoder"]
     if stages and whole and (stages[-1].channels, stages[-1].stride) == (whole[0].channels, whole[0].stride):
-        layers.remove(stages[-1])  # `encoder` means its deepest map: the same one
+        layers.remove(stages[-1])  # `encoder` means its deepest feature map, so both are the same
     return [layer.name for layer in layers if _refused(config, {Key.FEATURE_LAYER: layer.name}) is None]
 
 
@@ -313,13 +313,13 @@ def _refused(config: Config, chosen: Mapping[str, Label]) -> InputError | None:
         build.make_method(changed, _taps(changed))
     except InputError as error:
         return error
-    except RuntimeError as error:  # memory, above all
+    except RuntimeError as error:  # mostly out of memory
         return InputError(f"it cannot be built: {' '.join(str(error).split())[:200]}")
     return None
 
 
-_networks: dict[str, nn.Module] = {}  # the newest alone: a space is checked at many points of one network
-_found_taps: dict[str, list[Tap]] = {}  # of that network, by what they depend on
+_networks: dict[str, nn.Module] = {}  # only the newest one: a space is checked at many points with the same network
+_found_taps: dict[str, list[Tap]] = {}  # of that network, by the settings that they depend on
 
 
 def _taps(config: Config) -> list[Tap]:
@@ -334,7 +334,7 @@ def _taps(config: Config) -> list[Tap]:
 def _network(config: Config) -> nn.Module:
     key = repr(config.model)
     if key not in _networks:
-        network = build.make_network(config, with_weights=False, initialize=False)  # only its layers are looked at
+        network = build.make_network(config, with_weights=False, initialize=False)  # only its layers are used
         _networks.clear()
         _found_taps.clear()
         _networks[key] = network
@@ -345,7 +345,7 @@ def _check_ends(parameter: Parameter, space: Space, config: Config) -> None:
     by_key = {other.key: other for other in space.parameters}
 
     def parents(of: Parameter) -> Iterator[dict[str, Label]]:
-        """Every combination of parents' values under which `of` is searched."""
+        """Yield every combination of parents' values for which `of` is searched."""
         for values in itertools.product(*of.when.values()):
             wanted = dict(zip(of.when, values, strict=True))
             above = [grand for key in wanted for grand in itertools.islice(parents(by_key[key]), 1)]
@@ -361,7 +361,7 @@ def _check_ends(parameter: Parameter, space: Space, config: Config) -> None:
                 fits = number and found._contains(found.to_internal_repr(value))
             if not fits:
                 raise InputError(
-                    f"space: {parameter.key} wants {key} = {value!r}, which is none of its values ({allowed})."
+                    f"space: {parameter.key} needs {key} = {value!r}, which is none of its values ({allowed})."
                 )
     for given in parents(parameter) if parameter.when else iter([{}]):
         for value in parameter.ends():
@@ -382,7 +382,7 @@ def _suggest(trial: optuna.Trial, parameter: Parameter) -> Label:
 
 
 def _found(settings: Any, key: str) -> Any:
-    """The value at a dotted name; None where it is not given (an argument of a user's own method)."""
+    """Return the value at a dotted name; None if it is not set (an argument of a user's own method)."""
     for name in key.split("."):
         settings = settings.get(name) if isinstance(settings, Mapping) else None
     return settings

@@ -1,9 +1,9 @@
-"""The study: what is stored of a sweep, and the trials as slots that workers claim.
+"""The study: everything stored about a sweep, with its trials as slots that workers claim.
 
-All trials of the budget are put into the study at the start, waiting. A worker claims one, draws its values and runs it.
-So the number of trials is exact however many workers there are, and what is missing after a crash is what still waits. A
-trial whose worker died is ended with the mark that it shall run again; the driver, and nobody else, puts it in again, so
-that it counts once whoever dies in between.
+All trials of the budget are added at the start, in state WAITING. A worker claims one, draws its values and runs it. So the
+number of trials is exact for any number of workers, and after a crash the missing trials are those that are still waiting.
+A trial whose worker died ends as failed, with a mark that it has to run again. Only the driver adds the retry, so that it is
+added once, whichever process dies in between.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from sweeps.space import Label
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 DEFINITION, SETTINGS, HALT = "dann.definition", "dann.settings", "dann.halt"
 SOURCE_ONLY, TRACKING, SWEEP_RUNS = "dann.source_only", "dann.tracking", "dann.sweep_runs"
-SOURCE_WANTED = "dann.source_wanted"  # whether the source model is one for all and there are images to score it on
-AGAIN = "again"  # of a trial that ended for no fault of its settings: the attempt that shall follow
-# of a database that is away for a moment
+SOURCE_WANTED = "dann.source_wanted"  # true if all trials share one source model and there are images to score it on
+AGAIN = "again"  # marks a trial that did not fail because of its settings; holds the number of the next attempt
+# raised while a database is away
 STORAGE_ERRORS = (
     optuna.exceptions.StorageInternalError,
     sqlalchemy.exc.OperationalError,
@@ -56,44 +56,44 @@ class Slot:
     overrides: Mapping[str, Any]
     """Settings that are not searched, by dotted name."""
     point: Mapping[str, Label] | None = None
-    """Values of searched settings that are given; the others are drawn."""
+    """Fixed values of searched settings; the others are drawn."""
     reference: bool = False
-    """Nothing is drawn, and samplers do not see it: the control, or settings that are not in the space."""
+    """True if nothing is drawn and samplers do not see the trial: the control, or settings outside the space."""
     candidate: int | None = None
-    """The trial that it confirms."""
+    """Number of the trial that this one confirms."""
     attempt: int = 1
     retry_of: int | None = None
 
 
 def storage_address(storage: str | None, study: str) -> str:
-    """The storage that settings mean: an address with a scheme, or the path of a journal file."""
+    """Return the storage of a study: an address with a scheme, or the path of a journal file (by default in its folder)."""
     return storage if storage is not None else str(study_folder(study) / "journal.log")
 
 
 def flags_of(study: str, storage: str | None) -> str:
-    """The flags that name a study on the command line."""
+    """Return the flags that name a study on the command line."""
     place = "" if storage is None else f" --storage {shlex.quote(without_secrets(storage))}"
     return f"--study {shlex.quote(study)}{place}"
 
 
 def study_folder(study: str) -> Path:
-    """Where a study's files are: its journal (by default), the workers' logs, the report."""
+    """Return the folder of a study: its journal (by default), the logs of the workers, the report."""
     return Path("studies") / study
 
 
 def is_journal(address: str) -> bool:
-    """Whether it is a file; else it is a database's address."""
+    """Return whether a storage is a journal file; otherwise it is the address of a database."""
     return "://" not in address
 
 
 def sqlite_file(address: str) -> str | None:
-    """The file of an address sqlite:///FILE; None of any other."""
+    """Return the file of an address sqlite:///FILE; None for any other address."""
     found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^:?]+)(\?.*)?", address)
     return None if found is None else found.group(1)
 
 
 def open_storage(address: str) -> BaseStorage:
-    """The storage at `address`, made if it is new. Raises InputError if it cannot be used."""
+    """Open the storage at `address`, or create it. Raises InputError if it cannot be used."""
     remember_secrets(address)
     shown = without_secrets(address)
     if is_journal(address):
@@ -107,13 +107,13 @@ def open_storage(address: str) -> BaseStorage:
             return JournalStorage(journal(path))
         except OSError as error:
             raise InputError(f"storage is {shown!r}, which cannot be written ({error}); choose another.") from None
-        except Exception as error:  # Optuna raises whatever the broken line makes of its parser
+        except Exception as error:  # a broken line may raise any error in Optuna's parser
             number = damaged_line(path)
             if number is None or number == 1:
-                raise InputError(f"storage is {shown!r}, which is no journal file of Optuna: {error}") from None
+                raise InputError(f"storage is {shown!r}, which is not an Optuna journal file: {error}") from None
             raise InputError(
-                f"storage is {shown!r}, whose line {number} is damaged: no record of Optuna. Restore the file from a copy; or, "
-                "with a copy of it kept, remove that line, which loses what it recorded; or start a new study."
+                f"storage is {shown!r}, whose line {number} is damaged: no record of Optuna. Restore the file from a copy; or "
+                "make a copy and remove that line, which loses what it recorded; or start a new study."
             ) from None
     known = urlsplit(address).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql")
     if not known or (address.startswith("sqlite") and not sqlite_file(address)):
@@ -127,7 +127,7 @@ def open_storage(address: str) -> BaseStorage:
                 address,
                 heartbeat_interval=HEARTBEAT_SECONDS,
                 grace_period=GRACE_SECONDS,
-                # a connection that the server closed meanwhile (a restart) is made anew, not an error
+                # reconnect if the server has closed the connection, for example by a restart
                 engine_kwargs={"pool_pre_ping": True},
             )
     except Exception as error:  # SQLAlchemy's, the driver's, or an ImportError when the driver is not installed
@@ -149,47 +149,47 @@ class Sweep:
 
     @classmethod
     def create(cls, storage: BaseStorage, name: str, maximizes: bool) -> Sweep:
-        """A new study without trials."""
+        """Create a study without trials."""
         optuna.create_study(storage=storage, study_name=name, direction="maximize" if maximizes else "minimize")
         return cls(storage, name)
 
     @classmethod
     def find(cls, storage: BaseStorage, name: str) -> Sweep | None:
-        """The study, None if there is none of that name."""
+        """Return the study; None if there is none of that name."""
         try:
             return cls(storage, name)
         except KeyError:
             return None
 
-    # what is stored of it
+    # attributes
 
     def attribute(self, name: str) -> Any:
-        """A stored attribute; None if it is not set."""
+        """Return a stored attribute; None if it is not set."""
         return self.storage.get_study_user_attrs(self.study_id).get(name)
 
     def set_attribute(self, name: str, value: Any) -> None:
-        """Store an attribute (anything that JSON holds)."""
+        """Store an attribute: any value that JSON can represent."""
         self.storage.set_study_user_attr(self.study_id, name, value)
 
     @property
     def maximizes(self) -> bool:
-        """Whether more of the objective is better."""
+        """True if a larger objective is better."""
         return self.storage.get_study_directions(self.study_id)[0] == optuna.study.StudyDirection.MAXIMIZE
 
     # trials
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """All trials, or those in one of `states`, by number."""
+        """Return all trials, or those in one of `states`, in the order of their numbers."""
         return self.storage.get_all_trials(self.study_id, deepcopy=False, states=states or None)
 
     def counted(self) -> list[FrozenTrial]:
-        """The trials of the budget: all but those that were put in again."""
+        """Return the trials of the budget: all except those that were retried."""
         trials = self.trials()
         followed = {trial.user_attrs.get("retry_of") for trial in trials}
         return [trial for trial in trials if trial.number not in followed]
 
     def add(self, slots: Sequence[Slot]) -> None:
-        """Put trials in, waiting."""
+        """Add waiting trials."""
         study = optuna.load_study(study_name=self.name, storage=self.storage)
         for slot in slots:
             attributes: dict[str, Any] = {
@@ -202,12 +202,12 @@ class Sweep:
             study.enqueue_trial({} if slot.point is None else dict(slot.point), user_attrs=attributes)
 
     def claim(self, worker: str, token: str) -> FrozenTrial | None:
-        """Take the first waiting trial for process `worker`, known to its driver by `token`; None if none waits."""
+        """Take the first waiting trial for process `worker`, which runs the task `token`. Return None if none is waiting."""
         with self._one_at_a_time():
             for trial in self.trials(TrialState.WAITING):
                 try:
                     if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                        # at once: whoever finds this worker dead must know what it was running
+                        # at once, so that its trial can be found if this worker dies
                         self.storage.set_trial_user_attr(trial._trial_id, "worker", f"{token} {worker}")
                         return self.storage.get_trial(trial._trial_id)
                 except optuna.exceptions.UpdateFinishedTrialError:
@@ -215,7 +215,7 @@ class Sweep:
             return None
 
     def _one_at_a_time(self) -> contextlib.AbstractContextManager[Any]:
-        """Journals and servers change a trial's state atomically; sqlite, which has no row locks, does not."""
+        """Return a lock for SQLite, which has no row locks; journals and servers change the state of a trial atomically."""
         file = sqlite_file(str(getattr(getattr(self.storage, "_backend", None), "url", "")))
         if file is None:
             return contextlib.nullcontext()
@@ -224,18 +224,20 @@ class Sweep:
         return FileLock(file + ".claim.lock")
 
     def worker_of(self, trial: FrozenTrial) -> tuple[str, str] | None:
-        """Token and process of the worker that claimed it; None in the moment before it is stored."""
+        """Return task token and process of the worker that claimed a trial; None until they are stored."""
         found = trial.user_attrs.get("worker")
         return None if found is None else tuple(str(found).split(" ", 1))  # pyright: ignore[reportReturnType]
 
     def note(self, trial: FrozenTrial, **attributes: Any) -> None:
-        """Store attributes with a trial that is running."""
+        """Store attributes with a running trial."""
         for name, value in attributes.items():
             self.storage.set_trial_user_attr(trial._trial_id, name, value)
 
     def give_back(self, trial: FrozenTrial, reason: str, stopped: bool = False) -> bool:
-        """End a trial that nobody runs any more, to be put in again: always if it was `stopped`, else (its worker died) as
-        long as it has attempts left. False if somebody else has ended it."""
+        """End a trial that no process runs any more, and mark it for a retry. Return False if another process has ended it.
+
+        A trial that was `stopped` is always retried; one whose worker died, only while it has attempts left.
+        """
         trial = self.storage.get_trial(trial._trial_id)
         attempt = int(trial.user_attrs.get("attempt", 1))
         marks: dict[str, Any] = {"error": reason}
@@ -249,33 +251,33 @@ class Sweep:
                 return False
 
     def put_in_again(self) -> int:
-        """Put in what was given back and not put in yet; how many. For the study's driver alone: two would do it twice."""
+        """Add retries of the trials that were given back and return their number. Only the driver calls this."""
         waiting = [trial for trial in self.counted() if superseded(trial)]
         self.add([_again(trial) for trial in waiting])
         return len(waiting)
 
     def for_sampling(self, sampler: optuna.samplers.BaseSampler, pruner: optuna.pruners.BasePruner) -> optuna.Study:
-        """The study as samplers and pruners see it: without the references."""
+        """Return the study as samplers and pruners see it: without the references."""
         hidden = cast(BaseStorage, _WithoutReferences(self.storage))
         return optuna.load_study(study_name=self.name, storage=hidden, sampler=sampler, pruner=pruner)
 
     def best(self) -> FrozenTrial | None:
-        """The best complete trial of the search (the control is no candidate)."""
+        """Return the best complete trial without the control; None if there is none."""
         found = [t for t in self.trials(TrialState.COMPLETE) if t.user_attrs.get("role") != "control"]
         return max(found, key=self.rank, default=None)
 
     def rank(self, trial: FrozenTrial) -> float:
-        """Larger is better, whatever the direction."""
+        """Return the value of a trial, or minus it if smaller is better: larger ranks are better."""
         assert trial.value is not None
         return trial.value if self.maximizes else -trial.value
 
     def counts(self) -> Counter[str]:
-        """How many trials of the budget are complete, pruned, failed, running, waiting."""
+        """Return the numbers of trials of the budget that are complete, pruned, failed, running and waiting."""
         return Counter("waiting" if superseded(trial) else trial.state.name.lower() for trial in self.counted())
 
 
 def superseded(trial: FrozenTrial) -> bool:
-    """Whether it ended for no fault of its settings and another trial takes its place."""
+    """Return whether another trial replaces this one, which did not fail because of its settings."""
     return trial.state == TrialState.FAIL and AGAIN in trial.user_attrs
 
 
@@ -288,8 +290,10 @@ def _again(trial: FrozenTrial) -> Slot:
 
 
 class _WithoutReferences:
-    """A storage whose lists of trials leave the references out: points with the same values as a trial of the search but
-    another method (or with none of the searched values) would only mislead a sampler."""
+    """A storage that hides the references, which would mislead a sampler.
+
+    They have the same values as a trial of the search but another method, or none of the searched values.
+    """
 
     def __init__(self, storage: BaseStorage) -> None:
         self._storage = storage
@@ -306,8 +310,8 @@ class _WithoutReferences:
 
 @contextlib.contextmanager
 def heartbeats(storage: BaseStorage, trial: FrozenTrial) -> Iterator[None]:
-    """Tell a database all the while that the trial is being run. (Optuna's own thread ends for good at the first beat that
-    a restarting server does not take.)"""
+    """Record heartbeats of a running trial in a database. (Optuna's own thread stops at the first one that fails, for example
+    while a server restarts.)"""
     if not isinstance(storage, optuna.storages._CachedStorage):
         yield
         return
@@ -330,7 +334,7 @@ def heartbeats(storage: BaseStorage, trial: FrozenTrial) -> Iterator[None]:
 
 
 def stale_trials(sweep: Sweep) -> list[FrozenTrial]:
-    """Running trials whose heartbeat has stopped (databases alone have heartbeats)."""
+    """Return running trials whose heartbeat has stopped; only databases have heartbeats."""
     storage = sweep.storage
     if not isinstance(storage, optuna.storages._CachedStorage):
         return []
@@ -340,7 +344,7 @@ def stale_trials(sweep: Sweep) -> list[FrozenTrial]:
 def build_sampler(
     sweep: SweepConfig, conditional: bool, trial_number: int, n_trials: int
 ) -> optuna.samplers.BaseSampler:
-    """The sampler for one trial, seeded by the trial's number: the same whichever worker runs it, and after a resume."""
+    """Return the sampler for one trial, seeded by its number: the same in every worker, and after a resume."""
     seed = (sweep.sampler_seed * 1_000_003 + trial_number) % 2**32
     startup = max(4, min(10, n_trials // 3))
     with warnings.catch_warnings():
@@ -352,14 +356,14 @@ def build_sampler(
                 trial_number, scramble=True, seed=sweep.sampler_seed, warn_independent_sampling=False,
                 independent_sampler=optuna.samplers.RandomSampler(seed=seed),
             )  # fmt: skip
-        if sweep.sampler in ("random", "grid"):  # the points of a grid are given with the slots
+        if sweep.sampler in ("random", "grid"):  # the slots of a grid hold its points
             return optuna.samplers.RandomSampler(seed=seed)
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, group=conditional)
 
 
 class _QMCSampler(optuna.samplers.QMCSampler):
-    """Takes the point of the sequence that has the trial's number. Optuna counts in the study, where two workers that ask
-    at once get the same point."""
+    """Takes the point of the sequence with the number of the trial. Optuna counts the trials in the study, so two workers at the
+    same time would get the same point."""
 
     def __init__(self, trial_number: int, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -370,7 +374,7 @@ class _QMCSampler(optuna.samplers.QMCSampler):
 
 
 def build_pruner(name: str, max_epochs: int) -> optuna.pruners.BasePruner:
-    """The pruner; its steps are epochs, 1 to `max_epochs`."""
+    """Return the pruner; its steps are epochs, 1 to `max_epochs`."""
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=4, n_min_trials=3)
     if name == "halving":

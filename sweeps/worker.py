@@ -1,4 +1,4 @@
-"""What a worker of a sweep does: claim trials of the study and run them until none waits."""
+"""The worker of a sweep: claims trials of the study and runs them until none is waiting."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from sweeps.space import read_stored
 from sweeps.study import DEFINITION, HALT, SETTINGS, STORAGE_ERRORS, Sweep, heartbeats, open_storage
 
 log = logging.getLogger(__name__)
-PATIENCE_SECONDS, PAUSE_SECONDS = 600.0, 5.0  # a tracking server or database that restarts is waited for
+PATIENCE_SECONDS, PAUSE_SECONDS = 600.0, 5.0  # how long, and how often, a server or database that restarts is retried
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker needs to know; everything else is in the study."""
+    """The input of a worker. Everything else is in the study."""
 
     storage: str = field(repr=False)  # it may hold a password
     study: str
     tracking: dict[str, Any] = field(repr=False)
-    """`tracking.*` of the settings, with the store's real address (the study does not hold it: it may have a password)."""
+    """The settings `tracking.*` with the full address of the store, which the study does not store: it may contain a password."""
     sweep_run_id: str
     token: str
-    """The driver's name for this task, stored with each trial that it claims."""
+    """The driver's id of this task, stored with each trial that the worker claims."""
     deadline: float | None = None
     """time.time() after which no further trial is claimed."""
     classes: tuple[str, ...] = ()
-    """The `class_path`s that the driver allows; what the study says of them does not count."""
+    """The `class_path` values that the driver allows. Those stored in the study are ignored."""
     scores_source: bool = False
-    """Whether it scores the source model as it is, after its first trial."""
+    """True if this worker also scores the unadapted source model, after its first trial."""
     decoded: Path | None = None
     """Folder in which the workers share their decoded data; None = each has its own."""
 
 
 def work(task: Task) -> None:
-    """Claim and run trials until none waits, the time is over or the study is halted."""
+    """Claim and run trials until none is waiting, the time is up or the study is halted."""
     quiet_libraries()
     shared_cache.share(task.decoded)
     keep_source_models()
@@ -61,7 +61,7 @@ def work(task: Task) -> None:
     space = read_stored(definition["space"])
     me, answered, ran = process_name(), time.monotonic(), False
     to_score = task.scores_source
-    trial, why = None, ""  # a trial that is held after an error, to be given back
+    trial, why = None, ""  # a claimed trial to put back after an error, and the reason
     while True:
         try:
             if trial is not None:
@@ -85,8 +85,8 @@ def work(task: Task) -> None:
                 raise
             log.warning("%s: waiting for the store", why)
             time.sleep(PAUSE_SECONDS)
-        except UpdateFinishedTrialError:  # it was slow to show life, and others gave it back
-            log.warning("a trial was given back meanwhile")
+        except UpdateFinishedTrialError:  # its heartbeat was late, and another process put the trial back
+            log.warning("another process has meanwhile put this trial back into the study")
             trial = None
         except (KeyboardInterrupt, SystemExit):  # the trial's run has been closed as KILLED
             if trial is not None:

@@ -578,7 +578,7 @@ def test_runs_scored_on_other_images_of_the_target_are_refused(here):
         ({"a": {"kind": "control"}}, "arms holds no arm of kind adapted"),
         ({"DANN": {}, "best": {"kind": "oracle"}}, "arms.best is an oracle, but data.oracle names no"),
         ({"DANN": {}, "s": {"kind": "source_only", "optimizer.lr": 0.1}}, "arms.s changes ['optimizer.lr'], but"),
-        ({"DANN": {"seed": 3}}, "arms.DANN sets seed to 3, but that is one for all arms"),
+        ({"DANN": {"seed": 3}}, "arms.DANN sets seed to 3, but all arms share it"),
         ({"DANN": {PATH: "x.ckpt"}}, f"arms.DANN sets {PATH} to 'x.ckpt', but that is one"),
         ({"DANN": {"data.target.test": ["source"]}}, "arms.DANN sets data.target.test to ['source'], but arms start"),
         ({"DANN": {"model.encoder_name": "resnet34"}}, "arms.DANN sets model.encoder_name to 'resnet34', but arms"),
@@ -650,7 +650,7 @@ def test_usual_arms_without_oracle_images_are_four_and_say_so(here):
     config = config_of(here.root, data__oracle=[])
     arms, notes = arms_of(CompareConfig(), config)
     assert [arm.name for arm in arms] == ARMS[:4]
-    assert notes == ["No oracle: data.oracle names no labelled training images of the target."]
+    assert notes == ["No oracle: data.oracle names no labeled training images of the target."]
 
 
 def test_checking_arms_draws_no_random_numbers(here):

@@ -226,7 +226,7 @@ def test_everything_that_a_comparison_holds_is_in_its_page(comparison, page):
 def test_the_page_comes_in_the_order_in_which_it_is_read(page):
     headings = re.findall(r"<h[12]>(.*?)</h[12]>", page.source)
     assert [re.sub("<.*?>", "", heading) for heading in headings] == [
-        "mnist → mnist-m", "▲ Helped: DANN", "Scores", "While training", "Predictions", "Each class",
+        "mnist → mnist-m", "▲ Helped: DANN", "Scores", "During training", "Predictions", "Classes",
         "Is the domain gap smaller?", "Choosing without target labels", "Runs", "Settings in which the arms differ",
     ]  # fmt: skip
 

@@ -274,7 +274,7 @@ def test_killed_and_started_again_the_map_is_the_one_of_an_uninterrupted_run(kil
     shutil.copytree("killed.partial", "again.tif.partial")
     with caplog.at_level("INFO"):
         run(**settings, output="again.tif")
-    assert f"going on after {rows} of" in caplog.text
+    assert f"resuming after {rows} of" in caplog.text
     for name in ("", "_probabilities"):
         np.testing.assert_array_equal(read(f"again{name}.tif"), read(f"whole{name}.tif"))
     assert not Path("again.tif.partial").exists()
@@ -459,7 +459,7 @@ def test_a_folder_gives_a_map_an_image_and_names_the_bad_one_at_the_end(model):
     assert len(result.outputs) == 3
     assert result.metrics["predict/maps"] == 0
     write_tiff(folder / "a.tif", picture(90, 80, seed=5))
-    with pytest.raises(InputError, match=r"a\.tif exists and is not what these settings would give"):
+    with pytest.raises(InputError, match=r"a\.tif exists, but was made with other settings"):
         run(model=model, input="images", output="image_maps")
     result = run(model=model, input="images", output="image_maps", overwrite=True)
     assert result.metrics["predict/maps"] == 3

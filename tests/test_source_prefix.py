@@ -248,7 +248,7 @@ def test_the_prefix_counts_in_the_digest_of_a_run_only_when_it_is_set():
 
 
 def test_the_oracle_of_a_comparison_is_trained_without_the_prefix_and_no_arm_has_one_of_its_own():
-    with pytest.raises(InputError, match="one for all arms"):
+    with pytest.raises(InputError, match="all arms share it"):
         arms_of(CompareConfig(arms={"a": {PREFIX: "model"}}), load_config(None, {}))
 
 

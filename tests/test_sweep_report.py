@@ -52,7 +52,7 @@ def test_importances_say_on_how_many_trials_they_rest_and_that_these_are_few(wor
     report, page = (folder / "report.md").read_text(), (folder / "figures" / "study.html").read_text()
     assert words in report
     assert words in page
-    assert ("The contour shows the 5 settings" in report) is (len(keys) > 5)
+    assert ("The contour shows the 5 most important settings" in report) is (len(keys) > 5)
     assert (folder / "figures" / "importances.png").stat().st_size > 5000
 
 

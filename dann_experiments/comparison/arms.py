@@ -1,4 +1,4 @@
-"""From settings to cells: which job with which settings an arm is for a seed, and the digest by which it is found again."""
+"""Turns settings into cells: the job and settings of each arm and seed, with a digest by which a finished run is found."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ JOBS = {
     "source_only": Job.PRETRAIN, "statistics": Job.EVALUATE, "control": Job.ADAPT, "adapted": Job.ADAPT, "oracle": Job.PRETRAIN,
 }  # fmt: skip
 SOURCE_ONLY = ARM_NAMES["source_only"]
-NO_CONTROL = "There is no lambda = 0 control, without which no help can be claimed."
+NO_CONTROL = "There is no lambda = 0 control, without which a gain cannot be attributed to adaptation."
 ADVERSARY = ("domain_adaptation.method.", Key.FEATURE_LAYERS)
 SET_HERE = ("seed", "threads", "tracking.", Key.SOURCE_MODEL, Key.SOURCE_PREFIX, "data.oracle")
-"""What the comparison sets itself, for all arms."""
+"""Settings that the comparison itself sets for all arms."""
 ALIKE = (
     "model.", "data.class_names", "data.ignore_index", "data.source.val", "data.source.test", "data.target.val",
     "data.target.test",
 )  # fmt: skip
-"""What arms must share: the network of the source model that they start from, and what scores are measured on."""
+"""Settings that all arms share: the network, since they start from one source model, and the images for scoring."""
 MAKES_THE_KIND = {
     "control": (Key.METHOD, Key.CLASS_PATH, "domain_adaptation.method.lambda_da"),
     "statistics": ("domain_adaptation.batchnorm",),
@@ -43,21 +43,21 @@ SETS = {Job.PRETRAIN: PRETRAINING_SETS, Job.ADAPT: ALL_SETS, Job.EVALUATE: (*SCO
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm with one seed: a run to be found or made."""
+    """One arm with one seed: a run to find or to make."""
 
     arm: Arm
     seed: int
     job: str
     """pretrain, adapt or evaluate."""
     config: Config
-    """Without its source model where that is another cell's run."""
+    """Its settings, without the source model if that is the run of another cell."""
     digest: str
     needs_source: bool
-    """Whether it starts from the run of the source-only cell with this seed."""
+    """True if it starts from the run of the source-only cell with this seed."""
 
 
 def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[str]]:
-    """The arms, with `source only` in any case, as all others start from it; and notes about what was left out."""
+    """Return the arms and notes about arms left out. `source only` is always added, because all others start from it."""
     notes = []
     given: Mapping[str, Mapping[str, Any] | None] = settings.arms or DEFAULT_ARMS
     arms = []
@@ -66,7 +66,7 @@ def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[st
         arms.append(Arm(name, (arm or {}).get("kind", "adapted"), overrides))
     if not any(arm.kind == "source_only" for arm in arms):
         if SOURCE_ONLY in given:
-            raise InputError(f"arms.{SOURCE_ONLY} is not of kind source_only, though called so; give it another name.")
+            raise InputError(f"arms.{SOURCE_ONLY} is not of kind source_only, despite its name; give it another name.")
         arms.insert(0, Arm(SOURCE_ONLY, "source_only"))
     if not any(arm.kind == "control" for arm in arms):
         notes.append(NO_CONTROL)
@@ -81,15 +81,15 @@ def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[st
         _refuse_overrides(arm)
         if arm.kind == "oracle" and not config.data.oracle:
             if settings.arms:
-                raise InputError(f"arms.{arm.name} is an oracle, but data.oracle names no labelled target images.")
-            notes.append("No oracle: data.oracle names no labelled training images of the target.")
+                raise InputError(f"arms.{arm.name} is an oracle, but data.oracle names no labeled target images.")
+            notes.append("No oracle: data.oracle names no labeled training images of the target.")
             continue
         kept.append(arm)
     return kept, notes
 
 
 def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names, also where an arm nests its settings as a config file does."""
+    """Return dotted name -> value; an arm may nest its settings like a config file."""
     leaves = known_keys()
     found: dict[str, Any] = {}
     for name, value in settings.items():
@@ -102,24 +102,24 @@ def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _refuse_overrides(arm: Arm) -> None:
-    """Raises InputError for settings that would have no effect in an arm, or make it another thing than the report says."""
+    """Raise InputError for settings that would have no effect in an arm, or that contradict its kind."""
     for key in arm.overrides:
         where = f"arms.{arm.name} sets {key} to {arm.overrides[key]!r}, but"
         if key.startswith(SET_HERE):
-            raise InputError(f"{where} that is one for all arms; set it in the config of the comparison.")
+            raise InputError(f"{where} all arms share it; set it in the config of the comparison.")
         if key.startswith(ALIKE):
             raise InputError(
                 f"{where} arms start from one source model and are scored on the same images; set it in the config, or make "
-                "a comparison of its own."
+                "a separate comparison."
             )
         if key in MAKES_THE_KIND.get(arm.kind, ()):
             raise InputError(
-                f"{where} that is what makes an arm of kind {arm.kind}; leave it out, or use kind adapted."
+                f"{where} this is what makes an arm of kind {arm.kind}; leave it out, or use kind adapted."
             )
 
 
 def _not_followed(arms: Sequence[Arm]) -> Iterator[str]:
-    """Notes on adapted arms that differ from the control in more than the adversary."""
+    """Yield notes about adapted arms that differ from the control in more than the adversary."""
     control = next((arm.overrides for arm in arms if arm.kind == "control"), None)
     for arm in arms:
         if arm.kind == "adapted" and control is not None:
@@ -136,8 +136,10 @@ def _not_followed(arms: Sequence[Arm]) -> Iterator[str]:
 
 
 def check_arms(cells: Sequence[Cell]) -> None:
-    """Read the data and build network and method of every arm that adapts, once, as its job will: what is wrong is refused
-    before the source models are trained. Raises InputError."""
+    """Read the data and build network and method of every adapting arm once, as its job will.
+
+    Raises InputError for wrong input, before any source model is trained.
+    """
     checked_data, checked = set(), set()
     for cell in cells:
         if cell.job != Job.ADAPT or cell.arm.name in checked:
@@ -145,7 +147,7 @@ def check_arms(cells: Sequence[Cell]) -> None:
         checked.add(cell.arm.name)
         config = cell.config
         try:
-            with torch.random.fork_rng(devices=[]):  # the initial weights draw numbers
+            with torch.random.fork_rng(devices=[]):  # the initial weights are random
                 network = make_network(config, with_weights=False)
             key = repr((SETS[cell.job], config.data, config.model, config.monitor, config.trainer.accelerator))
             if key not in checked_data:
@@ -158,14 +160,14 @@ def check_arms(cells: Sequence[Cell]) -> None:
 
 
 def _of_arm(arm: Arm, error: InputError) -> InputError:
-    """`error`, with the arm's name if the arm's own settings may have caused it."""
+    """Return `error`, with the name of the arm if its own settings may have caused it."""
     return InputError(f"arms.{arm.name}: {error}") if arm.overrides or arm.kind == "oracle" else error
 
 
 def cells_of(arms: Sequence[Arm], seeds: Sequence[int], config: Config, source_digest: str | None) -> list[Cell]:
-    """Every arm with every seed, source models first. All settings are checked and all data found; raises InputError.
+    """Return one cell per arm and seed, source models first. Check all settings and find all data; raises InputError.
 
-    `source_digest`: the digest of the source model that the settings name; None where it is trained, once a seed.
+    `source_digest`: digest of the source model that the settings name; None if one is trained per seed.
     """
     digests = _Digests()
     given = config.domain_adaptation.pretrained_checkpoint.path
@@ -199,7 +201,7 @@ def _settings(arm: Arm, config: Config, seed: int) -> Config:
 
 
 def _trained_on_the_target(config: Config) -> dict[str, Any]:
-    """The source model's own training, with labelled target images in the source's place."""
+    """Return the changes that train the source model on labeled target images instead."""
     source = config.data.resolved("source")
     target = dataclasses.replace(
         config.data.resolved("target"), preset=None, scene=None, train=list(config.data.oracle),
@@ -215,7 +217,7 @@ def _trained_on_the_target(config: Config) -> dict[str, Any]:
 
 
 class _Digests:
-    """Digests of runs; files are read once for all cells with the same data settings."""
+    """Computes digests of runs; files are read once for all cells with the same data settings."""
 
     def __init__(self) -> None:
         self._found: dict[str, dict[str, str]] = {}

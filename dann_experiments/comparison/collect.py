@@ -1,4 +1,4 @@
-"""Reads finished runs back from the tracking store: their scores, their curves, and which arm of a comparison they are."""
+"""Reads finished runs from the tracking store: their scores, their curves, and the arm that each belongs to."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ CURVES = (
 PROBES = (
     Metric.PROBE_ACCURACY,
     Metric.A_DISTANCE,
-)  # at step 0 of the warm start, at the last step of the adapted network
-METHOD = "domain_adaptation.method."  # config_of leaves a class of somebody's own out
+)  # logged at step 0 for the warm start, at the last step for the adapted network
+METHOD = "domain_adaptation.method."  # config_of leaves out classes of the user
 NOT_THE_ARM = (
     "seed", "threads", "tracking.", "domain_adaptation.pretrained_checkpoint.", "trainer.enable_progress_bar",
     "data.memory_gb", "data.num_workers", "data.root", "data.embedded.", "data.oracle",
 )  # fmt: skip
-"""Settings in which runs of one arm may differ: those that change no number, and the source model, compared by itself."""
+"""Settings in which runs of one arm may differ: they change no result, or (the source model) are compared separately."""
 
 
 def read_run(store: Store, run_id: str, arm: Arm, reused: bool) -> ArmRun:
-    """A run's final values and curves."""
+    """Return a run with its final values and curves."""
     run = store.client.get_run(run_id)
     metrics = last_values(run)
-    if arm.kind == "oracle":  # what its own settings call the source is the target
+    if arm.kind == "oracle":  # in the settings of this run, the target is called source
         metrics = {name: value for name, value in metrics.items() if "source" not in name and "gap" not in name}
     wanted = [name for name in metrics if name in (*CURVES, *PROBES) or name.startswith(Metric.SELECT)]
     history = {name: _history(store, run_id, name) for name in wanted} if arm.kind in ("control", "adapted") else {}
@@ -55,9 +55,11 @@ def read_run(store: Store, run_id: str, arm: Arm, reused: bool) -> ArmRun:
 
 
 def arms_of_runs(store: Store, run_ids: Sequence[str]) -> tuple[list[Arm], list[ArmRun], list[str]]:
-    """The arms that finished runs make: by their job and method, and by the settings in which they differ; their runs; notes.
+    """Group finished runs into arms by job, method and differing settings. Return arms, runs and notes.
+
     The runs of their source models are added. Raises InputError for an id that is no finished run of adapt, pretrain or
-    evaluate, and for runs that cannot be compared: of one arm and seed, of different source models, scored on different images.
+    evaluate, and for runs that cannot be compared: two with the same arm and seed, runs from different source models, or runs
+    scored on different images.
     """
     runs = {run_id: _finished(store, run_id) for run_id in run_ids}
     kinds: dict[str, Kind] = {run_id: _kind(run) for run_id, run in runs.items()}
@@ -74,7 +76,7 @@ def arms_of_runs(store: Store, run_ids: Sequence[str]) -> tuple[list[Arm], list[
     if sources:
         arm = Arm(_given_name(sources.values()) or ARM_NAMES["source_only"], "source_only")
         arms.append(arm)
-        # under the seed of the runs that start from it: one model may be the start of several
+        # with the seed of the runs that start from it: one model may be the start of several
         found += [replaced(read_run(store, run.info.run_id, arm, True), seed=seed) for seed, run in sources.items()]
     given = Counter(_given_name(runs[run_id] for run_id in members) for members in groups.values())
     for (kind, method, settings), members in sorted(groups.items(), key=lambda group: KINDS.index(group[0][0])):
@@ -90,7 +92,7 @@ def arms_of_runs(store: Store, run_ids: Sequence[str]) -> tuple[list[Arm], list[
         seeds = [runs[run_id].data.tags["seed"] for run_id in members]
         if len(set(seeds)) < len(seeds):
             raise InputError(
-                f"runs holds two runs of one arm ({name}) with one seed: {members}, seeds {seeds}; keep one a seed."
+                f"runs holds two runs of one arm ({name}) with one seed: {members}, seeds {seeds}; keep one per seed."
             )
         arm = Arm(name, kind, differing)
         arms.append(arm)
@@ -102,7 +104,7 @@ def arms_of_runs(store: Store, run_ids: Sequence[str]) -> tuple[list[Arm], list[
 
 
 def with_probe_of_the_start(runs: Sequence[ArmRun], arms: Sequence[Arm]) -> list[ArmRun]:
-    """The runs, those of the source model with its probe, which the runs that start from it measured at step 0."""
+    """Return the runs, those of the source model with the probe that runs starting from it measured at step 0."""
     sources = {arm.name for arm in arms if arm.kind == "source_only"}
     starts = {
         run.seed: {name: value for name in PROBES for step, value in run.history.get(name, ())[:1] if step == 0}
@@ -116,13 +118,13 @@ def with_probe_of_the_start(runs: Sequence[ArmRun], arms: Sequence[Arm]) -> list
 
 
 def config_of(store: Store, run_id: str) -> Config | None:
-    """The settings that a run keeps as `config.yaml`, without a `class_path`; None where they cannot be read."""
+    """Return the settings in a run's `config.yaml`, without a `class_path`; None if they cannot be read."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             return without_code(load_config(Path(store.client.download_artifacts(run_id, "config.yaml", folder))))
         except StoreAway:
             raise
-        except Exception as error:  # whatever the artifact store raises
+        except Exception as error:  # the artifact store may raise anything
             log.warning("run %s gives no config.yaml (%s).", run_id, without_secrets(str(error)))
             return None
 
@@ -141,8 +143,10 @@ def _finished(store: Store, run_id: str, what: str = "") -> Any:
 
 
 def _sources(store: Store, runs: Mapping[str, Any], kinds: Mapping[str, Kind]) -> tuple[dict[int, Any], list[str]]:
-    """Seed of an adaptation run -> the run whose scores are those of the model that it started from: that of `evaluate` where
-    one is given, else the one that made the model. And notes about runs that are none's source."""
+    """Return seed -> the run with the scores of the source model that adaptation started from, and notes about unused runs.
+
+    It is the run of `evaluate` if `runs` has one, else the run that trained the model.
+    """
     starts: dict[int, str] = {}
     for run_id, run in runs.items():
         source = run.data.tags.get(Tag.SOURCE_RUN_ID)
@@ -166,7 +170,7 @@ def _sources(store: Store, runs: Mapping[str, Any], kinds: Mapping[str, Kind]) -
         if seed in sources:
             raise InputError(
                 f"runs holds two evaluations of a source model with seed {seed} ({sources[seed].info.run_id}, {run_id}); "
-                "keep one a seed."
+                "keep one per seed."
             )
         if starts.get(seed, source) != source:
             raise InputError(
@@ -182,7 +186,7 @@ def _sources(store: Store, runs: Mapping[str, Any], kinds: Mapping[str, Kind]) -
 
 
 def _refuse_other_images(runs: Sequence[Any]) -> None:
-    """Raises InputError if two runs were scored on different images of the target."""
+    """Raise InputError if two runs were scored on different target images."""
     first: dict[str, tuple[str, str]] = {}
     for run in runs:
         for item in run.inputs.dataset_inputs:
@@ -198,7 +202,7 @@ def _refuse_other_images(runs: Sequence[Any]) -> None:
 
 
 def _given_name(runs: Iterable[Any]) -> str | None:
-    """What a comparison called the arm of these runs; None without one, or if they were called differently."""
+    """Return the arm name that an earlier comparison gave to these runs; None if there is none, or more than one."""
     names = {run.data.tags[Tag.ARM] for run in runs if Tag.ARM in run.data.tags}
     return next(iter(names)) if len(names) == 1 else None
 
@@ -223,7 +227,7 @@ def _method(run: Any) -> str:
 
 
 def _settings(store: Store, run: Any, kind: Kind) -> dict[str, str]:
-    """The settings that tell arms apart; of what is not trained, none."""
+    """Return the settings that distinguish arms; none for an arm that is not trained."""
     if kind == "statistics":
         return {}
     unused = (*NOT_THE_ARM, "pretraining.") if run.data.tags[Tag.JOB] != Job.PRETRAIN else NOT_THE_ARM
@@ -234,9 +238,11 @@ def _settings(store: Store, run: Any, kind: Kind) -> dict[str, str]:
 
 
 def _as_any_version(store: Store, run: Any, params: Mapping[str, str]) -> dict[str, str]:
-    """Params in one form, whichever version of this program kept them. Runs of earlier versions keep a mapping that a user fills
-    as `...value_map.0` and so on, later ones as one value, and a run that one began and the other went on with has both; a
-    setting that was not there yet is at its default; a value that was cut is taken from the run's `config.yaml`."""
+    """Return the params of a run in one form for all versions of this program.
+
+    Earlier versions store a mapping as `...value_map.0` and so on, later ones as one value; a run that was resumed by a later
+    version has both. A setting that did not exist yet has its default. A value that was cut is read from `config.yaml`.
+    """
     values: dict[str, Any] = {
         key: (_read_mapping(text) or text) if text.startswith("{") else text for key, text in params.items()
     }
@@ -260,7 +266,7 @@ def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _read_mapping(text: str) -> dict[Any, Any] | None:
-    """A mapping of plain values out of its text; None where the text is none, such as one that was cut."""
+    """Parse a mapping of plain values; None if the text is no mapping, for example because it was cut."""
     try:
         tree = ast.parse(text, mode="eval")
         for node in [node for node in ast.walk(tree) if isinstance(node, (ast.Dict, ast.List, ast.UnaryOp))]:
@@ -274,7 +280,7 @@ def _read_mapping(text: str) -> dict[Any, Any] | None:
 
 
 def _number(node: Any) -> Any:
-    """nan and inf as the numbers that they are; Python writes them as names."""
+    """Return the names nan and inf as numbers, other nodes unchanged."""
     return ast.Constant(float(node.id)) if isinstance(node, ast.Name) and node.id in ("nan", "inf") else node
 
 

@@ -1,4 +1,4 @@
-"""Did adaptation help? Runs the arms over seeds, or takes runs that exist, and judges: a table, a verdict, a report."""
+"""Did adaptation help? Runs the arms over seeds, or reads existing runs, and writes table, verdict and report."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from dann_experiments.tracking.store import TRAINING_PAGES, Store, local_artifac
 from dann_experiments.workers.pool import Pool, open_pool, refuse_unshared
 
 log = logging.getLogger(__name__)
-JUDGED = (Metric.TARGET_TEST_IOU, Metric.TARGET_VAL_IOU)  # the first that all judged runs have
+JUDGED = (Metric.TARGET_TEST_IOU, Metric.TARGET_VAL_IOU)  # the first one that all judged runs have is used
 GAPS = (Metric.PROBE_ACCURACY, Metric.DOMAIN_ACCURACY_VAL)
 TABLE_SCORES = (Metric.SOURCE_VAL_IOU, Metric.SOURCE_TEST_IOU, Metric.TARGET_VAL_IOU, Metric.TARGET_TEST_IOU)
-SHOWN = (*TABLE_SCORES, *PROBES, Metric.CLASS_IOU)  # names, or beginnings of names, of what a report shows of a run
+SHOWN = (*TABLE_SCORES, *PROBES, Metric.CLASS_IOU)  # names, or prefixes of names, of the metrics in a report
 PAGE, SUMMARY = "report.html", "summary.png"
 
 
 class ComparisonFailed(RuntimeError):
-    """Nothing can be judged, because too much failed; the message names the causes."""
+    """Too many runs failed to judge anything. The message gives the causes."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,23 @@ class ComparisonResult:
     tracking_uri: str = field(repr=False)
     comparison: Comparison
     table: pd.DataFrame
-    """One row an arm and score: n, mean, std, paired differences (`difference_table`)."""
+    """One row per arm and score: n, mean, std, paired differences (see `difference_table`)."""
     artifacts: str | None
     """Folder of report.html, summary.png and tables/, if it is on this machine."""
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
-        """One for each adapted arm; none without target labels."""
+        """One verdict per adapted arm; none without target labels."""
         return self.comparison.verdicts
 
 
 def compare(config: Config, settings: CompareConfig | None = None) -> ComparisonResult:
-    """Run every arm of `settings` over its seeds (what is finished already is not run again), or read `settings.runs`, and
-    judge by the rule in docs/verdict.md. One run of its own keeps report.html, summary.png and tables.
+    """Run every arm of `settings` over its seeds, or read `settings.runs`, and judge by the rule in docs/verdict.md.
 
-    Raises InputError for what the user can mend, before anything is run where it can be seen before; ComparisonFailed if too
-    many runs fail.
+    Finished runs are reused. report.html, summary.png and the tables are stored in a separate run.
+
+    Raises InputError for input that the user can correct, if possible before anything is run; ComparisonFailed if no run of an
+    adapted arm was finished.
     """
     settings = settings or CompareConfig()
     arms, notes = ([], []) if settings.runs else arms_of(settings, config)
@@ -128,7 +129,7 @@ def _pool_of(settings: CompareConfig, config: Config, missing: int) -> contextli
 
 
 def _given_source(config: Config, store: Store) -> str | None:
-    """What tells the source model that the settings name from others; None where it is trained here, once a seed."""
+    """Return the digest of the source model that the settings name; None if it is trained here, once per seed."""
     path = config.domain_adaptation.pretrained_checkpoint.path
     if path is None:
         return None
@@ -137,7 +138,7 @@ def _given_source(config: Config, store: Store) -> str | None:
 
 
 def _config_of_runs(config: Config, store: Store, found: Sequence[ArmRun], arms: Sequence[Arm]) -> Config:
-    """The settings of the first adapted run, for data and classes; where results are kept, and the seed, are the caller's."""
+    """Return the settings of the first adapted run with tracking and threads of `config`; `config` if it has none."""
     adapted = {arm.name for arm in arms if arm.kind == "adapted"}
     known = config_of(store, next(run.run_id for run in found if run.arm in adapted))
     if known is None:
@@ -146,12 +147,12 @@ def _config_of_runs(config: Config, store: Store, found: Sequence[ArmRun], arms:
 
 
 def _missing(arms: Sequence[Arm]) -> Iterator[str]:
-    """What runs that exist leave open."""
+    """Yield notes about arms that are missing among existing runs."""
     kinds = {arm.kind for arm in arms}
     if "source_only" not in kinds:
         yield (
             "There is no source model among the runs of the store, without which nothing can be judged; score it with evaluate, "
-            "once a seed, and add these runs."
+            "once per seed, and add these runs."
         )
     if "control" not in kinds:
         yield NO_CONTROL
@@ -168,7 +169,7 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
     if metric:
         verdicts = [judge(name, metric, scores[name], control, source, arms=len(adapted)) for name in adapted]
     else:
-        notes = [*notes, "No target labels: help cannot be judged; the probe and the select/ scores are what there is."]
+        notes = [*notes, "No target labels: nothing can be judged; only the probe and the select/ scores are known."]
     notes = [*notes, *_doubts(runs, adapted)]
     pictured = _median_seed(scores, adapted, runs)
     shown = [arm for arm in arms if arm.kind in ("source_only", "control", "adapted")]
@@ -190,7 +191,7 @@ def _has(run: ArmRun, metric: str) -> bool:
 
 
 def _median_seed(scores: Mapping[str, Mapping[int, float]], adapted: Sequence[str], runs: Sequence[ArmRun]) -> int:
-    """The seed whose first adapted arm scores in the middle: pictures of the best would flatter."""
+    """Return the seed with the median score of the first adapted arm: pictures of the best seed would be too optimistic."""
     of_first = scores[adapted[0]]
     if not of_first:
         return min(run.seed for run in runs if run.arm in adapted)
@@ -199,26 +200,26 @@ def _median_seed(scores: Mapping[str, Mapping[int, float]], adapted: Sequence[st
 
 
 def _selection(runs: Sequence[ArmRun], adapted: Sequence[str]) -> pd.DataFrame | None:
-    """How well each target-free score ranks the epochs of the adapted runs, and what choosing by it costs."""
+    """Return how well each label-free score ranks the epochs of the adapted runs, and the IoU lost by choosing with it."""
     choices = [per_epoch_choices(run.history, run.run_id) for run in runs if run.arm in adapted]
-    choices = [one.loc[one["step"] > 0, :] for one in choices if len(one)]  # no checkpoint is kept of the warm start
+    choices = [one.loc[one["step"] > 0, :] for one in choices if len(one)]  # the warm start has no checkpoint to choose
     choices = [one for one in choices if len(one) > 1]
     return score_quality(pd.concat(choices, ignore_index=True), Metric.TARGET_VAL_IOU) if choices else None
 
 
 def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
-    """What a reader must know about the runs."""
+    """Yield notes that a reader of the report needs."""
     for run in runs:
         bad = [name for name in run.metrics if name.startswith(SHOWN) and not _has(run, name)]
         if bad:
             yield f"{run.arm}, seed {run.seed}: {', '.join(sorted(bad))} of run {run.run_id} is no finite number and is left out."
     if any(run.tags.get(Tag.SELECTED_WITH_TARGET_LABELS) == "true" for run in runs if run.arm in adapted):
-        yield "Checkpoints or settings of these runs were chosen by target labels: scores on the same labels flatter."
+        yield "Checkpoints or settings of these runs were chosen by target labels: scores on the same labels are too optimistic."
     commits = {run.tags.get("mlflow.source.git.commit", "")[:9] for run in runs} - {""}
     if len(commits) > 1:
         yield f"The runs were made with {len(commits)} versions of the code: {', '.join(sorted(commits))}."
     if any(run.tags.get(Tag.FORGOT_SOURCE) == "true" for run in runs if run.arm in adapted):
-        yield "Some adapted runs forgot the source on the way (iou/source_val fell below monitor.forgetting_threshold)."
+        yield "Some adapted runs forgot the source (iou/source_val dropped by more than monitor.forgetting_threshold)."
 
 
 def _table(comparison: Comparison) -> pd.DataFrame:
@@ -243,7 +244,7 @@ def _order(item: tuple[str, float]) -> tuple[int, str]:
 
 
 def _links(store: Store, comparison: Comparison) -> dict[str, str]:
-    """Where a server shows the runs; other stores have no address that a page could name."""
+    """Return run id -> address of the run on a tracking server; empty for other stores."""
     if not store.uri.startswith(("http://", "https://")):
         return {}
     place = f"{without_secrets(store.uri).rstrip('/')}/#/experiments/{store.experiment_id}/runs"
@@ -251,7 +252,7 @@ def _links(store: Store, comparison: Comparison) -> dict[str, str]:
 
 
 def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: Mapping[str, str]) -> None:
-    """Report, tables, metrics and tags of the comparison's run."""
+    """Write report and tables, and log metrics and tags of the comparison's run."""
     tables = run.folder / "tables"
     tables.mkdir(parents=True, exist_ok=True)
     table.to_csv(tables / "scores.csv", index=False, float_format="%.6f")

@@ -1,4 +1,4 @@
-"""What a report shows beside numbers: predictions of several arms on the same tiles, and the features of both domains."""
+"""Collects the pictures of a report: predictions of several arms on the same tiles, and features of both domains."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ TILES = 5
 
 
 def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[Panel]:
-    """The same held-out target tiles, evenly spread over their set (nobody chose them), as each arm's model predicts them.
+    """Return the predictions of each arm on the same held-out target tiles, which are spread evenly over their set.
 
-    Test images where there are any with masks, else validation images. [] where the data or the models are not at hand."""
+    `run_of_arm`: arm -> run id. The tiles are labeled test images if there are any, else validation images. Returns [] if data
+    or models are not available.
+    """
     try:
         sets = find_data(config, (SOURCE_TRAIN, TARGET_TRAIN, TARGET_VAL, TARGET_TEST)).read(ahead=False)
         dataset = sets.labelled(TARGET_TEST) or sets.labelled(TARGET_VAL) or sets.held_out("target")
@@ -36,11 +38,14 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
             return []
         albums: dict[str, Album] = {}
         for arm, run_id in run_of_arm.items():
-            with torch.random.fork_rng(devices=[]):  # a new network draws its weights
+            with torch.random.fork_rng(devices=[]):  # a new network draws random weights
                 network, normalization = _model_of(run_id, config, store)
             albums[arm] = Album(dataset.with_normalization(normalization or dataset.normalization), TILES)
             albums[arm].add(arm, network)
-    except (OSError, ValueError) as error:  # InputError is one: files of runs from elsewhere
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError includes InputError: the files of runs from another machine are missing
         log.warning("The report has no pictures of predictions: %s", error)
         return []
     first = next(iter(albums.values()))
@@ -55,24 +60,24 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
 
 
 def _model_of(run_id: str, config: Config, store: Store) -> tuple[nn.Module, Normalization | None]:
-    """A run's network, and its normalization of target images; None for a source model that has never seen the target."""
+    """Return the network of a run and its normalization of target images; None for a model trained only on the source."""
     where = f"runs:/{run_id}/model"
     try:
         model = load_model(where, "target", config, store)
         return model.network, model.normalisation
-    except InputError:  # also raised for other causes, which show again
+    except InputError:  # other causes are raised again by the next line
         return load_model(where, "source", config, store).network, None
 
 
 def feature_clouds(store: Store, run_id: str) -> tuple[dict[str, FeatureCloud], str]:
-    """The pooled features that a run keeps, before and after it adapted, and the layer they are from; ({}, "") without."""
+    """Return the pooled features that a run stored before and after adaptation, and their layer; ({}, "") without any."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = Path(store.client.download_artifacts(run_id, FEATURES_FILE, folder))
             with safe_open(str(path), "numpy") as file:
                 layer = (file.metadata() or {}).get("layer", "")
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
-        except Exception as error:  # whatever the artifact store raises: a report without this figure is still one
+        except Exception as error:  # the artifact store may raise anything; the report does without this figure
             log.warning(
                 "The report has no picture of the features: run %s keeps none (%s).",
                 run_id,

@@ -1,6 +1,6 @@
-"""The report of a comparison: what its page and its summary show, as plain numbers, drawn by the `reports` room.
+"""The report of a comparison: collects the numbers for its page and summary, which the `reports` room draws.
 
-Scores are drawn in IoU points, 100 x the fraction that a run logs.
+Scores are shown in IoU points: 100 x the fraction that a run logs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from dann_experiments.comparison.verdict import (
     paired,
 )
 from dann_experiments.config.store_names import labels_in_store
-from dann_experiments.names import Metric, Tag
+from dann_experiments.names import DOMAINS, Metric, SetName, Tag
 from dann_experiments.reports import images, pages
 from dann_experiments.reports.colors import (
     COLORS,
-    DOMAIN_COLORS,
     GRAY,
     IGNORED_COLOR,
     INK,
@@ -76,8 +75,8 @@ COMMIT_TAG, ALIGNMENT_TAG = "mlflow.source.git.commit", Tag.ALIGNMENT
 def write_page(path: Path, comparison: Comparison, links: Mapping[str, str] = {}) -> None:
     """Write the page of a comparison.
 
-    `links`: run id -> address of the run (`http`, `https`, `file` or relative; others are left out), and `rule` -> address of
-    the page that explains the verdict.
+    `links`: run id -> address of the run, and `rule` -> address of the page that explains the verdict. Addresses that are not
+    `http`, `https`, `file` or relative are left out.
     """
     confidence = confidence_of(comparison.verdicts)
     finite_metrics = {name for run in comparison.runs for name, value in run.metrics.items() if math.isfinite(value)}
@@ -126,7 +125,7 @@ def draw_summary(path: Path, comparison: Comparison) -> None:
     confidence, colors = confidence_of(comparison.verdicts), arm_colors(comparison.arms)
     seeds = len({run.seed for run in comparison.runs})
     panels = comparison.panels[:5]
-    # the comparison in brief: source only, control and the first adapted arm; others only where one of these is missing
+    # only source only, control and the first adapted arm; other arms only if all of these are missing
     names, kinds = shown_arms(comparison, panels), {arm.name: arm.kind for arm in comparison.arms}
     brief = [next((n for n in names if kinds.get(n) == kind), None) for kind in ("source_only", "control", "adapted")]
     names = [name for name in brief if name is not None] or names[:3]
@@ -149,41 +148,41 @@ def draw_summary(path: Path, comparison: Comparison) -> None:
 
 
 def seed_scores(comparison: Comparison, arm: str, metric: str) -> dict[int, float]:
-    """Return seed -> the metric's last value, of the runs that have one."""
+    """Return seed -> last value of the metric, for the runs that have one."""
     found = {run.seed: run.metrics.get(metric, np.nan) for run in comparison.runs_of(arm)}
     return {seed: float(value) for seed, value in found.items() if np.isfinite(value)}
 
 
 def class_scores(comparison: Comparison, arm: str, class_name: str) -> np.ndarray:
-    """Return (n,) IoU of one class on the set that the verdict judges."""
+    """Return the IoU of one class on the judged set, (n,) in 0..1, one value per run that has it."""
     name = f"class_{comparison.metric}/{labels_in_store(comparison.class_names)[class_name]}"
     return np.array(list(seed_scores(comparison, arm, name).values()))
 
 
 def histories(comparison: Comparison, arm: str) -> Histories:
-    """Return metric -> curves with at least one finite value, one per seed."""
+    """Return metric -> one curve per seed, only curves with a finite value."""
     found = {name: [run.history.get(name, ()) for run in comparison.runs_of(arm)] for name in CURVES}
     return {name: [curve for curve in curves if finite(curve)] for name, curves in found.items()}
 
 
 def mean_of(scores: Mapping[int, float], confidence: float) -> Interval:
-    """Return the mean of an arm's scores and its interval, as a difference from 0."""
+    """Return the mean of an arm's scores with its confidence interval."""
     return paired(scores, dict.fromkeys(scores, 0.0), confidence)
 
 
 def confidence_of(verdicts: Sequence[Verdict]) -> float:
-    """Return the level of the verdicts' intervals; the rule's own where there is no verdict."""
+    """Return the confidence level of the verdicts' intervals; CONFIDENCE without verdicts."""
     return verdicts[0].confidence if verdicts else CONFIDENCE
 
 
 def arm_colors(arms: Sequence[Arm]) -> dict[str, str]:
-    """Return arm -> color: one per kind, adapted arms one after another."""
+    """Return arm -> color: one per kind, and a different one per adapted arm."""
     adapted = itertools.cycle(ADAPTED_COLORS)
     return {arm.name: KIND_COLORS.get(arm.kind) or next(adapted) for arm in arms}
 
 
 def first_of_kind(arms: Sequence[Arm], kind: str) -> Arm | None:
-    """Return the first arm of a kind."""
+    """Return the first arm of a kind; None if there is none."""
     return next((arm for arm in arms if arm.kind == kind), None)
 
 
@@ -209,7 +208,7 @@ def _score_rows(comparison: Comparison, confidence: float) -> list[Row]:
 
 
 def _difference_rows(comparison: Comparison) -> list[Row]:
-    """Return the differences that the verdicts rest on; control against source only last, once."""
+    """Return the differences that the verdicts use; the last one is control against source only."""
     colors = arm_colors(comparison.arms)
     source, control = (first_of_kind(comparison.arms, kind) for kind in ("source_only", "control"))
     found: list[tuple[str, Arm | None, Interval]] = []
@@ -263,14 +262,15 @@ def _figures(comparison: Comparison, confidence: float) -> dict[str, Any]:
 
 
 def _has_curve(found: Histories) -> bool:
-    """Return whether some validation IoU was measured more than once."""
-    return any(len(finite(curve)) > 1 for domain in DOMAIN_COLORS for curve in found[Metric.iou(SetName(domain, "val"))])
+    """Return whether a validation IoU was measured more than once."""
+    names = [Metric.iou(SetName(domain, "val")) for domain in DOMAINS]
+    return any(len(finite(curve)) > 1 for name in names for curve in found[name])
 
 
 def _tile_columns(
     panels: Sequence[Panel], names: Sequence[str], count: int
 ) -> list[tuple[str, list[np.ndarray | None]]]:
-    """Return title and pictures per column: images, truth if there is any, then the arms."""
+    """Return title and pictures per column: images, ground truth if known, then the arms."""
     maps = [("truth", [panel.truth for panel in panels])] if any(panel.truth is not None for panel in panels) else []
     maps += [(name, [panel.predictions.get(name) for panel in panels]) for name in names]
     painted = [(name, [None if ids is None else paint(ids, count) for ids in found]) for name, found in maps]

@@ -1,4 +1,4 @@
-"""What a comparison holds: arms, their runs over seeds, and what the report draws of them. Plain data, no store needed.
+"""The data of a comparison: arms, their runs over seeds, and everything that the report draws. It needs no store.
 
 Letters: K classes, H x W pixels, N images, C features.
 """
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to get a model, run once a seed."""
+    """One way to get a model, run once per seed."""
 
     name: str
     kind: Kind
     overrides: Mapping[str, object] = field(default_factory=dict)
-    """Dotted settings in which it differs from the base settings."""
+    """Dotted settings in which the arm differs from the base settings."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class ArmRun:
     seed: int
     run_id: str
     metrics: Mapping[str, float]
-    """Final values under the names of a run: `iou/target_val`, `class_iou/target_test/CLASS`, `da/probe_acc`, ..."""
+    """Metric -> final value: `iou/target_val`, `class_iou/target_test/CLASS`, `da/probe_acc`, ..."""
     history: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    """Metric -> (step, value) in order, for the curves: both IoUs, `da/lambda`, `da/domain_acc`, `da/domain_acc_val`, and
+    """Metric -> (step, value) in order of steps: both IoUs, `da/lambda`, `da/domain_acc`, `da/domain_acc_val`, the probe, and
     every `select/...`."""
     tags: Mapping[str, str] = field(default_factory=dict)
     reused: bool = False
-    """Whether it had been there before this comparison."""
+    """True if the run existed before this comparison."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One held-out target tile with what the arms predict there."""
+    """One held-out target tile with the predictions of the arms."""
 
     image: np.ndarray
-    """(H, W, 3) uint8."""
+    """Image (H, W, 3) uint8."""
     truth: np.ndarray | None
     """(H, W) class ids, `ignore_index` where ignored; None without masks."""
     predictions: Mapping[str, np.ndarray]
@@ -63,14 +63,14 @@ class FeatureCloud:
     """Pooled features of held-out images of both domains under one network."""
 
     source: np.ndarray
-    """(N, C)."""
+    """Features (N, C)."""
     target: np.ndarray
-    """(N, C)."""
+    """Features (N, C)."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything a report shows."""
+    """All data of a report."""
 
     title: str
     """Source -> target, as in `mnist -> mnist-m`."""
@@ -79,20 +79,20 @@ class Comparison:
     class_names: Sequence[str]
     ignore_index: int
     verdicts: Sequence[Verdict]
-    """One for each adapted arm."""
+    """One verdict per adapted arm."""
     metric: str
-    """The score that the verdict judges: `iou/target_test` where there is one, else `iou/target_val`."""
+    """The judged score: `iou/target_test` if it is known, else `iou/target_val`; empty without target labels."""
     panels: Sequence[Panel] = ()
     panel_seed: int | None = None
-    """The seed whose models made the panels and the feature clouds."""
+    """The seed of the models behind the panels and feature clouds."""
     features: Mapping[str, FeatureCloud] = field(default_factory=dict)
-    """`before` and `after` -> clouds at the tapped layer."""
+    """`before` and `after` adaptation -> cloud at the tapped layer."""
     feature_layer: str = ""
     selection: pd.DataFrame | None = None
-    """How well target-free scores choose: the columns of `selection_quality.score_quality`."""
+    """The table of `selection_quality.score_quality`: how well label-free scores choose."""
     notes: Sequence[str] = ()
-    """What a reader must know: arms left out and why, failed runs, selection by target labels, commits that differ."""
+    """Notes for the reader: arms left out and why, failed runs, selection by target labels, different commits."""
 
     def runs_of(self, arm: str) -> list[ArmRun]:
-        """The runs of one arm by seed."""
+        """Return the runs of one arm in the order of their seeds."""
         return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)

@@ -1,4 +1,4 @@
-"""Makes the runs of a comparison that are missing, source models before the runs that start from them."""
+"""Makes the missing runs of a comparison, source models before the runs that start from them."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Done:
-    """What became of the cells."""
+    """The results of the cells."""
 
     run_ids: dict[int, str] = field(default_factory=dict)
-    """Index of the cell -> its run."""
+    """Index of the cell -> id of its run."""
     reused: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)
-    """Index of the cell -> why there is no run of it."""
+    """Index of the cell -> reason why it has no run."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A run to be made, as its worker gets it."""
+    """A run to make, as sent to a worker."""
 
     job: str
     settings: Mapping[str, Any] = field(repr=False)  # the store's address may hold a password
@@ -78,9 +78,9 @@ def run_cells(
 ) -> None:
     """Make the missing runs and add them to `done`.
 
-    `tracking`: the `tracking.*` settings of the runs; `tags` are added to theirs; in folder `decoded` they share decoded data.
-    A run that fails is noted and the others continue; one whose process was killed is made once more. On SIGINT and SIGTERM
-    the workers are stopped, and each closes its run as KILLED first.
+    `tracking`: the `tracking.*` settings of the runs; `tags`: additional tags of the runs; `decoded`: folder in which workers
+    share decoded data. A failed run is recorded and the others continue; a run whose process was killed is made once more. On
+    SIGINT and SIGTERM the workers close their runs as KILLED and stop.
     """
     missing = len(cells) - len(done.run_ids)
     log.info("%d at a time, %d threads each; their output: %s", pool.count, pool.threads, pool.logs or "Ray's logs")
@@ -116,7 +116,7 @@ class _Scheduler:
                 self._show(index, "done")
 
     def _ready(self) -> Iterator[tuple[int, Task]]:
-        """The cells that can start now, with what their workers need to know."""
+        """Yield the cells that can start now, each with its task."""
         for index, cell in enumerate(self.cells):
             if index in self.pool.running or index in self.done.run_ids or index in self.done.failed:
                 continue
@@ -145,15 +145,17 @@ class _Scheduler:
     def _died(self, index: int, ended: Ended) -> None:
         tags = self._tags(self.cells[index])
 
-        def is_its_run(found: Mapping[str, str]) -> bool:  # its worker may have been on another machine
+        def is_its_run(found: Mapping[str, str]) -> bool:  # by tags: its worker may have been on another machine
             return tags.items() <= found.items()
 
-        with contextlib.suppress(Exception):  # a store that does not answer: the next comparison closes the run
+        with contextlib.suppress(Exception):  # if the store does not answer, the next comparison closes the run
             close_stale_runs(self.store, "compare", is_its_run)
         if ended.deaths < ATTEMPTS:
             log.warning("%s: its process %s; trying it again.", self._name(index), ended.death)
         else:
-            self._failed(index, f"its process {ended.death}, {ATTEMPTS} times; fewer workers need less memory")
+            self._failed(
+                index, f"its process {ended.death}, {ATTEMPTS} times; try fewer workers, which need less memory"
+            )
 
     def _failed(self, index: int, reason: str) -> None:
         self.done.failed[index] = reason
@@ -171,14 +173,14 @@ class _Scheduler:
 
 
 def run_task(task: Task) -> str:
-    """Make one run, in a worker; return its id."""
+    """Make one run, in a worker, and return its id."""
     _prepare(task.decoded)
     config: Config = config_from_dict(task.settings)
     print(f"{task.job}: {task.tags['dann.arm']}, seed {config.seed}", flush=True)
     return {Job.ADAPT: adapt, Job.EVALUATE: evaluate, Job.PRETRAIN: pretrain}[task.job](config, tags=task.tags).run_id
 
 
-@functools.cache  # once in a worker
+@functools.cache  # once per worker
 def _prepare(decoded: Path | None) -> None:
     quiet_libraries()
 

@@ -1,4 +1,4 @@
-"""How well scores that need no target labels choose, where labels of the target allow to look: rank correlation and regret."""
+"""Measures, with target labels, how well label-free scores choose: rank correlation and regret."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ COLUMNS = ("score", "better", "groups", "candidates", "spearman", "regret", "reg
 
 
 def score_quality(choices: pd.DataFrame, oracle: str = Metric.TARGET_VAL_IOU) -> pd.DataFrame:
-    """What choosing by each score would have given, against choosing by `oracle` (higher is better), which needs labels.
+    """Compare choosing by each score with choosing by `oracle`, which needs labels (higher is better).
 
-    `choices` has a row a candidate, in order of time: `group` (candidates of one group are ranked against each other: the epochs
-    of a run, the trials of a sweep), the oracle, and any of the `select/` scores, `iou/source_val` and `select/source_kept`.
+    `choices` has one row per candidate, in order of time: `group` (only candidates of one group compete: the epochs of a run, or
+    the trials of a sweep), the oracle, and any of the `select/` scores, `iou/source_val` and `select/source_kept`.
     Candidates without an oracle value do not count.
 
-    The result has a row for each `select/` score that is there, for `iou/source_val`, the naive choice, and for `last`, the
-    group's last candidate, with these columns:
+    The result has one row per `select/` score in `choices`, one for `iou/source_val`, the naive choice, and one for `last`, the
+    last candidate of a group, with these columns:
 
-    - `score`, `better` (max or min), `groups` and `candidates`: how many of them the score was looked at in. A group in which
-      nobody has a value of the score is left out.
-    - `spearman`: mean over groups of the rank correlation with the oracle, -1..1, positive where the better score has the
-      better oracle value, whichever its direction. Groups of one candidate and those in which the score or the oracle is constant
-      have none; NaN if no group has one. That of `last` says whether later is better.
+    - `score`, `better` (max or min), `groups` and `candidates`: the number of those that were evaluated. A group in which no
+      candidate has a value of the score is left out.
+    - `spearman`: mean over groups of the rank correlation with the oracle, -1..1, positive if better scores mean better oracle
+      values. Groups of one candidate and those in which the score or the oracle is constant do not count; NaN if no group
+      counts. For `last` it shows whether later is better.
     - `regret`: mean over groups of the group's best oracle value minus that of the candidate with the best score (the first
       of several); in IoU, 0 or more.
-    - `regret_kept`: the same if only candidates with `select/source_kept` = 1 may be chosen: a `select/` score by `choice_value`,
-      the others among all where none is kept. The best oracle value is still that of the whole group. NaN without that column.
+    - `regret_kept`: the same if only candidates with `select/source_kept` = 1 may be chosen: by `choice_value` for a `select/`
+      score; for the others all candidates compete if none is kept. The best oracle value is still that of the whole group. NaN
+      without that column.
 
-    A score that is NaN counts as its worst, as it does in a choice.
+    A NaN score counts as the worst value, as it does in a choice.
     """
     known = choices[oracle].notna().to_numpy(bool)
     groups: dict[object, list[int]] = {}  # row numbers, in order of time
@@ -76,7 +77,7 @@ def _quality(name: str, groups: Sequence[Group], oracle: str, kept_known: bool) 
 
 
 def _merits(name: str, group: Group, count: int, kept_only: bool) -> np.ndarray:
-    """What a choice goes by, the greatest first: the score, or minus it where less is better."""
+    """Return the values to maximize: the score, or minus the score if smaller is better."""
     if name in SCORES:
         names = (name, Metric.SOURCE_KEPT) if kept_only else (name,)
         values = [choice_value(name, {key: group[key][index] for key in names}) for index in range(count)]
@@ -84,7 +85,7 @@ def _merits(name: str, group: Group, count: int, kept_only: bool) -> np.ndarray:
     merits = np.arange(count, dtype=float) if name == LAST else group[name]
     merits = np.where(np.isnan(merits), -np.inf, merits)
     if kept_only:
-        kept = group[Metric.SOURCE_KEPT] != 0  # NaN, not known, counts as kept, as in choice_value
+        kept = group[Metric.SOURCE_KEPT] != 0  # NaN means unknown and counts as kept, as in choice_value
         merits = np.where(kept, merits, -np.inf) if kept.any() else merits
     return merits
 
@@ -96,11 +97,11 @@ def _mean(values: Sequence[float]) -> float:
 def per_epoch_choices(
     history: Mapping[str, Sequence[tuple[int, float]]], group: str, oracle: str = Metric.TARGET_VAL_IOU
 ) -> pd.DataFrame:
-    """The validations of a run as candidates for `score_quality`, from its histories, metric -> [(step, value)] in order.
+    """Return the validations of a run as candidates for `score_quality`; `history`: metric -> [(step, value)] in order.
 
-    A row for each step at which the oracle and every `select/` score that the run has were measured, in order of steps;
-    columns `group`, `step`, the oracle, `iou/source_val` and all `select/` metrics of the run, NaN where one has no value
-    at a step. Of several values at one step the last counts. No rows for a run without the oracle or without `select/` scores.
+    One row per step at which the oracle and every `select/` score of the run were measured, in order of steps, with the columns
+    `group`, `step`, the oracle, `iou/source_val` and all `select/` metrics of the run; NaN if a metric has no value at a step. Of
+    several values at one step the last counts. A run without the oracle or without `select/` scores has no rows.
     """
     by_step = {name: dict(points) for name, points in history.items()}
     scores = [name for name in SCORES if by_step.get(name)]

@@ -19,34 +19,34 @@ if TYPE_CHECKING:
 Outcome = Literal["helped", "hurt", "no evidence", "explained by BatchNorm statistics"]
 
 CONFIDENCE = 0.95
-"""Of each two-sided interval, when one arm is judged."""
+"""Confidence of each two-sided interval if one arm is judged."""
 MIN_SEEDS = 3
-"""Two differences give an interval (Student's t with one degree of freedom) 25 spreads wide: it could decide nothing."""
+"""With two seeds the interval (Student's t, one degree of freedom) is 25 standard errors wide: too wide to decide anything."""
 SMALLEST_GAIN = 0.01
-"""One point. A smaller difference may be real, but repays no second training, and data set, split or checkpoint move more."""
+"""One IoU point. A smaller gain may be real but is not worth a second training; another split or checkpoint changes more."""
 EXPLAINED_SHARE = 0.5
-"""Part of the gain over source only that the control must reach by itself before the gain is put down to it."""
-_SAME = 1e-9  # differences this close are equal: subtraction leaves 1e-16
+"""Share of the gain over source only that the control must reach by itself to explain the gain."""
+_SAME = 1e-9  # differences this close count as equal: subtraction has errors of about 1e-16
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Paired differences over seeds, and where their mean lies."""
+    """Paired differences over seeds: their mean and its confidence interval."""
 
     mean: float
-    """NaN without seeds."""
+    """Mean difference; NaN without seeds."""
     low: float
     """Lower end of the confidence interval of the mean; NaN with fewer than two seeds."""
     high: float
     std: float
     """Standard deviation of the differences (n - 1); NaN with fewer than two seeds."""
     n: int
-    """Seeds that both arms have."""
+    """Number of seeds that both arms have."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What can be said of one adapted arm, and why."""
+    """The verdict on one adapted arm, with its reason."""
 
     arm: str
     outcome: Outcome
@@ -58,23 +58,23 @@ class Verdict:
     control_against_source: Interval
     """C - S."""
     confidence: float
-    """Of each interval, after the correction for several arms."""
+    """Confidence of each interval, after the correction for several arms."""
     reason: str
-    """The part of the rule that decided, with its numbers in points."""
+    """The part of the rule that decided, with numbers in points."""
 
     @property
     def line(self) -> str:
-        """Arm, outcome and reason, as printed."""
+        """Arm, outcome and reason as one printed line."""
         return f"{self.arm}: {self.outcome}. {self.reason}"
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float], confidence: float = CONFIDENCE) -> Interval:
-    """Difference a - b over the seeds that both have (seed -> score; NaN and infinity count as missing).
+    """Return the difference a - b over the seeds that both have, with a two-sided Student's t interval of its mean.
 
-    The interval of the mean is Student's t, two-sided.
+    `a`, `b`: seed -> score; NaN and infinity count as missing. Raises ValueError for a `confidence` outside of 0 to 1.
     """
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1, as in 0.95.")
+        raise ValueError(f"confidence is {confidence}; it must be between 0 and 1, as in 0.95.")
     differences = [a[seed] - b[seed] for seed in a if seed in b and math.isfinite(a[seed]) and math.isfinite(b[seed])]
     n = len(differences)
     mean = math.fsum(differences) / n if n else math.nan
@@ -87,7 +87,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float], confidence: float = C
 
 @lru_cache
 def _quantile(confidence: float, freedom: int) -> float:
-    """Half the width of a two-sided interval in standard errors: Student's t."""
+    """Return half the width of a two-sided Student's t interval, in standard errors."""
     return float(stdtrit(freedom, 0.5 + confidence / 2))
 
 
@@ -102,18 +102,18 @@ def judge(
 ) -> Verdict:
     """Judge one adapted arm by its scores over seeds (seed -> score, 0 to 1, higher is better), each arm's seeds paired.
 
-    arms: how many adapted arms are judged in the same comparison; each interval then has confidence 1 - (1 - confidence) / arms
-    (Bonferroni), since the best of many would beat any fixed level by luck.
-    control may be empty: then nothing but harm can be found. Raises ValueError for scores that look like percentages.
+    arms: number of adapted arms judged in the same comparison. Each interval then has confidence 1 - (1 - confidence) / arms
+    (Bonferroni), because the best of many arms would exceed any fixed level by luck.
+    control may be empty: then only harm can be shown. Raises ValueError for scores that look like percentages.
     """
     if arms < 1:
-        raise ValueError(f"arms is {arms}; it counts the adapted arms judged together, this one included: at least 1.")
+        raise ValueError(
+            f"arms is {arms}; it is the number of adapted arms judged together, including this one: at least 1."
+        )
     for name, scores in (("adapted", adapted), ("control", control), ("source_only", source_only)):
         large = [score for score in scores.values() if math.isfinite(score) and abs(score) > 2]
         if large:
-            raise ValueError(
-                f"{name} scores of {arm} hold {large[0]:g}; {metric} must be given from 0 to 1, not in percent."
-            )
+            raise ValueError(f"{name} scores of {arm} hold {large[0]:g}; {metric} must be from 0 to 1, not in percent.")
     confidence = 1 - (1 - confidence) / arms
     against_source = paired(adapted, source_only, confidence)
     against_control = paired(adapted, control, confidence)
@@ -124,7 +124,7 @@ def judge(
 
 
 def _decide(source: Interval, control: Interval, shift: Interval, confidence: float) -> tuple[Outcome, str]:
-    """The rule, on D - S, D - C and C - S; its parts are asked in this order."""
+    """Apply the rule to D - S, D - C and C - S: its parts are checked in this order."""
 
     def said(difference: Interval) -> str:
         if difference.n < 2:
@@ -157,8 +157,8 @@ def _decide(source: Interval, control: Interval, shift: Interval, confidence: fl
         return "helped", f"{against_both}: both wholly above 0 and at least {smallest} on average."
 
     if beats_source:
-        # the control's own gain must be beyond doubt as well: with a noisy control, its mean alone reaches half of a gain
-        # that the adversary made in one case of five (docs/verdict.md)
+        # the control's own gain must be certain as well: with a noisy control, its mean reaches half of a gain that
+        # the adversary made in one of five cases (docs/verdict.md)
         shown = shift.n >= MIN_SEEDS and not _no_spread(shift) and shift.low > 0
         if shown and _at_least(shift.mean, EXPLAINED_SHARE * source.mean):
             return "explained by BatchNorm statistics", (
@@ -168,7 +168,7 @@ def _decide(source: Interval, control: Interval, shift: Interval, confidence: fl
         doubt = f"is below {smallest}" if control.low > 0 else "is not wholly above 0"
         return "no evidence", (
             f"{against_both}: the gain over the control {doubt}, so the adversary's part is not shown, and neither is it that "
-            f"the control alone gives {EXPLAINED_SHARE * 100:.0f} % of the gain or more ({said(shift)})."
+            f"the control by itself gives {EXPLAINED_SHARE * 100:.0f} % of the gain or more ({said(shift)})."
         )
     if beats_control:
         if shift.mean < 0:
@@ -179,16 +179,16 @@ def _decide(source: Interval, control: Interval, shift: Interval, confidence: fl
         return "no evidence", f"{against_both}: better than the control, but not shown to beat the source model."
     if source.low > 0 or source.high < 0:
         return "no evidence", f"{against_both}: a difference below {smallest} is too small to matter."
-    return "no evidence", f"{against_both}: the interval against source only holds 0."
+    return "no evidence", f"{against_both}: the interval against source only contains 0."
 
 
 def _at_least(value: float, bound: float) -> bool:
-    """`value >= bound`, forgiving the rounding of a difference: 0.51 - 0.50 is a hair above 0.01, 0.61 - 0.60 a hair below."""
+    """Return `value >= bound` up to rounding: in floats, 0.51 - 0.50 is above 0.01, but 0.61 - 0.60 is below."""
     return value >= bound - _SAME
 
 
 def _no_spread(difference: Interval) -> bool:
-    """Whether every seed gave the same difference."""
+    """Return whether every seed gave the same difference."""
     return difference.std < _SAME
 
 
@@ -200,7 +200,7 @@ def _seed_changed_nothing(difference: Interval, other: str) -> str:
 
 
 def _left_out(*arms: Mapping[int, float]) -> str:
-    """A sentence on seeds that some arm lacks; an arm without any score is no arm."""
+    """Return a sentence about seeds that some arm lacks; arms without any score are ignored."""
     finite = [{seed for seed, score in arm.items() if math.isfinite(score)} for arm in arms]
     present = [seeds for seeds in finite if seeds]
     if not present:
@@ -209,7 +209,7 @@ def _left_out(*arms: Mapping[int, float]) -> str:
     if not missing:
         return ""
     lack = "lacks a score in some arm and is" if missing == 1 else "lack a score in some arm and are"
-    return f" {_seeds(missing)} {lack} left out there: if a run failed, the rest may flatter."
+    return f" {_seeds(missing)} {lack} left out there: if a run failed, the rest may look too good."
 
 
 def _points(value: float) -> str:
@@ -223,13 +223,14 @@ def _seeds(n: int) -> str:
 def difference_table(
     frame: pd.DataFrame, source_only: str | None, control: str | None, confidence: float = CONFIDENCE
 ) -> pd.DataFrame:
-    """Every arm and metric over seeds, beside source only and beside the control.
+    """Compare every arm and metric with source only and with the control, over seeds.
 
-    frame: columns arm, seed, metric, value (as they come), one row a run and metric; a class's IoU is a metric like any other.
-    source_only, control: names of these arms; None where there is none.
-    Gives one row an arm and metric, in the order of the frame: arm, metric, n, mean, std, and for `source` and `control`
-    `minus_source` (mean of the paired differences), `minus_source_low`, `minus_source_high`, `minus_source_n`. NaN: not known,
-    and in the rows of the arm itself. The intervals are not corrected for the number of rows: they describe, they do not judge.
+    frame: columns arm, seed, metric, value, one row per run and metric; the IoU of a class is a metric too.
+    source_only, control: names of these arms; None if there is none.
+    Returns one row per arm and metric, in the order of the frame: arm, metric, n, mean, std, and for `source` and `control`
+    `minus_source` (mean of the paired differences), `minus_source_low`, `minus_source_high`, `minus_source_n`. NaN means unknown,
+    also in the rows of the arm itself. The intervals only describe: they are not corrected for the number of rows. Raises
+    ValueError for an arm that has two values of a metric for one seed, and for an unknown `source_only` or `control`.
     """
     import pandas as pd
 
@@ -237,7 +238,7 @@ def difference_table(
     if repeated.any():
         row = frame[repeated].iloc[0]
         raise ValueError(
-            f"Arm {row['arm']} has {row['metric']} twice for seed {row['seed']}; keep one run of an arm and seed."
+            f"Arm {row['arm']} has {row['metric']} twice for seed {row['seed']}; keep one run per arm and seed."
         )
     arms = set(frame["arm"])
     for argument, name in (("source_only", source_only), ("control", control)):

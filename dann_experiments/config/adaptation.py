@@ -26,7 +26,7 @@ class MethodConfig:
 
     name: Literal["dann", "lambda_zero", "source_only"] = "dann"
     """dann: adversarial training; lambda_zero: the control, the same training with lambda 0, so that target images pass through
-    the network but it receives no domain loss; source_only: train on source images alone."""
+    the network but it receives no domain loss; source_only: train only on source images."""
     class_path: Annotated[str | None, matching(r"[^\W\d]\w*(\.[^\W\d]\w*)+", "package.module.Class")] = None
     """Use your own method instead: the import path of a subclass of DomainAdaptationMethod."""
     init_args: dict[str, Any] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class MethodConfig:
         return [self.feature_layer] if isinstance(self.feature_layer, str) else list(self.feature_layer)
 
     def check(self, prefix: str) -> None:
-        """Raise InputError for settings that do not agree."""
+        """Raise InputError for settings that contradict each other."""
         if not all(self.layers) or not self.layers or len(set(self.layers)) != len(self.layers):
             raise InputError(f"{prefix}feature_layer is {self.feature_layer!r}; name each layer once.")
         if self.in_channels is not None:

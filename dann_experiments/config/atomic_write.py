@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and explain errors of disks that are full, read-only or forbidden."""
+"""Writes files completely or not at all, and explains errors if the disk is full or read-only or permission is denied."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ _REASONS = {
     errno.EIO: "its disk reports an error",
     errno.ESTALE: "its disk has gone away",
 }
-"""Errors that users can correct and that are no bugs of ours; all others are raised as they are."""
-_NO_TEMPORARY_FOLDER = "No usable temporary directory"  # Python's words, with the folders that it tried
+"""Errors that users can correct and that are not bugs; all others are raised unchanged."""
+_NO_TEMPORARY_FOLDER = (
+    "No usable temporary directory"  # start of Python's message, which lists the folders that it tried
+)
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """Return the error of a disk that `error` is or was caused by, as libraries raise their own; None if there is none."""
+    """Return the disk error that `error` is or was caused by (libraries raise their own errors); None if there is none."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -37,7 +39,7 @@ def disk_error(error: BaseException) -> OSError | None:
             if (error.errno in _REASONS and about_a_file) or str(error.strerror).startswith(_NO_TEMPORARY_FOLDER):
                 return error
         else:
-            number = re.search(r"\(os error (\d+)\)", str(error))  # from safetensors, which is written in Rust
+            number = re.search(r"\(os error (\d+)\)", str(error))  # from safetensors (Rust)
             if number is not None and int(number[1]) in _REASONS:
                 return OSError(int(number[1]), os.strerror(int(number[1])))
         context = None if error.__suppress_context__ else error.__context__
@@ -46,7 +48,7 @@ def disk_error(error: BaseException) -> OSError | None:
 
 
 def reason(error: OSError, place: Path, wanted: int | None = None) -> str:
-    """Return in words why `place` cannot be written; `wanted`: the number of bytes that were to be written."""
+    """Return the reason why `place` cannot be written, in words; `wanted`: number of bytes to write."""
     text = _REASONS.get(error.errno or 0, str(error.strerror))
     facts = []
     if text == FULL:
@@ -60,10 +62,10 @@ def reason(error: OSError, place: Path, wanted: int | None = None) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path, *parts: Path, wanted: Callable[[], int | None] = lambda: None) -> Iterator[None]:
-    """Remove what a failed block has half written, so that nobody takes it for the whole and it does not fill the disk.
+    """Remove incomplete files if the block fails, so that they are not mistaken for complete ones and do not fill the disk.
 
-    The block writes `path`, a file or a folder, under that name or first as `parts`. Raises NotWritten if the disk is the cause;
-    `wanted` returns the number of bytes that were to be written, for its message.
+    The block writes `path`, a file or a folder, directly or first as `parts`. Raises NotWritten if the disk is the cause;
+    `wanted` returns the number of bytes to write, for its message.
     """
     try:
         yield
@@ -78,7 +80,7 @@ def writing(path: Path, *parts: Path, wanted: Callable[[], int | None] = lambda:
 
 
 def explained_disk_error(error: BaseException) -> InputError | None:
-    """Return the message for an error that came from a disk, with the file if the disk named it; None for other errors."""
+    """Return an InputError for a disk error, with the file if it is known; None for other errors."""
     if isinstance(error, InputError):
         return error
     answer = None if isinstance(error, TrainingFailed) else disk_error(error)

@@ -1,4 +1,4 @@
-"""All settings of `compare`: which arms over which seeds, or which existing runs."""
+"""All settings of `compare`: arms and seeds, or existing runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dann_experiments.config.run import MOST_PROCESSES
 from dann_experiments.config.workers import MOST_GPUS, PoolSettings
 
 Kind = Literal["source_only", "statistics", "control", "adapted", "oracle"]
-"""source_only: the source model as it is; statistics: that model with BatchNorm statistics of the target (AdaBN); control:
-lambda = 0; adapted: what is judged; oracle: trained on target labels."""
+"""source_only: the unadapted source model; statistics: that model with BatchNorm statistics of the target (AdaBN); control:
+lambda = 0; adapted: judged by the verdict; oracle: trained on target labels."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ARM_NAMES: Mapping[Kind, str] = {
     "source_only": "source only",
@@ -25,7 +25,7 @@ ARM_NAMES: Mapping[Kind, str] = {
 }
 DEFAULT_ARMS: Mapping[str, Mapping[str, Any]] = {name: {"kind": kind} for kind, name in ARM_NAMES.items()}
 
-MOST_SEEDS = 1000  # a larger number is probably a seed
+MOST_SEEDS = 1000  # a larger number is probably meant as a seed
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CompareConfig(PoolSettings):
     """Ids of finished runs to compare, without training anything. The runs of their source models are added."""
 
     def seed_list(self, first: int) -> list[int]:
-        """Return the seeds: those that are set, or as many as are set, from `first` on."""
+        """Return the list of seeds, or the set number of seeds counted from `first`."""
         return list(range(first, first + self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the images and masks of both domains, and how their files are read."""
+"""Settings of the images and masks of both domains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Entry = str | dict[str, Any]
 
 @dataclass(frozen=True)
 class DomainDataConfig:
-    """The images of one domain, and how their files are read. A preset fills in what is not set here."""
+    """The images of one domain, and how their files are read. A preset fills in settings that are not set here."""
 
     name: str | None = None
     """Name of this domain in the run; null = from its preset or its first training entry."""
@@ -35,8 +35,8 @@ class DomainDataConfig:
     """Training images. Target images need no masks; masks listed for them are not read. An entry is a CSV manifest (columns
     image, mask, split; paths relative to it), a folder with images/ and masks/ with equal file stems, a glob pattern, a list
     file (.txt, one path per line), an image file, or a mapping {images: ..., masks: ...} of folders, patterns, list files or
-    files; patterns are paired by what their wildcards match. The mapping also takes names (a list, or a file of names, to
-    keep) and region ([left, top, right, bottom] in pixels of the file)."""
+    files; patterns are paired by the parts that their wildcards match. The mapping also takes names (a list, or a file of names,
+    to keep) and region ([left, top, right, bottom] in pixels of the file)."""
     val: list[Entry] = field(default_factory=list)
     """Validation images; those with masks are scored after each epoch."""
     test: list[Entry] = field(default_factory=list)
@@ -50,8 +50,8 @@ class DomainDataConfig:
     """Pixel value or values without data, which count nowhere; file: the nodata value of the file. The mask and alpha band of a
     file count as well, and so does NaN in any band; []: no values."""
     nodata_bands: Literal["any", "all"] | None = None
-    """Whether a pixel lacks data if any of its bands holds a nodata value, or only if all do. null: all for 8 bit images,
-    where 0 and 255 are also colors; any for other types, where fill values would be taken for measurements."""
+    """Bands that must hold a nodata value for a pixel to have no data: any of them, or all. null: all for 8 bit images, where 0
+    and 255 are also colors; any for other types, where fill values would be mistaken for measurements."""
     ignore_values: list[int] = field(default_factory=list)
     """Mask values that count nowhere, in addition to data.ignore_index."""
     value_map: Annotated[dict[int, str] | None, not_empty("name the values, or null to take them as class ids")] = None
@@ -70,7 +70,7 @@ class DomainDataConfig:
 
     @property
     def class_names(self) -> list[str] | None:
-        """The class names in the label map, in the order of the ids, each once; None without a map."""
+        """The distinct class names in the label map, in the order of ids; None without a map."""
         named = self.value_map if self.value_map is not None else self.color_map
         if named is None:
             return None
@@ -79,7 +79,7 @@ class DomainDataConfig:
 
     @property
     def colors(self) -> dict[tuple[int, int, int], str] | None:
-        """`color_map` with its keys as (red, green, blue)."""
+        """`color_map` with keys (red, green, blue); None without a map."""
         return None if self.color_map is None else {_color(key, ""): name for key, name in self.color_map.items()}
 
     @property
@@ -90,8 +90,8 @@ class DomainDataConfig:
         return tuple(self.nodata) if isinstance(self.nodata, list) else (float(self.nodata),)
 
     def check(self, prefix: str) -> None:
-        """Raise InputError for settings that do not agree, or whose parts are wrong."""
-        filled(self, prefix)  # refuses an unknown preset or scene
+        """Raise InputError for settings that contradict each other or have wrong parts."""
+        filled(self, prefix)  # raises for an unknown preset or a wrong scene
         if self.value_map is not None and self.color_map is not None:
             raise InputError(f"{prefix}value_map and {prefix}color_map are both set; keep one.")
         for key in self.color_map or ():
@@ -132,7 +132,7 @@ class DataConfig:
     source: DomainDataConfig = field(default_factory=DomainDataConfig)
     target: DomainDataConfig = field(default_factory=DomainDataConfig)
     oracle: list[Entry] = field(default_factory=list)
-    """Labelled training images of the target, used only by the oracle of `compare`; [] = no oracle."""
+    """Labeled training images of the target, used only by the oracle of `compare`; [] = no oracle."""
     class_names: list[str] | None = None
     """Class names, index = class id. Both domains refer to them: value_map or color_map of a domain maps its labels to these
     names. null = the names in the source's map in the order of its ids, else class_0, class_1, ..."""
@@ -166,8 +166,7 @@ class DataConfig:
     """Gigabytes of decoded images to keep in memory, all sets together, so that they are decoded once; 0 = keep none."""
 
     def resolved(self, domain: Domain) -> DomainDataConfig:
-        """Return the settings of a domain with what its preset says wherever they are unset. The fields keep what the user
-        wrote."""
+        """Return the settings of a domain, with unset ones taken from its preset. The fields of this class stay as set."""
         return self._resolved[domain]
 
     @functools.cached_property
@@ -175,7 +174,7 @@ class DataConfig:
         return {"source": filled(self.source), "target": filled(self.target)}
 
     def check(self, prefix: str) -> None:
-        """Raise InputError for settings that do not agree."""
+        """Raise InputError for settings that contradict each other."""
         _check_entries(f"{prefix}oracle", self.oracle)
         if self.window_count is not None and self.windows == "grid":
             raise InputError(
@@ -195,7 +194,7 @@ class DataConfig:
 
 
 def _color(text: str, prefix: str) -> tuple[int, int, int]:
-    """Return (red, green, blue) for a key of a color map."""
+    """Parse a key of a color map into (red, green, blue)."""
     try:
         red, green, blue = (int(part) for part in str(text).split(","))
     except ValueError:
@@ -206,7 +205,7 @@ def _color(text: str, prefix: str) -> tuple[int, int, int]:
 
 
 def _check_entries(key: str, entries: list[Entry]) -> None:
-    """Raise InputError for an entry of a set that is a mapping and has wrong parts."""
+    """Raise InputError for an entry that is a mapping with wrong parts."""
     for entry in entries:
         if not isinstance(entry, str):
             _check_entry(key, entry)

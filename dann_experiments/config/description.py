@@ -1,4 +1,4 @@
-"""Every setting in words: for `--help` and docs/settings.md. The strings under the fields are the help texts."""
+"""Describes all settings for `--help` and docs/settings.md. The strings under the fields are the help texts."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ NONE = type(None)
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting as its help shows it."""
+    """A setting as shown in the help."""
 
     key: str
     """Dotted name."""
     type: str
     range: str
-    """Its limits; empty if it has none."""
+    """Limits in words; empty if there are none."""
     default: str
-    """As written in YAML."""
+    """Default as written in YAML."""
     text: str
-    """What it does."""
+    """Help text."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Group:
     """Settings that belong together."""
 
     prefix: str
-    """What their names begin with, such as `optimizer.`."""
+    """Prefix of their names, such as `optimizer.`."""
     text: str
     settings: tuple[Setting, ...]
 
 
 @functools.cache
 def describe(cls: type, prefix: str = "") -> tuple[Group, ...]:
-    """Return the settings of a class by groups: first its own, then those of the classes in it."""
+    """Return the settings of a class in groups: first its own, then those of nested classes."""
     own, inner = [], []
     texts = _texts(cls)
     defaults = {field.name: field for field in dataclasses.fields(cls)}
@@ -65,7 +65,7 @@ def describe(cls: type, prefix: str = "") -> tuple[Group, ...]:
 
 
 def help_text(cls: type) -> str:
-    """Return all settings with type, range, default and help, as wide as the terminal (at most 120 letters)."""
+    """Return all settings with type, range, default and help, wrapped to the terminal width (at most 120 characters)."""
     return "\n".join(_help_lines(cls, min(shutil.get_terminal_size().columns, 120)))
 
 
@@ -83,7 +83,7 @@ def _help_lines(cls: type, width: int) -> Iterator[str]:
 
 
 def type_name(kind: Any) -> str:
-    """Return a type as people read it: `int`, `list[int] | null`, `one of a, b`."""
+    """Return a readable name of a type: `int`, `list[int] | null`, `one of a, b`."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         parts = sorted(typing.get_args(kind), key=lambda part: part is NONE)
         return " | ".join(map(type_name, parts))
@@ -96,13 +96,13 @@ def type_name(kind: Any) -> str:
 
 
 def in_yaml(value: Any) -> str:
-    """Return a value as written in a YAML file, in one line."""
+    """Return a value in YAML, on one line."""
     plain = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
 
 
 def _texts(cls: type) -> dict[str, str]:
-    """Return the string under each field of a class, or of a class that it inherits from, in one line."""
+    """Return field -> the string under it, on one line, including inherited fields."""
     inherited = {
         name: text for base in cls.__bases__ if dataclasses.is_dataclass(base) for name, text in _texts(base).items()
     }

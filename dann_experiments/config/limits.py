@@ -1,7 +1,7 @@
 """Limits of settings, written at the field: `lr: Annotated[float, above(0)] = 1e-3`.
 
-`check` walks over the settings that a program takes and names the whole key of the one that is wrong. `--help` and
-docs/settings.md show the same limits.
+`check` walks through all settings of a program; its errors name the dotted key. `--help` and docs/settings.md show the same
+limits.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from dann_experiments.config.errors import InputError
 
 @dataclass(frozen=True)
 class Limit:
-    """What a value must be beyond its type."""
+    """A condition on a value in addition to its type."""
 
     text: str
-    """As the help shows it: "above 0"."""
+    """Text in the help: "above 0"."""
     allows: Callable[[Any], bool]
-    """Whether a value, never None, keeps the limit."""
+    """Returns whether a value (never None) is within the limit."""
     way_out: str
-    """As a message ends: "give a number above 0"."""
+    """End of the error message: "give a number above 0"."""
 
 
 class Field(NamedTuple):
     """A field of a settings class."""
 
     name: str
-    """Its own name or, of a tree of classes, its dotted name."""
+    """Name of the field; dotted in a tree of classes."""
     type: Any
-    """Without its limits."""
+    """Type without limits."""
     limits: tuple[Limit, ...]
 
 
@@ -70,12 +70,12 @@ def not_empty(way_out: str) -> Limit:
 
 
 def matching(pattern: str, text: str) -> Limit:
-    """Limit texts to those that match a regular expression as a whole; `text` says in words what these are."""
+    """Limit texts to those that fully match a regular expression; `text` describes them."""
     return Limit(text, lambda value: re.fullmatch(pattern, value) is not None, f"give {text}")
 
 
 def _numbers(text: str, phrase: str, holds: Callable[[float], bool]) -> Limit:
-    """Limit a number and each number in a list; other values are left alone. `holds` must be false for NaN."""
+    """Limit a number and each number in a list; other values are allowed. `holds` must be false for NaN."""
 
     def allows(value: Any) -> bool:
         parts = value if isinstance(value, (list, tuple)) else [value]
@@ -85,10 +85,10 @@ def _numbers(text: str, phrase: str, holds: Callable[[float], bool]) -> Limit:
 
 
 def check(settings: Any, prefix: str = "") -> None:
-    """Raise InputError for the first setting in a tree of dataclasses that breaks a limit, naming its whole key.
+    """Raise InputError, with the dotted key, for the first setting in a tree of dataclasses outside of its limits.
 
-    A group with a method `check(prefix)` then compares its own settings with one another; `prefix` is what its messages put
-    before their names, such as `data.target.`.
+    A group may have a method `check(prefix)` that compares its settings with one another; its messages put `prefix`, such as
+    `data.target.`, before the names.
     """
     for name, _, limits in fields_of(type(settings)):
         value = getattr(settings, name)
@@ -118,7 +118,7 @@ def fields_of(cls: type) -> tuple[Field, ...]:
 
 
 def settings_of(cls: type, prefix: str = "") -> Iterator[Field]:
-    """Yield every setting of a tree of settings classes, under its dotted name."""
+    """Yield every setting of a tree of settings classes, with its dotted name."""
     for field in fields_of(cls):
         if dataclasses.is_dataclass(field.type):
             yield from settings_of(typing.cast(type, field.type), f"{prefix}{field.name}.")

@@ -14,7 +14,7 @@ Arch = Literal[
 ]  # fmt: skip
 DROPOUT = between(0, 1)
 SIZE = dataclasses.replace(between(-65535, 65535), text="")
-"""The network checks its own arguments; this keeps absurd ones from filling the memory, and is not worth a word in the help."""
+"""Keeps absurd values from filling the memory, and is not shown in the help. The network checks its arguments itself."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ModelConfig:
     decoder_aspp_dropout: Annotated[float | None, DROPOUT] = None
     """Dropout of the ASPP module (deeplabv3, deeplabv3plus)."""
     decoder_readout: str | None = None
-    """What happens to the prefix tokens (dpt): ignore, add, cat."""
+    """Handling of the prefix tokens (dpt): ignore, add, cat."""
     decoder_intermediate_channels: Annotated[list[int] | None, SIZE] = None
     """Channels of the reassembled features (dpt)."""
     decoder_fusion_channels: Annotated[int | None, SIZE] = None
@@ -75,7 +75,7 @@ class ModelConfig:
     """Factor by which the segmentation head enlarges its output."""
 
     def network_arguments(self) -> dict[str, Any]:
-        """Return the constructor arguments that are set, without the five that every network takes."""
+        """Return the constructor arguments that are set, without the five that all networks share."""
         common = {"arch", "encoder_name", "encoder_weights", "in_channels", "classes"}
         return {
             name: value for name, value in dataclasses.asdict(self).items() if name not in common and value is not None

@@ -1,4 +1,4 @@
-"""Read settings: YAML files and dotted overrides in, a checked `Config` out. The only file that knows jsonargparse."""
+"""Reads YAML files and dotted overrides and returns a checked `Config`. Only this file uses jsonargparse."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from dann_experiments.config.schema import Config
 from dann_experiments.config.target_dialect import translate
 
 Settings = TypeVar("Settings")
-MOST_VALUES = 100_000  # of a settings file, each use of an alias counted
-MOST_LETTERS = 16 * 2**20  # of a settings file
-MOST_SHOWN = 200  # letters of a wrong value in a message
-# PyYAML raises its parsers' own errors if a tag and its text do not fit: `!!int ""`, `!!bool x`, `!!timestamp x`
+MOST_VALUES = 100_000  # in a settings file; each use of an alias counts
+MOST_LETTERS = 16 * 2**20  # characters in a settings file
+MOST_SHOWN = 200  # characters of a wrong value in a message
+# PyYAML raises errors of its parsers if a tag and its text do not match: `!!int ""`, `!!bool x`, `!!timestamp x`
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
-    """Read YAML 1.2 floats: `1e-4` is a number (PyYAML alone reads a string). Refuse a key that appears twice in a mapping
-    (PyYAML alone drops the first)."""
+    """Loads YAML with two changes: `1e-4` is a number as in YAML 1.2 (PyYAML reads a string), and a key that appears twice in a
+    mapping is an error (PyYAML drops the first)."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Return the mapping as written, before merge keys (<<) are expanded."""
@@ -58,9 +58,9 @@ _Loader.add_implicit_resolver(
 def load_config(file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read settings and check them.
 
-    `file` is a YAML file, or the name of a recipe (`"digits"`); `overrides`, dotted name -> value, take precedence over it.
-    Values may be Python values or texts as on a command line (`"1e-4"`, `"[encoder, decoder]"`). Settings in neither have their
-    defaults. Raises InputError, which names the key, the value and the way out.
+    `file`: a YAML file, or the name of a recipe (`"digits"`); `overrides`: dotted name -> value, which take precedence. Values
+    may be Python values or texts as on a command line (`"1e-4"`, `"[encoder, decoder]"`). All other settings have their
+    defaults. Raises InputError, which names the key, its value and what to do.
 
     >>> config = load_config(overrides={"optimizer.lr": "1e-4", "data.source.batch_size": 4})
     >>> config.optimizer.lr, config.data.source.batch_size
@@ -95,12 +95,12 @@ def given_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> dic
 
 
 def config_from_dict(settings: Mapping[str, Any]) -> Config:
-    """Return the config that `config_to_dict` took apart, and check it again."""
+    """Build a config from the result of `config_to_dict`, and check it again."""
     return _checked(Config, dict(settings))
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Return settings as nested plain values (lists, numbers, strings) for YAML and JSON."""
+    """Return settings as nested plain values for YAML and JSON: mappings, lists, numbers, strings."""
     return _plain(dataclasses.asdict(config))
 
 
@@ -112,8 +112,8 @@ def config_to_yaml(config: Config) -> str:
 def flatten(config: Any) -> dict[str, Any]:
     """Return dotted name -> plain value for every setting of a dataclass.
 
-    A mapping that users fill freely (`value_map`, `color_map`, `init_args`) is one value: its keys are data, and stores do not
-    accept every text as a name.
+    A mapping with keys of the user (`value_map`, `color_map`, `init_args`) is one value, because stores do not accept every
+    text as a name.
 
     >>> flatten(load_config())["trainer.max_epochs"]
     20
@@ -146,7 +146,7 @@ def known_keys(cls: type = Config) -> list[str]:
 
 
 def scalar(text: Any, key: str) -> Any:
-    """Return what `text` means as the value of setting `key` on a command line; other values are returned as they are."""
+    """Parse a text as the value of setting `key` on a command line; other values are returned unchanged."""
     return _scalar(text, _field_types(Config).get(key))
 
 
@@ -195,18 +195,18 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def _count(value: Any, known: dict[int, float]) -> float:
-    """Return the number of values in it; infinite if it contains itself."""
+    """Return the number of values in a nested value; infinite if it contains itself."""
     if not isinstance(value, (dict, list)):
         return 1
     if id(value) not in known:
-        known[id(value)] = float("inf")  # until it is counted
+        known[id(value)] = float("inf")  # until it has been counted
         inner = value.values() if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_count(item, known) for item in inner)
     return known[id(value)]
 
 
 def _scalar(value: Any, wanted: Any) -> Any:
-    """Return what a text on a command line means: YAML, except for settings that are texts (a run may be called 2026)."""
+    """Parse a text of a command line as YAML, except for settings that are texts (a run may be named 2026)."""
     if not isinstance(value, str):
         return value
     if wanted is str or (wanted == str | None and value not in ("null", "~", "")):
@@ -215,10 +215,10 @@ def _scalar(value: Any, wanted: Any) -> Any:
         meant = yaml.load(value, _Loader)  # noqa: S506
     except YAML_ERRORS:
         return value
-    if _count(meant, {}) > MOST_VALUES:  # it contains itself, or grows too large: no more than a text
+    if _count(meant, {}) > MOST_VALUES:  # it contains itself or is too large: keep the text
         return value
     parts = typing.get_args(wanted) if typing.get_origin(wanted) in (types.UnionType, typing.Union) else (wanted,)
-    if str in parts and any(typing.get_origin(part) is list for part in parts):  # a text, or a list of them
+    if str in parts and any(typing.get_origin(part) is list for part in parts):  # a text or a list of texts
         return meant if isinstance(meant, list) or (meant is None and type(None) in parts) else value
     of_numbers = any(typing.get_args(part) and set(typing.get_args(part)) <= {int, float} for part in parts)
     return _listed(meant, parts) if of_numbers else meant
@@ -240,7 +240,7 @@ def _set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
         inner = node.get(group)
         if inner is not None and not isinstance(inner, dict):
             raise InputError(
-                f"{key} cannot be set, as {'.'.join(groups[:depth])} is {_shown(inner)}; give a mapping there, or remove it."
+                f"{key} cannot be set, because {'.'.join(groups[:depth])} is {_shown(inner)}; give a mapping there, or remove it."
             )
         node[group] = node = dict(inner or {})
     node[name] = value
@@ -290,7 +290,7 @@ def _storable(text: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as a message shows it, cut if it is long."""
+    """Return a value as text for a message, cut if it is long."""
     try:
         text = repr(value)
     except RecursionError:
@@ -308,7 +308,7 @@ def _field_types(cls: type) -> dict[str, Any]:
 def _parser(cls: type):
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    # jsonargparse would import the X of a mapping {class_path: X} anywhere among free values
+    # otherwise jsonargparse would import X from any mapping {class_path: X} in the values
     set_parsing_settings(import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
     parser = ArgumentParser(exit_on_error=False, prog="settings", usage="")
     parser.add_class_arguments(cls, nested_key=None)
@@ -321,7 +321,7 @@ def _build(cls: type[Settings], settings: dict[str, Any]) -> Settings:
     parser = _parser(cls)
     try:
         given = _without_empty_groups(settings, _groups(cls))
-        # unneeded defaults would take longer than all the rest, and a sweep changes settings dozens of times
+        # without defaults if they are not needed: they take most of the time, and a sweep changes settings dozens of times
         parsed = parser.parse_object(given, defaults=not _is_complete(cls, given))
         return cls(**vars(parser.instantiate_classes(parsed)))
     except InputError:
@@ -347,7 +347,7 @@ def _is_complete(cls: type, settings: Mapping[str, Any]) -> bool:
 
 
 def _without_empty_groups(settings: Mapping[str, Any], groups: set[str], prefix: str = "") -> dict[str, Any]:
-    """Return settings without empty groups: a group without settings (`data:` alone, or null) means its defaults."""
+    """Return settings without empty groups. An empty group (only `data:`, or null) means its defaults."""
     kept = {}
     for key, value in settings.items():
         if f"{prefix}{key}" in groups:
@@ -355,7 +355,7 @@ def _without_empty_groups(settings: Mapping[str, Any], groups: set[str], prefix:
                 kept[key] = _without_empty_groups(value, groups, f"{prefix}{key}.")
         else:
             kept[key] = value
-    # a mapping of class_path and init_args alone would look like jsonargparse's own notation
+    # a mapping with only class_path and init_args would look like jsonargparse's own notation
     if prefix == "domain_adaptation.method.":
         kept.setdefault("name", MethodConfig.name)
     return kept

@@ -1,4 +1,4 @@
-"""Paths as users write them. Addresses (https://, s3://, ...) are refused with a way out: files are read from the disk."""
+"""Reads paths as users write them. Addresses (https://, s3://, ...) are refused with a hint: files are read from the disk."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ WAYS_OUT = {
 
 
 def user_path(text: str | Path) -> Path:
-    """Return `text` with `~` and `~USER` expanded. Never raises; `Path.expanduser` does for an unknown user."""
+    """Expand `~` and `~USER`. Unlike `Path.expanduser` it never raises, even for an unknown user."""
     return Path(os.path.expanduser(text))
 
 
 def local_path(text: str | Path, key: str) -> Path:
-    """Return the path that is the value of setting `key`; `file:///...` is one. Raises InputError for any other address."""
+    """Return the path in setting `key`, also for `file:///...`. Raises InputError for any other address."""
     return user_path(local_text(str(text), key))
 
 
 def local_text(text: str, key: str) -> str:
-    """Return a path or a pattern without `file://`. Raises InputError for any other address, which would otherwise be taken for a
-    path that does not exist, or be made as a folder. Passwords in it are not shown."""
+    """Return a path or a pattern without `file://`. Raises InputError for any other address, without its password.
+
+    Otherwise an address would be treated as a missing path, or created as a folder.
+    """
     scheme = _scheme(text)
     if scheme is None:
         return text
@@ -77,6 +79,8 @@ def _scheme(text: str) -> str | None:
 
 def _shown(text: str) -> str:
     """Return an address without user, password and query, which may hold keys and signatures."""
-    shown = re.sub(r"(:/+).*@", r"\1", text.strip(), flags=re.DOTALL)  # up to the last @: a password may hold any sign
+    shown = re.sub(
+        r"(:/+).*@", r"\1", text.strip(), flags=re.DOTALL
+    )  # up to the last @: a password may contain any character
     shown, mark, _ = shown.partition("?")
     return repr(f"{shown}?..." if mark else shown)

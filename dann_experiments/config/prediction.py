@@ -1,4 +1,4 @@
-"""All settings of `predict`: which model, which images, where the class maps go."""
+"""All settings of `predict`: the model, the images, and the output of the class maps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dann_experiments.config.run import TrackingConfig
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """A class map of a raster of any size, or of each of many images."""
+    """Class maps of one raster of any size, or of many images."""
 
     model: str = ""
     """The model: a folder, a file, runs:/ID[/path] or models:/NAME@ALIAS. A checkpoint without the settings of its network needs
@@ -26,8 +26,8 @@ class PredictConfig:
     """An image file, a folder (with its subfolders), a pattern such as 'scenes/*.tif', or a list of these. A single text may also
     be a list, separated by commas or blanks, if there is no file of that name."""
     output: str = ""
-    """Where the map goes: a .tif or .png file; for several images, or a folder, a folder, in which the maps are arranged like the
-    images in their common folder."""
+    """Path of the map: a .tif or .png file. For several images or an input folder: a folder, in which the maps are arranged like
+    the images in their common folder."""
     domain: Literal["target", "source"] = "target"
     """Domain of the images: the model knows how bands, range and nodata of each are read."""
     bands: Annotated[list[int] | None, *BANDS] = None
@@ -41,7 +41,7 @@ class PredictConfig:
     tile_size: Annotated[int, between(16, 16384)] = 512
     """Side of the square, in pixels, that the network sees at a time; rounded up to a size that the network takes."""
     overlap: int | None = None
-    """Pixels that neighbouring tiles share, at most half a tile; null = a quarter of a tile. 0 = no blending."""
+    """Pixels that neighboring tiles share, at most half a tile; null = a quarter of a tile. 0 = no blending."""
     batch_size: Annotated[int, between(1, MOST_IMAGES)] = 4
     """Tiles per forward pass."""
     probabilities: bool = False
@@ -70,7 +70,7 @@ class PredictConfig:
 
     @property
     def shared(self) -> int:
-        """Pixels that neighbouring tiles share: `overlap`, or what its null means."""
+        """Pixels that neighboring tiles share: `overlap`, or a quarter of a tile if it is null."""
         return self.tile_size // 4 if self.overlap is None else self.overlap
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Known data sets: `dann_experiments/presets/*.yaml` list where their images and masks are and what the labels mean."""
+"""Known data sets: `dann_experiments/presets/*.yaml` list the locations of images and masks, and the meaning of labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dann_experiments.config.errors import InputError
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
 KEYS = ("train", "val", "test", "value_map", "color_map", "ignore_values", "bands", "scale", "nodata")  # of a domain
-IGNORED = "ignored"  # a class name in a map that counts nowhere
+IGNORED = "ignored"  # class name, in a map, of labels that are ignored everywhere
 Domain = TypeVar("Domain")
 
 
@@ -24,16 +24,17 @@ def preset_names() -> list[str]:
 
 @functools.cache
 def preset(name: str, prefix: str = "") -> dict[str, Any]:
-    """Return a preset as written. Raises InputError for an unknown name; `prefix`, such as `data.target.`, is what its message
-    puts before the name of the setting."""
+    """Read a preset. Raises InputError for an unknown name; its message puts `prefix` (`data.target.`) before the setting."""
     if name not in preset_names():
         raise InputError(f"{prefix}preset is {name!r}; give one of {', '.join(preset_names())}.")
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def filled(domain: Domain, prefix: str = "") -> Domain:
-    """Return the settings of a domain, those that are unset (null, or an empty list) taken from its preset. Raises InputError for
-    a preset or a scene that there is not; `prefix`, such as `data.target.`, is what messages put before names of settings."""
+    """Return the settings of a domain, with unset ones (null or an empty list) taken from its preset.
+
+    Raises InputError for an unknown preset or a wrong scene; messages put `prefix` (`data.target.`) before names of settings.
+    """
     settings: Any = domain
     if settings.preset is None:
         if settings.scene is not None:
@@ -52,7 +53,7 @@ def filled(domain: Domain, prefix: str = "") -> Domain:
         value = getattr(settings, key)
         if key in known and (value == [] or value == unset[key]):
             changes[key] = [_in_scene(entry, scene) for entry in known[key]] if key in KEYS[:3] else known[key]
-    if settings.value_map is not None or settings.color_map is not None:  # the user's own labels, whichever kind
+    if settings.value_map is not None or settings.color_map is not None:  # the user's labels, of either kind
         changes.pop("value_map", None)
         changes.pop("color_map", None)
     return dataclasses.replace(settings, preset=None, scene=None, **changes)

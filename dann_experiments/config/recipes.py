@@ -1,4 +1,4 @@
-"""Settings that ship with the package, found by name from any folder: recipes here, search spaces in `sweeps/`."""
+"""Finds settings that ship with the package by name, from any folder: recipes here, search spaces in `sweeps/`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT = "digits"
 _taken: dict[str, Any] = {}
-"""Dotted name -> value of what this process takes from the default recipe."""
+"""Dotted name -> value of the settings that this process takes from the default recipe."""
 
 
 def settings_file(text: str | Path, key: str = "config file", folder: Path = RECIPES) -> Path:
-    """Return the settings file that a user means by a path or by the name of one in `folder`.
+    """Return the settings file at a path, or the file in `folder` with that name.
 
-    A file of the user's comes first. Otherwise `digits`, `digits.yaml` and `recipes/digits.yaml` all mean the recipe that
-    ships with the package.
+    An existing file of the user comes first. Otherwise `digits`, `digits.yaml` and `recipes/digits.yaml` all mean the recipe
+    that ships with the package.
 
     Raises:
-        InputError: if it is neither, naming what ships.
+        InputError: if there is no such file; lists the names in `folder`.
     """
     path = local_path(text, key)
     if os.path.isfile(path):
@@ -41,17 +41,20 @@ def settings_file(text: str | Path, key: str = "config file", folder: Path = REC
         raise InputError(
             f"{key} {path} does not exist; give the path of a file, or one of these names: {', '.join(shipped)}."
         ) from None
-    except (OSError, ValueError):  # a NUL in it, or below a file: whoever opens it reports that
+    except (OSError, ValueError):  # a NUL in the path, or a file as a folder: opening it reports that
         pass
     return path
 
 
 def load_or_default(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
-    """Return `load_config(file, overrides)`, of the default recipe where `file` is None.
+    """Return `load_config(file, overrides)`, with the default recipe if `file` is None.
 
-    `report_default` then tells the user so, and `with_origin` adds to an error which of its settings the recipe made.
+    `report_default` then reports this, and `with_origin` adds to an error which of its settings come from the recipe.
     """
-    from dann_experiments.config.parsing import given_settings, load_config  # which look up names here
+    from dann_experiments.config.parsing import (
+        given_settings,
+        load_config,
+    )  # imported here: that module imports this one
 
     forget_default()
     if file is None:
@@ -62,7 +65,7 @@ def load_or_default(file: str | Path | None, overrides: Mapping[str, Any]) -> Co
 
 
 def forget_default() -> None:
-    """Begin a command that has not loaded any settings yet."""
+    """Reset the record of the default recipe, at the start of a command."""
     _taken.clear()
 
 
@@ -73,9 +76,9 @@ def report_default(report: Callable[[str], None]) -> None:
 
 
 def with_origin(message: str) -> str:
-    """Return the message of an error with those settings it is about that the user never wrote, but the default recipe."""
-    about = message.partition("did you mean")[0]  # what is suggested is not what is wrong
-    group = re.match(r"([\w.]+): ", about)  # of settings that do not fit together
+    """Add to an error message those of its settings that come from the default recipe, not from the user."""
+    about = message.partition("did you mean")[0]  # without the suggestion, whose settings are not wrong
+    group = re.match(r"([\w.]+): ", about)  # prefix of messages about several settings of a group
     named = [
         f"{key} is {value!r}"
         for key, value in _taken.items()

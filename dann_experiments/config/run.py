@@ -64,7 +64,7 @@ class TrainerConfig:
     CPU). Needs a C++ compiler. Changes the last digits of results."""
     auto_batch_size: bool = False
     """On a GPU, `adapt` doubles the batch sizes of both domains as long as a training step fits into memory, and records the
-    sizes in the run. Not for sweeps and comparisons, because their runs would differ in more than what is compared."""
+    sizes in the run. Not for sweeps and comparisons, because their runs would differ in more than the compared settings."""
     gradient_clip_val: Annotated[float | None, above(0)] = None
     """Clip the gradient norm of the network, and of each domain classifier by itself, to this; null = do not clip."""
     skip_bad_steps: Annotated[int, at_least(0)] = 0
@@ -94,7 +94,7 @@ class MonitorConfig:
     accordingly. select/entropy, select/infomax, select/snd and select/bnm use none (docs/selection.md); with them an epoch
     counts only if the source has not dropped by more than forgetting_threshold."""
     mode: Literal["max", "min"] | None = None
-    """Whether a larger or a smaller value is better; null = smaller for a loss, a gap, a drop or the entropy, else larger."""
+    """Direction of the metric: max = larger is better; null = smaller for a loss, a gap, a drop or the entropy, else larger."""
     final_model: Literal["last", "best"] = "last"
     """Weights that become the run's model and are scored on the test sets."""
     log_every_n_epochs: Annotated[int, at_least(1)] = 1
@@ -104,7 +104,7 @@ class MonitorConfig:
 
     @property
     def direction(self) -> Literal["max", "min"]:
-        """`mode`; if it is null, what the name of the metric implies."""
+        """`mode`, or if it is null, the direction that the name of the metric implies."""
         falling = self.metric is not None and (
             self.metric.startswith((Metric.LOSS, Metric.SELECT_ENTROPY))
             or "gap" in self.metric
@@ -114,11 +114,11 @@ class MonitorConfig:
 
     @property
     def uses_target_labels(self) -> bool:
-        """Whether the metric that chooses is computed from target labels."""
+        """True if the metric that chooses is computed from target labels."""
         return self.metric is not None and self.metric.startswith(TARGET_LABEL_METRICS)
 
     def check(self, prefix: str) -> None:
-        """Raise InputError for `best` without a metric."""
+        """Raise InputError if final_model is best but there is no metric."""
         if self.metric is None and self.final_model == "best":
             raise InputError(
                 f"{prefix}final_model is 'best', but {prefix}metric is null; name the metric that chooses."

@@ -1,9 +1,9 @@
 """All settings of a run: `Config`, a tree of frozen dataclasses.
 
-A setting has one dotted name everywhere (YAML, flag, sweep space, MLflow parameter), for example
-`domain_adaptation.method.hidden_size`. Where to put a new one: `model.py`, `data.py`, `adaptation.py`, or `run.py` for training
-and tracking. The string under a field is its help text; its limits are written in its type (`limits.py`); settings of one
-group that must agree are compared in the group's `check`, those of several groups here.
+A setting has the same dotted name everywhere (YAML, flag, sweep space, MLflow parameter), for example
+`domain_adaptation.method.hidden_size`. Add new settings to `model.py`, `data.py`, `adaptation.py`, or `run.py` for training and
+tracking. The string under a field is its help text, and its limits are part of its type (`limits.py`). Settings that must agree
+are compared in the `check` of their group, or here if they are in several groups.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Config:
 
     @property
     def class_names(self) -> list[str]:
-        """One name per class."""
+        """The names of all classes: from data.class_names, the label map of the source, or class_0, class_1, ..."""
         named = self.data.class_names or self.data.resolved("source").class_names
         return named or [f"class_{index}" for index in range(self.model.classes)]
 
@@ -64,7 +64,7 @@ class Config:
                 f"{where} has {len(names)} names, but model.classes is {classes}; give one name per class (they are {names})."
             )
         if len(set(names)) != len(names):
-            raise InputError(f"data.class_names is {names}; give each class a name of its own.")
+            raise InputError(f"data.class_names is {names}; give each class a different name.")
         for domain in DOMAINS:
             if ignored < classes and self.data.resolved(domain).class_names is not None:
                 raise InputError(

@@ -1,7 +1,7 @@
-"""Turn texts of users into names that a tracking store accepts, all different, and into values that fit.
+"""Turns texts of users into different names that a tracking store accepts, and into values that fit.
 
 MLflow accepts letters of any script, digits, _ - . / : and blanks in the names of metrics, params and tags, up to 250
-characters, if the name is a path in its shortest form. Its tables keep texts up to the lengths below.
+characters, if the name is a normalized path. Its tables hold texts up to the lengths below.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ LONGEST_RUN_NAME = 250
 LONGEST_DATA_SET = 500
 LONGEST_PARAM = 6000
 LONGEST_TAG = 5000
-"""MLflow takes 8000; a database made by an earlier version takes 5000."""
+"""MLflow accepts 8000 characters, but a database created by an earlier version only 5000."""
 LONGEST_SOURCE = 10_000
-"""MLflow takes 65,535 characters of the source as JSON, in which one letter may become six."""
+"""MLflow accepts 65,535 characters of JSON, in which one letter may become six characters."""
 LONGEST_EXPERIMENT = 500
 LONGEST_LABEL = 225
-"""Of a class or an arm, so that `compare/source_test/LABEL/mean` is not longer than a name may be."""
+"""Longest name of a class or an arm, so that `compare/source_test/LABEL/mean` is not too long."""
 _KEY = re.compile(r"[\w\-. :/]+")
 
 
@@ -35,9 +35,9 @@ def is_key(name: str) -> bool:
 
 
 def labels_in_store(labels: Sequence[str]) -> dict[str, str]:
-    """Return label (of a class, of an arm) -> its name in the names of metrics; no two names are equal.
+    """Return label (of a class or an arm) -> its name in metrics; all names are different.
 
-    ASCII letters, digits, blanks and _ - . are kept; anything else becomes _. If two names would then be equal, those that
+    ASCII letters, digits, blanks and _ - . are kept; other characters become _. If two names would then be equal, those that
     differ from their label keep letters of any script, and get a digest if they still differ from it.
     """
     plain = {label: _replaced(label, ascii_only=True) for label in labels}
@@ -54,8 +54,10 @@ def labels_in_store(labels: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(value: object, longest: int) -> str:
-    """Return `value` as a text of at most `longest` characters. A text that is cut says so at its end, with a digest, so that
-    different texts stay different."""
+    """Return `value` as a text of at most `longest` characters.
+
+    A text that is cut ends with a note and a digest, so that different texts stay different.
+    """
     text = str(value)
     if len(text) <= longest:
         return text

@@ -1,6 +1,6 @@
-"""Read the Hydra-style spelling (`_target_:` lines) of the same settings.
+"""Reads the Hydra-style notation (`_target_:` lines) of the same settings.
 
-`_target_` only selects one of the classes listed here, by the last part of its dotted name; nothing is imported.
+`_target_` only selects one of the classes listed here, by the last part of its dotted name. Nothing is imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MONITORS = {"DomainAdaptationMonitorCallback": "monitor"}
 
 
 def translate(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the same settings without `_target_`: each becomes the key that selects that class here."""
+    """Replace each `_target_` in the settings by the key that selects that class here."""
     settings = dict(settings)
     if isinstance(settings.get("model"), dict):
         settings["model"] = _select(settings["model"], "model", NETWORKS, "arch")
@@ -41,7 +41,7 @@ def translate(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schedule(value: Any) -> Any:
-    """Return the settings of a schedule; `null` means none, that is lambda_da itself."""
+    """Return the settings of a schedule; `null` means a constant lambda_da."""
     if value is None:
         return {"kind": "constant"}
     return (

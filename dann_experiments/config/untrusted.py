@@ -1,4 +1,4 @@
-"""Settings read from a store (of runs, of studies): whoever can write there must not choose the code that is imported here."""
+"""Handles settings read from a store of runs or studies: write access there must not decide which code is imported here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def refuse_stored_code(named: str | None, allowed: Collection[str], where: str) 
 
 
 def without_code(config: Config) -> Config:
-    """Return `config` without a method of the user's own: enough to read what a run was about."""
+    """Return `config` without a method of the user's own, for code that only reads the settings of a run."""
     if config.domain_adaptation.method.class_path is None:
         return config
     return replace(config, {Key.CLASS_PATH: None, Key.INIT_ARGS: {}})

@@ -1,4 +1,4 @@
-"""The settings that say where the runs of a comparison or sweep are made; the classes that have them hold their help texts."""
+"""The settings of worker pools, shared by comparisons and sweeps. Their help texts are in the classes that inherit them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Literal
 from dann_experiments.config.errors import InputError
 
 RAY_ONLY = {"ray_address": "auto", "cpus_per_trial": 1.0}
-"""Settings without effect on one machine, and their defaults."""
+"""Settings that only launcher ray uses, with their defaults."""
 MOST_RUNS_PER_GPU = 64
 MOST_GPUS = 1000
 
 
 class PoolSettings:
-    """Settings of a worker pool, as `SweepConfig` and `CompareConfig` have them."""
+    """Base class of `SweepConfig` and `CompareConfig` with the settings of a worker pool."""
 
     workers: int | None
     launcher: Literal["processes", "ray"]
@@ -22,7 +22,7 @@ class PoolSettings:
     gpus_per_trial: float | None
 
     def check_pool(self) -> None:
-        """Raise InputError for settings that do not agree."""
+        """Raise InputError for settings that contradict each other."""
         if self.launcher == "ray":
             return
         for name, default in RAY_ONLY.items():

@@ -1,8 +1,8 @@
-"""Class maps of rasters of any size. Takes plain arguments; the job `predict` adds settings and tracking.
+"""Class maps of rasters of any size. This package takes plain arguments; the job `predict` adds settings and tracking.
 
-- `find_images`: which images, and where the map of each goes.
-- `scene`: one image to be mapped, and its pixels read in large parts.
-- `tiling`: overlapping tiles through the network, blended.
-- `mapping`: maps one image after the other, resuming what was interrupted.
-- `partial_map`, `rasters`: a map in the making, and the files at the end.
+- `find_images`: finds the images, and the output path of each map.
+- `scene`: one image to map; reads its pixels in large parts.
+- `tiling`: runs the network on overlapping tiles and blends them.
+- `mapping`: maps one image after the other, and resumes interrupted maps.
+- `partial_map`, `rasters`: an unfinished map, and the finished files.
 """

@@ -1,4 +1,4 @@
-"""Finds the images to map, in files, folders and patterns, and where the map of each goes."""
+"""Finds the images to map, from files, folders and patterns, and the output path of each map."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from dann_experiments.prediction.rasters import MAP_SUFFIXES, SIGNATURE_TAG, TIF
 
 
 class _Found(NamedTuple):
-    """The images that one of the inputs names."""
+    """The images of one input."""
 
     images: list[Path]
     root: Path
-    """The folder whose structure the maps repeat: the one that was named, or that the pattern begins with."""
+    """The folder whose structure the maps repeat: the input folder, or the folder at the start of a pattern."""
     is_folder: bool = False
 
 
 def find_work(inputs: Sequence[str], output: str, probabilities: bool, overwrite: bool) -> list[tuple[Path, Path]]:
     """Return pairs of image and map.
 
-    `inputs`: files, folders and patterns; `output`: a file, or a folder for several images; `probabilities`: whether a second
-    file goes beside each map; `overwrite`: whether a map may exist. Raises InputError for what is missing, would be overwritten
-    or cannot be written.
+    `inputs`: files, folders and patterns; `output`: a file, or a folder for several images; `probabilities`: True if a second
+    file is written next to each map; `overwrite`: True if existing maps may be replaced. Raises InputError for inputs that are
+    missing and outputs that exist or cannot be written.
     """
     target = local_path(output, "output")
     found = _find(inputs, target)
@@ -44,7 +44,7 @@ def find_work(inputs: Sequence[str], output: str, probabilities: bool, overwrite
         what = (
             f"input {found[0].root} is a folder"
             if len(found) == 1 and found[0].is_folder
-            else f"{len(images)} images are given"
+            else f"input names {len(images)} images"
         )
         raise InputError(f"{what}, but output is {target}; name a folder, for a map of each image.")
     pairs = _mirrored(images, _common_root(found), target)
@@ -60,7 +60,7 @@ def probabilities_path(output: Path) -> Path:
 
 
 def _is_folder(text: str) -> bool:
-    """Return whether an output is meant as a folder: it is one, is written as one, or has no suffix."""
+    """Return whether an output means a folder: it exists as one, ends with a slash, or has no suffix."""
     path = user_path(text)
     return path.is_dir() or text.endswith(("/", os.sep)) or not path.suffix
 
@@ -80,7 +80,7 @@ def _one(source: Path, target: Path, probabilities: bool, overwrite: bool) -> tu
 
 
 def _find(inputs: Sequence[str], target: Path) -> list[_Found]:
-    """Return what the inputs name, in their order. Raises one InputError for all inputs that name nothing."""
+    """Return the images of each input, in order. Raises one InputError for all inputs without images."""
     texts = [local_text(text, "input") for text in inputs]
     if len(texts) == 1 and not _names_something(texts[0]):
         texts = _listed(texts[0])
@@ -98,14 +98,14 @@ def _find(inputs: Sequence[str], target: Path) -> list[_Found]:
 
 def _named(text: str, target: Path) -> _Found:
     path = user_path(text)
-    if os.path.isdir(path):  # these never raise, whatever the name
+    if os.path.isdir(path):  # these never raise, for any name
         if target.exists() and path.samefile(target):
             raise InputError(f"output is {target}, the folder of the images; name another.")
         images = _unmade(_walk(path, target))
         if not images:
             raise InputError(
                 f"input folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}), its subfolders included; class maps of "
-                "predict are none."
+                "predict do not count."
             )
         return _Found(images, path, is_folder=True)
     if os.path.exists(path):
@@ -124,9 +124,9 @@ def _names_something(text: str) -> bool:
 
 
 def _listed(text: str) -> list[str]:
-    """Return the parts of a text that names nothing as a whole, if it can be read as a list in one way; else the text.
+    """Split a text that names no file into a list if there is exactly one way; otherwise return it as the only item.
 
-    `mlflow run -P input=...` gives several images as one text.
+    `mlflow run -P input=...` passes several images as one text. Raises InputError if there are several ways.
     """
     inner = re.sub(r"^\[(.*)\]$", r"\1", text.strip(), flags=re.DOTALL)
     ways = {tuple(part.strip() for part in re.split(by, inner) if part.strip()) for by in (",", r"\s+", r"[,\s]+")}
@@ -139,7 +139,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _walk(folder: Path, target: Path) -> Iterator[Path]:
-    """Yield the image files of a folder and its subfolders, those behind links included, in a fixed order."""
+    """Yield the image files of a folder and its subfolders in a fixed order; links are followed."""
     own, seen = os.path.realpath(target), set()
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(
@@ -147,7 +147,7 @@ def _walk(folder: Path, target: Path) -> Iterator[Path]:
             for name in folders
             if not name.startswith(".") and not _is_ours(name) and os.path.realpath(Path(place, name)) != own
         )
-        if os.path.realpath(place) in seen:  # a link to where we have been
+        if os.path.realpath(place) in seen:  # a link to a folder that was visited
             folders[:] = []
             continue
         seen.add(os.path.realpath(place))
@@ -155,7 +155,7 @@ def _walk(folder: Path, target: Path) -> Iterator[Path]:
 
 
 def _matching(pattern: str, target: Path) -> tuple[list[Path], Path]:
-    """Return the images that match, and the folder that the pattern begins with."""
+    """Return the images that match, and the folder at the start of the pattern."""
     parts = Path(pattern).parts
     fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     root = Path(*parts[:fixed])
@@ -171,7 +171,7 @@ def _matching(pattern: str, target: Path) -> tuple[list[Path], Path]:
 
 
 def _glob(pattern: str) -> Iterator[Path]:
-    """Yield image files; hidden ones, as in a shell, only where the pattern says so."""
+    """Yield image files; hidden ones only if the pattern names them, as in a shell."""
     with contextlib.suppress(OSError, ValueError, re.error):  # a pattern that cannot be searched for matches nothing
         for name in sorted(glob.glob(pattern, recursive=True)):
             if _is_image_name(os.path.basename(name)) and os.path.isfile(name):
@@ -179,7 +179,7 @@ def _glob(pattern: str) -> Iterator[Path]:
 
 
 def _is_ours(folder: str) -> bool:
-    """Return whether a folder of that name holds a map in the making, or MLflow's files: previews are no images to map."""
+    """Return whether a folder of that name holds an unfinished map or MLflow's files, whose previews must not be mapped."""
     return folder.endswith(PARTIAL_SUFFIX) or folder in ("mlruns", "mlartifacts")
 
 
@@ -188,14 +188,14 @@ def _is_image_name(name: str) -> bool:
 
 
 def _unmade(images: Iterator[Path] | Sequence[Path]) -> list[Path]:
-    """Leave out the maps that `predict` wrote: their own metadata say so."""
+    """Leave out maps that `predict` wrote, by their metadata."""
     return [path for path in images if path.suffix.lower() not in MAP_SUFFIXES or not _is_map(path)]
 
 
 def _is_map(path: Path) -> bool:
     try:
         return SIGNATURE_TAG in read_tags(path)
-    except InputError:  # reported when it is its turn
+    except InputError:  # reported when this image is read
         return False
 
 
@@ -214,13 +214,15 @@ def _mirrored(images: Sequence[Path], root: Path, target: Path) -> list[tuple[Pa
         output = (target / os.path.relpath(os.path.abspath(path), root)).with_suffix(suffix)
         name = output.with_suffix("")
         if name in pairs:
-            raise InputError(f"input: {pairs[name][0]} and {path} have the same stem, as their maps would; keep one.")
+            raise InputError(
+                f"input: {pairs[name][0]} and {path} have the same stem, so they would have the same map; keep one."
+            )
         pairs[name] = (path, output)
     return list(pairs.values())
 
 
 def _check_apart(pairs: Sequence[tuple[Path, Path]], output: str, probabilities: bool) -> None:
-    """Raise InputError where a map would replace an image, or the probabilities of another map."""
+    """Raise InputError if a map would replace an image or the probabilities of another map."""
     outputs = {os.path.realpath(path): path for _, path in pairs}
     for source, _ in pairs:
         if os.path.realpath(source) in outputs:
@@ -234,7 +236,10 @@ def _check_apart(pairs: Sequence[tuple[Path, Path]], output: str, probabilities:
 
 
 def _check_writable(folder: Path) -> None:
-    """Raise InputError if the nearest existing folder takes no file: permissions do not tell (a read-only disk, or root)."""
+    """Raise InputError if no file can be created in the nearest existing folder.
+
+    Permissions would not show a read-only disk, and mislead for root.
+    """
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=there):

@@ -1,4 +1,4 @@
-"""Maps one image after the other: resumes, predicts, writes, and collects what went wrong."""
+"""Maps one image after the other: resumes, predicts, writes, and collects problems."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Outcome:
     """The results of all images together."""
 
     counts: np.ndarray
-    """(K + 1,) pixels per class, those without data last."""
+    """Pixels per class (K + 1,), those without data last."""
     written: list[Scene] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     empty: list[Path] = field(default_factory=list)
     """Images without data."""
     dark: list[Path] = field(default_factory=list)
-    """16 bit images that use little of their range."""
+    """16 bit images that use only a small part of their range."""
     pixels: int = 0
     """Pixels of the working grids that this process predicted."""
     seconds: float = 0.0
@@ -51,8 +51,8 @@ class Outcome:
 class MapMaker:
     """Maps images with one model, which is on `device`.
 
-    `colors` (K, 3) in 0..1 and `tags` go into the maps' color tables and metadata. `around`, entered around each image, may
-    explain errors.
+    `colors` (K, 3) in 0..1 and `tags` are written into the color tables and metadata of the maps. `around` is a context that is
+    entered for each image, for example to explain errors.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class MapMaker:
         self._colors, self._tags, self._around = colors, tags, around
 
     def map_all(self, work: Sequence[tuple[Path, Path]], show: Callable[[float, str], None]) -> Outcome:
-        """Map each pair of image and map; `show` gets how many are done, the last one in part, and the name of the one in work.
+        """Map each pair of image and map path; `show` gets the number of images done, with a fraction, and the current file name.
 
-        Raises InputError for a single image that cannot be mapped; of several, those are in `problems`.
+        Raises InputError if the only image cannot be mapped; with several images, `problems` lists those that cannot.
         """
         outcome = Outcome(np.zeros(len(self.model.class_names) + 1, np.int64))
         start = time.perf_counter()
@@ -78,7 +78,7 @@ class MapMaker:
             try:
                 scene = Scene.open(source, output, self.model, self.options)
                 if self._is_finished(scene):
-                    log.info("%s is finished already.", output)
+                    log.info("%s is already finished.", output)
                 else:
                     with self._around(scene):
                         for share in self._map_one(scene, outcome):
@@ -95,17 +95,17 @@ class MapMaker:
         return outcome
 
     def _is_finished(self, scene: Scene) -> bool:
-        """Return whether the map exists as it would be made now. Raises InputError for one made otherwise, which is kept."""
+        """Return whether the map exists and was made with the same settings. Raises InputError if it was made with others."""
         if self.options.overwrite or not scene.output.exists():
             return False
         if read_tags(scene.output).get(SIGNATURE_TAG) != scene.signature:
             raise InputError(
-                f"{scene.output} exists and is not what these settings would give; remove it, or set overwrite to true."
+                f"{scene.output} exists, but was made with other settings; remove it, or set overwrite to true."
             )
         return True
 
     def _map_one(self, scene: Scene, outcome: Outcome) -> Iterator[float]:
-        """Predict what is not done yet, then write the map; yield the share of the image that is done."""
+        """Predict the rest of an image, then write its map; yield the finished share of the image, 0..1."""
         name, rows, options = scene.input.name, len(scene.plan.rows.starts), self.options
         tiler = Tiler(
             self.model.network, scene.plan, len(self.model.class_names), options.batch_size, self.device,
@@ -116,7 +116,7 @@ class MapMaker:
             if reason is not None:
                 log.info("%s: starting anew, as %s: %s.", name, partial.folder, reason)
             if carry is not None:
-                log.info("%s: going on after %d of %d rows of tiles.", name, done, rows)
+                log.info("%s: resuming after %d of %d rows of tiles.", name, done, rows)
                 tiler.carry.copy_(torch.from_numpy(carry))
             read = Strips(scene, self.model.in_channels)
             try:
@@ -127,7 +127,7 @@ class MapMaker:
                         outcome.pixels += piece.window.height * piece.window.width
                     partial.checkpoint(row + 1, tiler.carry.cpu().numpy())
             except (RunKilled, KeyboardInterrupt):
-                log.warning("What is done is kept in %s; the same command goes on from there.", partial.folder)
+                log.warning("The finished part is kept in %s; the same command resumes from there.", partial.folder)
                 raise
             except UnreadableImage:
                 partial.remove()
@@ -144,22 +144,22 @@ class MapMaker:
         """Write the finished map; return pixels per class, (K + 1,)."""
         legend = Legend(self.model.class_names, self._colors, {**self._tags, SIGNATURE_TAG: scene.signature})
         windows = list(scene.plan.pieces())
-        if self.options.probabilities:  # the class map is the last: where it is, all is
+        if self.options.probabilities:  # the class map is written last: if it exists, everything does
             path = probabilities_path(scene.output)
             write_probabilities(path, partial, windows, scene.size, scene.grid, scene.factor, legend)
         if scene.grid.crs is not None and scene.output.suffix.lower() not in TIFF_SUFFIXES:
-            log.warning("%s is no GeoTIFF: it does not hold the image's georeference.", scene.output)
+            log.warning("%s is no GeoTIFF, so it does not have the georeference of the image.", scene.output)
         return write_map(scene.output, partial, windows, scene.size, scene.grid, scene.factor, legend)
 
 
 def _warn(outcome: Outcome) -> None:
-    """Log what may be wrong with maps that could be made."""
+    """Warn about finished maps that may be wrong."""
     for images, what in (
         (outcome.empty, "holds no data: every pixel is nodata, and so is every pixel of its map."),
         (
             outcome.dark,
             "uses little of the range of 16 bit and is darker than the training images: the model sees it nearly black. Convert "
-            "it to what the training images were.",
+            "it to the range of the training images.",
         ),
     ):
         if images:

@@ -1,4 +1,4 @@
-"""A class map in the making: kept piece by piece in a folder beside it, so that a killed process resumes.
+"""An unfinished class map: its pieces are stored in a folder next to the map, so that a killed process can be resumed.
 
 Letters: K classes, h x w pixels.
 """
@@ -26,15 +26,15 @@ FORMAT = 1  # of the partial folder
 
 
 class PartialMap:
-    """The finished pieces of a map, in a folder beside it. `with` locks the folder against a second process, and removes it at
-    the end if no piece is finished.
+    """The finished pieces of a map, in a folder next to it.
 
-    The pieces are stored one after the other as they were added. The state records how much of the files counts, so whatever a
-    killed process wrote after its last `checkpoint` is cut off.
+    `with` locks the folder against a second process, and removes it at the end if no piece is finished. The pieces are stored
+    in the order in which they were added. The state records the valid length of the files, so everything that a killed process
+    wrote after its last `checkpoint` is cut off.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], with_probabilities: bool) -> None:
-        """`facts` is all that the map depends on: the content of a folder with other facts is dropped."""
+        """`facts`: everything that the map depends on; the content of a folder with other facts is deleted."""
         self.folder = folder
         self.facts = json.loads(json.dumps(dict(facts), default=str))
         self.names = ["classes.raw", *(["probabilities.raw"] if with_probabilities else [])]
@@ -65,8 +65,8 @@ class PartialMap:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def start(self) -> tuple[int, np.ndarray | None, str | None]:
-        """Return how many rows of tiles are done, what is carried to the next one (None = nothing), and why the folder's former
-        content was dropped (None = it was not, or there was none)."""
+        """Return the number of finished rows of tiles, the array carried to the next row (None = none), and the reason if former
+        content of the folder was deleted (None = it was not)."""
         state, reason = self._read_state()
         with self._explained():
             for name in self.names:
@@ -83,14 +83,14 @@ class PartialMap:
             return state["rows"], np.load(self.folder / state["carry"], allow_pickle=False), None
 
     def add(self, ids: np.ndarray, probabilities: np.ndarray | None) -> None:
-        """Append a piece: (h, w) and, where they are kept, (K, h, w), both uint8."""
+        """Append a piece: class ids (h, w) and, if they are stored, probabilities (K, h, w), both uint8."""
         with self._explained():
             for file, values in zip(self._files, (ids, probabilities), strict=False):
                 assert values is not None
                 file.write(np.ascontiguousarray(values).data)
 
     def checkpoint(self, rows: int, carry: np.ndarray) -> None:
-        """Record that everything added so far counts, and that `rows` rows of tiles are done."""
+        """Record that everything added so far is valid, and that `rows` rows of tiles are done."""
         with self._explained():
             for file in self._files:
                 file.flush()
@@ -108,7 +108,7 @@ class PartialMap:
                     old.unlink()
 
     def read(self, windows: Iterable[Window], bands: int | None = None) -> Iterator[tuple[Window, np.ndarray]]:
-        """Yield the pieces again, in their order: class ids (1, h, w), or probabilities (bands, h, w)."""
+        """Yield the pieces in order: class ids (1, h, w), or probabilities (bands, h, w) if `bands` is set."""
         for file in self._files:
             file.flush()
         count = bands or 1
@@ -118,7 +118,7 @@ class PartialMap:
                 yield window, np.frombuffer(content, np.uint8).reshape(count, window.height, window.width)
 
     def remove(self) -> None:
-        """Delete the pieces, as the map is written or cannot be; the folder is removed at the end of `with`."""
+        """Delete the pieces. The folder is removed at the end of `with`."""
         for file in self._files:
             file.close()
         for path in self.folder.iterdir():
@@ -146,12 +146,12 @@ class PartialMap:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn errors of the disk into InputError: the user can mend them, and no finished piece is lost."""
+        """Turn disk errors into InputError: the user can correct them, and no finished piece is lost."""
         try:
             yield
         except OSError as error:
             raise InputError(
-                f"{self.folder} cannot be written ({error}); what is done stays there: mend it and start again."
+                f"{self.folder} cannot be written ({error}); the finished part is kept there: correct this and start again."
             ) from None
 
 

@@ -1,7 +1,7 @@
-"""Rasters on the disk: size and georeference read, finished class maps and probabilities written.
+"""Raster files: reads size and georeference, writes finished class maps and probabilities.
 
-Letters: K classes, h x w pixels. Maps hold class ids in one band of 8 bits, 255 where there is no data; probabilities K
-bands of 8 bits, 254 times the probability.
+Letters: K classes, h x w pixels. Maps have one 8 bit band of class ids, 255 where there is no data. Probabilities have K
+8 bit bands with 254 times the probability.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ NODATA = 255  # of class maps and of probabilities
 PROBABILITY_STEPS = 254  # a probability p is stored as round(254 p)
 TIFF_SUFFIXES = (".tif", ".tiff")
 MAP_SUFFIXES = (*TIFF_SUFFIXES, ".png")
-SIGNATURE_TAG = "dann_signature"  # of a map's metadata: what made it
-BLOCK = 512  # side of a GeoTIFF's tiles
+SIGNATURE_TAG = "dann_signature"  # name of the metadata that identifies how a map was made
+BLOCK = 512  # side of the tiles of a GeoTIFF
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,24 @@ class Grid:
     """None = not georeferenced."""
     transform: Any
     gcps: tuple[Any, ...] = ()
-    """Ground control points; then `crs` is theirs."""
+    """Ground control points; if there are any, `crs` is theirs."""
     pixel_is: str | None = None
     """AREA_OR_POINT of the file."""
 
 
 @dataclass(frozen=True)
 class Legend:
-    """The classes and the metadata that are written into a map."""
+    """Classes and metadata to write into a map."""
 
     class_names: Sequence[str]
     colors: np.ndarray
     """(K, 3) in 0..1."""
     tags: Mapping[str, str]
-    """More of the file's metadata."""
+    """Additional metadata of the file."""
 
 
 def read_grid(path: Path) -> Grid:
-    """Read size and georeference of a file. Raises InputError for what is no image."""
+    """Read size and georeference of a file. Raises InputError if it is no image."""
     with open_raster(path) as file:
         points, crs_of_points = file.gcps
         height, width = TURNS[orientation_of(file)].size(file.height, file.width)
@@ -71,13 +71,13 @@ def read_grid(path: Path) -> Grid:
 
 
 def read_tags(path: Path) -> dict[str, str]:
-    """Read the metadata of a file. Raises InputError for what is no image."""
+    """Read the metadata of a file. Raises InputError if it is no image."""
     with open_raster(path) as file:
         return file.tags()
 
 
 def read_decimated(path: Path, bands: Sequence[int], side: int) -> np.ndarray:
-    """Read (bands, h, w) of the whole file as it is shown, nearest pixel, at most `side` pixels high and wide."""
+    """Read the whole file (bands, h, w) in display orientation, reduced by nearest pixel to at most `side` x `side`."""
     from rasterio.enums import Resampling
 
     with open_raster(path) as file:
@@ -93,8 +93,8 @@ def write_map(
 ) -> np.ndarray:  # fmt: skip
     """Write the finished class map to `path`: a Cloud Optimized GeoTIFF, or a PNG with a palette, by its suffix.
 
-    `windows` are those of the partial map's pieces, `size` its (height, width). It is resampled to `grid` by the nearest pixel;
-    one of its pixels is `factor` pixels of `grid`. Returns pixels per class (K + 1,), those without data last.
+    `windows`: the windows of the pieces of the partial map; `size`: its (height, width); `factor`: number of pixels of `grid` per
+    pixel of the partial map, which is resampled by nearest pixel. Returns pixels per class (K + 1,), those without data last.
     """
     source = partial.folder / "map.tif"
     names = legend.class_names
@@ -127,7 +127,7 @@ def write_probabilities(
 
 
 def _new_tiff(path: Path, size: tuple[int, int], grid: Grid, factor: float, bands: int) -> DatasetWriter:
-    """Create a GeoTIFF; uncompressed, as the pieces do not match its tiles, so that these are written several times."""
+    """Create a GeoTIFF. It is uncompressed, because pieces do not match its tiles, so tiles are written several times."""
     import rasterio
 
     height, width = size if factor == 1.0 else (grid.height, grid.width)
@@ -154,12 +154,12 @@ def _describe(file: DatasetWriter, legend: Legend) -> None:
 def _fill(
     file: DatasetWriter, pieces: Iterable[tuple[Window, np.ndarray]], folder: Path, size: tuple[int, int], factor: float
 ) -> np.ndarray:
-    """Write the pieces and return how often each value occurs, (256,)."""
+    """Write the pieces and return the count of each value, (256,)."""
     import rasterio
 
     if factor == 1.0:
         return _write(file, pieces)
-    working = folder / "working.tif"  # of the grid that was predicted on
+    working = folder / "working.tif"  # on the grid of the prediction
     with rasterio.open(
         working, "w", driver="GTiff", height=size[0], width=size[1], count=file.count, dtype="uint8", tiled=True,
         blockxsize=BLOCK, blockysize=BLOCK, interleave="band", BIGTIFF="IF_SAFER",
@@ -182,7 +182,7 @@ def _write(file: DatasetWriter, pieces: Iterable[tuple[Window, np.ndarray]]) -> 
 
 
 def _resampled(source: DatasetReader, target: DatasetWriter, factor: float) -> Iterator[tuple[Window, np.ndarray]]:
-    """Yield the target block by block: at each pixel the source's pixel that holds its center."""
+    """Yield the target block by block: each of its pixels gets the source pixel at its center."""
     from rasterio.windows import Window as FileWindow
 
     def behind(start: int, count: int, limit: int) -> np.ndarray:
@@ -200,7 +200,7 @@ def _resampled(source: DatasetReader, target: DatasetWriter, factor: float) -> I
 
 
 def _publish(source: Path, path: Path) -> None:
-    """Copy the plain GeoTIFF into the format of `path`, beside the source first: `path` is whole or not there."""
+    """Convert the plain GeoTIFF to the format of `path`, next to the source first, so that `path` is never incomplete."""
     from rasterio.shutil import copy
 
     made = source.with_suffix(".made" + path.suffix)
@@ -219,7 +219,7 @@ def _publish(source: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _gdal() -> Iterator[None]:
-    """Set GDAL to a small cache and no sidecar files."""
+    """Give GDAL a small cache and turn off its sidecar files."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
@@ -237,7 +237,7 @@ def _errors_explained(path: Path) -> Iterator[None]:
     except (OSError, RasterioError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(
-            f"{path} cannot be written: {reason}. What is predicted is kept beside it: mend it and start again."
+            f"{path} cannot be written: {reason}. The predictions so far are kept next to it: correct this and start again."
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""One image to be mapped: its header, the grid it is predicted on, and its pixels, read in large parts."""
+"""One image to map: its header, the grid of its prediction, and its pixels, which are read in large parts."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from dann_experiments.prediction.rasters import Grid, read_grid
 from dann_experiments.prediction.tiling import Axis, Plan, grid_stride, plan_tiles
 
 STRIP_BYTES = 32 * 2**20
-"""Size of the parts of an image that are read at a time, counted on the grid that it is predicted on."""
-SAMPLED = 8  # every so many rows and columns of a part are looked at to judge the range of the values
+"""Size of the parts that are read at a time, on the grid of the prediction."""
+SAMPLED = 8  # only every so many rows and columns are used to check the range of the values
 
 
 class UnreadableImage(InputError):
-    """The image turned out to be damaged while it was read, so the finished part of its map is of no use."""
+    """The image is damaged, as reading it showed, so the finished part of its map is useless."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How maps are made."""
+    """Options for making maps."""
 
     tile_size: int = 512
-    """Pixels along a side of what the network sees at a time."""
+    """Side of a tile, which the network sees at a time, in pixels."""
     overlap: int = 128
     """Pixels that neighboring tiles share."""
     batch_size: int = 4
@@ -54,14 +54,14 @@ class Options:
     probabilities: bool = False
     """Also write the probabilities of all classes."""
     overwrite: bool = False
-    """Replace a map that exists."""
+    """Replace existing maps."""
     own_bands: bool = False
-    """Whether the user, not the model, chose the bands to read."""
+    """True if the user, not the model, chose the bands to read."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One image to be mapped, by its header."""
+    """One image to map, with its header read."""
 
     input: Path
     output: Path
@@ -76,14 +76,14 @@ class Scene:
     plan: Plan
     normalisation: Normalization
     facts: Mapping[str, Any]
-    """All that its map depends on."""
+    """Everything that its map depends on."""
 
     @classmethod
     def open(cls, source: Path, output: Path, model: Model, options: Options) -> Scene:
-        """Read the header of `source`. Raises InputError for an image that the model cannot take."""
+        """Read the header of `source`. Raises InputError for an image that does not fit the model."""
         header = read_header(source)
         reading = model.reading
-        # gray, or a palette, which has no fewer colors
+        # gray, or a palette, which is read as colors
         if header.bands == 1 and not options.own_bands and reading.bands == (1, 2, 3):
             reading = dataclasses.replace(reading, bands=None)
         bands = chosen_bands(source, header, reading, model.in_channels)
@@ -91,7 +91,7 @@ class Scene:
         height, width = reading.grid_size(header, source)
         plan = plan_tiles(height, width, options.tile_size, options.overlap, grid_stride(model.network))
         status = source.stat()
-        # not the device: an interrupted map may be finished on another
+        # without the device: an interrupted map may be finished on another one
         facts = {
             "model": model.digest, "input": str(source.resolve()), "input size": status.st_size,
             "input time": status.st_mtime_ns, "reading": _as_signed(reading),
@@ -105,26 +105,28 @@ class Scene:
 
     @property
     def signature(self) -> str:
-        """32 hex digits of the facts."""
+        """Digest of the facts, 32 hex digits."""
         return hashlib.blake2b(json.dumps(self.facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @property
     def partial_folder(self) -> Path:
-        """Where finished pieces are kept until the map is whole."""
+        """Folder of the finished pieces until the map is complete."""
         return self.output.with_name(self.output.name + PARTIAL_SUFFIX)
 
 
 def _as_signed(reading: Reading) -> dict[str, Any]:
-    """Return a reading for the signature of a map, without the fields that older versions lacked where they have their old
-    meaning, so that older maps are recognized as finished."""
+    """Return a reading for the signature of a map.
+
+    Newer fields are left out if they have the meaning of older versions, so that older maps still count as finished.
+    """
     as_before = {"nodata_bands": "all", "unit": None}
     return {name: value for name, value in plain_reading(reading).items() if as_before.get(name, ...) != value}
 
 
 class Strips:
-    """Cuts tiles out of larger parts of the image, each read once: of as many rows as fit, or of part of a row of tiles.
+    """Cuts tiles out of larger parts of the image, which are read once: several rows of tiles, or a part of one row.
 
-    The parts are the same for every process, so a resumed map is made of the same numbers even where reading resamples.
+    The parts are the same in every process, so a resumed map gets the same values even if reading resamples.
     """
 
     def __init__(self, scene: Scene, in_channels: int) -> None:
@@ -148,7 +150,7 @@ class Strips:
         return torch.from_numpy(self.scene.normalisation(values[:, *box], inside)), inside
 
     def is_dark(self) -> bool:
-        """Return whether the image uses little of the range of 16 bit and is darker than the training images."""
+        """Return whether a 16 bit image uses only a small part of its range and is darker than the training images."""
         if not self._judges_range:
             return False
         found, normalisation = self._sums.result(), self.scene.normalisation
@@ -161,7 +163,7 @@ class Strips:
 
     @staticmethod
     def _fitting(axis: Axis, line: int) -> int:
-        """Return how many tiles of the axis make a part; `line`: bytes of one row (or column) of pixels."""
+        """Return the number of tiles along the axis that fit into a part; `line`: bytes per row (or column) of pixels."""
         return max((STRIP_BYTES // line - axis.tile) // axis.step + 1, 0)
 
     def _holding(self, window: Window) -> tuple[Window, np.ndarray, np.ndarray | None]:
@@ -170,7 +172,7 @@ class Strips:
         columns = self._span(plan.columns, window.left, max(self._columns_per_part, 1))
         part = Window(rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
         if self._part is None or self._part[0] != part:
-            self._part = None  # the old part's memory is needed for the new one
+            self._part = None  # free the old part before reading the new one
             try:
                 values, valid = read_pixels(self.scene.input, self.in_channels, self.scene.reading, part)
             except InputError as error:

@@ -1,1 +1,1 @@
-"""Pages, figures and pictures, made from plain numbers: nothing here knows a tracking store or the settings of a job."""
+"""Pages, figures and pictures from plain numbers, independent of the tracking store and the settings of a job."""

@@ -16,11 +16,11 @@ THEME = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", NAVY: "--source", RED: "--target", TEAL: "--teal",
     PURPLE: "--purple",
 }  # fmt: skip
-"""Drawn color -> the CSS variable of style.css that replaces it in a page, so that it stays visible on a dark background."""
+"""Drawn color -> CSS variable of style.css that replaces it in a page, so that it is visible on a dark background too."""
 
 
 def themed(color: str) -> str:
-    """Return the CSS for a color, which follows the theme of the page where it has a variable."""
+    """Return the CSS of a color: its variable, which follows the theme of the page, if it has one."""
     return f"var({THEME[color]})" if color in THEME else color
 
 
@@ -34,7 +34,7 @@ def class_colors(count: int) -> np.ndarray:
 
 
 def paint(ids: np.ndarray, count: int) -> np.ndarray:
-    """Return (H, W, 3) uint8 colors for class ids (H, W); ids that are none of the `count` classes become black."""
+    """Return (H, W, 3) uint8 colors for class ids (H, W); ids outside of 0 to `count` - 1 become black."""
     palette = np.concatenate([class_colors(count), [_rgb(IGNORED_COLOR)]])
     return np.round(255 * palette[np.where((ids >= 0) & (ids < count), ids, count)]).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""Pictures: images of any sensor as they are shown, and as data in a page."""
+"""Pictures: converts images of any sensor for display, and encodes them for a page."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SMALL = 96
 
 
 def display_image(image: np.ndarray, stretch: bool = False) -> np.ndarray:
-    """Return (H, W, 3) in 0..1 from an image (B, H, W) in 0..1: the first three bands, the first alone if there are fewer.
+    """Return (H, W, 3) in 0..1 for an image (B, H, W) in 0..1: the first three bands; only the first if there are fewer.
 
-    `stretch`: from the 2nd to the 98th percentile, for sensors that use a small part of their range.
+    `stretch`: map the 2nd to 98th percentile to 0..1, for sensors that use a small part of their range.
     """
     bands = image[:3] if len(image) >= 3 else np.repeat(image[:1], 3, axis=0)
     pixels = bands.transpose(1, 2, 0).astype(np.float32)
@@ -28,9 +28,9 @@ def display_image(image: np.ndarray, stretch: bool = False) -> np.ndarray:
 
 
 def data_uri(pixels: np.ndarray, photo: bool = False) -> str:
-    """Return pixels (H, W, 3) or (H, W, 4) uint8 as a `data:` address, at most TILE_SIZE on a side.
+    """Return pixels (H, W, 3) or (H, W, 4) uint8 as a `data:` URL, scaled down to at most TILE_SIZE per side.
 
-    PNG, which is exact; a `photo` that is not SMALL becomes a JPEG.
+    The format is PNG, which is lossless; a `photo` larger than SMALL becomes a JPEG.
     """
     image = Image.fromarray(np.ascontiguousarray(pixels))
     factor = TILE_SIZE / max(image.size)
@@ -41,14 +41,14 @@ def data_uri(pixels: np.ndarray, photo: bool = False) -> str:
     if photo and max(image.size) > SMALL:
         image.save(buffer, "JPEG", quality=88)
         kind = "jpeg"
-    else:  # few colors: a palette takes a third of the bytes
+    else:  # few colors: a palette makes a third of the bytes
         (image if image.mode == "RGBA" else image.quantize(256)).save(buffer, "PNG", optimize=True)
         kind = "png"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def faded(truth: np.ndarray, predicted: np.ndarray, count: int) -> np.ndarray:
-    """Return (H, W, 4) uint8: white over the pixels that are right or not labeled, transparent over errors."""
+    """Return (H, W, 4) uint8: white over correct and unlabeled pixels, transparent over errors."""
     known = (truth >= 0) & (truth < count)
     veil = np.full((*predicted.shape, 4), 255, np.uint8)
     veil[..., 3] = np.where((predicted == truth) | ~known, 215, 0)
@@ -56,7 +56,7 @@ def faded(truth: np.ndarray, predicted: np.ndarray, count: int) -> np.ndarray:
 
 
 def tile_iou(truth: np.ndarray, predicted: np.ndarray, count: int) -> float:
-    """Return the mean IoU over the classes present in one tile (H, W), without unlabeled pixels; NaN if there are no others.
+    """Return the mean IoU over the classes in one tile (H, W), without unlabeled pixels; NaN if all are unlabeled.
 
     >>> tile_iou(np.array([[0, 0, 1, 255]]), np.array([[0, 1, 1, 1]]), 2)
     0.5

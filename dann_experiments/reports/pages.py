@@ -1,4 +1,4 @@
-"""Fills the templates of this folder: HTML pages that need no other file, and Markdown reports."""
+"""Fills the templates in this folder: self-contained HTML pages, and Markdown reports."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dann_experiments.reports.tables import MISSING, decimal, markdown, short
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Write a page from a template of this folder; values become text of the page, never markup, in templates of HTML."""
+    """Write a page from a template in this folder. In HTML templates values are escaped, so they cannot become markup."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_environment().get_template(template).render(values), encoding="utf-8")
 
 
 def safe_address(address: str) -> bool:
-    """Return whether an address is safe to link to: not of a kind that could run something (`javascript:`, `data:`)."""
+    """Return whether an address is safe to link to: its scheme cannot run code (as `javascript:` and `data:` can)."""
     return address.isprintable() and urlsplit(address.strip()).scheme.lower() in ("", "http", "https", "file")
 
 

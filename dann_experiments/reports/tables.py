@@ -1,4 +1,4 @@
-"""Numbers and names as text: cells of tables in pages and reports."""
+"""Formats numbers and names for the tables of pages and reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MISSING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
 def short(name: str, length: int = 26) -> str:
-    """Return the name, its middle left out where it is longer than `length`.
+    """Return the name, with an ellipsis in the middle if it is longer than `length`.
 
     >>> short("a rather long name", 10)
     'a rath…ame'
@@ -21,7 +21,7 @@ def short(name: str, length: int = 26) -> str:
 
 
 def decimal(value: float, form: str, scale: float = 1) -> str:
-    """Return a number times `scale` in a format with a true minus sign, which is as wide as a plus; a dash if it is not finite.
+    """Format a number times `scale` with a true minus sign, which is as wide as a plus; a dash if it is not finite.
 
     >>> decimal(0.0312, "+.1f", 100)
     '+3.1'
@@ -30,7 +30,7 @@ def decimal(value: float, form: str, scale: float = 1) -> str:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """Return a table's cell: a fraction with so many significant digits, nothing for a missing value.
+    """Return the text of a table cell: floats with so many significant digits, an empty text for a missing value.
 
     >>> number(0.123456), number(None), number(7)
     ('0.1235', '', '7')

@@ -1,4 +1,4 @@
-"""Tables and results on the terminal, by rich."""
+"""Prints tables and results on the terminal, with rich."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Scores = Mapping[str, float]
 
 
 def ui_command(uri: str) -> str:
-    """Return how to open the MLflow UI on a store: the address of a server, else a command. Passwords are left out."""
+    """Return how to open the MLflow UI of a store: the address of a server, otherwise a command. Passwords are left out."""
     uri = without_secrets(uri)
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def where_to_look(uri: str) -> str:
-    """Return `ui_command` with the way to the runs: MLflow 3.17 opens its GenAI pages, which do not show them."""
+    """Return `ui_command` with a hint where the runs are: MLflow 3.17 opens its GenAI pages, which do not show them."""
     return f"{ui_command(uri)} (there: Model training, at the top left)"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], box: Box = HEAVY_HEAD) -> None:
-    """Print a table: labels on the left in the first column, numbers on the right in the others."""
+    """Print a table: the first column aligned left, the others right."""
     table = Table(title=escape(title), box=box, padding=(0, 1, 0, 0) if box is SIMPLE else (0, 1))
     for place, name in enumerate(columns):
         no_wrap = box is SIMPLE and place == 0
@@ -61,8 +61,10 @@ def print_scores(title: str, rows: Mapping[str, Scores]) -> None:
 
 
 def print_comparison(comparison: Any, table: pd.DataFrame) -> None:
-    """Print the arms of a comparison with their scores, and what was found. `table`: one row per arm and metric, with the
-    columns `mean`, `std` (fractions) and `n` (seeds)."""
+    """Print the arms of a comparison with their scores, the verdicts and the notes.
+
+    `table`: one row per arm and metric, with the columns `mean`, `std` (fractions) and `n` (seeds).
+    """
     scores = [name for name in table["metric"].unique() if name.startswith(Metric.IOU)]
     found = table.set_index(["arm", "metric"])
 
@@ -86,7 +88,7 @@ def print_comparison(comparison: Any, table: pd.DataFrame) -> None:
 
 
 def print_overview(table: pd.DataFrame, experiment: str, experiment_id: str, folders: Mapping[str, str]) -> None:
-    """Print the newest runs side by side. `table`: one row per arm, with `run_id` and metrics; `folders`: arm -> its files."""
+    """Print the newest runs side by side. `table`: one row per arm, with `run_id` and metrics; `folders`: arm -> folder."""
     scores = [name for name in table.columns if name.startswith(Metric.IOU)]
     rows = [
         [str(arm), *(cell(float(row[name])) for name in scores), str(row["run_id"])[:8]]
@@ -103,8 +105,8 @@ def print_overview(table: pd.DataFrame, experiment: str, experiment_id: str, fol
 
 
 def print_data_report(report: Any) -> int:
-    """Print what `check_data` found. Return the exit code: 2 if there are problems."""
-    tables = (("sets (class shares of labelled pixels)", report.counts.T), ("bands, as stored", report.bands))
+    """Print the report of `check_data`. Return the exit code: 2 if there are problems, else 0."""
+    tables = (("sets (class shares of labeled pixels)", report.counts.T), ("bands, as stored", report.bands))
     for title, frame in tables:
         if frame.size:
             rows = [
@@ -133,7 +135,7 @@ def print_data_report(report: Any) -> int:
 
 
 def print_sync(found: Iterable[Any]) -> int:
-    """Print one line per folder of a run as it is sent. Return the exit code: 1 if something is left."""
+    """Print one line per folder of a run as it is sent. Return the exit code: 1 if something could not be sent, else 0."""
     left, count = 0, 0
     for count, leftover in enumerate(found, 1):  # noqa: B007  (the count is needed after the loop)
         print(f"{leftover.run_id}: {leftover.outcome}", flush=True)
@@ -143,7 +145,7 @@ def print_sync(found: Iterable[Any]) -> int:
 
 
 def print_health(closed: Sequence[str], running: int, elsewhere: Sequence[str], leftovers: Sequence[Path]) -> None:
-    """Print the runs that `doctor` closed and those that it could not judge, and the folders of runs that are left."""
+    """Print the runs that `doctor` closed, those that it cannot check, and the remaining folders of runs."""
     for run_id in closed:
         print(f"{run_id}: its process is gone; closed as KILLED")
     for run_id in elsewhere:

@@ -1,6 +1,6 @@
-"""Scores as plain functions on tensors: IoU and its relatives, label-free selection scores, and the probe of the domain gap.
+"""Scores as plain functions on tensors: IoU and related metrics, label-free selection scores, and the domain gap probe.
 
-None of them needs a trainer, a configuration or MLflow. `docs/scores.md` shows them on tensors of your own.
+They need no trainer, settings or MLflow. `docs/scores.md` shows how to use them on your own tensors.
 """
 
 from dann_experiments.scores.bnm import batch_nuclear_norm

@@ -1,4 +1,4 @@
-"""Batch nuclear norm: how sure and how varied predictions are, by the singular values of their matrix (Cui et al. 2020)."""
+"""Batch nuclear norm (Cui et al. 2020): measures confidence and diversity of predictions by singular values of their matrix."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dann_experiments.scores.predictions import PredictionMeans, in_range, means
 
 
 def batch_nuclear_norm(logits: Tensor, valid: Tensor | None = None) -> float:
-    """Return the nuclear norm of the matrix of all p (n pixels x K) over sqrt(n K), its greatest value; higher is better.
+    """Return the nuclear norm of the softmax matrix (n pixels x K) divided by its maximum, sqrt(n K); higher is better.
 
-    Cui et al. take it over a training batch; here the whole set is one batch. `logits`: (N, K, ...), such as (N, K, H, W);
-    `valid`: (N, ...), 0 where a pixel has no data. Lies in 1/K (uniform p) to 1 (sure, each class equally often). NaN without a
-    pixel, or where logits are not finite. Raises ValueError for fewer than two classes.
+    Cui et al. use a training batch; here the whole set is one batch. `logits`: (N, K, ...), such as (N, K, H, W); `valid`:
+    (N, ...), 0 where a pixel has no data. The range is 1/K (uniform) to 1 (certain, each class equally often). NaN without valid
+    pixels, or if logits are not finite. Raises ValueError for fewer than two classes.
 
     >>> import torch
     >>> round(batch_nuclear_norm(100 * torch.eye(4)[:, :, None]), 3)
@@ -27,8 +27,8 @@ def batch_nuclear_norm(logits: Tensor, valid: Tensor | None = None) -> float:
 
 
 def batch_nuclear_norm_from(means: PredictionMeans) -> float:
-    """Return the score of predictions that were added up."""
+    """Return the score from the means over all predictions."""
     if not means.is_defined:
         return math.nan
-    norm = float(np.sqrt(np.maximum(np.linalg.eigvalsh(means.gram), 0.0)).sum())  # of the singular values
+    norm = float(np.sqrt(np.maximum(np.linalg.eigvalsh(means.gram), 0.0)).sum())  # sum of the singular values
     return in_range(norm / math.sqrt(means.pixels * means.classes))

@@ -1,7 +1,7 @@
 """The confusion matrix of a labeled set, and precision, recall, F1 and pixel accuracy from it.
 
-A score that would be 0 / 0 is NaN, and NaN does not enter a mean. So the mean precision is over the classes that were predicted
-and the mean recall over the classes that are labeled.
+A score that would be 0 / 0 is NaN, and means ignore NaN. So the mean precision covers the predicted classes, and the mean
+recall the labeled classes.
 
 Letters: N images, K classes, H x W pixels.
 """
@@ -18,27 +18,27 @@ from torch import Tensor
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
     """Count pixels by true and predicted class.
 
-    `predicted` and `labels`: class ids of any one shape, such as (N, H, W); pixels labeled `ignore_index` do not count. Returns
-    (K, K) int64 on the same device, rows = truth, columns = prediction. Matrices of several batches add up to that of the set.
+    `predicted` and `labels`: class ids of the same shape, such as (N, H, W); pixels labeled `ignore_index` do not count. Returns
+    (K, K) int64 on the same device, rows = truth, columns = prediction. The sum over batches is the matrix of the set.
 
     >>> labels = torch.tensor([[0, 0], [1, 255]])
     >>> confusion_matrix(torch.tensor([[0, 1], [1, 1]]), labels, num_classes=2).tolist()
     [[1, 1], [0, 1]]
     """
-    # Not torchmetrics': under deterministic algorithms, our default, it compares each pixel with each of K x K pairs, which takes
-    # longer than the network's forward pass (docs/performance.md).
+    # Not from torchmetrics: with deterministic algorithms, our default, it compares each pixel with each of the K x K pairs,
+    # which takes longer than the forward pass of the network (docs/performance.md).
     kinds = num_classes**2
     pairs = (labels.long() * num_classes).add_(predicted).masked_fill_(labels == ignore_index, kinds).flatten()
     if pairs.device.type == "cpu":
         counts = torch.bincount(pairs, minlength=kinds + 1)
-    else:  # bincount would wait for the device
+    else:  # bincount would synchronize with the device
         counts = torch.zeros(kinds + 1, dtype=torch.int64, device=pairs.device)
         counts.scatter_add_(0, pairs, torch.ones_like(pairs))
     return counts[:kinds].view(num_classes, num_classes)
 
 
 def class_precision(confusion: Tensor | np.ndarray) -> np.ndarray:
-    """Return the share of each class's predicted pixels that are right, (K,) in 0..1; NaN for a class never predicted.
+    """Return the share of each class's predicted pixels that are correct, (K,) in 0..1; NaN for a class never predicted.
 
     >>> class_precision(torch.tensor([[6, 2], [3, 1]])).round(3).tolist()
     [0.667, 0.333]
@@ -60,7 +60,7 @@ def class_recall(confusion: Tensor | np.ndarray) -> np.ndarray:
 def class_f1(confusion: Tensor | np.ndarray) -> np.ndarray:
     """Return the harmonic mean of precision and recall, 2 hits / (labeled + predicted), (K,) in 0..1. This is Dice.
 
-    NaN for a class neither labeled nor predicted; 0 where precision or recall alone is NaN.
+    NaN for a class neither labeled nor predicted; 0 if only one of precision and recall is NaN.
 
     >>> class_f1(torch.tensor([[6, 2], [3, 1]])).round(3).tolist()
     [0.706, 0.286]
@@ -70,7 +70,7 @@ def class_f1(confusion: Tensor | np.ndarray) -> np.ndarray:
 
 
 def pixel_accuracy(confusion: Tensor | np.ndarray) -> float:
-    """Return the share of labeled pixels that are right, 0..1; NaN where no pixel is labeled.
+    """Return the share of labeled pixels that are correct, 0..1; NaN if no pixel is labeled.
 
     >>> round(pixel_accuracy(torch.tensor([[6, 2], [3, 1]])), 3)
     0.583
@@ -80,7 +80,7 @@ def pixel_accuracy(confusion: Tensor | np.ndarray) -> float:
 
 
 def row_shares(confusion: Tensor | np.ndarray) -> np.ndarray:
-    """Return each row as shares of its class's labeled pixels, (K, K); a row of NaN for a class without any.
+    """Divide each row by the labeled pixels of its class, (K, K); the row of a class without labeled pixels is NaN.
 
     >>> row_shares(torch.tensor([[6, 2], [3, 1]])).tolist()
     [[0.75, 0.25], [0.75, 0.25]]
@@ -101,7 +101,7 @@ def macro_mean(scores: np.ndarray) -> float:
 
 
 def as_array(values: Tensor | np.ndarray) -> np.ndarray:
-    """Return a tensor of any device as an array; an array as it is."""
+    """Return a tensor on any device as an array; an array unchanged."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
 
 

@@ -1,8 +1,8 @@
-"""The probe: is the gap between two domains small, as a fresh, simple classifier on features sees it?
+"""The probe: measures the gap between two domains with a new, simple classifier on their features.
 
-A run's own domain classifier is one half of a game: if it is confused, the features may be alike, or the classifier weak. So a
-classifier that never played, a regularized logistic regression, is fitted to features of both domains and judged on images that
-it was not fitted to. Its accuracy gives the proxy A-distance (Ben-David et al. 2007 and 2010; Ganin et al. 2016, section 3.2).
+The domain classifier of a run is trained against the network: if it is confused, the features may be similar, or the classifier
+weak. So an independent classifier, a regularized logistic regression, is fitted to features of both domains and scored on other
+images. Its accuracy gives the proxy A-distance (Ben-David et al. 2007 and 2010; Ganin et al. 2016, section 3.2).
 
 Letters: N images, C channels, F features, H x W positions.
 """
@@ -22,35 +22,35 @@ from dann_experiments.adaptation.domain_classifier import resize_valid
 from dann_experiments.scores.confusion import as_array
 
 FEWEST_IMAGES = 4
-"""Images per domain that a probe needs: with 4 it is fitted four times to 3 + 3 images, which is little enough."""
+"""Images per domain that a probe needs: with 4 it is fitted four times to 3 + 3 images, which is already very few."""
 FOLDS = 5
 MOST_DRAWS = 5
-"""How often at most the larger domain is drawn from, to be compared with all of the smaller one."""
+"""Maximal number of samples of the larger domain that are compared with the smaller one."""
 REGULARIZATION = 0.1
-"""`C` of the logistic regression on standardized features. Pure noise gives 0.5 with any C, on images that it was not
-fitted to. On real differences 0.1 was within 0.02 of the best of 1e-4 ... 1 on drawn cases of 8 to 1024 features and 6 to 300
-images per domain; 1e-3 and less lose differences in few, collinear features (0.62 instead of 0.93)."""
+"""`C` of the logistic regression on standardized features. On held-out images, pure noise gives 0.5 with any C. For true
+differences in simulated cases (8 to 1024 features, 6 to 300 images per domain), 0.1 was within 0.02 of the best value in 1e-4 to
+1; 1e-3 and less miss differences in few, collinear features (0.62 instead of 0.93)."""
 MOST_ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How well a fresh classifier tells two domains apart."""
+    """The result of a probe: how well a new classifier distinguishes two domains."""
 
     accuracy: float
     """Balanced accuracy, 0..1, on images that the probe was not fitted to; 0.5 is chance."""
     a_distance: float
-    """Proxy A-distance, 0 (alike) to 2 (told apart without error)."""
+    """Proxy A-distance, 0 (indistinguishable) to 2 (distinguished without error)."""
     images: tuple[int, int]
-    """Images of the source and of the target that took part."""
+    """Numbers of source and target images used."""
 
     @property
     def standard_error(self) -> float:
         """Approximate standard error of the accuracy, sqrt(p (1 - p) / n).
 
-        n is twice the harmonic mean of the two numbers of images, their sum where they are equal (the less sure domain rules the
-        mean of two). p has one right and one wrong answer added (Laplace), so that 1.0 on six images has an error too. Folds
-        share training images: on pure noise the true error was up to 1.25 times this.
+        n is twice the harmonic mean of the two numbers of images, because the smaller domain dominates the error. p has one
+        correct and one wrong answer added (Laplace), so that the error of 1.0 on six images is not 0. Folds share training
+        images: on pure noise the true error was up to 1.25 times this.
         """
         count = 4 / (1 / self.images[0] + 1 / self.images[1])
         p = (self.accuracy * count + 1) / (count + 2)
@@ -60,8 +60,8 @@ class Probe:
 def a_distance(accuracy: float) -> float:
     """Return the proxy A-distance 2 (1 - 2 error) with error = 1 - accuracy, 0 to 2 (Ben-David et al. 2007, 2010).
 
-    An accuracy below 0.5 gives 0: the distance is defined by the best classifier of the class, and inverting a classifier's
-    answers makes one that errs in at most half of the cases. What is below 0.5 is noise.
+    An accuracy below 0.5 is noise and gives 0: the distance is defined by the best classifier, and inverting all answers would
+    give one with an accuracy above 0.5.
 
     >>> a_distance(0.75)
     1.0
@@ -70,17 +70,17 @@ def a_distance(accuracy: float) -> float:
 
 
 def probe(source: Tensor | np.ndarray, target: Tensor | np.ndarray, seed: int = 0) -> Probe | None:
-    """Cross-validate a fresh classifier between features of the source (N, F) and of the target (M, F).
+    """Cross-validate a new classifier between features of the source (N, F) and of the target (M, F).
 
-    Logistic regression on features that are standardized by the training folds; 5 folds, stratified, fewer for fewer images.
-    Domains of unequal size are compared at equal size, over up to 5 draws from the larger one: with more features than images
-    weighting the classes does not help, the classifier calls nearly everything the larger domain, and a true difference
-    would look like 0.5. The same `seed` gives the same numbers.
+    It is a logistic regression on features that are standardized by the training folds, with 5 stratified folds, fewer for fewer
+    images. Domains of unequal size are compared at equal size, over up to 5 samples of the larger one. (Class weights do not help
+    with more features than images: the classifier predicts the larger domain nearly everywhere, and a true difference looks like
+    0.5.) The same `seed` gives the same numbers.
 
-    Each row counts as an image of its own. Windows of one picture resemble each other, so with one to five pictures per domain a
-    probe tells the *pictures* apart: drawn from one distribution, 40 windows of 5 pictures each gave 1.0, of 20 pictures 0.7.
+    Each row counts as a separate image. Windows of one picture are similar, so with one to five pictures per domain a probe
+    distinguishes *pictures*: for a single distribution, 40 windows of 5 pictures each gave 1.0, of 20 pictures 0.7.
 
-    Returns None for fewer than 4 images in a domain, and for features that are not finite (a network that diverged).
+    Returns None for fewer than 4 images in a domain, and if features are not finite (the network diverged).
 
     >>> noise = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     >>> found = probe(noise[:20], noise[20:] + 3)
@@ -93,7 +93,7 @@ def probe(source: Tensor | np.ndarray, target: Tensor | np.ndarray, seed: int = 
         return None
     random = np.random.default_rng(seed)
     draws = min(max(len(source), len(target)) // count, MOST_DRAWS)
-    # resize: the smaller domain takes part as a whole each time, the larger one with other images each time
+    # resize: each draw uses the whole smaller domain, and other images of the larger one
     sides = [domain[np.resize(random.permutation(len(domain)), draws * count)] for domain in (source, target)]
     parts = [slice(draw * count, (draw + 1) * count) for draw in range(draws)]
     accuracy = float(np.mean([_cross_validated(sides[0][part], sides[1][part]) for part in parts]))
@@ -101,7 +101,7 @@ def probe(source: Tensor | np.ndarray, target: Tensor | np.ndarray, seed: int = 
 
 
 def mean_probe(probes: Sequence[Probe | None]) -> Probe | None:
-    """Return the mean over layers; None if no layer could be probed."""
+    """Return the mean of the probes of several layers; None if no layer could be probed."""
     made = [item for item in probes if item is not None]
     if not made:
         return None
@@ -111,11 +111,11 @@ def mean_probe(probes: Sequence[Probe | None]) -> Probe | None:
 
 
 def mean_and_std(features: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Return mean, then standard deviation over the positions with data, (N, 2C): what `probe` is usually fitted to.
+    """Return mean, then standard deviation over the positions with data, (N, 2C): the usual input of `probe`.
 
-    The mean alone would be weak where a layer has few channels, and blind to textures that leave the mean as it is. `features`:
-    (N, C, H, W); `valid`: (N, h, w) at any resolution, 0 where a pixel has no data. Positions count by the share of valid pixels
-    behind them; an image without any gives NaN.
+    The mean alone would be weak for a layer with few channels, and would miss textures with the same mean. `features`:
+    (N, C, H, W); `valid`: (N, h, w) at any resolution, 0 where a pixel has no data. Positions are weighted by their share of
+    valid pixels; an image without valid pixels gives NaN.
 
     >>> mean_and_std(torch.tensor([[[[1.0, 3.0]]]])).tolist()
     [[2.0, 1.0]]
@@ -124,7 +124,7 @@ def mean_and_std(features: Tensor, valid: Tensor | None = None) -> Tensor:
         weights = torch.ones_like(features[:, :1])
     else:
         weights = resize_valid(valid.float(), features)[:, None]  # (N, 1, H, W)
-        features = torch.where(weights > 0, features, 0.0)  # a NaN would pass a weight of 0
+        features = torch.where(weights > 0, features, 0.0)  # NaN times a weight of 0 would still be NaN
     weights = weights / weights.sum((2, 3), keepdim=True)
     mean = (features * weights).sum((2, 3), keepdim=True)
     variance = ((features - mean).square() * weights).sum((2, 3))
@@ -132,8 +132,8 @@ def mean_and_std(features: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def _cross_validated(source: np.ndarray, target: np.ndarray) -> float:
-    """Return the accuracy (0..1) of a probe between equally many images of each domain, in random order: it is balanced."""
-    from sklearn.exceptions import ConvergenceWarning  # takes a second to import, and most jobs never probe
+    """Return the accuracy (0..1) of a probe between the same number of images of each domain, in random order."""
+    from sklearn.exceptions import ConvergenceWarning  # imported here: it takes a second, and most jobs never probe
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import PredefinedSplit, cross_val_predict
     from sklearn.pipeline import make_pipeline
@@ -142,12 +142,12 @@ def _cross_validated(source: np.ndarray, target: np.ndarray) -> float:
     count = len(source)
     features = np.concatenate([source, target]).astype(np.float64)
     domains = np.repeat([0, 1], count)
-    # Equally many of each domain in each fold. StratifiedKFold allows one more of one domain, which then is missing in training:
-    # noise on 6 + 6 images came out at 0.44 (mean of 300 draws) instead of 0.5.
+    # The same number of both domains in each fold. StratifiedKFold allows one more of one domain, which is then missing in
+    # training: noise on 6 + 6 images gave 0.44 (mean of 300 draws) instead of 0.5.
     folds = PredefinedSplit(np.tile(np.arange(count) % min(FOLDS, count), 2))
     regression = LogisticRegression(C=REGULARIZATION, class_weight="balanced", max_iter=MOST_ITERATIONS)
     with warnings.catch_warnings():
-        # a fit that is not quite at its optimum is a classifier too, and is judged as one
+        # a fit that has not quite converged is still a classifier, and is scored like any other
         warnings.simplefilter("ignore", ConvergenceWarning)
         answers = cross_val_predict(make_pipeline(StandardScaler(), regression), features, domains, cv=folds)
     return float(np.mean(answers == domains))

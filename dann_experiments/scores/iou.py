@@ -22,7 +22,7 @@ def class_iou(confusion: Tensor | np.ndarray) -> np.ndarray:
 
 
 def mean_iou(confusion: Tensor | np.ndarray) -> float:
-    """Return the macro mean of `class_iou` over the classes labeled or predicted, 0..1; NaN where there are none.
+    """Return the mean of `class_iou` over the classes labeled or predicted, 0..1; NaN if there are none.
 
     >>> round(mean_iou(np.array([[6, 2, 0], [3, 1, 0], [0, 0, 0]])), 3)
     0.356

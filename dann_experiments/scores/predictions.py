@@ -1,4 +1,4 @@
-"""Sums over the predictions for a set, from which entropy, information maximization and batch nuclear norm follow.
+"""Sums over the predictions for a set, used by entropy, information maximization and batch nuclear norm.
 
 Letters: N images, K classes, P pixels per image, p the softmax at a pixel, H(p) its entropy in nats.
 """
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 CPU_VALUES = 2**19
-"""Logits of a batch that are scored at a time on a CPU, in whole images: 2 MB, which stay in its cache."""
+"""Logits that are scored at a time on a CPU (in whole images): 2 MB, which fit into its cache."""
 MOST_VALUES = 2**23
-"""The same on other devices, where each call costs: bounds the memory that scores need (128 MB)."""
+"""Logits that are scored at a time on other devices, where calls are expensive; limits the memory for scores (128 MB)."""
 
 
 def in_parts(logits: Tensor) -> Iterator[slice]:
-    """Yield slices of a few images of a batch (N, K, ...), so that what is computed from each stays in the processor's cache."""
+    """Yield slices of a few images of a batch (N, K, ...), so that computations on each fit into the cache of the processor."""
     most = CPU_VALUES if logits.device.type == "cpu" else MOST_VALUES
     images = max(most // max(logits[:1].numel(), 1), 1)
     for start in range(0, len(logits), images):
@@ -28,7 +28,7 @@ def in_parts(logits: Tensor) -> Iterator[slice]:
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Return the log-softmax over the classes of logits (N, K, ...), in single precision and without gradient."""
+    """Return the log-softmax over the classes of logits (N, K, ...), in float32 and without gradient."""
     with torch.no_grad():
         return logits.float().log_softmax(1)
 
@@ -40,25 +40,25 @@ class PredictionMeans:
     classes: int
     """K."""
     pixels: float
-    """How many have data."""
+    """Number of pixels with data."""
     entropy: float
-    """Mean H(p) in nats; NaN without a pixel, and where logits were not finite."""
+    """Mean H(p) in nats; NaN without valid pixels, or if logits were not finite."""
     gram: np.ndarray
-    """(K, K) sum of the outer products p p^T."""
+    """Sum of the outer products p p^T, (K, K)."""
 
     @property
     def is_defined(self) -> bool:
-        """Whether there are pixels, and all of them finite."""
+        """True if there are pixels with data and all values are finite."""
         return not math.isnan(self.entropy)
 
     @property
     def greatest_entropy(self) -> float:
-        """log K."""
+        """The largest possible entropy, log K."""
         return math.log(self.classes)
 
 
 class PredictionSums:
-    """Adds up predictions part by part; the sums stay on the device until `means`."""
+    """Accumulates predictions part by part; the sums stay on the device until `means`."""
 
     def __init__(self) -> None:
         self.classes = 0
@@ -67,27 +67,27 @@ class PredictionSums:
         self.gram: Tensor | float = 0.0
 
     def add(self, logs: Tensor, known: Tensor | None) -> Tensor:
-        """Add log p (N, K, P), which is overwritten, of pixels that have data where `known` (N, P) is true (None = everywhere).
+        """Add log p (N, K, P), which is overwritten; `known` (N, P) is true where pixels have data (None = everywhere).
 
         Returns p (N, K, P), 0 where there is no data.
         """
         self.classes = logs.shape[1]
         shares = logs.exp()
         if known is not None:
-            # A row of zeros adds nothing to any sum. By bits, as NaN, which nodata may have made, times 0 is NaN; filling by a
-            # mask takes many times as long on a CPU.
+            # Zeros add nothing to any sum. They are set by bits, because nodata may have made NaN, and NaN times 0 is NaN;
+            # masked_fill takes many times as long on a CPU.
             bits = known.to(torch.int32).neg_()[:, None]  # all 1 or all 0
             shares.view(torch.int32).bitwise_and_(bits)
             logs.view(torch.int32).bitwise_and_(bits)
         self.pixels = self.pixels + (logs[:, 0].numel() if known is None else known.sum().double())
         self.entropy = self.entropy - logs.mul_(shares).sum((1, 2)).double().sum()
-        # the roots of small eigenvalues show the rounding of the sums, so these are made in double precision
+        # rounding errors of the sums show in the roots of small eigenvalues, so they are in double precision
         wide = shares.double()
         self.gram = self.gram + torch.bmm(wide, wide.mT).sum(0)
         return shares
 
     def over_ranks(self, sum_of: Callable[[Tensor], Tensor]) -> PredictionSums:
-        """Return the sums over several processes; `sum_of` adds a tensor up over them."""
+        """Return the sums over several processes; `sum_of` sums a tensor over them."""
         assert isinstance(self.gram, Tensor)
         merged = PredictionSums()
         merged.classes = self.classes
@@ -110,10 +110,10 @@ class PredictionSums:
 def parts_of(
     logits: Tensor, valid: Tensor | None, logs: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield log p (N, K, P) and where there is data (N, P) of a few images at a time.
+    """Yield log p (N, K, P) and a mask of pixels with data (N, P), for a few images at a time.
 
     `logits`: (N, K, ...) of any float type; `valid`: (N, ...), 0 where a pixel has no data (None = all have); `logs`: the
-    `log_probabilities` of the logits, if they are at hand. Raises ValueError for fewer than two classes.
+    `log_probabilities` of the logits, if already computed. Raises ValueError for fewer than two classes.
     """
     if logits.shape[1] < 2:
         raise ValueError(f"logits of shape {tuple(logits.shape)} have fewer than two classes: nothing to be unsure of")
@@ -132,5 +132,5 @@ def means_of(logits: Tensor, valid: Tensor | None = None) -> PredictionMeans:
 
 
 def in_range(score: float) -> float:
-    """Return a score clipped to 0..1, which rounding may leave; NaN stays."""
+    """Clip a score to 0..1, because rounding may exceed it; NaN stays NaN."""
     return min(max(score, 0.0), 1.0) if score == score else score

@@ -1,6 +1,6 @@
-"""How the label-free scores choose a checkpoint or a trial: their metric names, and what a value counts for.
+"""The label-free scores that choose a checkpoint or a trial: their metric names and how their values are compared.
 
-All four judge how sure and how varied predictions are, none whether they are right: a confident wrong network may score well.
+All four measure confidence or diversity of predictions, not whether they are correct: a confident, wrong network may score well.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dann_experiments.names import Metric
 
 @dataclass(frozen=True)
 class Score:
-    """How a score is read."""
+    """The direction and the worst value of a score."""
 
     better: Literal["max", "min"]
     worst: float
-    """A value just outside of the score's range 0..1, so that it loses against the poorest that can be measured."""
+    """A value outside of the score's range 0..1, so that it loses against every measured value."""
 
 
 SCORES: Mapping[str, Score] = MappingProxyType(
@@ -37,11 +37,11 @@ SCORES: Mapping[str, Score] = MappingProxyType(
 
 
 def choice_value(metric: str, metrics: Mapping[str, float]) -> float:
-    """Return the value of `metric` by which a checkpoint or a trial is chosen, out of all its metrics.
+    """Return the value of `metric` by which a checkpoint or a trial is chosen; `metrics`: all its metrics.
 
-    A `select/` score counts as its worst where `select/source_kept` is 0, so that a network that forgot the source is taken
-    only if there is no other, and where it is NaN (no pixel with data, or logits that are not numbers). Without
-    `select/source_kept` the source counts as kept. Other metrics stay as they are. Raises KeyError if `metric` is missing.
+    A `select/` score counts as its worst value if `select/source_kept` is 0, so that a network that forgot the source is chosen
+    only if there is no other, and if it is NaN (no pixel with data, or logits that are not finite). Without `select/source_kept`
+    the source counts as kept. Other metrics are returned unchanged. Raises KeyError if `metric` is missing.
 
     >>> choice_value("select/bnm", {"select/bnm": 0.8, "select/source_kept": 0.0})
     -1.0

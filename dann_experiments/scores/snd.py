@@ -1,7 +1,7 @@
-"""Soft neighborhood density: how many near neighbors each prediction has among the others (Saito et al. 2021).
+"""Soft neighborhood density (Saito et al. 2021): measures how many close neighbors each prediction has among the others.
 
-Letters: N images, K classes, P pixels per image, n pixels compared with each other, S slots (a slot is a place for one pixel of
-an image in that comparison).
+Letters: N images, K classes, P pixels per image, n pixels compared with each other, S slots (each holds one pixel of an image
+for that comparison).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from dann_experiments.scores.predictions import in_range, parts_of
 
 TEMPERATURE = 0.05  # Saito et al. 2021
 COMPARED = 2048
-"""Most pixels that are compared with each other (their similarities take 16 MB)."""
+"""Maximal number of pixels that are compared with each other (their similarities take 16 MB)."""
 SLOTS = 256
-"""Most pixels of one image among them."""
-_ROWS = 256  # similarities of so many pixels at a time: 2 MB, which stays in the processor's cache
+"""Maximal number of pixels per image among them."""
+_ROWS = 256  # similarities are computed for so many pixels at a time: 2 MB, which fits into the cache of the processor
 _WEYL = 2654435769  # 2^32 / golden ratio: its multiples, modulo 2^32, spread evenly (Knuth, TAOCP 3, 6.4)
 
 
 def soft_neighborhood_density(logits: Tensor, valid: Tensor | None = None) -> float:
-    """Return the `neighborhood_density` of the softmax at 2048 pixels, drawn evenly over all images; higher is better.
+    """Return the `neighborhood_density` of the softmax at up to 2048 pixels, spread evenly over all images; higher is better.
 
-    `logits`: (N, K, ...), such as (N, K, H, W); `valid`: (N, ...), 0 where a pixel has no data. The pixels depend on the order of
-    the images, their sizes and `valid` alone, so two networks are compared at the same ones. Lies in 0..1; NaN for fewer than
-    three pixels with data. Blind spot: one class everywhere is one dense neighborhood and scores 1. Raises ValueError for fewer
-    than two classes.
+    `logits`: (N, K, ...), such as (N, K, H, W); `valid`: (N, ...), 0 where a pixel has no data. The pixels depend only on the
+    order and sizes of the images and on `valid`, so two networks are compared at the same pixels. The range is 0..1; NaN for
+    fewer than three pixels with data. Limitation: one class everywhere is one dense neighborhood and scores 1. Raises ValueError
+    for fewer than two classes.
 
     >>> round(soft_neighborhood_density(torch.zeros(2, 5, 8, 8)), 3)
     1.0
@@ -44,7 +44,7 @@ def soft_neighborhood_density(logits: Tensor, valid: Tensor | None = None) -> fl
 
 
 def neighborhood_density(rows: Tensor, temperature: float = TEMPERATURE) -> float:
-    """Return the mean entropy of each row's soft neighborhood, over log(n - 1), its greatest value: 0..1.
+    """Return the mean entropy of the rows' soft neighborhoods divided by its maximum, log(n - 1): 0..1.
 
     The soft neighborhood of a row is softmax(cosine to every other row / temperature). `rows`: probabilities or features (n, F).
     NaN for n < 3.
@@ -59,38 +59,38 @@ def neighborhood_density(rows: Tensor, temperature: float = TEMPERATURE) -> floa
     unit = torch.nn.functional.normalize(rows.float(), dim=1)
     total = torch.zeros((), device=unit.device, dtype=torch.float64)
     for start in range(0, count, _ROWS):
-        # minus the greatest cosine, 1: a common factor, which leaves the softmax as it is and keeps exp within 1
+        # minus the largest cosine, 1: this does not change the softmax and keeps exp within 1
         scaled = torch.addmm(
             unit.new_tensor(-1.0 / temperature), unit[start : start + _ROWS], unit.T, alpha=1 / temperature
         )
         weights = scaled.exp()
         diagonal = torch.arange(len(scaled), device=unit.device)
-        weights[diagonal, start + diagonal] = 0.0  # a row is no neighbor of itself
+        weights[diagonal, start + diagonal] = 0.0  # a row is not its own neighbor
         normalizer = weights.sum(1)
         total += (normalizer.log() - weights.mul_(scaled).sum(1) / normalizer).double().sum()
     return float(total) / count / math.log(count - 1)
 
 
 class PixelSample:
-    """Keeps p of at most COMPARED pixels, drawn evenly over a set that is added image by image.
+    """Keeps p of at most COMPARED pixels, spread evenly over a set that is added image by image.
 
-    Which pixels depends on the order of the images, their sizes and where they have data alone, however the images are split into
-    batches, and into shares of several processes: `first_image` is the number, in the whole set, of the first image added.
+    The choice of pixels depends only on order, size and valid pixels of the images, not on how they are split into batches or
+    over processes. `first_image`: index, in the whole set, of the first image that is added here.
     """
 
     def __init__(self, first_image: int = 0) -> None:
         self._images = first_image
-        self._stride = 1  # every so many slots are looked at; doubles while the set turns out to be longer
+        self._stride = 1  # only slots that are multiples of it are used; it doubles as the set grows
         self._pool: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Numbers of slots (S,), their p (S, K), and whether a slot holds a pixel (S,)."""
+        """Numbers of slots (S,), their p (S, K), and a mask of the slots that hold a pixel (S,)."""
         self._pooled = 0
 
     def add(self, shares: Tensor, known: Tensor | None) -> None:
         """Keep p of some pixels of these images: `shares` (N, K, P), `known` (N, P), true where there is data.
 
-        Each image has SLOTS slots, numbered through the set. The pixels of an image that have data are cut into as many runs
-        of about equal length as there are slots; a slot takes one pixel of its run, at a place that its number scatters, and
-        each image starts with another run, so that any every so many slots lie all over the images.
+        Each image has SLOTS slots, which are numbered over the whole set. The valid pixels of an image are divided into as many
+        runs of about equal length as there are slots. A slot takes one pixel of its run, at a position that depends on its
+        number, and each image starts with another run, so that every n-th slot still covers the whole image area.
         """
         count, _, size = shares.shape
         first = self._images * SLOTS
@@ -99,7 +99,7 @@ class PixelSample:
         )  # (S,)
         image, slot = slots // SLOTS, slots % SLOTS
         here = image - self._images
-        seen = None if known is None else known.flatten().cumsum(0)  # (N P,) pixels with data so far
+        seen = None if known is None else known.flatten().cumsum(0)  # (N P,) number of pixels with data so far
         if seen is None:
             before, pixels = 0, torch.full_like(slots, size)
         else:
@@ -111,7 +111,7 @@ class PixelSample:
         safe = runs.clamp_min(1)
         run = (slot + _scattered(image, safe)) % safe
         start, end = run * pixels // safe, (run + 1) * pixels // safe
-        place = start + _scattered(slots, end - start)  # among the pixels of the image that have data
+        place = start + _scattered(slots, end - start)  # index among the pixels of the image that have data
         if seen is not None:
             place = torch.where(filled, torch.searchsorted(seen, before + place + 1) - here * size, 0)
         self._pool.append((slots, shares[here, :, place], filled))
@@ -120,7 +120,7 @@ class PixelSample:
         self._thin()
 
     def over_ranks(self, gathered: Callable[[Tensor], list[Tensor]]) -> PixelSample:
-        """Return the sample of one process that saw all images; `gathered` collects a tensor from every process."""
+        """Return the sample that one process with all images would have; `gathered` collects a tensor from every process."""
         merged = PixelSample()
         slots, rows, filled = (torch.cat(parts) for parts in zip(*self._pool, strict=True))
         strides = gathered(torch.tensor([self._stride], device=rows.device))
@@ -132,7 +132,7 @@ class PixelSample:
         return merged
 
     def rows(self) -> Tensor:
-        """Return p (n, K) of the pixels that are compared with each other."""
+        """Return p (n, K) of the pixels to compare with each other."""
         if not self._pool:
             return torch.zeros(0, 1)
         _, rows, filled = (torch.cat(parts) for parts in zip(*self._pool, strict=True))
@@ -142,7 +142,7 @@ class PixelSample:
         return rows
 
     def _thin(self) -> None:
-        """Keep the slots that are multiples of the stride, which doubles while they are too many."""
+        """Double the stride while there are too many slots, and keep only its multiples."""
         while self._pooled > 2 * COMPARED:
             self._stride *= 2
             slots, rows, filled = (torch.cat(parts) for parts in zip(*self._pool, strict=True))
@@ -152,5 +152,5 @@ class PixelSample:
 
 
 def _scattered(number: Tensor, below: Tensor) -> Tensor:
-    """Return an integer 0 <= i < below (int64, up to 2^31) for each number; they spread evenly as numbers go up."""
+    """Return an integer 0 <= i < below (int64, up to 2^31) per number; they spread evenly as numbers increase."""
     return (below * ((number * _WEYL) & 0xFFFFFFFF)) >> 32

@@ -1,1 +1,1 @@
-"""One pool of workers for comparisons and sweeps: processes of this machine, or tasks of a Ray cluster."""
+"""The worker pool of comparisons and sweeps: processes on this machine, or tasks of a Ray cluster."""

@@ -1,4 +1,4 @@
-"""A worker pool of processes of this machine; with GPUs, each process has the one that fewest others have."""
+"""A worker pool of processes on this machine. They are distributed evenly over the GPUs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dann_experiments.workers.processes import (
 
 
 class LocalPool(Pool):
-    """Processes that end with this one."""
+    """A pool of processes that end with this one."""
 
     def __init__(self, function: Callable[[Any], Any], count: int, threads: int, gpus: Sequence[str] = ()) -> None:
-        """`gpus` as CUDA_VISIBLE_DEVICES names them."""
+        """`gpus`: names as in CUDA_VISIBLE_DEVICES."""
         super().__init__(function, count, threads)
         prepare_workers(function.__module__)
         self._gpus_left: list[str | None] = [gpus[index % len(gpus)] if gpus else None for index in range(count)]
-        """One entry (None: no GPU) per worker that may still be started."""
+        """GPU of each worker that may still be started; None = no GPU."""
         self._workers: list[_Worker] = []
 
     @property
@@ -40,12 +40,12 @@ class LocalPool(Pool):
             worker = _Worker(self.function, self._gpus_left.pop(0), self.logs)
             self._workers.append(worker)
         worker.key = key
-        with contextlib.suppress(BrokenPipeError):  # it died while idle: `_ended` finds that
+        with contextlib.suppress(BrokenPipeError):  # it died while idle: `_ended` reports that
             worker.connection.send(task)
 
     def _ended(self, seconds: float | None) -> list[Ended]:
         busy = [worker for worker in self._workers if worker.key is not None]
-        # the process as well: where it was killed, its data loading processes keep the connection open for a while
+        # also wait for the processes: if one is killed, its data loaders keep the connection open for a while
         wait([*(worker.connection for worker in busy), *(worker.process.sentinel for worker in busy)], seconds)
         found = []
         for worker in busy:
@@ -70,7 +70,7 @@ class LocalPool(Pool):
     def stop(self) -> list[Key]:
         stopped = self.running
         for worker in self._workers:
-            worker.connection.close()  # an idle one ends by that
+            worker.connection.close()  # this ends an idle worker
             if worker.key is not None:
                 worker.process.terminate()
         join_or_kill(worker.process for worker in self._workers)
@@ -86,13 +86,13 @@ class _Worker:
         context: Any = worker_context()
         self.gpu = gpu
         self.key: Key | None = None
-        """The task that it is running."""
+        """Key of the running task; None while it is idle."""
         self.connection, theirs = context.Pipe()
         environment = dict(os.environ) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         arguments = (theirs, function, logs and str(logs.resolve()), environment, os.getcwd())
         self.process = context.Process(target=_serve, args=arguments, name=f"worker {function.__module__}")
         self.process.start()
-        theirs.close()  # only the process has it now, so that its end closes the connection
+        theirs.close()  # now only the worker has this end, so the connection closes when it dies
 
 
 def _serve(

@@ -1,4 +1,4 @@
-"""The worker pool: runs a function on tasks (plain data), one task at a time per worker, and reports which of them died."""
+"""The worker pool: runs a function on tasks (plain data), one at a time per worker, and reports workers that died."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 2  # a task whose worker died is run once more
 Key = int | str
 Outcome = tuple[Any, str | None]
-"""What the function returned, and the reason if it raised instead."""
+"""Return value of the function, and the reason if it raised an exception instead."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,23 @@ class Ended:
 
     key: Key
     result: Any = None
-    """What the function returned."""
+    """Return value of the function."""
     error: str | None = None
-    """The exception that the function raised, in one line without passwords."""
+    """Exception that the function raised, in one line without passwords."""
     death: str | None = None
-    """How the worker died ("was killed by SIGKILL ..."); words that follow its name."""
+    """Cause of the worker's death, in words that follow its name: "was killed by SIGKILL ..."."""
     deaths: int = 0
-    """Number of workers that have died of this task so far."""
+    """Number of workers that have died while running this task."""
 
 
 class Pool(ABC):
-    """Up to `count` workers. A worker is started when a task needs it and is used again for later tasks."""
+    """A pool of up to `count` workers. A worker is started when a task needs it and then reused for later tasks."""
 
     def __init__(self, function: Callable[[Any], Any], count: int, threads: int) -> None:
-        """`function` is importable by its name in every worker; `threads`: each worker's share of the cores."""
+        """`function`: run on each task, importable by its name; `threads`: each worker's share of the cores."""
         self.function, self.count, self.threads = function, count, threads
         self.logs: Path | None = None
-        """Folder for what local workers print; None: they print where this process does. Set it before the first task."""
+        """Folder for the output of local workers; None = they print where this process does. Set it before the first task."""
         self._deaths: Counter[Key] = Counter()
 
     @property
@@ -59,7 +59,7 @@ class Pool(ABC):
 
     @abstractmethod
     def submit(self, key: Key, task: Any) -> None:
-        """Start a task; the caller has seen that fewer than `count` are running."""
+        """Start a task. The caller makes sure that fewer than `count` are running."""
 
     def wait(self, seconds: float | None = None) -> list[Ended]:
         """Return the tasks that have ended since the last call; wait for one, at most `seconds`."""
@@ -73,8 +73,8 @@ class Pool(ABC):
     def run(self, ready: Callable[[], Iterable[tuple[Key, Any]]]) -> Iterator[Ended]:
         """Run tasks until none is left; yield each as it ends.
 
-        `ready` gives the tasks (key, task) that may start now, without those that run or have ended. It is called whenever
-        a worker is free, so a task may appear once another one has ended, or again where its worker died.
+        `ready` returns the tasks (key, task) that may start now, without those that are running or have ended. It is called
+        whenever a worker is free, so a task may appear after another one has ended, and again after its worker died.
         """
         while True:
             if len(self.running) < self.count:
@@ -91,12 +91,12 @@ class Pool(ABC):
         """End all workers, each of which first closes its MLflow run as KILLED; return the tasks that were running."""
 
     def close(self) -> None:
-        """Stop, and release what the pool itself holds."""
+        """Stop, and release the resources of the pool."""
         self.stop()
 
     @abstractmethod
     def _ended(self, seconds: float | None) -> list[Ended]:
-        """Wait for running tasks, of which there is at least one."""
+        """Return running tasks that have ended; wait for one, at most `seconds`. At least one is running."""
 
 
 @contextlib.contextmanager
@@ -108,8 +108,8 @@ def open_pool(
 ) -> Iterator[Pool]:
     """Open the pool that `settings` describe and close it at the end of the block.
 
-    `accelerator`: `trainer.accelerator` of the runs; `at_most`: number of tasks, where it is known. Raises InputError where
-    there is no Ray cluster, or none with a machine that is large enough.
+    `accelerator`: `trainer.accelerator` of the runs; `at_most`: number of tasks, if known. Raises InputError if there is no Ray
+    cluster, or none of its machines is large enough.
     """
     from dann_experiments.workers.local import LocalPool
     from dann_experiments.workers.ray_cluster import RayPool
@@ -131,13 +131,13 @@ def open_pool(
 
 
 def worker_count(settings: PoolSettings, gpus: list[str], at_most: int | None = None) -> int:
-    """Return the number of local workers: as set, else as many as the GPUs hold, else one per core up to the usual limit."""
+    """Return the number of local workers: as set, else as many as fit on the GPUs, else one per core up to a limit."""
     count = settings.workers or default_workers(gpus, settings.gpus_per_trial or 1.0)
     return count if at_most is None else max(1, min(count, at_most))
 
 
 def refuse_unshared(settings: PoolSettings, key: str, address: str) -> None:
-    """Refuse, for a Ray cluster, that setting `key` (storage, tracking.uri) is a file of this machine. Raises InputError."""
+    """Raise InputError if setting `key` (storage, tracking.uri) is a file of this machine but runs are on a Ray cluster."""
     is_storage = key == "storage"
     if settings.launcher == "ray" and (address.startswith("sqlite") or (is_storage and "://" not in address)):
         server = "postgresql://USER@HOST/DATABASE" if is_storage else "http://HOST:5000"
@@ -148,7 +148,7 @@ def refuse_unshared(settings: PoolSettings, key: str, address: str) -> None:
 
 
 def outcome_of(function: Callable[[Any], Any], task: Any) -> Outcome:
-    """Run one task, in a worker. An exception becomes text, because not every exception can be sent."""
+    """Run one task, in a worker. An exception is returned as text, because not every exception can be pickled."""
     try:
         return function(task), None
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What all workers import. The fork server, the process that workers are forked from, imports this module once for all."""
+"""The imports that all workers need. The fork server, from which workers are forked, imports this module once for all."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ MODULES = (
     "rasterio",
 )
 
-with contextlib.suppress(OSError):  # the current folder may be removed while torch searches it: use one that stays
+with contextlib.suppress(
+    OSError
+):  # torch searches the current folder, which may be removed meanwhile: change to one that stays
     here = os.getcwd()
     sys.path[:] = [entry or here for entry in sys.path]
     os.chdir("/")
-with warnings.catch_warnings():  # the parent shows its own
+with warnings.catch_warnings():  # the parent process shows them
     warnings.simplefilter("ignore")
     for name in MODULES:
-        with contextlib.suppress(Exception):  # the worker meets the error again and reports it in its log
+        with contextlib.suppress(Exception):  # the worker imports it again and logs the error
             importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""Worker processes: how they are started, what makes one end with its driver, and how many this machine can run."""
+"""Worker processes: starts them, ends them with their driver, and decides how many this machine can run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def available_cores() -> int:
 
 
 def visible_gpus(accelerator: str) -> list[str]:
-    """Return the GPUs that `trainer.accelerator` may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that `trainer.accelerator` may use, with names as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     if accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
@@ -36,12 +36,12 @@ def visible_gpus(accelerator: str) -> list[str]:
 
 
 def default_workers(gpus: list[str], gpus_per_task: float = 1.0) -> int:
-    """Return as many workers as the GPUs hold; without GPUs one per core, but not more than memory usually holds."""
+    """Return as many workers as fit on the GPUs; without GPUs one per core, but not more than usually fit into memory."""
     return len(gpus) * int(1 / gpus_per_task + 1e-6) or min(available_cores(), MOST_DEFAULT_WORKERS)
 
 
 def how_it_ended(code: int) -> str:
-    """Describe an exit code in words that follow a process's name: "was killed by SIGKILL ...", "ended with code 3"."""
+    """Return an exit code in words that follow the name of a process: "was killed by SIGKILL ...", "ended with code 3"."""
     if code < 0:
         name = signal.Signals(-code).name
         return f"was killed by {name}" + (", as the kernel does where memory runs out" if name == "SIGKILL" else "")
@@ -49,7 +49,7 @@ def how_it_ended(code: int) -> str:
 
 
 def join_or_kill(processes: Iterable[BaseProcess]) -> None:
-    """Wait STOP_SECONDS in all for processes that were asked to stop; kill those that are left."""
+    """Wait up to STOP_SECONDS, all together, for processes that were asked to stop; kill those that are still running."""
     until = time.monotonic() + STOP_SECONDS
     for process in processes:
         process.join(max(0.0, until - time.monotonic()))
@@ -59,11 +59,10 @@ def join_or_kill(processes: Iterable[BaseProcess]) -> None:
 
 
 def prepare_workers(module: str) -> None:
-    """Start the fork server, if there is none yet: a process that imports the libraries and `module` once for all workers.
+    """Start the fork server if it is not running: a process that imports the libraries and `module` once for all workers.
 
-    It imports while this process continues (so the command line starts it before its own imports), does nothing else, touches
-    no GPU, and ends with this process. Where processes are not forked reliably (macOS, Windows) nothing is done: each worker
-    imports for itself.
+    It imports in parallel with this process, so the command line starts it before its own imports. It does nothing else, uses
+    no GPU and ends with this process. On macOS and Windows, where forking is not reliable, each worker imports for itself.
     """
     if sys.platform == "linux":
         from multiprocessing import forkserver
@@ -80,10 +79,10 @@ def worker_context() -> BaseContext:
 def become_worker(log_folder: str | None, environment: Mapping[str, str]) -> None:
     """Make this new process a worker of its parent.
 
-    It gets a log file `worker-PID.log` instead of the terminal, and the parent's present `environment` without its MLflow run.
-    SIGTERM ends it in good order, SIGINT is left to the parent, and it ends when the parent is gone.
+    Its output goes to `worker-PID.log` in `log_folder` (None = where the parent prints), and it gets the `environment` of the
+    parent without its MLflow run. SIGTERM ends it cleanly, SIGINT is left to the parent, and it ends when the parent does.
     """
-    os.environ.clear()  # a forked process has the environment of the moment when `prepare_workers` was called
+    os.environ.clear()  # a forked process has the environment at the time of `prepare_workers`
     os.environ.update(environment)
     os.environ.pop("MLFLOW_RUN_ID", None)
     if log_folder is not None:
@@ -101,7 +100,7 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """A parent that was killed cannot stop its workers: they notice its end themselves."""
+    """End this worker when its parent ends, because a parent that is killed cannot stop its workers."""
     from multiprocessing.connection import wait
 
     parent = multiprocessing.parent_process()

@@ -1,4 +1,4 @@
-"""What a pool's user sees while it works: a bar on a terminal, a line for each task that ends elsewhere."""
+"""The progress display of a pool: a bar on a terminal, otherwise one line per finished task."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Progress:
-    """Shows the progress of `total` tasks; nothing if not `shown`."""
+    """Shows the progress of `total` tasks, or nothing if `shown` is False."""
 
     def __init__(self, title: str, total: int, shown: bool = True) -> None:
         self._shown, self._bar = shown, None
@@ -32,12 +32,12 @@ class Progress:
             self._bar.stop()
 
     def update(self, done: int, state: str) -> None:
-        """Show the number of tasks done, and `state`, a few words beside it."""
+        """Show the number of finished tasks, and `state` in a few words."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, state=state)
 
     def ended(self, text: str, state: str) -> None:
-        """Print the line of a task that has ended."""
+        """Print a line about a task that has ended."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         elif self._shown:

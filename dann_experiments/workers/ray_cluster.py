@@ -1,4 +1,4 @@
-"""A worker pool on an existing Ray cluster: every task takes its share of cores and GPUs."""
+"""A worker pool on an existing Ray cluster. Every task reserves its share of cores and GPUs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ REACH_SECONDS = 10.0
 
 
 class RayPool(Pool):
-    """Tasks of the cluster at `address`, `cpus` and `gpus` each."""
+    """A pool of tasks on the cluster at `address`, with `cpus` and `gpus` per task."""
 
     def __init__(
         self, function: Callable[[Any], Any], address: str, cpus: float, gpus: float, workers: int | None = None,
         at_most: int | None = None,
     ) -> None:  # fmt: skip
-        """`workers`: tasks at a time, None = as many as the cluster holds; `at_most` limits that to the tasks there are.
+        """`workers`: tasks at a time, None = as many as fit on the cluster; `at_most`: number of tasks, if known.
 
-        Raises InputError where Ray is not installed, no cluster answers, or no machine of it could hold a task.
+        Raises InputError if Ray is not installed, no cluster answers, or none of its machines is large enough for a task.
         """
         try:
             import ray
@@ -47,21 +47,21 @@ class RayPool(Pool):
                 self.close()
                 raise InputError(
                     f"{name.lower()}s_per_trial is {wanted}, but no machine of the cluster has so many (all together "
-                    f"{there.get(name, 0):g}); give less."
+                    f"{there.get(name, 0):g}); give a smaller number."
                 )
         capacity = int(min([there.get("CPU", 0) / cpus] + ([there.get("GPU", 0) / gpus] if gpus else [])))
         count = workers or max(1, capacity)
         super().__init__(function, count if at_most is None else max(1, min(count, at_most)), max(1, int(cpus)))
-        self._hide_gpus = not gpus  # a task that asked for none would see those of all others
+        self._hide_gpus = not gpus  # otherwise a task without GPUs would see those of all others
         self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_run)
 
     def _join(self, address: str) -> None:
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            _check_reachable(address)  # Ray itself would try for minutes
+            _check_reachable(address)  # Ray itself would retry for minutes
             self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which exits with another code
-        except Exception as error:  # a ConnectionError, a ValueError or a RuntimeError, depending on what is wrong
+            signal.signal(signal.SIGTERM, on_sigterm)  # replace the handler of Ray, which exits with another code
+        except Exception as error:  # a ConnectionError, a ValueError or a RuntimeError, depending on the cause
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"ray_address is {address!r}, where no Ray cluster answers ({reason}); start one with `ray start "
@@ -83,7 +83,7 @@ class RayPool(Pool):
                 del self._tasks[key]
                 try:
                     found.append(Ended(key, *self._ray.get(reference)))
-                except Exception as error:  # Ray's own: the worker or its machine died
+                except Exception as error:  # an error of Ray: the worker or its machine died
                     reason = without_secrets(" ".join(str(error).split()))[:300]
                     found.append(Ended(key, death=f"died ({type(error).__name__}: {reason})"))
         return found
@@ -102,14 +102,14 @@ class RayPool(Pool):
         return stopped
 
     def close(self) -> None:
-        """Stop, and leave the cluster if this pool joined it."""
+        """Stop, and disconnect from the cluster if this pool connected to it."""
         self.stop()
         if self._joined and self._ray.is_initialized():
             self._ray.shutdown()
 
 
 def _check_reachable(address: str) -> None:
-    """Raise OSError if nobody listens at HOST:PORT; other addresses (auto, ray://...) are for Ray to judge."""
+    """Raise OSError if nothing listens at HOST:PORT. Other addresses (auto, ray://...) are checked by Ray."""
     host, colon, port = address.rpartition(":")
     if colon and "/" not in host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()

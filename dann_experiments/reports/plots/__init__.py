@@ -1,1 +1,1 @@
-"""Figures, one per file. Plain data in; a picture file, or a Matplotlib figure for a page, out."""
+"""Figures, one per file. They take plain data, and write a picture file or return a Matplotlib figure for a page."""

@@ -1,4 +1,4 @@
-"""The curves of one arm over its seeds, and those of all arms in one axis."""
+"""Draws the curves of one arm over its seeds, and the mean curves of all arms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from dann_experiments.names import Metric
+from dann_experiments.names import Domain, Metric, SetName
 from dann_experiments.reports.colors import DOMAIN_COLORS, MUTED, ORANGE, PAPER, PURPLE, TEAL
 from dann_experiments.reports.plots.series import Points, finite, mean_curve, smoothed
 from dann_experiments.reports.plots.style import drawing, legend_above, new_figure
@@ -23,12 +23,12 @@ Histories = Mapping[str, Sequence[Points]]
 
 @drawing()
 def arm_curves_figure(histories: Histories, limits: tuple[float, float, int], highest_lambda: float) -> Figure:
-    """Draw one arm while it trains: IoU of both domains, lambda, domain accuracy; mean thick, seeds thin.
+    """Draw the training curves of one arm: IoU of both domains, lambda, domain accuracy; mean thick, seeds thin.
 
     Arguments:
-        histories: of the metrics `iou/source_val`, `iou/target_val`, `da/lambda`, `da/domain_acc`, `da/domain_acc_val`.
-        limits: lowest and highest IoU point and last step of the axes, the same for arms side by side (`curve_limits`).
-        highest_lambda: of all arms, so that lambda = 0 looks like 0.
+        histories: curves of the metrics `iou/source_val`, `iou/target_val`, `da/lambda`, `da/domain_acc`, `da/domain_acc_val`.
+        limits: lowest and highest IoU point and last step of the axes, the same for all arms (`curve_limits`).
+        highest_lambda: highest lambda of all arms, so that lambda = 0 is drawn at 0.
     """
     has_lambda = bool(histories.get(Metric.LAMBDA))
     has_accuracy = bool(histories.get(Metric.DOMAIN_ACCURACY) or histories.get(Metric.DOMAIN_ACCURACY_VAL))
@@ -99,7 +99,7 @@ def draw_all_curves(axis: Axes, arms: Mapping[str, tuple[str, Histories]]) -> No
         axis.text(0.5, 0.5, "no curves", transform=axis.transAxes, ha="center", color=MUTED)
 
 
-def _in_points(histories: Histories, domain: str) -> list[list[tuple[int, float]]]:
+def _in_points(histories: Histories, domain: Domain) -> list[list[tuple[int, float]]]:
     return [
         [(step, 100 * value) for step, value in finite(curve)]
         for curve in histories.get(Metric.iou(SetName(domain, "val")), ())

@@ -1,4 +1,4 @@
-"""IoU per class and arm as bars."""
+"""Draws the IoU per class and arm as bars."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dann_experiments.reports.colors import INK, MUTED, PAPER
 from dann_experiments.reports.plots.style import drawing, legend_shape, new_figure
 from dann_experiments.reports.tables import MISSING, short
 
-MOST_BARS = 30  # side by side in one row
+MOST_BARS = 30  # bars in one row
 
 
 @drawing()
@@ -24,7 +24,7 @@ def classes_figure(
 
     Arguments:
         colors: arm -> color.
-        scores: arm -> class -> (n,) IoU points, one per seed; a class without any has a dash.
+        scores: arm -> class -> (n,) IoU points, one per seed; a class without values gets a dash.
     """
     arms, count = list(colors), max(len(colors), 1)
     per_row = max(min(MOST_BARS // count, len(class_names)), 1)

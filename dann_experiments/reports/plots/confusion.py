@@ -1,4 +1,4 @@
-"""A confusion matrix."""
+"""Draws a confusion matrix."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dann_experiments.reports.plots.style import drawing, new_figure, save, text
 def draw_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str], title: str) -> None:
     """Draw a confusion matrix (K, K) of pixel counts, rows = truth.
 
-    Each field has its share of the true class, which colors it, above its count. A class without truth has a gray row with
-    counts alone.
+    Each cell shows its share of the true class, which also sets its color, above its count. The row of a class without ground
+    truth is gray and shows only counts.
     """
     totals = confusion.sum(1, keepdims=True)
     shares = np.ma.masked_where(np.broadcast_to(totals == 0, confusion.shape), confusion / np.maximum(totals, 1))
@@ -33,7 +33,9 @@ def draw_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]
     axis.invert_yaxis()
     for (row, column), pixels in np.ndenumerate(confusion):
         text, share = short_count(int(pixels)), known[row, column]
-        color = "white" if share > 0.5 else "black" if pixels else "#a0a0a0"  # 0 is faint: the rest stands out
+        color = (
+            "white" if share > 0.5 else "black" if pixels else "#a0a0a0"
+        )  # 0 is faint, so that other counts are easy to see
         text = f"{share:.2f}\n{text}" if share else text
         axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=color)
     places = np.arange(count) + 0.5
@@ -49,8 +51,8 @@ def draw_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]
 
 
 def short_count(pixels: int) -> str:
-    """Return a count with four digits at most: 9999, 12.3k, 4.56M."""
+    """Return a count with at most four digits: 9999, 12.3k, 4.56M."""
     if pixels < 10_000:
         return str(pixels)
-    thousands = min(int(math.log10(pixels * 1.0005) // 3), 4)  # 999,600 is 1M when three digits are left of it
+    thousands = min(int(math.log10(pixels * 1.0005) // 3), 4)  # 999,600 rounded to three digits is 1M
     return f"{pixels / 1000**thousands:.3g}{' kMGT'[thousands]}"

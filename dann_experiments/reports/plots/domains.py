@@ -1,4 +1,4 @@
-"""Both domains side by side: shares of the classes and values of the bands."""
+"""Draws both domains side by side: class shares and band values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def draw_domains(
     class_names: Sequence[str],
     values: Mapping[str, np.ndarray],
 ) -> None:
-    """Draw the class shares of each labeled set, and how the values of each band are distributed.
+    """Draw the class shares of each labeled set, and the distribution of each band.
 
     Arguments:
         class_pixels: set, as in "source_train" -> (K,) pixels per class.
@@ -82,7 +82,10 @@ def _draw_shares(axis: Axes, class_pixels: Mapping[str, np.ndarray], names: Sequ
 
 
 def _histogram_edges(values: np.ndarray) -> np.ndarray:
-    """About 40 bins over all but the outermost values; each holds as many whole numbers where the values are whole."""
+    """Return the edges of about 40 bins from the 0.5th to the 99.5th percentile.
+
+    If all values are integers, each bin holds the same number of integers.
+    """
     low, high = np.nanpercentile(values, (0.5, 99.5))
     if not high > low:
         return np.linspace(low - 0.5, low + 0.5, 41)

@@ -1,4 +1,4 @@
-"""Features of both domains in two dimensions."""
+"""Draws the features of both domains in two dimensions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dann_experiments.reports.plots.style import drawing, new_figure
 
 Projection = Literal["pca", "umap"]
 Cloud = tuple[np.ndarray, np.ndarray]
-"""Features (N, C) of the source and of the target."""
+"""Features (N, C) of the source and (M, C) of the target."""
 MOST_FEATURES = 600  # points per domain
 
 
@@ -27,7 +27,7 @@ def has_umap() -> bool:
 
 
 def project(source: np.ndarray, target: np.ndarray, how: Projection) -> Cloud:
-    """Return both domains (N, C) in two dimensions (N, 2), fitted on both together; rows that are not finite are left out.
+    """Project both domains (N, C) to two dimensions (N, 2), fitted on both together; rows that are not finite are left out.
 
     `pca`: the two directions of largest variance (a missing second one is 0). `umap`: McInnes et al. 2018, with the seed 0;
     needs umap-learn. Raises ValueError if fewer than 3 images (`umap`: 5) are left.
@@ -45,7 +45,7 @@ def project(source: np.ndarray, target: np.ndarray, how: Projection) -> Cloud:
             neighbors = min(15, len(both) - 1)
             flat = UMAP(n_neighbors=neighbors, random_state=0, n_jobs=1, init="random").fit_transform(both)
     else:
-        with np.errstate(invalid="ignore"):  # shares of a variance of 0, which nobody asks for
+        with np.errstate(invalid="ignore"):  # the explained share of a variance of 0, which is not used
             flat = PCA(min(2, both.shape[1]), random_state=0).fit_transform(both)
     flat = np.pad(np.asarray(flat, np.float64), ((0, 0), (0, 2 - flat.shape[1])))
     return flat[: len(source)], flat[len(source) :]
@@ -53,7 +53,7 @@ def project(source: np.ndarray, target: np.ndarray, how: Projection) -> Cloud:
 
 @drawing()
 def features_figure(clouds: Mapping[str, Cloud], how: Projection) -> Figure:
-    """Draw the features of both domains, one network per axis (title -> cloud), each projected by itself."""
+    """Draw the features of both domains, one axis per network (title -> cloud), each projected separately."""
     count = max(len(clouds), 1)
     figure = new_figure(10.2 if count > 1 else 5.2, 4.4, (0.05, 0.05, 0.3, 0.35), wspace=0.05)
     axes = figure.subplots(1, count, squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""Images of one set beside their truth and the predictions of one or more networks."""
+"""Draws images of one set next to their ground truth and the predictions of one or more networks."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def draw_predictions(
     class_names: Sequence[str],
     title: str,
 ) -> None:
-    """Draw one row per image: the image, its truth, one column per prediction.
+    """Draw one row per image: the image, its ground truth, one column per prediction.
 
     Arguments:
         images: (H, W, 3) in 0..1.
-        truth: (H, W) class ids, which may be empty; ids that are no class are black, "not labeled" in the legend.
+        truth: (H, W) class ids, or empty; ids that are no class are black, "not labeled" in the legend.
         predictions: title -> (H, W) class ids, one per image.
     """
     count, side = len(class_names), 1.5

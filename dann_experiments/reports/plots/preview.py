@@ -1,4 +1,4 @@
-"""Maps beside the images that they were made from."""
+"""Draws class maps next to the images that they were made from."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def draw_preview(
     maps: Sequence[tuple[str, np.ndarray]],
     class_names: Sequence[str],
 ) -> None:
-    """Draw one row per map: the image beside it, and a legend of the classes that occur.
+    """Draw one row per map, with its image on the left, and a legend of the classes that occur.
 
     Arguments:
-        images: (file name, (H, W, 3) in 0..1) each.
-        maps: (file name, (H, W) class ids) each; an id that is no class means "no data" and is black.
+        images: (file name, image (H, W, 3) in 0..1), one per map.
+        maps: (file name, class ids (H, W)); an id that is no class means "no data" and is black.
     """
     side, count = 6.0, len(class_names)
     shown = sorted({index for _, ids in maps for index in np.unique(ids).tolist() if 0 <= index < count})

@@ -1,4 +1,4 @@
-"""Dots for seeds, a mean and its interval, one row per arm or per difference between arms."""
+"""Draws dots for seeds, the mean and its interval, one row per arm or per difference between arms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a dot plot, in IoU points; a mean or an end of the interval that is not known is NaN."""
+    """One row of a dot plot, in IoU points. An unknown mean or end of the interval is NaN."""
 
     name: str
     color: str
@@ -32,7 +32,7 @@ class Row:
 
 @drawing()
 def rows_figure(rows: Sequence[Row], label: str, differences: bool = False) -> Figure:
-    """Draw one row per arm, or per difference between two arms; `label`: of the axis below."""
+    """Draw one row per arm, or per difference between two arms; `label`: text of the horizontal axis."""
     left = text_width([row.name for row in rows]) + 0.15
     figure = new_figure(5.0, 0.6 + 0.42 * max(len(rows), 1), (left, 0.15, 0.05, 0.42))
     draw_rows(figure.subplots(), rows, label, differences)
@@ -42,8 +42,8 @@ def rows_figure(rows: Sequence[Row], label: str, differences: bool = False) -> F
 def draw_rows(axis: Axes, rows: Sequence[Row], label: str, differences: bool = False, size: float = 1.0) -> None:
     """Draw rows on an axis: dots for seeds, a diamond and a bar for the mean and its interval.
 
-    The axis ends at most as far beyond the values as they spread (or 1 point): an arrow replaces the rest of a longer interval.
-    Lines join the same seed in neighboring rows, except between `differences`, which have a line at 0 instead.
+    The axis extends beyond the values by at most their range (or 1 point): an arrow marks an interval that continues. Lines
+    connect the same seed in neighboring rows; `differences` have a line at 0 instead.
     """
     low, high = _visible(rows, differences)
     for above, (one, other) in enumerate(pairwise(rows)):
@@ -83,7 +83,7 @@ def draw_rows(axis: Axes, rows: Sequence[Row], label: str, differences: bool = F
 
 
 def _visible(rows: Sequence[Row], differences: bool) -> tuple[float, float]:
-    """Return the ends of the axis: all values, and of the intervals what is near them and, for scores, in 0 to 100."""
+    """Return the ends of the axis: all values, and the parts of the intervals near them (for scores, within 0 to 100)."""
     values = [value for row in rows for value in row.values.values()] + [0.0] * differences
     if not values:
         return 0.0, 0.0

@@ -1,4 +1,4 @@
-"""The curves of one run."""
+"""Draws the curves of one run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dann_experiments.names import Metric
+from dann_experiments.names import Metric, SetName
 from dann_experiments.reports.colors import DOMAIN_COLORS, MUTED, PURPLE, TEAL, YELLOW
 from dann_experiments.reports.plots.series import Points, smoothed
 from dann_experiments.reports.plots.style import drawing, legend_above, new_figure, save

@@ -1,4 +1,4 @@
-"""Curves over the steps of training, as numbers: a curve is a sequence of (step, value)."""
+"""Averages and smooths curves. A curve is a sequence of (step, value)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 Points = Sequence[tuple[int, float]]
-MOST_POINTS = 150  # per curve: more than a figure has pixels for
+MOST_POINTS = 150  # per curve; a figure has no pixels for more
 
 
 def finite(curve: Points) -> list[tuple[int, float]]:
@@ -16,22 +16,22 @@ def finite(curve: Points) -> list[tuple[int, float]]:
 
 
 def mean_curve(curves: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return steps, mean and standard deviation over the curves.
+    """Return steps, mean and standard deviation over the curves, each (S,).
 
-    Each curve is interpolated between its own first and last step. The standard deviation is 0 where there is only one curve.
+    Each curve is interpolated between its first and last step. The standard deviation is 0 where there is only one curve.
     """
     known = [curve for curve in map(finite, curves) if curve]
     if not known:
         return np.zeros(0), np.zeros(0), np.zeros(0)
     steps = np.unique([step for curve in known for step, _ in curve]).astype(float)
     table = np.array([np.interp(steps, *zip(*curve, strict=True), left=np.nan, right=np.nan) for curve in known])
-    count = np.isfinite(table).sum(0)  # 1 or more: each step belongs to some curve
+    count = np.isfinite(table).sum(0)  # at least 1: each step belongs to a curve
     mean = np.nansum(table, 0) / count
     return steps, mean, np.sqrt(np.nansum((table - mean) ** 2, 0) / np.maximum(count - 1, 1))
 
 
 def smoothed(curve: Points, most: int = MOST_POINTS) -> list[tuple[int, float]]:
-    """Return at most `most` points: means of as many neighbors as that takes, at their middle step."""
+    """Return at most `most` points, each the mean of neighboring points, at their middle step."""
     curve = finite(curve)
     width = -(-len(curve) // most)
     chunks = [curve[start : start + width] for start in range(0, len(curve), width or 1)]

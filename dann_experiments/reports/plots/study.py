@@ -1,4 +1,4 @@
-"""The figures of an Optuna study, as PNG files and to explore."""
+"""Draws the figures of an Optuna study, as PNG files and as interactive figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIGURES = {
     "slices": "plot_slice",
     "contour": "plot_contour",
 }
-MOST_IN_CONTOUR = 5  # its panels grow with the square of the parameters
+MOST_IN_CONTOUR = 5  # the number of its panels is the square of this
 
 
 def draw_study(
@@ -33,12 +33,12 @@ def draw_study(
     """Write one PNG file per figure into `folder`.
 
     Arguments:
-        objective: what the values of the trials are called.
-        levels: name -> value to beat, lines in the history.
-        note: what the importances rest on, their title.
+        objective: name of the values of the trials.
+        levels: name -> value to beat, drawn as lines in the history.
+        note: title of the importances, which says how reliable they are.
 
-    Returns the figures to explore, as parts of a page, the first of which holds Plotly's script; and name -> reason of those
-    that could not be drawn.
+    Returns the interactive figures as parts of a page, the first of which includes Plotly's script, and name -> reason for the
+    figures that could not be drawn.
     """
     import plotly.io
     from matplotlib import pyplot as plt
@@ -67,15 +67,17 @@ def draw_study(
                 elif name == "history":
                     _draw_levels(figure.axes[0], levels)
                 else:
-                    figure.axes[0].set_title(textwrap.fill(note, 72), loc="left", fontsize=11)  # in place of Optuna's
+                    figure.axes[0].set_title(
+                        textwrap.fill(note, 72), loc="left", fontsize=11
+                    )  # replaces Optuna's title
                 _tidy(figure)
                 figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
                 interactive = getattr(optuna.visualization, function)(study, **wanted)
             if name == "importances":
                 interactive.update_layout(title={"text": note, "font": {"size": 13}})
             html = plotly.io.to_html(interactive, {"responsive": True}, include_plotlyjs=not parts, full_html=False)
-            parts.append(Markup(html))  # noqa: S704  (Plotly escapes what it is given)
-        except Exception as error:  # whatever a figure lacks: the report must not fail for it
+            parts.append(Markup(html))  # noqa: S704  (Plotly escapes its input)
+        except Exception as error:  # a figure that cannot be drawn must not fail the report
             missing[name] = " ".join(str(error).split())[:200]
         finally:
             plt.close("all")
@@ -84,7 +86,7 @@ def draw_study(
 
 
 def _for_contour(study: optuna.Study, params: list[str]) -> list[str]:
-    """Return the parameters that matter most."""
+    """Return the most important parameters."""
     if len(params) > MOST_IN_CONTOUR:
         with contextlib.suppress(Exception):
             return list(optuna.importance.get_param_importances(study))[:MOST_IN_CONTOUR]
@@ -98,7 +100,7 @@ def _draw_levels(axes: Axes, levels: Mapping[str, float]) -> None:
 
 
 def _tidy(figure: Figure) -> None:
-    """Turn long words on an axis, so that they fit side by side, and drop labels between the powers of ten."""
+    """Rotate long words on an axis so that they fit side by side, and drop labels between powers of ten."""
     from matplotlib.ticker import NullFormatter
 
     for axes in figure.axes:

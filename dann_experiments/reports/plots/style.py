@@ -1,6 +1,6 @@
-"""What all figures share: style, fixed margins, legends, grids of pictures.
+"""The shared parts of all figures: style, fixed margins, legends, grids of pictures. Sizes are in inches.
 
-No figure uses a Matplotlib layout engine: measuring every text costs more than drawing the figure. Sizes are in inches.
+No figure uses a Matplotlib layout engine: measuring every text takes longer than drawing the figure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STYLE = {
     "font.size": 8,
     "text.color": INK,
-    "text.parse_math": False,  # a class or an arm called $x$ is not a formula
+    "text.parse_math": False,  # the name of a class or an arm may be $x$
     "axes.edgecolor": MUTED,
     "axes.labelcolor": MUTED,
     "axes.labelsize": 8,
@@ -59,8 +59,8 @@ NOT_LABELED = "not labeled"
 
 @contextmanager
 def drawing(changes: Mapping[str, Any] = {}) -> Iterator[None]:
-    """Apply the style while a figure is made or saved; also a decorator. Matplotlib's own settings come back afterwards."""
-    style: Any = {**STYLE, **changes}  # matplotlib's type of its keys is a list of 300 words
+    """Apply the style while a figure is made or saved; also a decorator. Matplotlib's settings are restored afterwards."""
+    style: Any = {**STYLE, **changes}  # Matplotlib's type of the keys is a Literal of 300 words
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")  # the reader's browser has other fonts
         yield
@@ -77,7 +77,7 @@ def new_figure(
 
 
 def save(figure: Figure, path: Path, dpi: int = 130) -> None:
-    """Write a PNG file; its folder is made if it is missing."""
+    """Write a PNG file and create its folder if needed."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=dpi, format="png", pil_kwargs={"compress_level": 3})  # half the time, 15 % more bytes
@@ -89,9 +89,9 @@ def text_width(texts: Sequence[str], size: float = 7.5) -> float:
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> Markup:
-    """Return a figure as an `<svg>` element: text as text, colors as drawn (style.css replaces those of THEME).
+    """Return a figure as an `<svg>` element: text stays text; style.css replaces the colors in THEME.
 
-    `name`: different for each figure of a page, since ids of the page derive from it. `label`: read by screen readers.
+    `name`: different for each figure of a page, because ids derive from it. `label`: for screen readers.
     """
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -101,7 +101,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
     assert svg is not None
     svg.setAttribute("role", "img")
     svg.setAttribute("aria-label", label)
-    for group in svg.getElementsByTagName("g"):  # numbered within a figure, and referred to by nothing
+    for group in svg.getElementsByTagName("g"):  # numbered per figure, so not unique in a page; nothing refers to them
         if group.hasAttribute("id"):
             group.removeAttribute("id")
     return Markup(svg.toxml())  # noqa: S704
@@ -151,7 +151,7 @@ def draw_grid(
     size: float = 9,
     row_height: float | None = None,
 ) -> None:
-    """Draw columns of pictures (H, W, 3) on a `canvas`, each fitted into a square of `side`, a title above each column."""
+    """Draw columns of pictures (H, W, 3) on a `canvas`, each fitted into a square of `side`, with a title above each column."""
     place = 0.96 * side
     for column, (title, pictures) in enumerate(columns):
         x = left + column * side

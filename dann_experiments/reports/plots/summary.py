@@ -1,4 +1,4 @@
-"""A whole comparison in one picture."""
+"""Draws a whole comparison in one picture."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Headline:
     color: str
     reason: str
     differences: str
-    """Shown in place of the reason where many arms are judged."""
+    """Shown instead of the reason if many arms are judged."""
 
 
 @drawing(SIZES)
@@ -56,7 +56,7 @@ def draw_summary(
     Arguments:
         curves: arm -> color and histories.
         tiles: columns of pictures (H, W, 3) with their titles; may be empty.
-        not_labeled: whether some pixels of the tiles have no label.
+        not_labeled: True if some pixels of the tiles have no label.
     """
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axis = canvas(figure)
@@ -76,7 +76,7 @@ def draw_summary(
 
 
 def _write_header(axis: Axes, title: str, subtitle: str, verdicts: Sequence[Headline]) -> float:
-    """Write title and verdicts; return the height in inches."""
+    """Write title and verdicts; return their height in inches."""
     left, right, y = 0.32, WIDTH - 0.24, 0.5
     title = short(title, 90)
     axis.text(left, y, title, fontsize=22 * min(1, 60 / max(len(title), 1)), weight="bold", va="center")
@@ -104,7 +104,7 @@ def _draw_tiles(
     not_labeled: bool,
     top: float,
 ) -> None:
-    """Draw as many rows of tiles as fit into the right part of the picture, the legend of the classes below them."""
+    """Draw as many rows of tiles as fit into the right part of the picture, with the legend of the classes below."""
     handles = class_handles(class_names, range(min(len(class_names), 20)), not_labeled)
     left, right, top = 7.44, WIDTH - 0.24, top + 0.45
     space = HEIGHT - 0.3 - 0.28 * -(-len(handles) // 5) - top
