@@ -226,7 +226,7 @@ def test_a_disk_that_is_full_to_the_end_is_one_message_and_the_run_goes_on_to_th
     assert "cannot be written: " in error
     assert "MB wanted" in error or "0.0 MB free" in error
     assert f"adapt --resume {here.run_id}" in error
-    assert told.count("Training goes on without this checkpoint (the one of step 4 is kept)") == 1
+    assert told.count("Training continues without this checkpoint (the one of step 4 is kept)") == 1
     assert here.status == "FAILED"
     kept = Path(str(here.result().artifacts))
     assert not list(outputs.rglob("*.part"))
@@ -242,8 +242,8 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(plac
     here = place(outputs)
     code, told = here.run("adapt", callbacks=[At(step_2=breaks, step_5=mends)])  # the first epoch's best weights wait
     assert code == 0
-    assert told.count("Training goes on without this checkpoint") == 1
-    assert told.count("checkpoints are saved again") == 1
+    assert told.count("Training continues without this checkpoint") == 1
+    assert told.count("checkpoints are being saved again") == 1
     assert_same(here, whole)
 
 
