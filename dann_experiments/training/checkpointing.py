@@ -135,8 +135,8 @@ class Checkpoints(Checkpoint):
         return None if found is None else files.read(found)["state_dict"]
 
     def close(self) -> None:
-        """Leave only `last.ckpt` and `best.ckpt` when training has ended, successfully or not. Logs disk errors instead of raising:
-        the error that ended training is the one to report, and a run also resumes from files with their earlier names."""
+        """Leave only `last.ckpt` and `best.ckpt` when training has ended, successfully or not. Logs disk errors, raises none: the
+        error that ended training is the one to report, and a run also resumes from files with their earlier names."""
         best_step = self.best_step
         try:
             self._write_waiting()
