@@ -294,7 +294,7 @@ def test_evaluate_scores_a_run_s_model_to_the_same_numbers(run, squares, workpla
         ({"domain_adaptation__method__in_channels": 7}, "give 48, or null"),
         ({"data__source__train": []}, "data.source.train is empty"),
         ({"data__target__train": ["nowhere"]}, "nowhere, which does not exist"),
-        ({"monitor__metric": "iou/target_val", "data__target__val": []}, "needs labelled images in data.target.val"),
+        ({"monitor__metric": "iou/target_val", "data__target__val": []}, "needs labeled images in data.target.val"),
         ({"model__psp_dropout": 0.1}, "unet takes no psp_dropout"),
         ({"model__encoder_name": "resnet17"}, "resnet17"),
         ({"tracking__uri": "http://127.0.0.1:9"}, "no server answers there"),
@@ -311,7 +311,7 @@ def test_evaluate_scores_a_run_s_model_to_the_same_numbers(run, squares, workpla
         ({"data__crop_size": 1024}, "smaller than data.crop_size"),
         (
             {"monitor__metric": "select/bnm", "data__source__val": [], "data__target__val": []},
-            "give labelled images in data.source.val",
+            "add labeled images in data.source.val",
         ),
         ({"monitor__metric": "foo"}, "it is one of ['iou/gap_source_minus_target'"),
         ({"tracking__folder": __file__}, "where nothing can be written"),
