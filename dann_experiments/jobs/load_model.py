@@ -29,12 +29,12 @@ def load_model(where: str, domain: str, config: Config | None, store: Store, sou
         weights = read_weights(local)
     if notes is not None and notes.class_names is not None:
         network, names, in_channels = notes.build(), notes.class_names, notes.in_channels
-        reading, normalisation = _noted_reading(notes, where, domain)
+        reading, normalization = _noted_reading(notes, where, domain)
     elif config is not None:
         names, in_channels = config.class_names, config.model.in_channels
         try:
             network = make_network(config, with_weights=False)
-            reading, normalisation = _reading_of_settings(config, domain)
+            reading, normalization = _reading_of_settings(config, domain)
         except InputError as error:  # it names settings in the file, which are not settings of the job
             raise InputError(f"in the settings of --config: {error}") from None
     else:
@@ -50,7 +50,7 @@ def load_model(where: str, domain: str, config: Config | None, store: Store, sou
         )
     if not 2 <= len(names) <= NODATA:
         raise InputError(f"model is {where!r} with {len(names)} classes; maps can have 2 to {NODATA}.")
-    return Model(network, names, in_channels, reading, normalisation, model_digest(network, names), run_id)
+    return Model(network, names, in_channels, reading, normalization, model_digest(network, names), run_id)
 
 
 def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading, Normalization]:

@@ -65,7 +65,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.domain_accuracy: dict[str, float] = {}
         """`da/domain_acc_val` of the last validation; with several layers, also one value per layer."""
         self._scorers: dict[int, Scorer] = {}
-        self._unlabelled: SelectionScorer | None = None
+        self._unlabeled: SelectionScorer | None = None
         self._hits: dict[str, dict[int, Tensor]] = {}
         self._forgetting = False
         self._resumed = False
@@ -96,7 +96,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             )  # fmt: skip
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._scorers, self._unlabelled, self._hits = {}, None, {}
+        self._scorers, self._unlabeled, self._hits = {}, None, {}
 
     def on_validation_batch_end(
         self,
@@ -110,14 +110,14 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         logits, labels, valid = outputs["logits"], outputs["labels"], outputs.get("valid")
         if labels is not None and dataloader_idx not in self._scorers:
             self._scorers[dataloader_idx] = Scorer(self.num_classes, self.ignore_index)
-        if DOMAINS[dataloader_idx] == "target" and self._unlabelled is None:
-            self._unlabelled = SelectionScorer(_first_item(trainer, dataloader_idx))
+        if DOMAINS[dataloader_idx] == "target" and self._unlabeled is None:
+            self._unlabeled = SelectionScorer(_first_item(trainer, dataloader_idx))
         for part in in_parts(logits):
             logs = log_probabilities(logits[part])  # for both scorers
             if labels is not None:
                 self._scorers[dataloader_idx].update(logits[part], labels[part], logs)
-            if DOMAINS[dataloader_idx] == "target" and self._unlabelled is not None:
-                self._unlabelled.update(logits[part], None if valid is None else valid[part], logs)
+            if DOMAINS[dataloader_idx] == "target" and self._unlabeled is not None:
+                self._unlabeled.update(logits[part], None if valid is None else valid[part], logs)
         for layer, hits in outputs.get("domain_hits", {}).items():
             of_layer = self._hits.setdefault(layer, {})
             of_layer[dataloader_idx] = of_layer.get(dataloader_idx, 0) + hits
@@ -125,11 +125,11 @@ class DomainAdaptationMonitorCallback(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.latest = {DOMAINS[index]: scorer.compute(True) for index, scorer in sorted(self._scorers.items())}
         self.target_scores = {}
-        if self._unlabelled is not None:
-            self.target_scores = {Metric.SELECT + name: value for name, value in self._unlabelled.compute(True).items()}
+        if self._unlabeled is not None:
+            self.target_scores = {Metric.SELECT + name: value for name, value in self._unlabeled.compute(True).items()}
         hits = {layer: {index: sum_of(own) for index, own in of.items()} for layer, of in self._hits.items()}
         self.domain_accuracy = _domain_accuracy(hits)
-        self._scorers, self._unlabelled, self._hits = {}, None, {}
+        self._scorers, self._unlabeled, self._hits = {}, None, {}
         if trainer.sanity_checking:
             self.baseline, self._forgetting = dict(self.latest), False
         metrics = self.metrics()
