@@ -42,7 +42,7 @@ class _Recorded:
 
     config: Config
     from_store: bool
-    """Whether they come from the tracking store instead of the run's own folder."""
+    """True if they come from the tracking store instead of the run's own folder."""
 
 
 def settings_to_resume(run_id: str, job: str, file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
@@ -157,7 +157,7 @@ def _newest_unfinished(store: Store, job: str, digest: str) -> Any | None:
         "and attributes.status != 'SCHEDULED'"
     )
     for run in store.client.search_runs([store.experiment_id], wanted, order_by=["attributes.start_time DESC"]):
-        if run.info.run_id == store.claimed_run_id:  # the one that `mlflow run` made for us
+        if run.info.run_id == store.claimed_run_id:  # the run that `mlflow run` created for this process
             continue
         process = run.data.tags.get(Tag.PROCESS)
         if run.info.status != "RUNNING" or process is None:

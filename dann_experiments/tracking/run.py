@@ -72,7 +72,7 @@ class TrackedRun:
     folder: Path
     sender: Sender
     resumed: bool = False
-    """Whether this is a resumed run."""
+    """True for a resumed run."""
     _again: bool = False
 
     def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
@@ -230,12 +230,14 @@ def tracked_run(
                     f"the run ended well, but the tracking store did not accept all of its data{why}; the rest is kept in "
                     f"{run_folder}. When the store works again: python -m dann_experiments sync --tracking.folder {folder}"
                 )
-        except NotStored:  # closed already
+        except NotStored:  # already closed
             raise
         except BaseException as error:
             arrived = signals.hold()
             if arrived is not None:  # for any `error`: C code that a signal interrupts may raise its own instead
                 log.warning("%s: the run is being closed as KILLED.", arrived.name)
+                # recorded because the status may read FAILED: under `mlflow run` MLflow (3.17) also ends the runs of commands with
+                # an exit code other than 0, and its check for runs that have ended compares names of statuses to numbers
                 run.set_tags({Tag.KILLED_BY: arrived.name})
                 _close(run, "KILLED")
                 raise RunKilled(arrived) from None

@@ -243,7 +243,7 @@ class Sender:
         """Send a batch of points; after the last batch also tags and a file, and after all else the end. Return False if nothing
         is left."""
         points = self._send_points()
-        if points < BATCH:  # else more may wait
+        if points < BATCH:  # else more points may be waiting
             others = (self._send_tags(), self._send_file())
             if not points and not any(others):
                 return self._send_end()

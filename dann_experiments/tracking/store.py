@@ -91,7 +91,7 @@ def _open(uri: str | None, experiment: str | None, run_id: str | None, for_runs:
     logging.getLogger("alembic").setLevel(logging.WARNING)  # else one line for each of dozens of migrations
     logging.getLogger("mlflow.store.db.utils").setLevel(
         logging.CRITICAL
-    )  # else a traceback for each refusal, which we report
+    )  # else a traceback for each error, which we report ourselves
     _check_variables()
     try:
         with one_opens(uri, given):
@@ -280,7 +280,7 @@ def _check_answers(uri: str, given: str, to_write: bool) -> None:
         try:
             urllib.request.urlopen(shown.rstrip("/") + "/health", timeout=ANSWER_SECONDS)  # noqa: S310
         except urllib.error.HTTPError:
-            pass  # it answers: a proxy may require a login that MLflow's own client has
+            pass  # the server answers: a proxy may require a login that MLflow's own client has
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise StoreAway(
@@ -317,7 +317,7 @@ def _check_listens(uri: str, given: str, usual_port: int) -> None:
     """Raise StoreAway if nothing listens at the address's host: MLflow would try for two minutes."""
     try:
         host, port = urlsplit(uri).hostname, urlsplit(uri).port or usual_port
-    except ValueError:  # several hosts; the driver knows
+    except ValueError:  # several hosts: leave the check to the driver
         return
     if not host:  # a local socket, or named elsewhere in the address
         return

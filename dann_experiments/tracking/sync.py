@@ -29,7 +29,7 @@ class Leftover:
     outcome: str
     """What was done, in words."""
     is_left: bool
-    """Whether the folder still exists."""
+    """True if the folder still exists."""
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -108,7 +108,7 @@ class Checkpoints(Checkpoint):
         }
         states = checkpoint["callbacks"]
         for name in [name for name, state in states.items() if not files.is_plain(state)]:
-            del states[name]  # it could not be loaded without running code
+            del states[name]  # it could not be loaded without executing code from the file
             if name not in self._left_out:
                 log.warning(
                     "The state of callback %s holds more than tensors and plain values; a resumed run starts it afresh.",

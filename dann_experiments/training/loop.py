@@ -62,7 +62,7 @@ class Loop:
 
         Raises InputError if a batch is too small for BatchNorm, or if torch cannot compile the network."""
         self._rank.meet(self.device)
-        # Lightning expects resumable loaders to have a state; ours have theirs in the sampler
+        # Lightning looks for a state in the loader; ours is in its sampler
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
         if self._rank.world > 1:  # the values that we log are the same on all ranks
             warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist=True.*")

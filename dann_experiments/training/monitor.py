@@ -86,7 +86,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self._forgetting, self._resumed = state_dict["forgetting"], True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._resumed:  # the baseline came with the checkpoint
+        if self._resumed:  # the baseline was loaded from the checkpoint
             return
         if sum(trainer.num_sanity_val_batches) < sum(trainer.num_val_batches):
             found = "a baseline from a part of validation" if self.baseline else "no baseline"

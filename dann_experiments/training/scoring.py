@@ -137,7 +137,7 @@ class Scorer:
         loss = torch.as_tensor(self._loss, device=confusion.device).double()
         if over_ranks:
             confusion, loss = sum_of(confusion), sum_of(loss)
-        pixels = int(confusion.sum())  # every labeled one is in it
+        pixels = int(confusion.sum())  # number of labeled pixels
         return Scores(confusion.cpu().numpy(), float(loss) / pixels if pixels else float("nan"))
 
 
