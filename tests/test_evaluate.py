@@ -369,8 +369,8 @@ def test_sets_without_masks_are_left_out_with_a_word(trained, squares, workplace
     [
         ({CHECKPOINT: None}, "evaluate needs a model: set source_checkpoint"),
         ({CHECKPOINT: "none.ckpt"}, "pretrained_checkpoint.path is none.ckpt, which does not exist"),
-        ({CHECKPOINT: "runs:/0123456789abcdef0123456789abcdef"}, "which the tracking store does not provide"),
-        ({CHECKPOINT: "models:/nobody@champion"}, "which the tracking store does not provide"),
+        ({CHECKPOINT: "runs:/0123456789abcdef0123456789abcdef"}, "which the tracking store does not have"),
+        ({CHECKPOINT: "models:/nobody@champion"}, "which the tracking store does not have"),
         ({CHECKPOINT: "text.pt"}, "is no checkpoint that torch can read"),
         ({"data.source.val": [], "data.target.val": [], "data.target.test": []}, "evaluate needs labeled images"),
         (
@@ -536,7 +536,7 @@ def test_evaluate_of_a_set_in_a_fresh_place_needs_no_settings_but_the_set(traine
 
 def test_a_run_without_a_model_is_refused(trained, squares, workplace):
     scores = scored(squares, trained)
-    with pytest.raises(InputError, match=f"is 'runs:/{scores.run_id}', which the tracking store does not provide"):
+    with pytest.raises(InputError, match=f"is 'runs:/{scores.run_id}', which the tracking store does not have"):
         scored(squares, trained, f"runs:/{scores.run_id}")
 
 

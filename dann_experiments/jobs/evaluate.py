@@ -229,8 +229,7 @@ def _check_mapped(domain: str, mapped: Sequence[str], own: Sequence[str]) -> Non
 
 
 def _check_unmapped(domain: str, given: Sequence[str], where: str, own: Sequence[str]) -> None:
-    """Check masks with plain ids, which mean the classes of the settings in their order. Raise InputError if these differ from
-    the model's in number or order."""
+    """Raise InputError for masks with plain ids if the classes of the settings differ from the model's in number or order."""
     if len(given) != len(own):
         problem = f"names {len(given)} classes, {list(given)}, but the model has {len(own)}, {list(own)}"
     elif set(given) == set(own):

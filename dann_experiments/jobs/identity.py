@@ -78,12 +78,7 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
     del settings["data"]["oracle"]
     defaults = dataclasses.asdict(TrainerConfig())
-    for key in (
-        "devices",
-        "channels_last",
-        "compile",
-        "auto_batch_size",
-    ):  # keep the digests of older runs, made without it
+    for key in ("devices", "channels_last", "compile", "auto_batch_size"):  # older runs were made without it
         if settings["trainer"][key] == defaults[key]:
             del settings["trainer"][key]
     if settings["data"]["pad_to_crop"]:  # data that it changes were refused before this setting existed
@@ -92,7 +87,7 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
         del settings["trainer"][key]
     checkpoint = settings["domain_adaptation"]["pretrained_checkpoint"]
     checkpoint["path"] = source_model
-    if checkpoint["source_prefix"] is None:  # keep the digests of older runs, made without it
+    if checkpoint["source_prefix"] is None:  # older runs were made without it
         del checkpoint["source_prefix"]
     for domain in DOMAINS:
         settings["data"][domain] = _reading_settings(config, domain)
@@ -110,7 +105,7 @@ def _reading_settings(config: Config, domain: Domain) -> dict[str, Any]:
     settings = dataclasses.asdict(config.data.resolved(domain))
     for key in WHERE_FILES_ARE:
         del settings[key]
-    if settings["nodata_bands"] is None:  # keep the digests of older runs, made without it
+    if settings["nodata_bands"] is None:  # older runs were made without it
         del settings["nodata_bands"]
     return settings
 

@@ -44,12 +44,7 @@ from dann_experiments.workers.processes import how_it_ended
 
 READY = "ready"
 LAST_WORDS_SECONDS = 20.0  # to wait for a process to report its error, after the first rank has lost it
-LOST = (
-    "gloo",
-    "NCCL",
-    "closed by peer",
-    "reset by peer",
-)  # parts of torch's messages about a rank that does not answer
+LOST = ("gloo", "NCCL", "closed by peer", "reset by peer")  # in torch's messages about a rank that does not answer
 TOLD_ALIKE = {kind.__name__: kind for kind in (InputError, TrainingFailed)}
 
 
@@ -105,10 +100,7 @@ def main() -> None:
     """Run the process of another rank."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # so that what libraries print is not taken for an answer
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # they are sent to the whole process group, but the first rank ends the training
+    for number in (signal.SIGINT, signal.SIGTERM):  # the whole group gets them, but the first rank ends the training
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO)
     order = json.loads(sys.stdin.readline())
@@ -129,9 +121,7 @@ def _train(order: Mapping[str, Any], answers: TextIO) -> None:
     rank = Rank(order["index"], order["world"], Path(order["meeting_point"]))
     with seeded(config):
         sets = find_data(config, [SetName.parse(text) for text in order["sets"]]).read()
-        network = make_network(
-            config, with_weights=False
-        )  # those of the first rank are sent when the process group is formed
+        network = make_network(config, with_weights=False)  # the weights come from the first rank when all meet
         taps = [] if order["pretraining"] else make_taps(config, network)
         method = SourceOnly() if order["pretraining"] else make_method(config, taps)
         go_on_from = None if order["go_on_from"] is None else Path(order["go_on_from"])

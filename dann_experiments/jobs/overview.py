@@ -40,8 +40,8 @@ class Overview:
 
 
 def overview(config: Config) -> Overview:
-    """Return the newest adaptation run, the newest run of every other method from the same source model, and that model's run.
-    Raises InputError if the experiment has no finished adaptation run."""
+    """Return the newest run of each method from the source model of the newest adaptation run, and that model's run. Raises
+    InputError if the experiment has no finished adaptation run."""
     import pandas as pd
 
     store = open_store(config.tracking.uri, config.tracking.experiment, for_runs=False, to_write=False)

@@ -146,8 +146,7 @@ def _smaller(scene: Scene, settings: PredictConfig) -> str:
 
 @contextlib.contextmanager
 def _progress(count: int, shown: bool) -> Iterator[Callable[[float, str], None]]:
-    """Provide a function that shows the progress out of `count` images. Its arguments: the number of images done, as a float, and
-    the name of the current image."""
+    """Provide a function that shows progress, with arguments: images done (a float, up to `count`), name of the current image."""
     if shown and sys.stdout.isatty():
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

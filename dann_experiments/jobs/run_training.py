@@ -234,9 +234,7 @@ def with_batch_sizes(config: Config, parts: Parts) -> Config:
 
     factor = largest_factor(fits, min(len(datasets[domain]) // size for domain, size in own.items()))
     if factor == 0:
-        raise InputError(
-            f"trainer.auto_batch_size: not even the batch sizes in the settings fit into the GPU's memory ({own})."
-        )
+        raise InputError(f"trainer.auto_batch_size: not even the configured batches fit into the GPU's memory ({own}).")
     sizes = {f"data.{domain}.batch_size": factor * size for domain, size in own.items()}
     log.info("trainer.auto_batch_size: %s.", ", ".join(f"{key} {size}" for key, size in sizes.items()))
     return replace(config, sizes | {"trainer.auto_batch_size": False})  # the run's settings record the result
@@ -282,9 +280,7 @@ def _final_scores(
 
 
 class Album:
-    """A few images, spread over a set, with predictions of several networks, or of one network at several times.
-
-    `dataset`: the set (None = no images); `most`: the number of images at most."""
+    """At most `most` images, spread over a set, with predictions of several networks, or of one network at several times."""
 
     def __init__(self, dataset: SegmentationDataset | None, most: int = PICTURES) -> None:
         self.images, items = [], []

@@ -33,9 +33,7 @@ def find_or_make_source_model(
         return config.domain_adaptation.pretrained_checkpoint.path
     run_id = newest_finished(store, {Tag.JOB: Job.PRETRAIN, Tag.SOURCE_DIGEST: source_digest(config, digests)})
     if run_id is None:
-        log.info(
-            "There is no finished pretraining run with this network and source data: pretraining first, in a separate run."
-        )
+        log.info("No finished pretraining run has this network and source data: pretraining first, in a separate run.")
         run_id = pretrain_with(config, store, main_job=False, resume=resume).run_id
     else:
         log.info("Starting from pretraining run %s (set source_checkpoint to start from another model).", run_id)

@@ -40,8 +40,7 @@ def sync_runs(config: Config) -> Iterator[Leftover]:
 
 
 def doctor(config: Config) -> Health:
-    """Close the stale runs of this machine in every experiment of the store, and return what is left. Raises InputError if the
-    store does not answer."""
+    """Close the stale runs of this machine in all experiments of the store. Raises InputError if the store does not answer."""
     store = open_store(config.tracking.uri, config.tracking.experiment, for_runs=False)
     experiments = experiment_ids(store)
     closed = close_stale_runs(store, "doctor", experiments=experiments)

@@ -31,11 +31,9 @@ def fetched(path: str, store: Store, key: str = Key.SOURCE_MODEL) -> Iterator[tu
 
 
 def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) -> tuple[Path, str | None]:
-    """Return the local path of a model, copied to `folder` if it comes from the store, and the id of the run that made it, if
-    known.
+    """Return the path of a model, copied to `folder` if it comes from the store, and the id of the run that made it, if known.
 
-    `key`: the setting that error messages name. Raises InputError for what the store does not have, NotWritten if the copy has
-    no room in `folder`.
+    `key`: the setting that messages name. Raises InputError if the store does not have it, NotWritten if `folder` has no room.
     """
     if not path.startswith(("runs:/", "models:/")):
         return local_path(path, key), None
@@ -56,9 +54,7 @@ def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) ->
     except NotWritten:
         raise
     except (MlflowException, OSError, ValueError) as error:
-        raise InputError(
-            f"{key} is {given!r}, which the tracking store does not provide: {in_one_line(error)}"
-        ) from None
+        raise InputError(f"{key} is {given!r}, which the tracking store does not have: {in_one_line(error)}") from None
 
 
 def registered(path: str, store: Store) -> tuple[str, str | None]:

@@ -207,9 +207,7 @@ def tracked_run(
         if resume is not None:
             check_run_id(resume)
             run_id, already = resume, _reopen(store, resume, claimed, folder / resume)
-        elif (
-            claimed is None
-        ):  # created with its tags, so that a search for killed runs finds it from the first moment on
+        elif claimed is None:  # created with its tags, so that a search for killed runs finds it at once
             run_id = store.client.create_run(store.experiment_id, tags=_texts(tags)).info.run_id
         else:
             run_id = claimed
@@ -236,8 +234,7 @@ def tracked_run(
             arrived = signals.hold()
             if arrived is not None:  # for any `error`: C code that a signal interrupts may raise its own instead
                 log.warning("%s: the run is being closed as KILLED.", arrived.name)
-                # recorded because the status may read FAILED: under `mlflow run` MLflow (3.17) also ends the runs of commands with
-                # an exit code other than 0, and its check for runs that have ended compares names of statuses to numbers
+                # the status may read FAILED: `mlflow run` (3.17) ends the run once more if a command's exit code is not 0
                 run.set_tags({Tag.KILLED_BY: arrived.name})
                 _close(run, "KILLED")
                 raise RunKilled(arrived) from None
@@ -257,9 +254,7 @@ def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
     """Return tags as the store accepts them. Raises InputError for names that it does not accept."""
     for key in tags:
         if not is_key(key):
-            raise InputError(
-                f"tag {key!r}: MLflow allows letters, digits, blanks, and _ - . / : only; use another name."
-            )
+            raise InputError(f"tag {key!r}: MLflow allows letters, digits, blanks, and _ - . / : only; rename it.")
     return {key: shortened(value, LONGEST_RUN_NAME if key == RUN_NAME else LONGEST_TAG) for key, value in tags.items()}
 
 
@@ -290,9 +285,7 @@ def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> Ite
             store.client.set_tag(claimed, key, text)
         store.client.set_terminated(claimed, "FINISHED")
     (folder / END).unlink(missing_ok=True)
-    store.client.set_tag(
-        run_id, Tag.PROCESS, process_name()
-    )  # first, so that a search for stale runs does not close it
+    store.client.set_tag(run_id, Tag.PROCESS, process_name())  # first, so that no search for stale runs closes it
     store.client.update_run(run_id, status="RUNNING")
     run = store.client.get_run(run_id)
     for tag in {Tag.CLOSED_BY, Tag.KILLED_BY} & run.data.tags.keys():  # how it ended before

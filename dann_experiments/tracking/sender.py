@@ -30,9 +30,7 @@ from dann_experiments.tracking.store import in_one_line
 log = logging.getLogger(__name__)
 SPOOL, TAGS = "unsent_metrics.jsonl", "unsent_tags.json"
 BATCH = 1000  # metrics per request, MLflow's limit
-MOST_IN_MEMORY = (
-    20_000  # about 15 MB of tensors; beyond, the thread that logs the next metrics writes them to the spool
-)
+MOST_IN_MEMORY = 20_000  # about 15 MB of tensors; beyond, whichever thread logs next writes them to the spool
 SPILL_SECONDS = 1.0  # after which metrics are written to the spool, where a killed process does not lose them
 SEND_SECONDS = 5.0
 """Pause between two requests, unless a full request is waiting: each costs the store and the training process milliseconds."""
@@ -91,9 +89,7 @@ class Sender:
         """Why the store did not accept the last request; empty if it did."""
         self._spool_refused = False
         self._wake = threading.Condition()
-        self._spilling = (
-            threading.Lock()
-        )  # one thread at a time moves points to the spool, so that they keep their order
+        self._spilling = threading.Lock()  # one thread at a time moves points to the spool, to keep their order
         self._keeping_tags = threading.Lock()
         self._closing = self._given_up = self._failing = self._uploading = False
         self._last_success = time.monotonic()
@@ -169,9 +165,7 @@ class Sender:
             self._spool.left + lost, len(self._files), self._run_id, because, self._folder, self._folder.parent,
         )  # fmt: skip
         if lost:
-            log.error(
-                "%d of these metrics are lost: neither the store nor %s accepts them.", lost, self._folder / SPOOL
-            )
+            log.error("%d of these metrics are lost: the store and %s refuse them.", lost, self._folder / SPOOL)
         return False
 
     def _spill(self, durable: bool = False) -> NotWritten | None:
@@ -304,9 +298,8 @@ class Sender:
             return False
         self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         with self._keeping_tags:
-            self._tags = {
-                key: value for key, value in self._tags.items() if tags.get(key) != value
-            }  # keep those added meanwhile
+            # keep those added meanwhile
+            self._tags = {key: value for key, value in self._tags.items() if tags.get(key) != value}
             self._keep_tags()
         self._answered()
         return True

@@ -46,14 +46,10 @@ class Spool:
         ).encode()
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(
-                self._path, "ab", buffering=0
-            ) as file:  # a buffer would write its rest on closing, after a failure too
+            with open(self._path, "ab", buffering=0) as file:  # a buffer would write its rest after a failure, too
                 before = file.tell()
                 try:
-                    if (
-                        before and not self._ends_a_line()
-                    ):  # a writer was killed within a line: lose that line, but not the next
+                    if before and not self._ends_a_line():  # a writer was killed: lose its last line, but not this one
                         lines = b"\n" + lines
                     while lines:
                         lines = lines[file.write(lines) :]
@@ -110,9 +106,7 @@ class Spool:
                     point = Point(str(entry["key"]), float(entry["value"]), int(entry["timestamp"]), int(entry["step"]))
                 except (ValueError, KeyError, TypeError):
                     if line.strip():
-                        log.warning(
-                            "%s has a line that is not a metric (its writer was killed); it is skipped.", self._path
-                        )
+                        log.warning("%s: skipped a line that is not a metric (its writer was killed).", self._path)
                     continue
                 yield point, start
 

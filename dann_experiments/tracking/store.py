@@ -31,9 +31,7 @@ ANSWER_SECONDS = 10.0
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306}
 EXPERIMENT_KIND = "mlflow.experimentKind"  # makes the UI show its runs as trainings
 TRAINING_PAGES = "workflowType=machine_learning"  # in an address: MLflow shows its pages for trainings, not for GenAI
-_NAMED_SO = (
-    "user|passw|pwd|token|secret|api_?key|auth|sig|cred"  # parts of the names of secret parameters in an address
-)
+_NAMED_SO = "user|passw|pwd|token|secret|api_?key|auth|sig|cred"  # in names of secret parameters of an address
 SHORTEST_SECRET = 4  # shorter ones would be found in many words; in addresses they are removed in any case
 _secrets: set[str] = set()
 # Wait for a server that restarts: five tries with pauses of 0, 2, 4, 8 and 16 s. Metrics wait longer, in our sender.
@@ -89,9 +87,7 @@ def _open(uri: str | None, experiment: str | None, run_id: str | None, for_runs:
     from dann_experiments.tracking.artifacts import check_artifacts
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # else one line for each of dozens of migrations
-    logging.getLogger("mlflow.store.db.utils").setLevel(
-        logging.CRITICAL
-    )  # else a traceback for each error, which we report ourselves
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # else a traceback for each error
     _check_variables()
     try:
         with one_opens(uri, given):

@@ -66,8 +66,7 @@ def sync(store: Store, folder: Path) -> Iterator[Leftover]:
 
 
 def _writer(run: Any) -> str | None:
-    """Return which process writes an open run: a living one of this machine, or one of another machine, which cannot be checked.
-    None if none does."""
+    """Return which process writes an open run: a living one of this machine, or any of another machine, else None."""
     process = run.data.tags.get(Tag.PROCESS)
     if process is None or run.info.status != "RUNNING" or not (is_elsewhere(process) or live_process(process)):
         return None

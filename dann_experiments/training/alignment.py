@@ -80,8 +80,7 @@ class Alignment:
             }
 
     def finish(self, domain_accuracy: float | None) -> Gap:
-        """Probe the features of both times. `domain_accuracy`: that of the run's own classifier on held-out images, 0..1; None
-        without a classifier."""
+        """Probe the features of both times. `domain_accuracy`: that of the run's classifier on held-out images, if any."""
         layer = self._tapped[-1] if self._tapped else ENCODER
         found = {when: self._probes(when) for when in self._features}
         means = {when: mean_probe(self._judged(probes)) for when, probes in found.items()}

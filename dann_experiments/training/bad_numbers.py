@@ -246,8 +246,7 @@ def _copied(numbers: Tensor, later: bool) -> torch.cuda.Event | None:
 
 
 def _has_scaler(trainer: pl.Trainer) -> bool:
-    """Return whether the precision is 16-mixed: its gradient scaler checks for gradients that are not finite, and skips their
-    steps, as part of how it works."""
+    """Return whether the precision is 16-mixed, whose gradient scaler itself skips steps with gradients that are not finite."""
     plugin = trainer.precision_plugin
     return isinstance(plugin, MixedPrecision) and plugin.scaler is not None
 

@@ -62,9 +62,7 @@ class Checkpoints(Checkpoint):
         self._epoch_ended = False
         self._left_out: set[str] = set()
         self._refused = False  # whether the last write failed
-        self._waiting: tuple[Path, dict[str, Any]] | None = (
-            None  # best weights that could not be written, and their file
-        )
+        self._waiting: tuple[Path, dict[str, Any]] | None = None  # best weights that were not written, and their file
         self._best_steps: dict[int, int | None] = {}  # step of a kept checkpoint -> the best step recorded in it
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -192,9 +190,7 @@ class Checkpoints(Checkpoint):
         if io.problem is not None and not self._refused:
             newest = max(files.numbered(self.folder, files.STEP), default=None)
             kept = "none was saved before" if newest is None else f"the one of step {newest} is kept"
-            log.warning(
-                "%s Training continues without this checkpoint (%s); the next one will be tried.", io.problem, kept
-            )
+            log.warning("%s Training continues without this checkpoint (%s); the next is tried.", io.problem, kept)
         elif io.problem is None and self._refused:
             log.warning("%s was written: checkpoints are being saved again.", path)
         self._refused = io.problem is not None

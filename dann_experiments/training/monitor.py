@@ -143,10 +143,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             values = {name: choice_value(name, metrics) for name in metrics}
             # for checkpoints; `log` would take a millisecond per value
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-            for name in (
-                Metric.SOURCE_VAL_IOU,
-                Metric.TARGET_VAL_IOU,
-            ):  # for the progress bar only: the loggers have them already
+            for name in (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU):  # for the progress bar only
                 if name in values:
                     pl_module.log(name, values[name], prog_bar=True, logger=False, add_dataloader_idx=False)
             self._warn_of_forgetting(trainer.loggers)
@@ -181,8 +178,7 @@ def _first_item(trainer: pl.Trainer, dataloader_idx: int) -> int:
 
 
 def _domain_accuracy(hits: Mapping[str, Mapping[int, Tensor]]) -> dict[str, float]:
-    """Return the accuracy, balanced over the domains, as the mean over the layers. Layers without a decision for each domain are
-    left out."""
+    """Return the balanced accuracy as the mean over the layers that have decisions for both domains."""
     by_layer: dict[str, float] = {}
     for layer, of_domain in hits.items():
         if len(of_domain) == len(DOMAINS) and all(float(counts[1]) > 0 for counts in of_domain.values()):

@@ -59,8 +59,7 @@ def pooled_features(
 
 
 def _spread(loader: DataLoader, most: int) -> Iterator[Mapping[str, Tensor]]:
-    """Yield the batches of the loader, or batches of `most` of its items, spread over the set. Neighbors of one size share a
-    batch."""
+    """Yield the loader's batches, or batches of `most` of its items, spread over the set; each batch has images of one size."""
     dataset: Any = loader.dataset
     if len(dataset) <= most:
         yield from loader
