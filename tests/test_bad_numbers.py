@@ -303,17 +303,17 @@ TOO_LARGE = (
     ),
     (
         "evaluate --config c.yaml --source_checkpoint ../model", 2,
-        ("Error: out of memory", "A batch is 4 images or windows of 2048 x 2048 pixels. Take a smaller data.eval_batch_size"),
+        ("Error: out of memory", "A batch is 4 images or windows of 2048 x 2048 pixels. Use a smaller data.eval_batch_size"),
     ),
     (
         "evaluate --config c.yaml --source_checkpoint ../model --domain_adaptation.batchnorm target_stats "
         "--data.target.train [{large}]", 2,
-        ("Error: out of memory", "A batch is 3 images or windows of 2048 x 2048 pixels. Take a smaller "
+        ("Error: out of memory", "A batch is 3 images or windows of 2048 x 2048 pixels. Use a smaller "
         "data.target.batch_size"),
     ),
     (
         "predict --model ../model --input ../wide.png --output map.png --tile_size 2048", 2,
-        ("Error: out of memory", "batch_size is 4, with tiles of 2048 x 2048 pixels. Take a smaller batch_size"),
+        ("Error: out of memory", "batch_size is 4, with tiles of 2048 x 2048 pixels. Use a smaller batch_size"),
     ),
 )  # fmt: skip
 

@@ -81,7 +81,7 @@ def test_it_is_refused_without_a_gpu(workplace, squares):
 
 def test_it_is_refused_where_runs_are_compared(workplace, squares):
     config = load_config(None, small_settings(squares, **AUTO))
-    message = r"trainer\.auto_batch_size is true, but .* must train with the same batches"
+    message = r"trainer\.auto_batch_size is true, but .* must train with the same batch sizes"
     with pytest.raises(InputError, match=message):
         compare(config)
     with pytest.raises(InputError, match=message):

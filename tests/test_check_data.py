@@ -235,7 +235,7 @@ def nothing_but_nodata(root):
     for path in (root / "target_val" / "images").iterdir():
         path.unlink()
         write_raster(path.with_suffix(".tif"), np.full((3, 32, 32), np.nan, np.float32))
-    return ["data.target.val: image", "target_val/images/0.tif and the others of its set hold no data"], {
+    return ["data.target.val: image", "target_val/images/0.tif and the others of its set have no data"], {
         "data__target__scale": [0, 1]
     }
 
@@ -486,7 +486,7 @@ def test_parts_of_one_raster_may_be_in_two_sets_if_they_do_not_overlap(root, sto
 def test_overlapping_parts_of_one_raster_are_a_problem(root, capsys):
     assert run(root, **one_raster(root, [0, 0, 32, 64], [31, 63, 64, 64])) == 2
     assert "data.source.val: image" in (errors := capsys.readouterr().err)
-    assert "town/image.tif is in data.source.train as well; an image may be in one set alone" in errors
+    assert "town/image.tif is in data.source.train as well; an image may be in one set only" in errors
 
 
 def test_an_image_in_two_sets_is_a_warning_of_training(root, caplog):
@@ -496,7 +496,7 @@ def test_an_image_in_two_sets_is_a_warning_of_training(root, caplog):
     with caplog.at_level(logging.WARNING):
         read_sets(config)
     text = caplog.text
-    assert "2 images are in two sets that should share none" in text
+    assert "2 images are in two sets that should not share any" in text
     assert "source_val/images/2.png" in text or "target/images/2.png" in text
 
 

@@ -226,7 +226,7 @@ def test_a_disk_that_is_full_to_the_end_is_one_message_and_the_run_goes_on_to_th
     assert "cannot be written: " in error
     assert "MB wanted" in error or "0.0 MB free" in error
     assert f"adapt --resume {here.run_id}" in error
-    assert told.count("Training goes on without this checkpoint (the one of step 4 is kept)") == 1
+    assert told.count("Training continues without this checkpoint (the one of step 4 is kept)") == 1
     assert here.status == "FAILED"
     kept = Path(str(here.result().artifacts))
     assert not list(outputs.rglob("*.part"))
@@ -242,8 +242,8 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(plac
     here = place(outputs)
     code, told = here.run("adapt", callbacks=[At(step_2=breaks, step_5=mends)])  # the first epoch's best weights wait
     assert code == 0
-    assert told.count("Training goes on without this checkpoint") == 1
-    assert told.count("checkpoints are saved again") == 1
+    assert told.count("Training continues without this checkpoint") == 1
+    assert told.count("checkpoints are being saved again") == 1
     assert_same(here, whole)
 
 
@@ -256,7 +256,7 @@ def test_outputs_and_store_on_one_full_disk_damage_neither(place, small_disk, wh
     assert code == 2
     assert told.count("Error: ") == 1
     assert f"adapt --resume {here.run_id}" in told
-    assert "does not take what is sent ((sqlite3.OperationalError) database or disk is full)" in told
+    assert "does not accept what is sent ((sqlite3.OperationalError) database or disk is full)" in told
     assert here.status == "FAILED"  # the checkpoint that is not the last one gave its place free
     (disk / "filler").unlink()
     with closing(sqlite3.connect(disk / "store" / "mlflow.db")) as database:
@@ -277,7 +277,7 @@ def test_a_disk_that_becomes_read_only_keeps_its_checkpoint_and_the_run_goes_on_
     here = place(disk / "outputs")
     code, told = here.run("adapt", callbacks=[At(step_5=lambda: remount(disk, "ro"))])
     assert code == 2
-    assert "does not take what is sent" not in told
+    assert "does not accept what is sent" not in told
     assert "its disk is read-only" in told.partition("Error: ")[2]
     assert here.status == "FAILED"
     remount(disk, "rw")
@@ -406,7 +406,7 @@ def test_a_store_that_is_locked_to_the_end_gets_the_run_from_sync(place, workpla
     finally:
         locking.end()
     assert code == 2
-    assert "Error: the run ended well, but the tracking store did not take all of it" in told
+    assert "Error: the run ended well, but the tracking store did not accept all of its data" in told
     assert "dann_experiments sync --tracking.folder" in told
     forget_this_process(here)
     assert here.run("sync")[0] == 0
@@ -545,7 +545,7 @@ def test_metrics_that_neither_the_store_nor_the_folder_takes_are_told_as_lost(tm
     sender.put({"a": 1.0, "b": 2.0}, 0)
     assert not sender.close("FINISHED")
     assert "2 of these metrics are lost" in caplog.text
-    assert caplog.text.count("Metrics wait in memory") == 1
+    assert caplog.text.count("Metrics are kept in memory") == 1
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_a_domain_the_model_knows_nothing_of_is_normalised_by_the_settings(train
     expected = counted(model, squares / "source_val", 0, 255, source["mean"], source["std"])
     assert matrix(result, "source_val") == expected.tolist()
     assert tags_of(result)["dann.normalisation_from"] == "source: model, target: settings"
-    assert "does not say how target images are normalized" in caplog.text
+    assert "does not record how target images are normalized" in caplog.text
 
 
 def test_a_folder_of_save_pretrained_tells_its_network(trained, squares, workplace):
@@ -326,7 +326,9 @@ def test_named_labels_mean_the_model_s_classes_whatever_the_settings_call_theirs
 def test_plain_ids_with_other_names_of_as_many_classes_go_by_the_model_s_names(trained, squares, workplace, caplog):
     result = scored(squares, trained, data__class_names=["soil", "block"])
     assert "class_iou/target_val/square" in result.metrics
-    warning = "data.target: the plain ids of its masks are taken as the model's classes, ['ground', 'square'], though "
+    warning = (
+        "data.target: the plain ids in its masks are taken as the model's classes, ['ground', 'square'], although "
+    )
     assert warning + "data.class_names names ['soil', 'block']" in caplog.text
 
 
@@ -365,25 +367,25 @@ def test_sets_without_masks_are_left_out_with_a_word(trained, squares, workplace
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({CHECKPOINT: None}, "evaluate needs a model: give source_checkpoint"),
+        ({CHECKPOINT: None}, "evaluate needs a model: set source_checkpoint"),
         ({CHECKPOINT: "none.ckpt"}, "pretrained_checkpoint.path is none.ckpt, which does not exist"),
-        ({CHECKPOINT: "runs:/0123456789abcdef0123456789abcdef"}, "which the tracking store does not give"),
-        ({CHECKPOINT: "models:/nobody@champion"}, "which the tracking store does not give"),
+        ({CHECKPOINT: "runs:/0123456789abcdef0123456789abcdef"}, "which the tracking store does not have"),
+        ({CHECKPOINT: "models:/nobody@champion"}, "which the tracking store does not have"),
         ({CHECKPOINT: "text.pt"}, "is not a checkpoint that torch can read"),
-        ({"data.source.val": [], "data.target.val": [], "data.target.test": []}, "evaluate needs labelled images"),
+        ({"data.source.val": [], "data.target.val": [], "data.target.test": []}, "evaluate needs labeled images"),
         (
             {"data.source.val": [], "data.target.val": [], "data.target.test": ["target"]},
-            "evaluate needs labelled images",
+            "evaluate needs labeled images",
         ),
         ({"data.target.test": ["nowhere"]}, "nowhere, which does not exist"),
         (
             {"model.classes": 3, "data.class_names": ["a", "b", "c"]},
             "data.class_names names 3 classes, ['a', 'b', 'c'], but the model has 2, ['ground', 'square'], and the masks of "
-            "data.source hold plain ids; say in data.source.value_map",
+            "data.source hold plain ids; map them to the model's classes with data.source.value_map",
         ),
         ({"data.class_names": ["square", "ground"]}, "has the model's classes in another order"),
         ({"data.target.value_map": {0: "tree", 1: "lake"}}, "names ['tree', 'lake'], but the model's classes are"),
-        ({"data.target.ignore_values": [0, 1]}, "data.target.val: no pixel of its masks is of a class"),
+        ({"data.target.ignore_values": [0, 1]}, "data.target.val: no pixel of its masks belongs to a class"),
         ({"data.target.value_map": {0: "ground"}}, "holds id 1, but data.target.value_map knows [0]"),
         ({"data.target.bands": [1, 2, 4]}, "has 3 bands, but data.target.bands is [1, 2, 4]"),
         (
@@ -534,7 +536,7 @@ def test_evaluate_of_a_set_in_a_fresh_place_needs_no_settings_but_the_set(traine
 
 def test_a_run_without_a_model_is_refused(trained, squares, workplace):
     scores = scored(squares, trained)
-    with pytest.raises(InputError, match=f"is 'runs:/{scores.run_id}', which the tracking store does not give"):
+    with pytest.raises(InputError, match=f"is 'runs:/{scores.run_id}', which the tracking store does not have"):
         scored(squares, trained, f"runs:/{scores.run_id}")
 
 
@@ -642,7 +644,7 @@ def test_other_values_of_batchnorm_change_nothing_in_evaluate(trained, squares, 
 
 
 def test_target_stats_without_training_images_or_without_batchnorm_is_refused_before_a_run(trained, squares, workplace):
-    with pytest.raises(InputError, match=r"data\.target\.train, but that is empty; name target images there"):
+    with pytest.raises(InputError, match=r"data\.target\.train, but that is empty; add target images"):
         scored(squares, trained, domain_adaptation__batchnorm="target_stats")
     arguments = {"encoder_name": "mit_b0", "in_channels": 3, "classes": 2, "decoder_use_norm": False}
     save_model(workplace / "plain", smp.Unet(**arguments, encoder_weights=None), "unet", arguments, {})

@@ -315,7 +315,7 @@ def test_the_settings_of_config_are_called_those_of_config_in_predict(workplace,
         main(["predict", "--model", "weights.pt", "--config", "given.yaml", "--input", "a.tif", "--output", "b.tif"])
         == 2
     )
-    assert "in the settings that --config gives" in " ".join(capsys.readouterr().err.split())
+    assert "in the settings of --config" in " ".join(capsys.readouterr().err.split())
 
 
 def test_names_of_settings_are_no_part_of_how_images_are_read():

@@ -243,7 +243,7 @@ def test_a_run_deleted_while_it_logs_is_restored_and_nothing_is_lost(uri, workpl
     assert not run.folder.exists()
     said = "Run %s was deleted" if what == "run" else "Experiment %r was deleted"
     assert sum(record.msg.startswith(said) for record in caplog.records) >= 3
-    assert "does not take what is sent" not in caplog.text
+    assert "does not accept what is sent" not in caplog.text
 
 
 def delete_again(run: TrackedRun, what: str) -> None:

@@ -216,7 +216,7 @@ def test_only_every_so_many_epochs_and_the_last_are_logged_but_all_are_watched(t
 
 
 def forgetting(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if "forgets the source" in record.getMessage()]
+    return [record.getMessage() for record in caplog.records if "forgetting the source" in record.getMessage()]
 
 
 def test_the_source_falling_below_the_threshold_twice_is_two_warnings_and_a_tag_in_mlflow(place, tmp_path, caplog):

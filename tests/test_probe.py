@@ -297,11 +297,11 @@ LOW, HIGH, WARM = Probe(0.53, 0.12, (200, 200)), Probe(0.93, 1.72, (200, 200)), 
         (0.4, LOW, ["domains are aligned"], ["mistakes"]),
         (0.6, LOW, ["domains are aligned"], ["partly"]),
         (0.52, HIGH, ["too weak or trained too little", "hidden_size", "discriminator_lr"], ["domains are aligned"]),
-        (0.52, None, ["without a probe nobody can say", "No probe: fewer"], ["raise"]),
-        (0.9, HIGH, ["the adversary wins", "lambda_da", "lower discriminator_lr"], ["all that the probe sees"]),
-        (0.97, LOW, ["the adversary wins", "all that the probe sees"], ["domains are aligned"]),
+        (0.52, None, ["without a probe it is unknown", "No probe: fewer"], ["raise"]),
+        (0.9, HIGH, ["the adversary wins", "lambda_da", "lower discriminator_lr"], ["input of the probe"]),
+        (0.97, LOW, ["the adversary wins", "input of the probe"], ["domains are aligned"]),
         (0.75, HIGH, ["partly aligned", "0.75"], ["wins"]),
-        (0.39, LOW, ["mistakes the domains", "lags behind", "helped nothing"], ["are aligned"]),
+        (0.39, LOW, ["mistakes the domains", "lags behind", "did not help"], ["are aligned"]),
         (None, LOW, ["No classifier", "are alike"], ["differ"]),
         (None, HIGH, ["No classifier", "differ"], ["are alike"]),
         (None, None, ["No classifier", "No probe: fewer"], ["the features of"]),
@@ -323,8 +323,8 @@ def test_a_small_change_of_the_probe_is_called_noise_and_a_large_one_is_not():
     assert "->" not in explain(0.5, None, LOW)
     assert "as they were in the warm start" in explain(0.5, LOW, LOW)
     assert "as they were in the warm start" not in explain(0.5, WARM, LOW)
-    assert "too few images to say" in explain(0.5, None, Probe(0.6, 0.4, (10, 10)))
-    assert "too few images to say" not in explain(0.5, None, LOW)
+    assert "too few images to decide" in explain(0.5, None, Probe(0.6, 0.4, (10, 10)))
+    assert "too few images to decide" not in explain(0.5, None, LOW)
 
 
 def test_the_control_is_not_told_to_raise_its_lambda():

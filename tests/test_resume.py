@@ -560,9 +560,9 @@ def test_a_run_of_another_machine_goes_on_when_named_and_is_left_out_by_auto(con
     run_id = some_run(config, process="elsewhere", digest="moon")
     store = open_store(config.tracking.uri, config.tracking.experiment)
     assert run_to_go_on(store, "adapt", run_id, "moon", config) == run_id
-    assert "make sure that it is gone" in caplog.text
+    assert "make sure it has ended" in caplog.text
     assert run_to_go_on(store, "adapt", "auto", "moon", config) is None
-    assert f"give resume={run_id}" in caplog.text
+    assert f"use resume={run_id}" in caplog.text
 
 
 def test_auto_takes_the_newest_unfinished_run_of_the_same_job_and_digest(config, caplog):
@@ -613,7 +613,7 @@ def test_a_class_named_by_settings_out_of_the_store_is_not_imported_unasked(conf
     store.client.log_artifact(run_id, str(kept))
     kept.unlink()
     here = {"tracking.uri": config.tracking.uri}
-    with pytest.raises(InputError, match=r"somebody.Evil.*give it yourself"):
+    with pytest.raises(InputError, match=r"somebody.Evil.*set it yourself"):
         settings_to_resume(run_id, "adapt", None, here)
     named = settings_to_resume(run_id, "adapt", None, here | {"domain_adaptation.method.class_path": "somebody.Evil"})
     assert named.domain_adaptation.method.class_path == "somebody.Evil"

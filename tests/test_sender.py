@@ -368,7 +368,7 @@ def test_sync_names_a_folder_that_is_none_and_runs_of_another_store(store, capsy
     Path("outputs", "maps").mkdir()  # of somebody else
     assert main(["sync"]) == 1
     told = capsys.readouterr().out
-    assert "is none of this store's runs" in told
+    assert "is not a run of this store" in told
     assert "maps" not in told
 
 

@@ -181,7 +181,7 @@ def test_a_metric_that_no_run_logs_is_no_objective(squares):
     (squares / "bare" / "images").symlink_to(squares / "target_val" / "images")
     unlabelled = replace(config, {"data.target.val": ["bare"]})
     for name in ("iou/target_val", "iou/gap_source_minus_target"):
-        with pytest.raises(InputError, match=r"labelled images in data\.target\.val"):
+        with pytest.raises(InputError, match=r"labeled images in data\.target\.val"):
             check_objective(
                 load_settings(SweepConfig, None, {"objective": name}), unlabelled, build.find_data(unlabelled).labelled
             )

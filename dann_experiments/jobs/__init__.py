@@ -1,4 +1,4 @@
-"""One function a job: `pretrain(config)`, `adapt(config)`, `evaluate(config)`, ..., each one tracked run."""
+"""One function per job: `pretrain(config)`, `adapt(config)`, `evaluate(config)`, ...; each makes one tracked run."""
 
 from dann_experiments.jobs.adapt import adapt, prepare
 from dann_experiments.jobs.check_data import DataReport, check_data

@@ -1,4 +1,4 @@
-"""The main job: adapts a source model to the unlabelled target."""
+"""Adapts a source model to the unlabeled target: the main job."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def adapt(
     tags: Mapping[str, str] | None = None,
     resume: str | None = None,
 ) -> RunResult:
-    """Adapt the source model to the target by the method of `domain_adaptation`, tracked as one MLflow run.
+    """Adapt the source model to the target with the method of `domain_adaptation`, tracked as one MLflow run.
 
-    The source model is `pretrained_checkpoint.path`, else the newest finished pretraining run of the same network and
-    source data, else it is trained first, as a run of its own. `callbacks` join Lightning's (sweeps prune by one); `tags`
-    are added to the run's own, or replace them. `resume`: the id of a killed run, which is resumed (docs/resume.md), or `auto`:
-    the newest of these settings, or its pretraining, or a new run. Raises InputError for what the user can mend, before a run
-    is started where it can be seen before (all files that fit into `data.memory_gb`).
+    The source model is `pretrained_checkpoint.path`, else that of the newest finished pretraining run with the same network and
+    source data; if there is none, it is trained first, in a separate run. `callbacks` are added to Lightning's (sweeps use one
+    for pruning); `tags` are added to the run's own, or replace them. `resume`: the id of a killed run to resume (docs/resume.md),
+    or `auto` for the newest unfinished run with these settings, or its unfinished pretraining, else a new run. Raises InputError
+    for errors that the user can correct, if possible before a run is started (for all files that fit into `data.memory_gb`);
+    TrainingFailed and NotStored.
     """
     store = None
     if callbacks:
@@ -47,11 +48,11 @@ def adapt(
         store = open_store(config.tracking.uri, config.tracking.experiment)
         config = as_the_run(store, resume, Job.ADAPT, config)
     with seeded(config):
-        data, network = _found(config)  # before a store is made: what is refused here leaves nothing behind
+        data, network = _found(config)  # before a store is created: settings that are refused leave nothing behind
         store = store or open_store(config.tracking.uri, config.tracking.experiment)
         config, parts = _prepared(config, store, data, network, AUTO if resume == AUTO else None)
         source_run_id, source = load_source_model(config, network, _source_model(config), store)
-        reseed(config.seed)  # the same numbers whether the source model was just trained or found
+        reseed(config.seed)  # same random numbers whether the source model was just trained or found
         parts = dataclasses.replace(parts, method=make_method(config, parts.taps))
         config = with_batch_sizes(config, parts)
         digest = run_digest(Job.ADAPT, config, data.digests, source)
@@ -64,15 +65,15 @@ def adapt(
 
 
 def prepare(config: Config, store: Store, data: DomainData | None = None) -> Config:
-    """Do all that `adapt` does before it adapts: files (`data` if they are found already), network and method are checked, and
-    the source model is found or trained. Return the settings with that source model in `pretrained_checkpoint.path`; raise what
-    `adapt` raises."""
+    """Do the work of `adapt` before the adaptation itself: check files (`data` if they were found already), network and method,
+    and find or train the source model. Return the settings with that source model in `pretrained_checkpoint.path`; raise the same
+    errors as `adapt`."""
     with seeded(config):
         return _prepared(config, store, *_found(config, data))[0]
 
 
 def _found(config: Config, data: DomainData | None = None) -> tuple[DomainData, nn.Module]:
-    """Return the data, with their headers checked, and the network without its weights: what takes little time."""
+    """Return the data, with checked headers, and the network without its weights, which both takes little time."""
     every_weight_comes = config.domain_adaptation.pretrained_checkpoint.strict_loading
     data = data or find_data(config)
     return data, make_network(config, with_weights=False, initialize=not every_weight_comes)
@@ -84,7 +85,7 @@ def _prepared(
     """Return the settings with their source model, and the parts of the training."""
     sets = checked_sets(config, data, network)
     taps = make_taps(config, network)
-    parts = Parts(network, make_method(config, taps), taps, sets)  # refuse a wrong method before hours of pretraining
+    parts = Parts(network, make_method(config, taps), taps, sets)  # refuses a wrong method before hours of pretraining
     source_model = find_or_make_source_model(config, store, data.digests, resume_pretraining)
     return replace(config, {Key.SOURCE_MODEL: source_model}), parts
 

@@ -1,4 +1,4 @@
-"""From settings to objects: data and loaders, network, taps, method, optimizer, and the loop that trains them."""
+"""Builds objects from settings: data and loaders, network, taps, method, optimizer, and the training loop."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ from dann_experiments.workers.processes import available_cores, visible_gpus
 
 log = logging.getLogger(__name__)
 LARGEST_BLANK = 1024  # pixels; divisible by every network's stride
-MOST_WORKERS = 4  # per loader, where their number is chosen from the machine
+MOST_WORKERS = 4  # per loader, if the number of workers depends on the machine
 
 
 def seeded(config: Config) -> contextlib.AbstractContextManager[None]:
-    """Seed everything random and set the threads for the block."""
+    """Seed all random generators and set the number of torch threads for the block."""
     threads = config.threads
     if threads is None and config.trainer.devices > 1:
         threads = max(available_cores() // config.trainer.devices, 1)
@@ -57,7 +57,7 @@ def seeded(config: Config) -> contextlib.AbstractContextManager[None]:
 
 
 def data_plan(config: Config) -> DataPlan:
-    """Return all that decides the sets of images."""
+    """Return everything that determines the sets of images."""
     data, embedded = config.data, config.data.embedded
     cut = Cut(
         data.window_size, data.windows == "random", data.window_count, data.crop_size, data.pad_to_crop, config.seed
@@ -70,7 +70,7 @@ def data_plan(config: Config) -> DataPlan:
 
 
 def find_data(config: Config, names: Iterable[SetName] = ALL_SETS) -> DomainData:
-    """Find the named sets and check the header of every file. Raises InputError for all that is wrong at once."""
+    """Find the named sets and check the header of every file. Raises one InputError that lists all problems."""
     return DomainData(data_plan(config), names)
 
 
@@ -95,7 +95,7 @@ def _labels(config: Config, domain: Domain) -> LabelMap:
 
 
 def make_loaders(config: Config, sets: ImageSets, rank: Rank | None = None) -> Loaders:
-    """Return the loaders of a job's sets, or of one rank's share of them."""
+    """Return the loaders of a job's sets, or of the share of `rank`."""
     on_gpu = bool(visible_gpus(config.trainer.accelerator))
     workers = config.data.num_workers
     if workers is None:
@@ -108,8 +108,8 @@ def make_loaders(config: Config, sets: ImageSets, rank: Rank | None = None) -> L
 
 
 def make_network(config: Config, with_weights: bool = True, initialize: bool = True) -> nn.Module:
-    """Build the network of `model`. `with_weights` False leaves the encoder's weights out. With `initialize` False all weights
-    stay uninitialized; load a complete checkpoint before use."""
+    """Build the network of the `model` settings. With `with_weights` False the encoder's pretrained weights are not loaded. With
+    `initialize` False all weights stay uninitialized; load a complete checkpoint before use."""
     model = config.model
     weights = model.encoder_weights if with_weights else None
     return build_network(
@@ -118,11 +118,11 @@ def make_network(config: Config, with_weights: bool = True, initialize: bool = T
 
 
 def make_taps(config: Config, network: nn.Module) -> list[Tap]:
-    """Look up the layers of `domain_adaptation` in the network."""
+    """Return the taps on the network's layers that `domain_adaptation` names. Raises InputError for layers that do not fit."""
     batchnorm = config.domain_adaptation.batchnorm
     if batchnorm in ("source_only", "target_stats") and not has_batchnorm(network):
         raise InputError(
-            f"domain_adaptation.batchnorm is {batchnorm!r}, but this network has no BatchNorm; give separate."
+            f"domain_adaptation.batchnorm is {batchnorm!r}, but this network has no BatchNorm; use separate."
         )
     if config.domain_adaptation.method.name == "source_only" and config.domain_adaptation.method.class_path is None:
         return []
@@ -134,13 +134,12 @@ def make_taps(config: Config, network: nn.Module) -> list[Tap]:
 
 
 def blank_size(config: Config) -> int:
-    """Return the side in pixels of the blank image by which layers are looked up: that of the crops, within what any memory
-    holds."""
+    """Return the side length, in pixels, of the blank image that finds the layers: that of the crops, limited to save memory."""
     return min(config.data.crop_size or 64, LARGEST_BLANK)
 
 
 def make_method(config: Config, taps: Sequence[Tap]) -> DomainAdaptationMethod:
-    """Build the adaptation method that the settings name."""
+    """Build the adaptation method of the settings. Raises InputError for a method that does not fit the taps."""
     method = config.domain_adaptation.method
     channels = {tap.name: tap.channels for tap in taps}
     if method.class_path is not None:
@@ -171,8 +170,8 @@ def make_method(config: Config, taps: Sequence[Tap]) -> DomainAdaptationMethod:
 def optimizer_maker(
     optimizer: OptimizerConfig, precision: str
 ) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
-    """Return a function from parameter groups to an optimizer, which is fused where it can be: Lightning does not clip the
-    gradients of a fused one under the scaler of 16-mixed."""
+    """Return a function that makes an optimizer from parameter groups. With precision 16-mixed it is not fused, because
+    Lightning does not clip the gradients of a fused optimizer with a gradient scaler."""
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return build_optimizer(
@@ -191,7 +190,7 @@ def model_arguments(config: Config) -> dict[str, Any]:
 
 
 def model_facts(config: Config, sets: ImageSets) -> dict[str, Any]:
-    """Return what a user of the saved model needs beside its weights."""
+    """Return what a user of the saved model needs in addition to its weights."""
     read = {domain: sets.any_of(domain) for domain in DOMAINS}
     return {
         "class_names": config.class_names,
@@ -207,7 +206,7 @@ def make_module(
     config: Config, network: nn.Module, method: DomainAdaptationMethod, taps: Sequence[Tap], device: torch.device,
     pretraining: bool = False,
 ) -> AdaptationModule:  # fmt: skip
-    """Build the training step. `pretraining`: with the optimizer of the source model's training."""
+    """Build the training step. `pretraining`: use the optimizer settings of the source model's training."""
     optimizer = config.pretraining.optimizer if pretraining else config.optimizer
     return AdaptationModule(
         network, method, taps, optimizer_maker(optimizer, config.trainer.precision), optimizer.schedule,
@@ -235,9 +234,9 @@ def make_loop(
 ) -> Loop:
     """Build one network's training on one rank.
 
-    `pretraining`: by the settings of the source model's training. `resumed`: the loop will start from a checkpoint. `logger`:
-    None on all ranks but the first, which tracks and shows progress. `persist` is called before each checkpoint, `beside`
-    entered around the validation of the final weights."""
+    `pretraining`: use the settings of the source model's training. `resumed`: the loop will start from a checkpoint. `logger`:
+    None on all ranks except the first, which tracks and shows progress. `persist` is called before each checkpoint; `beside`
+    makes the context in which the final weights are validated."""
     monitor = DomainAdaptationMonitorCallback(
         config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
         config.monitor.forgetting_threshold, config.data.ignore_index,
@@ -247,7 +246,7 @@ def make_loop(
     checkpoints = Checkpoints(
         folder / CHECKPOINTS, training, every.checkpoint_every_n_steps, every.checkpoint_every_minutes,
         every.checkpoints_kept, config.monitor.metric, config.monitor.direction,
-        persist,  # so that no kill leaves a checkpoint that is ahead of the history
+        persist,  # so that a killed run has no checkpoint that is ahead of the history
     )  # fmt: skip
     statistics: list[pl.Callback] = []
     target = loaders.sets.get(TARGET_TRAIN)
@@ -268,7 +267,7 @@ def make_loop(
         gradient_clip_val=every.gradient_clip_val,
         deterministic="warn" if every.deterministic else False,
         limit_train_batches=every.limit_train_batches,
-        num_sanity_val_steps=0 if resumed else -1,  # the whole of validation: the warm start's own scores
+        num_sanity_val_steps=0 if resumed else -1,  # the complete validation sets, for the baseline scores
         logger=False if logger is None else logger,
         callbacks=[
             RandomStates(), monitor, RatesAndTimes(), curves, *statistics, watch, *callbacks, *bars, checkpoints,
@@ -278,7 +277,7 @@ def make_loop(
         enable_model_summary=False,
         log_every_n_steps=1,
         default_root_dir=str(folder),
-        use_distributed_sampler=False,  # our loaders take their rank's share themselves
+        use_distributed_sampler=False,  # our loaders select their rank's share themselves
     )  # fmt: skip
     module = make_module(config, network, method, taps, trainer.strategy.root_device, pretraining)
     if method.uses_target and module.taps:

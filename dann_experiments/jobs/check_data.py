@@ -1,4 +1,4 @@
-"""Reads all data once and says what is wrong with it, and what both domains look like side by side."""
+"""Reads all data once, reports its problems, and compares both domains."""
 
 from __future__ import annotations
 
@@ -42,48 +42,48 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataReport:
-    """What was found."""
+    """The result of `check_data`."""
 
     problems: list[str]
-    """One sentence for each problem, with the file's name; empty = the data can be used."""
+    """One sentence per problem, with the file's name; empty if the data can be used."""
     remarks: list[str]
-    """What is odd about the data and yet allowed, with the way out."""
+    """One sentence per property of the data that is unusual but allowed, with what to do about it."""
     grids: list[str]
-    """One line for each domain: the pixel size of its files with its unit, and what it is resampled to."""
+    """One line per domain: the pixel size of its files with its unit, and what it is resampled to."""
     counts: pd.DataFrame
-    """Index: set; columns: images, windows, pixels, the share without data, the share that is partly without data (in some bands
-    and not in others), and the share of each class."""
+    """Index: set; columns: images, windows, pixels, and shares (0..1): of pixels without data, of pixels with data in some bands
+    only, and of each class."""
     bands: pd.DataFrame
     """Index: (domain, band); columns: minimum, p2, mean, std, p98, maximum of the values as stored."""
     run_id: str | None
-    """The run that holds tables and figure; None where there are problems."""
+    """The run with the tables and the figure; None if there are problems."""
 
 
 @dataclass
 class _Set:
-    """What reading one set gave."""
+    """The result of reading one set."""
 
     dataset: SegmentationDataset
-    """Its images in windows side by side, whatever training takes of them."""
+    """The complete images in adjacent windows, even if training uses only parts of them."""
     windows: int
-    """Items of the set as the settings cut it."""
+    """Number of items of the set as the settings cut it."""
     sums: BandSums
     class_pixels: np.ndarray
-    """(256,) pixels of each id of the network."""
+    """(256,) number of pixels per class id."""
     partly: int = 0
-    """Pixels with nodata values in some of their bands, not in all."""
+    """Number of pixels with nodata values in some of their bands, but not in all."""
 
     @property
     def pixels(self) -> int:
-        """All pixels of its images, at least 1."""
+        """Number of pixels of the set's images, at least 1."""
         found = self.sums.result()
         return max(found.pixels + found.nodata, 1)
 
 
 def check_data(config: Config) -> DataReport:
-    """Read every image and mask once; all problems at once, then counts, class shares and band statistics.
+    """Read every image and mask once, and return all problems, counts, class shares and band statistics.
 
-    Without problems, tables and figure are logged to a run of its own; with problems nothing is written to the store.
+    If there are no problems, logs tables and a figure to a new run; otherwise writes nothing to the store.
     """
     import pandas as pd
 
@@ -112,7 +112,7 @@ def check_data(config: Config) -> DataReport:
         same = "is in" if image == twin else f"holds the same bytes as {twin} of"
         problems.append(
             f"{SetName.parse(text).key}: image {image} {same} {SetName.parse(other).key}{' as well' * (image == twin)}; "
-            "an image may be in one set alone, as scores on trained images say little: keep it in one, for example by names."
+            "an image may be in one set only, as scores on training images say little: keep it in one, for example by names."
         )
     map_remarks, names, ignored = remarks_on_label_maps(config), config.class_names, config.data.ignore_index
     if SOURCE_TRAIN in sets and sets[SOURCE_TRAIN].class_pixels.any():
@@ -130,7 +130,7 @@ def check_data(config: Config) -> DataReport:
     by_domain: dict[Domain, list[_Set]] = {
         domain: [found for name, found in sets.items() if name.domain == domain] for domain in DOMAINS
     }
-    # of the domain's training images, else of the first other set it has
+    # of the domain's training images, else of its first other set
     statistics: dict[Domain, BandStatistics] = {
         domain: mine[0].sums.result() for domain, mine in by_domain.items() if mine
     }
@@ -153,7 +153,7 @@ def check_data(config: Config) -> DataReport:
 
 def _partly_remark(domain: Domain, sets: dict[SetName, _Set]) -> str | None:
     if any(found.dataset.reading.nodata_bands is not None for found in sets.values()):
-        return None  # the user has decided; the table has the share
+        return None  # the user has set it; the table shows the share
     shares = {name: found.partly / found.pixels for name, found in sets.items() if found.partly}
     if not shares:
         return None
@@ -164,17 +164,17 @@ def _partly_remark(domain: Domain, sets: dict[SetName, _Set]) -> str | None:
     }  # fmt: skip
     meaning = {
         "any": "they count as without data (nodata_bands any)",
-        "all": "they count as data, fill values included (nodata_bands all)",
+        "all": "they count as data, including the fill values (nodata_bands all)",
     }
     shown = ", ".join(f"{share:.1%} of {name.split}" for name, share in shares.items())
     return (
         f"data.{domain}: some pixels hold a nodata value in some bands and not in others ({shown}); "
-        f"{' or '.join(meaning[way] for way in sorted(ways))}. data.{domain}.nodata_bands chooses."
+        f"{' or '.join(meaning[way] for way in sorted(ways))}. Set data.{domain}.nodata_bands to decide."
     )
 
 
 def _grid_line(domain: Domain, sets: Sequence[_Set]) -> str | None:
-    """Return a line on the pixel sizes of a domain's files, None where no file tells its own."""
+    """Return a line on the pixel sizes of a domain's files; None if no file records one."""
     sizes = sorted(
         {
             (header.unit or "units of no CRS", header.pixel_size)
@@ -199,14 +199,14 @@ def _grid_line(domain: Domain, sets: Sequence[_Set]) -> str | None:
 def _cut(
     plan: DataPlan, name: SetName, samples: Sequence[Sample], headers: Sequence[Header], problems: Problems
 ) -> _Set | None:
-    """Return a set, not read yet, without the images that the settings do not fit; None if none is left."""
+    """Return a set, not read yet, without the images to which the settings cannot be applied; None if none is left."""
     everything = dataclasses.replace(plan.cut, random_windows=False, window_count=None)
     kept: list[tuple[Sample, Header]] = []
     for sample, header in zip(samples, headers, strict=True):
         try:
             plan.dataset(name, [sample], [header], cut=everything)
             kept.append((sample, header))
-        except InputError as error:  # a region beyond its image, a pixel size that is not known
+        except InputError as error:  # such as a region outside its image, or an unknown pixel size
             problems.append(str(error))
             _check_mask(sample, plan.images[name.domain].labels, problems)
     if not kept:
@@ -223,7 +223,7 @@ def _cut(
 
 
 def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> None:
-    """Read and count every pixel of a set once; stop reading an image at the first thing that is wrong with it."""
+    """Read and count every pixel of a set once; stop reading an image at its first problem."""
     dataset = found.dataset
     begun: set[Path] = set()
     broken: set[int] = set()
@@ -253,13 +253,13 @@ def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> Non
     followed(steps(), len(dataset), f"reading {name.key}", plan.show_progress)
     if not broken and not found.sums.result().pixels:
         problems.append(
-            f"{name.key}: image {dataset.samples[0].image} and the others of its set hold no data: every pixel is nodata "
+            f"{name.key}: image {dataset.samples[0].image} and the others of its set have no data: every pixel is nodata "
             f"({dataset.reading.settings}nodata is {dataset.reading.nodata})."
         )
 
 
 def _partly(dataset: SegmentationDataset, index: int, own: tuple[slice, slice]) -> int:
-    """Pixels of an item that hold nodata values in some of their bands, not in all."""
+    """Return the number of pixels of an item with nodata values in some of their bands, but not in all."""
     piece = dataset.pieces[index]
     path, header = dataset.samples[piece.sample].image, dataset.headers[piece.sample]
     bands = chosen_bands(path, header, dataset.reading, dataset.in_channels)
@@ -275,7 +275,7 @@ def _partly(dataset: SegmentationDataset, index: int, own: tuple[slice, slice]) 
 
 
 def _check_mask(sample: Sample, labels: LabelMap, problems: Problems) -> None:
-    """Add what is wrong with the mask of an image that cannot be used itself."""
+    """Add the problems of a mask whose image cannot be used."""
     if sample.mask is None:
         return
     try:
@@ -288,7 +288,7 @@ def _check_mask(sample: Sample, labels: LabelMap, problems: Problems) -> None:
 
 
 def _labelled(found: _Set, classes: int, ignore_index: int) -> np.ndarray:
-    """Return (K,) pixels of each class."""
+    """Return the number of pixels per class, (K,)."""
     pixels = found.class_pixels.copy()
     pixels[ignore_index] = 0
     return pixels[:classes]

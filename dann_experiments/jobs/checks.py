@@ -1,4 +1,4 @@
-"""Checks before anything trains: data, monitor and devices, by the settings."""
+"""Checks data, monitor and devices against the settings before anything is trained."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageSets:
-    """Read the files, as far as they fit in memory, and return the sets. Raises InputError for the first file that is wrong,
-    for a monitor that cannot choose, and for devices that are not there; warns of what is odd."""
+    """Read the files that fit into memory, and return the sets. Raises InputError for the first bad file, for a monitor that
+    cannot choose, and for missing devices; warns of unusual data."""
     sets = data.read(stride=output_stride(network))
     if config.data.normalization == "fixed":
         for domain, dataset in sets.training().items():
@@ -38,27 +38,25 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
     if shared:
         name, image, other, _ = shared[0]
         log.warning(
-            "%d images are in two sets that should share none; the first is %s, in %s and %s. Scores on them say "
+            "%d images are in two sets that should not share any; the first is %s, in %s and %s. Scores on them say "
             "little about new images; `check-data` lists all.", len(shared), image, name, other,
         )  # fmt: skip
     if TARGET_VAL in data.labelled and SOURCE_VAL not in data.labelled:
         raise InputError(
-            f"{TARGET_VAL.key} has masks, but {SOURCE_VAL.key} is empty; give source images to validate on too."
+            f"{TARGET_VAL.key} has masks, but {SOURCE_VAL.key} is empty; add source images for validation, too."
         )
     _check_monitor(config, data.labelled)
     accelerator = config.trainer.accelerator
     missing = {"gpu": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if missing.get(accelerator):
-        raise InputError(
-            f"trainer.accelerator is {accelerator!r}, but there is none on this machine; give cpu or auto."
-        )
+        raise InputError(f"trainer.accelerator is {accelerator!r}, but there is none on this machine; use cpu or auto.")
     if config.trainer.devices > 1:
         _check_devices(config, sets)
     return sets
 
 
 def remarks_on_label_maps(config: Config) -> list[str]:
-    """Return sentences on label maps that name other classes than the network has, or lack some of them."""
+    """Return sentences about label maps that name classes which the network does not have, or lack some of its classes."""
     mapped: dict[Domain, list[str]] = {}
     own: list[Domain] = []
     for domain in DOMAINS:
@@ -71,18 +69,18 @@ def remarks_on_label_maps(config: Config) -> list[str]:
 
 
 def refuse_several_processes(config: Config, what: str) -> None:
-    """Raise InputError where `what` (callbacks, a sweep) would be known to one of several ranks alone."""
+    """Raise InputError if there are several ranks, because only one of them would know of `what` (callbacks, a sweep)."""
     if config.trainer.devices > 1:
         raise InputError(
-            f"trainer.devices is {config.trainer.devices}, but {what} run in one process; give trainer.devices 1."
+            f"trainer.devices is {config.trainer.devices}, but {what} run in one process; set trainer.devices to 1."
         )
 
 
 def refuse_auto_batch_size(config: Config, what: str) -> None:
-    """Raise InputError where each run of `what` would take the batches that fit at its time."""
+    """Raise InputError for `trainer.auto_batch_size`, because each run of `what` could get different batch sizes."""
     if config.trainer.auto_batch_size:
         raise InputError(
-            f"trainer.auto_batch_size is true, but {what} must train with the same batches; set data.source.batch_size and "
+            f"trainer.auto_batch_size is true, but {what} must train with the same batch sizes; set data.source.batch_size and "
             "data.target.batch_size instead."
         )
 
@@ -90,11 +88,12 @@ def refuse_auto_batch_size(config: Config, what: str) -> None:
 def check_labels(
     labelled: Collection[SetName], key: str, metric: str, way_out: str = "or choose another metric"
 ) -> None:
-    """Raise InputError where setting `key` = `metric` needs labels that are not there. `labelled`: the sets that have masks."""
+    """Raise InputError if `key` = `metric` needs labels that do not exist. `labelled`: the sets with masks; `way_out`: the
+    alternative, for the message."""
     for domain in DOMAINS:
         name = SetName(domain, "val")
         if domain in metric and name not in labelled:
-            raise InputError(f"{key} is {metric!r}, which needs labelled images in {name.key}; give them, {way_out}.")
+            raise InputError(f"{key} is {metric!r}, which needs labeled images in {name.key}; add them, {way_out}.")
 
 
 def _check_monitor(config: Config, labelled: Collection[SetName]) -> None:
@@ -106,25 +105,25 @@ def _check_monitor(config: Config, labelled: Collection[SetName]) -> None:
         raise InputError(f"monitor.metric is {metric!r}; it is one of {known}.")
     if metric in SCORES and SOURCE_VAL not in labelled:
         raise InputError(
-            f"monitor.metric is {metric!r}, which is measured beside the source's validation; give labelled images in "
-            f"{SOURCE_VAL.key}, or null to keep the last checkpoint alone."
+            f"monitor.metric is {metric!r}, which is measured when the source is validated; add labeled images in "
+            f"{SOURCE_VAL.key}, or set it to null to keep only the last checkpoint."
         )
-    way_out = "choose another metric, or null to keep the last checkpoint alone"
+    way_out = "choose another metric, or null to keep only the last checkpoint"
     check_labels(labelled, "monitor.metric", metric, way_out)
 
 
 def _check_devices(config: Config, sets: ImageSets) -> None:
-    """Raise InputError where a rank has no device, or no image of a set."""
+    """Raise InputError if a rank would have no device, or no image of a set."""
     devices, gpus = config.trainer.devices, len(visible_gpus(config.trainer.accelerator))
     on_mps = config.trainer.accelerator in ("auto", "mps") and torch.backends.mps.is_available()
     if on_mps or 0 < gpus < devices:
         there = "on mps there is one" if on_mps else f"this machine has {gpus}"
-        raise InputError(f"trainer.devices is {devices}, but {there}; give fewer, or trainer.accelerator cpu.")
+        raise InputError(f"trainer.devices is {devices}, but {there}; use fewer, or trainer.accelerator cpu.")
     for name, dataset in sets.sets.items():
         if name.split != "test" and len(dataset) < devices:
             raise InputError(
                 f"trainer.devices is {devices}, but {name.key} has {len(dataset)} images, fewer than one for "
-                "each process; give fewer devices."
+                "each process; use fewer devices."
             )
 
 

@@ -1,4 +1,4 @@
-"""Scores a model on every labelled set of the settings, in a run of its own."""
+"""Scores a model on every labeled validation and test set of the settings, in a separate run."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ STATISTICS_SET = TARGET_TRAIN
 
 
 def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult:
-    """Score the model at `pretrained_checkpoint.path` on the labelled val and test lists: IoU, precision, recall and F1 per
-    class, pixel accuracy, confusion matrices, as metrics, tables and figures of a run of its own.
+    """Score the model at `pretrained_checkpoint.path` on the labeled val and test lists: IoU, precision, recall and F1 per class,
+    pixel accuracy and confusion matrices, as metrics, tables and figures of a new run.
 
-    A saved model brings its own network, classes and normalization, whatever `model` says; a checkpoint takes those of the
-    settings. With `domain_adaptation.batchnorm: target_stats` the BatchNorm statistics of what is scored are those of the
-    images in `data.target.train` (AdaBN; their masks are not looked for); its other values change nothing here. `tags` are
-    added to the run's own, or replace them. Raises InputError before a run is opened: without a model or labelled images, for
-    weights or classes that do not fit, for target statistics without images or without BatchNorm, and for files that cannot
-    be read (masks that do not fit into `data.memory_gb` are read while the run goes on). Where memory runs out, in the run too.
+    A saved model brings its own network, classes and normalization, regardless of `model`; a plain checkpoint uses those of the
+    settings. With `domain_adaptation.batchnorm: target_stats` the model is scored with the BatchNorm statistics of the images in
+    `data.target.train` (AdaBN; their masks are not read); other values have no effect here. `tags` are added to the run's own,
+    or replace them. Raises InputError before a run is opened: if there is no model or no labeled image, if weights or classes do
+    not fit, for target statistics without images or without BatchNorm, and for unreadable files (masks that do not fit into
+    `data.memory_gb` are read only during the run). Also raises InputError during the run, if memory runs out.
     """
     path = config.domain_adaptation.pretrained_checkpoint.path
     if path is None:
         raise InputError(
-            "evaluate needs a model: give source_checkpoint (a file, a folder, runs:/ID or models:/NAME@ALIAS)."
+            "evaluate needs a model: set source_checkpoint (a file, a folder, runs:/ID or models:/NAME@ALIAS)."
         )
     if _with_target_statistics(config) and not config.data.resolved("target").train:
         raise InputError(
-            "domain_adaptation.batchnorm is 'target_stats', which takes the statistics of the images in data.target.train, but "
-            "that is empty; name target images there (no masks needed), or set batchnorm to separate to score the model as it is."
+            "domain_adaptation.batchnorm is 'target_stats', which uses the statistics of the images in data.target.train, but "
+            "that is empty; add target images (no masks needed), or set batchnorm to separate to score the model as it is."
         )
     device = _device(config)
     store = open_store(config.tracking.uri, config.tracking.experiment)
@@ -109,12 +109,12 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
 
 
 def _memory_explained(key: str, size: int, dataset: SegmentationDataset) -> contextlib.AbstractContextManager[None]:
-    """InputError where memory runs out with batches of `size`, which the setting `key` makes smaller."""
+    """Raise InputError if memory runs out in the block, with advice to reduce the batch size `size`, set by `key`."""
 
     def advice() -> str:
         largest = size_of_largest([dataset])
         return (
-            f"A batch is {size} images or windows of {largest}. Take a smaller {key}, smaller windows (data.window_size), or "
+            f"A batch is {size} images or windows of {largest}. Use a smaller {key}, smaller windows (data.window_size), or "
             "trainer.accelerator cpu if this was a GPU."
         )
 
@@ -125,7 +125,7 @@ def _device(config: Config) -> torch.device:
     wanted = config.trainer.accelerator
     there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(wanted, True):
-        raise InputError(f"trainer.accelerator is {wanted!r}, but there is none on this machine; give cpu or auto.")
+        raise InputError(f"trainer.accelerator is {wanted!r}, but there is none on this machine; use cpu or auto.")
     if wanted == "mps":
         return torch.device("mps")
     return torch.device("cuda" if wanted != "cpu" and there["gpu"] else "cpu")
@@ -155,19 +155,19 @@ def _with_target_statistics(config: Config) -> bool:
 
 
 def _domains(config: Config) -> list[Domain]:
-    """Return those whose images are read."""
+    """Return the domains whose images are read."""
     domains = _scored_domains(config)
     more: list[Domain] = ["target"] if _with_target_statistics(config) and "target" not in domains else []
     return domains + more
 
 
 def _scored_domains(config: Config) -> list[Domain]:
-    """Return those with something to score."""
+    """Return the domains with validation or test images."""
     return [domain for domain in DOMAINS if config.data.resolved(domain).val or config.data.resolved(domain).test]
 
 
 def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
-    """The settings with the network, the classes and the reading that a saved model brings."""
+    """Return the settings with the network, classes, and way of reading images that a saved model brings."""
     changes: dict[str, Any] = {
         "model": {"arch": notes.arch, "encoder_weights": None, **notes.arguments},
         "data.class_names": _class_names(config, notes),
@@ -176,7 +176,7 @@ def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
     known: list[Domain] = [domain for domain in domains if domain in notes.readings]
     for domain in known:
         changes |= _reading_changes(config, domain, notes.readings[domain][0])
-    if known and known == domains:  # only a record: `_read` gets the numbers from the notes
+    if known and known == domains:  # recorded only: `_read` takes the normalization from the notes
         found = {(made.mean, made.std) for _, made in (notes.readings[domain] for domain in known)}
         mean, std = next(iter(found))
         one = {"data.normalization": "fixed", "data.mean": list(mean), "data.std": list(std)}
@@ -187,17 +187,17 @@ def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
     )  # fmt: skip
     for domain in domains:
         if domain not in known:
-            log.warning("The model does not say how %s images are normalized: they are as the settings say.", domain)
+            log.warning("The model does not record how %s images are normalized: the settings are used.", domain)
     if notes.ignore_index not in (None, config.data.ignore_index):
         log.warning(
-            "data.ignore_index is %d, but the model was trained with %d; pixels of %d are left out here.",
+            "data.ignore_index is %d, but the model was trained with %d; pixels of %d are ignored here.",
             config.data.ignore_index, notes.ignore_index, config.data.ignore_index,
         )  # fmt: skip
     return replace(config, changes)
 
 
 def _class_names(config: Config, notes: ModelNotes) -> list[str] | None:
-    """The model's, after a check that the masks can be told in them; None = the settings name none either."""
+    """Return the model's class names, else those of the settings, else None; checks that the masks can be mapped to them."""
     source = config.data.resolved("source").class_names
     given = config.data.class_names or source
     if notes.class_names is None:
@@ -217,37 +217,37 @@ def _class_names(config: Config, notes: ModelNotes) -> list[str] | None:
 def _check_mapped(domain: str, mapped: Sequence[str], own: Sequence[str]) -> None:
     if not set(mapped) & set(own):
         raise InputError(
-            f"data.{domain}: its label map names {list(mapped)}, but the model's classes are {list(own)}; name the masks' "
-            "values by the model's classes."
+            f"data.{domain}: its label map names {list(mapped)}, but the model's classes are {list(own)}; map the masks' "
+            "values to the model's classes."
         )
     lacking = [name for name in own if name not in mapped]
     more = [name for name in mapped if name not in own]
     if lacking:
-        log.warning("data.%s: its label map has no class %s, which the model has.", domain, lacking)
+        log.warning("data.%s: its label map lacks the model's classes %s.", domain, lacking)
     if more:
-        log.warning("data.%s: its classes %s are none of the model's and count nowhere.", domain, more)
+        log.warning("data.%s: its classes %s are not classes of the model and are ignored.", domain, more)
 
 
 def _check_unmapped(domain: str, given: Sequence[str], where: str, own: Sequence[str]) -> None:
-    """Masks of plain ids mean the classes in the order of the settings: refuse those that cannot be the model's."""
+    """Raise InputError for masks with plain ids if the classes of the settings differ from the model's in number or order."""
     if len(given) != len(own):
         problem = f"names {len(given)} classes, {list(given)}, but the model has {len(own)}, {list(own)}"
     elif set(given) == set(own):
         problem = f"has the model's classes in another order, {list(given)}, not {list(own)}"
     else:
         log.warning(
-            "data.%s: the plain ids of its masks are taken as the model's classes, %s, though %s names %s.",
+            "data.%s: the plain ids in its masks are taken as the model's classes, %s, although %s names %s.",
             domain, list(own), where, list(given),
         )  # fmt: skip
         return
     raise InputError(
-        f"{where} {problem}, and the masks of data.{domain} hold plain ids; say in data.{domain}.value_map (or color_map) "
-        f"which of the model's classes they mean, or leave data.{domain}.val and data.{domain}.test empty."
+        f"{where} {problem}, and the masks of data.{domain} hold plain ids; map them to the model's classes with "
+        f"data.{domain}.value_map (or color_map), or leave data.{domain}.val and data.{domain}.test empty."
     )
 
 
 def _reading_changes(config: Config, domain: Domain, reading: Reading) -> dict[str, Any]:
-    """What the model knows of reading a domain: its scale in any case, the rest where the settings leave it unset."""
+    """Return what the model knows about reading a domain: its scale in any case, the rest if the settings do not set it."""
     given = config.data.resolved(domain)
     scale = list(reading.scale) if isinstance(reading.scale, tuple) else reading.scale
     if given.scale not in ("type", scale):
@@ -262,34 +262,34 @@ def _reading_changes(config: Config, domain: Domain, reading: Reading) -> dict[s
     if given.pixel_size is None and reading.pixel_size is not None:
         changes["pixel_size"] = reading.pixel_size
     for key in [name for name in changes if name != "scale"]:
-        log.info("data.%s.%s is the model's, %s.", domain, key, changes[key])
+        log.info("data.%s.%s is taken from the model: %s.", domain, key, changes[key])
     return {f"data.{domain}.{key}": value for key, value in changes.items()}
 
 
 def _read(config: Config, notes: ModelNotes | None) -> ImageSets:
-    """Return the sets with masks and, for target statistics, the target's training images, read as far as they fit in memory.
-    Each domain has the model's own normalization, else that of the settings. Raises InputError if no set has masks, or a file
-    is bad."""
+    """Return the sets with masks and, for target statistics, the target's training images; images are read now while they fit
+    into memory. Each domain has the model's own normalization, else that of the settings. Raises InputError if no set has masks,
+    or a file cannot be read."""
     data = find_data(config, (*SCORED_SETS, STATISTICS_SET) if _with_target_statistics(config) else SCORED_SETS)
     names = [name for name in data.names if name == STATISTICS_SET or name in data.labelled]
     for name in data.names:
         if name not in names:
             log.info("%s has no masks and is not scored.", name.key)
     if not data.labelled:
-        raise InputError("evaluate needs labelled images in data.source or data.target, under val or test.")
+        raise InputError("evaluate needs labeled images in data.source or data.target, under val or test.")
     readings = {} if notes is None else notes.readings
     sets = data.read(names, known={domain: readings[domain][1] for domain in DOMAINS if domain in readings})
     for name, dataset in sets.sets.items():
         if dataset.class_pixels is not None and not np.delete(dataset.class_pixels, config.data.ignore_index).any():
             raise InputError(
-                f"{name.key}: no pixel of its masks is of a class {config.class_names}: all are ignored (data.ignore_index "
-                f"{config.data.ignore_index}, ignore_values, or names in the label map that are no class)."
+                f"{name.key}: no pixel of its masks belongs to a class of {config.class_names}: all are ignored "
+                f"(data.ignore_index {config.data.ignore_index}, ignore_values, or names in the label map that are not classes)."
             )
     return sets
 
 
 def _write_results(folder: Path, scores: Mapping[SetName, Scores], class_names: Sequence[str]) -> None:
-    """Tables and figures, into the run's folder."""
+    """Write tables and figures to the run's folder."""
     tables = folder / "tables"
     tables.mkdir(parents=True, exist_ok=True)
     whole = [_score_table(str(name), found, class_names) for name, found in scores.items()]

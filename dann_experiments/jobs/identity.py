@@ -1,4 +1,4 @@
-"""What a run is known by: its names, its settings as a store may show them, and the digests by which equal runs are found."""
+"""Identifies runs: their names, their settings as a store may show them, and the digests by which equal runs are found."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dann_experiments.config.run import TrainerConfig
 from dann_experiments.names import DOMAINS, SOURCE_TRAIN, Domain, Job, Metric
 from dann_experiments.tracking.store import without_secrets
 
-WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test")  # data digests cover what these name
+WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test")  # data digests cover the files these name
 
 
 def method_name(config: Config) -> str:
-    """Return what the run is called after: dann, lambda_zero, source_only, or the class of a user's own method."""
+    """Return the method's name in run names: dann, lambda_zero, source_only, or the class name of a user's own method."""
     method = config.domain_adaptation.method
     return method.name if method.class_path is None else method.class_path.rpartition(".")[2]
 
 
 def domain_name(config: Config, domain: Domain) -> str:
-    """Return what runs call a domain."""
+    """Return the name of a domain in runs: its `name`, else its preset, else its first training entry."""
     settings = getattr(config.data, domain)
     if settings.name or settings.preset:
         return settings.name or " ".join(filter(None, (settings.preset, settings.scene)))
@@ -37,7 +37,7 @@ def domain_tags(config: Config) -> dict[str, str]:
 
 
 def public_settings(config: Config, experiment: str) -> Config:
-    """Return the settings as a run of `experiment` may show them: without a password in the tracking store's address."""
+    """Return the settings for publication in a run of `experiment`: without a password in the tracking store's address."""
     uri = config.tracking.uri
     uri = None if uri is None else without_secrets(uri)
     tracking = dataclasses.replace(config.tracking, uri=uri, experiment=experiment)
@@ -60,7 +60,7 @@ def source_digest(config: Config, digests: Mapping[str, str]) -> str:
 
 
 def as_pretrained(config: Config) -> Config:
-    """Return the settings that count in pretraining, which has no unlabelled scores of a target without validation images."""
+    """Return the settings as pretraining uses them: it cannot choose by `select/...` if the target has no validation images."""
     by_target = (config.monitor.metric or "").startswith(Metric.SELECT)
     if by_target and not config.data.resolved("target").val and config.data.resolved("source").val:
         return replace(config, {"monitor.metric": Metric.SOURCE_VAL_IOU, "monitor.mode": None})
@@ -70,24 +70,24 @@ def as_pretrained(config: Config) -> Config:
 def run_digest(job: str, config: Config, digests: Mapping[str, str], source_model: str | None = None) -> str:
     """Return 32 hex digits, the tag `dann.digest`: equal for runs of `job` that give the same numbers.
 
-    Those have equal settings, equal data (`digests` of the sets they use, by name) and an equal source model (its run's own
-    digest). Where results and files are kept, how fast the data come and the number of threads do not count.
+    Such runs have equal settings, equal data (`digests` of the sets that they use, by name) and an equal source model (the digest
+    of its run). The digest does not cover where results and files are kept, how fast data are read, and the number of threads.
     """
     settings = config_to_dict(as_pretrained(config) if job == Job.PRETRAIN else config)
     del settings["tracking"], settings["threads"], settings["data"]["root"], settings["data"]["embedded"]
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
     del settings["data"]["oracle"]
     defaults = dataclasses.asdict(TrainerConfig())
-    for key in ("devices", "channels_last", "compile", "auto_batch_size"):  # as before there was the setting
+    for key in ("devices", "channels_last", "compile", "auto_batch_size"):  # older runs were made without it
         if settings["trainer"][key] == defaults[key]:
             del settings["trainer"][key]
-    if settings["data"]["pad_to_crop"]:  # data that it changes were refused before there was the setting
+    if settings["data"]["pad_to_crop"]:  # data that it changes were refused before this setting existed
         del settings["data"]["pad_to_crop"]
     for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
         del settings["trainer"][key]
     checkpoint = settings["domain_adaptation"]["pretrained_checkpoint"]
     checkpoint["path"] = source_model
-    if checkpoint["source_prefix"] is None:  # as before there was the setting
+    if checkpoint["source_prefix"] is None:  # older runs were made without it
         del checkpoint["source_prefix"]
     for domain in DOMAINS:
         settings["data"][domain] = _reading_settings(config, domain)
@@ -105,7 +105,7 @@ def _reading_settings(config: Config, domain: Domain) -> dict[str, Any]:
     settings = dataclasses.asdict(config.data.resolved(domain))
     for key in WHERE_FILES_ARE:
         del settings[key]
-    if settings["nodata_bands"] is None:  # as before there was the setting
+    if settings["nodata_bands"] is None:  # older runs were made without it
         del settings["nodata_bands"]
     return settings
 

@@ -1,4 +1,4 @@
-"""Loads a trained model, from the settings kept with it or from those of a config."""
+"""Loads a trained model, with the settings stored with it or those of a config."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from dann_experiments.tracking.store import Store
 
 
 def load_model(where: str, domain: str, config: Config | None, store: Store, source_prefix: str | None = None) -> Model:
-    """Load the model at `where` (folder, file, runs:/, models:/) to read images as those of `domain`.
+    """Load the model at `where` (folder, file, runs:/, models:/), set to read images like those of `domain`.
 
-    The network is built from the settings kept with the model; a checkpoint without them takes those of `config`. `source_prefix`
-    chooses one of several networks in a checkpoint. Raises InputError where there are no settings, and for weights that do not
-    fit or may be several networks'.
+    The network is built from the settings stored with the model; for a checkpoint without them, from those of `config`.
+    `source_prefix` chooses one of several networks in a checkpoint. Raises InputError if there are no settings, if the weights do
+    not fit, or if they may belong to several networks.
     """
     with fetched(where, store, key="model") as (local, run_id):
         notes = read_model_notes(local, where)
         weights = read_weights(local)
     if notes is not None and notes.class_names is not None:
         network, names, in_channels = notes.build(), notes.class_names, notes.in_channels
-        reading, normalisation = _noted_reading(notes, where, domain)
+        reading, normalization = _noted_reading(notes, where, domain)
     elif config is not None:
         names, in_channels = config.class_names, config.model.in_channels
         try:
             network = make_network(config, with_weights=False)
-            reading, normalisation = _reading_of_settings(config, domain)
-        except InputError as error:  # its keys are of the file, not settings of the job
-            raise InputError(f"in the settings that --config gives: {error}") from None
+            reading, normalization = _reading_of_settings(config, domain)
+        except InputError as error:  # it names settings in the file, which are not settings of the job
+            raise InputError(f"in the settings of --config: {error}") from None
     else:
         raise InputError(
-            f"model is {where!r}, which has no settings of its network beside it (config.json and dann.json); give them "
-            "with --config, for example the config.yaml of the run that made it, or name the run's model: runs:/ID."
+            f"model is {where!r}, which has no settings of its network next to it (config.json and dann.json); provide them "
+            "with --config, for example the config.yaml of the run that made it, or use the run's model: runs:/ID."
         )
-    # load_into would suggest strict_loading, which a finished model has no use for
+    # load_into would suggest strict_loading, which makes no sense for a finished model
     problems = load_into(network, weights, False, where, source_prefix, "source_prefix")
     if problems:
         raise InputError(
-            f"model is {where!r}, whose weights do not fit its network ({listed(problems)}); give its own settings."
+            f"model is {where!r}, whose weights do not fit its network ({listed(problems)}); use its own settings."
         )
     if not 2 <= len(names) <= NODATA:
-        raise InputError(f"model is {where!r} with {len(names)} classes; maps hold 2 to {NODATA}.")
-    return Model(network, names, in_channels, reading, normalisation, model_digest(network, names), run_id)
+        raise InputError(f"model is {where!r} with {len(names)} classes; maps can have 2 to {NODATA}.")
+    return Model(network, names, in_channels, reading, normalization, model_digest(network, names), run_id)
 
 
 def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading, Normalization]:

@@ -1,7 +1,7 @@
-"""Starts the other ranks of a training (`trainer.devices`), and holds what they run: one loop, without a tracking store.
+"""Starts the other ranks of a training (`trainer.devices`) as processes that run one loop, without a tracking store.
 
-They are plain processes. One line on their standard input says what to train; its end ends them, so that none outlives the first
-rank however that dies. Each answers by one line when it is ready, and by one that says what went wrong.
+One line on their standard input describes the training. They end when that input is closed, so that none outlives the first rank,
+however that ends. Each writes one line when it is ready, and one if it fails.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from dann_experiments.training.ranks import Rank, leave
 from dann_experiments.workers.processes import how_it_ended
 
 READY = "ready"
-LAST_WORDS_SECONDS = 20.0  # for a process to say what went wrong, once the first rank has lost it
-LOST = ("gloo", "NCCL", "closed by peer", "reset by peer")  # parts of what torch says of a rank that does not answer
+LAST_WORDS_SECONDS = 20.0  # to wait for a process to report its error, after the first rank has lost it
+LOST = ("gloo", "NCCL", "closed by peer", "reset by peer")  # in torch's messages about a rank that does not answer
 TOLD_ALIKE = {kind.__name__: kind for kind in (InputError, TrainingFailed)}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The first rank's view of all."""
+    """All ranks, as seen by the first one."""
 
     first: Rank
     others: Sequence[_Process] = ()
 
     def wait(self) -> None:
-        """Return when all others are ready to meet. Raises what one says that cannot be."""
+        """Wait until all other ranks are ready to form the process group. Raises the error of a rank that fails before."""
         for process in self.others:
             if process.answer() != READY:
                 _raise_what_they_said([process], None, LAST_WORDS_SECONDS)
@@ -66,8 +66,10 @@ class Ranks:
 def other_ranks(
     config: Config, sets: ImageSets, folder: Path, pretraining: bool, go_on_from: Path | None
 ) -> Iterator[Ranks]:
-    """Runs the ranks 1 to `trainer.devices` - 1 during the block. Where the block loses one of them, raises what that said: its
-    InputError or TrainingFailed, else TrainingFailed with its error; its output then lies in `folder`, the run's."""
+    """Run the ranks 1 to `trainer.devices` - 1 during the block.
+
+    `folder`: the run's folder; `go_on_from`: the checkpoint to resume from. If a rank fails, raises its InputError or
+    TrainingFailed, else TrainingFailed with its error; its output then stays in `folder`."""
     world = config.trainer.devices
     if world == 1:
         yield Ranks(Rank())
@@ -95,13 +97,10 @@ def other_ranks(
 
 
 def main() -> None:
-    """What the process of another rank runs."""
+    """Run the process of another rank."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # they reach a whole group of processes: the first rank ends in good order
+    os.dup2(2, 1)  # so that what libraries print is not taken for an answer
+    for number in (signal.SIGINT, signal.SIGTERM):  # the whole group gets them, but the first rank ends the training
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO)
     order = json.loads(sys.stdin.readline())
@@ -114,7 +113,7 @@ def main() -> None:
         print(json.dumps({"kind": type(error).__name__, "text": str(error)}), file=answers)
         code = 1
     sys.stderr.flush()
-    os._exit(code)  # a thread still reads the standard input
+    os._exit(code)  # a thread is still reading the standard input
 
 
 def _train(order: Mapping[str, Any], answers: TextIO) -> None:
@@ -122,7 +121,7 @@ def _train(order: Mapping[str, Any], answers: TextIO) -> None:
     rank = Rank(order["index"], order["world"], Path(order["meeting_point"]))
     with seeded(config):
         sets = find_data(config, [SetName.parse(text) for text in order["sets"]]).read()
-        network = make_network(config, with_weights=False)  # the first rank's come when all meet
+        network = make_network(config, with_weights=False)  # the weights come from the first rank when all meet
         taps = [] if order["pretraining"] else make_taps(config, network)
         method = SourceOnly() if order["pretraining"] else make_method(config, taps)
         go_on_from = None if order["go_on_from"] is None else Path(order["go_on_from"])
@@ -130,13 +129,13 @@ def _train(order: Mapping[str, Any], answers: TextIO) -> None:
             config, network, method, taps, make_loaders(config, sets, rank), Path(order["folder"]),
             pretraining=order["pretraining"], resumed=go_on_from is not None, rank=rank, curves=Curves(),
         )  # fmt: skip
-        pl.seed_everything(config.seed + rank.index, verbose=False)  # dropout must not be the same on each
+        pl.seed_everything(config.seed + rank.index, verbose=False)  # dropout must differ between ranks
         print(READY, file=answers)
         loop.run(go_on_from)
 
 
 class _Process:
-    """Another rank's process, and the file of what it prints."""
+    """The process of another rank, and the file with its output."""
 
     def __init__(self, order: Mapping[str, Any], log: Path) -> None:
         self.index, self.world, self.log = order["index"], order["world"], log
@@ -147,18 +146,18 @@ class _Process:
                 [sys.executable, "-P", "-c", f"from {__name__} import main; main()"], env=environment, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output,
             )  # fmt: skip
-        with contextlib.suppress(BrokenPipeError):  # it says why when it is asked
+        with contextlib.suppress(BrokenPipeError):  # `answer` and `failure` report why it ended
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
 
     def answer(self) -> str:
-        """Its next line; empty when it has ended."""
+        """Return the next line that the process writes; empty if it has ended."""
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
     def failure(self, seconds: float) -> Exception | None:
-        """What it raised, if it ended so within `seconds`."""
+        """Return the error of the process if it fails within `seconds`, else None."""
         try:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -173,13 +172,13 @@ class _Process:
             )
         told = json.loads(said)
         if any(sign in told["text"] for sign in LOST):
-            return None  # it lost us, or another
+            return None  # it only lost the connection to this or another rank
         if told["kind"] in TOLD_ALIKE:
             return TOLD_ALIKE[told["kind"]](told["text"])
         return TrainingFailed(f"process {self.index + 1} of {self.world}: {told['kind']}: {told['text']}")
 
     def end(self) -> None:
-        """End it now."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 

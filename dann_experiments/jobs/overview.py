@@ -1,4 +1,4 @@
-"""The newest runs side by side: the source model, the lambda = 0 control, and whatever adapted it."""
+"""Compares the newest runs: the source model, the lambda = 0 control, and all adaptations of it."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ ROW_NAMES = {
     "lambda_zero": ARM_NAMES["control"],
     "dann": ARM_NAMES["adapted"],
 }
-"""By the method's name, in the table's order."""
+"""Method name -> row name, in the table's order."""
 ADAPTED = "tags.`dann.job` = 'adapt' and attributes.status = 'FINISHED'"
 SOURCE_PARAM = f"{PARAM_PREFIX}{Key.SOURCE_MODEL}"
-PREFIX_PARAM = f"{PARAM_PREFIX}{Key.SOURCE_PREFIX}"  # runs of before there was the setting lack it
+PREFIX_PARAM = f"{PARAM_PREFIX}{Key.SOURCE_PREFIX}"  # older runs, from before this setting existed, lack it
 
 
 @dataclass(frozen=True)
 class Overview:
-    """A table of runs that share one source model, and where their files are."""
+    """A table of runs that share one source model, and the folders of their files."""
 
     table: pd.DataFrame
-    """Index: arm; columns: run_id, seed and every `iou/...` value; order: source model, control, others."""
+    """Index: arm, in the order source model, control, others; columns: run_id, seed and every `iou/...` value."""
     artifacts: dict[str, str]
-    """Arm -> folder of its run's files, for those on this machine."""
+    """Arm -> folder of its run's files, if that is on this machine."""
     experiment_id: str
     experiment: str
-    """Its name."""
+    """Name of the experiment."""
 
 
 def overview(config: Config) -> Overview:
-    """The newest adaptation run, the newest run of every other method from the same source model, and that model's run."""
+    """Return the newest run of each method from the source model of the newest adaptation run, and that model's run. Raises
+    InputError if the experiment has no finished adaptation run."""
     import pandas as pd
 
     store = open_store(config.tracking.uri, config.tracking.experiment, for_runs=False, to_write=False)
@@ -48,7 +49,7 @@ def overview(config: Config) -> Overview:
     newest = next(found_runs(store, experiments, ADAPTED, page=1), None) if experiments else None
     if newest is None:
         raise InputError(
-            f"experiment {store.experiment!r} has no finished adaptation run; make one (`adapt`), or give "
+            f"experiment {store.experiment!r} has no finished adaptation run; make one (`adapt`), or set "
             "--tracking.experiment."
         )
     arms = _newest_of_each_method(store, newest)
@@ -76,8 +77,8 @@ def overview(config: Config) -> Overview:
 
 
 def _newest_of_each_method(store: Store, newest: Any) -> dict[str, Any]:
-    """Method -> its newest run on the basis of run `newest`, the newest first. The store looks for them, one after the other:
-    of the runs that it has, however many, a few are fetched."""
+    """Return method -> its newest run with the same basis as run `newest`, newest first. The store searches for one after the
+    other, so that only a few runs are fetched, however many it has."""
     basis = _basis(newest)
     source, _, sets = basis
     wanted = [ADAPTED, *(f"dataset.digest = '{digest}'" for digest in sorted({digest for _, digest in sets}))]
@@ -93,14 +94,14 @@ def _newest_of_each_method(store: Store, newest: Any) -> dict[str, Any]:
         if said is not None:
             wanted.append(f"tags.`dann.method` != {said}")
         others = found_runs(store, [store.experiment_id], " and ".join(wanted), page=10)
-        # looked at again here: a filter cannot say all
+        # checked again here: a filter cannot express all conditions
         fitting = (run for run in others if _basis(run) == basis and run.data.tags[Tag.METHOD] not in arms)
         found = next(fitting, None)
     return arms
 
 
 def _basis(run: Any) -> tuple[str | None, str, frozenset[tuple[str, str]]]:
-    """What runs must share to stand in one table: the source model, which network of its file, and every data set."""
+    """Return what runs in one table must share: the source model, which network of its file, and every data set."""
     sets = frozenset((context_of(item), item.dataset.digest) for item in run.inputs.dataset_inputs)
     params = run.data.params
     return params.get(SOURCE_PARAM), params.get(PREFIX_PARAM, "None"), sets

@@ -1,4 +1,4 @@
-"""Makes class maps: of a raster of any size, or of many images, in a run of its own."""
+"""Makes class maps of a raster of any size, or of many images, in a separate run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from dann_experiments.training.memory import explain_out_of_memory
 
 log = logging.getLogger(__name__)
 PREVIEW_SIDE = 1000  # pixels
-PREVIEWS = 3  # at most so many maps are shown
+PREVIEWS = 3  # maps in the preview, at most
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,24 @@ class PredictResult:
     run_id: str
     experiment_id: str
     tracking_uri: str = field(repr=False)
-    """The store's address, a password in it included; not shown in repr."""
+    """The store's address, including a password in it; not shown in repr."""
     outputs: tuple[Path, ...]
     """The maps, including those that were finished before."""
     class_pixels: Mapping[str, int]
-    """Pixels per class, in the maps written by this run, without those that have no data."""
+    """Number of pixels with data per class, in the maps written by this run."""
     metrics: Mapping[str, float]
     source_run_id: str | None = None
     """The run that made the model."""
     artifacts: str | None = None
-    """Folder of the run's files, if it is on this machine."""
+    """Folder of the run's files; None if it is not on this machine."""
     job: str = "predict"
 
 
 def predict(settings: PredictConfig, config: Config | None = None) -> PredictResult:
-    """Write the class map of `settings.input` to `settings.output`; of several images, or a folder, one map per image.
+    """Write the class map of `settings.input` to `settings.output`; for several images, or a folder, one map per image.
 
-    `config` brings the network's settings for a checkpoint that has none beside it. Raises InputError for what the user
-    can mend, before a run is opened where it can be seen by then; of several images the bad ones are named at the end.
+    `config`: the network's settings, for a checkpoint that is stored without them. Raises InputError for errors that the user can
+    correct, if possible before a run is opened; bad files among several images are reported at the end.
     """
     from dann_experiments import __version__
 
@@ -100,7 +100,7 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
         if outcome.problems:
             shown = "\n".join(outcome.problems[:20])
             raise InputError(
-                f"{len(outcome.problems)} of {len(work)} images have no map; the others are done. Mend these and start "
+                f"{len(outcome.problems)} of {len(work)} images have no map; the others are done. Fix these and start "
                 f"again:\n{shown}"
             )
     artifacts = local_artifact_folder(store, run.run_id)
@@ -113,16 +113,16 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
 
 def _device(accelerator: str) -> torch.device:
     if accelerator == "gpu" and not torch.cuda.is_available():
-        raise InputError("accelerator is 'gpu', but torch finds none here; give auto or cpu.")
+        raise InputError("accelerator is 'gpu', but torch finds no GPU on this machine; use auto or cpu.")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _with_own_reading(model: Model, settings: PredictConfig) -> Model:
-    """Return the model, reading images as the settings say where they do."""
+    """Return the model with the reading options that the settings override."""
     changes: dict[str, Any] = {}
     if settings.bands is not None:
         if len(settings.bands) != model.in_channels:
-            raise InputError(f"bands is {settings.bands}, but the model takes {model.in_channels}; name as many.")
+            raise InputError(f"bands is {settings.bands}, but the model needs {model.in_channels}; name as many.")
         changes["bands"] = tuple(settings.bands)
     if settings.nodata_values is not None:
         changes["nodata"] = settings.nodata_values
@@ -137,16 +137,16 @@ def _with_own_reading(model: Model, settings: PredictConfig) -> Model:
 
 
 def _smaller(scene: Scene, settings: PredictConfig) -> str:
-    """Advise what to do where memory runs out."""
+    """Return advice for when memory runs out."""
     return (
-        f"batch_size is {settings.batch_size}, with tiles of {scene.plan.rows.tile} x {scene.plan.columns.tile} pixels. Take a "
+        f"batch_size is {settings.batch_size}, with tiles of {scene.plan.rows.tile} x {scene.plan.columns.tile} pixels. Use a "
         "smaller batch_size, then a smaller tile_size, or accelerator cpu if this was a GPU."
     )
 
 
 @contextlib.contextmanager
 def _progress(count: int, shown: bool) -> Iterator[Callable[[float, str], None]]:
-    """Give a function of images done, the last one in part, and the name of the one in work, which shows them out of `count`."""
+    """Provide a function that shows progress, with arguments: images done (a float, up to `count`), name of the current image."""
     if shown and sys.stdout.isatty():
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -179,7 +179,7 @@ def _describe(run: TrackedRun, settings: PredictConfig) -> None:
 
 
 def _write_results(run: TrackedRun, model: Model, outcome: Outcome) -> None:
-    """Write the table of classes and the preview into the run's folder."""
+    """Write the table of classes and the preview to the run's folder."""
     path = run.folder / "tables" / "class_shares.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     seen = max(int(outcome.counts[:-1].sum()), 1)
@@ -194,16 +194,16 @@ def _write_results(run: TrackedRun, model: Model, outcome: Outcome) -> None:
 
 
 def _draw_preview(path: Path, scenes: Sequence[Scene], model: Model) -> None:
-    """Draw the first maps beside their images, both reduced to at most PREVIEW_SIDE pixels."""
+    """Draw maps next to their images, both reduced to at most PREVIEW_SIDE pixels."""
     images = [(scene.input.name, _display(scene)) for scene in scenes]
     maps = [(scene.output.name, read_decimated(scene.output, [1], PREVIEW_SIDE)[0]) for scene in scenes]
     draw_preview(path, images, maps, model.class_names)
 
 
 def _display(scene: Scene) -> np.ndarray:
-    """(h, w, 3) in 0..1 of the reduced image."""
+    """Return the reduced image for display: (h, w, 3), 0..1."""
     values = read_decimated(scene.input, scene.bands, PREVIEW_SIDE)
-    if len(values) < len(scene.normalisation.low):  # one grey band among colour images
+    if len(values) < len(scene.normalisation.low):  # one gray band among color images
         values = values.repeat(len(scene.normalisation.low), axis=0)
     scaled = np.nan_to_num(scene.normalisation.scaled(values))
     return display_image(scaled, stretch=scene.header.dtype != "uint8")

@@ -1,4 +1,4 @@
-"""Trains the source model: the network on labelled source images, nothing of the target but its validation scores."""
+"""Trains the source model on labeled source images. The target is used for validation scores only."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ def pretrain(
     tags: Mapping[str, str] | None = None,
     resume: str | None = None,
 ) -> RunResult:
-    """Train on the source alone, by the settings under `pretraining`; the run's model is what `adapt` starts from. `tags` are
-    added to the run's own, or replace them. `resume`: the id of a killed run, which is resumed (docs/resume.md), or `auto`: the
-    newest of these settings, or a new one."""
+    """Train on the source only, by the settings under `pretraining`; `adapt` starts from the resulting model.
+
+    `callbacks` are added to Lightning's; `tags` are added to the run's own, or replace them. `resume`: the id of a killed run to
+    resume (docs/resume.md), or `auto` for the newest unfinished run with these settings, else a new one. Raises InputError for
+    invalid settings or data, TrainingFailed and NotStored."""
     store = None
     if resume not in (None, AUTO):
         store = open_store(config.tracking.uri, config.tracking.experiment)
@@ -45,7 +47,7 @@ def pretrain_with(
     more_tags: Mapping[str, str] | None = None,
     resume: str | None = None,
 ) -> RunResult:
-    """Do what `pretrain` does in an open store, or in one that is opened when the data are found; `main_job`: whether it is the
+    """Do the work of `pretrain` in `store`, which is opened after the data were found if None. `main_job`: whether this is the
     main job of an `mlflow run`."""
     if callbacks:
         refuse_several_processes(config, "callbacks")
@@ -55,7 +57,7 @@ def pretrain_with(
         digest = run_digest(Job.PRETRAIN, config, data.digests)
         by_target, config = config.monitor, as_pretrained(config)
         if config.monitor != by_target:
-            log.info("Pretraining reads no target images: its best checkpoint is chosen by iou/%s.", SOURCE_VAL)
+            log.info("Pretraining reads no target images; its best checkpoint is chosen by iou/%s.", SOURCE_VAL)
         resumed = run_to_go_on(store, Job.PRETRAIN, resume, digest, config)
         network = make_network(config)
         parts = Parts(network, SourceOnly(), [], checked_sets(config, data, network))

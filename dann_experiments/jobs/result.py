@@ -1,4 +1,4 @@
-"""What a job gives back."""
+"""The result that a job returns."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run."""
+    """A finished run, as returned by `pretrain`, `adapt` and `evaluate`."""
 
     job: str
     run_id: str
     experiment_id: str
     tracking_uri: str = field(repr=False)
-    """The store's address, a password in it included; not shown in repr."""
+    """The store's address, including a password in it; not shown in repr."""
     metrics: Mapping[str, float]
-    """Final values: validation of both domains, and the test lists where there are any."""
+    """Final metrics: of the validation sets of both domains, and of the test sets, if there are any."""
     baseline: Mapping[str, float] = field(default_factory=dict)
-    """The same before the first step: the warm start's."""
+    """The same metrics before the first step."""
     source_run_id: str | None = None
-    """The pretraining run it started from."""
+    """The run that made the model which this run started from or evaluated."""
     artifacts: str | None = None
-    """Folder of the run's files, if it is on this machine."""
+    """Folder of the run's files; None if it is not on this machine."""
 
     @property
     def model_uri(self) -> str:
-        """Where the run's model is, for `source_checkpoint`, `evaluate` and others."""
+        """Address of the run's model, for `source_checkpoint`, `evaluate` and other jobs."""
         return f"runs:/{self.run_id}/model"
 
     def history(self) -> pd.DataFrame:
-        """Every logged value, read back from MLflow: columns metric, step, value. Infinity and NaN are as they were logged."""
+        """Return every logged value, read from MLflow: columns metric, step, value. Infinity and NaN are as they were logged."""
         import mlflow
         import pandas as pd
 

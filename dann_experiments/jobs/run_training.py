@@ -1,4 +1,4 @@
-"""Trains one network in one tracked run: what `pretrain` and `adapt` have in common."""
+"""Trains one network in one tracked run: the common part of `pretrain` and `adapt`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FEATURES_FILE = "features.safetensors"
 
 @dataclass(frozen=True)
 class Parts:
-    """What is trained, and on what."""
+    """The network, method, taps and image sets of a training."""
 
     network: nn.Module
     method: DomainAdaptationMethod
@@ -66,16 +66,16 @@ class Parts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training gave: scores by set, before the first step and of the final model."""
+    """The result of a training: scores by set, before the first step and of the final model."""
 
     before: Mapping[SetName, Scores]
     after: Mapping[SetName, Scores]
     final_step: int
     unlabelled: Mapping[str, float]
-    """Of the final model, without labels: `select/...` of the target, `da/domain_acc_val`, and what `alignment` measured."""
+    """Metrics of the final model that need no labels: `select/...` of the target, `da/domain_acc_val`, and those of the probe."""
 
     def metrics(self, class_names: Sequence[str]) -> dict[str, float]:
-        """Return everything about the final model under the names of a run."""
+        """Return all metrics of the final model, by metric name."""
         return {**_metrics(self.after, class_names), **self.unlabelled}
 
 
@@ -91,11 +91,12 @@ def tracked_training(
     main_job: bool = True,
     source_run_id: str | None = None,
 ) -> RunResult:
-    """Train in a run of its own: a new one, or `resumed`, the id of a killed one.
+    """Train in a new run, or in `resumed`, the id of a killed one.
 
-    `tags`: the run's, beside those of its job, domains and seed. `main_job` is False for a pretraining that `adapt` asks for:
-    it takes neither the run that `mlflow run` made nor its name. `source_run_id`: the run that the source model comes from.
-    Pretraining goes by the settings under `pretraining`, and the adaptation is probed before and after."""
+    `job`: `Job.PRETRAIN`, which uses the settings under `pretraining`, or `Job.ADAPT`, which probes the domain gap before and
+    after. `tags`: tags of the run in addition to those of its job, domains and seed. `main_job`: False for a pretraining that
+    `adapt` starts, which uses neither the run created by `mlflow run` nor its name. `source_run_id`: the run that made the source
+    model. Raises TrainingFailed if memory runs out, and NotStored if the store does not accept everything."""
     folder = folder_of_runs(store, resumed, config.tracking.folder)
     run_name = config.tracking.run_name if main_job else None
     tags = {Tag.JOB: job, **domain_tags(config), "seed": config.seed, **tags}
@@ -125,7 +126,7 @@ def tracked_training(
 
 
 def describe_run(run: TrackedRun, config: Config, sets: ImageSets) -> None:
-    """Log params, `config.yaml` and data sets: all that decides the run. A resumed run has most or all of it already."""
+    """Log params, `config.yaml` and data sets: everything that determines the run. A resumed run has most of it already."""
     config = public_settings(config, run.store.experiment)
     if not (run.folder / SETTINGS).exists():  # first: without it a killed run cannot be resumed
         part = run.folder / f"{SETTINGS}.part"
@@ -152,11 +153,11 @@ def train(
     pretraining: bool = False,
     checkpoint: Path | None = None,
 ) -> Outcome:
-    """Train, choose the final weights, score them, leave checkpoints, model, figures and tables in the run's folder.
+    """Train, choose the final weights, score them, and write checkpoints, model, figures and tables to the run's folder.
 
-    `checkpoint`: one that an earlier process of this run saved; the network is then as it was for that process, so that its
-    state before training is measured again, not kept. With `trainer.devices` above 1 the other ranks are processes that this
-    one starts."""
+    `checkpoint`: one that an earlier process of this run saved. `network` must then be in its state before training, as it was
+    for that process, because that state is measured again. With `trainer.devices` above 1 the other ranks are processes that
+    this one starts."""
     network, sets = parts.network, parts.sets
     loaders = make_loaders(config, sets)
     alignment = None
@@ -179,7 +180,7 @@ def train(
             album.add("before", network)
         if alignment is not None:
             alignment.measure("before", network, loop.device)
-        with closing(loop.checkpoints):  # whatever the end, its files are called last and best
+        with closing(loop.checkpoints):  # however training ends, rename its files to last and best
             ranks.wait()
             loop.run(checkpoint)
             monitor, final_step = loop.monitor, loop.trainer.global_step
@@ -199,21 +200,21 @@ def train(
                 album.add("after", network)
             network.cpu()
             _write_results(config, run, network, sets, outcome, pictures, curves.numbers())
-    if checkpoint is not None:  # an earlier process may have stored those of its own time
+    if checkpoint is not None:  # an earlier process may have uploaded its own checkpoints
         remove_artifacts(run.store, run.run_id, CHECKPOINTS, {LAST, BEST})
     return outcome
 
 
 def with_batch_sizes(config: Config, parts: Parts) -> Config:
-    """Return the settings with both domains' batches doubled as often as a training step fits into the GPU's memory, up to the
-    size of the smaller set; unchanged without `trainer.auto_batch_size`. Network, method and random states stay as they are.
-    Raises InputError without a GPU, and where not even the batches of the settings fit."""
+    """Return the settings with both domains' batch sizes doubled for as long as a training step fits into the GPU's memory, up to
+    the size of the smaller set; unchanged without `trainer.auto_batch_size`. Network, method and random states do not change.
+    Raises InputError if there is no GPU, or if not even the batch sizes in the settings fit."""
     if not config.trainer.auto_batch_size:
         return config
     if not visible_gpus(config.trainer.accelerator):
         raise InputError(
             "trainer.auto_batch_size is true, but there is no GPU (trainer.accelerator "
-            f"{config.trainer.accelerator}): on a CPU the cores bound what a batch is worth, not memory. Set it to false."
+            f"{config.trainer.accelerator}). On a CPU the number of cores limits useful batch sizes, not memory. Set it to false."
         )
     domains = domains_of_a_step(parts.method, parts.taps)
     datasets = {domain: parts.sets.training()[domain] for domain in domains}
@@ -233,16 +234,16 @@ def with_batch_sizes(config: Config, parts: Parts) -> Config:
 
     factor = largest_factor(fits, min(len(datasets[domain]) // size for domain, size in own.items()))
     if factor == 0:
-        raise InputError(f"trainer.auto_batch_size: not even the given batches fit into the GPU's memory ({own}).")
+        raise InputError(f"trainer.auto_batch_size: not even the configured batches fit into the GPU's memory ({own}).")
     sizes = {f"data.{domain}.batch_size": factor * size for domain, size in own.items()}
     log.info("trainer.auto_batch_size: %s.", ", ".join(f"{key} {size}" for key, size in sizes.items()))
-    return replace(config, sizes | {"trainer.auto_batch_size": False})  # the run says what it took
+    return replace(config, sizes | {"trainer.auto_batch_size": False})  # the run's settings record the result
 
 
 def _log_gap(
     run: TrackedRun, alignment: Alignment, monitor: DomainAdaptationMonitorCallback, final_step: int
 ) -> dict[str, float]:
-    """Log what the probes found as metrics at step 0 and `final_step`, the features as a file, and in words what it means as the
+    """Log the results of the probes: metrics at step 0 and `final_step`, features as a file, and an explanation in words as the
     run's description. Return the final metrics."""
     gap = alignment.finish(monitor.domain_accuracy.get(Metric.DOMAIN_ACCURACY_VAL))
     run.log_metrics(gap.before, step=0)
@@ -255,7 +256,7 @@ def _log_gap(
 
 
 def _metrics(scores: Mapping[SetName, Scores], class_names: Sequence[str]) -> dict[str, float]:
-    """Return scores under the names of a run."""
+    """Return scores by metric name."""
     return {
         key: value for name, found in scores.items() for key, value in found.metrics(str(name), class_names).items()
     }
@@ -268,7 +269,7 @@ def _by_set(of_validation: Mapping[str, Scores]) -> dict[SetName, Scores]:
 def _final_scores(
     config: Config, network: nn.Module, loaders: Loaders, monitor: DomainAdaptationMonitorCallback
 ) -> dict[SetName, Scores]:
-    """Return validation scores of the final model, which are those of the last validation, and its test scores."""
+    """Return the validation scores of the final model, which are those of the last validation, and its test scores."""
     scores = _by_set(monitor.latest)
     for name in [*(SetName(domain, "test") for domain in DOMAINS), *(SetName(domain, "val") for domain in DOMAINS)]:
         dataset = loaders.sets.labelled(name)
@@ -279,12 +280,12 @@ def _final_scores(
 
 
 class Album:
-    """A few images of a set, spread over it, with predictions of several networks, or of one at several times."""
+    """At most `most` images, spread over a set, with predictions of several networks, or of one network at several times."""
 
     def __init__(self, dataset: SegmentationDataset | None, most: int = PICTURES) -> None:
         self.images, items = [], []
         if dataset is not None:
-            # spread over the set, so that a manifest sorted by scene shows more than one
+            # spread over the set, so that more than one scene is shown if a manifest is sorted by scene
             indices = np.linspace(0, len(dataset) - 1, min(most, len(dataset)))
             items = [dataset[int(index)] for index in indices]
             stretch = dataset.headers[0].dtype != "uint8"
@@ -294,12 +295,12 @@ class Album:
         self._inputs = [item["image"] for item in items]
 
     def add(self, when: str, network: nn.Module) -> None:
-        """Predict all pictures by the network as it is now."""
+        """Predict all images with the network as it is now, and keep the predictions under the name `when`."""
         self.predictions[when] = predict_images(network, self._inputs)
 
 
 class _CurveLogger(RunLogger):
-    """The run's logger, which also hands what it logs to the curves."""
+    """The run's logger, which also passes metrics to the curves."""
 
     def __init__(self, run: TrackedRun, curves: Curves) -> None:
         super().__init__(run)

@@ -1,4 +1,4 @@
-"""The folder in which the processes of one sweep or comparison share their decoded data: made, and gone at the end."""
+"""Makes, and removes at the end, the folder in which the processes of one sweep or comparison share their decoded data."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PLACE, OWNER = ".decoded", "process.txt"
 
 @contextlib.contextmanager
 def shared_data(tracking_folder: Path) -> Iterator[Path | None]:
-    """A folder of this process below `tracking_folder`, for workers to be told; this process shares in the block, too. None, and
-    nothing is shared, where it cannot be made. What processes of this machine that are gone left there is removed."""
+    """Provide a folder of this process below `tracking_folder`, which its workers share; the process itself uses it in the block,
+    too. Provide None, and share nothing, if it cannot be made. Remove folders that ended processes of this machine left."""
     place = tracking_folder.resolve() / PLACE
     new = not place.parent.exists()
     _remove_left(place)
@@ -27,7 +27,7 @@ def shared_data(tracking_folder: Path) -> Iterator[Path | None]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / OWNER).write_text(process_name())
     except OSError as error:
-        log.info("%s cannot be written (%s): each process reads its data for itself.", folder, error)
+        log.info("%s cannot be written (%s): each process reads its own data.", folder, error)
         yield None
         return
     shared_cache.share(folder)
@@ -36,7 +36,7 @@ def shared_data(tracking_folder: Path) -> Iterator[Path | None]:
     finally:
         shared_cache.share(None)
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # others have theirs there
+        with contextlib.suppress(OSError):  # other processes may have folders there
             place.rmdir()
             if new:  # a sweep that is refused leaves nothing behind
                 place.parent.rmdir()

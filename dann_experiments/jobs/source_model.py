@@ -1,4 +1,4 @@
-"""The source model that adaptation starts from: the one in the settings, the newest that fits, or a new one."""
+"""Finds or makes the source model that adaptation starts from: the one in the settings, the newest that fits, or a new one."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from dann_experiments.tracking.fetch_model import digest_of_model, fetched, regi
 from dann_experiments.tracking.store import Store, newest_finished
 
 log = logging.getLogger(__name__)
-_kept: dict[Any, tuple[Mapping[str, Tensor], str | None, str]] | None = None  # the last one, in a process that keeps it
+_kept: dict[Any, tuple[Mapping[str, Tensor], str | None, str]] | None = None  # the last one, if this process keeps it
 
 
 def find_or_make_source_model(
     config: Config, store: Store, digests: Mapping[str, str], resume: str | None = None
 ) -> str:
-    """Return `pretrained_checkpoint.path`, or the model of the newest finished pretraining run with the same network settings
-    and source data (`digests` of the sets, by name), or of a new pretraining run; with `resume` auto, of an unfinished one that
-    resumes."""
+    """Return the address of the source model: `pretrained_checkpoint.path`, else the model of the newest finished pretraining run
+    with the same network settings and source data (`digests` of the sets, by name), else that of a new pretraining run. With
+    `resume` auto an unfinished pretraining run is resumed instead of a new one."""
     if config.domain_adaptation.pretrained_checkpoint.path is not None:
         return config.domain_adaptation.pretrained_checkpoint.path
     run_id = newest_finished(store, {Tag.JOB: Job.PRETRAIN, Tag.SOURCE_DIGEST: source_digest(config, digests)})
     if run_id is None:
-        log.info("No finished pretraining run of this network and source data: pretraining first, as a run of its own.")
+        log.info("No finished pretraining run has this network and source data: pretraining first, in a separate run.")
         run_id = pretrain_with(config, store, main_job=False, resume=resume).run_id
     else:
-        log.info("Starting from pretraining run %s (give source_checkpoint to start from another).", run_id)
+        log.info("Starting from pretraining run %s (set source_checkpoint to start from another model).", run_id)
     return f"runs:/{run_id}/model"
 
 
 def chosen_by_target_labels(store: Store, source_run_id: str | None) -> bool:
-    """Return whether the run that a model comes from chose by target labels: what is made from the model then did so too."""
+    """Return whether the run that made a model chose it by target labels, which then also holds for all results based on it."""
     if source_run_id is None:
         return False
     return store.client.get_run(source_run_id).data.tags.get(Tag.SELECTED_WITH_TARGET_LABELS) == "true"
 
 
 def load_source_model(config: Config, network: nn.Module, path: str, store: Store) -> tuple[str | None, str]:
-    """Load the checkpoint at `path` (file, folder, runs:/, models:/) into `network`; return the id of the run that made it, and
-    its `digest_of_model`."""
+    """Load the checkpoint at `path` (file, folder, runs:/, models:/) into `network`; return the id of the run that made it, if
+    known, and its `digest_of_model`. Raises InputError if it does not exist or does not fit."""
     format_ = config.domain_adaptation.pretrained_checkpoint.source_format
     identity = None if _kept is None else (_identity(path, store), format_, store.uri)
     if _kept is not None and identity in _kept:
@@ -67,13 +67,13 @@ def load_source_model(config: Config, network: nn.Module, path: str, store: Stor
 
 
 def keep_source_models() -> None:
-    """Make this process keep the last source model that it loaded, for jobs that start from the same one."""
+    """Make this process keep the last source model that it loads, for further jobs that start from the same one."""
     global _kept
     _kept = {}
 
 
 def load_weights(config: Config, network: nn.Module, local: Path, path: str) -> None:
-    """Load the weights in the file or folder `local`, which the settings call `path`, into `network`."""
+    """Load the weights in the file or folder `local` into `network`; `path`: its address in the settings, for messages."""
     format_ = config.domain_adaptation.pretrained_checkpoint.source_format
     _load(config, network, read_weights(local, format_), path)
 
@@ -85,9 +85,9 @@ def _load(config: Config, network: nn.Module, weights: Mapping[str, Tensor], pat
 
 
 def _identity(path: str, store: Store) -> Any:
-    """Return what tells a source model from others, a moved alias and a rewritten file included, without fetching it."""
+    """Return what identifies a source model, without fetching it. It changes if an alias is moved or a file rewritten."""
     if path.startswith("models:/"):
-        with contextlib.suppress(Exception):  # the error is reported when it is fetched
+        with contextlib.suppress(Exception):  # the error is reported when the model is fetched
             return registered(path, store)
         return None
     if path.startswith("runs:/"):

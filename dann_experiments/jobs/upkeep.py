@@ -1,4 +1,4 @@
-"""Looks after what killed processes and absent stores left: open runs, and folders that were not sent."""
+"""Cleans up what killed processes and unavailable stores left: open runs, and folders that were not sent."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from dann_experiments.tracking.sync import Leftover, leftovers, sync
 
 @dataclass(frozen=True)
 class Health:
-    """What `doctor` found and did."""
+    """The result of `doctor`."""
 
     closed: list[str]
-    """Runs whose process was gone."""
+    """Ids of the stale runs that were closed."""
     running: int
-    """Runs whose process lives on this machine."""
+    """Number of runs whose process is alive on this machine."""
     elsewhere: list[str]
-    """Open runs of other machines, or of programs that do not say which process writes them."""
+    """Ids of open runs of other machines, or of programs that do not record which process writes them."""
     leftovers: list[Path]
     """Folders of runs in `tracking.folder`."""
 
 
 def sync_runs(config: Config) -> Iterator[Leftover]:
-    """Send every run's folder in `tracking.folder` to the store. Raises InputError if the store does not answer or there is
-    no such folder."""
+    """Send every run's folder in `tracking.folder` to the store, and yield the results one by one. Raises InputError if the store
+    does not answer or the folder does not exist."""
     folder = Path(config.tracking.folder)
     if not folder.is_dir():
         raise InputError(
-            f"tracking.folder is {str(folder)!r}, which is no folder; name the one that runs kept their files in."
+            f"tracking.folder is {str(folder)!r}, which is not a folder; set it to the folder in which runs kept their files."
         )
     return sync(open_store(config.tracking.uri, config.tracking.experiment, for_runs=False), folder)
 
 
 def doctor(config: Config) -> Health:
-    """Close, in every experiment of the store, the runs whose process on this machine is gone; look at what is left."""
+    """Close the stale runs of this machine in all experiments of the store. Raises InputError if the store does not answer."""
     store = open_store(config.tracking.uri, config.tracking.experiment, for_runs=False)
     experiments = experiment_ids(store)
     closed = close_stale_runs(store, "doctor", experiments=experiments)

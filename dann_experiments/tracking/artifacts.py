@@ -1,4 +1,4 @@
-"""Looks, before anything is trained, whether files can be put where an experiment keeps those of its runs."""
+"""Checks before training whether files can be written to where an experiment keeps the artifacts of its runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dann_experiments.config.errors import InputError, StoreAway
 from dann_experiments.tracking.failures import of_the_store
 from dann_experiments.tracking.store import in_one_line, local_folder, without_secrets
 
-_good: set[tuple[str, str]] = set()  # (store, place): one look in a process is enough
+_good: set[tuple[str, str]] = set()  # (store, location): one check per process is enough
 
 
 def check_artifacts(uri: str, experiment: Any) -> None:
-    """Raises InputError if no file can be written where `experiment` (MLflow's) of the store at `uri` keeps its runs' files,
-    StoreAway if that may change.
+    """Raise InputError if no file can be written to where `experiment` (MLflow's, in the store at `uri`) keeps its runs' files;
+    StoreAway if the reason may be temporary.
 
-    MLflow's own way to that place is taken, and what it writes there is removed: a location tells little by itself. It may be
-    a path of the machine that made the experiment, a bucket without credentials here, or a folder of somebody else.
+    Writes a file by MLflow's own means and removes it, because the location alone does not show whether it is writable. It may
+    be a path on the machine that created the experiment, a bucket without credentials here, or another user's folder.
     """
     location = experiment.artifact_location
     if (uri, location) in _good:
@@ -34,22 +34,22 @@ def check_artifacts(uri: str, experiment: Any) -> None:
         try:
             repository = get_artifact_repository(location, uri)
             repository.log_artifact(str(Path(folder) / name))
-        except Exception as error:  # stores of many kinds, and libraries that are not installed
+        except Exception as error:  # many kinds of stores, and libraries that may not be installed
             kind = StoreAway if of_the_store(error) else InputError
             raise kind(
                 f"experiment {experiment.name!r} keeps the files of its runs in {without_secrets(location)}, where nothing can "
-                f"be written from here: {in_one_line(error)}. Give tracking.experiment another name (a new experiment keeps its "
-                "files where the store puts them now), or make one with a place of your own: mlflow experiments create "
-                "--experiment-name NAME --artifact-location PLACE"
+                f"be written from here: {in_one_line(error)}. Set tracking.experiment to another name (a new experiment keeps "
+                "its files in the store's default location), or create an experiment with your own location: mlflow experiments "
+                "create --experiment-name NAME --artifact-location PLACE"
             ) from None
-        with contextlib.suppress(Exception):  # it may be allowed to write alone
+        with contextlib.suppress(Exception):  # only writing may be allowed
             repository.delete_artifacts(name)
     _good.add((uri, location))
 
 
 @contextlib.contextmanager
 def _left_as_found(folder: Path | None) -> Iterator[None]:
-    """Remove the folders that the block makes on the way to `folder`, if they are empty: a job that is refused later leaves
+    """Remove `folder` and its parents if the block creates them and they are empty, so that a job that is refused later leaves
     nothing behind."""
     made = []
     while folder is not None and not folder.exists() and folder != folder.parent:

@@ -1,4 +1,4 @@
-"""The time of day for what is logged, which never goes back, whatever happens to the machine's clock."""
+"""A clock for what is logged, which never goes back, even if the machine's clock is changed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 
 
 class Clock:
-    """Milliseconds since 1970. Where the machine's clock is put back, time goes on from where it was, as fast as it passes;
-    where it is put forward (a laptop that slept), that is followed. `not_before`: a time that has been, such as a run's start."""
+    """A clock in milliseconds since 1970. If the machine's clock is set back, this one continues from where it was; if it is set
+    forward (a laptop that slept), this one follows. `not_before`: the earliest time to return, such as a run's start, in ms."""
 
     def __init__(self, not_before: int = 0) -> None:
         self._lock = threading.Lock()
@@ -16,7 +16,7 @@ class Clock:
         self._asked = time.monotonic()
 
     def now(self) -> int:
-        """The time now; no call gives less than one before it."""
+        """Return the current time; never less than an earlier call returned."""
         with self._lock:
             asked = time.monotonic()
             self._last = max(time.time(), self._last + (asked - self._asked))

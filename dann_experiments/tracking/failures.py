@@ -1,4 +1,4 @@
-"""Messages for errors that are neither the user's nor ours: a full disk, a store that does not answer."""
+"""Messages for errors that neither the user nor this package has caused: a full disk, a store that does not answer."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ _RESUMABLE = (Job.ADAPT, Job.PRETRAIN)  # jobs whose runs continue with --resume
 
 
 def explained(error: BaseException) -> InputError | None:
-    """Return the one message for an error of a disk or of the tracking store; None for any other error."""
+    """Return a message for an error of a disk or of the tracking store; None for any other error."""
     answer = explained_disk_error(error)
     if answer is not None or not of_the_store(error):
         return answer
-    return StoreAway(f"the tracking store does not take or give what is asked of it: {in_one_line(error)}.")
+    return StoreAway(f"the tracking store does not answer a request: {in_one_line(error)}.")
 
 
 def explained_in_run(error: BaseException, run_id: str, job: str | None) -> InputError | None:
-    """Return `explained` for an error that has ended a run, with the way to continue; None where the error says all itself."""
+    """Return `explained` for an error that ended a run, with how to continue; None if the error itself explains enough."""
     if isinstance(error, InputError) and not isinstance(error, (NotWritten, StoreAway)):
         return None
     found = explained(error)
     if found is None:
         return None
-    again = f"go on: python -m dann_experiments {job} --resume {run_id}" if job in _RESUMABLE else f"run {job} again"
-    return type(found)(f"{found} When that is mended (free some space, make it writable), {again}")
+    again = f"resume: python -m dann_experiments {job} --resume {run_id}" if job in _RESUMABLE else f"run {job} again"
+    return type(found)(f"{found} When that is fixed (free some space, make it writable), {again}")
 
 
 def of_the_store(error: BaseException) -> bool:
-    """Tell whether the store could not be reached or its database refused, as opposed to a wrong request."""
+    """Return whether the store could not be reached or its database refused, as opposed to a wrong request."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import OperationalError
 

@@ -1,4 +1,4 @@
-"""Models by address: a file, a folder, runs:/ID[/path], models:/NAME@ALIAS or models:/NAME/VERSION, copied from the store."""
+"""Fetches models by address: a file, a folder, runs:/ID[/path], models:/NAME@ALIAS or models:/NAME/VERSION."""
 
 from __future__ import annotations
 
@@ -15,27 +15,25 @@ from dann_experiments.data.samples import file_digest
 from dann_experiments.names import Key, Tag
 from dann_experiments.tracking.store import Store, check_room, in_one_line
 
-"""The setting that names the source model."""
-
 
 @contextlib.contextmanager
 def fetched(path: str, store: Store, key: str = Key.SOURCE_MODEL) -> Iterator[tuple[Path, str | None]]:
-    """Give what `fetch` returns, and remove the copy after the block. Raises InputError if nothing is there."""
+    """Provide the result of `fetch` in the block, then remove the copy. Raises InputError if the model does not exist."""
     with tempfile.TemporaryDirectory() as folder:
         local, run_id = fetch(path, Path(folder), store, key)
-        if not os.path.exists(local):  # never raises, whatever the name
+        if not os.path.exists(local):  # never raises, even for impossible names
             raise InputError(
                 f"{key} is {path}, which does not exist; give a file, a folder, runs:/ID or models:/NAME@ALIAS."
             )
-        if not (local.is_file() or local.is_dir()):  # a pipe gives nothing, /dev/zero never ends
+        if not (local.is_file() or local.is_dir()):  # reading a pipe may block, /dev/zero never ends
             raise InputError(f"{key} is {path}, which is neither a file nor a folder; give one.")
         yield local, run_id
 
 
 def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) -> tuple[Path, str | None]:
-    """Return a local copy of a model, in `folder` where it comes from the store, and the id of the run that made it, if known.
+    """Return the path of a model, copied to `folder` if it comes from the store, and the id of the run that made it, if known.
 
-    `key` is the setting that errors name. Raises InputError for what the store does not have.
+    `key`: the setting that messages name. Raises InputError if the store does not have it, NotWritten if `folder` has no room.
     """
     if not path.startswith(("runs:/", "models:/")):
         return local_path(path, key), None
@@ -56,14 +54,14 @@ def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) ->
     except NotWritten:
         raise
     except (MlflowException, OSError, ValueError) as error:
-        raise InputError(f"{key} is {given!r}, which the tracking store does not give: {in_one_line(error)}") from None
+        raise InputError(f"{key} is {given!r}, which the tracking store does not have: {in_one_line(error)}") from None
 
 
 def registered(path: str, store: Store) -> tuple[str, str | None]:
-    """Return the address of a registered model's files, and its run.
+    """Return the address of a registered model's files, and the id of its run, if known.
 
-    Asks the store's own client: MLflow would look a `models:/` address up in the registry of the process, which need not be that
-    of the settings' store.
+    Asks the store's own client: MLflow would look up a `models:/` address in the registry of the process, which may differ from
+    that of the store in the settings.
     """
     name, at, alias = path.removeprefix("models:/").partition("@")
     if at:
@@ -75,10 +73,10 @@ def registered(path: str, store: Store) -> tuple[str, str | None]:
 
 
 def digest_of_model(store: Store, path: str, local: Path, run_id: str | None) -> str:
-    """Return what tells the model at `path`, fetched to `local`, from others.
+    """Return a text that identifies the model at `path`, which was fetched to `local`.
 
-    Of a run's model it is the run's `dann.digest` (another run with that digest made the same), of a file the digest of its
-    bytes, of anything else in a run its address.
+    For a run's model it is the run's tag `dann.digest` (runs with equal digests make equal models), for anything else in a run
+    its address, and otherwise a digest of the files' bytes.
     """
     inside = path.partition("/")[2].partition("/")[2] if path.startswith("runs:/") else ""
     if run_id is not None and inside in ("", "model"):
@@ -87,7 +85,7 @@ def digest_of_model(store: Store, path: str, local: Path, run_id: str | None) ->
             return known
     if path.startswith("runs:/"):
         return path
-    digest = hashlib.blake2b(digest_size=16)  # a file may be written anew, an alias moved
+    digest = hashlib.blake2b(digest_size=16)  # of the bytes: a file may be rewritten, an alias moved
     for file in sorted(file for file in local.rglob("*") if file.is_file()) if local.is_dir() else [local]:
         digest.update(file.relative_to(local).as_posix().encode() + file_digest(file))
     return digest.hexdigest()

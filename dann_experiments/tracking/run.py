@@ -1,4 +1,4 @@
-"""One job, one MLflow run: tags, params, data sets, metrics, artifacts, and a status that is true."""
+"""Tracks one job as one MLflow run: tags, params, data sets, metrics, artifacts, and a correct status."""
 
 from __future__ import annotations
 
@@ -42,15 +42,13 @@ from dann_experiments.tracking.values import logged_points
 
 log = logging.getLogger(__name__)
 PARAMS_A_REQUEST = 100  # MLflow's limit
-END = "end.json"  # how a run ended, for `sync` where the store was away
+END = "end.json"  # how a run ended, for `sync` if the store was away
 RUN_NAME = "mlflow.runName"
-# Kept with a run that a signal ended: under `mlflow run` its status may read FAILED, as MLflow (3.17) ends the run of a command
-# with another exit code than 0 once more. (It means to spare runs that have ended, but compares names of statuses to numbers.)
-PARAM_PREFIX = "cfg."  # `mlflow run` logs its own raw strings under the plain names, and params cannot change
+PARAM_PREFIX = "cfg."  # `mlflow run` logs its own raw strings under the plain names, and params cannot be changed
 
 
 class RunKilled(BaseException):
-    """SIGINT or SIGTERM arrived. Not an Exception, so that no handler on the way up takes it for an error."""
+    """Raised when SIGINT or SIGTERM arrives. Not an Exception, so that no handler on the way up treats it as an error."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -58,32 +56,33 @@ class RunKilled(BaseException):
 
 
 class NotStored(StoreAway):
-    """A run ended well, but the tracking store did not take all of it."""
+    """Raised when a run ended well, but the tracking store did not accept all of its data."""
 
 
 class EndedEarly(Exception):
-    """Raised inside a tracked run to end it in good order before its time (a pruned trial): FINISHED, not FAILED."""
+    """Raised in a tracked run to end it early but regularly, as FINISHED and not FAILED (a pruned trial)."""
 
 
 @dataclass
 class TrackedRun:
-    """A run that is open for writing. `folder` is uploaded as the run's artifacts when it closes."""
+    """A run that is open for writing. The files in `folder` are uploaded as the run's artifacts when it closes."""
 
     store: Store
     run_id: str
     folder: Path
     sender: Sender
     resumed: bool = False
-    """Whether it goes on with a run that was killed."""
+    """True for a resumed run."""
     _again: bool = False
 
     def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
-        """Queue metrics; see Sender."""
+        """Queue metrics (name -> one number, or a tensor with one) of one step; returns at once. Raises ValueError for names and
+        values that MLflow does not accept."""
         self.sender.put(values, step, self._again)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
-        """What is logged in this block is logged for the second time at its step, and stays beside the first."""
+        """Log metrics in the block in addition to those that have been logged for the same step before."""
         self._again = True
         try:
             yield
@@ -91,8 +90,8 @@ class TrackedRun:
             self._again = False
 
     def persist(self) -> None:
-        """Call it before a checkpoint is put in its place: what was logged up to now then outlives the process, so that a run
-        resumed from there has no gap in its history. Raises NotWritten where the disk is full."""
+        """Make all that was logged so far survive the process. Called before a checkpoint is written, so that a run resumed from
+        it has no gap in its history. Raises NotWritten if the disk is full."""
         self.sender.persist()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -105,11 +104,11 @@ class TrackedRun:
             self._asked(lambda some=some: self.store.client.log_batch(self.run_id, params=some))
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Queue tags; see Sender."""
+        """Queue tags; returns at once. Raises InputError for names that MLflow does not accept."""
         self.sender.put_tags(_texts(tags))
 
     def log_input(self, name: str, digest: str, context: str, source: str, profile: str) -> None:
-        """Log a data set the run read: MLflow shows name, digest and context (such as `source train`)."""
+        """Log a data set that the run read: MLflow shows name, digest and context (such as `source train`)."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
         from mlflow.exceptions import MlflowException
 
@@ -123,12 +122,12 @@ class TrackedRun:
                 self._asked(lambda: self.store.client.log_inputs(self.run_id, entry))
                 return
             except MlflowException:
-                # two runs that bring the same new data set at once: MLflow refuses the second, and takes it when asked again
+                # if two runs log the same new data set at once, MLflow refuses the second, but accepts it on a further attempt
                 if not attempts_left:
                     raise
 
     def _asked(self, request: Callable[[], object]) -> None:
-        """Make a request that writes to the run; once more where the run had been deleted, and is restored."""
+        """Make a request that writes to the run; if the run was deleted, restore it and repeat the request."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -158,11 +157,11 @@ class RunLogger(Logger):
         self.run.log_metrics(metrics, step=0 if step is None else step)
 
     def set_tag(self, key: str, value: str) -> None:
-        """Queue one tag of the run: a store that is away is no reason to wait in training."""
+        """Queue one tag of the run, so that training does not wait for a store that is away."""
         self.run.set_tags({key: value})
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The run has its params already."""
+        """Do nothing: the run has its params already."""
 
 
 @contextlib.contextmanager
@@ -175,42 +174,40 @@ def tracked_run(
     use_claimed: bool,
     resume: str | None = None,
 ) -> Iterator[TrackedRun]:
-    """Open a run (the one of `mlflow run` where there is one and `use_claimed`), and close it with a true status.
+    """Open a run (with `use_claimed` that of `mlflow run`, if there is one), and close it with a correct status.
 
-    A claimed run keeps the name it has unless `run_name` is given; a new one is called `run_name` or `default_name`.
-    `resume`: the id of an unfinished run to go on with instead; what its folder holds unsent is sent, and metrics of steps
-    that the store has already are not sent again. Raises InputError if nothing can be written to `folder`.
+    A claimed run keeps its name unless `run_name` is set; a new one is called `run_name` or `default_name`. `folder`: the parent
+    of the run's folder. `resume`: the id of an unfinished run to resume instead; unsent data in its folder are sent, and metrics
+    of steps that the store has already are not sent again. Raises InputError if `folder` is not writable.
 
-    FINISHED at the end of the block and on EndedEarly, FAILED with `traceback.txt` as artifact when it raises anything
-    else, KILLED on SIGINT and SIGTERM (then KeyboardInterrupt or SystemExit(143) goes on). Metrics and artifacts are
-    sent in every case; what a store that is away does not take stays in the run's folder for `sync`. Raises NotStored at the
-    end of a block that went well, if the store did not take all.
+    The run ends as FINISHED at the end of the block and on EndedEarly, as KILLED on SIGINT and SIGTERM (KeyboardInterrupt or
+    SystemExit(143) is then raised), and on any other exception as FAILED, with `traceback.txt` as artifact. Metrics and artifacts
+    are sent in every case; what a store that is away does not accept stays in the run's folder for `sync`. Raises NotStored at
+    the end of a successful block if the store did not accept everything.
     """
     from mlflow.entities import RunTag
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: a read-only disk, or root
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not show a read-only disk, or root's rights
             pass
     except OSError as error:
         raise InputError(
-            f"tracking.folder is {str(folder)!r}, where nothing can be written ({error}); choose another."
+            f"tracking.folder is {str(folder)!r}, which is not writable ({error}); choose another."
         ) from None
     claimed = store.claimed_run_id if use_claimed else None
     if claimed is not None:
         end_with_the_launcher()
-    # around the closing too: a second Ctrl-C must not cut it short
+    # includes the closing of the run: a second Ctrl-C must not interrupt that
     with _signals_raise() as signals, giving_way():
-        if resume is None and (
-            run_name is not None or claimed is None
-        ):  # `mlflow run --run-name` has named a claimed one
+        if resume is None and (run_name is not None or claimed is None):  # a claimed run got its name from `mlflow run`
             tags = {**tags, RUN_NAME: run_name or default_name}
         tags = {**_provenance(), **({} if claimed else {"mlflow.source.type": "LOCAL"}), **tags}
         already = None
         if resume is not None:
             check_run_id(resume)
             run_id, already = resume, _reopen(store, resume, claimed, folder / resume)
-        elif claimed is None:  # with its tags from the first moment, so that whoever looks for a killed one finds it
+        elif claimed is None:  # created with its tags, so that a search for killed runs finds it at once
             run_id = store.client.create_run(store.experiment_id, tags=_texts(tags)).info.run_id
         else:
             run_id = claimed
@@ -223,20 +220,21 @@ def tracked_run(
             run_folder.mkdir(exist_ok=True)
             if resume is not None or claimed is not None:
                 entries = [RunTag(key, text) for key, text in _texts(tags).items()]
-                store.client.log_batch(run_id, tags=entries)  # now: whoever looks for a killed run finds it by them
+                store.client.log_batch(run_id, tags=entries)  # not queued, so that a search for killed runs finds it
             yield run
             if not _close(run, "FINISHED"):
                 why = f" ({sender.refusal})" if sender.refusal else ""
                 raise NotStored(
-                    f"the run ended well, but the tracking store did not take all of it{why}; it is kept in {run_folder}. When "
-                    f"the store takes it again: python -m dann_experiments sync --tracking.folder {folder}"
+                    f"the run ended well, but the tracking store did not accept all of its data{why}; the rest is kept in "
+                    f"{run_folder}. When the store works again: python -m dann_experiments sync --tracking.folder {folder}"
                 )
-        except NotStored:  # closed already
+        except NotStored:  # already closed
             raise
         except BaseException as error:
             arrived = signals.hold()
-            if arrived is not None:  # whatever `error` is: code in C that a signal interrupts may raise its own instead
+            if arrived is not None:  # for any `error`: C code that a signal interrupts may raise its own instead
                 log.warning("%s: the run is being closed as KILLED.", arrived.name)
+                # the status may read FAILED: `mlflow run` (3.17) ends the run once more if a command's exit code is not 0
                 run.set_tags({Tag.KILLED_BY: arrived.name})
                 _close(run, "KILLED")
                 raise RunKilled(arrived) from None
@@ -253,23 +251,23 @@ def tracked_run(
 
 
 def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
-    """Tags as the store takes them. Raises InputError for a name that it does not."""
+    """Return tags as the store accepts them. Raises InputError for names that it does not accept."""
     for key in tags:
         if not is_key(key):
-            raise InputError(f"tag {key!r}: MLflow takes letters, digits, and _ - . / : and blanks; give another name.")
+            raise InputError(f"tag {key!r}: MLflow allows letters, digits, blanks, and _ - . / : only; rename it.")
     return {key: shortened(value, LONGEST_RUN_NAME if key == RUN_NAME else LONGEST_TAG) for key, value in tags.items()}
 
 
 def _close(run: TrackedRun, status: str) -> bool:
-    """Send metrics and files and end the run, for as long as the sender waits; whether the store has all."""
+    """Send metrics and files and end the run, unless the sender gives up before. Return whether the store has everything."""
     ending = {"status": status, "end_time": run.sender.clock.now()}
-    with contextlib.suppress(OSError):  # a disk that is full must not hide why the run ended
+    with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
         (run.folder / END).write_text(json.dumps(ending))
     return send_folder(run.sender, run.folder, **ending)
 
 
 def send_folder(sender: Sender, folder: Path, status: str, end_time: int | None) -> bool:
-    """Send a run's folder and end the run; the folder is removed if the store took all. Returns whether it did."""
+    """Send a run's folder and end the run. Return whether the store accepted everything; the folder is then removed."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in (SPOOL, TAGS, f"{TAGS}.part", END):
             sender.put_file(path)
@@ -280,14 +278,14 @@ def send_folder(sender: Sender, folder: Path, status: str, end_time: int | None)
 
 
 def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> Iterator[Point]:
-    """Make a run a running one again; the points that the store has of it."""
+    """Set a run to running again, and return the points that the store has of it."""
     if claimed is not None and claimed != run_id:
-        note = f"This run is empty: it went on with run {run_id}."
+        note = f"This run is empty: its job resumed run {run_id}."
         for key, text in {Tag.RESUMED_RUN_ID: run_id, "mlflow.note.content": note}.items():
             store.client.set_tag(claimed, key, text)
         store.client.set_terminated(claimed, "FINISHED")
     (folder / END).unlink(missing_ok=True)
-    store.client.set_tag(run_id, Tag.PROCESS, process_name())  # first: whoever looks for runs of the dead spares it
+    store.client.set_tag(run_id, Tag.PROCESS, process_name())  # first, so that no search for stale runs closes it
     store.client.update_run(run_id, status="RUNNING")
     run = store.client.get_run(run_id)
     for tag in {Tag.CLOSED_BY, Tag.KILLED_BY} & run.data.tags.keys():  # how it ended before
@@ -296,7 +294,7 @@ def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> Ite
 
 
 class _Signals:
-    """What SIGINT and SIGTERM do: the first raises RunKilled, unless the run is being closed; more do nothing."""
+    """Handles SIGINT and SIGTERM: the first one raises RunKilled, unless the run is being closed; further ones do nothing."""
 
     def __init__(self) -> None:
         self._arrived: signal.Signals | None = None
@@ -308,15 +306,15 @@ class _Signals:
             raise RunKilled(signum)
 
     def hold(self) -> signal.Signals | None:
-        """From now on none raises; which has come before."""
+        """Let no signal raise from now on; return the one that arrived before, if any."""
         self._held = True
         return self._arrived
 
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[_Signals]:
-    """SIGINT and SIGTERM raise RunKilled in the block, which leaves it as KeyboardInterrupt or SystemExit(143); only the main
-    thread can do that."""
+    """Let SIGINT and SIGTERM raise RunKilled in the block, and KeyboardInterrupt or SystemExit(143) after it. Does nothing except
+    in the main thread, the only one that can handle signals."""
     signals = _Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
@@ -336,9 +334,9 @@ def _signals_raise() -> Iterator[_Signals]:
 
 
 def _provenance() -> dict[str, str]:
-    """Who, which process and which code: user, commit, and whether the working tree differs from it."""
+    """Return tags for the user, the process, the commit, and whether the working tree differs from the commit."""
     tags: dict[str, str] = {Tag.PROCESS: process_name()}
-    with contextlib.suppress(Exception):  # no user database entry (containers) is no reason to fail
+    with contextlib.suppress(Exception):  # do not fail if the user has no database entry (containers)
         tags["mlflow.user"] = getpass.getuser()
     project = Path(__file__).resolve().parents[2]
     if (project / ".git").exists():

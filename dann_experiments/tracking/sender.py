@@ -1,8 +1,8 @@
-"""Sends a run's metrics, tags, files and end to MLflow from a thread of its own: a training step only appends to a list.
+"""Sends a run's metrics, tags, files and end to MLflow from a separate thread: a training step only appends to a list.
 
-What is sent stays here, or in the spool file beside the run, until the store has acknowledged it. When the store is away the
-sender tries again with growing pauses; sending anything twice is harmless. What is left when the run closes stays in the
-run's folder, from where `sync` sends it.
+Data stay in memory, or in the spool file in the run's folder, until the store has acknowledged them. If the store is away, the
+sender tries again with growing pauses; sending anything twice is harmless. What is left when the run closes stays in the run's
+folder, from where `sync` sends it.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from dann_experiments.tracking.store import in_one_line
 
 log = logging.getLogger(__name__)
 SPOOL, TAGS = "unsent_metrics.jsonl", "unsent_tags.json"
-BATCH = 1000  # metrics a request, MLflow's limit
-MOST_IN_MEMORY = 20_000  # about 15 MB of tensors; beyond, they are written to the spool by whoever logs the next
-SPILL_SECONDS = 1.0  # after which metrics stand in the file, where a killed process does not lose them
+BATCH = 1000  # metrics per request, MLflow's limit
+MOST_IN_MEMORY = 20_000  # about 15 MB of tensors; beyond, whichever thread logs next writes them to the spool
+SPILL_SECONDS = 1.0  # after which metrics are written to the spool, where a killed process does not lose them
 SEND_SECONDS = 5.0
-"""Between two sends, unless a full request waits: each costs the store, and the training beside it, milliseconds."""
+"""Pause between two requests, unless a full request is waiting: each costs the store and the training process milliseconds."""
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 15.0
 CLOSE_SECONDS = 60.0
-"""The longest that closing waits for a store that takes nothing."""
+"""How long closing waits at most for a store that accepts nothing."""
 UPLOAD_SECONDS = 600.0
-"""The longest that closing waits for one file that is being uploaded."""
+"""How long closing waits at most for one file that is being uploaded."""
 SWITCH_SECONDS = 1e-5
-"""After which a thread that computes in Python gives way to one that waits; Python's own value is 5 ms."""
+"""Interval after which a thread that runs Python code yields to a waiting one; Python's default is 5 ms."""
 
 
 @contextlib.contextmanager
 def giving_way() -> Iterator[None]:
-    """In the block, the sending thread hands Python over to training at each operator that training comes back from, rather
-    than when it has had its milliseconds: it then works while operators compute (docs/log.md has the gain)."""
+    """Shorten the GIL switch interval from 5 ms to 10 us in the block, so that the sending thread yields to training almost
+    immediately, and works only while torch operators compute (docs/log.md reports the gain)."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
@@ -56,10 +56,11 @@ def giving_way() -> Iterator[None]:
 
 
 class Sender:
-    """Queues (name, value, step), tags, files and the run's end, and sends them in this order. Values may be tensors: they are
-    read by the sending thread. `folder`: the run's, with what an earlier process left unsent, if it did. `already`: the points
-    that the store has, for a run that is resumed: up to the highest step of each metric, nothing is sent again. `clock`: gives
-    metrics and the run's end their times."""
+    """Queues (name, value, step), tags, files and the run's end, and sends them in this order.
+
+    Values may be tensors: the sending thread reads them. `folder`: the run's folder, with what an earlier process left unsent.
+    `already`: for a resumed run, the points that the store has; up to the highest step of each metric, nothing is sent again.
+    `clock`: the clock for the times of metrics and of the run's end."""
 
     def __init__(
         self,
@@ -75,36 +76,34 @@ class Sender:
         self._folder = folder
         self._spool = Spool(folder / SPOOL)
         self._already: dict[str, tuple[int, set[int]]] = {}
-        """Metric -> its highest step, and the times at which it was logged there."""
+        """Metric -> its highest step, and the times at which it was logged for that step."""
         for point in () if already is None else (*already, *self._spool.waiting()):
             step, times = self._already.get(point.name, (-1, set()))
             if point.step >= step:
                 self._already[point.name] = (point.step, {point.timestamp, *(times if point.step == step else ())})
         self._tags: dict[str, str] = _read_tags(folder / TAGS)
         self._memory: deque[tuple[str, Any, int, int]] = deque()
-        self._files: dict[
-            Path, None
-        ] = {}  # a set that keeps its order: a file that is written anew meanwhile is sent once
+        self._files: dict[Path, None] = {}  # an ordered set: a file that is rewritten meanwhile is sent once
         self._end: tuple[str, int] | None = None
         self.refusal = ""
-        """Why the store did not take what was sent last; empty if it did."""
+        """Why the store did not accept the last request; empty if it did."""
         self._spool_refused = False
         self._wake = threading.Condition()
-        self._spilling = threading.Lock()  # whoever moves points to the spool does it alone: they keep their order
+        self._spilling = threading.Lock()  # one thread at a time moves points to the spool, to keep their order
         self._keeping_tags = threading.Lock()
         self._closing = self._given_up = self._failing = self._uploading = False
         self._last_success = time.monotonic()
-        self._send_from = 0.0  # the first metrics of a run go at once
+        self._send_from = 0.0  # the first metrics of a run are sent at once
         self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
         self._thread.start()
 
     def put(self, values: Mapping[str, Any], step: int, again: bool = False) -> None:
-        """Queue metrics of one step; returns at once. `again`: they stand beside other values of that step, so that a store
-        which has one of each has not got these. Raises ValueError for what MLflow would never take."""
+        """Queue metrics of one step; returns at once. `again`: they are logged in addition to other values of that step, so that
+        a store with one value of each does not have these yet. Raises ValueError for what MLflow would never accept."""
         for name, value in values.items():
             if not is_key(name):
                 raise ValueError(
-                    f"metric {name!r}: MLflow takes letters, digits, and _ - . / : and blanks in a name, at most {LONGEST_KEY}, "
+                    f"metric {name!r}: MLflow allows letters, digits, blanks, and _ - . / : in a name, at most {LONGEST_KEY}, "
                     "and no empty part, . or .. between slashes"
                 )
             if getattr(value, "shape", None) not in (None, ()) and value.shape.numel() != 1:
@@ -116,32 +115,32 @@ class Sender:
             )
             if len(self._memory) >= BATCH:
                 self._wake.notify()
-        # the store is away, or slower than training; a disk that took nothing is tried by the sending thread alone, every few
-        # seconds: trying it at each step would cost a step more and more
+        # the store is away, or slower than training. After a failed write only the sending thread tries the disk again, every
+        # few seconds: trying it in each step would make steps slower and slower
         if len(self._memory) > MOST_IN_MEMORY and not self._spool_refused:
             self._spill()
 
     def put_tags(self, tags: Mapping[str, str]) -> None:
-        """Queue tags; they lie in a file of the run's folder until the store has them."""
+        """Queue tags; they are kept in a file in the run's folder until the store has them."""
         with self._keeping_tags:
             self._tags.update(tags)
             self._keep_tags()
 
     def put_file(self, path: Path) -> None:
-        """Queue a file of the run's folder: an artifact under its path there. It is read when its turn comes."""
+        """Queue a file in the run's folder, to become an artifact with the same relative path. It is read when it is sent."""
         with self._wake:
             self._files[path] = None
 
     def persist(self) -> None:
-        """When this returns, what was queued is in the store or in the spool file: a process killed now loses nothing of it,
-        nor does a machine that loses its power. Raises NotWritten where the disk does not take it: it stays in memory."""
+        """Write all queued metrics that the store does not have to the spool file, so that they survive a killed process and a
+        power failure. Raises NotWritten if the disk refuses; the metrics then stay in memory."""
         problem = self._spill(durable=True)
         if problem is not None:
             raise problem
 
     def close(self, status: str, end_time: int | None = None) -> bool:
-        """Send what is left and end the run; whether the store has all. Gives up CLOSE_SECONDS after the store took
-        anything last; what is left stays in the folder. Never raises."""
+        """Send what is left, end the run, and return whether the store has everything. Gives up when the store has accepted
+        nothing for CLOSE_SECONDS; the rest stays in the folder. Never raises."""
         with self._wake:
             self._end = (status, self.clock.now() if end_time is None else end_time)
             self._closing = True
@@ -161,16 +160,16 @@ class Sender:
         lost = len(self._memory)
         because = f" ({self.refusal})" if self.refusal else ""
         log.warning(
-            "The tracking store did not take %d metrics and %d files of run %s%s; they are kept in %s. Send them later: python "
+            "The tracking store did not accept %d metrics and %d files of run %s%s; they are kept in %s. Send them later: python "
             "-m dann_experiments sync --tracking.folder %s",
             self._spool.left + lost, len(self._files), self._run_id, because, self._folder, self._folder.parent,
         )  # fmt: skip
         if lost:
-            log.error("%d of these metrics are lost: neither the store nor %s takes them.", lost, self._folder / SPOOL)
+            log.error("%d of these metrics are lost: the store and %s refuse them.", lost, self._folder / SPOOL)
         return False
 
     def _spill(self, durable: bool = False) -> NotWritten | None:
-        """Move points from memory to the spool; what keeps the disk from taking them."""
+        """Move points from memory to the spool; return the error if the disk refuses them, else None."""
         with self._spilling:
             with self._wake:
                 waiting = list(self._memory)
@@ -181,12 +180,12 @@ class Sender:
             try:
                 if points:
                     self._spool.append(points, durable)
-                else:  # the sending thread has spilled them, which a power failure may undo
+                else:  # the sending thread has written them, but a power failure could still lose them
                     self._spool.to_disk()
             except OSError as error:
                 problem = NotWritten(f"{path} cannot be written: {reason(error, path)}.")
                 if not self._spool_refused:
-                    log.warning("%s Metrics wait in memory.", problem)
+                    log.warning("%s Metrics are kept in memory.", problem)
                 self._spool_refused = True
                 return problem
             self._spool_refused = False
@@ -194,7 +193,7 @@ class Sender:
             return None
 
     def _forget(self, points: Sequence[tuple[str, Any, int, int]]) -> None:
-        """These points, the oldest in memory, are in the spool or the store; another thread may have found so before."""
+        """Remove these points, the oldest in memory: the spool or the store has them. Another thread may have done so before."""
         with self._wake:
             for point in points:
                 if self._memory and self._memory[0] is point:
@@ -210,12 +209,12 @@ class Sender:
                 self._spill()
                 if self._is_due() and not self._send_next() and self._closing:
                     return
-            except Exception as error:  # whatever it is, nothing is dropped and training goes on
+            except Exception as error:  # for any error: nothing is dropped, and training continues
                 if self._is_restored(error):
                     continue
                 self.refusal = in_one_line(error)
                 if not self._failing:
-                    log.warning("The tracking store does not take what is sent (%s); trying again.", self.refusal)
+                    log.warning("The tracking store does not accept what is sent (%s); trying again.", self.refusal)
                 self._failing = True
                 with self._wake:
                     self._wake.wait(retry)
@@ -224,10 +223,10 @@ class Sender:
             retry = FIRST_RETRY_SECONDS
 
     def _is_restored(self, refusal: Exception) -> bool:
-        """Whether the store refused because somebody deleted the run, which is back now."""
+        """Return whether the store refused because the run had been deleted, and the run is restored now."""
         try:
             return restored(self._client, self._run_id, refusal)
-        except Exception:  # the store is away, which is told of the request that found it so
+        except Exception:  # the store is away, which is reported for the request that failed
             return False
 
     def _is_due(self) -> bool:
@@ -235,10 +234,10 @@ class Sender:
         return self._closing or self._failing or waiting >= BATCH or time.monotonic() >= self._send_from
 
     def _send_next(self) -> bool:
-        """Send a batch of points; where it was the last, tags and a file too, and the end after all else. False if nothing is
-        left."""
+        """Send a batch of points; after the last batch also tags and a file, and after all else the end. Return False if nothing
+        is left."""
         points = self._send_points()
-        if points < BATCH:  # else more may wait
+        if points < BATCH:  # else more points may be waiting
             others = (self._send_tags(), self._send_file())
             if not points and not any(others):
                 return self._send_end()
@@ -246,13 +245,13 @@ class Sender:
         return True
 
     def _send_points(self) -> int:
-        """The oldest points; how many they were."""
+        """Send the oldest points and return their number."""
         points = self._spool.next(BATCH)
         if points:
             self._send(points)
             self._spool.acknowledge(len(points))
             return len(points)
-        # what the spool did not take; no lock is held while it is sent, or training would wait for the store
+        # points that the spool refused; no lock is held while they are sent, or training would wait for the store
         with self._wake:
             waiting = [self._memory[index] for index in range(min(BATCH, len(self._memory)))]
         if waiting:
@@ -265,7 +264,7 @@ class Sender:
             path = next(iter(self._files), None)
             if path is None:
                 return False
-            del self._files[path]  # before it is read: written anew meanwhile, it is queued again
+            del self._files[path]  # before it is read: if it is rewritten meanwhile, it is queued again
         self._upload(path)
         return True
 
@@ -278,7 +277,7 @@ class Sender:
         return True
 
     def _answered(self) -> None:
-        """The store has taken something."""
+        """Record that the store accepted something."""
         if self._failing:
             log.info("The tracking store answers again.")
         self._failing, self.refusal = False, ""
@@ -299,15 +298,14 @@ class Sender:
             return False
         self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         with self._keeping_tags:
-            self._tags = {
-                key: value for key, value in self._tags.items() if tags.get(key) != value
-            }  # those put meanwhile
+            # keep those added meanwhile
+            self._tags = {key: value for key, value in self._tags.items() if tags.get(key) != value}
             self._keep_tags()
         self._answered()
         return True
 
     def _keep_tags(self) -> None:
-        """Make the file hold the tags that wait; where the disk takes nothing they wait in memory."""
+        """Write the waiting tags to their file; if the disk refuses, they stay in memory only."""
         path, part = self._folder / TAGS, self._folder / f"{TAGS}.part"
         with contextlib.suppress(OSError):
             if not self._tags:
@@ -337,7 +335,7 @@ class Sender:
 
 
 def _read_tags(path: Path) -> dict[str, str]:
-    """The tags that an earlier process left unsent."""
+    """Return the tags that an earlier process left unsent."""
     try:
         return {str(key): str(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError):

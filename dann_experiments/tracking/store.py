@@ -1,4 +1,4 @@
-"""Opens the MLflow tracking store that settings or environment name, and says so when it does not answer."""
+"""Opens the MLflow tracking store that settings or environment name, and reports if it does not answer."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 ADDRESSES = "give sqlite:///FILE, http://HOST:PORT or a database's address"
 ANSWER_SECONDS = 10.0
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306}
-EXPERIMENT_KIND = "mlflow.experimentKind"  # so that the UI takes its runs for trainings
+EXPERIMENT_KIND = "mlflow.experimentKind"  # makes the UI show its runs as trainings
 TRAINING_PAGES = "workflowType=machine_learning"  # in an address: MLflow shows its pages for trainings, not for GenAI
-_NAMED_SO = "user|passw|pwd|token|secret|api_?key|auth|sig|cred"  # parts of what an address calls them
-SHORTEST_SECRET = 4  # shorter ones would be found in every word; addresses are cleaned in any case
+_NAMED_SO = "user|passw|pwd|token|secret|api_?key|auth|sig|cred"  # in names of secret parameters of an address
+SHORTEST_SECRET = 4  # shorter ones would be found in many words; in addresses they are removed in any case
 _secrets: set[str] = set()
-# A server that restarts is waited for: five tries with pauses of 0, 2, 4, 8 and 16 s. Metrics wait longer, in our sender.
+# Wait for a server that restarts: five tries with pauses of 0, 2, 4, 8 and 16 s. Metrics wait longer, in our sender.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -46,24 +46,25 @@ os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # MLflow prints i
 class Store:
     """An open tracking store."""
 
-    uri: str = field(repr=False)  # it may hold a password
+    uri: str = field(repr=False)  # may contain a password
     client: Any = field(repr=False)
     experiment_id: str
-    """Empty if the experiment is not there and none was to be made."""
+    """Empty if the experiment does not exist and was not to be created."""
     experiment: str
-    """Its name."""
+    """Name of the experiment."""
     claimed_run_id: str | None
-    """The run that `mlflow run` made for this process, to be used by its main job."""
+    """The run that `mlflow run` created for this process, to be used by its main job."""
 
 
 def open_store(uri: str | None, experiment: str | None, for_runs: bool = True, to_write: bool = True) -> Store:
-    """The store at `uri`, else at MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, with its experiment, made if new: `experiment`,
-    else the one that MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID names, else `dann`.
+    """Open the store at `uri`, else at MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, with its experiment: `experiment`, else the
+    one that MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID names, else `dann`. A new experiment is created.
 
-    Under `mlflow run` (MLFLOW_RUN_ID names a run that waits for a job) the store, experiment and run are those it made; the
-    variable is removed, so that further runs of this process, and its children, are runs of their own. `for_runs` False, where
-    none will be made, leaves the variable, makes no experiment and does not try where its files are kept; `to_write` False takes
-    a sqlite file that is read-only. Raises InputError if nothing answers, or no file can be put where the experiment keeps them.
+    Under `mlflow run` (MLFLOW_RUN_ID names a run that waits for a job) the store, experiment and run are those that it created.
+    The variable is then removed, so that further runs of this process and its children are new runs. `for_runs` False, for jobs
+    that create no run, keeps the variable, creates no experiment and does not check where its files are kept. `to_write` False
+    accepts a read-only sqlite file. Raises InputError if the store cannot be used, or no file can be written to where the
+    experiment keeps them; StoreAway if the reason may be temporary.
     """
     run_id = os.environ.pop(RUN_ID, None) if for_runs else os.environ.get(RUN_ID)
     store = _open(uri, experiment, run_id, for_runs, to_write) if run_id else None
@@ -71,7 +72,7 @@ def open_store(uri: str | None, experiment: str | None, for_runs: bool = True, t
 
 
 def _open(uri: str | None, experiment: str | None, run_id: str | None, for_runs: bool, to_write: bool) -> Store | None:
-    """`open_store`, with run `run_id` to be used; None if that is no run for a new job."""
+    """Do the work of `open_store`, to use run `run_id` if set; None if that run is not waiting for a job."""
     from_environment = os.environ.get("MLFLOW_TRACKING_URI")
     name = "MLFLOW_TRACKING_URI" if from_environment and (run_id or not uri) else "tracking.uri"
     uri = absolute((from_environment if run_id else None) or uri or from_environment or DEFAULT_URI)
@@ -85,8 +86,8 @@ def _open(uri: str | None, experiment: str | None, run_id: str | None, for_runs:
 
     from dann_experiments.tracking.artifacts import check_artifacts
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # one line for each of dozens of migrations of a new store
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for each refusal, told by us
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # else one line for each of dozens of migrations
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # else a traceback for each error
     _check_variables()
     try:
         with one_opens(uri, given):
@@ -106,7 +107,7 @@ def _open(uri: str | None, experiment: str | None, run_id: str | None, for_runs:
                 if known.lifecycle_stage == DELETED and for_runs:
                     raise InputError(
                         f"{named_by} is {known.experiment_id if named_by == EXPERIMENT_ID else wanted!r}, an experiment that was "
-                        f"deleted; restore it (mlflow experiments restore --experiment-id {known.experiment_id}) or name another."
+                        f"deleted; restore it (mlflow experiments restore --experiment-id {known.experiment_id}) or use another."
                     )
             if for_runs and EXPERIMENT_KIND not in known.tags:
                 client.set_experiment_tag(known.experiment_id, EXPERIMENT_KIND, "custom_model_development")
@@ -118,42 +119,42 @@ def _open(uri: str | None, experiment: str | None, run_id: str | None, for_runs:
 
 
 def _made_experiment(client: Any, name: str, named_by: str) -> Any:
-    """A new experiment, with its files where the store puts them."""
+    """Create an experiment, with its files in the store's default location."""
     from mlflow.exceptions import MlflowException
 
     if len(name) > LONGEST_EXPERIMENT:
         raise InputError(
-            f"{named_by} has {len(name)} letters, but a store takes at most {LONGEST_EXPERIMENT}; shorten it."
+            f"{named_by} has {len(name)} characters, but a store allows at most {LONGEST_EXPERIMENT}; shorten it."
         )
     try:
         return client.get_experiment(client.create_experiment(name))
     except MlflowException:
-        known = client.get_experiment_by_name(name)  # another process may have made it meanwhile
+        known = client.get_experiment_by_name(name)  # another process may have created it meanwhile
         if known is None:
             raise
         return known
 
 
 def without_secrets(text: str) -> str:
-    """`text` (an address, a message, a traceback) with any `user:password@` and `password=...` in addresses left out, and, unless
-    it is an address as a whole, what `remember_secrets` knows."""
+    """Return `text` (an address, a message, a traceback) without `user:password@` and the values of `password=...` in addresses
+    and, unless the whole text is an address, without the secrets that `remember_secrets` has collected."""
     whole = re.fullmatch(r"[\w+.-]+://\S*", text) is not None
     for secret in () if whole else sorted(_secrets, key=len, reverse=True):
         text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
-    text = re.sub(r"(?<=://)\S*@", "", text)  # up to the last @: a password may hold any sign
+    text = re.sub(r"(?<=://)\S*@", "", text)  # up to the last @: a password may contain any character
     value = r"[^&]*" if whole else r"[^&\s'\"<>]*"
     return re.sub(rf"(?<=[?&])([^=&\s]*(?:{_NAMED_SO})[^=&\s]*=){value}", r"\1***", text, flags=re.IGNORECASE)
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an error says first, without passwords. SQLAlchemy may begin with advice for programmers."""
+    """Return the first line of an error's message, without passwords and without SQLAlchemy's advice for programmers."""
     lines = [line for line in str(error).splitlines() if line and not line.startswith("(raised as a result of")]
     return without_secrets((lines or [type(error).__name__])[0])[:300]
 
 
 def remember_secrets(address: str) -> None:
-    """Let `without_secrets` know the passwords in an address, however a message may write them: libraries decode them, and a
-    password may hold blanks and quotes, so that its end cannot be told in a text."""
+    """Collect the passwords in an address for `without_secrets`, in every form in which a message may contain them: libraries
+    decode them, and the end of a password with blanks or quotes cannot be recognized in a text."""
     user_info = address.partition("://")[2]
     found = [user_info.rpartition("@")[0].partition(":")[2], user_info.partition("@")[0].partition(":")[2]]
     if "@" not in user_info:
@@ -168,15 +169,15 @@ def remember_secrets(address: str) -> None:
 
 
 def check_run_id(run_id: str) -> None:
-    """Raises InputError for an id that is no plain name: folders are called by it, and a server could send `../..`."""
+    """Raise InputError for an id that is not a plain name: folders are named after it, and a server could send `../..`."""
     if not re.fullmatch(r"\w[\w-]*", run_id):
         raise InputError(
-            f"the tracking store has a run called {run_id!r}, which can name no folder; use another store."
+            f"the tracking store has a run called {run_id!r}, which cannot be the name of a folder; use another store."
         )
 
 
 def known_run(store: Store, run_id: str) -> Any | None:
-    """A run with its metrics, params and tags; None if the store has none of that id."""
+    """Return a run with its metrics, params and tags; None if the store has no run with that id."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -186,13 +187,13 @@ def known_run(store: Store, run_id: str) -> Any | None:
 
 
 def experiment_ids(store: Store) -> list[str]:
-    """The ids of all experiments of the store."""
+    """Return the ids of all experiments of the store."""
     return [experiment.experiment_id for experiment in store.client.search_experiments()]
 
 
 def found_runs(store: Store, experiments: Sequence[str], wanted: str, page: int = 1000) -> Iterator[Any]:
-    """The runs that MLflow's filter `wanted` leaves, newest first, fetched in pages of so many as they are looked at: a run
-    comes with all its params, tags and last values, a thousand of them take seconds."""
+    """Yield the runs that match MLflow's filter `wanted`, newest first, fetched in pages of `page` runs as needed: each run comes
+    with all its params, tags and last values, and a thousand of them take seconds."""
     token = None
     while True:
         order = ["attributes.start_time DESC"]
@@ -204,14 +205,14 @@ def found_runs(store: Store, experiments: Sequence[str], wanted: str, page: int 
 
 
 def quoted(text: str) -> str | None:
-    """A text as MLflow's filters take it; None for what they cannot say: backslashes, or quotes of both kinds."""
+    """Return a text quoted for MLflow's filters; None for what they do not support: backslashes, or quotes of both kinds."""
     quote = '"' if "'" in text else "'"
     return None if quote in text or "\\" in text else f"{quote}{text}{quote}"
 
 
 def newest_finished(store: Store, tags: Mapping[str, str], experiments: Sequence[str] | None = None) -> str | None:
-    """The id of the newest finished run with these tags, in any experiment of the store. `experiments`: their ids, for whoever
-    asks many times."""
+    """Return the id of the newest finished run with these tags, in any experiment of the store; None if there is none.
+    `experiments`: the ids of all experiments, to save requests."""
     wanted = " and ".join(
         [*(f"tags.`{key}` = '{value}'" for key, value in tags.items()), "attributes.status = 'FINISHED'"]
     )
@@ -221,12 +222,12 @@ def newest_finished(store: Store, tags: Mapping[str, str], experiments: Sequence
 
 
 def local_artifact_folder(store: Store, run_id: str) -> Path | None:
-    """Where the run's artifacts lie on this machine; None if the store keeps them elsewhere."""
+    """Return the folder of the run's artifacts on this machine; None if the store keeps them elsewhere."""
     return local_folder(store.client.get_run(run_id).info.artifact_uri)
 
 
 def local_folder(uri: str) -> Path | None:
-    """Where the artifacts of a run with that `artifact_uri` lie on this machine; None if they are elsewhere."""
+    """Return the folder on this machine of the artifacts of a run with that `artifact_uri`; None if they are elsewhere."""
     parts = urlsplit(uri)
     if parts.scheme == "file":
         from mlflow.utils.file_utils import local_file_uri_to_path
@@ -236,8 +237,8 @@ def local_folder(uri: str) -> Path | None:
 
 
 def check_room(store: Store, run_id: str, path: str, folder: Path) -> None:
-    """Raises NotWritten if the artifacts of a run below `path` are larger than what is free on the disk of `folder`, to which
-    they are to be copied: MLflow does not tell why a copy failed."""
+    """Raise NotWritten if the artifacts of a run below `path` are larger than the free space on the disk of `folder`, to which
+    they are to be copied: MLflow does not report why a copy failed."""
 
     from mlflow.exceptions import MlflowException
 
@@ -245,17 +246,17 @@ def check_room(store: Store, run_id: str, path: str, folder: Path) -> None:
         items = store.client.list_artifacts(run_id, inside)
         return sum(size(item.path) if item.is_dir else item.file_size or 0 for item in items if item.path != inside)
 
-    with contextlib.suppress(MlflowException, OSError):  # that is for whoever asks for the copy to tell
+    with contextlib.suppress(MlflowException, OSError):  # the copy itself will fail with this error
         wanted, free = size(path), shutil.disk_usage(folder).free
         if wanted > free:
             raise NotWritten(
-                f"{path} of run {run_id} has no room in {folder}: {wanted / 1e6:.1f} MB wanted, {free / 1e6:.1f} MB free. Free "
-                "some (of temporary files TMPDIR chooses the disk)."
+                f"{path} of run {run_id} has no room in {folder}: {wanted / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free. Free "
+                "some space (TMPDIR sets the folder of temporary files)."
             )
 
 
 def remove_artifacts(store: Store, run_id: str, folder: str, keep: Collection[str]) -> None:
-    """Remove the files of a run's artifact folder but those named in `keep`; a store that cannot keeps them."""
+    """Remove the files in a run's artifact folder, except those named in `keep`. Errors of the store are only logged."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     try:
@@ -263,19 +264,19 @@ def remove_artifacts(store: Store, run_id: str, folder: str, keep: Collection[st
         for item in repository.list_artifacts(folder):
             if item.path.rpartition("/")[2] not in keep:
                 repository.delete_artifacts(item.path)
-    except Exception as error:  # stores of many kinds; old files do no harm
+    except Exception as error:  # many kinds of stores; old files do no harm
         log.info("Old files in %s of run %s could not be removed (%s).", folder, run_id, without_secrets(str(error)))
 
 
 def _check_answers(uri: str, given: str, to_write: bool) -> None:
-    """Raises InputError, which begins with `given`, if the store cannot be used, StoreAway if that may change."""
+    """Raise InputError, which begins with `given`, if the store cannot be used; StoreAway if the reason may be temporary."""
     scheme = urlsplit(uri).scheme
     shown = without_secrets(uri)
     if scheme in ("http", "https"):
         try:
             urllib.request.urlopen(shown.rstrip("/") + "/health", timeout=ANSWER_SECONDS)  # noqa: S310
         except urllib.error.HTTPError:
-            pass  # it answers: a proxy may want a login that MLflow's own client has
+            pass  # the server answers: a proxy may require a login that MLflow's own client has
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise StoreAway(
@@ -284,18 +285,18 @@ def _check_answers(uri: str, given: str, to_write: bool) -> None:
             ) from None
     elif scheme == "sqlite":
         if shown != uri:
-            raise InputError(f"{given}; a sqlite file has no password, leave it out.")
+            raise InputError(f"{given}; a sqlite file has no password: leave it out.")
         check_file(uri, given, to_write)
     elif scheme.partition("+")[0] in DATABASE_PORTS:
         _check_listens(uri, given, DATABASE_PORTS[scheme.partition("+")[0]])
     elif scheme in ("", "file"):
         _refuse_folder(uri, given)
-    elif scheme.partition("+")[0] != "mssql":  # what looks like its host may be the name of an ODBC source
+    elif scheme.partition("+")[0] != "mssql":  # not checked: its apparent host may be the name of an ODBC source
         raise InputError(f"{given}; {ADDRESSES}.")
 
 
 def _refuse_folder(uri: str, given: str) -> None:
-    """Raises InputError for a store of files, which MLflow no longer writes, with the way out for the runs in it."""
+    """Raise InputError for a store of files, which MLflow no longer writes, with instructions to move the runs in it."""
     folder = (local_folder(uri) or Path(uri)).expanduser().resolve()
     told = f"{given}; {ADDRESSES}: MLflow no longer keeps runs in a folder."
     if any(folder.glob("*/meta.yaml")) or any(folder.glob("mlruns/*/meta.yaml")):
@@ -309,10 +310,10 @@ def _refuse_folder(uri: str, given: str) -> None:
 
 
 def _check_listens(uri: str, given: str, usual_port: int) -> None:
-    """Raises StoreAway if nothing listens at the address's host: MLflow would try for two minutes."""
+    """Raise StoreAway if nothing listens at the address's host: MLflow would try for two minutes."""
     try:
         host, port = urlsplit(uri).hostname, urlsplit(uri).port or usual_port
-    except ValueError:  # several hosts; the driver knows
+    except ValueError:  # several hosts: leave the check to the driver
         return
     if not host:  # a local socket, or named elsewhere in the address
         return
@@ -326,7 +327,7 @@ def _check_listens(uri: str, given: str, usual_port: int) -> None:
 
 
 def _check_variables() -> None:
-    """Raises InputError for an environment variable of MLflow whose value it could not read when it needs it."""
+    """Raise InputError for an environment variable of MLflow whose value MLflow could not read later."""
     from mlflow import environment_variables
 
     for variable in vars(environment_variables).values():

@@ -1,4 +1,4 @@
-"""Sends what runs left beside them because the store was away, or because their process was killed."""
+"""Sends what runs left in their folders because the store was away, or because their process was killed."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class Leftover:
-    """The folder of one run, and what became of it."""
+    """The folder of one run, and what `sync` did with it."""
 
     run_id: str
     folder: Path
     outcome: str
-    """In words."""
+    """What was done, in words."""
     is_left: bool
-    """Whether the folder is still there."""
+    """True if the folder still exists."""
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """The folders of runs in `folder` (`tracking.folder`) that hold something, by name."""
+    """Return the folders of runs in `folder` (`tracking.folder`), sorted by name."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and _RUN_ID.fullmatch(path.name))
 
 
 def sync(store: Store, folder: Path) -> Iterator[Leftover]:
-    """Send each run's folder in `folder` to the store and remove it; runs that are still written are left alone.
+    """Send each run's folder in `folder` to the store and remove it; skip runs that are still being written.
 
-    A run ends as it did: with the status and time that it left, or KILLED where its process was killed. Nothing is sent
-    twice: the store keeps equal points once, and files under their names.
+    A run gets the status and end time that it recorded, or KILLED if its process was killed. Sending something again does no
+    harm: the store keeps equal points once, and files by their names.
     """
     for path in leftovers(folder):
         run = known_run(store, path.name)
         if run is None:
-            yield Leftover(path.name, path, "is none of this store's runs (see tracking.uri): left", True)
+            yield Leftover(path.name, path, "is not a run of this store (see tracking.uri): left", True)
             continue
         if is_deleted(run):
-            way = f"bring it back (mlflow runs restore --run-id {path.name}), or remove the folder"
+            way = f"restore it (mlflow runs restore --run-id {path.name}), or remove the folder"
             yield Leftover(path.name, path, f"was deleted in the store: left; {way}", True)
             continue
         writer = _writer(run)
@@ -61,12 +61,12 @@ def sync(store: Store, folder: Path) -> Iterator[Leftover]:
         status, end_time = _end_of(path, run)
         sender = Sender(store.client, path.name, path, clock=Clock(run.info.start_time))
         sent = send_folder(sender, path, status, end_time)
-        outcome = f"sent, {status}" if sent else "not taken by the store: left"
+        outcome = f"sent, {status}" if sent else "not accepted by the store: left"
         yield Leftover(path.name, path, outcome, not sent)
 
 
 def _writer(run: Any) -> str | None:
-    """Who writes an open run: a living process of this machine, or one of another machine, which cannot be asked."""
+    """Return which process writes an open run: a living one of this machine, or any of another machine, else None."""
     process = run.data.tags.get(Tag.PROCESS)
     if process is None or run.info.status != "RUNNING" or not (is_elsewhere(process) or live_process(process)):
         return None
@@ -74,11 +74,11 @@ def _writer(run: Any) -> str | None:
 
 
 def _end_of(path: Path, run: Any) -> tuple[str, int | None]:
-    """Status and time with which the run ended."""
+    """Return the status and the time with which the run ended."""
     try:
         end = json.loads((path / END).read_text())
         if end["status"] in ("FINISHED", "FAILED", "KILLED"):
             return end["status"], int(end["end_time"])
-    except (OSError, ValueError, KeyError, TypeError):  # killed before it could say
+    except (OSError, ValueError, KeyError, TypeError):  # killed before it recorded its end
         pass
     return (run.info.status, run.info.end_time) if run.info.status != "RUNNING" else ("KILLED", None)

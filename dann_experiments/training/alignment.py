@@ -1,4 +1,4 @@
-"""Is the domain gap smaller? A fresh probe on held-out images of both domains, before and after adaptation."""
+"""Measures whether adaptation made the domain gap smaller, with fresh probes on held-out images of both domains."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from dann_experiments.scores.domain_probe import FEWEST_IMAGES, Probe, mean_prob
 from dann_experiments.training.alignment_text import explain
 from dann_experiments.training.pooled_features import pooled_features
 
-ENCODER = "encoder"  # always probed: the one layer that runs with different taps have in common
+ENCODER = "encoder"  # always probed, so that runs with different taps can be compared
 
 
 @dataclass(frozen=True)
 class Gap:
-    """What the probes found, before and after."""
+    """Results of the probes, before and after adaptation."""
 
     before: dict[str, float]
-    """Metrics."""
+    """Metrics of the warm start."""
     after: dict[str, float]
+    """Metrics of the adapted network."""
     text: str
-    """What it means, in words."""
+    """Explanation of the results, in words."""
     layer: str
-    """The layer of the features."""
+    """The layer of `features`."""
     features: dict[str, np.ndarray]
     """Pooled features (N, 2C) by `before/source`, `before/target`, `after/...`."""
 
 
 def probe_loaders(loaders: Loaders) -> dict[str, DataLoader]:
-    """Return a loader of held-out images of each domain; of its training images where there are too few to probe."""
+    """Return one loader per domain: of held-out images, or of training images if there are too few held-out ones to probe."""
     sets: ImageSets = loaders.sets
     found = {}
     for domain in DOMAINS:
@@ -50,10 +51,9 @@ def probe_loaders(loaders: Loaders) -> dict[str, DataLoader]:
 
 
 class Alignment:
-    """Probes the tapped layers, and the encoder, of one network at two times.
+    """Probes the tapped layers and the encoder of a network, before and after adaptation.
 
-    `loaders`: held-out images by domain (see `probe_loaders`). `adversary`: whether the method has a domain classifier that the
-    network is trained against.
+    `loaders`: held-out images by domain (see `probe_loaders`). `adversary`: the network is trained against a domain classifier.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class Alignment:
         self._features: dict[str, dict[str, dict[str, np.ndarray]]] = {}
 
     def measure(self, when: str, network: nn.Module, device: torch.device) -> None:
-        """Keep the pooled features of `network` as it is now; `when`: before or after."""
+        """Compute and keep the pooled features of `network` as it is now; `when`: `before` or `after`."""
         network.to(device)
-        with torch.random.fork_rng(devices=[]):  # a loader draws a number: training must not depend on the probe
+        with torch.random.fork_rng(devices=[]):  # a loader draws a random number; training must not depend on the probe
             self._features[when] = {
                 domain: pooled_features(network, self._taps, loader) for domain, loader in self._loaders.items()
             }
 
     def finish(self, domain_accuracy: float | None) -> Gap:
-        """Probe both times. `domain_accuracy`: of the run's own classifier on held-out images, if it has one."""
+        """Probe the features of both times. `domain_accuracy`: that of the run's classifier on held-out images, if any."""
         layer = self._tapped[-1] if self._tapped else ENCODER
         found = {when: self._probes(when) for when in self._features}
         means = {when: mean_probe(self._judged(probes)) for when, probes in found.items()}
@@ -117,5 +117,5 @@ class Alignment:
         )
 
     def _judged(self, probes: dict[str, Probe]) -> list[Probe]:
-        """Return the probes of the tapped layers, else of the encoder."""
+        """Return the probes of the tapped layers; without any, that of the encoder."""
         return [probes[layer] for layer in self._tapped or [ENCODER] if layer in probes]

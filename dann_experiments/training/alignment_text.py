@@ -1,4 +1,4 @@
-"""Explains a run's domain accuracy and its probe in words, with what to change."""
+"""Explains a run's domain accuracy and probe accuracy in words, and says what to change."""
 
 from __future__ import annotations
 
@@ -7,49 +7,47 @@ import math
 from dann_experiments.scores.domain_probe import FEWEST_IMAGES, Probe
 
 CONFUSED = (0.4, 0.6)
-"""Balanced accuracy of a confused classifier: around the chance of 0.5."""
+"""Range of the balanced accuracy of a confused classifier: around chance, 0.5."""
 ADVERSARY_WINS = 0.9
 """From here on the classifier hardly errs: the network does not (or cannot) hide the domain."""
 PROBE_LOW = 0.65
-"""Below, the probe hardly tells the domains apart; an A-distance of 0.6."""
+"""Below this accuracy the probe can hardly distinguish the domains; corresponds to an A-distance of 0.6."""
 
-FEW_PICTURES = "or the images are windows of few pictures, which are told apart whatever their domain"
+FEW_PICTURES = "or the images are windows cut from few pictures, which can be distinguished regardless of their domain"
 NOT_ENOUGH = "Alignment by itself does not make segmentation better (Zhao et al. 2019): compare the IoU."
 
 
 def explain(domain_acc_val: float | None, before: Probe | None, after: Probe | None, adversary: bool = True) -> str:
-    """Explain what the run's own classifier and the probe mean together, as text for the run.
+    """Explain the results of the run's own classifier and of the probe together, as text for the run.
 
     `domain_acc_val`: balanced accuracy (0..1) of the run's own classifier on held-out images in eval mode; None for a method
-    without one. `before`, `after`: probe of the warm start and of the adapted network on the same images; None = not made.
+    without one. `before`, `after`: probe of the warm start and of the adapted network on the same images; None if not measured.
     `adversary`: False for the lambda = 0 control, whose network gets no gradient from its classifier.
     """
     if domain_acc_val is None:
-        finding = "No classifier took part in this run"
+        finding = "No classifier was trained in this run"
         if after is None:
             finding += "."
         elif _low(after):
-            finding += "; as far as a fresh probe tells, the features of the domains are alike."
+            finding += "; according to a fresh probe, the features of the domains are alike."
         else:
             finding += f"; the features of the domains differ ({FEW_PICTURES})."
         return " ".join((finding, _probe_sentence(before, after), NOT_ENOUGH))
     number = f"balanced accuracy {domain_acc_val:.2f}, chance is 0.50"
     if not adversary:
         finding = (
-            f"With lambda = 0 the network feels nothing of the run's own classifier ({number}): any change of the probe comes "
-            "from more training and from BatchNorm."
+            f"With lambda = 0 the network gets no gradient from the run's own classifier ({number}): any change of the probe "
+            "comes from more training and from BatchNorm."
         )
     elif domain_acc_val < CONFUSED[0]:
         finding = (
-            f"The run's own classifier mistakes the domains for each other ({number}): it lags behind the network, which in our "
-            "trials helped nothing; raise discriminator_lr, or lower lambda_da."
+            f"The run's own classifier mistakes the domains for each other ({number}): it lags behind the network, which did "
+            "not help in our trials; raise discriminator_lr, or lower lambda_da."
         )
     elif domain_acc_val <= CONFUSED[1]:
         finding = f"The run's own classifier is confused ({number}), {_if_confused(before, after)}"
     elif domain_acc_val < ADVERSARY_WINS:
-        finding = (
-            f"The run's own classifier still tells some of the images apart ({number}): the domains are partly aligned."
-        )
+        finding = f"The run's own classifier can still distinguish some of the images ({number}): the domains are partly aligned."
         finding += _sees_more(after)
     else:
         finding = (
@@ -62,20 +60,20 @@ def explain(domain_acc_val: float | None, before: Probe | None, after: Probe | N
 
 def _if_confused(before: Probe | None, after: Probe | None) -> str:
     if after is None:
-        return "but without a probe nobody can say whether the domains are aligned or the classifier is weak."
+        return "but without a probe it is unknown whether the domains are aligned or the classifier is weak."
     if not _low(after):
         return (
             "but a fresh probe is not: the features still differ, and the classifier is too weak or trained too little; raise "
             f"hidden_size or discriminator_lr ({FEW_PICTURES})."
         )
-    aligned = "and so is a fresh probe: as far as these features tell, the domains are aligned"
+    aligned = "and so is a fresh probe: judging by these features, the domains are aligned"
     return f"{aligned}{', as they were in the warm start' if before is not None and _low(before) else ''}."
 
 
 def _sees_more(after: Probe | None) -> str:
     if after is None or not _low(after):
         return ""
-    return " What it goes by does not show in the mean and standard deviation of an image, which is all that the probe sees."
+    return " It uses differences that the mean and standard deviation per image, the input of the probe, do not show."
 
 
 def _probe_sentence(before: Probe | None, after: Probe | None) -> str:
@@ -88,12 +86,12 @@ def _probe_sentence(before: Probe | None, after: Probe | None) -> str:
     )
     if before is not None:
         change = after.accuracy - before.accuracy
-        # as if the two were independent; they share their images, so that the true error is rather smaller
+        # as if the two were independent; they share their images, so the true error is probably smaller
         error = math.hypot(before.standard_error, after.standard_error)
         size = "no more than noise" if abs(change) < 2 * error else "more than noise"
         text += f"; the change of {change:+.2f} has a standard error of about {error:.2f} and is {size}"
     if abs(after.accuracy - PROBE_LOW) < 2 * after.standard_error:
-        text += f"; too few images to say on which side of {PROBE_LOW} it lies"
+        text += f"; too few images to decide whether it is above or below {PROBE_LOW}"
     return text + "."
 
 

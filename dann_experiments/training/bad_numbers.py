@@ -1,7 +1,7 @@
-"""Watches for a loss or a gradient that is no finite number, and keeps such a step from changing anything.
+"""Detects losses and gradients that are NaN or infinite, and prevents such a step from changing anything.
 
-Weights, optimizer state and buffers (BatchNorm's running statistics) stay as they were before the step. How this goes without
-waiting for a GPU stands in docs/decisions/0010-a-bad-step-changes-nothing.md.
+Weights, optimizer state and buffers (BatchNorm's running statistics) stay as they were before the step.
+docs/decisions/0010-a-bad-step-changes-nothing.md explains how this works without waiting for a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dann_experiments.training import ranks
 from dann_experiments.training.module import AdaptationModule, StepLosses
 
 log = logging.getLogger(__name__)
-MOST_UNDER_WAY = 8  # steps whose numbers have not reached the host: a bound on the batches that are held meanwhile
+MOST_UNDER_WAY = 8  # steps whose numbers have not reached the host; limits how many batches are held in memory
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Step:
     number: int
     epoch: int
     numbers: Tensor
-    """(1 + G,) total loss, and the gradient's norm of each parameter group, on the host once `copied`."""
+    """(1 + G,) total loss, and the gradient norm of each of G parameter groups; on the host after the event `copied`."""
     copied: torch.cuda.Event | None
     groups: list[str]
     losses: StepLosses
@@ -46,27 +46,27 @@ class _Step:
     batch: Mapping[str, Mapping[str, Tensor]]
 
     def known(self) -> bool:
-        """Whether looking at the numbers would not wait."""
+        """Return whether the numbers can be read without waiting."""
         return self.copied is None or self.copied.query()
 
     def bad(self) -> bool:
-        """Whether a number is not finite; waits until they are here."""
+        """Return whether a number is not finite; waits until they have been copied."""
         if self.copied is not None:
             self.copied.synchronize()
         return not bool(torch.isfinite(self.numbers).all())
 
 
 class BadNumbers(pl.Callback):
-    """Steps over up to `most_skipped` bad steps of an AdaptationModule's training, and ends it with TrainingFailed at the next.
+    """Skips up to `most_skipped` bad steps of an AdaptationModule's training, and raises TrainingFailed at the next one.
 
     A step is bad if the loss, or the norm of a parameter group's gradient, is infinite or NaN. It changes no weight, no
-    optimizer state and no buffer, but counts as a step for schedules and step numbers. Each is counted in the metric
-    `bad_steps`. `names` gives for each domain the file of an item's index. Before training ends, `save` is called with the
-    trainer, whose module is then as before the bad step. At the end of each epoch the weights themselves are looked at.
+    optimizer state and no buffer, but counts as a step for schedules and step numbers. The metric `bad_steps` counts them.
+    `names` maps a domain to a function from an item's index to its file. Before TrainingFailed is raised, `save` is called with
+    the trainer, whose module is then as it was before the bad step. At the end of each epoch the weights are checked, too.
 
     On a CUDA device with a fused optimizer, or with the gradient scaler of 16-mixed, no step waits for the device: the device
-    itself leaves the step out, and the host hears of it a step or two later. `at_once` overrides that choice. With several ranks
-    all step over, or all end; the message is that of one whose own losses are wrong.
+    itself skips the step, and the host learns of it a step or two later. `at_once` overrides that choice. With several ranks
+    all skip or all fail; the message is that of a rank whose own losses are not finite.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class BadNumbers(pl.Callback):
     ) -> None:
         scaled = _has_scaler(trainer)
         losses, groups = _losses_of(pl_module), [] if scaled else optimizer.param_groups
-        total = ranks.mean_of({"total": losses.total}, pl_module.device)["total"]  # all ranks must come to one decision
+        total = ranks.mean_of({"total": losses.total}, pl_module.device)["total"]  # all ranks must decide the same
         found = [total, *(_norm(group) for group in groups)]
         numbers = torch.stack([value.detach().float().to(pl_module.device) for value in found])
         later = self._may_look_later(pl_module, optimizer, scaled)
@@ -122,11 +122,11 @@ class BadNumbers(pl.Callback):
             bad = ~torch.isfinite(numbers).all()
             self._buffers.put_back(bad)
             if not scaled:
-                optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] # what torch's scaler sets
+                optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] # as torch's scaler does
             self._under_way.append(step)
         elif step.bad():
             self._buffers.put_back()
-            optimizer.zero_grad(set_to_none=True)  # torch's optimizers leave out what has no gradient
+            optimizer.zero_grad(set_to_none=True)  # torch's optimizers skip parameters without a gradient
             self._look_at(step, trainer, pl_module)
         self._first = False
 
@@ -139,21 +139,21 @@ class BadNumbers(pl.Callback):
 
     def _may_look_later(self, module: pl.LightningModule, optimizer: Optimizer, scaled: bool) -> bool:
         gated = scaled or all(group.get("fused") for group in optimizer.param_groups)
-        if ranks.world() > 1:  # what each would hear of sooner or later, all must decide at the same step
+        if ranks.world() > 1:  # ranks would learn of it at different steps, but must decide at the same one
             return False
         later = module.device.type == "cuda" if self.at_once is None else not self.at_once
-        # Fused SGD leaves its momentum uninitialised where the device leaves out the first step of all.
+        # Fused SGD leaves its momentum uninitialized if the device skips the very first step.
         return later and gated and not self._first
 
     def _settle(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Look at what is still under way, and at the weights, before anybody scores or keeps them."""
+        """Check the steps that are still under way, and the weights, before they are scored or saved."""
         while self._under_way:
             self._look_at(self._under_way.popleft(), trainer, module)
         if not _finite(module):
             raise TrainingFailed(
                 f"After step {trainer.global_step - 1} (epoch {trainer.current_epoch + 1}) there are weights that are not "
-                f"finite although loss and gradients were: the last update was too large. Learning rates: "
-                f"{_listed(_rates(trainer.optimizers[0]))}; take smaller ones. These weights are not kept."
+                f"finite, although loss and gradients were: the last update was too large. Learning rates: "
+                f"{_listed(_rates(trainer.optimizers[0]))}; use smaller ones. These weights are not kept."
             )
 
     def _look_at(self, step: _Step, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -174,7 +174,7 @@ class BadNumbers(pl.Callback):
         if self.save is None:
             return "The weights are those before this step."
         if not _finite(module):
-            return "The weights before this step were not finite either, after an update too large; they are not kept."
+            return "The weights before this step were not finite either: an update was too large. They are not kept."
         self.save(trainer)
         return "The weights before this step are the run's last checkpoint."
 
@@ -190,7 +190,7 @@ class BadNumbers(pl.Callback):
         )
 
     def _files(self, step: _Step) -> dict[str, str]:
-        """For each domain of the batch the files in it, and which of them hold pixels that are not finite."""
+        """Return, for each domain, a text that lists the files of the batch, and those with pixels that are not finite."""
         told = {}
         for domain, part in step.batch.items():
             if domain not in self.names or "index" not in part:
@@ -204,7 +204,7 @@ class BadNumbers(pl.Callback):
 
 
 class _Buffers:
-    """The buffers of a module (they keep their shapes), to be put back as they were: a few operations for all of them."""
+    """Saves and restores the buffers of a module (they keep their shapes), with a few operations for all of them."""
 
     def __init__(self, module: nn.Module) -> None:
         self._places: dict[torch.dtype, list[tuple[nn.Module, str]]] = {}
@@ -218,26 +218,26 @@ class _Buffers:
         self._kept = {dtype: _flat(self._now(dtype)) for dtype in self._places}
 
     def put_back(self, where: Tensor | None = None) -> None:
-        """As they were at `keep`; with `where` (a bool on the device), only if that is true."""
+        """Restore the buffers as they were at `keep`; with `where` (a bool on the device), only if that is true."""
         for dtype, old in self._kept.items():
             now = self._now(dtype)
             values = old if where is None else torch.where(where, old, _flat(now))
             torch._foreach_copy_(now, list(_unflatten_dense_tensors(values, now)))
 
     def _now(self, dtype: torch.dtype) -> list[Tensor]:
-        # looked up each time: a module may put a new tensor in a buffer's place. By `_buffers`, as `get_buffer` looks at much
-        # else, which for the 186 buffers of a mobilenet_v2 takes a millisecond
+        # looked up each time: a module may replace a buffer by a new tensor. By `_buffers`, as `get_buffer` does much more,
+        # which takes a millisecond for the 186 buffers of a mobilenet_v2
         return [cast(Tensor, owner._buffers[name]) for owner, name in self._places[dtype]]
 
 
 def _flat(buffers: list[Tensor]) -> Tensor:
-    """A copy of them all (N,), made in one call from Python."""
+    """Return a copy of all buffers (N,), made in one call from Python."""
     flat = _flatten_dense_tensors(buffers)
-    return flat.clone() if len(buffers) == 1 else flat  # of a single one torch gives a view
+    return flat.clone() if len(buffers) == 1 else flat  # torch returns a view of a single tensor
 
 
 def _copied(numbers: Tensor, later: bool) -> torch.cuda.Event | None:
-    """The end of a copy from a CUDA device that nobody waits for."""
+    """Return an event that marks the end of an asynchronous copy from a CUDA device; None if the copy is synchronous."""
     if not (later and numbers.is_cuda):
         return None
     event = torch.cuda.Event()
@@ -246,7 +246,7 @@ def _copied(numbers: Tensor, later: bool) -> torch.cuda.Event | None:
 
 
 def _has_scaler(trainer: pl.Trainer) -> bool:
-    """16-mixed: its scaler looks for gradients that are not finite and leaves out their step, which is how it works."""
+    """Return whether the precision is 16-mixed, whose gradient scaler itself skips steps with gradients that are not finite."""
     plugin = trainer.precision_plugin
     return isinstance(plugin, MixedPrecision) and plugin.scaler is not None
 
@@ -271,20 +271,20 @@ def _rates(optimizer: Optimizer) -> dict[str, float]:
 
 
 def _finite(module: nn.Module) -> bool:
-    """Whether all weights and buffers are."""
+    """Return whether all weights and buffers are finite."""
     tensors = [*module.parameters(), *module.buffers()]
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _what_is_wrong(step: _Step) -> dict[str, float]:
-    """The losses that are not finite; without any, their sum or the gradients that are not."""
+    """Return the losses that are not finite; if all are, their sum or the gradients that are not."""
     total, *norms = step.numbers.tolist()
     gradients = {f"the norm of the gradient of {name}": norm for name, norm in zip(step.groups, norms, strict=True)}
     return _wrong_parts(step) or _not_finite({"the sum of the losses": total}) or _not_finite(gradients)
 
 
 def _wrong_parts(step: _Step) -> dict[str, float]:
-    """The losses of this rank that are not finite."""
+    """Return the losses of this rank that are not finite."""
     return _not_finite({name: float(value) for name, value in step.losses.parts.items()})
 
 
@@ -299,6 +299,6 @@ def _listed(numbers: Mapping[str, float]) -> str:
 def _advice(most_skipped: int) -> str:
     allowed = f"{most_skipped} such steps were" if most_skipped else "no such step is"
     return (
-        f"Look at the files; smaller learning rates or trainer.gradient_clip_val help where training diverges; "
-        f"trainer.skip_bad_steps steps over single bad batches ({allowed} allowed)."
+        f"Check the files. If training diverges, use smaller learning rates or trainer.gradient_clip_val. To skip single bad "
+        f"batches, set trainer.skip_bad_steps ({allowed} allowed)."
     )

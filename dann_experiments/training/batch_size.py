@@ -1,4 +1,4 @@
-"""Finds the largest batches whose training step fits into the memory of a GPU (`trainer.auto_batch_size`)."""
+"""Finds the largest batch sizes with which a training step fits into the memory of a GPU (`trainer.auto_batch_size`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dann_experiments.training.losses import segmentation_loss
 from dann_experiments.training.memory import is_out_of_memory
 from dann_experiments.training.module import AdaptationModule
 
-MOST_TAKEN = 0.9  # of the GPU's memory: the rest is for what a step on noise does not show
+MOST_TAKEN = 0.9  # of the GPU's memory; the rest is a reserve for what a step on noise does not show
 MakeModule = Callable[[nn.Module, DomainAdaptationMethod], AdaptationModule]
 
 
@@ -28,12 +28,12 @@ def largest_factor(fits: Callable[[int], bool], most: int) -> int:
 
 
 def domains_of_a_step(method: DomainAdaptationMethod, taps: Sequence[Tap]) -> Sequence[Domain]:
-    """Return the domains whose images a training step sees: a method that does not look at the target needs no images of it."""
+    """Return the domains whose images a training step uses: source only if the method does not use the target."""
     return DOMAINS if method.uses_target and taps else ("source",)
 
 
 def fits_on_gpu(step_fits: Callable[[], bool]) -> bool:
-    """Return whether a step ran, and left a part of the GPU's memory free."""
+    """Return whether the step ran and left part of the GPU's memory free."""
     torch.cuda.reset_peak_memory_stats()
     fine = step_fits()
     return fine and torch.cuda.max_memory_reserved() <= MOST_TAKEN * torch.cuda.get_device_properties(0).total_memory
@@ -43,15 +43,15 @@ def step_fits(
     make_module: MakeModule, network: nn.Module, method: DomainAdaptationMethod, shapes: Mapping[Domain, torch.Size],
     sizes: Mapping[Domain, int], device: torch.device, precision: str = "32-true",
 ) -> bool:  # fmt: skip
-    """Return whether a training step (forwards, backward, optimizer) ends without running out of memory.
+    """Return whether a training step (forward, backward, optimizer) runs without running out of memory.
 
-    `shapes`: (B, h, w) of each domain's images; `sizes`: images per batch. The step is made on noise, and on copies of network
-    and method, which stay as they are, as random states do."""
+    `shapes`: (B, h, w) of each domain's images; `sizes`: images per batch. The step uses noise as images, and copies of network
+    and method; these and the random states are not changed."""
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             module = make_module(copy.deepcopy(network), copy.deepcopy(method)).to(device).train()
-            # a user's own method may make there what its loss needs
+            # a user's own method may create there what its loss needs
             module.method.on_train_start(module.network)
             batch = {
                 domain: {"image": torch.randn(size, *shapes[domain], device=device)} for domain, size in sizes.items()

@@ -1,4 +1,4 @@
-"""Saves what a killed run needs to resume: at each epoch's end, and in between by steps and minutes."""
+"""Saves what a killed run needs to resume: at the end of each epoch, and every few steps or minutes within it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from dann_experiments.data.loaders import SeededOrder
 from dann_experiments.training import ranks
 
 log = logging.getLogger(__name__)
-STEPS_TO_AGREE = 10  # several ranks compare their clocks each so many steps
+STEPS_TO_AGREE = 10  # number of steps after which several ranks compare their clocks
 
 
 class Checkpoints(Checkpoint):
-    """Keeps the newest `keep` checkpoints in `folder`, and the weights with the best `monitor` (None = no best).
+    """Keeps the newest `keep` checkpoints in `folder`, and the weights with the best metric `monitor` (None = no best weights).
 
-    A checkpoint is saved at each epoch's end, after its validation, and inside an epoch every `every_n_steps` optimizer steps
-    and after `every_minutes` (None = not). It holds Lightning's state, that of the callbacks, and the position of each of the
-    training `loaders` (with a `SeededOrder` as sampler, combined by max_size_cycle), so that no batch is loaded twice.
+    A checkpoint is saved at the end of each epoch, after its validation, and within an epoch every `every_n_steps` optimizer
+    steps and every `every_minutes` (None = never). It holds Lightning's state, that of the callbacks, and the position of each
+    of the training `loaders` (with a `SeededOrder` as sampler, combined by max_size_cycle), so that no batch is loaded twice.
     `before_saving` is called before a checkpoint is written. The trainer must have the plugin `checkpoints.files.WholeFiles`. All
     ranks take part, and the first one writes.
 
-    Where the disk is full or cannot be written to, training continues: the checkpoint before is still there, the next one is
-    tried at its time, and the best weights wait in memory until then.
+    If the disk is full or not writable, training continues: the previous checkpoint is kept, the next one is tried at its time,
+    and the best weights stay in memory until then.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Checkpoints(Checkpoint):
         self._saved_at = 0.0
         self._epoch_ended = False
         self._left_out: set[str] = set()
-        self._refused = False  # whether the disk refused what was to be written last
-        self._waiting: tuple[Path, dict[str, Any]] | None = None  # best weights that the disk refused, and their file
-        self._best_steps: dict[int, int | None] = {}  # step of a kept checkpoint -> the best step that it knows
+        self._refused = False  # whether the last write failed
+        self._waiting: tuple[Path, dict[str, Any]] | None = None  # best weights that were not written, and their file
+        self._best_steps: dict[int, int | None] = {}  # step of a kept checkpoint -> the best step recorded in it
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_at = time.monotonic()
@@ -72,7 +72,7 @@ class Checkpoints(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            return  # validation is about to follow: saved after it
+            return  # validation comes next; the checkpoint is saved after it
         by_steps = self._every_n_steps is not None and trainer.global_step % self._every_n_steps == 0
         if by_steps or self._time_is_up(trainer):
             self.save(trainer)
@@ -106,10 +106,10 @@ class Checkpoints(Checkpoint):
         }
         states = checkpoint["callbacks"]
         for name in [name for name, state in states.items() if not files.is_plain(state)]:
-            del states[name]  # it could not be loaded without running code
+            del states[name]  # it could not be loaded without executing code from the file
             if name not in self._left_out:
                 log.warning(
-                    "The state of callback %s holds more than tensors and plain values: a resumed run starts it anew.",
+                    "The state of callback %s holds more than tensors and plain values; a resumed run starts it afresh.",
                     name,
                 )
                 self._left_out.add(name)
@@ -133,21 +133,21 @@ class Checkpoints(Checkpoint):
         return None if found is None else files.read(found)["state_dict"]
 
     def close(self) -> None:
-        """Leave only `last.ckpt` and `best.ckpt`, when training has ended, well or not. Never raises for the disk: the error that
-        ended training is the one to report, and a run resumes from files under their other names as well."""
+        """Leave only `last.ckpt` and `best.ckpt` when training has ended, successfully or not. Logs disk errors, raises none: the
+        error that ended training is the one to report, and a run also resumes from files with their earlier names."""
         best_step = self.best_step
         try:
             self._write_waiting()
         except NotWritten as error:
             best_step = max(files.numbered(self.folder, files.BEST_STEP), default=None)
-            log.warning("%s What is kept are the best weights that the last checkpoint knows.", error)
+            log.warning("%s The best weights that were saved before are kept instead.", error)
         try:
             files.finish(self.folder, best_step)
         except OSError as error:
-            log.warning("Checkpoints in %s keep their names: %s.", self.folder, error)
+            log.warning("Checkpoints in %s could not be renamed: %s.", self.folder, error)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Save a checkpoint now: at the end of a step, or in a step that has changed nothing yet and is done again then."""
+        """Save a checkpoint now: at the end of a step, or within a step that has changed nothing yet and will be repeated."""
         step = trainer.global_step
         ranks.average_buffers(trainer.lightning_module)
         written = self._write(trainer, self.folder / f"{files.STEP}{step}.ckpt")
@@ -162,8 +162,8 @@ class Checkpoints(Checkpoint):
         kept = list(files.numbered(self.folder, files.STEP).items())
         for _, path in kept[: -self._keep]:
             files.remove(path)
-        # each checkpoint that is kept still has the best weights that it knows; what one of an earlier process knows is not
-        # known here, so its best weights stay
+        # keep the best weights that each kept checkpoint refers to; for checkpoints of an earlier process these are not known
+        # here, so no best weights are removed then
         known = [self._best_steps.get(number, 0) or 0 for number, _ in kept[-self._keep :]]
         for number, path in files.numbered(self.folder, files.BEST_STEP).items():
             if number < min(known):
@@ -176,12 +176,12 @@ class Checkpoints(Checkpoint):
         return up if math.isinf(self._every_seconds) else ranks.any_of(up, trainer.strategy.root_device)
 
     def _write(self, trainer: pl.Trainer, path: Path, weights_only: bool = False) -> bool:
-        """Write a checkpoint and return whether the disk took it; a refusal is logged once, and once that writing works again."""
+        """Write a checkpoint and return whether that succeeded; logs the first failure, and when writing works again."""
         io = trainer.strategy.checkpoint_io
         assert isinstance(io, files.WholeFiles)
         io.problem = None
         if not weights_only:
-            try:  # a checkpoint must be ahead neither of the history nor of the best weights that it knows
+            try:  # a checkpoint must be ahead neither of the history nor of the best weights that it refers to
                 self._before_saving()
                 self._write_waiting()
             except NotWritten as error:
@@ -190,9 +190,9 @@ class Checkpoints(Checkpoint):
         if io.problem is not None and not self._refused:
             newest = max(files.numbered(self.folder, files.STEP), default=None)
             kept = "none was saved before" if newest is None else f"the one of step {newest} is kept"
-            log.warning("%s Training goes on without this checkpoint (%s); the next one is tried.", io.problem, kept)
+            log.warning("%s Training continues without this checkpoint (%s); the next is tried.", io.problem, kept)
         elif io.problem is None and self._refused:
-            log.warning("%s was written: checkpoints are saved again.", path)
+            log.warning("%s was written: checkpoints are being saved again.", path)
         self._refused = io.problem is not None
         return not self._refused
 
@@ -208,7 +208,7 @@ class Checkpoints(Checkpoint):
         if self._epoch_ended:
             return loader.sampler.position(None)
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        loaded = (progress.ready - 1) % len(loader) + 1  # of this pass: the smaller domain starts again within an epoch
+        loaded = (progress.ready - 1) % len(loader) + 1  # in this pass: the smaller domain starts again within an epoch
         to_be_done_again = progress.ready - progress.processed  # pyright: ignore[reportAttributeAccessIssue]
         return loader.sampler.position((loaded - to_be_done_again) * loader.batch_size)
 

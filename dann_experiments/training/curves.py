@@ -1,4 +1,4 @@
-"""Keeps the few series that the curves figure shows while they are logged."""
+"""Collects the series of the curves figure while they are logged."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CURVES = (
 
 
 class Curves(pl.Callback):
-    """Metric -> [(step, value)] of CURVES; a callback, so that checkpoints keep them."""
+    """Collects metric -> [(step, value)] for the metrics in CURVES; a callback, so that checkpoints include them."""
 
     def __init__(self) -> None:
         self.series: dict[str, list[tuple[int, Any]]] = {}
 
     def add(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Add those metrics of a step that are shown; values may be tensors."""
+        """Add the metrics of a step that the figure shows; values may be tensors."""
         for name in CURVES:
             if name in metrics:
                 self.series.setdefault(name, []).append((step, metrics[name]))

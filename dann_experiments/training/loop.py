@@ -1,4 +1,4 @@
-"""The loop that every rank runs: steps, validations, checkpoints, and the choice of the final weights."""
+"""The training loop of every rank: steps, validations, checkpoints, and the choice of the final weights."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from dann_experiments.training.ranks import Rank
 
 log = logging.getLogger(__name__)
 ONE_POSITION = (
-    "a training batch of one image meets a BatchNorm on a map of one position, which has no variance; raise "
-    "data.source.batch_size and data.target.batch_size, or take larger images or crops."
+    "a BatchNorm layer got a training batch with a single value per channel (one image, a feature map of 1 x 1), which has no "
+    "variance; raise data.source.batch_size and data.target.batch_size, or use larger images or crops."
 )
 
 
 class Loop:
     """One network's training on one rank.
 
-    `best`: whether it ends with the best weights, and not the last. `compiled`: whether the network is. `beside` is entered
-    around the validation of the final weights."""
+    `best`: end with the best weights instead of the last. `compiled`: the network is compiled. `beside`: makes the context in
+    which the final weights are validated."""
 
     def __init__(
         self,
@@ -54,15 +54,17 @@ class Loop:
 
     @property
     def device(self) -> torch.device:
-        """Return where this rank trains."""
+        """Return the device on which this rank trains."""
         return self.trainer.strategy.root_device
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train, from a checkpoint if there is one, and end with the final weights, whose scores close every series."""
+        """Train, from `checkpoint` if set, and end with the final weights, whose scores are the last point of every series.
+
+        Raises InputError if a batch is too small for BatchNorm, or if torch cannot compile the network."""
         self._rank.meet(self.device)
-        # Lightning looks for a way to resume a loader; ours is in its sampler
+        # Lightning looks for a state in the loader; ours is in its sampler
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-        if self._rank.world > 1:  # what we log is the same on all ranks
+        if self._rank.world > 1:  # the values that we log are the same on all ranks
             warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist=True.*")
         try:
             self.trainer.fit(self.module, self._training, self._validation, ckpt_path=checkpoint, weights_only=True)
@@ -77,7 +79,7 @@ class Loop:
                     f"trainer.compile is true, but torch cannot compile this network here ({reason}); set it to false."
                 ) from None
             raise
-        if not self.module.ended:  # it resumed from its last step, so that Lightning had nothing to do
+        if not self.module.ended:  # the run resumed from its last step, so Lightning had nothing to do
             self.module.on_train_end()
         if self._best:
             self._take_the_best()
@@ -87,11 +89,11 @@ class Loop:
         best = self.checkpoints.best_weights() if self._rank.is_first else None
         if not ranks.any_of(best is not None, self.device):
             log.warning(
-                "monitor.final_model is best, but the best checkpoint is damaged or gone, and no validation came after the "
-                "run was resumed: it ends with its last weights."
+                "monitor.final_model is best, but the best checkpoint is damaged or gone, and no validation took place after "
+                "the run was resumed: the run ends with its last weights."
             )
             return
-        if best is not None:  # the other ranks get the first one's weights when validation begins
+        if best is not None:  # the other ranks get the weights of the first one when validation begins
             self.module.load_state_dict(best)
         with self._beside():
             self.trainer.validate(self.module, self._validation, verbose=False)
@@ -103,7 +105,7 @@ def together(loaders: Mapping[str, DataLoader]) -> CombinedLoader:
 
 
 class EpochLines(pl.Callback):
-    """Progress where there is no terminal to draw a bar on: one line per epoch."""
+    """Prints one line per epoch: the progress where there is no terminal to draw a bar on."""
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         shown = [

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.names import Domain
 
-# What torch and its libraries write in a plain RuntimeError; torch.OutOfMemoryError has "out of memory" in its text, too.
+# Texts of plain RuntimeErrors by torch and its libraries; the text of torch.OutOfMemoryError contains "out of memory", too.
 SIGNS = (
     "out of memory",
     "can't allocate memory",
@@ -22,13 +22,13 @@ SIGNS = (
 
 @contextlib.contextmanager
 def explain_out_of_memory(kind: type[Exception], advice: Callable[[], str]) -> Iterator[None]:
-    """Raise `kind` with the reason and the advice where memory runs out in the block: the sizes, and what makes them smaller."""
+    """Raise `kind` if memory runs out in the block, with the reason and `advice`: the sizes, and how to make them smaller."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        # the frames of the failed step hold its maps: closing the run needs memory as well
+        # the frames of the failed step hold its feature maps, but closing the run needs memory as well
         traceback.clear_frames(error.__traceback__)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise kind(f"out of memory ({reason}). {advice()}") from error
@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def size_of_largest(datasets: Iterable[SegmentationDataset]) -> str:
-    """Return the size of the largest of their images and windows: `512 x 512 pixels`."""
+    """Return the size of the largest image or window, such as `512 x 512 pixels`."""
     sizes = [piece.window[2:] for dataset in datasets for piece in dataset.pieces]
     height, width = max(sizes, key=lambda size: size[0] * size[1])
     return f"{height} x {width} pixels"
@@ -49,12 +49,12 @@ def size_of_largest(datasets: Iterable[SegmentationDataset]) -> str:
 def advice_for_training(
     datasets: Mapping[Domain, SegmentationDataset], batch_sizes: Mapping[Domain, int], crop_size: int | None
 ) -> str:
-    """Return the sizes of a training step, and what makes them smaller."""
+    """Return the sizes of a training step, and how to make them smaller."""
     batches = [f"data.{domain}.batch_size is {batch_sizes[domain]}" for domain in datasets]
     sizes = f"crops of {crop_size} x {crop_size} pixels (data.crop_size)"
     if crop_size is None:
         sizes = f"images or windows of {size_of_largest(datasets.values())} (data.crop_size is null)"
     return (
-        f"{', '.join(batches)}, with {sizes}. Take smaller batches, smaller crops (data.crop_size), a "
+        f"{', '.join(batches)}, with {sizes}. Use smaller batches, smaller crops (data.crop_size), a "
         f"smaller network, or on a GPU trainer.precision bf16-mixed; if validation failed, a smaller data.eval_batch_size."
     )

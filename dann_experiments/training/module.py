@@ -1,7 +1,7 @@
-"""The training step: source through the whole network, target up to the tapped layers, one backward for both losses.
+"""The training step: source through the whole network, target up to the tapped layers, one backward pass for both losses.
 
-Metrics logged at step i belong to the weights after i optimizer steps, so the first training step is step 0, and the
-validation that follows k steps stands at step k.
+Metrics logged at step i belong to the weights after i optimizer steps: the first training step is step 0, and a validation
+after k steps is logged at step k.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from dann_experiments.training.optimizers import build_scheduler, order_states
 
 @dataclass(frozen=True)
 class StepLosses:
-    """What a training step differentiated, detached and on its device."""
+    """The losses that a training step differentiated, detached, on the step's device."""
 
     total: Tensor
     parts: Mapping[str, Tensor | float]
-    """Its summands, by what a message calls them; a domain loss over several layers as one of each layer."""
+    """The terms of the total, by their names in messages; a domain loss over several layers has one term per layer."""
     weight: float
-    """The method's: lambda."""
+    """The method's weight, lambda."""
 
 
 class AdaptationModule(pl.LightningModule):
-    """A network, the method that adapts it, and the optimizer over both.
+    """A network, the method that adapts it, and the optimizer for both.
 
-    Training batches are {"source": {"image", "mask"}, "target": {"image"}}; "target" is not needed by methods that do
-    not use it. Validation loader 0 is the source's, 1 the target's, whose batches need no "mask"; a validation step returns
+    Training batches are {"source": {"image", "mask"}, "target": {"image"}}; methods that do not use the target need no "target".
+    Validation loader 0 is the source's, loader 1 the target's, whose batches need no "mask". A validation step returns
     {"logits" (N, K, H, W), "labels" (N, H, W) or None, "valid" (N, H, W) or None, "domain_hits"}. `batchnorm`: how the
-    target's forward treats BatchNorm statistics in training, one of the setting's values (docs/batchnorm.md). `channels_last`:
-    the memory format of the network and of images.
+    target's forward pass treats BatchNorm statistics in training, a value of that setting (docs/batchnorm.md).
+    `channels_last`: use the channels-last memory format for the network and the images.
     """
 
     def __init__(
@@ -75,24 +75,24 @@ class AdaptationModule(pl.LightningModule):
         if channels_last:
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.losses: StepLosses | None = None
-        """Of the last training step."""
+        """Losses of the last training step."""
         self.passes: Passes | None = None
-        """How both domains are forwarded: found in the first step."""
+        """How both domains are forwarded, chosen in the first step."""
         self._total_steps: int | None = None
         self._started = False
-        self._may_have_compiled = True  # looked up once a validation: in a batch's time it shows
+        self._may_have_compiled = True  # looked up once per validation: once per batch would be measurably slower
         self.ended = False
-        """Whether the method has been told the end of training."""
+        """True after the method's `on_train_end`."""
         if batchnorm == "joint" and method.uses_target:
             check_joint(self.taps)
 
     def progress(self) -> Progress:
-        """Where training stands now."""
-        if self._total_steps is None:  # asked once: Lightning goes through the loaders for it
+        """Return the current epoch and step, and their totals."""
+        if self._total_steps is None:  # computed once: Lightning goes through the loaders for it
             self._total_steps = max(int(self.trainer.estimated_stepping_batches), 1)
         total_steps = self._total_steps
         max_epochs = self.trainer.max_epochs or 1
-        if max_epochs < 0:  # a trainer that counts steps alone
+        if max_epochs < 0:  # the trainer is limited by steps only
             max_epochs = math.ceil(total_steps / max(int(self.trainer.num_training_batches), 1))
         return Progress(self.trainer.current_epoch, max_epochs, self.trainer.global_step, total_steps)
 
@@ -109,17 +109,17 @@ class AdaptationModule(pl.LightningModule):
             metrics[Metric.TOTAL_LOSS] = segmentation.detach() + share.weight * share.value
         metrics = ranks.mean_of(metrics | dict(share.metrics), self.device)
         for logger in self.loggers:
-            # tensors go as they are: a .item() here would wait for the device each step
+            # as tensors: a .item() here would wait for the device in each step
             logger.log_metrics(metrics, step=self.trainer.global_step)
         total = segmentation if share.differentiated is None else segmentation + share.differentiated
         self.losses = StepLosses(total.detach(), _loss_parts(segmentation, share, self.method), share.weight)
         return total
 
     def step_outputs(self, batch: dict[str, dict[str, Tensor]]) -> StepOutputs:
-        """The forwards of one training step."""
+        """Forward one training batch and return logits, labels and features."""
         images, labels = batch["source"]["image"].to(memory_format=self.memory_format), batch["source"]["mask"]
         target_features: dict[str, Tensor] = {}
-        if self.method.uses_target and self.taps:  # without a tap nobody would see the target's features
+        if self.method.uses_target and self.taps:  # without a tap nothing would use the target's features
             if self.passes is None:
                 self.passes = choose(self.network, self.taps, self.batchnorm, images.shape[1])
             target_images = batch["target"]["image"].to(memory_format=self.memory_format)
@@ -141,7 +141,7 @@ class AdaptationModule(pl.LightningModule):
         as_written = uncompiled(self.network) if self._may_have_compiled else nullcontext()
         with recording(self.network, self.taps) as features, as_written:
             logits = logits_of_any_size(self.network, images)
-        counted = valid  # the pixels on which a classifier judges the domain: as in training
+        counted = valid  # the pixels on which a classifier decides the domain, as in training
         if dataloader_idx == SOURCE and labels is not None:
             counted = (labels != self.ignore_index).to(images.dtype)
         if counted is None:
@@ -160,18 +160,18 @@ class AdaptationModule(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip each group by itself: one norm over both would let the classifier's gradient scale the network's."""
+        """Clip each group separately: with one norm over both, the classifier's gradient would scale the network's."""
         if gradient_clip_val is not None:
             for group in optimizer.param_groups:
                 clip_grad_norm_(group["params"], gradient_clip_val)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # before the saved state is put in, as it may hold what the method makes here
+        # before the saved state is loaded: it may include modules that the method creates here
         self.method.on_train_start(self.network)
         self._started = True
 
     def on_train_start(self) -> None:
-        for optimizer in self.trainer.optimizers:  # a checkpoint's states are in by now
+        for optimizer in self.trainer.optimizers:  # a checkpoint's states have been loaded by now
             order_states(optimizer)
         if not self._started:
             self.method.on_train_start(self.network)

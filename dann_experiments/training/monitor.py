@@ -1,5 +1,5 @@
-"""Watches both domains while training runs: IoU, their gap, how much of the source has been forgotten, whether the domains
-can be told apart, and the scores of the target that need no labels."""
+"""Monitors both domains during training: IoU, the gap between the domains, how much of the source is forgotten, how well the
+domains can be distinguished, and the target scores that need no labels."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ log = logging.getLogger(__name__)
 
 
 class DomainAdaptationMonitorCallback(pl.Callback):
-    """Scores validation of both domains from the logits that validation makes anyway: each image is forwarded once.
+    """Scores both domains at each validation, from the logits that validation computes anyway: each image is forwarded once.
 
     Needs validation loaders [source] or [source, target] and a `validation_step` that returns {"logits": (N, K, H, W),
-    "labels": (N, H, W) or None}, and may return "valid" (N, H, W; 0 at nodata) and "domain_hits" (layer -> (2,) right
-    decisions of a domain classifier, all decisions). Logs to every logger of the trainer, at the step = optimizer steps done:
-    `iou/source_val`, `iou/target_val`, `class_iou/...`, `loss/val_source`, `loss/val_target`, `iou/gap_source_minus_target`,
-    `iou/source_drop_from_baseline`, `da/domain_acc_val` (balanced over the domains), and `select/...` of the target (see
-    `selection`; its labels are not looked at). The baseline is the sanity check before training
-    (`num_sanity_val_steps=-1`), logged at step 0. Warns once each time the source falls by more than
-    `forgetting_threshold` (0..1) below its baseline, and tags an MLflow run `dann.forgot_source`.
+    "labels": (N, H, W) or None}, and optionally "valid" (N, H, W; 0 at nodata) and "domain_hits" (layer -> (2,): a domain
+    classifier's correct decisions, all its decisions). Logs to every logger of the trainer, at the number of optimizer steps
+    done: `iou/source_val`, `iou/target_val`, `class_iou/...`, `loss/val_source`, `loss/val_target`,
+    `iou/gap_source_minus_target`, `iou/source_drop_from_baseline`, `da/domain_acc_val` (balanced over the domains), and
+    `select/...` of the target (see `scores.selection`; they do not use its labels). The baseline is the sanity check before
+    training (`num_sanity_val_steps=-1`), logged at step 0. When the source IoU falls more than `forgetting_threshold` (0..1)
+    below its baseline, warns once per fall and sets the MLflow tag `dann.forgot_source`. Raises ValueError if the number of
+    `class_names` is not `num_classes`.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.target_scores: dict[str, float] = {}
         """`select/...` of the last validation."""
         self.domain_accuracy: dict[str, float] = {}
-        """`da/domain_acc_val` of the last validation; with several layers, each layer's own as well."""
+        """`da/domain_acc_val` of the last validation; with several layers, also one value per layer."""
         self._scorers: dict[int, Scorer] = {}
-        self._unlabelled: SelectionScorer | None = None
+        self._unlabeled: SelectionScorer | None = None
         self._hits: dict[str, dict[int, Tensor]] = {}
         self._forgetting = False
         self._resumed = False
@@ -85,17 +86,17 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self._forgetting, self._resumed = state_dict["forgetting"], True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._resumed:  # the baseline came with the checkpoint
+        if self._resumed:  # the baseline was loaded from the checkpoint
             return
         if sum(trainer.num_sanity_val_batches) < sum(trainer.num_val_batches):
             found = "a baseline from a part of validation" if self.baseline else "no baseline"
             log.warning(
-                "num_sanity_val_steps is %s, which gives %s to compare later source scores with; give Trainer "
-                "num_sanity_val_steps=-1.", trainer.num_sanity_val_steps, found,
+                "num_sanity_val_steps is %s, which gives %s to compare later source scores with; set it to -1 in the Trainer.",
+                trainer.num_sanity_val_steps, found,
             )  # fmt: skip
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._scorers, self._unlabelled, self._hits = {}, None, {}
+        self._scorers, self._unlabeled, self._hits = {}, None, {}
 
     def on_validation_batch_end(
         self,
@@ -109,14 +110,14 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         logits, labels, valid = outputs["logits"], outputs["labels"], outputs.get("valid")
         if labels is not None and dataloader_idx not in self._scorers:
             self._scorers[dataloader_idx] = Scorer(self.num_classes, self.ignore_index)
-        if DOMAINS[dataloader_idx] == "target" and self._unlabelled is None:
-            self._unlabelled = SelectionScorer(_first_item(trainer, dataloader_idx))
+        if DOMAINS[dataloader_idx] == "target" and self._unlabeled is None:
+            self._unlabeled = SelectionScorer(_first_item(trainer, dataloader_idx))
         for part in in_parts(logits):
             logs = log_probabilities(logits[part])  # for both scorers
             if labels is not None:
                 self._scorers[dataloader_idx].update(logits[part], labels[part], logs)
-            if DOMAINS[dataloader_idx] == "target" and self._unlabelled is not None:
-                self._unlabelled.update(logits[part], None if valid is None else valid[part], logs)
+            if DOMAINS[dataloader_idx] == "target" and self._unlabeled is not None:
+                self._unlabeled.update(logits[part], None if valid is None else valid[part], logs)
         for layer, hits in outputs.get("domain_hits", {}).items():
             of_layer = self._hits.setdefault(layer, {})
             of_layer[dataloader_idx] = of_layer.get(dataloader_idx, 0) + hits
@@ -124,34 +125,31 @@ class DomainAdaptationMonitorCallback(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.latest = {DOMAINS[index]: scorer.compute(True) for index, scorer in sorted(self._scorers.items())}
         self.target_scores = {}
-        if self._unlabelled is not None:
-            self.target_scores = {Metric.SELECT + name: value for name, value in self._unlabelled.compute(True).items()}
+        if self._unlabeled is not None:
+            self.target_scores = {Metric.SELECT + name: value for name, value in self._unlabeled.compute(True).items()}
         hits = {layer: {index: sum_of(own) for index, own in of.items()} for layer, of in self._hits.items()}
         self.domain_accuracy = _domain_accuracy(hits)
-        self._scorers, self._unlabelled, self._hits = {}, None, {}
+        self._scorers, self._unlabeled, self._hits = {}, None, {}
         if trainer.sanity_checking:
             self.baseline, self._forgetting = dict(self.latest), False
         metrics = self.metrics()
         due = (trainer.current_epoch + 1) % self.log_every_n_epochs == 0
         last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-        by_itself = trainer.state.fn != TrainerFn.FITTING  # `trainer.validate`: asked for, so always shown
+        by_itself = trainer.state.fn != TrainerFn.FITTING  # `trainer.validate` was called: always log
         if trainer.sanity_checking or last_epoch or due or by_itself:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
         if not trainer.sanity_checking:
             values = {name: choice_value(name, metrics) for name in metrics}
-            # for checkpoints; `log` would take a millisecond for each
+            # for checkpoints; `log` would take a millisecond per value
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-            for name in (
-                Metric.SOURCE_VAL_IOU,
-                Metric.TARGET_VAL_IOU,
-            ):  # the progress bar; the loggers have all already
+            for name in (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU):  # for the progress bar only
                 if name in values:
                     pl_module.log(name, values[name], prog_bar=True, logger=False, add_dataloader_idx=False)
             self._warn_of_forgetting(trainer.loggers)
 
     def metrics(self) -> dict[str, float]:
-        """The last validation under the names that a run shows."""
+        """Return the metrics of the last validation, by metric name."""
         values = validation_metrics(self.latest, self.baseline, self.class_names)
         values |= self.target_scores | self.domain_accuracy
         drop = values.get(Metric.SOURCE_DROP)
@@ -163,8 +161,8 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         drop = self.metrics().get(Metric.SOURCE_DROP, 0.0)
         if drop > self.forgetting_threshold and not self._forgetting:
             log.warning(
-                "iou/source_val fell to %.3f, %.3f below the warm start's (monitor.forgetting_threshold is %.3f): the "
-                "network forgets the source; a smaller lambda_da or learning rate helps.",
+                "iou/source_val fell to %.3f, %.3f below the warm start (monitor.forgetting_threshold is %.3f): the "
+                "network is forgetting the source. Try a smaller lambda_da or learning rate.",
                 self.latest["source"].iou, drop, self.forgetting_threshold,
             )  # fmt: skip
             for logger in loggers:
@@ -173,14 +171,14 @@ class DomainAdaptationMonitorCallback(pl.Callback):
 
 
 def _first_item(trainer: pl.Trainer, dataloader_idx: int) -> int:
-    """The number, in the whole set, of the first item that this rank validates."""
+    """Return the index, in the whole set, of the first item that this rank validates."""
     loaders = trainer.val_dataloaders
     loader = loaders[dataloader_idx] if isinstance(loaders, (list, tuple)) else loaders
     return getattr(getattr(loader, "batch_sampler", None), "first_item", 0)
 
 
 def _domain_accuracy(hits: Mapping[str, Mapping[int, Tensor]]) -> dict[str, float]:
-    """Balanced over the domains, mean over the layers; NaN-free: nothing where a domain has no decision."""
+    """Return the balanced accuracy as the mean over the layers that have decisions for both domains."""
     by_layer: dict[str, float] = {}
     for layer, of_domain in hits.items():
         if len(of_domain) == len(DOMAINS) and all(float(counts[1]) > 0 for counts in of_domain.values()):
@@ -194,7 +192,7 @@ def _domain_accuracy(hits: Mapping[str, Mapping[int, Tensor]]) -> dict[str, floa
 
 
 def _set_tag(logger: Logger, key: str, value: str) -> None:
-    """In an MLflow run, ours or Lightning's; other loggers have no tags."""
+    """Set a tag of an MLflow run, through our logger or Lightning's; other loggers have no tags."""
     if isinstance(logger, MLFlowLogger):
         logger.experiment.set_tag(logger.run_id, key, value)
     elif hasattr(logger, "set_tag"):
@@ -204,7 +202,7 @@ def _set_tag(logger: Logger, key: str, value: str) -> None:
 def validation_metrics(
     latest: Mapping[str, Scores], baseline: Mapping[str, Scores], class_names: Sequence[str]
 ) -> dict[str, float]:
-    """What a validation shows: scores of both domains, their gap, and the source's drop from its baseline."""
+    """Return the metrics of a validation: scores of both domains, their gap, and the source's drop from its baseline."""
     values: dict[str, float] = {}
     for domain in DOMAINS:
         if domain not in latest:
@@ -220,7 +218,7 @@ def validation_metrics(
 
 
 def metrics_to_choose_by(class_names: Sequence[str]) -> list[str]:
-    """Return the metrics by which a checkpoint or a trial can be chosen, where both domains have labelled images."""
+    """Return the metrics by which a checkpoint or a trial can be chosen if both domains have labeled images."""
     known = [Metric.GAP, Metric.SOURCE_DROP]
     for domain in DOMAINS:
         name = SetName(domain, "val")
@@ -230,7 +228,7 @@ def metrics_to_choose_by(class_names: Sequence[str]) -> list[str]:
 
 
 class RatesAndTimes(pl.Callback):
-    """Logs each epoch's learning rates (`lr/GROUP`) and length, validation included (`time/epoch_seconds`)."""
+    """Logs the learning rates (`lr/GROUP`) and the duration including validation (`time/epoch_seconds`) of each epoch."""
 
     def __init__(self) -> None:
         self._start = 0.0
@@ -254,8 +252,8 @@ class RatesAndTimes(pl.Callback):
 
 
 class TargetStatistics(pl.Callback):
-    """BatchNorm's running statistics become those of the target's training images before each validation (AdaBN), so that
-    what is scored is what is kept. The warm start's own scores, before training, stay as they are."""
+    """Recomputes BatchNorm's running statistics on the target's training images before each validation (AdaBN), so that the
+    network that is scored is the one that is saved. The baseline, before training, is scored with the warm start's statistics."""
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader

@@ -1,4 +1,4 @@
-"""Optimizers and the course of their learning rates, from torch."""
+"""Builds torch's optimizers and learning rate schedulers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def build_optimizer(
     weight_decay: float,
     fused: bool = False,
 ) -> Optimizer:
-    """`adam`, `adamw` or `sgd` over parameter groups; a group's own `lr` wins over `lr`. `fused`: torch's fused kind, which
-    takes a sixth of the time on a CPU (docs/performance.md), and on a CUDA device can leave out a step by itself (decision 10);
-    where all parameters are on such devices."""
+    """Build `adam`, `adamw` or `sgd` for parameter groups; a group's own `lr` takes precedence over `lr`.
+
+    `fused`: use torch's fused implementation if all parameters are on CPU or CUDA devices. It takes a sixth of the time on a
+    CPU (docs/performance.md), and can skip a step by itself on a CUDA device (decision 10)."""
     kinds = {parameter.device.type for group in groups for parameter in group["params"]}
     kernel = True if fused and kinds <= {"cpu", "cuda"} else None
     if name == "sgd":
@@ -30,9 +31,10 @@ def build_optimizer(
 
 
 def order_states(optimizer: Optimizer) -> None:
-    """Give each state of a parameter's shape the parameter's order in memory. A checkpoint brings the order that it was saved
-    with, which may be another (channels last on a CPU, not on a GPU), and torch's fused kernels on a CPU take both to be the
-    same: they would mix up the values, silently (torch 2.15)."""
+    """Give each optimizer state of a parameter's shape the memory format of the parameter.
+
+    States loaded from a checkpoint have the memory format that they were saved with, which may differ (channels last on a CPU,
+    not on a GPU). Torch's fused kernels on a CPU assume that both are the same, and would silently mix up values (torch 2.15)."""
     for parameter, states in optimizer.state.items():
         for name, value in states.items():
             if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
@@ -40,18 +42,18 @@ def order_states(optimizer: Optimizer) -> None:
 
 
 def annealing(progress: float) -> float:
-    """1 / (1 + alpha p)^beta with alpha = 10, beta = 0.75 (Ganin & Lempitsky 2015, section 4), p in 0..1."""
+    """Return 1 / (1 + alpha p)^beta with alpha = 10, beta = 0.75, for progress p in 0..1 (Ganin & Lempitsky 2015, section 4)."""
     return (1.0 + 10.0 * progress) ** -0.75
 
 
 def build_scheduler(optimizer: Optimizer, schedule: str, total_steps: int) -> LRScheduler | None:
-    """Stepped every batch; scales each group from its own learning rate. `constant` gives None."""
+    """Build a scheduler to be stepped once per batch, which scales each group's own learning rate; None for `constant`."""
     if schedule == "annealed":
         return LambdaLR(optimizer, lambda step: annealing(step / total_steps))
     if schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=total_steps)
     if schedule == "one_cycle":
-        # the momentum stays as set: cycling it would undo betas chosen for adversarial training
+        # the momentum is not cycled: that would override betas chosen for adversarial training
         peaks = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, max_lr=peaks, total_steps=max(total_steps, 2), cycle_momentum=False)
     return None

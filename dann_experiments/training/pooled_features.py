@@ -1,4 +1,4 @@
-"""Features of a whole set, pooled to one row per image, for the probe of the domain gap.
+"""Pools the features of a whole set to one row per image, for the probe of the domain gap.
 
 Letters: N images, C channels, H x W positions.
 """
@@ -26,15 +26,15 @@ def pooled_features(
 ) -> dict[str, np.ndarray]:
     """Return, for each layer, the `mean_and_std` (N, 2C) float32 of its features, one row per image.
 
-    Images without a valid pixel are left out. Features of `segmentation_head` are class logits, taken as probabilities, as the
-    run's own classifier does.
+    Images without a valid pixel are left out. Features of `segmentation_head` are class logits, converted to probabilities, as
+    in the run's own classifier.
 
-    `loader` comes from `eval_loader` (all images of a batch have one size). Of more than `most_images` items one is drawn from
-    each of `most_images` stretches of equal length: spread over the whole set, the same at each call, and never only the left
-    column of a grid of windows. Forwards in eval mode, without gradients, and no layer behind the deepest tap; each module keeps
-    its mode.
+    `loader` comes from `eval_loader` (all images of a batch have one size). If it has more than `most_images` items, the set is
+    divided into `most_images` stretches of equal length, and one item is drawn from each: spread over the whole set, the same at
+    each call, and not only the left column of a grid of windows. Runs in eval mode, without gradients, and only up to the deepest
+    tap; restores the mode of each module.
     """
-    by_name = {tap.name: tap for tap in taps}  # a layer named twice would never be "all taps reached"
+    by_name = {tap.name: tap for tap in taps}  # a layer named twice would never count as "all taps reached"
     if not by_name:
         return {}
     device = next(network.parameters()).device
@@ -59,7 +59,7 @@ def pooled_features(
 
 
 def _spread(loader: DataLoader, most: int) -> Iterator[Mapping[str, Tensor]]:
-    """Yield the batches of the loader, or of `most` of its items spread over the set; neighbors of one size together."""
+    """Yield the loader's batches, or batches of `most` of its items, spread over the set; each batch has images of one size."""
     dataset: Any = loader.dataset
     if len(dataset) <= most:
         yield from loader
@@ -69,7 +69,7 @@ def _spread(loader: DataLoader, most: int) -> Iterator[Mapping[str, Tensor]]:
     batch_sampler: Any = loader.batch_sampler
     batch_size = loader.batch_size or max(len(batch) for batch in batch_sampler)  # None with a sampler of batches
     waiting: list[dict[str, Tensor]] = []
-    for index in chosen:  # by hand: which of the chosen ones are of one size is known only from the items
+    for index in chosen:  # batched here: which of the chosen items have the same size is known only when they are read
         item = dataset[index]
         if waiting and (len(waiting) == batch_size or item["image"].shape != waiting[0]["image"].shape):
             yield default_collate(waiting)
@@ -79,7 +79,7 @@ def _spread(loader: DataLoader, most: int) -> Iterator[Mapping[str, Tensor]]:
 
 
 def _filled_up(network: Module, images: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return images with sides that the network takes, as `logits_of_any_size` does; what is added is not valid."""
+    """Pad images to sides that the network accepts, as `logits_of_any_size` does; the padding is marked as not valid."""
     height, width = images.shape[-2:]
     stride = output_stride(network)
     padding = (0, -width % stride, 0, -height % stride)

@@ -1,5 +1,4 @@
-"""Seeds, and the random states of python, numpy, torch and CUDA: kept in a checkpoint, restored before the first step after
-it."""
+"""Sets seeds, saves the random states of Python, NumPy, torch and CUDA in checkpoints, and restores them on resuming."""
 
 from __future__ import annotations
 
@@ -17,11 +16,11 @@ from dann_experiments.training import ranks
 
 @contextlib.contextmanager
 def seeded(seed: int, threads: int | None = None) -> Iterator[None]:
-    """Seed everything random, and use so many threads of torch in the block (None = as before). Threads and determinism are
-    restored at its end."""
+    """Seed all random generators, and use `threads` torch threads in the block (None = as before). The number of threads and the
+    determinism settings are restored at its end."""
     exact: Any = torch.utils.deterministic
     filling = exact.fill_uninitialized_memory
-    # it would write each new map once more than needed, to make reading uninitialized memory visible
+    # it would fill each new tensor before use, only to make reading uninitialized memory visible
     exact.fill_uninitialized_memory = False
     threads_before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -37,12 +36,12 @@ def seeded(seed: int, threads: int | None = None) -> Iterator[None]:
 
 
 def reseed(seed: int) -> None:
-    """Set all random states to those of `seed`, whatever ran before."""
+    """Set all random states to those of `seed`, independent of what ran before."""
     pl.seed_everything(seed, workers=True, verbose=False)
 
 
 class RandomStates(pl.Callback):
-    """Must be the first callback: it puts the states back before anybody else draws."""
+    """Restores the random states of a checkpoint. It must be the first callback, so that no other draws numbers before it."""
 
     def __init__(self) -> None:
         self._to_restore: Mapping[str, Any] | None = None
@@ -63,7 +62,7 @@ class RandomStates(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._restore()  # training goes on inside an epoch, whose start is not told again
+        self._restore()  # when training resumes within an epoch, on_train_epoch_start is not called again
 
     def _restore(self) -> None:
         if self._to_restore is not None:
@@ -77,7 +76,7 @@ class RandomStates(pl.Callback):
             self._to_restore = None
 
     def _of_ranks(self) -> list[list[torch.Tensor]]:
-        """torch's and CUDA's state of each rank; all else that draws numbers draws the same in all. Empty for a rank alone."""
+        """Return the states of torch and CUDA of each rank; all other states are equal on all ranks. Empty for a single rank."""
         if ranks.world() == 1:
             return []
         on_cuda = self._device.type == "cuda"
@@ -87,7 +86,7 @@ class RandomStates(pl.Callback):
 
 
 def random_states() -> dict[str, Any]:
-    """All states, as tensors and plain values."""
+    """Return all states, as tensors and plain values."""
     version, words, gauss = random.getstate()
     _, numbers, position, has_gauss, cached = np.random.get_state()
     return {
@@ -102,7 +101,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` gave; CUDA's where there are as many devices as there were."""
+    """Restore what `random_states` returned; CUDA's states only if the number of devices is the same."""
     python, numpy = states["python"], states["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     np.random.set_state(("MT19937", numpy["numbers"].numpy().astype(np.uint32), *numpy["rest"]))

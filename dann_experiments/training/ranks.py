@@ -1,9 +1,9 @@
-"""Several processes of one machine that train one network together (data parallel): who is who, and what they tell each other.
+"""Several processes of one machine that train one network together (data parallel): their ranks, and what they exchange.
 
-Each process, called by its rank 0..W-1, takes its share of every batch; torch's DistributedDataParallel makes gradients their
-mean. What is here makes the rest the same everywhere: metrics are means over the ranks, counts are sums, running statistics are
-averaged before anybody scores or keeps them. With one process (no process group) every function gives back what it gets.
-All goes over the loopback interface, and as tensors, never as pickled objects.
+Each process, identified by its rank 0..W-1, takes its share of every batch; torch's DistributedDataParallel averages the
+gradients. This module makes everything else equal in all processes: metrics are means over the ranks, counts are sums, and
+running statistics are averaged before they are scored or saved. With one process (no process group) every function returns its
+argument. All exchange uses the loopback interface, and tensors, never pickled objects.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of those that train together."""
+    """One of the processes that train together."""
 
     index: int = 0
     world: int = 1
-    """How many there are."""
+    """Number of processes."""
     meeting_point: Path | None = None
-    """A file, not there yet, by which they find each other; None for a process alone."""
+    """A file, not existing yet, by which the processes find each other; None for a single process."""
 
     @property
     def is_first(self) -> bool:
-        """Rank 0 tracks, saves, and does alone what is not training."""
+        """True for rank 0, which tracks, saves, and does everything that is not training."""
         return self.index == 0
 
     @property
     def share(self) -> tuple[int, int]:
-        """As loaders take it: rank, and how many."""
+        """Rank and number of ranks, as loaders expect them."""
         return self.index, self.world
 
     def strategy(self) -> DDPStrategy | str:
-        """Lightning's strategy for a trainer of this process, with `devices` = `world`."""
+        """Return Lightning's strategy for a trainer of this process, with `devices` = `world`."""
         if self.world == 1:
             return "auto"
-        # A forward must not wait for other ranks: validation gives them unequal numbers of batches. See average_buffers.
-        # Encoders of less than full depth keep stages that no step uses.
+        # A forward pass must not wait for other ranks: in validation they have unequal numbers of batches. See average_buffers.
+        # Encoders of less than full depth keep stages that no step uses: find_unused_parameters.
         return DDPStrategy(
             cluster_environment=_OneMachine(self), forward_sync_buffers=False, find_unused_parameters=True
         )
 
     def meet(self, device: torch.device) -> None:
-        """Form the process group, by NCCL on CUDA devices, else gloo; returns when all ranks are here."""
+        """Form the process group, with NCCL on CUDA devices, else with gloo; returns when all ranks have joined."""
         if self.world == 1:
             return
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -70,17 +70,17 @@ def leave() -> None:
 
 
 def world() -> int:
-    """How many processes train together now."""
+    """Return the number of processes that train together now."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def index() -> int:
-    """Which of them this process is."""
+    """Return the rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def mean_of(metrics: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Each metric (one number) as its mean over the ranks, which must all call this with the same names in the same order."""
+    """Return each metric (one number) as its mean over the ranks, which must all call this with the same names in one order."""
     if world() == 1 or not metrics:
         return dict(metrics)
     values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in metrics.values()])
@@ -89,7 +89,7 @@ def mean_of(metrics: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def sum_of(value: Tensor) -> Tensor:
-    """The sum over the ranks of a tensor of one shape."""
+    """Return the sum over the ranks of a tensor, which must have the same shape on each."""
     if world() == 1:
         return value
     total = value.clone()
@@ -98,7 +98,7 @@ def sum_of(value: Tensor) -> Tensor:
 
 
 def gathered(value: Tensor) -> list[Tensor]:
-    """The tensors of all ranks, in their order; they may differ in the length of their first dimension."""
+    """Return the tensors of all ranks, in rank order; they may differ in the length of their first dimension."""
     if world() == 1:
         return [value]
     lengths = torch.zeros(world(), dtype=torch.int64, device=value.device)
@@ -113,19 +113,19 @@ def gathered(value: Tensor) -> list[Tensor]:
 
 
 def gathered_texts(text: str, device: torch.device) -> list[str]:
-    """The texts of all ranks, in their order."""
+    """Return the texts of all ranks, in rank order."""
     own = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device)
     return [bytes(part.tolist()).decode() for part in gathered(own)]
 
 
 def any_of(decision: bool, device: torch.device) -> bool:
-    """Whether any rank decides so; waits for all."""
+    """Return whether `decision` is true on any rank; waits for all ranks."""
     return decision if world() == 1 else bool(sum_of(torch.tensor(float(decision), device=device)) > 0)
 
 
 def average_buffers(module: nn.Module) -> None:
-    """Make every floating-point buffer, such as BatchNorm's running statistics, the mean over the ranks: each saw its own share
-    of the images."""
+    """Replace every floating-point buffer, such as BatchNorm's running statistics, by its mean over the ranks, because each rank
+    saw only its own share of the images."""
     if world() == 1:
         return
     for buffer in module.buffers():
@@ -135,7 +135,7 @@ def average_buffers(module: nn.Module) -> None:
 
 
 class _OneMachine(ClusterEnvironment):
-    """Tells Lightning that the processes are there already."""
+    """Tells Lightning that the processes exist already."""
 
     def __init__(self, rank: Rank) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _OneMachine(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        return "127.0.0.1"  # asked for, not used: the group is there when Lightning looks for it
+        return "127.0.0.1"  # read but not used: the process group exists before Lightning needs it
 
     @property
     def main_port(self) -> int:

@@ -1,4 +1,4 @@
-"""Scores whole sets: adds up over batches and ranks what the functions of `scores` need, and names the metrics of a run.
+"""Scores whole sets: adds up over batches and ranks what the functions in `scores` need, and names a run's metrics.
 
 Letters: N images, K classes, H x W pixels.
 """
@@ -31,10 +31,10 @@ from dann_experiments.training.ranks import gathered, sum_of, world
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one labeled set; see the functions of `scores` for their NaNs."""
+    """The scores of one labeled set; the functions in `scores` document when a score is NaN."""
 
     confusion: np.ndarray
-    """(K, K) pixel counts, rows = truth, columns = prediction, ignored pixels left out."""
+    """(K, K) pixel counts: rows = truth, columns = prediction, without ignored pixels."""
     loss: float
     """Mean cross-entropy per labeled pixel."""
 
@@ -45,46 +45,46 @@ class Scores:
 
     @property
     def iou(self) -> float:
-        """Macro mean over the classes present; NaN where no pixel is labeled."""
+        """Macro mean over the classes present, 0..1; NaN if no pixel is labeled."""
         return scores.mean_iou(self.confusion)
 
     @property
     def class_precision(self) -> np.ndarray:
-        """(K,) share of each class's predicted pixels that are right."""
+        """(K,) share of each class's predicted pixels that are correct, 0..1."""
         return scores.class_precision(self.confusion)
 
     @property
     def class_recall(self) -> np.ndarray:
-        """(K,) share of each class's labeled pixels that are found."""
+        """(K,) share of each class's labeled pixels that are found, 0..1."""
         return scores.class_recall(self.confusion)
 
     @property
     def class_f1(self) -> np.ndarray:
-        """(K,) harmonic mean of precision and recall."""
+        """(K,) harmonic mean of precision and recall, 0..1."""
         return scores.class_f1(self.confusion)
 
     @property
     def accuracy(self) -> float:
-        """Share of the labeled pixels that are right."""
+        """Share of the labeled pixels that are correct, 0..1."""
         return scores.pixel_accuracy(self.confusion)
 
     @property
     def truth_pixels(self) -> np.ndarray:
-        """(K,) labeled pixels of each class."""
+        """(K,) number of labeled pixels per class."""
         return self.confusion.sum(1)
 
     @property
     def predicted_pixels(self) -> np.ndarray:
-        """(K,) pixels predicted as each class, where labeled."""
+        """(K,) number of labeled pixels predicted as each class."""
         return self.confusion.sum(0)
 
     def as_plain(self) -> dict[str, Any]:
-        """Return a tensor and a number, for a checkpoint."""
+        """Return the scores as a tensor and a number, for a checkpoint."""
         return {"confusion": torch.from_numpy(self.confusion), "loss": self.loss}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Scores:
-        """Undo `as_plain`."""
+        """Make the scores from the result of `as_plain`."""
         return cls(plain["confusion"].numpy(), plain["loss"])
 
     def metrics(self, name: str, class_names: Sequence[str]) -> dict[str, float]:
@@ -92,7 +92,7 @@ class Scores:
         return {Metric.iou(name): self.iou} | _by_class("class_iou", name, class_names, self.class_iou)
 
     def all_metrics(self, name: str, class_names: Sequence[str]) -> dict[str, float]:
-        """Return `metrics`, then `precision`, `recall`, `f1`, each as /NAME (macro mean) and /NAME/CLASS where it is defined, and
+        """Return `metrics`, then `precision`, `recall` and `f1`, each as /NAME (macro mean) and /NAME/CLASS (if defined), and
         `accuracy/NAME`."""
         values = self.metrics(name, class_names)
         for kind, found in (("precision", self.class_precision), ("recall", self.class_recall), ("f1", self.class_f1)):
@@ -119,7 +119,7 @@ class Scorer:
         self._loss: Tensor | float = 0.0
 
     def update(self, logits: Tensor, labels: Tensor, logs: Tensor | None = None) -> None:
-        """Add a batch: logits (N, K, H, W), labels (N, H, W); `logs`: the `log_probabilities`, if they are at hand."""
+        """Add a batch: logits (N, K, H, W), labels (N, H, W); `logs`: their `log_probabilities` (computed if None)."""
         for part in in_parts(logits):
             self._add(logits[part], labels[part], log_probabilities(logits[part]) if logs is None else logs[part])
 
@@ -132,20 +132,20 @@ class Scorer:
         )
 
     def compute(self, over_ranks: bool = False) -> Scores:
-        """Return the scores of everything added; `over_ranks`: by all ranks, which must all call this and get the same."""
+        """Return the scores of everything added; `over_ranks`: by all ranks, which must all call this and get equal scores."""
         confusion = self._confusion
         loss = torch.as_tensor(self._loss, device=confusion.device).double()
         if over_ranks:
             confusion, loss = sum_of(confusion), sum_of(loss)
-        pixels = int(confusion.sum())  # every labeled one is in it
+        pixels = int(confusion.sum())  # number of labeled pixels
         return Scores(confusion.cpu().numpy(), float(loss) / pixels if pixels else float("nan"))
 
 
 class SelectionScorer:
     """Adds up batches of logits of the unlabeled target; the sums stay on the device until `compute`.
 
-    How the images are split into batches, and into shares of several ranks, changes no score: `first_image` is the number of the
-    first image added.
+    The scores do not depend on how the images are split into batches and among ranks. `first_image` is the index, in the whole
+    set, of the first image added.
     """
 
     def __init__(self, first_image: int = 0) -> None:
@@ -153,17 +153,17 @@ class SelectionScorer:
         self._sample = PixelSample(first_image)
 
     def update(self, logits: Tensor, valid: Tensor | None = None, logs: Tensor | None = None) -> None:
-        """Add a batch: logits (N, K, H, W) of any float type, valid (N, H, W), 0 where a pixel has no data (None = all have);
-        `logs`: the `log_probabilities`, if they are at hand and needed no more, as they are overwritten. Raises ValueError for
-        fewer than two classes."""
+        """Add a batch: logits (N, K, H, W) of any float type; valid (N, H, W), 0 where a pixel has no data (None = all have);
+        `logs`: their `log_probabilities` (computed if None), which are overwritten. Raises ValueError for fewer than two
+        classes."""
         with torch.no_grad():
             for of_part, known in parts_of(logits, valid, logs):
                 self._sample.add(self._sums.add(of_part, known), known)
 
     def compute(self, over_ranks: bool = False) -> dict[str, float]:
-        """Return `entropy`, `infomax`, `snd` and `bnm` of everything added, 0..1. All are NaN without a pixel that has data, and
-        where logits were not finite; `snd` also with fewer than three pixels. `over_ranks`: of what all ranks added, which must
-        all call this and get the same."""
+        """Return `entropy`, `infomax`, `snd` and `bnm` of everything added, 0..1. All are NaN if no pixel has data or logits were
+        not finite; `snd` also with fewer than three pixels. `over_ranks`: of what all ranks added, which must all call this and
+        get equal scores."""
         sums, sample = self._sums, self._sample
         if over_ranks and world() > 1:
             sums, sample = sums.over_ranks(sum_of), sample.over_ranks(gathered)
