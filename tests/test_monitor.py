@@ -7,7 +7,6 @@ from one source model, made once.
 from __future__ import annotations
 
 import copy
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir
@@ -621,7 +620,7 @@ def runs(place, tmp_path_factory) -> Iterator[Place]:
         with (
             pytest.MonkeyPatch.context() as patch
         ):  # the run of "separate" by the same job, which measures no alignment
-            patch.setattr(sys.modules[adapt.__module__], "Alignment", lambda *_: None)
+            patch.setattr("dann_experiments.jobs.run_training.Alignment", lambda *_: None)
             place.runs["unprobed"] = adapt(load_config(None, place.settings(**RUNS["separate"], **source)))
         # no held-out target images, and too few of any kind for a probe; a pretraining of its own that reads no target at all
         place.runs["few"] = adapt(
