@@ -7,7 +7,6 @@ from one source model, made once.
 from __future__ import annotations
 
 import copy
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir
@@ -621,7 +620,7 @@ def runs(place, tmp_path_factory) -> Iterator[Place]:
         with (
             pytest.MonkeyPatch.context() as patch
         ):  # the run of "separate" by the same job, which measures no alignment
-            patch.setattr(sys.modules[adapt.__module__], "Alignment", lambda *_: None)
+            patch.setattr("dann_experiments.jobs.run_training.Alignment", lambda *_: None)
             place.runs["unprobed"] = adapt(load_config(None, place.settings(**RUNS["separate"], **source)))
         # no held-out target images, and too few of any kind for a probe; a pretraining of its own that reads no target at all
         place.runs["few"] = adapt(
@@ -879,9 +878,16 @@ def test_whether_the_target_moves_running_statistics_changes_no_trained_weight(r
 def test_the_kept_model_of_target_stats_has_the_statistics_of_the_target_s_images_under_its_weights(runs):
     network, data = runs.network("target_stats"), runs.data()
     images = [item["image"] for item in (data.sets[TARGET_TRAIN][i] for i in range(13))]
-    with torch.no_grad():  # the first BatchNorm by hand
-        values = network.encoder.conv1(torch.stack(images)).double()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    first = network.encoder.bn1  # pyright: ignore[reportAttributeAccessIssue]
+    norms = (found for found in network.named_modules() if isinstance(found[1], torch.nn.BatchNorm2d))
+    name, first = next(norms)
+    seen = []
+    with torch.no_grad():  # the first BatchNorm by hand: what comes into it
+        hook = first.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        network(torch.stack(images))
+        hook.remove()
+    values = seen[0].double()
+    assert first.running_mean is not None
+    assert first.running_var is not None
     assert torch.allclose(first.running_mean.double(), values.mean((0, 2, 3)), atol=1e-5)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     assert torch.allclose(first.running_var.double(), values.var((0, 2, 3)), rtol=1e-4)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     again = copy.deepcopy(network)
@@ -890,7 +896,7 @@ def test_the_kept_model_of_target_stats_has_the_statistics_of_the_target_s_image
         assert torch.allclose(kept, made, rtol=1e-4, atol=1e-6), key
     # all of them, not the first alone, differ from what training left (which validation then replaced)
     trained = runs.weights("separate")
-    assert not torch.allclose(first.running_mean, trained["network.encoder.bn1.running_mean"], rtol=0.05)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    assert not torch.allclose(first.running_mean, trained[f"network.{name}.running_mean"], rtol=0.05)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("name", ["target_stats", "source_only"])

@@ -121,8 +121,8 @@ def test_the_thinned_pixels_of_many_images_are_those_of_one_process(tmp_path):
         part = slice(0, 13) if rank == 0 else slice(13, 40)
         selection = SelectionScorer(part.start)
         selection.update(logits[part])
-        merged = selection._of_all_ranks()
-        assert torch.equal(merged._compared(), unlabelled._compared())
+        merged = selection._sample.over_ranks(ranks.gathered)
+        assert torch.equal(merged.rows(), unlabelled._sample.rows())
 
     on_all_ranks(tmp_path / "meeting_point", check)
 
