@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from dann_experiments.names import Domain
-
 COLORS = (
     "#f2f2f2", "#d1495b", "#00798c", "#edae49", "#66a182", "#2e4057", "#8d96a3", "#a05195", "#ff7c43", "#4f9d69", "#b5838d",
     "#6a3d9a", "#8c510a", "#1f78b4", "#b8d98b", "#f4a6c0", "#808000", "#35c9d6", "#101f6b", "#d4c400",
@@ -13,7 +11,7 @@ COLORS = (
 IGNORED_COLOR = "#000000"
 INK, MUTED, GRID, PAPER = "#1f2328", "#656d76", "#d8dee4", "#ffffff"
 RED, TEAL, YELLOW, NAVY, GRAY, PURPLE, ORANGE = (COLORS[index] for index in (1, 2, 3, 5, 6, 7, 8))
-DOMAIN_COLORS: dict[Domain, str] = {"source": NAVY, "target": RED}
+DOMAIN_COLORS = {"source": NAVY, "target": RED}
 THEME = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", NAVY: "--source", RED: "--target", TEAL: "--teal",
     PURPLE: "--purple",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from dann_experiments.names import Domain, Metric, SetName
+from dann_experiments.names import DOMAINS, Domain, Metric, SetName
 from dann_experiments.reports.colors import DOMAIN_COLORS, MUTED, ORANGE, PAPER, PURPLE, TEAL
 from dann_experiments.reports.plots.series import Points, finite, mean_curve, smoothed
 from dann_experiments.reports.plots.style import drawing, legend_above, new_figure
@@ -35,7 +35,8 @@ def arm_curves_figure(histories: Histories, limits: tuple[float, float, int], hi
     heights = [3.0] + [0.9] * has_lambda + [1.4] * has_accuracy
     figure = new_figure(5.0, sum(heights) + 0.7, (0.52, 0.05, 0.25, 0.42), hspace=0.17)
     axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
-    for domain, color in DOMAIN_COLORS.items():
+    for domain in DOMAINS:
+        color = DOMAIN_COLORS[domain]
         curves = _in_points(histories, domain)
         _draw_seeds(axes[0], curves, color, domain, marker="o" if domain == "source" else "^")
         at_start = [value for curve in curves for step, value in curve if step == 0]
@@ -65,9 +66,7 @@ def arm_curves_figure(histories: Histories, limits: tuple[float, float, int], hi
 
 def curve_limits(arms: Sequence[Histories]) -> tuple[float, float, int]:
     """Return lowest and highest validation IoU (points, with some room) and the last step of all curves."""
-    found = [
-        value for arm in arms for domain in DOMAIN_COLORS for curve in _in_points(arm, domain) for _, value in curve
-    ]
+    found = [value for arm in arms for domain in DOMAINS for curve in _in_points(arm, domain) for _, value in curve]
     last = max((curve[-1][0] for arm in arms for curves in arm.values() for curve in curves if curve), default=1)
     if not found:
         return 0, 100, max(last, 1)
@@ -79,7 +78,8 @@ def draw_all_curves(axis: Axes, arms: Mapping[str, tuple[str, Histories]]) -> No
     """Draw the mean validation IoU of every arm, target solid and source dashed; `arms`: name -> color and histories."""
     handles = []
     for name, (color, histories) in arms.items():
-        for domain, line in (("target", "-"), ("source", (0, (4, 2)))):
+        lines: dict[Domain, Any] = {"target": "-", "source": (0, (4, 2))}
+        for domain, line in lines.items():
             steps, mean, std = mean_curve(_in_points(histories, domain))
             if len(steps) < 2:
                 continue

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dann_experiments.names import Metric, SetName
+from dann_experiments.names import DOMAINS, Metric, SetName
 from dann_experiments.reports.colors import DOMAIN_COLORS, MUTED, PURPLE, TEAL, YELLOW
 from dann_experiments.reports.plots.series import Points, smoothed
 from dann_experiments.reports.plots.style import drawing, legend_above, new_figure, save
@@ -20,7 +20,8 @@ def draw_curves(path: Path, history: Mapping[str, Points], title: str) -> None:
     """Draw IoU of both domains, domain accuracy and lambda over the optimizer step; `history`: metric -> [(step, value)]."""
     figure = new_figure(8, 6.5, (0.7, 0.2, 0.75, 0.5), hspace=0.18)
     above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
-    for domain, color in DOMAIN_COLORS.items():
+    for domain in DOMAINS:
+        color = DOMAIN_COLORS[domain]
         _plot(above, history, Metric.iou(SetName(domain, "val")), color, marker="o")
     above.set_ylabel("mean IoU")
     _plot(middle, history, Metric.DOMAIN_ACCURACY, TEAL, smooth=True)
