@@ -620,7 +620,7 @@ def test_models_of_runs_and_of_the_registry(model):
         np.testing.assert_array_equal(read(f"registered_{number}.tif"), read("registered_1.tif"))
 
 
-def test_every_setting_has_a_help_text(Config):
+def test_every_setting_has_a_help_text():
     text = help_text(PredictConfig)
     for setting in dataclasses.fields(PredictConfig):
         assert f"--{setting.name}" in text

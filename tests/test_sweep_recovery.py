@@ -12,7 +12,6 @@ from conftest import small_settings
 from optuna.trial import TrialState
 
 from dann_experiments import DomainAdaptationMethod, InputError, load_config
-from dann_experiments.comparison.runner import Task
 from dann_experiments.config import replace
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.tracking.processes import process_name
@@ -29,7 +28,7 @@ from sweeps.scheduler import run_trials
 from sweeps.settings import SweepConfig
 from sweeps.space import read_space
 from sweeps.study import SOURCE_ONLY, SWEEP_RUNS, Slot, Sweep, open_storage, superseded
-from sweeps.worker import work
+from sweeps.worker import Task, work
 
 METHOD = "domain_adaptation.method"
 GAMMA = f"{METHOD}.lambda_schedule.gamma"
