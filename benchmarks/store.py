@@ -272,7 +272,7 @@ def questions(filled: Filled, folder: Path, statements: Statements) -> dict[str,
         comparison(study, study.counted())
         target_free_choice(study)
         links(store, study, study.trials())
-        show.print_table(study)
+        show.print_study(study)
 
     return {
         "`runs`": lambda: overview(config),

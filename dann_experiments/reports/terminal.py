@@ -37,8 +37,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     """Print a table: labels on the left in the first column, numbers on the right in the others."""
     table = Table(title=escape(title), box=box, padding=(0, 1, 0, 0) if box is SIMPLE else (0, 1))
     for place, name in enumerate(columns):
-        left = {"no_wrap": True} if box is SIMPLE else {}
-        table.add_column(escape(name), overflow="fold", **({"justify": "right"} if place else left))
+        label = place == 0
+        table.add_column(
+            escape(name), justify="left" if label else "right", no_wrap=label and box is SIMPLE, overflow="fold"
+        )
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)
