@@ -5,6 +5,7 @@ python -m benchmarks.settings    # less than a second
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping
 
@@ -33,7 +34,7 @@ CHAPTERS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "Adaptation": (Config, ("domain_adaptation.",)),
     "Tracking": (Config, ("tracking.",)),
     "Comparisons (`compare`)": (CompareConfig, ("",)),
-    "Sweeps (`python -m sweeps`)": (SweepConfig, ("",)),
+    "Sweeps": (SweepConfig, ("",)),
     "Class maps (`predict`)": (PredictConfig, ("",)),
 }
 """Title -> the class of its settings, and what the groups in it begin with; an empty text is the group of the class itself."""
@@ -78,4 +79,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(page())

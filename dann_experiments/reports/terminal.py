@@ -38,8 +38,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     """Print a table: the first column aligned left, the others right."""
     table = Table(title=escape(title), box=box, padding=(0, 1, 0, 0) if box is SIMPLE else (0, 1))
     for place, name in enumerate(columns):
-        no_wrap = box is SIMPLE and place == 0
-        table.add_column(escape(name), overflow="fold", justify="right" if place else "left", no_wrap=no_wrap)
+        label = place == 0
+        table.add_column(
+            escape(name), justify="left" if label else "right", no_wrap=label and box is SIMPLE, overflow="fold"
+        )
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)
