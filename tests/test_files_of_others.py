@@ -698,7 +698,7 @@ def turned_copy(squares: Path, folder: Path) -> Path:
     return folder
 
 
-def test_pictures_stored_turned_train_and_predict_as_those_stored_upright(workplace, squares, trained):
+def test_pictures_stored_turned_train_and_predict_as_those_stored_upright(workplace, squares, shared_runs):
     turned = turned_copy(squares, workplace / "turned")
     stored_otherwise = [
         path
@@ -707,7 +707,7 @@ def test_pictures_stored_turned_train_and_predict_as_those_stored_upright(workpl
     ]
     assert len(stored_otherwise) > 20
     result = adapt(load_config(None, small_settings(turned)))
-    assert result.metrics == trained.result("adapt").metrics
+    assert result.metrics == shared_runs.result("adapt").metrics
     maps = []
     for root in (squares, turned):
         images, output = root / "target_test" / "images", workplace / f"{root.name}_maps"
@@ -718,11 +718,11 @@ def test_pictures_stored_turned_train_and_predict_as_those_stored_upright(workpl
         assert np.array_equal(maps[1][name], expected)
 
 
-def test_a_photograph_held_upright_gets_an_upright_map(pretrained_place, trained):
+def test_a_photograph_held_upright_gets_an_upright_map(pretrained_place, shared_runs):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(picture(40, 64)).save(pretrained_place / "photo.jpg", exif=exif)
-    model = trained.result("pretrain").model_uri
+    model = shared_runs.result("pretrain").model_uri
     predict(PredictConfig(model=model, input="photo.jpg", output="map.png", probabilities=True))
     assert Image.open("map.png").size == (40, 64)
     with rasterio.open("map_probabilities.tif") as file:

@@ -40,12 +40,12 @@ def history(store: mlflow.MlflowClient, run_id: str, metric: str) -> list[tuple[
 
 
 @pytest.fixture
-def run(trained) -> RunResult:
+def run(shared_runs) -> RunResult:
     """The adaptation that all tests share, for those that only look."""
-    return trained.result("adapt")
+    return shared_runs.result("adapt")
 
 
-def test_a_run_shows_what_the_design_promises(run, trained):
+def test_a_run_shows_what_the_design_promises(run, shared_runs):
     found = client(run).get_run(run.run_id)
     assert found.info.status == "FINISHED"
     # 13 target images in batches of 3 make 4 steps an epoch; the source's 2 batches start again
@@ -90,7 +90,7 @@ def test_a_run_shows_what_the_design_promises(run, trained):
         "figures/confusion_source_val.png", "figures/confusion_target_val.png", "figures/confusion_target_test.png",
         "figures/curves.png", "tables/class_iou.csv", "features.safetensors",
     }  # fmt: skip
-    assert not (trained.folder / "outputs" / run.run_id).exists()
+    assert not (shared_runs.folder / "outputs" / run.run_id).exists()
 
 
 def test_lambda_as_logged_starts_at_zero_and_follows_the_epochs(run):
@@ -155,11 +155,11 @@ def test_the_model_loads_in_a_new_process_without_pickles_and_gives_the_same_log
 
 
 def test_pretraining_is_found_again_unless_the_network_differs_and_is_then_a_run_of_its_own(
-    pretrained_place, squares, trained
+    pretrained_place, squares, shared_runs
 ):
     """The config.yaml of a run gives the same numbers again."""
-    found_by_search = trained.result("adapt")
-    assert found_by_search.source_run_id == trained.result("pretrain").run_id
+    found_by_search = shared_runs.result("adapt")
+    assert found_by_search.source_run_id == shared_runs.result("pretrain").run_id
     again = adapt(load_config(Path(found_by_search.artifacts) / "config.yaml"))
     assert again.source_run_id == found_by_search.source_run_id
     assert again.metrics == found_by_search.metrics
@@ -173,13 +173,13 @@ def test_pretraining_is_found_again_unless_the_network_differs_and_is_then_a_run
     assert len(new) == 2
 
 
-def test_python_command_line_and_notebook_give_the_same_metrics_to_the_bit(pretrained_place, squares, trained):
+def test_python_command_line_and_notebook_give_the_same_metrics_to_the_bit(pretrained_place, squares, shared_runs):
     """The notebook's call is load_config(file, overrides) -> adapt, in a kernel of its own."""
     from nbclient import NotebookClient
     from nbformat.v4 import new_code_cell, new_notebook
 
     (pretrained_place / "c.yaml").write_text(yaml.safe_dump(nested(small_settings(squares))))
-    source = trained.result("pretrain")
+    source = shared_runs.result("pretrain")
     with_source = {"domain_adaptation.pretrained_checkpoint.path": source.model_uri}
     assert main(["adapt", "--config", "c.yaml", "--source_checkpoint", source.model_uri]) == 0
     cells = [
@@ -189,7 +189,7 @@ def test_python_command_line_and_notebook_give_the_same_metrics_to_the_bit(pretr
     notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
     resources = {"metadata": {"path": str(pretrained_place)}}
     NotebookClient(notebook, kernel_name="python3", resources=resources).execute()
-    here = trained.result("adapt")
+    here = shared_runs.result("adapt")
     stores = [client(here), client(), client()]
     runs = client().search_runs([here.experiment_id], "tags.`dann.job` = 'adapt'")
     run_ids = [here.run_id, *(item.info.run_id for item in runs)]

@@ -77,8 +77,8 @@ def test_a_run_left_in_the_environment_is_left_alone_and_named_once(workplace, m
     assert "unset MLFLOW_RUN_ID" in told
 
 
-def test_a_job_leaves_the_tags_of_a_finished_run_as_they_are(pretrained_place, squares, trained, monkeypatch):
-    config, first = load_config(None, small_settings(squares)), trained.result("pretrain")
+def test_a_job_leaves_the_tags_of_a_finished_run_as_they_are(pretrained_place, squares, shared_runs, monkeypatch):
+    config, first = load_config(None, small_settings(squares)), shared_runs.result("pretrain")
     uri = f"sqlite:///{pretrained_place}/mlflow.db"
     client = mlflow.MlflowClient(tracking_uri=uri)
     before = client.get_run(first.run_id).to_dictionary()
@@ -176,10 +176,10 @@ def test_a_deleted_experiment_is_told_with_the_command_that_restores_it(workplac
 
 
 def test_a_run_keeps_the_experiment_in_its_settings_and_goes_on_in_it_without_the_variable(
-    pretrained_place, squares, trained, monkeypatch
+    pretrained_place, squares, shared_runs, monkeypatch
 ):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    result = evaluate_of(trained.result("pretrain").model_uri, squares)
+    result = evaluate_of(shared_runs.result("pretrain").model_uri, squares)
     client = mlflow.MlflowClient(tracking_uri=result.tracking_uri)
     run = client.get_run(result.run_id)
     assert client.get_experiment(run.info.experiment_id).name == "mine"

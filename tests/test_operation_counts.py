@@ -87,9 +87,9 @@ class Counting(pl.Callback):
 
 
 @pytest.fixture(scope="module")
-def counted(squares, trained, tmp_path_factory):
+def counted(squares, shared_runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("counted")
-    copy_store(trained.folder / "after_pretrain" / "mlflow.db", folder)
+    copy_store(shared_runs.folder / "after_pretrain" / "mlflow.db", folder)
 
     @functools.cache
     def run(classifier):

@@ -18,7 +18,7 @@ from dann_experiments import adapt, load_config, pretrain
 from dann_experiments.tracking.store import without_secrets
 
 
-def test_a_run_on_a_server_holds_the_same_as_on_sqlite(server, workplace, squares, trained):
+def test_a_run_on_a_server_holds_the_same_as_on_sqlite(server, workplace, squares, shared_runs):
     source = pretrain(load_config(None, small_settings(squares, tracking__uri=server)))
     result = adapt(load_config(None, small_settings(squares, tracking__uri=server)))
     client = mlflow.MlflowClient(tracking_uri=server)
@@ -43,7 +43,7 @@ def test_a_run_on_a_server_holds_the_same_as_on_sqlite(server, workplace, square
     }
     assert len(run.inputs.dataset_inputs) == 5
     assert result.source_run_id == source.run_id  # found on the server
-    assert result.metrics == trained.result("adapt").metrics
+    assert result.metrics == shared_runs.result("adapt").metrics
 
 
 def test_passwords_in_addresses_are_not_shown():
