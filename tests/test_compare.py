@@ -579,7 +579,7 @@ def test_runs_scored_on_other_images_of_the_target_are_refused(here):
         ({"DANN": {}, "best": {"kind": "oracle"}}, "arms.best is an oracle, but data.oracle names no"),
         ({"DANN": {}, "s": {"kind": "source_only", "optimizer.lr": 0.1}}, "arms.s changes ['optimizer.lr'], but"),
         ({"DANN": {"seed": 3}}, "arms.DANN sets seed to 3, but all arms share it"),
-        ({"DANN": {PATH: "x.ckpt"}}, f"arms.DANN sets {PATH} to 'x.ckpt', but that is one"),
+        ({"DANN": {PATH: "x.ckpt"}}, f"arms.DANN sets {PATH} to 'x.ckpt', but all arms share it"),
         ({"DANN": {"data.target.test": ["source"]}}, "arms.DANN sets data.target.test to ['source'], but arms start"),
         ({"DANN": {"model.encoder_name": "resnet34"}}, "arms.DANN sets model.encoder_name to 'resnet34', but arms"),
         ({"DANN": {}, "c": {"kind": "control", f"{METHOD}.name": "dann"}}, "makes an arm of kind control"),

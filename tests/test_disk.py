@@ -224,7 +224,7 @@ def test_a_disk_that_is_full_to_the_end_is_one_message_and_the_run_goes_on_to_th
     (error,) = told.split("Error: ")[1:]
     assert f"{outputs / here.run_id}/" in error
     assert "cannot be written: " in error
-    assert "MB wanted" in error or "0.0 MB free" in error
+    assert "MB needed" in error or "0.0 MB free" in error
     assert f"adapt --resume {here.run_id}" in error
     assert told.count("Training continues without this checkpoint (the one of step 4 is kept)") == 1
     assert here.status == "FAILED"
@@ -302,7 +302,7 @@ def test_a_read_only_disk_for_outputs_is_told_before_a_run_is_made(place, small_
 def assert_refused_before_a_run(here: Place, folder: Path) -> None:
     code, told = here.run("adapt", "--tracking.folder", str(folder))
     assert code == 2
-    assert f"Error: tracking.folder is '{folder}', where nothing can be written" in told
+    assert f"Error: tracking.folder is '{folder}', which is not writable" in told
     assert not here.client.search_runs(["1"], "tags.`dann.job` = 'adapt'")
 
 
@@ -460,7 +460,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_of_the_same_name_as_it_w
     files.write({"a": torch.zeros(10)}, path)
     limit(50_000)
     try:
-        with pytest.raises(NotWritten, match=r"step_1\.ckpt cannot be written: .*4\.0 MB wanted"):
+        with pytest.raises(NotWritten, match=r"step_1\.ckpt cannot be written: .*4\.0 MB needed"):
             files.write({"a": torch.ones(1_000_000)}, path)
     finally:
         limit()
@@ -499,7 +499,7 @@ def test_artifacts_that_have_no_room_are_not_copied(place, workplace):
     limit(LIMIT)  # should it be copied all the same
     try:
         with (
-            pytest.raises(NotWritten, match=r"no room in .*: 8796093\.0 MB wanted.*TMPDIR"),
+            pytest.raises(NotWritten, match=r"no room in .*: 8796093\.0 MB needed.*TMPDIR"),
             fetched(f"runs:/{run_id}", store),
         ):
             pass

@@ -314,10 +314,10 @@ def test_evaluate_scores_a_run_s_model_to_the_same_numbers(run, squares, workpla
             "add labeled images in data.source.val",
         ),
         ({"monitor__metric": "foo"}, "it is one of ['iou/gap_source_minus_target'"),
-        ({"tracking__folder": __file__}, "where nothing can be written"),
+        ({"tracking__folder": __file__}, "which is not writable"),
         ({"tracking__uri": "sqlite:///notes.txt"}, "which cannot be used"),
         ({"domain_adaptation__method__class_path": "no.such.Method"}, "cannot be imported"),
-        ({"domain_adaptation__method__class_path": "pathlib.Path"}, "no subclass of dann_experiments"),
+        ({"domain_adaptation__method__class_path": "pathlib.Path"}, "not a subclass of dann_experiments"),
         (
             {"domain_adaptation__batchnorm": "joint", "domain_adaptation__method__feature_layer": "decoder.blocks.0"},
             "'joint'",

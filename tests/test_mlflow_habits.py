@@ -149,7 +149,7 @@ def test_the_experiment_is_the_setting_s_else_the_environment_s_else_dann(
         ({"MLFLOW_EXPERIMENT_ID": "77"}, "MLFLOW_EXPERIMENT_ID is '77', which the tracking store does not have"),
         ({"MLFLOW_EXPERIMENT_ID": "a b"}, "MLFLOW_EXPERIMENT_ID is 'a b', which the tracking store does not have"),
         ({"MLFLOW_EXPERIMENT_ID": "0", "MLFLOW_EXPERIMENT_NAME": "there"}, "'there', whose id is 1, but MLFLOW_EXPERIMENT_ID"),
-        ({"MLFLOW_EXPERIMENT_NAME": "x" * 501}, "MLFLOW_EXPERIMENT_NAME has 501 letters"),
+        ({"MLFLOW_EXPERIMENT_NAME": "x" * 501}, "MLFLOW_EXPERIMENT_NAME has 501 characters"),
     ],
 )  # fmt: skip
 def test_a_variable_that_names_no_experiment_is_told(uri, monkeypatch, variables, message):

@@ -87,7 +87,7 @@ def test_a_single_band_may_be_named_without_a_list():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"bands": [1, 2]}, r"bands is \[1, 2\].*takes 3"),
+        ({"bands": [1, 2]}, r"bands is \[1, 2\].*needs 3"),
         ({"bands": [0, 1, 2]}, r"bands is \[0, 1, 2\].*from 1"),
         ({"bands": []}, r"bands is \[\]"),
         ({"file_pixel_size": 0.5}, "file_pixel_size is 0.5.*no effect"),

@@ -169,7 +169,7 @@ def test_two_sensors_meet_at_one_pixel_size(tmp_path):
 
 def test_files_without_georeference_need_to_be_told_their_pixel_size(tmp_path):
     Image.fromarray(RNG.integers(0, 255, (20, 40, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"a\.png has no georeference .* give file_pixel_size"):
+    with pytest.raises(InputError, match=r"a\.png has no georeference .* set file_pixel_size"):
         read_pixels(tmp_path / "a.png", 3, Reading(pixel_size=0.2))
     assert read_pixels(tmp_path / "a.png", 3, Reading(pixel_size=0.2, file_pixel_size=0.1)).values.shape == (3, 10, 20)
 

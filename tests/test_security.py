@@ -174,8 +174,8 @@ def test_a_method_of_ones_own_needs_no_other_key_and_its_arguments_stay_as_they_
     [
         ("trap.Other", "has no class Other"), ("trap_package.inner.Other", "has no class Other"),
         ("trap_package.Method", "has no class Method"), ("trap_package.none.Method", "no module named"),
-        ("none.Method", "no module named"), ("math.Method", "."), ("Method", "not of the form"), ("a b.c", "not of the form"),
-        ("..trap.Method", "not of the form"), ("antigravity.Method", "has no class Method"),
+        ("none.Method", "no module named"), ("math.Method", "."), ("Method", "does not have the form"), ("a b.c", "does not have the form"),
+        ("..trap.Method", "does not have the form"), ("antigravity.Method", "has no class Method"),
     ],
 )  # fmt: skip
 def test_a_module_without_the_class_is_not_imported_and_neither_are_the_packages_around_it(trap, path, reason):
@@ -232,7 +232,7 @@ def test_a_studys_storage_names_no_code_unless_the_caller_names_it_too(trap, wor
         with pytest.raises(InputError, match=r"give --allow_class_path trap\.Method"):
             resume_sweep("s", "journal.log", allowed)
     assert not trap.exists()
-    with pytest.raises(InputError, match="no subclass of"):  # on to the class itself
+    with pytest.raises(InputError, match="not a subclass of"):  # on to the class itself
         resume_sweep("s", "journal.log", {"allow_class_path": "trap.Method"})
 
 

@@ -166,7 +166,7 @@ def test_a_text_that_is_cut_says_so_and_different_texts_stay_different():
 
 
 def test_an_experiment_name_that_mlflow_does_not_take_is_told_by_its_setting(workplace):
-    with pytest.raises(InputError, match=r"tracking\.experiment has 501 letters"):
+    with pytest.raises(InputError, match=r"tracking\.experiment has 501 characters"):
         open_store(None, "x" * 501)
 
 

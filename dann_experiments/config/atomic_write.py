@@ -56,7 +56,7 @@ def reason(error: OSError, place: Path, wanted: int | None = None) -> str:
             there = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
             facts.append(f"{shutil.disk_usage(there).free / 1e6:.1f} MB free")
     if wanted is not None:
-        facts.append(f"{wanted / 1e6:.1f} MB wanted")
+        facts.append(f"{wanted / 1e6:.1f} MB needed")
     return f"{text} ({', '.join(facts)})" if facts else text
 
 
