@@ -71,7 +71,11 @@ def test_the_wheel_holds_recipes_spaces_presets_and_types_and_nothing_but_the_pa
     package, sweeps = map(Path, run(programs / "python", "-c", show, cwd=empty_place).stdout.split())
     assert programs.parent in package.parents
     for ours, installed in ((RECIPES.parent, package.parent), (PROJECT / "sweeps", sweeps.parent)):
-        names = {str(path.relative_to(ours)) for path in ours.rglob("*") if path.suffix in (".py", ".yaml", ".typed")}
+        names = {
+            str(path.relative_to(ours))
+            for path in ours.rglob("*")
+            if path.suffix in (".py", ".yaml", ".typed", ".j2", ".css")
+        }
         assert names == {
             str(path.relative_to(installed))
             for path in installed.rglob("*")

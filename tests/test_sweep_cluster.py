@@ -171,7 +171,10 @@ def test_a_comparison_on_a_cluster_loses_no_run_when_a_ray_node_dies(tmp_path, s
 
 @pytest.mark.slow
 def test_a_database_that_crashes_and_comes_back_costs_no_trial(tmp_path, postgresql):
-    place, address = make_place(tmp_path / "place", trainer__max_epochs=2), postgresql.get_uri()
+    place, address = (
+        make_place(tmp_path / "place", trainer__max_epochs=2, model__encoder_name="resnet18"),
+        postgresql.get_uri(),
+    )
     process = sweeps(place, *run_words(place, "--n_trials", "4", "--workers", "2", "--storage", address))
     storage = open_storage(address)
 

@@ -109,7 +109,9 @@ def check_ended(place: Path, trials: int, uri: str | None = None) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sweep of 12 trials by two workers."""
-    folder = make_place(tmp_path_factory.mktemp("sweep"), model__encoder_name="resnet18")  # large enough to differ, and be pruned
+    folder = make_place(
+        tmp_path_factory.mktemp("sweep"), model__encoder_name="resnet18"
+    )  # large enough to differ, and be pruned
     finish(sweeps(folder, *run_words(folder, "--n_trials", "12", "--workers", "2")))
     return folder
 
