@@ -57,7 +57,17 @@ from dann_experiments.jobs import adapt
 from sweeps import __main__ as sweeps
 
 FOUND = pieces()
-CLONE = ["dann_experiments", "sweeps", "recipes", "benchmarks", "MLproject", "conda.yaml", "Makefile", "pyproject.toml"]
+CLONE = [
+    "dann_experiments",
+    "sweeps",
+    "recipes",
+    "benchmarks",
+    "MLproject",
+    "conda.yaml",
+    "Makefile",
+    "pyproject.toml",
+    "constraints.txt",
+]
 FEW_ARMS = {"source only": {"kind": "source_only"}, "lambda = 0 control": {"kind": "control"}, "DANN": {}}
 ABLATION = "# ablation.yaml"
 README_DATA, REGION_DATA = "model: {arch: unet, encoder_name: resnet34", "model: {in_channels: 4"
