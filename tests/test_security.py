@@ -174,7 +174,8 @@ def test_a_method_of_ones_own_needs_no_other_key_and_its_arguments_stay_as_they_
     [
         ("trap.Other", "has no class Other"), ("trap_package.inner.Other", "has no class Other"),
         ("trap_package.Method", "has no class Method"), ("trap_package.none.Method", "no module named"),
-        ("none.Method", "no module named"), ("math.Method", "."), ("Method", "does not have the form"), ("a b.c", "does not have the form"),
+        ("none.Method", "no module named"), ("math.Method", "."), ("Method", "does not have the form"),
+        ("a b.c", "does not have the form"),
         ("..trap.Method", "does not have the form"), ("antigravity.Method", "has no class Method"),
     ],
 )  # fmt: skip
