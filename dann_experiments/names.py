@@ -172,6 +172,14 @@ class Metric:
         return f"{Metric.VAL_LOSS}{domain}"
 
 
+CURVES = (
+    Metric.SOURCE_VAL_IOU,
+    Metric.TARGET_VAL_IOU,
+    Metric.DOMAIN_ACCURACY,
+    Metric.DOMAIN_ACCURACY_VAL,
+    Metric.LAMBDA,
+)
+"""Metrics whose course over training is drawn, of one run and of all arms of a comparison."""
 METRICS = (
     (
         (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU),

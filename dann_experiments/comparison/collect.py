@@ -18,19 +18,12 @@ from dann_experiments.config.comparison import ARM_NAMES, KINDS, Kind
 from dann_experiments.config.errors import StoreAway
 from dann_experiments.config.store_names import LONGEST_PARAM
 from dann_experiments.config.untrusted import without_code
-from dann_experiments.names import Job, Metric, Tag
+from dann_experiments.names import CURVES, Job, Metric, Tag
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, known_run, without_secrets
 from dann_experiments.tracking.values import context_of, last_values, logged_points
 
 log = logging.getLogger(__name__)
-CURVES = (
-    Metric.SOURCE_VAL_IOU,
-    Metric.TARGET_VAL_IOU,
-    Metric.LAMBDA,
-    Metric.DOMAIN_ACCURACY,
-    Metric.DOMAIN_ACCURACY_VAL,
-)
 PROBES = (
     Metric.PROBE_ACCURACY,
     Metric.A_DISTANCE,

@@ -24,7 +24,7 @@ from dann_experiments.comparison.verdict import (
     paired,
 )
 from dann_experiments.config.store_names import labels_in_store
-from dann_experiments.names import DOMAINS, Metric, SetName, Tag
+from dann_experiments.names import CURVES, DOMAINS, Metric, SetName, Tag
 from dann_experiments.reports import images, pages
 from dann_experiments.reports.colors import (
     COLORS,
@@ -62,13 +62,6 @@ OUTCOME_COLORS = {
 OUTCOME_MARKS = {"helped": "▲", "hurt": "▼", "no evidence": "○", "explained by BatchNorm statistics": "≈"}
 SCORE_COLUMNS = (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU, Metric.SOURCE_TEST_IOU, Metric.TARGET_TEST_IOU)
 GAP_COLUMNS = (Metric.PROBE_ACCURACY, Metric.A_DISTANCE, Metric.DOMAIN_ACCURACY_VAL)
-CURVES = (
-    Metric.SOURCE_VAL_IOU,
-    Metric.TARGET_VAL_IOU,
-    Metric.LAMBDA,
-    Metric.DOMAIN_ACCURACY,
-    Metric.DOMAIN_ACCURACY_VAL,
-)
 COMMIT_TAG, ALIGNMENT_TAG = "mlflow.source.git.commit", Tag.ALIGNMENT
 
 

@@ -8,15 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from dann_experiments.names import Metric
-
-CURVES = (
-    Metric.SOURCE_VAL_IOU,
-    Metric.TARGET_VAL_IOU,
-    Metric.DOMAIN_ACCURACY,
-    Metric.DOMAIN_ACCURACY_VAL,
-    Metric.LAMBDA,
-)
+from dann_experiments.names import CURVES
 
 
 class Curves(pl.Callback):

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.models.compiling import is_of_compiling
+from dann_experiments.names import CURVES
 from dann_experiments.training import ranks
 from dann_experiments.training.checkpointing import Checkpoints
-from dann_experiments.training.curves import CURVES
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
 from dann_experiments.training.ranks import Rank
