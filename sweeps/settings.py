@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from dann_experiments.config import InputError, limits
 from dann_experiments.config.limits import above, between, matching
-from dann_experiments.config.run import MOST_PROCESSES, TARGET_LABEL_METRICS, MonitorConfig
-from dann_experiments.config.workers import MOST_GPUS, PoolSettings
+from dann_experiments.config.run import TARGET_LABEL_METRICS, MonitorConfig
+from dann_experiments.config.workers import PoolSettings
 from dann_experiments.names import Metric
 
 QUESTION = (
@@ -53,17 +53,6 @@ class SweepConfig(PoolSettings):
     pruner: Literal["median", "halving", "hyperband", "none"] = "median"
     """Rule that stops poor trials early, after each epoch. median: worse than the median; halving: asynchronous successive
     halving; hyperband: Hyperband; none: run all to the end."""
-    workers: Annotated[int | None, between(1, MOST_PROCESSES)] = None
-    """Trials at a time; null = as many as fit on the GPUs (gpus_per_trial), without GPUs one per core, at most 4; with launcher
-    ray, as many as fit on the cluster. They share the cores."""
-    launcher: Literal["processes", "ray"] = "processes"
-    """Where trials run. processes: on this machine; ray: on an existing Ray cluster."""
-    ray_address: str = "auto"
-    """Address of the Ray cluster; auto = the one that this machine belongs to."""
-    cpus_per_trial: Annotated[float, above(0)] = 1.0
-    """Cores of the Ray cluster per trial."""
-    gpus_per_trial: Annotated[float | None, between(0, MOST_GPUS)] = None
-    """GPUs per trial; 0.5 = two trials share one. null = 1; with launcher ray 0, and trials see no GPU."""
     max_failures: Annotated[int, between(1, 100_000)] = 5
     """Stop the sweep after this many failed trials in a row."""
     nested: bool = False

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from dann_experiments.config import limits
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.limits import above, between
-from dann_experiments.config.run import MOST_PROCESSES
-from dann_experiments.config.workers import MOST_GPUS, PoolSettings
+from dann_experiments.config.workers import PoolSettings
 
 Kind = Literal["source_only", "statistics", "control", "adapted", "oracle"]
 """source_only: the unadapted source model; statistics: that model with BatchNorm statistics of the target (AdaBN); control:
@@ -39,17 +37,6 @@ class CompareConfig(PoolSettings):
     control, DANN, and the oracle if data.oracle lists images."""
     seeds: int | list[int] = 5
     """Number of seeds, counted from `seed` (1 to 1000), or a list of seeds. A verdict needs at least 3; 5 are better."""
-    workers: Annotated[int | None, between(1, MOST_PROCESSES)] = None
-    """Runs at a time; null = as many as fit on the GPUs (gpus_per_trial), without GPUs one per core, at most 4; with launcher
-    ray, as many as fit on the cluster. They share the cores."""
-    launcher: Literal["processes", "ray"] = "processes"
-    """Where runs are made. processes: on this machine; ray: on an existing Ray cluster."""
-    ray_address: str = "auto"
-    """Address of the Ray cluster; auto = the one that this machine belongs to."""
-    cpus_per_trial: Annotated[float, above(0)] = 1.0
-    """Cores of the Ray cluster per run."""
-    gpus_per_trial: Annotated[float | None, between(0, MOST_GPUS)] = None
-    """GPUs per run; 0.5 = two runs share one. null = 1; with launcher ray 0, and runs see no GPU."""
     runs: list[str] = field(default_factory=list)
     """Ids of finished runs to compare, without training anything. The runs of their source models are added."""
 

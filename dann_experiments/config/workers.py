@@ -1,10 +1,13 @@
-"""The settings of worker pools, shared by comparisons and sweeps. Their help texts are in the classes that inherit them."""
+"""The settings of worker pools, which comparisons and sweeps share."""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.limits import above, between
+from dann_experiments.config.run import MOST_PROCESSES
 
 RAY_ONLY = {"ray_address": "auto", "cpus_per_trial": 1.0}
 """Settings that only launcher ray uses, with their defaults."""
@@ -12,14 +15,21 @@ MOST_RUNS_PER_GPU = 64
 MOST_GPUS = 1000
 
 
+@dataclass(frozen=True)
 class PoolSettings:
     """Base class of `SweepConfig` and `CompareConfig` with the settings of a worker pool."""
 
-    workers: int | None
-    launcher: Literal["processes", "ray"]
-    ray_address: str
-    cpus_per_trial: float
-    gpus_per_trial: float | None
+    workers: Annotated[int | None, between(1, MOST_PROCESSES)] = None
+    """Runs at a time; null = as many as fit on the GPUs (gpus_per_trial), without GPUs one per core, at most 4; with launcher
+    ray, as many as fit on the cluster. They share the cores."""
+    launcher: Literal["processes", "ray"] = "processes"
+    """Where runs are made. processes: on this machine; ray: on an existing Ray cluster."""
+    ray_address: str = "auto"
+    """Address of the Ray cluster; auto = the one that this machine belongs to."""
+    cpus_per_trial: Annotated[float, above(0)] = 1.0
+    """Cores of the Ray cluster per run."""
+    gpus_per_trial: Annotated[float | None, between(0, MOST_GPUS)] = None
+    """GPUs per run; 0.5 = two runs share one. null = 1; with launcher ray 0, and runs see no GPU."""
 
     def check_pool(self) -> None:
         """Raise InputError for settings that contradict each other."""
