@@ -32,7 +32,6 @@ from dann_experiments.reports.images import display_image
 from dann_experiments.reports.plots.preview import draw_preview
 from dann_experiments.tracking.run import TrackedRun, tracked_run
 from dann_experiments.tracking.store import local_artifact_folder, open_store, without_secrets
-from dann_experiments.training.memory import explain_out_of_memory
 
 log = logging.getLogger(__name__)
 PREVIEW_SIDE = 1000  # pixels
@@ -88,7 +87,6 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
         written = {"model": settings.model, "software": f"dann_experiments {__version__}", "dann_run_id": run.run_id}
         maker = MapMaker(
             model, options, device, class_colors(len(model.class_names)), written,
-            around=lambda scene: explain_out_of_memory(InputError, lambda: _smaller(scene, settings)),
         )  # fmt: skip
         with _progress(len(work), settings.progress) as show:
             outcome = maker.map_all(work, show)
@@ -134,14 +132,6 @@ def _with_own_reading(model: Model, settings: PredictConfig) -> Model:
             )
         changes["file_pixel_size"] = settings.file_pixel_size
     return dataclasses.replace(model, reading=dataclasses.replace(model.reading, **changes))
-
-
-def _smaller(scene: Scene, settings: PredictConfig) -> str:
-    """Return advice for when memory runs out."""
-    return (
-        f"batch_size is {settings.batch_size}, with tiles of {scene.plan.rows.tile} x {scene.plan.columns.tile} pixels. Use a "
-        "smaller batch_size, then a smaller tile_size, or accelerator cpu if this was a GPU."
-    )
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +27,7 @@ from dann_experiments.prediction.rasters import (
 from dann_experiments.prediction.scene import Options, Scene, Strips, UnreadableImage
 from dann_experiments.prediction.tiling import Tiler
 from dann_experiments.tracking.run import RunKilled
+from dann_experiments.training.memory import explain_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,7 @@ class Outcome:
 class MapMaker:
     """Maps images with one model, which is on `device`.
 
-    `colors` (K, 3) in 0..1 and `tags` are written into the color tables and metadata of the maps. `around` is a context that is
-    entered for each image, for example to explain errors.
+    `colors` (K, 3) in 0..1 and `tags` are written into the color tables and metadata of the maps.
     """
 
     def __init__(
@@ -62,10 +62,9 @@ class MapMaker:
         device: torch.device,
         colors: np.ndarray,
         tags: Mapping[str, str],
-        around: Callable[[Scene], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         self.model, self.options, self.device = model, options, device
-        self._colors, self._tags, self._around = colors, tags, around
+        self._colors, self._tags = colors, tags
 
     def map_all(self, work: Sequence[tuple[Path, Path]], show: Callable[[float, str], None]) -> Outcome:
         """Map each pair of image and map path; `show` gets the number of images done, with a fraction, and the current file name.
@@ -80,7 +79,7 @@ class MapMaker:
                 if self._is_finished(scene):
                     log.info("%s is already finished.", output)
                 else:
-                    with self._around(scene):
+                    with explain_out_of_memory(InputError, functools.partial(self._smaller, scene)):
                         for share in self._map_one(scene, outcome):
                             show(number + share, source.name)
                     outcome.written.append(scene)
@@ -103,6 +102,13 @@ class MapMaker:
                 f"{scene.output} exists, but was made with other settings; remove it, or set overwrite to true."
             )
         return True
+
+    def _smaller(self, scene: Scene) -> str:
+        """Return advice for when memory runs out."""
+        return (
+            f"batch_size is {self.options.batch_size}, with tiles of {scene.plan.rows.tile} x {scene.plan.columns.tile} pixels. "
+            "Use a smaller batch_size, then a smaller tile_size, or accelerator cpu if this was a GPU."
+        )
 
     def _map_one(self, scene: Scene, outcome: Outcome) -> Iterator[float]:
         """Predict the rest of an image, then write its map; yield the finished share of the image, 0..1."""
