@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dann_experiments.names import SetName
 from dann_experiments.reports.colors import DOMAIN_COLORS
 from dann_experiments.reports.plots.style import drawing, legend_above, new_figure, save, text_width
 from dann_experiments.reports.tables import short
@@ -64,11 +65,11 @@ def draw_domains(
 def _draw_shares(axis: Axes, class_pixels: Mapping[str, np.ndarray], names: Sequence[str], turned: bool) -> None:
     width = 0.8 / max(len(class_pixels), 1)
     for number, (name, pixels) in enumerate(class_pixels.items()):
-        domain, split = name.split("_")
+        of_set = SetName.parse(name)
         places = np.arange(len(names)) + width * (number - (len(class_pixels) - 1) / 2)
         axis.bar(
-            places, pixels / pixels.sum(), width * 0.94, color=DOMAIN_COLORS[domain], alpha=SPLIT_SHADES[split],
-            label=f"{domain} {split}",
+            places, pixels / pixels.sum(), width * 0.94, color=DOMAIN_COLORS[of_set.domain], alpha=SPLIT_SHADES[of_set.split],
+            label=of_set.words,
         )  # fmt: skip
     if turned:
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
