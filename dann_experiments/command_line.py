@@ -31,6 +31,7 @@ SHORT_NAMES = {
     "seed": "seed",
 }
 SHELLS = ("bash", "sh", "dash", "zsh")  # `mlflow run` starts its command with one of these
+SCRIPTS = ("dann", "dann-sweep")  # as pyproject.toml names them
 EMPTY = ("", "None")  # values that MLflow passes for optional parameters that are not set
 HELP = ("-h", "--help")
 
@@ -104,6 +105,12 @@ class Program:
     interrupted: str = ""
     """Text printed after Ctrl-C."""
 
+    @property
+    def called(self) -> str:
+        """The command that started the program: a console script, or `python -m` and the module."""
+        script = Path(sys.argv[0]).name
+        return script if script in SCRIPTS else f"python -m {self.name}"
+
     def main(self, words: Sequence[str] | None = None) -> int:
         """Run one command and return its exit code.
 
@@ -162,7 +169,7 @@ class Program:
 
     def help(self) -> str:
         """Return the help of the program, which lists its commands."""
-        lines = [f"usage: python -m {self.name} COMMAND ...", "", self.purpose, "", "commands:"]
+        lines = [f"usage: {self.called} COMMAND ...", "", self.purpose, "", "commands:"]
         lines += _listed({name: command.purpose for name, command in self.commands.items()})
         about = (
             "COMMAND --help lists every setting. Give one as --dotted.key value, for example --trainer.max_epochs 5."
@@ -175,7 +182,7 @@ class Program:
 
         command = self._command(name)
         options = {f"--{key} {option.metavar}".rstrip(): option.help for key, option in command.options.items()}
-        lines = [f"usage: python -m {self.name} {name} {command.usage}", ""]
+        lines = [f"usage: {self.called} {name} {command.usage}", ""]
         lines += [f"{command.purpose[0].upper()}{command.purpose[1:]}.", "", "options:"]
         lines += _listed({**options, "--help": "show this help and every setting"})
         if command.short_names:

@@ -20,7 +20,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from dann_experiments.cli import COMMANDS, PROGRAM, main
-from dann_experiments.command_line import SHORT_NAMES, Request
+from dann_experiments.command_line import SCRIPTS, SHORT_NAMES, Request
 from dann_experiments.config import load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys
@@ -330,6 +330,20 @@ def test_help_config_and_layers_teach(workplace, capsys):
     (workplace / "unet.yaml").write_text("model: {arch: unet, encoder_name: resnet18, encoder_weights: null}\n")
     layers = shown("layers", "--config", "unet.yaml")
     assert re.search(r"encoder.layer4\D+512\D+32\D+yes", layers), layers
+
+
+@pytest.mark.parametrize(
+    ("started", "shown"), [("/usr/bin/dann", "dann"), ("x/__main__.py", "python -m dann_experiments")]
+)
+def test_help_shows_the_command_that_the_user_typed(started, shown, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started, "adapt", "--help"])
+    assert PROGRAM.help().startswith(f"usage: {shown} COMMAND")
+    assert PROGRAM.help_of("adapt").startswith(f"usage: {shown} adapt ")
+
+
+def test_every_console_script_is_known_to_the_help():
+    scripts = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert tuple(scripts) == SCRIPTS
 
 
 def test_files_of_the_project_name_no_machine_paths():
