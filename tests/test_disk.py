@@ -250,9 +250,18 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(plac
 @pytest.mark.slow
 def test_outputs_and_store_on_one_full_disk_damage_neither(place, small_disk, whole, monkeypatch):
     monkeypatch.setattr("dann_experiments.tracking.sender.SEND_SECONDS", 0.0)  # so that the full store is asked
+    monkeypatch.setattr("dann_experiments.tracking.sender.SPILL_SECONDS", 0.01)  # before the last checkpoint gives room
     disk = small_disk(8 * CHECKPOINT)
     here = place(disk / "outputs", disk / "store")
-    code, told = here.run("adapt", callbacks=[At(step_5=lambda: fill(disk))])
+
+    def fill_between_transactions() -> None:
+        # the journal of an open transaction would be deleted at its end, and leave room for the next one
+        with closing(sqlite3.connect(disk / "store" / "mlflow.db", timeout=60, isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            fill(disk)
+            database.execute("ROLLBACK")
+
+    code, told = here.run("adapt", callbacks=[At(step_5=fill_between_transactions)])
     assert code == 2
     assert told.count("Error: ") == 1
     assert f"adapt --resume {here.run_id}" in told
