@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -285,6 +286,16 @@ def test_names_are_text_and_never_markup(tmp_path):
 def test_dollars_in_names_are_no_formula(tmp_path):
     found = page_of(tmp_path, example(seeds=2, names=("$x_1$",)))
     assert len(re.findall(r"<text[^>]*>\$x_1\$</text>", found.source)) == 2  # scores and the legend of the classes
+
+
+def test_an_arm_without_a_probe_is_said_to_be_not_measured(comparison, tmp_path):
+    gone = ("da/probe_acc", "da/a_distance")
+    without = [replace(run, metrics={k: v for k, v in run.metrics.items() if k not in gone}) for run in comparison.runs]
+    last = comparison.runs[-1].arm
+    some = [bare if bare.arm == last else run for bare, run in zip(without, comparison.runs, strict=True)]
+    said = page_of(tmp_path, changed(comparison, runs=some)).text.count("not measured")
+    assert said == page_of(tmp_path, comparison).text.count("not measured") + len(gone)
+    assert "Probe accuracy and A-distance: not measured." in page_of(tmp_path, changed(comparison, runs=without)).text
 
 
 def test_runs_link_to_their_addresses(comparison, tmp_path):

@@ -600,6 +600,7 @@ RUNS: dict[str, dict[str, object]] = {
         "monitor__final_model": "best",
         "data__target__val": ["target_val_bare"],
     },
+    "unprobed": {"monitor__metric": "select/infomax", "monitor__final_model": "best", "monitor__probe": False},
     "turned": {
         "monitor__metric": "select/entropy",
         "monitor__final_model": "best",
@@ -617,11 +618,6 @@ def runs(place, tmp_path_factory) -> Iterator[Place]:
         for name, settings in RUNS.items():
             callbacks = [Turned()] if name == "turned" else []
             place.runs[name] = adapt(load_config(None, place.settings(**settings, **source)), callbacks)
-        with (
-            pytest.MonkeyPatch.context() as patch
-        ):  # the run of "separate" by the same job, which measures no alignment
-            patch.setattr("dann_experiments.jobs.run_training.Alignment", lambda *_: None)
-            place.runs["unprobed"] = adapt(load_config(None, place.settings(**RUNS["separate"], **source)))
         # no held-out target images, and too few of any kind for a probe; a pretraining of its own that reads no target at all
         place.runs["few"] = adapt(
             load_config(
@@ -815,6 +811,30 @@ def test_the_run_says_in_words_what_classifier_and_probe_say(runs):
     assert "dann.alignment" not in runs.tags("pretrained")
 
 
+def test_a_first_training_has_nothing_to_forget(tmp_path, caplog):
+    monitor = DomainAdaptationMonitorCallback(2, forgetting_threshold=0.1, can_forget=False)
+    trainer_of(tmp_path, 1, monitor).fit(Scripted([(0, 0), (5, 0)]), batches(halves(1)), batches(halves(3)))
+    assert monitor.metrics()[Metric.SOURCE_DROP] > 0.1
+    assert not forgetting(caplog)
+
+
+class AllOfOneClass(pl.Callback):
+    """The network calls everything background at the start, and squares later, which is the worse guess."""
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with torch.no_grad():
+            bias = pl_module.network.segmentation_head[0].bias  # pyright: ignore
+            bias.copy_(torch.tensor([1e4, 0.0] if trainer.sanity_checking else [0.0, 1e4]))
+
+
+def test_pretraining_that_begins_with_a_fall_neither_warns_nor_is_tagged(place, tmp_path, caplog):
+    with chdir(tmp_path):
+        fallen = pretrain(load_config(None, place.settings(pretraining__max_epochs=1, seed=3)), [AllOfOneClass()])
+    assert fallen.metrics["iou/source_val"] < fallen.baseline["iou/source_val"] - 0.2
+    assert not forgetting(caplog)
+    assert Tag.FORGOT_SOURCE not in place.client.get_run(fallen.run_id).data.tags
+
+
 def test_too_few_images_give_no_probe_and_no_crash(runs):
     history = runs.history("few")
     assert not [name for name in history if "probe" in name or "a_distance" in name]
@@ -832,6 +852,11 @@ def test_a_run_that_is_probed_trains_as_one_that_is_not(runs):
     probed, plain = runs.history("separate"), runs.history("unprobed")
     assert set(probed) - set(plain) == {"da/probe_acc", "da/a_distance"}
     assert all(probed[name] == plain[name] for name in plain if not name.startswith("time/"))
+    said = runs.tags("unprobed")[Tag.ALIGNMENT]
+    assert f"balanced accuracy {plain['da/domain_acc_val'][-1][1]:.2f}" in said
+    assert "not measured: monitor.probe is false" in said
+    assert not (runs.folder("unprobed") / "features.safetensors").exists()
+    assert runs.tags("unprobed")["dann.digest"] != runs.tags("separate")["dann.digest"]
 
 
 # BatchNorm in a run ------------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
     shown = [arm for arm in arms if arm.kind in ("source_only", "control", "adapted")]
     run_of_arm = {arm.name: run.run_id for arm in shown for run in runs if (run.arm, run.seed) == (arm.name, pictured)}
     features, layer = {}, ""
-    if adapted[0] in run_of_arm:
+    if adapted[0] in run_of_arm and config.monitor.probe:
         features, layer = feature_clouds(store, run_of_arm[adapted[0]])
     names = [identity.domain_name(config, domain) for domain in DOMAINS]
     return Comparison(

@@ -101,6 +101,10 @@ class MonitorConfig:
     """Log validation metrics every N epochs, and after the last."""
     forgetting_threshold: Annotated[float, between(0, 1)] = 0.05
     """Warn if iou/source_val drops by more than this below its value at the start of adaptation."""
+    probe: bool = True
+    """Before and after adaptation, train a new classifier to distinguish the domains by the features of up to 500 images per
+    domain (docs/alignment.md). false saves that time, which is long for large images on a CPU: da/probe_acc, da/a_distance and
+    the picture of the features are then absent."""
 
     @property
     def direction(self) -> Literal["max", "min"]:

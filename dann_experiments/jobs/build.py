@@ -239,7 +239,7 @@ def make_loop(
     makes the context in which the final weights are validated."""
     monitor = DomainAdaptationMonitorCallback(
         config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
-        config.monitor.forgetting_threshold, config.data.ignore_index,
+        config.monitor.forgetting_threshold, config.data.ignore_index, can_forget=not pretraining,
     )  # fmt: skip
     training, every = loaders.training(), config.trainer
     validation = loaders.validation()

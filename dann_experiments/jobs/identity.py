@@ -83,6 +83,8 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
             del settings["trainer"][key]
     if settings["data"]["pad_to_crop"]:  # data that it changes were refused before this setting existed
         del settings["data"]["pad_to_crop"]
+    if settings["monitor"]["probe"] or job != Job.ADAPT:  # older runs were made without it; only `adapt` probes
+        del settings["monitor"]["probe"]
     for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
         del settings["trainer"][key]
     checkpoint = settings["domain_adaptation"]["pretrained_checkpoint"]

@@ -164,7 +164,7 @@ def train(
     if not pretraining:
         used = [tap for tap in parts.taps if tap.name in parts.method.feature_layers]
         adversary = config.domain_adaptation.method.name != "lambda_zero"
-        probed = probe_loaders(loaders)
+        probed = probe_loaders(loaders) if config.monitor.probe else None
         alignment = Alignment(network, used, config.model.in_channels, probed, config.seed, adversary)
     with other_ranks(config, sets, run.folder, pretraining, checkpoint) as ranks:
         curves = Curves()
@@ -250,8 +250,9 @@ def _log_gap(
     run.log_metrics(gap.after, step=final_step)
     log.info("%s", gap.text)
     run.set_tags({Tag.ALIGNMENT: gap.text, "mlflow.note.content": gap.text})
-    with writing(run.folder / FEATURES_FILE):
-        save_file(gap.features, run.folder / FEATURES_FILE, metadata={"layer": gap.layer})
+    if gap.features:
+        with writing(run.folder / FEATURES_FILE):
+            save_file(gap.features, run.folder / FEATURES_FILE, metadata={"layer": gap.layer})
     return gap.after
 
 

@@ -53,7 +53,8 @@ def probe_loaders(loaders: Loaders) -> dict[str, DataLoader]:
 class Alignment:
     """Probes the tapped layers and the encoder of a network, before and after adaptation.
 
-    `loaders`: held-out images by domain (see `probe_loaders`). `adversary`: the network is trained against a domain classifier.
+    `loaders`: held-out images by domain (see `probe_loaders`); None = probe nothing, only explain the run's own classifier.
+    `adversary`: the network is trained against a domain classifier.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Alignment:
         network: nn.Module,
         taps: Sequence[Tap],
         in_channels: int,
-        loaders: Mapping[str, DataLoader],
+        loaders: Mapping[str, DataLoader] | None,
         seed: int,
         adversary: bool,
     ) -> None:
@@ -74,6 +75,8 @@ class Alignment:
     def measure(self, when: str, network: nn.Module, device: torch.device) -> None:
         """Compute and keep the pooled features of `network` as it is now; `when`: `before` or `after`."""
         network.to(device)
+        if self._loaders is None:
+            return
         with torch.random.fork_rng(devices=[]):  # a loader draws a random number; training must not depend on the probe
             self._features[when] = {
                 domain: pooled_features(network, self._taps, loader) for domain, loader in self._loaders.items()
@@ -83,15 +86,16 @@ class Alignment:
         """Probe the features of both times. `domain_accuracy`: that of the run's classifier on held-out images, if any."""
         layer = self._tapped[-1] if self._tapped else ENCODER
         found = {when: self._probes(when) for when in self._features}
-        means = {when: mean_probe(self._judged(probes)) for when, probes in found.items()}
+        before, after = (found.get(when, {}) for when in ("before", "after"))
         features = {
             f"{when}/{domain}": np.ascontiguousarray(features[layer])
             for when, domains in self._features.items()
             for domain, features in domains.items()
             if len(features.get(layer, ()))
         }
-        text = explain(domain_accuracy, means["before"], means["after"], self._adversary)
-        return Gap(self._metrics(found["before"]), self._metrics(found["after"]), text, layer, features)
+        means = (mean_probe(self._judged(probes)) for probes in (before, after))
+        text = explain(domain_accuracy, *means, self._adversary, probed=self._loaders is not None)
+        return Gap(self._metrics(before), self._metrics(after), text, layer, features)
 
     def _probes(self, when: str) -> dict[str, Probe]:
         features = self._features[when]

@@ -14,16 +14,25 @@ PROBE_LOW = 0.65
 """Below this accuracy the probe can hardly distinguish the domains; corresponds to an A-distance of 0.6."""
 
 FEW_PICTURES = "or the images are windows cut from few pictures, which can be distinguished regardless of their domain"
+NOT_PROBED = "Probe accuracy and A-distance were not measured: monitor.probe is false."
 NOT_ENOUGH = "Alignment by itself does not make segmentation better (Zhao et al. 2019): compare the IoU."
 
 
-def explain(domain_acc_val: float | None, before: Probe | None, after: Probe | None, adversary: bool = True) -> str:
+def explain(
+    domain_acc_val: float | None,
+    before: Probe | None,
+    after: Probe | None,
+    adversary: bool = True,
+    probed: bool = True,
+) -> str:
     """Explain the results of the run's own classifier and of the probe together, as text for the run.
 
     `domain_acc_val`: balanced accuracy (0..1) of the run's own classifier on held-out images in eval mode; None for a method
     without one. `before`, `after`: probe of the warm start and of the adapted network on the same images; None if not measured.
-    `adversary`: False for the lambda = 0 control, whose network gets no gradient from its classifier.
+    `adversary`: False for the lambda = 0 control, whose network gets no gradient from its classifier. `probed`: False if the
+    settings switch the probe off.
     """
+    probe_sentence = _probe_sentence(before, after) if probed else NOT_PROBED
     if domain_acc_val is None:
         finding = "No classifier was trained in this run"
         if after is None:
@@ -32,7 +41,7 @@ def explain(domain_acc_val: float | None, before: Probe | None, after: Probe | N
             finding += "; according to a fresh probe, the features of the domains are alike."
         else:
             finding += f"; the features of the domains differ ({FEW_PICTURES})."
-        return " ".join((finding, _probe_sentence(before, after), NOT_ENOUGH))
+        return " ".join((finding, probe_sentence, NOT_ENOUGH))
     number = f"balanced accuracy {domain_acc_val:.2f}, chance is 0.50"
     if not adversary:
         finding = (
@@ -55,7 +64,7 @@ def explain(domain_acc_val: float | None, before: Probe | None, after: Probe | N
             "gradient to matter (raise it), or the classifier is too strong (lower discriminator_lr)."
         )
         finding += _sees_more(after)
-    return " ".join((finding, _probe_sentence(before, after), NOT_ENOUGH))
+    return " ".join((finding, probe_sentence, NOT_ENOUGH))
 
 
 def _if_confused(before: Probe | None, after: Probe | None) -> str:

@@ -36,8 +36,8 @@ class DomainAdaptationMonitorCallback(pl.Callback):
     `iou/gap_source_minus_target`, `iou/source_drop_from_baseline`, `da/domain_acc_val` (balanced over the domains), and
     `select/...` of the target (see `scores.selection`; they do not use its labels). The baseline is the sanity check before
     training (`num_sanity_val_steps=-1`), logged at step 0. When the source IoU falls more than `forgetting_threshold` (0..1)
-    below its baseline, warns once per fall and sets the MLflow tag `dann.forgot_source`. Raises ValueError if the number of
-    `class_names` is not `num_classes`.
+    below its baseline, warns once per fall and sets the MLflow tag `dann.forgot_source`; not with `can_forget` False, for a
+    network that has not learned the source yet. Raises ValueError if the number of `class_names` is not `num_classes`.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         log_every_n_epochs: int = 1,
         forgetting_threshold: float = 0.05,
         ignore_index: int = 255,
+        can_forget: bool = True,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -56,6 +57,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.log_every_n_epochs = log_every_n_epochs
         self.forgetting_threshold = forgetting_threshold
         self.ignore_index = ignore_index
+        self.can_forget = can_forget
         self.baseline: dict[str, Scores] = {}
         """Scores of the warm start, by domain."""
         self.latest: dict[str, Scores] = {}
@@ -146,7 +148,8 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             for name in (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU):  # for the progress bar only
                 if name in values:
                     pl_module.log(name, values[name], prog_bar=True, logger=False, add_dataloader_idx=False)
-            self._warn_of_forgetting(trainer.loggers)
+            if self.can_forget:
+                self._warn_of_forgetting(trainer.loggers)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the last validation, by metric name."""
