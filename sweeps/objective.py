@@ -13,10 +13,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import Config, InputError, replace
+from dann_experiments.config.comparison import ARM_NAMES
 from dann_experiments.config.errors import StoreAway
 from dann_experiments.config.untrusted import refuse_stored_code
 from dann_experiments.jobs import RunResult, adapt, evaluate
 from dann_experiments.jobs.checks import check_labels
+from dann_experiments.jobs.identity import run_name, trial_name
 from dann_experiments.names import Job, Metric, SetName, Tag
 from dann_experiments.scores.selection import choice_value
 from dann_experiments.tracking.store import without_secrets
@@ -91,8 +93,8 @@ def run_trial(
     state, value = TrialState.FAIL, None
     try:
         point = {} if reference else space.suggest(trial)
-        name = f"{study.name} trial {slot.number}"
-        config = trial_config(base, {**slot.user_attrs["overrides"], "tracking.run_name": name}, point)
+        config = trial_config(base, slot.user_attrs["overrides"], point)
+        config = replace(config, {"tracking.run_name": trial_name(study.name, slot.number, config)})
         named = config.domain_adaptation.method.class_path
         refuse_stored_code(named, sweep.allowed_classes, f"trial {slot.number} of study {study.name!r}")
         study.note(slot, seed=config.seed, sampler_seed=sweep.sampler_seed, point=settings_of(point))
@@ -123,7 +125,9 @@ def score_source_model(study: Sweep, config: Config) -> None:
     if not study.attribute(SOURCE_WANTED) or study.attribute(SOURCE_ONLY) is not None:
         return
     try:
-        named = replace(config, {"tracking.run_name": f"{study.name} source model"})
+        named = replace(
+            config, {"tracking.run_name": f"{study.name} {run_name(Job.EVALUATE, config, ARM_NAMES['source_only'])}"}
+        )
         result = evaluate(named, {Tag.STUDY: study.name})
         study.set_attribute(SOURCE_ONLY, {"scores": scores_of(result.metrics), "run_id": result.run_id})
     except (StoreAway, *STORAGE_ERRORS):

@@ -159,7 +159,7 @@ def test_every_arm_has_a_finished_run_of_every_seed(place):
         assert (found.data.tags.get("dann.comparison") == place.result.run_id) is not run.reused
         if not run.reused:
             assert found.data.tags["dann.arm"] == arm
-            assert found.info.run_name == f"{arm} seed {seed}"
+            assert found.info.run_name == f"{arm} target seed {seed}"
 
 
 def test_runs_that_plain_jobs_made_are_taken(place):
@@ -447,7 +447,9 @@ def test_the_runs_of_a_comparison_give_its_table_and_verdict_again(here):
     assert [verdict.line for verdict in result.verdicts] == [verdict.line for verdict in here.result.verdicts]
     assert result.comparison.panel_seed == here.result.comparison.panel_seed
     assert len(result.comparison.panels) == len(here.result.comparison.panels) > 0
-    assert here.store.client.get_run(result.run_id).info.run_name == "compare"  # not as the run it took settings from
+    assert (
+        here.store.client.get_run(result.run_id).info.run_name == "compare target"
+    )  # not as the run it took settings from
 
 
 def test_source_models_are_found_by_the_runs_that_start_from_them(here):

@@ -39,6 +39,7 @@ def test_mlflow_run_adapts_in_its_own_run_and_pretrains_in_another(workplace, sq
     assert sorted(run.data.tags["dann.job"] for run in runs) == ["adapt", "pretrain"]
     assert all(run.info.status == "FINISHED" for run in runs)
     adapted = next(run for run in runs if run.data.tags["dann.job"] == "adapt")
+    assert sorted(run.info.run_name for run in runs) == ["DANN target seed 0", "source model source seed 0"]
     assert adapted.data.params["gamma"] == "2.5"  # the string as mlflow run logged it
     assert adapted.data.params["cfg.domain_adaptation.method.lambda_schedule.gamma"] == "2.5"
     assert adapted.data.params["cfg.trainer.max_epochs"] == "1"

@@ -89,10 +89,10 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         check_arms([cell for index, cell in enumerate(cells) if index not in done.run_ids])
     names = [identity.domain_name(config, domain) for domain in DOMAINS]
     tags = {Tag.JOB: Job.COMPARE, Tag.SOURCE: names[0], Tag.TARGET: names[1], "seed": config.seed}
-    folder = Path(config.tracking.folder)
+    name, folder = identity.run_name(Job.COMPARE, config), Path(config.tracking.folder)
     with (
         _pool_of(settings, config, len(cells) - len(done.run_ids)) as pool,
-        tracked_run(store, config.tracking.run_name, "compare", tags, folder, use_claimed=True) as run,
+        tracked_run(store, config.tracking.run_name, name, tags, folder, use_claimed=True) as run,
     ):
         public = identity.public_settings(config, store.experiment)
         run.log_params(flatten(public))

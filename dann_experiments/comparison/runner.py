@@ -17,6 +17,7 @@ from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.data.shared_cache import share
 from dann_experiments.jobs.adapt import adapt
 from dann_experiments.jobs.evaluate import evaluate
+from dann_experiments.jobs.identity import run_name
 from dann_experiments.jobs.pretrain import pretrain
 from dann_experiments.jobs.source_model import keep_source_models
 from dann_experiments.names import Job, Key, Tag
@@ -136,7 +137,8 @@ class _Scheduler:
 
     def _task(self, cell: Cell, changes: dict[str, Any]) -> Task:
         threads = min(cell.config.threads or self.pool.threads, self.pool.threads)
-        changes |= self.changes | {"threads": threads, "tracking.run_name": f"{cell.arm.name} seed {cell.seed}"}
+        name = run_name(cell.job, cell.config, cell.arm.name)
+        changes |= self.changes | {"threads": threads, "tracking.run_name": name}
         return Task(cell.job, config_to_dict(replace(cell.config, changes)), self._tags(cell), self.decoded)
 
     def _tags(self, cell: Cell) -> dict[str, str]:

@@ -138,7 +138,7 @@ class TrackingConfig:
     experiment: Annotated[str | None, not_empty("give it a name")] = None
     """Name of the experiment; null = MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, else dann."""
     run_name: str | None = None
-    """Name of the run; null = derived from the method."""
+    """Name of the run; null = the one given to `mlflow run --run-name`, else method, target and seed: DANN mnist-m seed 0."""
     folder: str = "outputs"
     """Folder for the files of a run until the store has them."""
 

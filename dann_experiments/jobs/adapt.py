@@ -12,7 +12,7 @@ from dann_experiments.config import Config, replace
 from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs.build import find_data, make_method, make_network, make_taps, seeded
 from dann_experiments.jobs.checks import checked_sets, refuse_several_processes
-from dann_experiments.jobs.identity import method_name, run_digest, source_digest
+from dann_experiments.jobs.identity import method_name, run_digest, run_name, source_digest
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
 from dann_experiments.jobs.run_training import Parts, tracked_training, with_batch_sizes
@@ -57,7 +57,7 @@ def adapt(
         config = with_batch_sizes(config, parts)
         digest = run_digest(Job.ADAPT, config, data.digests, source)
         resumed = run_to_go_on(store, Job.ADAPT, resume, digest, config)
-        name = f"{method_name(config)} seed {config.seed}"
+        name = run_name(Job.ADAPT, config)
         all_tags = {**_tags(config, store, data, digest, source_run_id), **(tags or {})}
         return tracked_training(
             Job.ADAPT, config, store, parts, name, all_tags, resumed, callbacks, source_run_id=source_run_id

@@ -28,7 +28,7 @@ from dann_experiments.data.statistics import BandStatistics, BandSums, range_rem
 from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs.build import data_plan
 from dann_experiments.jobs.checks import remarks_on_label_maps
-from dann_experiments.jobs.identity import domain_tags, public_settings
+from dann_experiments.jobs.identity import domain_tags, public_settings, run_name
 from dann_experiments.names import ALL_SETS, DOMAINS, SOURCE_TRAIN, Domain, Job, SetName, Tag
 from dann_experiments.reports.plots.domains import draw_domains
 from dann_experiments.tracking.run import tracked_run
@@ -336,9 +336,8 @@ def _log(
 ) -> str:
     store = open_store(config.tracking.uri, config.tracking.experiment)
     tags = {Tag.JOB: Job.CHECK_DATA, **domain_tags(config)}
-    with tracked_run(
-        store, config.tracking.run_name, "check-data", tags, Path(config.tracking.folder), use_claimed=True
-    ) as run:
+    name, folder = run_name(Job.CHECK_DATA, config), Path(config.tracking.folder)
+    with tracked_run(store, config.tracking.run_name, name, tags, folder, use_claimed=True) as run:
         public = public_settings(config, store.experiment)
         run.log_params(flatten(public))
         (run.folder / "config.yaml").write_text(config_to_yaml(public))

@@ -19,7 +19,7 @@ from dann_experiments.data.domain_data import ImageSets
 from dann_experiments.data.loaders import eval_loader
 from dann_experiments.data.reading import Reading
 from dann_experiments.jobs.build import find_data, make_loaders, make_network, seeded
-from dann_experiments.jobs.identity import domain_tags
+from dann_experiments.jobs.identity import domain_tags, evaluation_name
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.run_training import describe_run
 from dann_experiments.jobs.source_model import chosen_by_target_labels, load_weights
@@ -82,7 +82,9 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
                 target_statistics(network, loader)
         all_tags = {**_tags(config, store, notes, model_run_id), **(tags or {})}
         folder = Path(config.tracking.folder)
-        with tracked_run(store, config.tracking.run_name, Job.EVALUATE, all_tags, folder, use_claimed=True) as run:
+        model_tags = {} if model_run_id is None else store.client.get_run(model_run_id).data.tags
+        name = evaluation_name(config, model_tags)
+        with tracked_run(store, config.tracking.run_name, name, all_tags, folder, use_claimed=True) as run:
             describe_run(run, config, sets)
             scores: dict[SetName, Scores] = {}
             loaders = make_loaders(config, sets)

@@ -9,17 +9,63 @@ from collections.abc import Mapping
 from typing import Any
 
 from dann_experiments.config import Config, config_to_dict, replace
+from dann_experiments.config.comparison import ARM_NAMES
 from dann_experiments.config.run import TrainerConfig
-from dann_experiments.names import DOMAINS, SOURCE_TRAIN, Domain, Job, Metric
+from dann_experiments.names import DOMAINS, SOURCE_TRAIN, Domain, Job, Metric, Tag
 from dann_experiments.tracking.store import without_secrets
 
+METHOD_WORDS = {
+    "source_only": ARM_NAMES["source_only"],
+    "lambda_zero": ARM_NAMES["control"],
+    "dann": ARM_NAMES["adapted"],
+}
+"""Names of the built-in methods in tables and run names, in the order of tables."""
+LONGEST_PART = 70  # of a run's name, so that study, method, target and seed fit into LONGEST_RUN_NAME
 WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test")  # data digests cover the files these name
 
 
 def method_name(config: Config) -> str:
-    """Return the method's name in run names: dann, lambda_zero, source_only, or the class name of a user's own method."""
+    """Return the method's name in tags: dann, lambda_zero, source_only, or the class name of a user's own method."""
     method = config.domain_adaptation.method
     return method.name if method.class_path is None else method.class_path.rpartition(".")[2]
+
+
+def run_name(job: str, config: Config, arm: str | None = None) -> str:
+    """Return the name of a run: of `arm`, else of its method, then the target and the seed.
+
+    A pretraining names the source, on which it trains: source model mnist seed 0. A comparison and a check of data have no seed.
+    """
+    domain = _brief(domain_name(config, "source" if job == Job.PRETRAIN and arm is None else "target"))
+    if job in (Job.COMPARE, Job.CHECK_DATA):
+        return f"{job} {domain}"
+    if arm is None:
+        method = method_name(config)
+        arm = "source model" if job == Job.PRETRAIN else METHOD_WORDS.get(method, method)
+    return f"{_brief(arm)} {domain} seed {config.seed}"
+
+
+def evaluation_name(config: Config, model_tags: Mapping[str, str]) -> str:
+    """Return the name of a run of `evaluate`: evaluation of DANN mnist-m seed 0.
+
+    `model_tags`: tags of the run that made the model, whose method and seed it names; empty if that run is not known.
+    """
+    method = model_tags.get(Tag.METHOD)
+    named = "" if method is None else f" of {_brief(METHOD_WORDS.get(method, method))}"
+    if config.domain_adaptation.batchnorm == "target_stats":
+        named += f" with {ARM_NAMES['statistics']}"
+    seed = model_tags.get("seed", config.seed)
+    return f"evaluation{named} {_brief(domain_name(config, 'target'))} seed {seed}"
+
+
+def trial_name(study: str, number: int, config: Config) -> str:
+    """Return the name of a trial's run: digits16 trial 3, DANN mnist-m seed 0."""
+    return f"{_brief(study)} trial {number}, {run_name(Job.TRIAL, config)}"
+
+
+def _brief(text: str) -> str:
+    """Return a part of a run's name in one line; of a long one (a path), the end."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_PART else f"...{line[3 - LONGEST_PART :]}"
 
 
 def domain_name(config: Config, domain: Domain) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dann_experiments.config import Config, InputError
-from dann_experiments.config.comparison import ARM_NAMES
+from dann_experiments.jobs.identity import METHOD_WORDS
 from dann_experiments.names import Job, Key, Metric, Tag
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, found_runs, local_folder, open_store, quoted
@@ -15,12 +15,6 @@ from dann_experiments.tracking.values import context_of, last_values
 if TYPE_CHECKING:
     import pandas as pd
 
-ROW_NAMES = {
-    "source_only": ARM_NAMES["source_only"],
-    "lambda_zero": ARM_NAMES["control"],
-    "dann": ARM_NAMES["adapted"],
-}
-"""Method name -> row name, in the table's order."""
 ADAPTED = "tags.`dann.job` = 'adapt' and attributes.status = 'FINISHED'"
 SOURCE_PARAM = f"{PARAM_PREFIX}{Key.SOURCE_MODEL}"
 PREFIX_PARAM = f"{PARAM_PREFIX}{Key.SOURCE_PREFIX}"  # older runs, from before this setting existed, lack it
@@ -59,18 +53,18 @@ def overview(config: Config) -> Overview:
         if source.data.tags.get(Tag.JOB) == Job.PRETRAIN:
             arms["source_only"] = source
     rows = {}
-    order = [*[name for name in ROW_NAMES if name in arms], *[name for name in arms if name not in ROW_NAMES]]
+    order = [*[name for name in METHOD_WORDS if name in arms], *[name for name in arms if name not in METHOD_WORDS]]
     for method in order:
         run = arms[method]
         scores = {name: value for name, value in last_values(run).items() if _is_score(name)}
-        rows[ROW_NAMES.get(method, method)] = {
+        rows[METHOD_WORDS.get(method, method)] = {
             "run_id": run.info.run_id,
             "seed": run.data.tags.get("seed", ""),
             **scores,
         }
     table = pd.DataFrame.from_dict(rows, orient="index")
     scores_in_order = sorted((name for name in table.columns if _is_score(name)), key=_score_order)
-    folders = {ROW_NAMES.get(method, method): local_folder(arms[method].info.artifact_uri) for method in order}
+    folders = {METHOD_WORDS.get(method, method): local_folder(arms[method].info.artifact_uri) for method in order}
     artifacts = {arm: str(folder) for arm, folder in folders.items() if folder is not None}
     columns = ["run_id", "seed", *scores_in_order]
     return Overview(table.reindex(columns=columns), artifacts, store.experiment_id, store.experiment)

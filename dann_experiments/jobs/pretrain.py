@@ -11,7 +11,7 @@ from dann_experiments.adaptation.dann import SourceOnly
 from dann_experiments.config import Config
 from dann_experiments.jobs.build import find_data, make_network, seeded
 from dann_experiments.jobs.checks import checked_sets, refuse_several_processes
-from dann_experiments.jobs.identity import as_pretrained, run_digest, source_digest
+from dann_experiments.jobs.identity import as_pretrained, run_digest, run_name, source_digest
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
 from dann_experiments.jobs.run_training import Parts, tracked_training
@@ -68,5 +68,5 @@ def pretrain_with(
             Tag.SELECTED_WITH_TARGET_LABELS: str(config.monitor.uses_target_labels).lower(),
             **(more_tags or {}),
         }
-        name = f"pretrain seed {config.seed}"
+        name = run_name(Job.PRETRAIN, config)
         return tracked_training(Job.PRETRAIN, config, store, parts, name, tags, resumed, callbacks, main_job=main_job)

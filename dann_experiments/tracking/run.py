@@ -34,6 +34,7 @@ from dann_experiments.names import Tag
 from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.deleted import restored
 from dann_experiments.tracking.failures import explained_in_run
+from dann_experiments.tracking.generated_names import is_generated
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
 from dann_experiments.tracking.sender import SPOOL, TAGS, Sender, giving_way
 from dann_experiments.tracking.spool import Point
@@ -176,9 +177,10 @@ def tracked_run(
 ) -> Iterator[TrackedRun]:
     """Open a run (with `use_claimed` that of `mlflow run`, if there is one), and close it with a correct status.
 
-    A claimed run keeps its name unless `run_name` is set; a new one is called `run_name` or `default_name`. `folder`: the parent
-    of the run's folder. `resume`: the id of an unfinished run to resume instead; unsent data in its folder are sent, and metrics
-    of steps that the store has already are not sent again. Raises InputError if `folder` is not writable.
+    A new run is called `run_name` or `default_name`. So is a claimed one, but without `run_name` it keeps a name that the user
+    gave to `mlflow run`. `folder`: the parent of the run's folder. `resume`: the id of an unfinished run to resume instead;
+    unsent data in its folder are sent, and metrics of steps that the store has already are not sent again. Raises InputError if
+    `folder` is not writable.
 
     The run ends as FINISHED at the end of the block and on EndedEarly, as KILLED on SIGINT and SIGTERM (KeyboardInterrupt or
     SystemExit(143) is then raised), and on any other exception as FAILED, with `traceback.txt` as artifact. Metrics and artifacts
@@ -200,7 +202,7 @@ def tracked_run(
         end_with_the_launcher()
     # includes the closing of the run: a second Ctrl-C must not interrupt that
     with _signals_raise() as signals, giving_way():
-        if resume is None and (run_name is not None or claimed is None):  # a claimed run got its name from `mlflow run`
+        if resume is None and (run_name is not None or claimed is None or _name_is_generated(store, claimed)):
             tags = {**tags, RUN_NAME: run_name or default_name}
         tags = {**_provenance(), **({} if claimed else {"mlflow.source.type": "LOCAL"}), **tags}
         already = None
@@ -248,6 +250,10 @@ def tracked_run(
             if told is not None:
                 raise told from error
             raise
+
+
+def _name_is_generated(store: Store, run_id: str) -> bool:
+    return is_generated(store.client.get_run(run_id).info.run_name or "")
 
 
 def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
