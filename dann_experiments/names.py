@@ -92,6 +92,8 @@ LAMBDA_ZERO = {Key.METHOD: "lambda_zero", Key.CLASS_PATH: None, Key.INIT_ARGS: {
 class Tag:
     """Tags of runs in MLflow."""
 
+    NOTE = "mlflow.note.content"  # the description of a run or an experiment, in Markdown
+    NOTE_DIGEST = "dann.note_digest"  # of the description that this program gave to an experiment
     JOB = "dann.job"
     METHOD = "dann.method"
     SOURCE = "dann.source"

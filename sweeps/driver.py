@@ -40,7 +40,7 @@ from sweeps.definition import (
 )
 from sweeps.errors import SweepFailed
 from sweeps.objective import check_objective, score_source_model
-from sweeps.report import baselines, links, top_trials, write_report
+from sweeps.report import baselines, links, sweep_note, top_trials, write_report
 from sweeps.scheduler import run_trials
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, read_space
@@ -196,6 +196,7 @@ def drive(
             best = study.best()
             if best is not None:
                 run.log_metrics({"sweep/best": best.value}, step=len(study.counted()))
+            run.set_tags({Tag.NOTE: sweep_note(study, store, run.run_id, best)})
     shown = [*baselines(study), *top_trials(study)]
     pages = links(store, study, list({trial.number: trial for trial in shown}.values()))
     return SweepResult(study, sweep, best, run.run_id, store.experiment, store.uri, folder, pages)

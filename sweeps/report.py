@@ -19,7 +19,9 @@ from dann_experiments.config.run import TARGET_LABEL_METRICS
 from dann_experiments.names import Metric
 from dann_experiments.reports.pages import write_page
 from dann_experiments.reports.plots.study import FIGURES, MOST_IN_CONTOUR, draw_study
+from dann_experiments.reports.tables import number
 from dann_experiments.scores.selection import SCORES as SCORES_WITHOUT_LABELS
+from dann_experiments.tracking.notes import description, link, run_page
 from dann_experiments.tracking.store import TRAINING_PAGES, Store
 from sweeps.objective import trial_config
 from sweeps.study import DEFINITION, HALT, SETTINGS, SOURCE_ONLY, Sweep, superseded
@@ -173,6 +175,17 @@ def links(store: Store, study: Sweep, trials: Sequence[FrozenTrial]) -> dict[str
         f"&experiments={quote(json.dumps([store.experiment_id]), safe='')}"
     )
     return {"chart of all trials": chart, "comparison": compare}
+
+
+def sweep_note(study: Sweep, store: Store, run_id: str, best: FrozenTrial | None) -> str:
+    """Return the description of the run of a sweep: its best trial, the control, and links to report, trials and best run."""
+    objective, levels, _ = _drawn_with(study)
+    results = [] if best is None else [f"best {label(best)} with {objective} {number(best.value)}"]
+    results += [f"{name} {number(value)}" for name, value in levels.items()]
+    pages = {"report": run_page(store.experiment_id, run_id, "report.md"), **links(store, study, top_trials(study))}
+    if best is not None and "run_id" in best.user_attrs:
+        pages |= {f"run of {label(best)}": run_page(store.experiment_id, best.user_attrs["run_id"])}
+    return description(f"Sweep {study.name}", results, [link(*page) for page in pages.items()])
 
 
 def top_trials(study: Sweep, count: int = TOP) -> list[FrozenTrial]:

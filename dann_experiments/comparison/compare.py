@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -28,6 +29,7 @@ from dann_experiments.jobs import checks, identity
 from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.names import DOMAINS, Job, Metric, Tag
 from dann_experiments.tracking.fetch_model import digest_of_model, fetched
+from dann_experiments.tracking.notes import description, escaped, link, run_page
 from dann_experiments.tracking.run import TrackedRun, tracked_run
 from dann_experiments.tracking.stale_runs import close_stale_runs
 from dann_experiments.tracking.store import TRAINING_PAGES, Store, local_artifact_folder, open_store, without_secrets
@@ -274,7 +276,22 @@ def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: 
     lines = [verdict.line for verdict in comparison.verdicts] or list(comparison.notes)
     (run.folder / "verdict.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     outcomes = "; ".join(f"{verdict.arm}: {verdict.outcome}" for verdict in comparison.verdicts)
-    texts = {Tag.VERDICT: outcomes or "no target labels", "mlflow.note.content": "\n\n".join(lines)}
-    run.set_tags(texts)
+    made = f"#/experiments/{run.store.experiment_id}/runs?searchFilter=" + quote(
+        f"tags.`{Tag.COMPARISON}` = '{run.run_id}'", safe=""
+    )
+    pages = {
+        "report": run_page(run.store.experiment_id, run.run_id, PAGE),
+        "runs made for it": f"{made}&{TRAINING_PAGES}",
+    }
+    pages |= {"summary": run_page(run.store.experiment_id, run.run_id, SUMMARY)}
+    said = description(
+        f"Comparison {comparison.title}", [outcomes or "no target labels"], [link(*page) for page in pages.items()]
+    )
+    run.set_tags(
+        {
+            Tag.VERDICT: outcomes or "no target labels",
+            Tag.NOTE: "\n\n".join([said, *(escaped(line) for line in lines)]),
+        }
+    )
     write_page(run.folder / PAGE, comparison, links)
     draw_summary(run.folder / SUMMARY, comparison)

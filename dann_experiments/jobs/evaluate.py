@@ -21,13 +21,14 @@ from dann_experiments.data.reading import Reading
 from dann_experiments.jobs.build import find_data, make_loaders, make_network, seeded
 from dann_experiments.jobs.identity import domain_tags, evaluation_name
 from dann_experiments.jobs.result import RunResult
-from dann_experiments.jobs.run_training import describe_run
+from dann_experiments.jobs.run_training import describe_run, source_links
 from dann_experiments.jobs.source_model import chosen_by_target_labels, load_weights
 from dann_experiments.models.batchnorm import has_batchnorm, statistics_loader, target_statistics
 from dann_experiments.names import DOMAINS, SCORED_SETS, TARGET_TRAIN, Domain, Job, SetName, Tag
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.scores import macro_mean, row_shares
 from dann_experiments.tracking.fetch_model import fetched
+from dann_experiments.tracking.notes import description, iou_changes, links_of
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
 from dann_experiments.training.memory import explain_out_of_memory, size_of_largest
@@ -83,8 +84,9 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
         all_tags = {**_tags(config, store, notes, model_run_id), **(tags or {})}
         folder = Path(config.tracking.folder)
         model_tags = {} if model_run_id is None else store.client.get_run(model_run_id).data.tags
-        name = evaluation_name(config, model_tags)
-        with tracked_run(store, config.tracking.run_name, name, all_tags, folder, use_claimed=True) as run:
+        title = evaluation_name(config, model_tags)
+        links = [*source_links(store, model_run_id), *links_of(all_tags, store.experiment_id)]
+        with tracked_run(store, config.tracking.run_name, title, all_tags, folder, use_claimed=True) as run:
             describe_run(run, config, sets)
             scores: dict[SetName, Scores] = {}
             loaders = make_loaders(config, sets)
@@ -102,6 +104,7 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
                 for key, value in found.all_metrics(str(name), names).items()
             }
             run.log_metrics(metrics, step=0)
+            run.set_tags({Tag.NOTE: description(title, iou_changes({}, metrics), links)})
             _write_results(run.folder, scores, names)
     folder = local_artifact_folder(store, run.run_id)
     return RunResult(

@@ -37,9 +37,10 @@ from dann_experiments.reports.images import display_image
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.reports.plots.predictions import draw_predictions
 from dann_experiments.reports.plots.run_curves import draw_curves
+from dann_experiments.tracking.notes import description, iou_changes, link, links_of, run_page
 from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun, tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, remove_artifacts
-from dann_experiments.training.alignment import Alignment, probe_loaders
+from dann_experiments.training.alignment import Alignment, Gap, probe_loaders
 from dann_experiments.training.batch_size import domains_of_a_step, fits_on_gpu, largest_factor, step_fits
 from dann_experiments.training.curves import Curves
 from dann_experiments.training.memory import advice_for_training, explain_out_of_memory
@@ -49,6 +50,7 @@ from dann_experiments.training.scoring import Scores, predict_images, score_set
 from dann_experiments.workers.processes import visible_gpus
 
 log = logging.getLogger(__name__)
+CURVES_FILE = "figures/curves.png"
 PICTURES = 6  # images per domain in the prediction figures
 FEATURES_FILE = "features.safetensors"
 """Artifact with the pooled features at `layer` (its metadata): `before/source`, `before/target`, `after/...`, (N, 2C)."""
@@ -73,6 +75,8 @@ class Outcome:
     final_step: int
     unlabelled: Mapping[str, float]
     """Metrics of the final model that need no labels: `select/...` of the target, `da/domain_acc_val`, and those of the probe."""
+    alignment: str
+    """Explanation of the domain gap, in words; empty for pretraining."""
 
     def metrics(self, class_names: Sequence[str]) -> dict[str, float]:
         """Return all metrics of the final model, by metric name."""
@@ -101,6 +105,7 @@ def tracked_training(
     run_name = config.tracking.run_name if main_job else None
     tags = {Tag.JOB: job, **domain_tags(config), "seed": config.seed, **tags}
     batch_sizes = make_loaders(config, parts.sets).batch_sizes
+    links = [*source_links(store, source_run_id), *links_of(tags, store.experiment_id)]
     with (
         tracked_run(store, run_name, name, tags, folder, main_job, resumed) as run,
         explain_out_of_memory(
@@ -112,17 +117,28 @@ def tracked_training(
         if job == Job.PRETRAIN:
             reseed(config.seed)
         outcome = train(config, run, parts, callbacks, pretraining=job == Job.PRETRAIN, checkpoint=checkpoint)
+        metrics, baseline = outcome.metrics(config.class_names), _metrics(outcome.before, config.class_names)
+        links = [*links, link("curves", run_page(store.experiment_id, run.run_id, CURVES_FILE))]
+        run.set_tags({Tag.NOTE: description(name, iou_changes(baseline, metrics), links, outcome.alignment)})
     artifacts = local_artifact_folder(store, run.run_id)
     return RunResult(
         job=job,
         run_id=run.run_id,
         experiment_id=store.experiment_id,
         tracking_uri=store.uri,
-        metrics=outcome.metrics(config.class_names),
-        baseline=_metrics(outcome.before, config.class_names),
+        metrics=metrics,
+        baseline=baseline,
         source_run_id=source_run_id,
         artifacts=None if artifacts is None else str(artifacts),
     )
+
+
+def source_links(store: Store, source_run_id: str | None) -> list[str]:
+    """Return the link to the run that made the model a run starts from, for its description; none if it is not known."""
+    if source_run_id is None:
+        return []
+    source = store.client.get_run(source_run_id).info
+    return [f"Model of {link(source.run_name, run_page(source.experiment_id, source_run_id))}"]
 
 
 def describe_run(run: TrackedRun, config: Config, sets: ImageSets) -> None:
@@ -187,14 +203,17 @@ def train(
             unlabelled = monitor.target_scores | monitor.domain_accuracy
             if Metric.SOURCE_KEPT in monitor.metrics():
                 unlabelled[Metric.SOURCE_KEPT] = monitor.metrics()[Metric.SOURCE_KEPT]
+            explained = ""
             if alignment is not None:
                 alignment.measure("after", network, loop.device)
-                unlabelled |= _log_gap(run, alignment, monitor, final_step)
+                gap = _log_gap(run, alignment, monitor, final_step)
+                unlabelled, explained = unlabelled | gap.after, gap.text
             outcome = Outcome(
                 before=_by_set(monitor.baseline),
                 after=_final_scores(config, network, loaders, monitor),
                 final_step=final_step,
                 unlabelled=unlabelled,
+                alignment=explained,
             )
             for album in pictures.values():
                 album.add("after", network)
@@ -240,20 +259,17 @@ def with_batch_sizes(config: Config, parts: Parts) -> Config:
     return replace(config, sizes | {"trainer.auto_batch_size": False})  # the run's settings record the result
 
 
-def _log_gap(
-    run: TrackedRun, alignment: Alignment, monitor: DomainAdaptationMonitorCallback, final_step: int
-) -> dict[str, float]:
-    """Log the results of the probes: metrics at step 0 and `final_step`, features as a file, and an explanation in words as the
-    run's description. Return the final metrics."""
+def _log_gap(run: TrackedRun, alignment: Alignment, monitor: DomainAdaptationMonitorCallback, final_step: int) -> Gap:
+    """Log the results of the probes: metrics at step 0 and `final_step`, features as a file, and an explanation in words."""
     gap = alignment.finish(monitor.domain_accuracy.get(Metric.DOMAIN_ACCURACY_VAL))
     run.log_metrics(gap.before, step=0)
     run.log_metrics(gap.after, step=final_step)
     log.info("%s", gap.text)
-    run.set_tags({Tag.ALIGNMENT: gap.text, "mlflow.note.content": gap.text})
+    run.set_tags({Tag.ALIGNMENT: gap.text})
     if gap.features:
         with writing(run.folder / FEATURES_FILE):
             save_file(gap.features, run.folder / FEATURES_FILE, metadata={"layer": gap.layer})
-    return gap.after
+    return gap
 
 
 def _metrics(scores: Mapping[SetName, Scores], class_names: Sequence[str]) -> dict[str, float]:
@@ -334,7 +350,7 @@ def _write_results(
         title = f"{name.words}: mean IoU {scores.iou:.3f}"
         draw_confusion(figures / f"confusion_{name}.png", scores.confusion, names, title)
     if series:
-        draw_curves(figures / "curves.png", series, f"run {run.run_id[:8]}")
+        draw_curves(run.folder / CURVES_FILE, series, f"run {run.run_id[:8]}")
     _write_class_table(run.folder / "tables" / "class_iou.csv", outcome, names)
 
 

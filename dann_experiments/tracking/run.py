@@ -35,6 +35,7 @@ from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.deleted import restored
 from dann_experiments.tracking.failures import explained_in_run
 from dann_experiments.tracking.generated_names import is_generated
+from dann_experiments.tracking.notes import link, run_page
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
 from dann_experiments.tracking.sender import SPOOL, TAGS, Sender, giving_way
 from dann_experiments.tracking.spool import Point
@@ -286,8 +287,9 @@ def send_folder(sender: Sender, folder: Path, status: str, end_time: int | None)
 def _reopen(store: Store, run_id: str, claimed: str | None, folder: Path) -> Iterator[Point]:
     """Set a run to running again, and return the points that the store has of it."""
     if claimed is not None and claimed != run_id:
-        note = f"This run is empty: its job resumed run {run_id}."
-        for key, text in {Tag.RESUMED_RUN_ID: run_id, "mlflow.note.content": note}.items():
+        page = run_page(store.client.get_run(run_id).info.experiment_id, run_id)
+        note = f"This run is empty: its job resumed {link(f'run {run_id}', page)}."
+        for key, text in {Tag.RESUMED_RUN_ID: run_id, Tag.NOTE: note}.items():
             store.client.set_tag(claimed, key, text)
         store.client.set_terminated(claimed, "FINISHED")
     (folder / END).unlink(missing_ok=True)

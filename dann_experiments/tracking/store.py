@@ -22,6 +22,7 @@ from dann_experiments.config.errors import InputError, NotWritten, StoreAway
 from dann_experiments.config.store_names import LONGEST_EXPERIMENT
 from dann_experiments.tracking.deleted import DELETED
 from dann_experiments.tracking.environment import EXPERIMENT_ID, RUN_ID, given_run, wanted_experiment
+from dann_experiments.tracking.notes import note_to_set
 from dann_experiments.tracking.sqlite import absolute, check_file, look_at_metrics, one_opens
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,9 @@ def _open(uri: str | None, experiment: str | None, run_id: str | None, for_runs:
                     )
             if for_runs and EXPERIMENT_KIND not in known.tags:
                 client.set_experiment_tag(known.experiment_id, EXPERIMENT_KIND, "custom_model_development")
+            if for_runs and to_write:
+                for key, text in note_to_set(known.tags).items():
+                    client.set_experiment_tag(known.experiment_id, key, text)
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         raise InputError(f"{given}, which cannot be used: {in_one_line(error)}") from None
     if for_runs and to_write:
