@@ -17,6 +17,8 @@ from dann_experiments.tracking.notes import (
 )
 from dann_experiments.tracking.store import open_store
 
+PAGES = "?workflowType=machine_learning"
+
 
 def test_a_description_opens_with_what_the_run_is_and_its_result():
     before = {"iou/target_val": 0.5124, "iou/source_val": 0.95}
@@ -47,12 +49,12 @@ def test_names_are_text_and_never_markup(name, shown):
 
 
 def test_links_name_the_pages_of_runs_and_files():
-    assert run_page("1", "ab") == "#/experiments/1/runs/ab"
-    assert run_page("1", "ab", "figures/a b.png") == "#/experiments/1/runs/ab/artifacts/figures/a%20b.png"
+    assert run_page("1", "ab") == f"#/experiments/1/runs/ab{PAGES}"
+    assert run_page("1", "ab", "figures/a b.png") == f"#/experiments/1/runs/ab/artifacts/figures/a%20b.png{PAGES}"
     assert link("a]b", "#/x?y='(1)'") == r"[a\]b](#/x?y='%281%29')"
     tags = {Tag.COMPARISON: "c1", Tag.SWEEP_RUN_ID: "s1", "seed": 0}
     assert links_of(tags, "7") == [
-        "Made for [comparison](#/experiments/7/runs/c1)", "Made for [sweep](#/experiments/7/runs/s1)"
+        f"Made for [comparison](#/experiments/7/runs/c1{PAGES})", f"Made for [sweep](#/experiments/7/runs/s1{PAGES})"
     ]  # fmt: skip
 
 
@@ -64,8 +66,8 @@ def test_an_adaptation_links_to_its_source_model_and_its_curves(shared_runs):
     was, now = result.baseline["iou/target_val"], result.metrics["iou/target_val"]
     assert opening.startswith(f"**DANN target seed 0**: target val IoU {was:.3f} → {now:.3f}, source val IoU ")
     at = source.experiment_id
-    assert f"[source model source seed 0](#/experiments/{at}/runs/{source.run_id})" in links
-    assert f"[curves](#/experiments/{at}/runs/{result.run_id}/artifacts/figures/curves.png)" in links
+    assert f"[source model source seed 0](#/experiments/{at}/runs/{source.run_id}{PAGES})" in links
+    assert f"[curves](#/experiments/{at}/runs/{result.run_id}/artifacts/figures/curves.png{PAGES})" in links
     assert "figures/curves.png" in [item.path for item in client.list_artifacts(result.run_id, "figures")]
     assert explained == escaped(tags[Tag.ALIGNMENT])
     assert (

@@ -249,8 +249,8 @@ def _links(store: Store, comparison: Comparison) -> dict[str, str]:
     """Return run id -> address of the run on a tracking server; empty for other stores."""
     if not store.uri.startswith(("http://", "https://")):
         return {}
-    place = f"{without_secrets(store.uri).rstrip('/')}/#/experiments/{store.experiment_id}/runs"
-    return {run.run_id: f"{place}/{run.run_id}?{TRAINING_PAGES}" for run in comparison.runs}
+    server = without_secrets(store.uri).rstrip("/")
+    return {run.run_id: f"{server}/{run_page(store.experiment_id, run.run_id)}" for run in comparison.runs}
 
 
 def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 from dann_experiments.names import SOURCE_TEST, SOURCE_VAL, TARGET_TEST, TARGET_VAL, Job, Metric, SetName, Tag
+from dann_experiments.tracking.store import TRAINING_PAGES
 
 MADE_FOR = {Tag.COMPARISON: "comparison", Tag.SWEEP_RUN_ID: "sweep"}
 """Tag with the id of the run for which a run was made -> words of the link to it."""
@@ -29,7 +30,7 @@ def escaped(text: str) -> str:
 def run_page(experiment_id: str, run_id: str, artifact: str | None = None) -> str:
     """Return the address of a run, or of one of its artifacts, as a fragment of MLflow's pages; it starts with `#`."""
     page = f"#/experiments/{quote(experiment_id, safe='')}/runs/{quote(run_id, safe='')}"
-    return page if artifact is None else f"{page}/artifacts/{quote(artifact)}"
+    return f"{page}{'' if artifact is None else f'/artifacts/{quote(artifact)}'}?{TRAINING_PAGES}"
 
 
 def link(words: str, address: str) -> str:

@@ -22,7 +22,6 @@ from dann_experiments.config.errors import InputError, NotWritten, StoreAway
 from dann_experiments.config.store_names import LONGEST_EXPERIMENT
 from dann_experiments.tracking.deleted import DELETED
 from dann_experiments.tracking.environment import EXPERIMENT_ID, RUN_ID, given_run, wanted_experiment
-from dann_experiments.tracking.notes import note_to_set
 from dann_experiments.tracking.sqlite import absolute, check_file, look_at_metrics, one_opens
 
 log = logging.getLogger(__name__)
@@ -86,6 +85,7 @@ def _open(uri: str | None, experiment: str | None, run_id: str | None, for_runs:
     from sqlalchemy.exc import SQLAlchemyError
 
     from dann_experiments.tracking.artifacts import check_artifacts
+    from dann_experiments.tracking.notes import note_to_set
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # else one line for each of dozens of migrations
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # else a traceback for each error
