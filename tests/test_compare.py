@@ -34,6 +34,7 @@ from dann_experiments.comparison.runner import finished_run
 from dann_experiments.config import Config, config_to_yaml, replace
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import load_settings
+from dann_experiments.names import Tag
 from dann_experiments.reports.terminal import print_comparison
 from dann_experiments.tracking.stale_runs import close_stale_runs
 from dann_experiments.tracking.store import Store, open_store
@@ -160,6 +161,11 @@ def test_every_arm_has_a_finished_run_of_every_seed(place):
         if not run.reused:
             assert found.data.tags["dann.arm"] == arm
             assert found.info.run_name == f"{arm} target seed {seed}"
+            page = f"#/experiments/{place.store.experiment_id}/runs/{place.result.run_id}?"
+            assert f"[comparison]({page}" in found.data.tags[Tag.NOTE]
+                f"[comparison](#/experiments/{place.store.experiment_id}/runs/{place.result.run_id}?"
+                in found.data.tags[Tag.NOTE]
+            )
 
 
 def test_runs_that_plain_jobs_made_are_taken(place):
@@ -202,6 +208,9 @@ def test_the_comparison_keeps_report_picture_verdict_tables_and_settings(place):
     run = place.store.client.get_run(place.result.run_id)
     assert run.info.status == "FINISHED"
     assert (run.data.tags["dann.job"], run.data.tags["dann.verdict"]) == ("compare", "DANN: no evidence")
+    note = run.data.tags[Tag.NOTE]
+    assert note.startswith("**Comparison source → target**: DANN: no evidence.")
+    assert f"[report](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/report.html?" in note
     assert run.data.params["cfg.trainer.max_epochs"] == "1"
     artifacts = Path(str(place.result.artifacts))
     assert "<html" in (artifacts / "report.html").read_text()

@@ -20,6 +20,7 @@ from mlflow.entities import Run
 
 from dann_experiments import adapt, load_config
 from dann_experiments.config import config_to_yaml
+from dann_experiments.names import Tag
 from sweeps.__main__ import main
 from sweeps.study import SOURCE_ONLY, Sweep, open_storage
 
@@ -182,6 +183,23 @@ def test_the_first_trials_are_the_recipe_and_the_control(place):
     assert recipe.params[GAMMA] == 10.0
     methods = {run.data.tags["dann.trial"]: run.data.tags["dann.method"] for run in runs_of(place, "trial")}
     assert (methods["0"], methods["1"], methods["2"]) == ("dann", "lambda_zero", "dann")
+
+
+def test_trials_and_sweep_are_named_and_described(place):
+    study, (sweep_run,) = study_in(place), runs_of(place, "sweep")
+    names = {run.data.tags["dann.trial"]: run.info.run_name for run in runs_of(place, "trial")}
+    assert names["0"] == "s trial 0, DANN target seed 0"
+    assert names["1"] == "s trial 1, lambda = 0 control target seed 0"
+    assert runs_of(place, "evaluate")[0].info.run_name == "s source only target seed 0"
+    best = study.best()
+    assert best is not None
+    note, at = sweep_run.data.tags[Tag.NOTE], f"#/experiments/{sweep_run.info.experiment_id}/runs"
+    assert note.startswith(f"**Sweep s**: best trial {best.number}")
+    assert "lambda = 0 control 0." in note
+    assert f"[report]({at}/{sweep_run.info.run_id}/artifacts/report.md?" in note
+    assert f"({at}/{best.user_attrs['run_id']}?" in note
+    trial = next(run for run in runs_of(place, "trial") if run.data.tags["dann.trial"] == "1")
+    assert f"Made for [sweep]({at}/{sweep_run.info.run_id}?" in trial.data.tags[Tag.NOTE]
 
 
 def test_reports_stand_in_the_folder_and_in_the_sweeps_run(place):
