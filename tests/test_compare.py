@@ -163,9 +163,6 @@ def test_every_arm_has_a_finished_run_of_every_seed(place):
             assert found.info.run_name == f"{arm} target seed {seed}"
             page = f"#/experiments/{place.store.experiment_id}/runs/{place.result.run_id}?"
             assert f"[comparison]({page}" in found.data.tags[Tag.NOTE]
-                f"[comparison](#/experiments/{place.store.experiment_id}/runs/{place.result.run_id}?"
-                in found.data.tags[Tag.NOTE]
-            )
 
 
 def test_runs_that_plain_jobs_made_are_taken(place):

@@ -93,8 +93,8 @@ class Alignment:
             for domain, features in domains.items()
             if len(features.get(layer, ()))
         }
-        means = (mean_probe(self._judged(probes)) for probes in (before, after))
-        text = explain(domain_accuracy, *means, self._adversary, probed=self._loaders is not None)
+        means = [mean_probe(self._judged(probes)) for probes in (before, after)]
+        text = explain(domain_accuracy, means[0], means[1], self._adversary, probed=self._loaders is not None)
         return Gap(self._metrics(before), self._metrics(after), text, layer, features)
 
     def _probes(self, when: str) -> dict[str, Probe]:
