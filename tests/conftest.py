@@ -133,6 +133,13 @@ def copy_store(store: Path, folder: Path) -> None:
         copy.execute("UPDATE experiments SET artifact_location = ? || '/mlruns/' || experiment_id", (str(folder),))
 
 
+def model_folder(artifacts: Path | str | None) -> Path:
+    """The folder of the model of the run whose own files lie in `artifacts`: the model lies beside the runs of its experiment."""
+    of_the_run = Path(str(artifacts))
+    described = of_the_run.parents[1].glob("models/*/artifacts/MLmodel")
+    return next(file.parent for file in described if f"run_id: {of_the_run.parent.name}" in file.read_text())
+
+
 @dataclass(frozen=True)
 class SharedRuns:
     """A pretraining and an adaptation with `small_settings(squares)`, shared by all tests and workers; read-only."""

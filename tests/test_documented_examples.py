@@ -31,7 +31,7 @@ import pytest
 import pytorch_lightning as pl
 import rasterio
 import yaml
-from conftest import small_settings, squares_in, write_raster
+from conftest import model_folder, small_settings, squares_in, write_raster
 from documented import (
     EXAMPLES,
     NOT_RUN,
@@ -400,7 +400,7 @@ def scored(place: Place, given: dict[str, str], printed: str, job: str) -> None:
     if recipe.startswith("recipes/") and "neon_trees" not in recipe:
         assert {"iou/source_val", "iou/target_val", "iou/target_test"} <= set(run.data.metrics)
     if job == "adapt":
-        assert (place.artifacts(run) / "model" / "dann.json").is_file()
+        assert (model_folder(place.artifacts(run)) / "dann.json").is_file()
         assert {run.info.status for run in place.runs("pretrain")} <= {"FINISHED"}
     if given.get("resume") not in (None, "", "auto"):
         assert run.info.run_id == given["resume"]

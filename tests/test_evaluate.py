@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from conftest import small_settings, squares_in, write_domain, write_raster
+from conftest import model_folder, small_settings, squares_in, write_domain, write_raster
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
@@ -54,7 +54,7 @@ def evaluation(squares: Path, trained: RunResult, model: str | Path | None = Non
 
 
 def folder_of(trained: RunResult) -> Path:
-    return Path(str(trained.artifacts)) / "model"
+    return model_folder(trained.artifacts)
 
 
 def edited(trained: RunResult, where: Path, **changes: object) -> Path:
@@ -162,7 +162,7 @@ def test_the_run_s_config_yaml_gives_the_same_numbers(trained, squares, workplac
 def test_a_registered_model_is_evaluated_and_linked_to_the_run_that_made_it(trained, squares, workplace):
     store = client(trained)
     store.create_registered_model("squares")
-    source = f"{store.get_run(trained.run_id).info.artifact_uri}/model"
+    source = str(folder_of(trained))
     version = store.create_model_version("squares", source, run_id=trained.run_id)
     store.set_registered_model_alias("squares", "champion", version.version)
     for name in ("models:/squares@champion", f"models:/squares/{version.version}"):

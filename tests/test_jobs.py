@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import segmentation_models_pytorch as smp
 import torch
 import yaml
-from conftest import small_settings
+from conftest import model_folder, small_settings
 
 import dann_experiments
 from dann_experiments import InputError, RunResult, adapt, evaluate, load_config, pretrain
@@ -86,8 +86,8 @@ def test_a_run_shows_what_the_design_promises(run, shared_runs):
     assert all(len(dataset.digest) == 32 for dataset in contexts.values())
     files = {str(path.relative_to(run.artifacts)) for path in Path(run.artifacts).rglob("*") if path.is_file()}
     assert files == {
-        "config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "model/config.json", "model/dann.json",
-        "model/model.safetensors", "figures/predictions_source.png", "figures/predictions_target.png",
+        "config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
+        "figures/predictions_source.png", "figures/predictions_target.png",
         "figures/confusion_source_val.png", "figures/confusion_target_val.png", "figures/confusion_target_test.png",
         "figures/curves.png", "tables/class_iou.csv", "features.safetensors",
     }  # fmt: skip
@@ -123,7 +123,7 @@ def test_step_zero_shows_the_warm_start(run):
 
 
 def test_the_model_loads_in_a_new_process_without_pickles_and_gives_the_same_logits(run, squares, workplace):
-    folder = Path(run.artifacts) / "model"
+    folder = model_folder(run.artifacts)
     facts = json.loads((folder / "dann.json").read_text())
     code = (
         "import pickle, sys, numpy as np, torch, segmentation_models_pytorch as smp\n"

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import read_sets, small_settings, squares_in, write_domain
+from conftest import model_folder, read_sets, small_settings, squares_in, write_domain
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from pytorch_lightning.utilities import CombinedLoader
@@ -553,7 +553,7 @@ class Place:
         """The run's final model."""
         import segmentation_models_pytorch as smp
 
-        return smp.from_pretrained(str(self.folder(name) / "model")).eval()
+        return smp.from_pretrained(str(model_folder(self.folder(name)))).eval()
 
     def data(self, **more: object) -> ImageSets:
         """As a run reads it."""

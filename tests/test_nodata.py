@@ -10,7 +10,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import read_sets, small_settings, write_raster
+from conftest import model_folder, read_sets, small_settings, write_raster
 from rasterio.transform import from_origin
 
 from dann_experiments import InputError, adapt, load_config
@@ -168,7 +168,7 @@ def test_two_unequal_domains_of_rasters_train_with_all_of_it(run, workplace):
 
 
 def test_the_normalisation_is_kept_with_the_model_a_domain_each(run):
-    facts = json.loads((Path(run[1].artifacts) / "model" / "dann.json").read_text())["reading"]
+    facts = json.loads((model_folder(run[1].artifacts) / "dann.json").read_text())["reading"]
     assert facts["source"]["low"] == [0.0] * 4
     assert facts["source"]["high"] == [10000.0] * 4
     assert facts["target"]["scale"] == "percentiles"

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import small_settings
+from conftest import model_folder, small_settings
 from mlflow.entities import Param, RunTag
 from pytorch_lightning.utilities import CombinedLoader
 from safetensors.torch import load_file
@@ -144,7 +144,7 @@ def run_ids(config: Config, job: str) -> list[str]:
 
 def weights(result: RunResult) -> bytes:
     assert result.artifacts is not None
-    return (Path(result.artifacts) / "model" / "model.safetensors").read_bytes()
+    return (model_folder(result.artifacts) / "model.safetensors").read_bytes()
 
 
 def values(result: RunResult) -> list[tuple[str, int, float]]:
@@ -233,7 +233,7 @@ def test_pretraining_that_is_killed_goes_on_also_when_adapt_started_it(workplace
     client = mlflow.MlflowClient(tracking_uri=config.tracking.uri)
     assert client.get_run(adapted).data.tags["dann.source_run_id"] == run_id
     assert run_ids(config, "pretrain") == [run_id]
-    model = Path(str(client.get_run(run_id).info.artifact_uri)) / "model" / "model.safetensors"
+    model = model_folder(client.get_run(run_id).info.artifact_uri) / "model.safetensors"
     assert model.read_bytes() == weights(whole.pretrained)
 
 
@@ -287,7 +287,7 @@ def test_a_run_killed_behind_its_last_step_ends_with_its_best_weights_and_their_
     resumed = adapt(config, [Noise()], resume="auto")
     assert "the best checkpoint is damaged or gone" in caplog.text
     last = torch.load(Path(str(resumed.artifacts)) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    final = load_file(Path(str(resumed.artifacts)) / "model" / "model.safetensors")
+    final = load_file(model_folder(resumed.artifacts) / "model.safetensors")
     assert all(torch.equal(last[f"network.{name}"], value) for name, value in final.items())
 
 

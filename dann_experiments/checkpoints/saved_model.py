@@ -63,6 +63,11 @@ class ModelNotes:
         return build_network(self.arch, self.arguments["encoder_name"], None, self.in_channels, self.classes, own)
 
 
+def default_domain(notes: ModelNotes) -> str:
+    """Return the domain that a model's images are like unless another is asked for: the target, if it knows how to read it."""
+    return next((domain for domain in reversed(DOMAINS) if domain in notes.readings), "target")
+
+
 def save_model(
     folder: str | Path, network: nn.Module, arch: str, arguments: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:

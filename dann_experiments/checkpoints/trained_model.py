@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from dann_experiments.checkpoints.saved_model import ModelNotes
+from dann_experiments.checkpoints.weights import listed, load_into, read_weights
+from dann_experiments.config.errors import InputError
 from dann_experiments.data.reading import Normalization, Reading
 
 
@@ -25,6 +29,37 @@ class Model:
     """Digest of weights and class names (`model_digest`)."""
     run_id: str | None
     """MLflow run that trained it; None = unknown."""
+
+
+def noted_model(
+    local: Path, notes: ModelNotes, where: str, domain: str, source_prefix: str | None = None, run_id: str | None = None
+) -> Model:
+    """Return the saved model in `local` (its folder or weights file), set to read images like those of `domain`.
+
+    `notes`: what `read_model_notes` found; `where`: the model's address, for messages; `source_prefix` chooses one of several
+    networks in the weights; `run_id`: the run that trained it. Raises InputError if the notes have no class names or do not
+    know the domain, or if the weights do not fit the network.
+    """
+    if notes.class_names is None:
+        raise InputError(f"model {where} does not say what its classes are called; give a model as it was saved.")
+    if domain not in notes.readings:
+        raise InputError(
+            f"domain is {domain!r}, but model {where} knows how to read images of {sorted(notes.readings)} only."
+        )
+    network = notes.build()
+    fill(network, read_weights(local), where, source_prefix)
+    digest = model_digest(network, notes.class_names)
+    return Model(network, notes.class_names, notes.in_channels, *notes.readings[domain], digest, run_id)
+
+
+def fill(network: nn.Module, weights: Mapping[str, Tensor], where: str, source_prefix: str | None = None) -> None:
+    """Load all of a finished model's weights into its network. Raises InputError if they do not fit."""
+    # load_into would suggest strict_loading, which makes no sense for a finished model
+    problems = load_into(network, weights, False, where, source_prefix, "source_prefix")
+    if problems:
+        raise InputError(
+            f"model is {where!r}, whose weights do not fit its network ({listed(problems)}); use its own settings."
+        )
 
 
 def model_digest(network: nn.Module, class_names: Sequence[str]) -> str:

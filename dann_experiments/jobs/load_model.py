@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import cast
 
-from dann_experiments.checkpoints.saved_model import ModelNotes, read_model_notes
-from dann_experiments.checkpoints.trained_model import Model, model_digest
-from dann_experiments.checkpoints.weights import listed, load_into, read_weights
+from torch import Tensor
+
+from dann_experiments.checkpoints.saved_model import read_model_notes
+from dann_experiments.checkpoints.trained_model import Model, fill, model_digest, noted_model
+from dann_experiments.checkpoints.weights import read_weights
 from dann_experiments.config import Config, InputError
 from dann_experiments.data.reading import Normalization, Reading
 from dann_experiments.jobs.build import data_plan, find_data, make_network
@@ -26,39 +29,38 @@ def load_model(where: str, domain: str, config: Config | None, store: Store, sou
     """
     with fetched(where, store, key="model") as (local, run_id):
         notes = read_model_notes(local, where)
-        weights = read_weights(local)
-    if notes is not None and notes.class_names is not None:
-        network, names, in_channels = notes.build(), notes.class_names, notes.in_channels
-        reading, normalization = _noted_reading(notes, where, domain)
-    elif config is not None:
-        names, in_channels = config.class_names, config.model.in_channels
-        try:
-            network = make_network(config, with_weights=False)
-            reading, normalization = _reading_of_settings(config, domain)
-        except InputError as error:  # it names settings in the file, which are not settings of the job
-            raise InputError(f"in the settings of --config: {error}") from None
-    else:
-        raise InputError(
-            f"model is {where!r}, which has no settings of its network next to it (config.json and dann.json); provide them "
-            "with --config, for example the config.yaml of the run that made it, or use the run's model: runs:/ID."
-        )
-    # load_into would suggest strict_loading, which makes no sense for a finished model
-    problems = load_into(network, weights, False, where, source_prefix, "source_prefix")
-    if problems:
-        raise InputError(
-            f"model is {where!r}, whose weights do not fit its network ({listed(problems)}); use its own settings."
-        )
-    if not 2 <= len(names) <= NODATA:
-        raise InputError(f"model is {where!r} with {len(names)} classes; maps can have 2 to {NODATA}.")
-    return Model(network, names, in_channels, reading, normalization, model_digest(network, names), run_id)
+        if notes is not None and notes.class_names is not None:
+            model = noted_model(local, notes, where, domain, source_prefix, run_id)
+        elif config is not None:
+            model = _model_of_settings(config, read_weights(local), where, domain, source_prefix, run_id)
+        else:
+            raise InputError(
+                f"model is {where!r}, which has no settings of its network next to it (config.json and dann.json); provide them "
+                "with --config, for example the config.yaml of the run that made it, or use the run's model: runs:/ID."
+            )
+    if not 2 <= len(model.class_names) <= NODATA:
+        raise InputError(f"model is {where!r} with {len(model.class_names)} classes; maps can have 2 to {NODATA}.")
+    return model
 
 
-def _noted_reading(notes: ModelNotes, where: str, domain: str) -> tuple[Reading, Normalization]:
-    if domain not in notes.readings:
-        raise InputError(
-            f"domain is {domain!r}, but model {where} knows how to read images of {sorted(notes.readings)} only."
-        )
-    return notes.readings[domain]
+def _model_of_settings(
+    config: Config,
+    weights: Mapping[str, Tensor],
+    where: str,
+    domain: str,
+    source_prefix: str | None,
+    run_id: str | None,
+) -> Model:
+    """Return the model of a checkpoint that is stored without its settings."""
+    try:
+        network = make_network(config, with_weights=False)
+        reading, normalization = _reading_of_settings(config, domain)
+    except InputError as error:  # it names settings in the file, which are not settings of the job
+        raise InputError(f"in the settings of --config: {error}") from None
+    fill(network, weights, where, source_prefix)
+    names = config.class_names
+    digest = model_digest(network, names)
+    return Model(network, names, config.model.in_channels, reading, normalization, digest, run_id)
 
 
 def _reading_of_settings(config: Config, domain: str) -> tuple[Reading, Normalization]:

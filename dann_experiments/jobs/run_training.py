@@ -19,15 +19,15 @@ from torch import nn
 
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.checkpoints.files import BEST, LAST
-from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, flatten, replace
 from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import ImageSets
 from dann_experiments.data.loaders import Loaders
-from dann_experiments.jobs.build import make_loaders, make_loop, make_module, model_arguments, model_facts
+from dann_experiments.jobs.build import make_loaders, make_loop, make_module
 from dann_experiments.jobs.identity import domain_name, domain_tags, public_settings
+from dann_experiments.jobs.model_files import write_model
 from dann_experiments.jobs.other_ranks import other_ranks
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS, checkpoint_to_go_on_from, folder_of_runs
@@ -117,6 +117,7 @@ def tracked_training(
         if job == Job.PRETRAIN:
             reseed(config.seed)
         outcome = train(config, run, parts, callbacks, pretraining=job == Job.PRETRAIN, checkpoint=checkpoint)
+        write_model(run, config, parts.network, parts.sets, name, tags, list(outcome.after), outcome.final_step)
         metrics, baseline = outcome.metrics(config.class_names), _metrics(outcome.before, config.class_names)
         links = [*links, link("curves", run_page(store.experiment_id, run.run_id, CURVES_FILE))]
         run.set_tags({Tag.NOTE: description(name, iou_changes(baseline, metrics), links, outcome.alignment)})
@@ -169,7 +170,7 @@ def train(
     pretraining: bool = False,
     checkpoint: Path | None = None,
 ) -> Outcome:
-    """Train, choose the final weights, score them, and write checkpoints, model, figures and tables to the run's folder.
+    """Train, choose the final weights, score them, and write checkpoints, figures and tables to the run's folder.
 
     `checkpoint`: one that an earlier process of this run saved. `network` must then be in its state before training, as it was
     for that process, because that state is measured again. With `trainer.devices` above 1 the other ranks are processes that
@@ -340,7 +341,6 @@ def _write_results(
     names = config.class_names
     tests = {name: found for name, found in outcome.after.items() if name.split == "test"}
     run.log_metrics(_metrics(tests, names), step=outcome.final_step)
-    save_model(run.folder / "model", network, config.model.arch, model_arguments(config), model_facts(config, sets))
     figures = run.folder / "figures"
     for domain, album in pictures.items():
         if album.images:

@@ -105,7 +105,8 @@ class Piece(NamedTuple):
     ids: np.ndarray
     """(h, w) uint8 class ids; NODATA where there is no data."""
     probabilities: np.ndarray | None
-    """(K, h, w) uint8, 254 times the probability; NODATA where there is no data. None = not requested."""
+    """(K, h, w) uint8, 254 times the probability (float32, the probability itself, if not rounded); NODATA where there is no
+    data. None = not requested."""
 
 
 def plan_tiles(height: int, width: int, tile_size: int, overlap: int, stride: int) -> Plan:
@@ -152,14 +153,17 @@ class Tiler:
         batch_size: int,
         device: torch.device,
         with_probabilities: bool = False,
+        rounded: bool = True,
     ) -> None:
-        """`network` (on `device`) maps images (N, B, h, w) to logits (N, classes, h, w)."""
+        """`network` (on `device`) maps images (N, B, h, w) to logits (N, classes, h, w). `rounded`: whether probabilities are
+        rounded to whole numbers, as files store them."""
         self.network = network
         self.plan = plan
         self.classes = classes
         self.batch_size = batch_size
         self.device = device
         self.with_probabilities = with_probabilities
+        self.rounded = rounded
         self.carry = torch.zeros(classes, plan.rows.ramp, plan.columns.length, device=device)
         """Lower ramp (K, ramp, width) of the last row of tiles, to blend with the next row."""
         self._held = torch.empty(0)  # (K, h, ramp): right ramp of the last tile, to blend with the next tile
@@ -224,8 +228,10 @@ class Tiler:
     def _reduced(self, window: Window, part: Tensor, row: int, column: int, valid: np.ndarray | None) -> Piece:
         ids = part.max(0).indices.to(torch.uint8).cpu().numpy()  # many times as fast as argmax on a CPU
         stored = None
-        if self.with_probabilities:
+        if self.with_probabilities and self.rounded:
             stored = (part * PROBABILITY_STEPS).round_().to(torch.uint8).cpu().numpy()
+        elif self.with_probabilities:
+            stored = part.cpu().numpy()
         if valid is not None:
             tile = self.plan.tile(row, column)
             top, left = window.top - tile.top, window.left - tile.left

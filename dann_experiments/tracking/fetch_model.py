@@ -1,18 +1,21 @@
-"""Fetches models by address: a file, a folder, runs:/ID[/path], models:/NAME@ALIAS or models:/NAME/VERSION."""
+"""Fetches models by address: a file, a folder, runs:/ID[/path], models:/m-ID, models:/NAME@ALIAS or models:/NAME/VERSION."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dann_experiments.checkpoints.mlmodel import check_mlmodel
 from dann_experiments.config.errors import InputError, NotWritten
 from dann_experiments.config.paths import local_path
 from dann_experiments.data.samples import file_digest
 from dann_experiments.names import Key, Tag
+from dann_experiments.tracking.logged_model import MODEL, logged_model
 from dann_experiments.tracking.store import Store, check_room, in_one_line
 
 
@@ -27,6 +30,8 @@ def fetched(path: str, store: Store, key: str = Key.SOURCE_MODEL) -> Iterator[tu
             )
         if not (local.is_file() or local.is_dir()):  # reading a pipe may block, /dev/zero never ends
             raise InputError(f"{key} is {path}, which is neither a file nor a folder; give one.")
+        if local.is_dir():
+            check_mlmodel(local, path)
         yield local, run_id
 
 
@@ -44,9 +49,12 @@ def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) ->
     try:
         if path.startswith("runs:/"):
             run_id, _, inside = path.removeprefix("runs:/").partition("/")
-            path = f"runs:/{run_id}/{inside or 'model'}"
-            store.client.get_run(run_id)
-            check_room(store, run_id, inside or "model", folder)
+            path = f"runs:/{run_id}/{inside or MODEL}"
+            run = store.client.get_run(run_id)
+            if inside.rstrip("/") in ("", MODEL):
+                model = logged_model(store.client, run.info.experiment_id, run_id)
+                path = path if model is None else model.artifact_location
+            check_room(store, run_id, inside or MODEL, folder)
         else:
             path, run_id = registered(path, store)
         local = mlflow.artifacts.download_artifacts(artifact_uri=path, dst_path=str(folder), tracking_uri=store.uri)
@@ -58,12 +66,15 @@ def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) ->
 
 
 def registered(path: str, store: Store) -> tuple[str, str | None]:
-    """Return the address of a registered model's files, and the id of its run, if known.
+    """Return the address of a registered or logged model's files, and the id of its run, if known.
 
     Asks the store's own client: MLflow would look up a `models:/` address in the registry of the process, which may differ from
     that of the store in the settings.
     """
     name, at, alias = path.removeprefix("models:/").partition("@")
+    if re.fullmatch(r"m-[0-9a-f]{32}", name) and not at:
+        model = store.client.get_logged_model(name)
+        return model.artifact_location, model.source_run_id
     if at:
         found = store.client.get_model_version_by_alias(name, alias)
     else:

@@ -35,6 +35,7 @@ from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.deleted import restored
 from dann_experiments.tracking.failures import explained_in_run
 from dann_experiments.tracking.generated_names import is_generated
+from dann_experiments.tracking.logged_model import FACTS, MODEL
 from dann_experiments.tracking.notes import link, run_page
 from dann_experiments.tracking.processes import end_with_the_launcher, process_name
 from dann_experiments.tracking.sender import SPOOL, TAGS, Sender, giving_way
@@ -275,9 +276,13 @@ def _close(run: TrackedRun, status: str) -> bool:
 
 def send_folder(sender: Sender, folder: Path, status: str, end_time: int | None) -> bool:
     """Send a run's folder and end the run. Return whether the store accepted everything; the folder is then removed."""
+    has_model = (folder / FACTS).is_file()  # written when the model is whole
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in (SPOOL, TAGS, f"{TAGS}.part", END):
+        of_the_model = has_model and path.is_relative_to(folder / MODEL)
+        if path.is_file() and not of_the_model and path.name not in (SPOOL, TAGS, f"{TAGS}.part", END, FACTS):
             sender.put_file(path)
+    if has_model:
+        sender.put_model()
     sent = sender.close(status, end_time)
     if sent:
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,8 +22,10 @@ from typing import Any
 from dann_experiments.config.atomic_write import reason
 from dann_experiments.config.errors import NotWritten
 from dann_experiments.config.store_names import LONGEST_KEY, is_key
+from dann_experiments.names import Metric
 from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.deleted import restored
+from dann_experiments.tracking.logged_model import send_model
 from dann_experiments.tracking.spool import Point, Spool
 from dann_experiments.tracking.store import in_one_line
 
@@ -84,7 +86,9 @@ class Sender:
         self._tags: dict[str, str] = _read_tags(folder / TAGS)
         self._memory: deque[tuple[str, Any, int, int]] = deque()
         self._files: dict[Path, None] = {}  # an ordered set: a file that is rewritten meanwhile is sent once
+        self._model = False
         self._end: tuple[str, int] | None = None
+        self._last: dict[str, Point] = {}
         self.refusal = ""
         """Why the store did not accept the last request; empty if it did."""
         self._spool_refused = False
@@ -109,6 +113,10 @@ class Sender:
             if getattr(value, "shape", None) not in (None, ()) and value.shape.numel() != 1:
                 raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}; log one number")
         now = self.clock.now()
+        for name, value in values.items():
+            if name.startswith(Metric.IOU):
+                time_of = now if not self._is_known(name, step, again) else max(self._already[name][1], default=now)
+                self._last[name] = Point(name, float(value), time_of, step)
         with self._wake:
             self._memory.extend(
                 (name, value, now, step) for name, value in values.items() if not self._is_known(name, step, again)
@@ -130,6 +138,14 @@ class Sender:
         """Queue a file in the run's folder, to become an artifact with the same relative path. It is read when it is sent."""
         with self._wake:
             self._files[path] = None
+
+    def last(self, name: str) -> Point | None:
+        """Return the last point that was logged of an IoU; None if there is none."""
+        return self._last.get(name)
+
+    def put_model(self) -> None:
+        """Queue the model in the run's folder, to become the run's logged model when all else but the run's end is sent."""
+        self._model = True
 
     def persist(self) -> None:
         """Write all queued metrics that the store does not have to the spool file, so that they survive a killed process and a
@@ -162,7 +178,7 @@ class Sender:
         log.warning(
             "The tracking store did not accept %d metrics and %d files of run %s%s; they are kept in %s. Send them later: python "
             "-m dann_experiments sync --tracking.folder %s",
-            self._spool.left + lost, len(self._files), self._run_id, because, self._folder, self._folder.parent,
+            self._spool.left + lost, len(self._files) + self._model, self._run_id, because, self._folder, self._folder.parent,
         )  # fmt: skip
         if lost:
             log.error("%d of these metrics are lost: the store and %s refuse them.", lost, self._folder / SPOOL)
@@ -239,7 +255,7 @@ class Sender:
         points = self._send_points()
         if points < BATCH:  # else more points may be waiting
             others = (self._send_tags(), self._send_file())
-            if not points and not any(others):
+            if not points and not any(others) and not self._send_model():
                 return self._send_end()
         self._send_from = time.monotonic() + SEND_SECONDS
         return True
@@ -266,6 +282,18 @@ class Sender:
                 return False
             del self._files[path]  # before it is read: if it is rewritten meanwhile, it is queued again
         self._upload(path)
+        return True
+
+    def _send_model(self) -> bool:
+        if not self._model:
+            return False
+        self._uploading = True
+        try:
+            send_model(self._client, self._run_id, self._folder)
+        finally:
+            self._uploading = False
+        self._model = False
+        self._answered()
         return True
 
     def _send_end(self) -> bool:
