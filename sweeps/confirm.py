@@ -15,6 +15,7 @@ from dann_experiments.config.untrusted import refuse_stored_code
 from dann_experiments.config.workers import RAY_ONLY
 from dann_experiments.names import Metric
 from dann_experiments.reports.tables import markdown, number
+from dann_experiments.tracking.logged_model import logged_model
 from dann_experiments.tracking.store import Store, open_store
 from dann_experiments.workers.pool import refuse_unshared
 from sweeps.cleanup import clean_up_at_start
@@ -249,7 +250,9 @@ def _register(store: Store, name: str, contest: _Contest, study: Sweep, winner: 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = f"{store.client.get_run(run_id).info.artifact_uri}/model"
+    model = logged_model(store.client, store.client.get_run(run_id).info.experiment_id, run_id)
+    of_an_older_version = f"{store.client.get_run(run_id).info.artifact_uri}/model"
+    source = of_an_older_version if model is None else f"models:/{model.model_id}"
     objective = study.attribute(DEFINITION)["objective"]
     description = (
         f"Trial {winner.number} of study {contest.parent.name}, confirmed over {len(runs)} seeds; the run with the median "

@@ -204,7 +204,7 @@ def digits_by_mlflow(more: str = DIGITS, **others: Any) -> Example:
     return Example("digits", for_mlflow(more), slow=True, **others)
 
 
-ONE_RUN = {"RUN_ID": "{run}", "ID": "{run}", "NAME": "{model}"}
+ONE_RUN = {"MODEL_ID": "{model_id}", "RUN_ID": "{run}", "ID": "{run}", "NAME": "{model}"}
 SAME = {"ID ID ID ...": "{runs}"}
 
 EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
@@ -290,7 +290,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         " -P output=map.tif": Example("squares", "-P overwrite=true", fill=ONE_RUN),
         "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif"
         " --probabilities true": Example("squares", "--overwrite true", fill=ONE_RUN),
-        "python -m dann_experiments predict --model mlruns/1/RUN_ID/artifacts/model --input photos/ --output maps/": Example(
+        "python -m dann_experiments predict --model models:/MODEL_ID --input photos/ --output maps/": Example(
             "squares", fill=ONE_RUN
         ),
         'python -m dann_experiments predict --model runs:/RUN_ID --input a.tif "scenes/*.tif" --output maps/': Example(
@@ -317,6 +317,10 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "mlflow run . -e adapt --env-manager local -P config=mine.yaml -P resume=auto": Example(
             "squares", after="killed"
         ),
+    },
+    ("docs/models.md", "A run's model in MLflow"): {"python: import mlflow": Example("squares", fill=ONE_RUN)},
+    ("docs/models.md", "In Python, and as a service"): {
+        "python: import mlflow": Example("squares", fill=ONE_RUN, instead={"(1, 3, 700, 900)": "(1, 3, 70, 90)"}),
     },
     ("docs/scores.md", "Scores on tensors of your own"): {"python: import torch": Example("squares")},
     ("docs/selection.md", "Choosing without target labels"): {
@@ -435,6 +439,10 @@ NOT_RUN: Mapping[str, str] = {
     "mlflow run ../dann-experiments": "needs a checkout beside the current folder",
     "optuna-dashboard studies/NAME/journal.log": "a program of the extra `dashboard`, which the tests do not install",
     "createdb dann": CLUSTER,
+    "curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' -d @tile.json": "asks the server above",
+    "mlflow run --run-name": "an option that a sentence speaks of; tests/test_run_names.py gives a name",
+    "MLFLOW_TRACKING_URI=sqlite:///mlflow.db mlflow models serve -m models:/NAME@champion --env-manager local --host 127.0.0.1"
+    " --port 5001": "serves until it is stopped; tests/test_logged_models.py posts a tile to it",
     "mlflow server --host 10.0.0.1 --port 5000 --backend-store-uri sqlite:///server.db"
     " --artifacts-destination ./artifacts &": CLUSTER,
     "ray start --head --node-ip-address 10.0.0.1 --port 6379": CLUSTER,

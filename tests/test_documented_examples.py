@@ -271,11 +271,17 @@ def two_runs(place: Place) -> str:
     return f"{run} {place.runs('adapt')[0].info.run_id}"
 
 
+def newest_model(place: Place) -> str:
+    """The id of the run's model."""
+    run = place.client.get_run(place.fact("run"))
+    return run.outputs.model_outputs[0].model_id
+
+
 def registered(place: Place) -> str:
     """The name of a registered model, whose champion is the run's."""
-    run = place.client.get_run(place.fact("run"))
     place.client.create_registered_model("crops")
-    version = place.client.create_model_version("crops", f"{run.info.artifact_uri}/model", run.info.run_id).version
+    source = f"models:/{place.fact('model_id')}"
+    version = place.client.create_model_version("crops", source, place.fact("run")).version
     place.client.set_registered_model_alias("crops", "champion", version)
     return "crops"
 
@@ -301,6 +307,7 @@ def study(document: str, heading: str, start: str) -> Callable[[Place], str]:
 FACTS: dict[str, Callable[[Place], str]] = {
     "run": newest_run,
     "runs": two_runs,
+    "model_id": newest_model,
     "model": registered,
     "neon_trees": unpacked,
     "wide_mine": study("README.md", "Sweeps", "python -m sweeps run --space sweeps/wide.yaml"),

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -12,6 +19,7 @@ import pytest
 import rasterio
 import segmentation_models_pytorch as smp
 import yaml
+from test_sweep_cluster import free_port
 
 from dann_experiments import InputError, jobs
 from dann_experiments.checkpoints.mlmodel import LOADER_MODULE
@@ -269,3 +277,52 @@ def test_another_programs_mlmodel_is_refused(place, shared_runs, tmp_path, flavo
     (tmp_path / "model" / "MLmodel").write_text(json.dumps({"flavors": flavors}))
     with pytest.raises(InputError, match=told):
         load_model(str(tmp_path / "model"), "target", None, store)
+
+
+@pytest.mark.slow
+def test_mlflow_serves_the_champion(place, shared_runs, squares):
+    result = shared_runs.result("adapt")
+    store = open_store(None, None, for_runs=False)
+    model_id = logged_model(store.client, result.experiment_id, result.run_id).model_id
+    store.client.create_registered_model("N")
+    version = store.client.create_model_version("N", f"models:/{model_id}", result.run_id)
+    store.client.set_registered_model_alias("N", "champion", version.version)
+    tile = raw_tile(squares)[None]
+    wanted = mlflow.pyfunc.load_model("models:/N@champion").predict(tile)
+    port = free_port()
+    words = ["models", "serve", "-m", "models:/N@champion", "--env-manager", "local", "--host", "127.0.0.1", "--port"]
+    environment = (
+        os.environ
+        | {
+            "MLFLOW_TRACKING_URI": store.uri,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as in an activated environment: it calls uvicorn
+        }
+    )
+    with (place / "serve.log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *words, str(port)], env=environment, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while not answers(f"{address}/ping"):
+            assert server.poll() is None, (place / "serve.log").read_text()
+            time.sleep(0.2)
+        body = {"inputs": tile.tolist(), "params": {"output": "classes"}}
+        assert np.array_equal(np.array(posted(f"{address}/invocations", body)["predictions"]), wanted)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def answers(address: str) -> bool:
+    try:
+        return urllib.request.urlopen(address, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def posted(address: str, body: object) -> Any:
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request, timeout=60))

@@ -39,11 +39,6 @@ class SegmentationModel:
         "probabilities", (N, K, h, w) float32, 0 where there is no data; `domain`, source or target: which domain the images are
         like; `tile_size` in pixels; `nodata`: values that mean "no data", such as "0" or "0,255". Raises InputError for
         parameters and arrays that do not fit.
-
-        >>> import mlflow, numpy as np  # doctest: +SKIP
-        >>> model = mlflow.pyfunc.load_model("models:/NAME@champion")  # doctest: +SKIP
-        >>> model.predict(np.zeros((1, 3, 500, 700), np.uint8)).shape  # doctest: +SKIP
-        (1, 500, 700)
         """
         given = {**DEFAULTS, **(params or {})}
         if unknown := given.keys() - DEFAULTS.keys():
