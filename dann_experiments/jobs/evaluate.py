@@ -82,7 +82,10 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
                 target_statistics(network, loader)
         all_tags = {**_tags(config, store, notes, model_run_id), **(tags or {})}
         folder = Path(config.tracking.folder)
-        with tracked_run(store, config.tracking.run_name, Job.EVALUATE, all_tags, folder, use_claimed=True) as run:
+        with tracked_run(
+            store, config.tracking.run_name, Job.EVALUATE, all_tags, folder, use_claimed=True,
+            system_metrics=config.tracking.system_metrics,
+        ) as run:  # fmt: skip
             describe_run(run, config, sets)
             scores: dict[SetName, Scores] = {}
             loaders = make_loaders(config, sets)
