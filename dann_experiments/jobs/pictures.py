@@ -20,7 +20,7 @@ IN_FIGURES = 6  # images per domain in the prediction figures
 IN_PANEL = 2  # images per domain in the pictures by step
 MOST_STEPS = 20
 """Pictures by step of one run, at most."""
-KEY = "predictions"
+KEY = "images/predictions"  # the part before the slash is the heading of its section in MLflow
 
 
 class Album:

@@ -6,6 +6,7 @@ sender: training does not wait for the store, and what it does not take `sync` s
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -54,9 +55,10 @@ class Pictures:
         try:
             for path, content in files.items():
                 _write(path, content)
-        except NotWritten as problem:
+        except (NotWritten, OSError) as problem:
             for path in files:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
             if not self._refused:
                 log.warning("%s The run goes on without this picture; the next is tried.", problem)
             self._refused = True
