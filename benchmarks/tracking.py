@@ -4,7 +4,8 @@
 
 The run's own logger, with tensors as the training module gives them, into a real sqlite store and a real MLflow server (on
 127.0.0.1, a free port, its own sqlite file). Blocks of steps that log nothing, log into the one and into the other follow each
-other in one process, so that what else the machine does meets all alike; between two blocks what waits is sent. A step is torch
+other in one process, so that what else the machine does meets all alike; between two blocks what waits is sent.
+A picture is logged at the start of each block, and system metrics every ten seconds. A step is torch
 work of some milliseconds on one thread, or nothing at all (back to back). What the training thread waits, for Python or for a
 core, is its clock less its seconds of the processor, which the machine's speed hardly moves. Goal: at most 0.3 ms a step. Then
 the server is killed, steps go on, it is started again, and every point is counted in the store. `--write` puts the tables into
@@ -33,7 +34,9 @@ import numpy as np
 import psutil
 import torch
 from pages import circumstances, put, spread
+from PIL import Image
 
+from dann_experiments.tracking.pictures import Pictures
 from dann_experiments.tracking.run import RunLogger, tracked_run
 from dann_experiments.tracking.sender import MOST_IN_MEMORY, SPOOL
 from dann_experiments.tracking.store import open_store
@@ -41,6 +44,7 @@ from dann_experiments.tracking.store import open_store
 METRICS = (
     "loss/train_seg", "loss/train_da", "loss/train_total", "da/domain_loss", "da/domain_acc", "da/lambda",
 )  # fmt: skip
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (270, 766, 3), dtype=np.uint8)).quantize(256)
 BLOCK_SECONDS = 4.0
 LONGEST_BLOCK = 3000  # steps
 
@@ -87,6 +91,7 @@ class Place:
 
     name: str
     logger: RunLogger
+    pictures: Pictures
     steps: int = 0
     requests: int = 0
     calls: list[float] = field(default_factory=list)
@@ -133,8 +138,8 @@ class Place:
 def place(name: str, uri: str, folder: Path) -> Iterator[Place]:
     """A run in the store at `uri`."""
     store = open_store(uri, "tracking")
-    with tracked_run(store, None, "tracking", {}, folder / "runs", use_claimed=False) as run:
-        found = Place(name, RunLogger(run))
+    with tracked_run(store, None, "tracking", {}, folder / "runs", use_claimed=False, system_metrics=True) as run:
+        found = Place(name, RunLogger(run), Pictures(run, "predictions"))
         send = run.sender._send
 
         def counted(points: Any) -> None:
@@ -186,6 +191,7 @@ def measured(places: list[Place], milliseconds: float, blocks: int) -> list[tupl
         silent.append(block(lambda values: None))
         for one in places:
             before = one.processor()
+            one.pictures.log(PICTURE, one.steps)  # one a block, as after a validation
             one.whole.append(block(one.log))
             one.drain()
             one.sender_seconds += one.processor() - before

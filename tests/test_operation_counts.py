@@ -94,6 +94,7 @@ def counted(squares, shared_runs, tmp_path_factory):
     @functools.cache
     def run(classifier):
         counting, kind = Counting(), {"domain_adaptation__method__classifier": classifier}
+        kind["tracking__images"] = False  # they predict a few images again, after each validation
         settings = small_settings(squares, tracking__uri=f"sqlite:///{folder}/mlflow.db", trainer__max_epochs=1, **kind)
         with contextlib.chdir(folder):
             adapt(load_config(None, settings), callbacks=[counting])

@@ -17,7 +17,8 @@ from dann_experiments.config import Config, InputError
 from dann_experiments.data.reading import Normalization
 from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.load_model import load_model
-from dann_experiments.jobs.run_training import FEATURES_FILE, Album
+from dann_experiments.jobs.pictures import Album
+from dann_experiments.jobs.run_training import FEATURES_FILE
 from dann_experiments.names import SOURCE_TRAIN, TARGET_TEST, TARGET_TRAIN, TARGET_VAL
 from dann_experiments.tracking.store import Store, without_secrets
 

@@ -141,6 +141,12 @@ class TrackingConfig:
     """Name of the run; null = the one given to `mlflow run --run-name`, else method, target and seed: DANN mnist-m seed 0."""
     folder: str = "outputs"
     """Folder for the files of a run until the store has them."""
+    images: bool = True
+    """Log a picture of two images per domain with the network's predictions before training and after epochs, 20 times at most
+    (pretrain, adapt)."""
+    system_metrics: bool | None = None
+    """Log the use of CPU, memory, disk, network and GPUs every 10 s, or MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL (pretrain, adapt,
+    evaluate, predict); null = MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING, else false."""
 
     def check(self, prefix: str) -> None:
         """Raise InputError for a folder that is an address."""

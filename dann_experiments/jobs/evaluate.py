@@ -86,7 +86,10 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
         model_tags = {} if model_run_id is None else store.client.get_run(model_run_id).data.tags
         title = evaluation_name(config, model_tags)
         links = [*source_links(store, model_run_id), *links_of(all_tags, store.experiment_id)]
-        with tracked_run(store, config.tracking.run_name, title, all_tags, folder, use_claimed=True) as run:
+        with tracked_run(
+            store, config.tracking.run_name, title, all_tags, folder, use_claimed=True,
+            system_metrics=config.tracking.system_metrics,
+        ) as run:  # fmt: skip
             describe_run(run, config, sets)
             scores: dict[SetName, Scores] = {}
             loaders = make_loaders(config, sets)

@@ -82,7 +82,10 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
         folder.mkdir(parents=True, exist_ok=True)
     tags = {Tag.JOB: Job.PREDICT, **({} if model.run_id is None else {Tag.SOURCE_RUN_ID: model.run_id})}
     folder = Path(settings.tracking.folder)
-    with tracked_run(store, settings.tracking.run_name, "predict", tags, folder, use_claimed=True) as run:
+    with tracked_run(
+        store, settings.tracking.run_name, "predict", tags, folder, use_claimed=True,
+        system_metrics=settings.tracking.system_metrics,
+    ) as run:  # fmt: skip
         _describe(run, settings)
         written = {"model": settings.model, "software": f"dann_experiments {__version__}", "dann_run_id": run.run_id}
         maker = MapMaker(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from safetensors.numpy import save_file
@@ -22,22 +21,22 @@ from dann_experiments.checkpoints.files import BEST, LAST
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, flatten, replace
 from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.store_names import labels_in_store
-from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import ImageSets
 from dann_experiments.data.loaders import Loaders
 from dann_experiments.jobs.build import make_loaders, make_loop, make_module
 from dann_experiments.jobs.identity import domain_name, domain_tags, public_settings
 from dann_experiments.jobs.model_files import write_model
 from dann_experiments.jobs.other_ranks import other_ranks
+from dann_experiments.jobs.pictures import KEY, Album, PicturesByStep
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS, checkpoint_to_go_on_from, folder_of_runs
 from dann_experiments.models.taps import Tap
 from dann_experiments.names import DOMAINS, Domain, Job, Metric, SetName, Tag
-from dann_experiments.reports.images import display_image
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.reports.plots.predictions import draw_predictions
 from dann_experiments.reports.plots.run_curves import draw_curves
 from dann_experiments.tracking.notes import description, iou_changes, link, links_of, run_page
+from dann_experiments.tracking.pictures import Pictures
 from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun, tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, remove_artifacts
 from dann_experiments.training.alignment import Alignment, Gap, probe_loaders
@@ -46,12 +45,11 @@ from dann_experiments.training.curves import Curves
 from dann_experiments.training.memory import advice_for_training, explain_out_of_memory
 from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
 from dann_experiments.training.random_states import reseed
-from dann_experiments.training.scoring import Scores, predict_images, score_set
+from dann_experiments.training.scoring import Scores, score_set
 from dann_experiments.workers.processes import visible_gpus
 
 log = logging.getLogger(__name__)
 CURVES_FILE = "figures/curves.png"
-PICTURES = 6  # images per domain in the prediction figures
 FEATURES_FILE = "features.safetensors"
 """Artifact with the pooled features at `layer` (its metadata): `before/source`, `before/target`, `after/...`, (N, 2C)."""
 
@@ -107,7 +105,7 @@ def tracked_training(
     batch_sizes = make_loaders(config, parts.sets).batch_sizes
     links = [*source_links(store, source_run_id), *links_of(tags, store.experiment_id)]
     with (
-        tracked_run(store, run_name, name, tags, folder, main_job, resumed) as run,
+        tracked_run(store, run_name, name, tags, folder, main_job, resumed, config.tracking.system_metrics) as run,
         explain_out_of_memory(
             TrainingFailed, lambda: advice_for_training(parts.sets.training(), batch_sizes, config.data.crop_size)
         ),
@@ -185,14 +183,16 @@ def train(
         alignment = Alignment(network, used, config.model.in_channels, probed, config.seed, adversary)
     with other_ranks(config, sets, run.folder, pretraining, checkpoint) as ranks:
         curves = Curves()
+        pictures = {
+            domain: Album(sets.get(SetName(domain, "val")) or sets.get(SetName(domain, "train"))) for domain in DOMAINS
+        }
+        if config.tracking.images:
+            callbacks = [PicturesByStep(pictures, config.model.classes, Pictures(run, KEY)), *callbacks]
         loop = make_loop(
             config, network, parts.method, parts.taps, make_loaders(config, sets, ranks.first), run.folder,
             pretraining=pretraining, resumed=checkpoint is not None, rank=ranks.first, curves=curves,
             logger=_CurveLogger(run, curves), persist=run.persist, beside=run.beside, callbacks=callbacks,
         )  # fmt: skip
-        pictures = {
-            domain: Album(sets.get(SetName(domain, "val")) or sets.get(SetName(domain, "train"))) for domain in DOMAINS
-        }
         for album in pictures.values():
             album.add("before", network)
         if alignment is not None:
@@ -295,26 +295,6 @@ def _final_scores(
             loader = loaders.scoring(dataset, name.domain)
             scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
     return scores
-
-
-class Album:
-    """At most `most` images, spread over a set, with predictions of several networks, or of one network at several times."""
-
-    def __init__(self, dataset: SegmentationDataset | None, most: int = PICTURES) -> None:
-        self.images, items = [], []
-        if dataset is not None:
-            # spread over the set, so that more than one scene is shown if a manifest is sorted by scene
-            indices = np.linspace(0, len(dataset) - 1, min(most, len(dataset)))
-            items = [dataset[int(index)] for index in indices]
-            stretch = dataset.headers[0].dtype != "uint8"
-            self.images = [display_image(dataset.picture(item), stretch=stretch) for item in items]
-        self.truth = [item["mask"].numpy() for item in items if "mask" in item]
-        self.predictions: dict[str, list[np.ndarray]] = {}
-        self._inputs = [item["image"] for item in items]
-
-    def add(self, when: str, network: nn.Module) -> None:
-        """Predict all images with the network as it is now, and keep the predictions under the name `when`."""
-        self.predictions[when] = predict_images(network, self._inputs)
 
 
 class _CurveLogger(RunLogger):

@@ -41,10 +41,12 @@ from dann_experiments.tracking.processes import end_with_the_launcher, process_n
 from dann_experiments.tracking.sender import SPOOL, TAGS, Sender, giving_way
 from dann_experiments.tracking.spool import Point
 from dann_experiments.tracking.store import Store, check_run_id, without_secrets
+from dann_experiments.tracking.system_metrics import SYSTEM, sampled
 from dann_experiments.tracking.values import logged_points
 
 log = logging.getLogger(__name__)
 PARAMS_A_REQUEST = 100  # MLflow's limit
+PART = ".part"  # suffix of a file that is being written
 END = "end.json"  # how a run ended, for `sync` if the store was away
 RUN_NAME = "mlflow.runName"
 PARAM_PREFIX = "cfg."  # `mlflow run` logs its own raw strings under the plain names, and params cannot be changed
@@ -176,13 +178,15 @@ def tracked_run(
     folder: Path,
     use_claimed: bool,
     resume: str | None = None,
+    system_metrics: bool | None = False,
 ) -> Iterator[TrackedRun]:
     """Open a run (with `use_claimed` that of `mlflow run`, if there is one), and close it with a correct status.
 
     A new run is called `run_name` or `default_name`. So is a claimed one, but without `run_name` it keeps a name that the user
     gave to `mlflow run`. `folder`: the parent of the run's folder. `resume`: the id of an unfinished run to resume instead;
-    unsent data in its folder are sent, and metrics of steps that the store has already are not sent again. Raises InputError if
-    `folder` is not writable.
+    unsent data in its folder are sent, and metrics of steps that the store has already are not sent again. `system_metrics`:
+    whether to log the use of the machine; None = MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING decides. Raises InputError if `folder` is
+    not writable.
 
     The run ends as FINISHED at the end of the block and on EndedEarly, as KILLED on SIGINT and SIGTERM (KeyboardInterrupt or
     SystemExit(143) is then raised), and on any other exception as FAILED, with `traceback.txt` as artifact. Metrics and artifacts
@@ -225,7 +229,8 @@ def tracked_run(
             if resume is not None or claimed is not None:
                 entries = [RunTag(key, text) for key, text in _texts(tags).items()]
                 store.client.log_batch(run_id, tags=entries)  # not queued, so that a search for killed runs finds it
-            yield run
+            with sampled(sender.put, sender.last_step(SYSTEM) + 1, system_metrics):
+                yield run
             if not _close(run, "FINISHED"):
                 why = f" ({sender.refusal})" if sender.refusal else ""
                 raise NotStored(
@@ -279,7 +284,8 @@ def send_folder(sender: Sender, folder: Path, status: str, end_time: int | None)
     has_model = (folder / FACTS).is_file()  # written when the model is whole
     for path in sorted(folder.rglob("*")):
         of_the_model = has_model and path.is_relative_to(folder / MODEL)
-        if path.is_file() and not of_the_model and path.name not in (SPOOL, TAGS, f"{TAGS}.part", END, FACTS):
+        kept_back = path.name in (SPOOL, TAGS, END, FACTS) or path.suffix == PART  # what is only half written
+        if path.is_file() and not of_the_model and not kept_back:
             sender.put_file(path)
     if has_model:
         sender.put_model()

@@ -87,6 +87,7 @@ class Sender:
         self._memory: deque[tuple[str, Any, int, int]] = deque()
         self._files: dict[Path, None] = {}  # an ordered set: a file that is rewritten meanwhile is sent once
         self._model = False
+        self._sent_files: dict[Path, tuple[int, int] | None] = {}
         self._end: tuple[str, int] | None = None
         self._last: dict[str, Point] = {}
         self.refusal = ""
@@ -128,6 +129,10 @@ class Sender:
         if len(self._memory) > MOST_IN_MEMORY and not self._spool_refused:
             self._spill()
 
+    def last_step(self, prefix: str) -> int:
+        """Return the highest step that a resumed run had of a metric whose name begins with `prefix`; -1 if there was none."""
+        return max((step for name, (step, _) in self._already.items() if name.startswith(prefix)), default=-1)
+
     def put_tags(self, tags: Mapping[str, str]) -> None:
         """Queue tags; they are kept in a file in the run's folder until the store has them."""
         with self._keeping_tags:
@@ -135,9 +140,11 @@ class Sender:
             self._keep_tags()
 
     def put_file(self, path: Path) -> None:
-        """Queue a file in the run's folder, to become an artifact with the same relative path. It is read when it is sent."""
+        """Queue a file in the run's folder, to become an artifact with the same relative path. It is read when it is sent. A file
+        that has not changed since it was sent is left out."""
         with self._wake:
-            self._files[path] = None
+            if path not in self._sent_files or self._sent_files[path] != _version(path):
+                self._files[path] = None
 
     def last(self, name: str) -> Point | None:
         """Return the last point that was logged of an IoU; None if there is none."""
@@ -250,11 +257,11 @@ class Sender:
         return self._closing or self._failing or waiting >= BATCH or time.monotonic() >= self._send_from
 
     def _send_next(self) -> bool:
-        """Send a batch of points; after the last batch also tags and a file, and after all else the end. Return False if nothing
+        """Send a batch of points; after the last batch also tags and files, and after all else the end. Return False if nothing
         is left."""
         points = self._send_points()
         if points < BATCH:  # else more points may be waiting
-            others = (self._send_tags(), self._send_file())
+            others = (self._send_tags(), self._send_files())
             if not points and not any(others) and not self._send_model():
                 return self._send_end()
         self._send_from = time.monotonic() + SEND_SECONDS
@@ -274,6 +281,15 @@ class Sender:
             self._send([Point(name, float(value), timestamp, step) for name, value, timestamp, step in waiting])
             self._forget(waiting)
         return len(waiting)
+
+    def _send_files(self) -> bool:
+        """Send files for SPILL_SECONDS, after which metrics are to be written to the spool; return whether there were any."""
+        until, sent = time.monotonic() + SPILL_SECONDS, False
+        while self._send_file():
+            sent = True
+            if time.monotonic() >= until:
+                break
+        return sent
 
     def _send_file(self) -> bool:
         with self._wake:
@@ -351,8 +367,10 @@ class Sender:
         inside = path.relative_to(self._folder).parent.as_posix()
         self._uploading = True
         try:
-            if path.exists():  # else it was removed meanwhile
+            version = _version(path)
+            if version is not None:  # else it was removed meanwhile
                 self._client.log_artifact(self._run_id, str(path), None if inside == "." else inside)
+                self._sent_files[path] = version
                 self._answered()
         except Exception:
             with self._wake:
@@ -360,6 +378,15 @@ class Sender:
             raise
         finally:
             self._uploading = False
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return a file's time of change and size, by which a later content is told apart; None if there is no such file."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_mtime_ns, facts.st_size
 
 
 def _read_tags(path: Path) -> dict[str, str]:
