@@ -13,34 +13,25 @@ ADAPTATION, TRAINING = "Did adaptation help?", "Is DANN working?"
 ADAPTED = f"tags.`{Tag.JOB}` = '{Job.ADAPT}'"
 TARGET_FIRST = (Metric.TARGET_VAL_IOU, Metric.TARGET_TEST_IOU, Metric.SOURCE_VAL_IOU, Metric.SOURCE_TEST_IOU)
 SCORES = (
-    ("Target and source over training", [
-        Chart("LINE", "target: IoU, validation", [Metric.TARGET_VAL_IOU]),
-        Chart("LINE", "source: IoU, validation", [Metric.SOURCE_VAL_IOU]),
-    ]),
-    ("Final scores", [
-        Chart("BAR", "target: IoU, validation", [Metric.TARGET_VAL_IOU]),
-        Chart("BAR", "target: IoU, test", [Metric.TARGET_TEST_IOU]),
-        Chart("BAR", "source: IoU, validation", [Metric.SOURCE_VAL_IOU]),
-        Chart("BAR", "source: IoU, test", [Metric.SOURCE_TEST_IOU]),
-        Chart("BAR", "how far the target is behind the source", [Metric.GAP]),
-    ]),
-)  # fmt: skip
+    (
+        "Target and source over training",
+        [Chart("LINE", [Metric.TARGET_VAL_IOU]), Chart("LINE", [Metric.SOURCE_VAL_IOU])],
+    ),
+    ("Final scores", [Chart("BAR", [name]) for name in (*TARGET_FIRST, Metric.GAP)]),
+)
 GAME = (
     ("The domain classifier", [
-        Chart("LINE", "its accuracy (0.5 = confused)", [Metric.DOMAIN_ACCURACY]),
-        Chart("LINE", "its accuracy on held-out images", [Metric.DOMAIN_ACCURACY_VAL]),
-        Chart("LINE", "lambda, the weight of the reversed gradient", [Metric.LAMBDA]),
-        Chart("LINE", "its loss", [Metric.DOMAIN_LOSS]),
+        Chart("LINE", [name])
+        for name in (Metric.DOMAIN_ACCURACY, Metric.DOMAIN_ACCURACY_VAL, Metric.LAMBDA, Metric.DOMAIN_LOSS)
     ]),
     ("Can a new classifier distinguish the domains?", [
-        Chart("LINE", "accuracy of the probe, before and after", [Metric.PROBE_ACCURACY]),
-        Chart("LINE", "proxy A-distance, before and after", [Metric.A_DISTANCE]),
+        Chart("LINE", [name]) for name in (Metric.PROBE_ACCURACY, Metric.A_DISTANCE)
     ]),
     ("Losses", [
-        Chart("LINE", "segmentation, per step", [Metric.SEGMENTATION_LOSS]),
-        Chart("LINE", "the method's, per step", [Metric.ADAPTATION_LOSS]),
-        Chart("LINE", "target, validation", [Metric.val_loss("target")]),
-        Chart("LINE", "source, validation", [Metric.val_loss("source")]),
+        Chart("LINE", [name])
+        for name in (
+            Metric.SEGMENTATION_LOSS, Metric.ADAPTATION_LOSS, Metric.val_loss("target"), Metric.val_loss("source")
+        )
     ]),
 )  # fmt: skip
 OF_SCORES, OF_GAME = SCORES[0], GAME[0]
@@ -102,12 +93,9 @@ def view_of_sweep(study: str, objective: str, maximizes: bool, params: Sequence[
         key=f"dann-sweep-{_digest([study])}",
         name=f"Sweep {study}",
         sections=[
-            ("The search", [
-                Chart("PARALLEL", f"searched settings and {objective}", [objective], params),
-                Chart("BAR", objective, [objective]),
-                Chart("LINE", objective, [objective]),
-            ]),
-            *SCORES, *GAME,
+            ("The search", [Chart("PARALLEL", [objective], params), Chart("BAR", [objective])]),
+            *SCORES,
+            *GAME,
         ],
         wanted=f"tags.`{Tag.JOB}` = '{Job.TRIAL}'" + ("" if name is None else f" and tags.`{Tag.STUDY}` = {name}"),
         order_by=objective,

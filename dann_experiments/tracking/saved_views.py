@@ -27,11 +27,10 @@ LONGEST_VIEW = 20_000
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart of a view."""
+    """One chart of a view; MLflow shows the names of its metrics above it."""
 
     kind: Literal["LINE", "BAR", "PARALLEL"]
     """LINE: the course over training steps; BAR: the last value of each run or group; PARALLEL: one line per run across axes."""
-    title: str
     metrics: Sequence[str]
     """A bar chart shows the first one only."""
     params: Sequence[str] = ()
@@ -143,7 +142,6 @@ def _chart(chart: Chart, key: str, section: str, grouped: bool) -> dict[str, Any
         "metricSectionId": section,
         "deleted": False,
         "isGenerated": False,
-        "displayName": chart.title,
     }
     if chart.kind == "PARALLEL":
         return facts | {
