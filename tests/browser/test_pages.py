@@ -88,7 +88,7 @@ def filled(browser: Browser, squares: Path, tmp_path_factory: pytest.TempPathFac
         with _serving(folder) as url:
             yield Filled(
                 url, client, adapted.experiment_id, {**compared.views, **adapted.views, **searched.links},
-                Path(compared.artifacts) / "report.html", searched.folder / "study.html",
+                Path(compared.artifacts) / "report.html", searched.folder.resolve() / "study.html",
             )  # fmt: skip
 
 
@@ -216,9 +216,9 @@ def test_the_view_of_a_sweep_is_a_table_of_its_trials_the_best_first(filled, ope
     names = names_of(trials)
     text = page.locator(".ag-pinned-left-cols-container").first
     text.get_by_text(names[-1], exact=True).wait_for()
-    rows = text.locator(".ag-row").all()
-    rows.sort(key=lambda row: int(row.get_attribute("row-index")))
-    assert [row.inner_text().strip().splitlines()[-1] for row in rows if row.inner_text().strip()] == names
+    rows = sorted(text.locator(".ag-row").all(), key=lambda row: int(row.get_attribute("row-index") or 0))
+    links = [row.locator("a") for row in rows]
+    assert [link.first.inner_text() for link in links if link.count()] == names
     picture(page, "view_sweep")
 
 
