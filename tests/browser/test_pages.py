@@ -88,7 +88,7 @@ def filled(browser: Browser, squares: Path, tmp_path_factory: pytest.TempPathFac
         with _serving(folder) as url:
             yield Filled(
                 url, client, adapted.experiment_id, {**compared.views, **adapted.views, **searched.links},
-                Path(compared.artifacts) / "report.html", searched.folder.resolve() / "study.html",
+                Path(compared.artifacts) / "report.html", searched.folder.resolve() / "figures" / "study.html",
             )  # fmt: skip
 
 
@@ -159,10 +159,11 @@ def sections(page: Page) -> list[str]:
 
 
 def picture(page: Page, name: str) -> None:
-    """Save a picture of a page, if pictures are wanted, without MLflow's assistant and hint."""
+    """Save a picture of a page, if pictures are wanted, without MLflow's assistant."""
     if os.environ.get("PICTURES"):
+        page.get_by_role("button", name="Close").last.click()
         page.mouse.move(0, 0)
-        page.screenshot(path=Path(os.environ["PICTURES"]).resolve() / f"{name}.png")
+        page.screenshot(path=Path(__file__).parents[2] / os.environ["PICTURES"] / f"{name}.png")
 
 
 def test_the_table_has_each_run_by_its_name(filled, opened):
