@@ -16,6 +16,8 @@ from conftest import small_settings
 
 from dann_experiments import adapt, load_config
 from dann_experiments.cli import _print_run
+from dann_experiments.comparison.compare import _view
+from dann_experiments.comparison.result import Arm, ArmRun, Comparison
 from dann_experiments.names import Metric, Tag
 from dann_experiments.reports.mlflow_views import view_of_comparison, view_of_sweep, views_of_adaptation
 from dann_experiments.tracking import saved_views
@@ -135,6 +137,16 @@ def test_views_of_different_domains_runs_and_studies_do_not_replace_each_other()
     assert len({view.key for view in views}) == len(views)
     again = view_of_comparison("t", 1, 1, ["2", "1"], True)
     assert again.key == views[-3].key
+
+
+@pytest.mark.parametrize(("tag", "group"), [("DANN", Tag.ARM), ("an earlier arm", Tag.METHOD), (None, Tag.METHOD)])
+def test_a_comparison_is_grouped_by_arm_only_if_each_run_has_its_arm_as_a_tag(tag, group):
+    tags = {} if tag is None else {Tag.ARM: tag}
+    runs = [ArmRun("DANN", 0, "a", {}, tags={Tag.ARM: "DANN"}), ArmRun("DANN", 1, "b", {}, tags=tags)]
+    view = _view(Comparison("a → b", [Arm("DANN", "adapted")], runs, [], 255, [], ""))
+    assert view.group_by == [group]
+    assert view.name == "Did adaptation help? a → b, 1 arm, 2 seeds"
+    assert view.wanted == "attributes.run_id IN ('a', 'b')"
 
 
 def test_a_name_that_no_filter_can_quote_is_left_out_of_it():

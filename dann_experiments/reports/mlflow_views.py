@@ -74,7 +74,7 @@ def view_of_comparison(title: str, arms: int, seeds: int, runs: Sequence[str], b
     listed = ", ".join(f"'{run_id}'" for run_id in runs)
     return View(
         key=f"dann-compare-{_digest(sorted(runs))}",
-        name=f"{ADAPTATION} {title}, {arms} arms, {seeds} seeds",
+        name=f"{ADAPTATION} {title}, {arms} arm{'s' * (arms != 1)}, {seeds} seed{'s' * (seeds != 1)}",
         sections=[*SCORES, *GAME],
         group_by=[Tag.ARM if by_arm else Tag.METHOD],
         wanted=f"attributes.run_id IN ({listed})",
