@@ -6,7 +6,7 @@ BIN := .venv/bin
 export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
 PROJECT_RUN := PATH="$$PWD/$(BIN):$$PATH" mlflow run . --env-manager local --experiment-name digits
 
-.PHONY: help install demo test test-slow lint check chaos ui clean
+.PHONY: help install demo test test-slow test-browser lint check chaos ui clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,7 +36,14 @@ test: .venv/installed-dev  ## every test that CI runs by default
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: .venv/installed-dev  ## the slow tests as well
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not browser"
+
+.venv/installed-browser: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	@touch $@
+
+test-browser: .venv/installed-browser  ## open pages of MLflow and our reports in the system's Chromium; PICTURES=docs/images saves them
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: .venv/installed-dev  ## lint, format and types
 	$(BIN)/ruff check .

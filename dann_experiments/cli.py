@@ -99,6 +99,7 @@ def _print_run(result: Any) -> int:
     if result.artifacts:
         print(f"Pictures, model, checkpoints: {result.artifacts}")
     print(f"Look at it: {terminal.where_to_look(result.tracking_uri)}")
+    terminal.print_views(result.tracking_uri, result.views)
     return 0
 
 
@@ -149,6 +150,7 @@ def _compare(request: Request) -> int:
     if result.artifacts:
         print(f"Report: {Path(result.artifacts) / 'report.html'}")
     print(f"Run {result.run_id}; {terminal.where_to_look(result.tracking_uri)}")
+    terminal.print_views(result.tracking_uri, result.views)
     return 0
 
 

@@ -25,7 +25,9 @@ from dann_experiments.jobs import checks, prepare
 from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.names import Job, Tag
-from dann_experiments.tracking.run import tracked_run
+from dann_experiments.reports.mlflow_views import view_of_sweep
+from dann_experiments.tracking.run import PARAM_PREFIX, tracked_run
+from dann_experiments.tracking.saved_views import write_views
 from dann_experiments.tracking.store import Store, open_store, without_secrets
 from dann_experiments.workers.pool import Pool, open_pool, refuse_unshared
 from sweeps.cleanup import clean_up_at_start, close_runs
@@ -184,6 +186,8 @@ def drive(
     }
     close_runs(study, store)
     runs = Path(config.tracking.folder)
+    searched = [PARAM_PREFIX + key for key in study.attribute(DEFINITION)["space"]]
+    views = write_views(store, [view_of_sweep(study.name, sweep.objective, sweep.maximizes, searched)])
     with tracked_run(store, config.tracking.run_name, f"sweep {study.name}", tags, runs, use_claimed=True) as run:
         study.set_attribute(SWEEP_RUNS, [*(study.attribute(SWEEP_RUNS) or []), run.run_id])
         run.log_params({f"sweep.{key}": value for key, value in study.attribute(SETTINGS).items()})
@@ -198,7 +202,7 @@ def drive(
                 run.log_metrics({"sweep/best": best.value}, step=len(study.counted()))
             run.set_tags({Tag.NOTE: sweep_note(study, store, run.run_id, best)})
     shown = [*baselines(study), *top_trials(study)]
-    pages = links(store, study, list({trial.number: trial for trial in shown}.values()))
+    pages = {**views, **links(store, study, list({trial.number: trial for trial in shown}.values()))}
     return SweepResult(study, sweep, best, run.run_id, store.experiment, store.uri, folder, pages)
 
 

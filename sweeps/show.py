@@ -12,6 +12,7 @@ from dann_experiments.config.run import TARGET_LABEL_METRICS
 from dann_experiments.names import Metric
 from dann_experiments.reports.tables import number
 from dann_experiments.reports.terminal import print_table
+from dann_experiments.tracking.saved_views import address
 from dann_experiments.tracking.store import open_store
 from sweeps.driver import SweepResult, find_study, study_config
 from sweeps.progress import describe_end
@@ -31,7 +32,7 @@ def result(ended: SweepResult, store: str) -> None:
     print(", ".join(f"{counts[state]} {state}" for state in ("complete", "pruned", "fail", "waiting") if counts[state]))
     print(f"Report, figures, best_config.yaml, trials.csv: {ended.folder}")
     for what, page in ended.links.items():
-        print(f"MLflow, {what}: {store.rstrip('/') if store.startswith('http') else 'http://127.0.0.1:5000'}/{page}")
+        print(f"MLflow, {what}: {address(store, page)}")
     if not store.startswith("http"):
         print(f"  after: {store}")
     if ended.best is not None:

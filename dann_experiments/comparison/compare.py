@@ -28,9 +28,11 @@ from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.jobs import checks, identity
 from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.names import DOMAINS, Job, Metric, Tag
+from dann_experiments.reports.mlflow_views import view_of_comparison
 from dann_experiments.tracking.fetch_model import digest_of_model, fetched
 from dann_experiments.tracking.notes import description, escaped, link, run_page
 from dann_experiments.tracking.run import TrackedRun, tracked_run
+from dann_experiments.tracking.saved_views import View, write_views
 from dann_experiments.tracking.stale_runs import close_stale_runs
 from dann_experiments.tracking.store import TRAINING_PAGES, Store, local_artifact_folder, open_store, without_secrets
 from dann_experiments.workers.pool import Pool, open_pool, refuse_unshared
@@ -58,6 +60,8 @@ class ComparisonResult:
     """One row per arm and score: n, mean, std, paired differences (see `difference_table`)."""
     artifacts: str | None
     """Folder of report.html, summary.png and tables/, if it is on this machine."""
+    views: Mapping[str, str] = field(default_factory=dict)
+    """Saved view of the runs in MLflow: title -> page, as a fragment of an address that starts with `#`."""
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
@@ -120,7 +124,17 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         table = _table(comparison)
         _write(run, comparison, table, _links(store, comparison))
     artifacts = local_artifact_folder(store, run.run_id)
-    return ComparisonResult(run.run_id, store.uri, comparison, table, None if artifacts is None else str(artifacts))
+    return ComparisonResult(
+        run.run_id, store.uri, comparison, table, None if artifacts is None else str(artifacts),
+        write_views(store, [_view(comparison)]),
+    )  # fmt: skip
+
+
+def _view(comparison: Comparison) -> View:
+    runs = comparison.runs
+    by_arm = all(run.tags.get(Tag.ARM) == run.arm for run in runs)
+    arms, seeds = len({run.arm for run in runs}), len({run.seed for run in runs})
+    return view_of_comparison(comparison.title, arms, seeds, [run.run_id for run in runs], by_arm)
 
 
 def _pool_of(settings: CompareConfig, config: Config, missing: int) -> contextlib.AbstractContextManager[Pool | None]:

@@ -12,7 +12,7 @@ from dann_experiments.config import Config, replace
 from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs.build import find_data, make_method, make_network, make_taps, seeded
 from dann_experiments.jobs.checks import checked_sets, refuse_several_processes
-from dann_experiments.jobs.identity import method_name, run_digest, run_name, source_digest
+from dann_experiments.jobs.identity import domain_name, method_name, run_digest, run_name, source_digest
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
 from dann_experiments.jobs.run_training import Parts, tracked_training, with_batch_sizes
@@ -21,7 +21,9 @@ from dann_experiments.jobs.source_model import (
     find_or_make_source_model,
     load_source_model,
 )
-from dann_experiments.names import Job, Key, Tag
+from dann_experiments.names import DOMAINS, Job, Key, Tag
+from dann_experiments.reports.mlflow_views import views_of_adaptation
+from dann_experiments.tracking.saved_views import write_views
 from dann_experiments.tracking.store import Store, open_store
 from dann_experiments.training.random_states import reseed
 
@@ -59,9 +61,13 @@ def adapt(
         resumed = run_to_go_on(store, Job.ADAPT, resume, digest, config)
         name = run_name(Job.ADAPT, config)
         all_tags = {**_tags(config, store, data, digest, source_run_id), **(tags or {})}
-        return tracked_training(
+        views = {}
+        if tags is None:  # a sweep or a comparison has a view of its own for all its runs
+            views = write_views(store, views_of_adaptation({domain: domain_name(config, domain) for domain in DOMAINS}))
+        result = tracked_training(
             Job.ADAPT, config, store, parts, name, all_tags, resumed, callbacks, source_run_id=source_run_id
         )  # fmt: skip
+        return dataclasses.replace(result, views=views)
 
 
 def prepare(config: Config, store: Store, data: DomainData | None = None) -> Config:

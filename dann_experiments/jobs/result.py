@@ -27,6 +27,8 @@ class RunResult:
     """The run that made the model which this run started from or evaluated."""
     artifacts: str | None = None
     """Folder of the run's files; None if it is not on this machine."""
+    views: Mapping[str, str] = field(default_factory=dict)
+    """Saved views of the experiment in MLflow: title -> page, as a fragment of an address that starts with `#`."""
 
     @property
     def model_uri(self) -> str:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dann_experiments.names import Metric
+from dann_experiments.tracking.saved_views import address
 from dann_experiments.tracking.store import TRAINING_PAGES, without_secrets
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ def ui_command(uri: str) -> str:
 def where_to_look(uri: str) -> str:
     """Return `ui_command` with a hint where the runs are: MLflow 3.17 opens its GenAI pages, which do not show them."""
     return f"{ui_command(uri)} (there: Model training, at the top left)"
+
+
+def print_views(uri: str, views: Mapping[str, str]) -> None:
+    """Print where MLflow shows saved views: title -> page (a fragment of an address)."""
+    for title, page in views.items():
+        print(f"{title} {address(uri, page)}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], box: Box = HEAVY_HEAD) -> None:
