@@ -13,9 +13,10 @@ from optuna.trial import FrozenTrial, TrialState
 from dann_experiments.config import InputError, config_to_yaml
 from dann_experiments.config.untrusted import refuse_stored_code
 from dann_experiments.config.workers import RAY_ONLY
-from dann_experiments.names import Metric
+from dann_experiments.names import Metric, Tag
 from dann_experiments.reports.tables import markdown, number
-from dann_experiments.tracking.logged_model import logged_model
+from dann_experiments.tracking.notes import escaped
+from dann_experiments.tracking.registry import register
 from dann_experiments.tracking.store import Store, open_store
 from dann_experiments.workers.pool import refuse_unshared
 from sweeps.cleanup import clean_up_at_start
@@ -39,7 +40,6 @@ from sweeps.study import (
 if TYPE_CHECKING:
     import pandas as pd
 
-ALIAS = "champion"
 DEFAULT_TOP = 3
 EFFECTIVE = {
     "confirm_top",
@@ -68,7 +68,7 @@ class Confirmation:
     beats_control: bool | None
     """True if the winner's mean is better than the control's; None without a winner or a control."""
     model: str | None
-    """Address of the registered model, models:/NAME@champion; None without a winner."""
+    """Address of the registered model, models:/NAME@champion if it became the champion; None without a winner."""
     folder: Path
 
 
@@ -123,13 +123,15 @@ def confirm(
 
         result = drive(study, sweep, config, store, address, pool, decoded, report)
         table, winner = contest.table(study), contest.winner(study)
-        model = None if winner is None else _register(store, sweep.model_name or name, contest, study, winner)
+        model_name = sweep.model_name or config.tracking.registered_model_name or name
+        beats_control = contest.beats_control(table, winner)
+        model = None if winner is None else _register(store, model_name, contest, study, winner, beats_control)
     return Confirmation(
         study.name,
         sweep.objective,
         table,
         None if winner is None else winner.number,
-        contest.beats_control(table, winner),
+        beats_control,
         model,
         result.folder,
     )
@@ -238,29 +240,19 @@ def _failed(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and not superseded(trial)
 
 
-def _register(store: Store, name: str, contest: _Contest, study: Sweep, winner: FrozenTrial) -> str:
+def _register(
+    store: Store, name: str, contest: _Contest, study: Sweep, winner: FrozenTrial, beats_control: bool | None
+) -> str:
     """Register the model of the winner's run with the median score, which is typical and not just lucky."""
-    from mlflow.exceptions import MlflowException
-
     runs = sorted(contest.runs(study, winner), key=study.rank)
     typical = runs[(len(runs) - 1) // 2]
-    run_id = typical.user_attrs["run_id"]
-    try:
-        store.client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    model = logged_model(store.client, store.client.get_run(run_id).info.experiment_id, run_id)
-    of_an_older_version = f"{store.client.get_run(run_id).info.artifact_uri}/model"
-    source = of_an_older_version if model is None else f"models:/{model.model_id}"
     objective = study.attribute(DEFINITION)["objective"]
-    description = (
-        f"Trial {winner.number} of study {contest.parent.name}, confirmed over {len(runs)} seeds; the run with the median "
-        f"{objective}, {typical.value:.4f}."
+    about = (
+        f"Trial {winner.number} of study {escaped(contest.parent.name)}, confirmed over {len(runs)} seeds; the run with the "
+        f"median {objective}, {typical.value:.4f}."
     )
-    version = store.client.create_model_version(name, source, run_id=run_id, description=description)
-    store.client.set_registered_model_alias(name, ALIAS, version.version)
-    return f"models:/{name}@{ALIAS}"
+    tags = {Tag.STUDY: contest.parent.name, Tag.TRIAL: str(winner.number)}
+    return register(store, name, typical.user_attrs["run_id"], about, tags, may_lead=beats_control is not False)
 
 
 def _source_line(parent: Sweep) -> str:

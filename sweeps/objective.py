@@ -94,7 +94,8 @@ def run_trial(
     try:
         point = {} if reference else space.suggest(trial)
         config = trial_config(base, slot.user_attrs["overrides"], point)
-        config = replace(config, {"tracking.run_name": trial_name(study.name, slot.number, config)})
+        name = trial_name(study.name, slot.number, config)
+        config = replace(config, {"tracking.run_name": name, "tracking.registered_model_name": None})
         named = config.domain_adaptation.method.class_path
         refuse_stored_code(named, sweep.allowed_classes, f"trial {slot.number} of study {study.name!r}")
         study.note(slot, seed=config.seed, sampler_seed=sweep.sampler_seed, point=settings_of(point))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from dann_experiments.config import InputError, limits
-from dann_experiments.config.limits import above, between, matching
+from dann_experiments.config.limits import FILE_NAME, above, between
 from dann_experiments.config.run import TARGET_LABEL_METRICS, MonitorConfig
 from dann_experiments.config.workers import PoolSettings
 from dann_experiments.names import Metric
@@ -20,7 +20,6 @@ QUESTION = (
     "sampler_seed",
     "pruner",
 )  # changing one of these makes another study
-FILE_NAME = matching(r"[\w][\w .+-]{0,99}", "up to 100 letters, digits, blanks and . + - _ (it names files)")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,8 @@ class SweepConfig(PoolSettings):
     confirm_seeds: Annotated[int, between(1, 1000)] = 3
     """Number of new seeds per confirmed trial."""
     model_name: Annotated[str | None, FILE_NAME] = None
-    """Name under which the model of the confirmed winner is registered, with alias `champion`; null = the name of the study."""
+    """Name under which the model of the confirmed winner is registered (docs/models.md); null =
+    tracking.registered_model_name, else the name of the study."""
     allow_class_path: str | list[str] | None = None
     """For resume and confirm: a domain_adaptation.method.class_path, or several, that the storage of the study names and that may
     be imported. By default no code named in a storage is imported. This setting is not stored."""

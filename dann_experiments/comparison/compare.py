@@ -31,6 +31,7 @@ from dann_experiments.names import DOMAINS, Job, Metric, Tag
 from dann_experiments.reports.mlflow_views import view_of_comparison
 from dann_experiments.tracking.fetch_model import digest_of_model, fetched
 from dann_experiments.tracking.notes import description, escaped, link, run_page
+from dann_experiments.tracking.registry import register
 from dann_experiments.tracking.run import TrackedRun, tracked_run
 from dann_experiments.tracking.saved_views import View, write_views
 from dann_experiments.tracking.stale_runs import close_stale_runs
@@ -107,6 +108,7 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
             log.info("%d runs: %d exist, %d to make.", len(cells), len(done.reused), len(cells) - len(done.run_ids))
         if pool is not None:
             tracking = {**asdict(config.tracking), "uri": store.uri, "experiment": store.experiment}
+            tracking["registered_model_name"] = None  # of all arms, only the best one's model is registered
             tags_of_runs = {Tag.COMPARISON: run.run_id}
             if settings.launcher == "processes":
                 pool.logs = run.folder / "logs"
@@ -123,11 +125,33 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         comparison = _judged(config, store, arms, with_probe_of_the_start(found, arms), notes)
         table = _table(comparison)
         _write(run, comparison, table, _links(store, comparison))
+    if config.tracking.registered_model_name is not None:
+        _register(store, config.tracking.registered_model_name, comparison, run.run_id)
     artifacts = local_artifact_folder(store, run.run_id)
     return ComparisonResult(
         run.run_id, store.uri, comparison, table, None if artifacts is None else str(artifacts),
         write_views(store, [_view(comparison)]),
     )  # fmt: skip
+
+
+def _register(store: Store, name: str, comparison: Comparison, run_id: str) -> None:
+    """Register the model of the adapted arm with the best mean among those that helped: that of its run with the median score."""
+    helped = {verdict.arm: verdict for verdict in comparison.verdicts if verdict.outcome == "helped"}
+    if not helped:
+        log.info("No model is registered as %s: no adapted arm helped.", name)
+        return
+    metric = comparison.metric
+    runs = {
+        arm: sorted(
+            (run for run in comparison.runs_of(arm) if metric in run.metrics), key=lambda run: run.metrics[metric]
+        )
+        for arm in helped
+    }
+    best = max(runs, key=lambda arm: statistics.fmean(run.metrics[metric] for run in runs[arm]))
+    typical = runs[best][(len(runs[best]) - 1) // 2]
+    page = link("Comparison", run_page(store.client.get_run(run_id).info.experiment_id, run_id))
+    about = f"{escaped(helped[best].line)} The run with the median {metric} of {len(runs[best])}. {page}"
+    register(store, name, typical.run_id, about, {Tag.VERDICT: helped[best].outcome, Tag.COMPARISON: run_id})
 
 
 def _view(comparison: Comparison) -> View:

@@ -74,6 +74,10 @@ def matching(pattern: str, text: str) -> Limit:
     return Limit(text, lambda value: re.fullmatch(pattern, value) is not None, f"give {text}")
 
 
+FILE_NAME = matching(r"[\w][\w .+-]{0,99}", "up to 100 letters, digits, blanks and . + - _ (it names files)")
+"""Limit of names of studies and registered models."""
+
+
 def _numbers(text: str, phrase: str, holds: Callable[[float], bool]) -> Limit:
     """Limit a number and each number in a list; other values are allowed. `holds` must be false for NaN."""
 

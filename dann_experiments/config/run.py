@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.limits import above, at_least, between, fraction_below, not_empty
+from dann_experiments.config.limits import FILE_NAME, above, at_least, between, fraction_below, not_empty
 from dann_experiments.config.paths import local_text
 from dann_experiments.names import Metric
 
@@ -139,6 +139,9 @@ class TrackingConfig:
     """Name of the experiment; null = MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, else dann."""
     run_name: str | None = None
     """Name of the run; null = the one given to `mlflow run --run-name`, else method, target and seed: DANN mnist-m seed 0."""
+    registered_model_name: Annotated[str | None, FILE_NAME] = None
+    """Register the model of `adapt`, or that of the best arm of `compare` if it helped, under this name; the alias `champion`
+    moves to it if it is better (docs/models.md). null = do not register."""
     folder: str = "outputs"
     """Folder for the files of a run until the store has them."""
     images: bool = True

@@ -23,6 +23,8 @@ from dann_experiments.jobs.source_model import (
 )
 from dann_experiments.names import DOMAINS, Job, Key, Tag
 from dann_experiments.reports.mlflow_views import views_of_adaptation
+from dann_experiments.tracking.notes import escaped
+from dann_experiments.tracking.registry import register
 from dann_experiments.tracking.saved_views import write_views
 from dann_experiments.tracking.store import Store, open_store
 from dann_experiments.training.random_states import reseed
@@ -67,6 +69,8 @@ def adapt(
         result = tracked_training(
             Job.ADAPT, config, store, parts, name, all_tags, resumed, callbacks, source_run_id=source_run_id
         )  # fmt: skip
+        if config.tracking.registered_model_name is not None:
+            register(store, config.tracking.registered_model_name, result.run_id, f"Trained by {escaped(name)}.")
         return dataclasses.replace(result, views=views)
 
 

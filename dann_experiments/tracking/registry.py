@@ -1,0 +1,95 @@
+"""Registers models of runs by name, and moves the alias `champion` to one that is better by one stated rule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from dann_experiments.names import TARGET_TEST, TARGET_VAL, Metric
+from dann_experiments.tracking.logged_model import logged_model
+from dann_experiments.tracking.notes import link, run_page
+from dann_experiments.tracking.store import Store
+
+log = logging.getLogger(__name__)
+CHAMPION = "champion"
+SCORE, VALUE, DATA = "dann.score", "dann.score_value", "dann.score_data"
+"""Tags of a version: the metric by which versions are compared, its value, and the digest of the data set."""
+JUDGED = (Metric.iou(TARGET_TEST), Metric.iou(TARGET_VAL))
+"""The first score that a model has counts."""
+
+
+def register(
+    store: Store, name: str, run_id: str, about: str, tags: Mapping[str, str] | None = None, may_lead: bool = True
+) -> str:
+    """Register the model of a run as a new version of `name`, and return its address: that of the champion if it became it.
+
+    The rule: the version becomes `champion` if there is no champion, or if both have the same score (the mean IoU of the
+    target's test set, else of its validation set) of the same data and the new one's is higher. `may_lead` False: it does not.
+    The version says this score, its data, `about` (Markdown) and `tags`. A run that is registered under `name` already gets no
+    second version.
+    """
+    run = store.client.get_run(run_id)
+    _make(store, name)
+    version = _version_of(store, name, run_id)
+    if version is None:
+        model = logged_model(store.client, run.info.experiment_id, run_id)
+        source = f"{run.info.artifact_uri}/model" if model is None else f"models:/{model.model_id}"  # an older run's
+        page = link(run.info.run_name or run_id, run_page(run.info.experiment_id, run_id))
+        own = {**_score(run, model), **(tags or {})}
+        version = store.client.create_model_version(name, source, run_id, tags=own, description=f"{about}\n\n{page}")
+    champion = _champion(store, name)
+    if champion is None or champion.version != version.version:
+        why = _why_not(version, champion) if may_lead else "it is not one to recommend"
+        if why:
+            log.info(
+                "The model is registered as models:/%s/%s; %s stays as it is: %s.", name, version.version, CHAMPION, why
+            )
+            return f"models:/{name}/{version.version}"
+        store.client.set_registered_model_alias(name, CHAMPION, version.version)
+    log.info("The model is registered as models:/%s/%s, which is models:/%s@%s.", name, version.version, name, CHAMPION)
+    return f"models:/{name}@{CHAMPION}"
+
+
+def _make(store: Store, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        store.client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _version_of(store: Store, name: str, run_id: str) -> Any | None:
+    found = store.client.search_model_versions(f"run_id = '{run_id}'")
+    return next((version for version in found if version.name == name), None)
+
+
+def _champion(store: Store, name: str) -> Any | None:
+    version = store.client.get_registered_model(name).aliases.get(CHAMPION)
+    return None if version is None else store.client.get_model_version(name, version)
+
+
+def _score(run: Any, model: Any | None) -> dict[str, str]:
+    """Return the tags of the score by which a run's model is compared; none without target labels."""
+    of_the_model = [] if model is None else model.metrics or []
+    digests = {metric.key: metric.dataset_digest for metric in of_the_model}
+    for metric in JUDGED:
+        if metric in run.data.metrics:
+            return {SCORE: metric, VALUE: repr(run.data.metrics[metric]), DATA: digests.get(metric) or ""}
+    return {}
+
+
+def _why_not(version: Any, champion: Any | None) -> str:
+    """Return why a version does not replace the champion; an empty text if it does."""
+    if champion is None:
+        return ""
+    new, old = version.tags, champion.tags
+    if SCORE not in new:
+        return "the new model has no score on labeled target images"
+    if any(new.get(key) != old.get(key) for key in (SCORE, DATA)) or not new.get(DATA):
+        return f"version {champion.version} was not scored by {new[SCORE]} on the same data"
+    if not float(new[VALUE]) > float(old[VALUE]):
+        return f"{new[SCORE]} is {float(new[VALUE]):.4f}, that of version {champion.version} {float(old[VALUE]):.4f}"
+    return ""
