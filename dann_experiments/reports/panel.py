@@ -63,7 +63,7 @@ def _photo(pixels: np.ndarray, side: int) -> Image.Image:
 
 def _map(ids: np.ndarray, side: int, classes: int) -> Image.Image:
     """Return class ids (H, W) as an image that fits into a square, in the colors of the classes without mixtures of them."""
-    width, height = _fitting(*ids.shape, side)
+    width, height = _fitting(ids.shape[0], ids.shape[1], side)
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), ids.shape, strict=True)
     )
