@@ -38,7 +38,7 @@ def names_in(client: MlflowClient, run_id: str) -> list[str]:
 
 def steps_of(names: list[str]) -> list[int]:
     """The steps of the pictures, in order, each with its small copy."""
-    steps = Counter(int(re.search(r"\+step\+(\d+)\+", name)[1]) for name in names)
+    steps = Counter(int(re.findall(r"\+step\+(\d+)\+", name)[0]) for name in names)
     assert set(steps.values()) <= {2}, names
     return sorted(steps)
 

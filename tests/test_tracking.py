@@ -38,6 +38,7 @@ def test_a_run_on_a_server_holds_the_same_as_on_sqlite(server, workplace, square
         "checkpoints",
         "model",
         "figures",
+        "images",
         "tables",
         "features.safetensors",
     }
