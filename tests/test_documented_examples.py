@@ -280,7 +280,7 @@ def newest_model(place: Place) -> str:
 def registered(place: Place) -> str:
     """The name of a registered model, whose champion is the run's."""
     place.client.create_registered_model("crops")
-    source = f"models:/{place.fact('model_id')}"
+    source = place.client.get_logged_model(place.fact("model_id")).artifact_location
     version = place.client.create_model_version("crops", source, place.fact("run")).version
     place.client.set_registered_model_alias("crops", "champion", version)
     return "crops"

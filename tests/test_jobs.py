@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +86,9 @@ def test_a_run_shows_what_the_design_promises(run, shared_runs):
     assert set(contexts) == {"source train", "source val", "target train", "target val", "target test"}
     assert all(len(dataset.digest) == 32 for dataset in contexts.values())
     files = {str(path.relative_to(run.artifacts)) for path in Path(run.artifacts).rglob("*") if path.is_file()}
-    assert files == {
+    steps_shown = {int(re.search(r"\+step\+(\d+)\+", name)[1]) for name in files if name.startswith("images/")}
+    assert steps_shown == {0, 4, 8}  # before and after each epoch
+    assert {name for name in files if not name.startswith("images/")} == {
         "config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
         "figures/predictions_source.png", "figures/predictions_target.png",
         "figures/confusion_source_val.png", "figures/confusion_target_val.png", "figures/confusion_target_test.png",

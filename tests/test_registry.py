@@ -6,10 +6,11 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import mlflow
 import pytest
 from conftest import small_settings
 
-from dann_experiments import CompareConfig, compare, load_config
+from dann_experiments import CompareConfig, adapt, compare, load_config
 from dann_experiments.__main__ import main
 from dann_experiments.comparison.compare import _register
 from dann_experiments.config import config_to_yaml
@@ -94,13 +95,32 @@ def test_adapt_registers_its_model(pretrained_place, squares):
     version = store.client.get_model_version_by_alias("net", "champion")
     run = store.client.get_run(version.run_id)
     assert run.data.tags["dann.job"] == "adapt"
-    assert version.source == f"models:/{logged_model(store.client, run.info.experiment_id, version.run_id).model_id}"
+    assert version.source == logged_model(store.client, run.info.experiment_id, version.run_id).artifact_location
     assert version.tags["dann.score"] == "iou/target_test"
     assert float(version.tags["dann.score_value"]) == run.data.metrics["iou/target_test"]
     digest = next(entry.dataset.digest for entry in run.inputs.dataset_inputs if entry.dataset.name.endswith(" test"))
     assert version.tags["dann.score_data"] == digest
     assert f"/runs/{version.run_id}" in version.description
     assert load_model("models:/net@champion", "target", None, store).run_id == version.run_id
+
+
+def test_a_store_that_is_not_that_of_the_process_has_its_own_registry(store, shared_runs, tmp_path):
+    """MLflow itself would look for the model in the store of the process."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")
+    try:
+        assert register(store, "net", shared_runs.result("adapt").run_id, "about") == "models:/net@champion"
+        assert load_model("models:/net@champion", "target", None, store).run_id == shared_runs.result("adapt").run_id
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def test_a_server_registers_a_model(server, squares):
+    settings = small_settings(squares, tracking__uri=server, tracking__registered_model_name="on_server")
+    result = adapt(load_config(None, settings | {"tracking.experiment": "registry"}))
+    store = open_store(server, "registry", for_runs=False)
+    assert store.client.get_model_version_by_alias("on_server", "champion").run_id == result.run_id
+    assert load_model("models:/on_server@champion", "target", None, store).run_id == result.run_id
 
 
 @pytest.mark.parametrize("name", ["a/b", "a:b", "", "x" * 101])

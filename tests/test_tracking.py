@@ -36,12 +36,15 @@ def test_a_run_on_a_server_holds_the_same_as_on_sqlite(server, workplace, square
     assert {item.path for item in client.list_artifacts(result.run_id)} == {
         "config.yaml",
         "checkpoints",
-        "model",
         "figures",
         "images",
         "tables",
         "features.safetensors",
     }
+    assert [
+        model.name
+        for model in client.search_logged_models([result.experiment_id], f"source_run_id = '{result.run_id}'")
+    ] == ["model"]
     assert len(run.inputs.dataset_inputs) == 5
     assert result.source_run_id == source.run_id  # found on the server
     assert result.metrics == shared_runs.result("adapt").metrics

@@ -223,7 +223,8 @@ def _fetch(store: Store, run_id: str, folder: Path) -> None:
         with writing(folder / CHECKPOINTS, part):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            check_room(store, run_id, CHECKPOINTS, part)
+            location = store.client.get_run(run_id).info.artifact_uri
+            check_room(store, location, CHECKPOINTS, f"{CHECKPOINTS} of run {run_id}", part)
             try:
                 store.client.download_artifacts(run_id, CHECKPOINTS, str(part))
             except Exception as error:

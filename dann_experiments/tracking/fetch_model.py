@@ -51,10 +51,15 @@ def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) ->
             run_id, _, inside = path.removeprefix("runs:/").partition("/")
             path = f"runs:/{run_id}/{inside or MODEL}"
             run = store.client.get_run(run_id)
+            model = None
             if inside.rstrip("/") in ("", MODEL):
                 model = logged_model(store.client, run.info.experiment_id, run_id)
-                path = path if model is None else model.artifact_location
-            check_room(store, run_id, inside or MODEL, folder)
+            what = f"{inside or MODEL} of run {run_id}"
+            if model is None:
+                check_room(store, run.info.artifact_uri, inside or MODEL, what, folder)
+            else:
+                path = model.artifact_location
+                check_room(store, path, "", what, folder)
         else:
             path, run_id = registered(path, store)
         local = mlflow.artifacts.download_artifacts(artifact_uri=path, dst_path=str(folder), tracking_uri=store.uri)

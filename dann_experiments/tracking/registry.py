@@ -34,10 +34,15 @@ def register(
     version = _version_of(store, name, run_id)
     if version is None:
         model = logged_model(store.client, run.info.experiment_id, run_id)
-        source = f"{run.info.artifact_uri}/model" if model is None else f"models:/{model.model_id}"  # an older run's
+        source = (
+            f"{run.info.artifact_uri}/model" if model is None else source_of(store, model)
+        )  # None: of an older version
         page = link(run.info.run_name or run_id, run_page(run.info.experiment_id, run_id))
         own = {**_score(run, model), **(tags or {})}
-        version = store.client.create_model_version(name, source, run_id, tags=own, description=f"{about}\n\n{page}")
+        version = store.client.create_model_version(
+            name, source, run_id, tags=own, description=f"{about}\n\n{page}",
+            model_id=None if model is None else model.model_id,
+        )  # fmt: skip
     champion = _champion(store, name)
     if champion is None or champion.version != version.version:
         why = _why_not(version, champion) if may_lead else "it is not one to recommend"
@@ -49,6 +54,14 @@ def register(
         store.client.set_registered_model_alias(name, CHAMPION, version.version)
     log.info("The model is registered as models:/%s/%s, which is models:/%s@%s.", name, version.version, name, CHAMPION)
     return f"models:/{name}@{CHAMPION}"
+
+
+def source_of(store: Store, model: Any) -> str:
+    """Return the address of a logged model to register it by.
+
+    A server looks models up by id in its own store. For a database MLflow would look in the store of the process, which may be
+    another one, so there it is the place of the files."""
+    return f"models:/{model.model_id}" if store.uri.startswith("http") else model.artifact_location
 
 
 def _make(store: Store, name: str) -> None:

@@ -240,22 +240,23 @@ def local_folder(uri: str) -> Path | None:
     return Path(uri) if parts.scheme == "" else None
 
 
-def check_room(store: Store, run_id: str, path: str, folder: Path) -> None:
-    """Raise NotWritten if the artifacts of a run below `path` are larger than the free space on the disk of `folder`, to which
-    they are to be copied: MLflow does not report why a copy failed."""
-
+def check_room(store: Store, location: str, path: str, what: str, folder: Path) -> None:
+    """Raise NotWritten if the files below `path` in the artifact store at `location` are larger than the free space on the disk
+    of `folder`, to which they are to be copied: MLflow does not report why a copy failed. `what` they are, for the message."""
     from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     def size(inside: str) -> int:
-        items = store.client.list_artifacts(run_id, inside)
+        items = repository.list_artifacts(inside or None)
         return sum(size(item.path) if item.is_dir else item.file_size or 0 for item in items if item.path != inside)
 
     with contextlib.suppress(MlflowException, OSError):  # the copy itself will fail with this error
+        repository = get_artifact_repository(location, store.uri)
         wanted, free = size(path), shutil.disk_usage(folder).free
         if wanted > free:
             raise NotWritten(
-                f"{path} of run {run_id} has no room in {folder}: {wanted / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free. Free "
-                "some space (TMPDIR sets the folder of temporary files)."
+                f"{what} has no room in {folder}: {wanted / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free. Free some space "
+                "(TMPDIR sets the folder of temporary files)."
             )
 
 
