@@ -178,7 +178,7 @@ def _doctor(request: Request) -> int:
     from dann_experiments.reports import terminal
 
     health = jobs.doctor(config)
-    terminal.print_health(health.closed, health.running, health.elsewhere, health.leftovers)
+    terminal.print_health(health.closed, health.running, health.elsewhere, health.leftovers, health.models_without_run)
     return 0
 
 
@@ -251,7 +251,8 @@ COMMANDS = {
     ),
     "doctor": _command(
         _doctor,
-        "close runs that are shown as running although their process is gone; list the files that `sync` would send",
+        "close runs that are shown as running although their process is gone; list the files that `sync` would send, and models "
+        "whose run was deleted",
     ),
     "layers": _command(
         _layers,

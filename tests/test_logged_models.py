@@ -22,6 +22,7 @@ import yaml
 from test_sweep_cluster import free_port
 
 from dann_experiments import InputError, jobs
+from dann_experiments.__main__ import main
 from dann_experiments.checkpoints.mlmodel import LOADER_MODULE
 from dann_experiments.config import load_config
 from dann_experiments.jobs.load_model import load_model
@@ -326,3 +327,15 @@ def answers(address: str) -> bool:
 def posted(address: str, body: object) -> Any:
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     return json.load(urllib.request.urlopen(request, timeout=60))
+
+
+def test_doctor_names_the_models_whose_run_was_deleted(place, shared_runs, capsys):
+    result = shared_runs.result("adapt")
+    store = open_store(None, None, for_runs=False)
+    assert main(["doctor"]) == 0
+    assert "models:/" not in capsys.readouterr().out
+    store.client.delete_run(result.run_id)
+    assert main(["doctor"]) == 0
+    model_id = logged_model(store.client, result.experiment_id, result.run_id).model_id
+    assert f"models:/{model_id}: its run was deleted" in capsys.readouterr().out
+    assert load_model(f"models:/{model_id}", "target", None, store).run_id == result.run_id

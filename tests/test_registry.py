@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -101,6 +102,8 @@ def test_adapt_registers_its_model(pretrained_place, squares):
     digest = next(entry.dataset.digest for entry in run.inputs.dataset_inputs if entry.dataset.name.endswith(" test"))
     assert version.tags["dann.score_data"] == digest
     assert f"/runs/{version.run_id}" in version.description
+    model = logged_model(store.client, run.info.experiment_id, version.run_id)
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "net", "version": version.version}]
     assert load_model("models:/net@champion", "target", None, store).run_id == version.run_id
 
 

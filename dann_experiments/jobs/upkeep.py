@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dann_experiments.config import Config, InputError
 from dann_experiments.names import Tag
+from dann_experiments.tracking.logged_model import models_without_run
 from dann_experiments.tracking.processes import live_process
 from dann_experiments.tracking.stale_runs import RUNNING, close_stale_runs
 from dann_experiments.tracking.store import experiment_ids, found_runs, open_store
@@ -26,6 +27,8 @@ class Health:
     """Ids of open runs of other machines, or of programs that do not record which process writes them."""
     leftovers: list[Path]
     """Folders of runs in `tracking.folder`."""
+    models_without_run: list[str] = field(default_factory=list)
+    """Ids of models whose run was deleted: MLflow deletes runs without their models."""
 
 
 def sync_runs(config: Config) -> Iterator[Leftover]:
@@ -48,4 +51,5 @@ def doctor(config: Config) -> Health:
     processes = {run.info.run_id: run.data.tags.get(Tag.PROCESS) for run in open_runs}
     here = {run_id for run_id, process in processes.items() if process is not None and live_process(process)}
     elsewhere = [run_id for run_id in processes if run_id not in here]
-    return Health(closed, len(here), elsewhere, leftovers(Path(config.tracking.folder)))
+    lone = models_without_run(store, experiments)
+    return Health(closed, len(here), elsewhere, leftovers(Path(config.tracking.folder)), lone)

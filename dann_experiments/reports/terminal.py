@@ -153,8 +153,15 @@ def print_sync(found: Iterable[Any]) -> int:
     return 1 if left else 0
 
 
-def print_health(closed: Sequence[str], running: int, elsewhere: Sequence[str], leftovers: Sequence[Path]) -> None:
-    """Print the runs that `doctor` closed, those that it cannot check, and the remaining folders of runs."""
+def print_health(
+    closed: Sequence[str],
+    running: int,
+    elsewhere: Sequence[str],
+    leftovers: Sequence[Path],
+    lone_models: Sequence[str] = (),
+) -> None:
+    """Print the runs that `doctor` closed, those that it cannot check, the remaining folders of runs, and the models whose
+    run was deleted."""
     for run_id in closed:
         print(f"{run_id}: its process is gone; closed as KILLED")
     for run_id in elsewhere:
@@ -162,10 +169,15 @@ def print_health(closed: Sequence[str], running: int, elsewhere: Sequence[str], 
             f"{run_id}: RUNNING on another machine, or written by something that does not name its process: ask there"
         )
     for path in leftovers:
-        print(f"{path}: files of a run that is running, or that the store does not have yet")
+        whose = "this run, which the store" if path.name in closed else "a run that is running, or that the store"
+        print(f"{path}: files of {whose} does not have yet")
     print(f"{len(closed)} runs closed, {running} are really running, {len(leftovers)} folders left.")
     if leftovers:
         print(f"Send them: python -m dann_experiments sync --tracking.folder {leftovers[0].parent}")
+    for model_id in lone_models:
+        print(f"models:/{model_id}: its run was deleted, its files were not")
+    if lone_models:
+        print("Delete such a model on MLflow's Models page, or keep it: it still loads and predicts.")
 
 
 def _label(label: Any) -> str:

@@ -21,12 +21,14 @@ import numpy as np
 
 from dann_experiments.checkpoints.mlmodel import LOADER_MODULE, MLMODEL
 from dann_experiments.tracking.spool import Point
+from dann_experiments.tracking.store import Store, found_runs
 
 MODEL = "model"
 """Name of the logged model, and of its folder in the run's folder."""
 FACTS = "logged_model.json"
 """What the store has to know of the model, in the run's folder until it is sent."""
 MODEL_TYPE = "segmentation"
+RUNS_ASKED = 100  # per request
 REQUIREMENTS = (
     "numpy",
     "pyyaml",
@@ -137,3 +139,21 @@ def logged_model(client: Any, experiment_id: str, run_id: str) -> Any | None:
     """Return the logged model of a run; None if it has none, as runs of older versions."""
     found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'", max_results=10)
     return next((model for model in found if model.name == MODEL), None)
+
+
+def models_without_run(store: Store, experiments: Sequence[str]) -> list[str]:
+    """Return the ids of our models in these experiments whose run was deleted, or is gone from the store."""
+    models, token = {}, None
+    while experiments:
+        page = store.client.search_logged_models(list(experiments), f"name = '{MODEL}'", page_token=token)
+        ours = (model for model in page if model.model_type == MODEL_TYPE and model.source_run_id)
+        models |= {model.model_id: model.source_run_id for model in ours}
+        token = page.token
+        if not token:
+            break
+    wanted = sorted(set(models.values()))
+    alive: set[str] = set()
+    for start in range(0, len(wanted), RUNS_ASKED):
+        listed = ", ".join(f"'{run_id}'" for run_id in wanted[start : start + RUNS_ASKED])
+        alive |= {run.info.run_id for run in found_runs(store, experiments, f"attributes.run_id IN ({listed})")}
+    return [model_id for model_id, run_id in models.items() if run_id not in alive]

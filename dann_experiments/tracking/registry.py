@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 CHAMPION = "champion"
 SCORE, VALUE, DATA = "dann.score", "dann.score_value", "dann.score_data"
 """Tags of a version: the metric by which versions are compared, its value, and the digest of the data set."""
+VERSIONS_OF_MODEL = "mlflow.modelVersions"  # tag of a logged model
 JUDGED = (Metric.iou(TARGET_TEST), Metric.iou(TARGET_VAL))
 """The first score that a model has counts."""
 
@@ -43,6 +45,8 @@ def register(
             name, source, run_id, tags=own, description=f"{about}\n\n{page}",
             model_id=None if model is None else model.model_id,
         )  # fmt: skip
+        if model is not None:
+            _link_back(store, model, version)
     champion = _champion(store, name)
     if champion is None or champion.version != version.version:
         why = _why_not(version, champion) if may_lead else "it is not one to recommend"
@@ -62,6 +66,14 @@ def source_of(store: Store, model: Any) -> str:
     A server looks models up by id in its own store. For a database MLflow would look in the store of the process, which may be
     another one, so there it is the place of the files."""
     return f"models:/{model.model_id}" if store.uri.startswith("http") else model.artifact_location
+
+
+def _link_back(store: Store, model: Any, version: Any) -> None:
+    """Let the model's page name the version, as MLflow's own function for registering does."""
+    known = json.loads(model.tags.get(VERSIONS_OF_MODEL, "[]"))
+    entry = {"name": version.name, "version": version.version}
+    if entry not in known:
+        store.client.set_logged_model_tags(model.model_id, {VERSIONS_OF_MODEL: json.dumps([*known, entry])})
 
 
 def _make(store: Store, name: str) -> None:
