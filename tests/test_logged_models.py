@@ -36,13 +36,11 @@ PARAMETERS = {"output": "classes", "domain": "", "tile_size": 512, "nodata": ""}
 
 
 @pytest.fixture
-def place(workplace, shared_runs):
+def place(workplace, shared_runs, monkeypatch):
     """A store with a pretraining and an adaptation, which is MLflow's current one."""
     shutil.copy(shared_runs.folder / "mlflow.db", workplace / "mlflow.db")
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{workplace}/mlflow.db")
-    yield workplace
-    mlflow.set_tracking_uri(before)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace}/mlflow.db")
+    return workplace
 
 
 def raw_tile(squares: Path) -> np.ndarray:

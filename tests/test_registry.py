@@ -7,7 +7,6 @@ import json
 import shutil
 from pathlib import Path
 
-import mlflow
 import pytest
 from conftest import small_settings
 
@@ -107,15 +106,12 @@ def test_adapt_registers_its_model(pretrained_place, squares):
     assert load_model("models:/net@champion", "target", None, store).run_id == version.run_id
 
 
-def test_a_store_that_is_not_that_of_the_process_has_its_own_registry(store, shared_runs, tmp_path):
+def test_a_store_that_is_not_that_of_the_process_has_its_own_registry(store, shared_runs, tmp_path, monkeypatch):
     """MLflow itself would look for the model in the store of the process."""
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")
-    try:
-        assert register(store, "net", shared_runs.result("adapt").run_id, "about") == "models:/net@champion"
-        assert load_model("models:/net@champion", "target", None, store).run_id == shared_runs.result("adapt").run_id
-    finally:
-        mlflow.set_tracking_uri(before)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    run_id = shared_runs.result("adapt").run_id
+    assert register(store, "net", run_id, "about") == "models:/net@champion"
+    assert load_model("models:/net@champion", "target", None, store).run_id == run_id
 
 
 def test_a_server_registers_a_model(server, squares):
