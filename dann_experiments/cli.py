@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.command_line import Command, Option, Program, Request, quiet_libraries
-from dann_experiments.config import Config, TrainingFailed, config_to_yaml, load_config
+from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
@@ -128,6 +128,10 @@ def _compare(request: Request) -> int:
     own: dict[str, Any] = {key: value for key, value in request.settings.items() if key in keys}
     if "runs" in request.options:
         own["runs"] = [run_id for word in request.options["runs"] for run_id in word.replace(",", " ").split()]
+        if not own["runs"]:  # else the whole comparison would be trained
+            raise InputError(
+                f"--runs is {' '.join(request.options['runs'])!r}, without an id; give ids of finished runs."
+            )
     settings = load_settings(CompareConfig, request.options.get("arms"), own)
     config = _config(request, but=keys)
     if settings.runs:

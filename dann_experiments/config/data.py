@@ -94,8 +94,14 @@ class DomainDataConfig:
         filled(self, prefix)  # raises for an unknown preset or a wrong scene
         if self.value_map is not None and self.color_map is not None:
             raise InputError(f"{prefix}value_map and {prefix}color_map are both set; keep one.")
+        seen: dict[tuple[int, int, int], str] = {}
         for key in self.color_map or ():
-            _color(key, prefix)
+            color = _color(key, prefix)
+            if color in seen:
+                raise InputError(
+                    f"{prefix}color_map has the keys {seen[color]!r} and {key!r}, which are one color; keep one."
+                )
+            seen[color] = key
         if isinstance(self.scale, list) and (
             len(self.scale) != 2 or not -float("inf") < self.scale[0] < self.scale[1] < float("inf")
         ):
@@ -212,7 +218,7 @@ def _check_entries(key: str, entries: list[Entry]) -> None:
 
 
 def _check_entry(key: str, entry: dict[str, Any]) -> None:
-    unknown = sorted(set(entry) - {"images", "masks", "names", "region"})
+    unknown = sorted(set(entry) - {"images", "masks", "names", "region"}, key=str)
     if unknown or "images" not in entry:
         raise InputError(
             f"{key} has the entry {entry}; a mapping takes images (needed), masks, names and region"

@@ -18,6 +18,7 @@ from yaml.composer import ComposerError
 from dann_experiments.config.adaptation import MethodConfig
 from dann_experiments.config.description import type_name
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.label_keys import check_label_keys
 from dann_experiments.config.limits import settings_of
 from dann_experiments.config.paths import local_path
 from dann_experiments.config.recipes import settings_file
@@ -39,12 +40,14 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Return the mapping as written, before merge keys (<<) are expanded."""
         node = super().compose_mapping_node(anchor)
-        seen = set()
+        seen: dict[Any, str] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if (key.tag, key.value) in seen:
-                    raise ComposerError(None, None, f"{key.value!r} appears twice", key.start_mark)
-                seen.add((key.tag, key.value))
+                value = self.construct_object(key)  # 0x1, 1.0 and true are the key 1 of a Python mapping as well
+                if value in seen:
+                    as_well = "" if seen[value] == key.value else f" (as {seen[value]!r} before)"
+                    raise ComposerError(None, None, f"{key.value!r} appears twice{as_well}", key.start_mark)
+                seen[value] = key.value
         return node
 
 
@@ -164,6 +167,7 @@ def _load(
 
 def _checked(cls: type[Settings], settings: dict[str, Any]) -> Settings:
     _refuse_unknown_keys(cls, settings)
+    check_label_keys(settings)
     return _build(cls, settings)
 
 

@@ -19,12 +19,33 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int, ignore
     """Count pixels by true and predicted class.
 
     `predicted` and `labels`: class ids of the same shape, such as (N, H, W); pixels labeled `ignore_index` do not count. Returns
-    (K, K) int64 on the same device, rows = truth, columns = prediction. The sum over batches is the matrix of the set.
+    (K, K) int64 on the same device, rows = truth, columns = prediction. The sum over batches is the matrix of the set. Raises
+    ValueError for different shapes, and for ids that are no whole numbers or not in 0..K-1, such as 255 (no data) in a map of
+    `predict`: leave such pixels out by their label.
 
     >>> labels = torch.tensor([[0, 0], [1, 255]])
     >>> confusion_matrix(torch.tensor([[0, 1], [1, 1]]), labels, num_classes=2).tolist()
     [[1, 1], [0, 1]]
     """
+    if predicted.shape != labels.shape:
+        raise ValueError(
+            f"predicted has shape {tuple(predicted.shape)}, labels {tuple(labels.shape)}; they must be equal."
+        )
+    counted = labels != ignore_index
+    for name, ids in (("predicted", predicted), ("labels", labels)):
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"{name} holds {ids.dtype} values; give class ids as whole numbers.")
+        wrong = ids[counted & ((ids < 0) | (ids >= num_classes))]
+        if wrong.numel():
+            raise ValueError(
+                f"{name} holds the id {int(wrong[0])} where a pixel is labeled, but num_classes is {num_classes}: ids go "
+                f"from 0 to {num_classes - 1}; set the label to ignore_index ({ignore_index}) where nothing is to be counted."
+            )
+    return count_pairs(predicted, labels, num_classes, ignore_index)
+
+
+def count_pairs(predicted: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Return what `confusion_matrix` returns, for ids known to be right: without checks, which would wait for the device."""
     # Not from torchmetrics: with deterministic algorithms, our default, it compares each pixel with each of the K x K pairs,
     # which takes longer than the forward pass of the network (docs/performance.md).
     kinds = num_classes**2

@@ -22,6 +22,7 @@ from dann_experiments.models.networks import logits_of_any_size, predicted_class
 from dann_experiments.models.taps import evaluating
 from dann_experiments.names import Metric
 from dann_experiments.scores.bnm import batch_nuclear_norm_from
+from dann_experiments.scores.confusion import count_pairs
 from dann_experiments.scores.entropy import mean_entropy_from
 from dann_experiments.scores.infomax import information_maximization_from
 from dann_experiments.scores.predictions import PredictionSums, in_parts, in_range, log_probabilities, parts_of
@@ -125,7 +126,7 @@ class Scorer:
 
     def _add(self, logits: Tensor, labels: Tensor, logs: Tensor) -> None:
         predicted = predicted_classes(logits)
-        counts = scores.confusion_matrix(predicted, labels, self.num_classes, self.ignore_index)
+        counts = count_pairs(predicted, labels, self.num_classes, self.ignore_index)
         self._confusion = self._confusion.to(logits.device) + counts
         self._loss = (
             self._loss + functional.nll_loss(logs, labels, ignore_index=self.ignore_index, reduction="sum").double()

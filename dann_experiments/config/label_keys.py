@@ -1,0 +1,35 @@
+"""Checks the keys of value maps and color maps as they were given: two spellings of one key would silently become one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.names import DOMAINS
+
+
+def check_label_keys(settings: Mapping[str, Any]) -> None:
+    """Raise InputError for a key of a `value_map` that is no whole number, or that stands twice in another spelling (1 and "1").
+
+    `settings`: nested settings as read, before they get their types. Other mistakes are left to the types."""
+    data = settings.get("data")
+    for domain in DOMAINS:
+        of_domain = data.get(domain) if isinstance(data, Mapping) else None
+        labels = of_domain.get("value_map") if isinstance(of_domain, Mapping) else None
+        if isinstance(labels, Mapping):
+            _check(f"data.{domain}.value_map", labels)
+
+
+def _check(name: str, labels: Mapping[Any, Any]) -> None:
+    seen: dict[int, Any] = {}
+    for key in labels:
+        text = str(key).strip()
+        if isinstance(key, bool) or not re.fullmatch(r"[-+]?[0-9]+", text):
+            whole = f", {int(key)}" if isinstance(key, float) and key.is_integer() else ""
+            raise InputError(f"{name} has the key {key!r}; give the value in the mask as a whole number{whole}.")
+        value = int(text)
+        if value in seen:
+            raise InputError(f"{name} has the keys {seen[value]!r} and {key!r}, which are one value; keep one.")
+        seen[value] = key
