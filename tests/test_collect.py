@@ -79,7 +79,7 @@ def runs(workplace: Path) -> Runs:
     "settings",
     [
         {"data.source.value_map": {0: "background", 255: "building"}},
-        {"data.target.value_map": {1.5: "building", 2: "bare"}, "data.source.value_map": {3: "it's", 4: 'a "b"'}},
+        {"data.target.value_map": {15: "building", 2: "bare"}, "data.source.value_map": {3: "it's", 4: 'a "b"'}},
         {**OWN, "domain_adaptation.method.init_args": NESTED},
         {**OWN, "domain_adaptation.method.init_args": {"inner": {"deep": 1}}},
         {},
