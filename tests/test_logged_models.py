@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +339,16 @@ def test_doctor_names_the_models_whose_run_was_deleted(place, shared_runs, capsy
     model_id = logged_model(store.client, result.experiment_id, result.run_id).model_id
     assert f"models:/{model_id}: its run was deleted" in capsys.readouterr().out
     assert load_model(f"models:/{model_id}", "target", None, store).run_id == result.run_id
+
+
+def test_a_store_that_was_moved_says_where_it_looks_for_the_files(workplace, shared_runs):
+    result = shared_runs.result("adapt")
+    shutil.copy(shared_runs.folder / "mlflow.db", workplace / "mlflow.db")
+    with closing(sqlite3.connect(workplace / "mlflow.db")) as database, database:
+        moved = "UPDATE logged_models SET artifact_location = '/nowhere' || artifact_location"
+        assert database.execute(moved).rowcount == 2
+    store = open_store(None, None, for_runs=False)
+    with pytest.raises(
+        InputError, match=r"model is 'runs:/.*files the tracking store has in /nowhere/.*does not exist.*Put"
+    ):
+        load_model(result.model_uri, "target", None, store)

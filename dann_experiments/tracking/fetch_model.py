@@ -16,7 +16,7 @@ from dann_experiments.config.paths import local_path
 from dann_experiments.data.samples import file_digest
 from dann_experiments.names import Key, Tag
 from dann_experiments.tracking.logged_model import MODEL, logged_model
-from dann_experiments.tracking.store import Store, check_room, in_one_line
+from dann_experiments.tracking.store import Store, check_room, in_one_line, local_folder
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) ->
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    given = path
+    given, place = path, ""
     try:
         if path.startswith("runs:/"):
             run_id, _, inside = path.removeprefix("runs:/").partition("/")
@@ -56,17 +56,25 @@ def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) ->
                 model = logged_model(store.client, run.info.experiment_id, run_id)
             what = f"{inside or MODEL} of run {run_id}"
             if model is None:
-                check_room(store, run.info.artifact_uri, inside or MODEL, what, folder)
+                place = run.info.artifact_uri
+                check_room(store, place, inside or MODEL, what, folder)
             else:
-                path = model.artifact_location
-                check_room(store, path, "", what, folder)
+                path = place = model.artifact_location
+                check_room(store, place, "", what, folder)
         else:
             path, run_id = registered(path, store)
+            place = path
         local = mlflow.artifacts.download_artifacts(artifact_uri=path, dst_path=str(folder), tracking_uri=store.uri)
         return Path(local), run_id
     except NotWritten:
         raise
     except (MlflowException, OSError, ValueError) as error:
+        files = local_folder(place)
+        if place and files is not None and not files.exists():
+            raise InputError(
+                f"{key} is {given!r}, whose files the tracking store has in {files}, which does not exist: the store was made in "
+                "another folder or on another machine. Put the files back there, or give the folder of the model itself."
+            ) from None
         raise InputError(f"{key} is {given!r}, which the tracking store does not have: {in_one_line(error)}") from None
 
 
