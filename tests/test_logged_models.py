@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import pytest
 import rasterio
 import segmentation_models_pytorch as smp
 import yaml
+from mlflow.exceptions import MlflowException
 from test_sweep_cluster import free_port
 
 from dann_experiments import InputError, jobs
@@ -31,7 +33,7 @@ from dann_experiments.jobs.load_model import load_model
 from dann_experiments.prediction import pyfunc_model
 from dann_experiments.prediction.pyfunc_model import SegmentationModel
 from dann_experiments.tracking.fetch_model import fetched
-from dann_experiments.tracking.logged_model import logged_model
+from dann_experiments.tracking.logged_model import logged_model, models_without_run, send_model, write_facts
 from dann_experiments.tracking.store import open_store
 
 PARAMETERS = {"output": "classes", "domain": "", "tile_size": 512, "nodata": ""}
@@ -352,3 +354,34 @@ def test_a_store_that_was_moved_says_where_it_looks_for_the_files(workplace, sha
         InputError, match=r"model is 'runs:/.*files the tracking store has in /nowhere/.*does not exist.*Put"
     ):
         load_model(result.model_uri, "target", None, store)
+
+
+class OfMlflow2:
+    """A client whose server has no logged models; it answers as MLflow 2.22.4 does."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        if "logged_model" not in name:
+            return getattr(self._client, name)
+
+        def refuse(*args: Any, **more: Any) -> None:
+            text = "API request to endpoint /api/2.0/mlflow/logged-models failed with error code 404 != 200. Response body: ''"
+            raise MlflowException(text)
+
+        return refuse
+
+
+def test_a_server_of_mlflow_2_keeps_the_model_among_the_run_s_files(place, shared_runs, tmp_path, caplog):
+    result = shared_runs.result("adapt")
+    store = open_store(None, None, for_runs=False)
+    run_id = store.client.create_run(result.experiment_id).info.run_id
+    with fetched(result.model_uri, store) as (local, _):
+        shutil.copytree(local, tmp_path / "model")
+    write_facts(tmp_path, result.experiment_id, 8, {}, {}, [])
+    older = dataclasses.replace(store, client=OfMlflow2(store.client))
+    send_model(older.client, run_id, tmp_path)
+    assert "MLflow 2" in caplog.text
+    assert load_model(f"runs:/{run_id}", "target", None, older).run_id == run_id
+    assert models_without_run(older, [result.experiment_id]) == []

@@ -23,6 +23,7 @@ from dann_experiments.checkpoints.mlmodel import LOADER_MODULE, MLMODEL
 from dann_experiments.tracking.spool import Point
 from dann_experiments.tracking.store import Store, found_runs
 
+log = logging.getLogger(__name__)
 MODEL = "model"
 """Name of the logged model, and of its folder in the run's folder."""
 FACTS = "logged_model.json"
@@ -111,16 +112,27 @@ def write_facts(
 
 
 def send_model(client: Any, run_id: str, folder: Path) -> None:
-    """Store the model in `folder`, a run's folder, as the run's logged model. Sending it again changes nothing."""
+    """Store the model in `folder`, a run's folder, as the run's logged model; on a server of MLflow 2, which has none, among the
+    run's own files. Sending it again changes nothing."""
     from mlflow.entities import LoggedModelOutput, Metric
+    from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     model = logged_model(client, facts["experiment_id"], run_id)
     if model is None:
-        model = client.create_logged_model(
-            facts["experiment_id"], MODEL, run_id, tags=facts["tags"], params=facts["params"], model_type=MODEL_TYPE
-        )
+        try:
+            model = client.create_logged_model(
+                facts["experiment_id"], MODEL, run_id, tags=facts["tags"], params=facts["params"], model_type=MODEL_TYPE
+            )
+        except MlflowException as error:
+            if not knows_no_models(error):
+                raise
+            log.warning(
+                "The server has no logged models (MLflow 2): the model is kept among the run's own files, model/."
+            )
+            client.log_artifacts(run_id, str(folder / MODEL), MODEL)
+            return
     described = Model.load(str(folder / MODEL / MLMODEL))
     described.model_id = model.model_id
     described.save(str(folder / MODEL / MLMODEL))
@@ -137,15 +149,34 @@ def send_model(client: Any, run_id: str, folder: Path) -> None:
 
 def logged_model(client: Any, experiment_id: str, run_id: str) -> Any | None:
     """Return the logged model of a run; None if it has none, as runs of older versions."""
-    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'", max_results=10)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'", max_results=10)
+    except MlflowException as error:
+        if not knows_no_models(error):
+            raise
+        return None
     return next((model for model in found if model.name == MODEL), None)
+
+
+def knows_no_models(error: BaseException) -> bool:
+    """Return whether the error is the answer of a server of MLflow 2, which has runs but no logged models."""
+    return "/mlflow/logged-models" in str(error) and "error code 404" in str(error)
 
 
 def models_without_run(store: Store, experiments: Sequence[str]) -> list[str]:
     """Return the ids of our models in these experiments whose run was deleted, or is gone from the store."""
+    from mlflow.exceptions import MlflowException
+
     models, token = {}, None
     while experiments:
-        page = store.client.search_logged_models(list(experiments), f"name = '{MODEL}'", page_token=token)
+        try:
+            page = store.client.search_logged_models(list(experiments), f"name = '{MODEL}'", page_token=token)
+        except MlflowException as error:
+            if not knows_no_models(error):
+                raise
+            return []
         ours = (model for model in page if model.model_type == MODEL_TYPE and model.source_run_id)
         models |= {model.model_id: model.source_run_id for model in ours}
         token = page.token
