@@ -262,9 +262,13 @@ def _refuse_unknown_keys(cls: type, settings: Mapping[str, Any]) -> None:
                     raise InputError(f"{key} is {_shown(value)}; it is a group of settings, give a mapping.")
                 walk(value or {}, f"{key}.")
             elif key not in known:
-                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-                same_name = [other for other in known if other.rpartition(".")[2] == str(name).rpartition(".")[2]]
-                raise InputError(f"unknown setting {_shown(key)}; did you mean {(same_name or nearest)[0]!r}?")
+                ends = {other: other.rpartition(".")[2] for other in known}
+                close = difflib.get_close_matches(
+                    str(name).rpartition(".")[2], sorted(set(ends.values())), n=1, cutoff=0.75
+                )
+                alike = [other for other in known if ends[other] in close]
+                nearest = difflib.get_close_matches(key, alike or known, n=1, cutoff=0.0)
+                raise InputError(f"unknown setting {_shown(key)}; did you mean {nearest[0]!r}?")
             elif value is None and type(None) not in typing.get_args(known[key]):
                 raise InputError(f"{key} is null, but needs a value; leave it out to use its default.")
             elif any(

@@ -11,7 +11,7 @@ from torch import nn
 from dann_experiments.config import Config, replace
 from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs.build import find_data, make_method, make_network, make_taps, seeded
-from dann_experiments.jobs.checks import checked_sets, refuse_several_processes
+from dann_experiments.jobs.checks import checked_sets, refuse_several_processes, warn_of_idle_adversary
 from dann_experiments.jobs.identity import domain_name, method_name, run_digest, run_name, source_digest
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
@@ -59,6 +59,7 @@ def adapt(
         reseed(config.seed)  # same random numbers whether the source model was just trained or found
         parts = dataclasses.replace(parts, method=make_method(config, parts.taps))
         config = with_batch_sizes(config, parts)
+        warn_of_idle_adversary(config)
         digest = run_digest(Job.ADAPT, config, data.digests, source)
         resumed = run_to_go_on(store, Job.ADAPT, resume, digest, config)
         name = run_name(Job.ADAPT, config)

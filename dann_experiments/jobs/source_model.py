@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from dann_experiments.checkpoints.weights import load_into, read_weights
-from dann_experiments.config import Config
+from dann_experiments.config import Config, flatten
 from dann_experiments.config.paths import local_path
 from dann_experiments.jobs.identity import source_digest
 from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.names import Job, Key, Tag
 from dann_experiments.tracking.fetch_model import digest_of_model, fetched, registered
+from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, newest_finished
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,24 @@ def find_or_make_source_model(
         run_id = pretrain_with(config, store, main_job=False, resume=resume).run_id
     else:
         log.info("Starting from pretraining run %s (set source_checkpoint to start from another model).", run_id)
+        _warn_of_other_pretraining(config, store, run_id)
     return f"runs:/{run_id}/model"
+
+
+def _warn_of_other_pretraining(config: Config, store: Store, run_id: str) -> None:
+    """Warn if the source model was trained with another seed or other `pretraining.*` settings than those given: any model of the
+    same network and source data is used (decision 4), so that these have no effect."""
+    known = store.client.get_run(run_id).data.params
+    other = [
+        f"{key} {known[PARAM_PREFIX + key]} (yours: {value})"
+        for key, value in flatten(config).items()
+        if (key == "seed" or key.startswith("pretraining.")) and known.get(PARAM_PREFIX + key, str(value)) != str(value)
+    ]
+    if other:
+        log.warning(
+            "That run was trained with %s. To train a source model with your settings: `pretrain`; the newest one is used.",
+            ", ".join(other),
+        )  # fmt: skip
 
 
 def chosen_by_target_labels(store: Store, source_run_id: str | None) -> bool:
