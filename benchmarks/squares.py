@@ -54,3 +54,11 @@ def small_settings(root: Path) -> dict[str, Any]:
         "trainer.enable_progress_bar": False,
         "threads": 1,
     }
+
+
+def model_folder(artifacts: Path | str | None) -> Path:
+    """Return the folder of the model of the run whose own files lie in `artifacts`: it lies beside the runs of its experiment.
+    Raises StopIteration if there is none."""
+    of_the_run = Path(str(artifacts))
+    described = of_the_run.parents[1].glob("models/*/artifacts/MLmodel")
+    return next(file.parent for file in described if f"run_id: {of_the_run.parent.name}" in file.read_text())

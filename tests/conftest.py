@@ -26,6 +26,7 @@ import torch
 from filelock import FileLock
 from rasterio.errors import NotGeoreferencedWarning
 
+from benchmarks.squares import model_folder as model_folder
 from benchmarks.squares import small_settings as squares_settings
 from benchmarks.squares import write_domain
 from dann_experiments.config import Config
@@ -131,13 +132,6 @@ def copy_store(store: Path, folder: Path) -> None:
     with closing(sqlite3.connect(store)) as source, closing(sqlite3.connect(folder / "mlflow.db")) as copy, copy:
         source.backup(copy)
         copy.execute("UPDATE experiments SET artifact_location = ? || '/mlruns/' || experiment_id", (str(folder),))
-
-
-def model_folder(artifacts: Path | str | None) -> Path:
-    """The folder of the model of the run whose own files lie in `artifacts`: the model lies beside the runs of its experiment."""
-    of_the_run = Path(str(artifacts))
-    described = of_the_run.parents[1].glob("models/*/artifacts/MLmodel")
-    return next(file.parent for file in described if f"run_id: {of_the_run.parent.name}" in file.read_text())
 
 
 @dataclass(frozen=True)

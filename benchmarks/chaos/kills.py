@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.runs import FORK, Points, Process, Source, adapting, points_in, runs_in, settings
+from benchmarks.squares import model_folder
 from dann_experiments.config import Config
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
@@ -183,5 +184,7 @@ def without_times(points: Points) -> Points:
 
 def weights_in(artifacts: Path) -> bytes:
     """The final model's; nothing where there is none."""
-    path = artifacts / "model" / "model.safetensors"
-    return path.read_bytes() if path.exists() else b""
+    try:
+        return (model_folder(artifacts) / "model.safetensors").read_bytes()
+    except (StopIteration, FileNotFoundError):
+        return b""

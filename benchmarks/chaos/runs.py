@@ -21,7 +21,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from benchmarks.squares import small_settings, write_domain
+from benchmarks.squares import model_folder, small_settings, write_domain
 from dann_experiments.config import Config, load_config
 from dann_experiments.jobs.adapt import adapt
 from dann_experiments.jobs.pretrain import pretrain
@@ -133,7 +133,7 @@ def source_model(folder: Path, data: Path) -> Source:
     config = settings(data, f"sqlite:///{folder}/mlflow.db", folder / "outputs", {})
     Process(lambda pipe: pretrain(config), folder / "output.log").end_well()
     ((_, artifacts),) = runs_in(folder / "mlflow.db", "pretrain").values()
-    return Source(folder / "mlflow.db", artifacts / "model")
+    return Source(folder / "mlflow.db", model_folder(artifacts))
 
 
 def adapting(config: Config, log: Path, resume: str | None = None) -> Process:
