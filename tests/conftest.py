@@ -12,6 +12,7 @@ import gc
 import json
 import shutil
 import sqlite3
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -210,9 +211,12 @@ def workplace(empty_place: Path, new_store: Callable[[Path], None]) -> Path:
 
 @pytest.fixture
 def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder, where a job makes its own sqlite store; no MLflow variables from outside."""
+    """An empty current folder, where a job makes its own sqlite store; no MLflow variables, and no store of the process, from
+    outside."""
     for name in mlflow_variables():
         monkeypatch.delenv(name)
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -53,13 +53,12 @@ def test_wrong_input_under_mlflow_run_leaves_no_run_running(workplace, squares, 
     for name, value in clean_environment(workplace).items():
         monkeypatch.setenv(name, value)
     parameters = {"config": f"{workplace}/c.yaml", "feature_layer": "encoder.layer9"}
-    uri = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{workplace}/mlflow.db")  # of this process, which other tests may have set
     try:
         with pytest.raises(ExecutionException):
             mlflow.projects.run(str(PROJECT), "adapt", parameters=parameters, env_manager="local")
     finally:
-        mlflow.set_tracking_uri(uri)
+        mlflow.set_tracking_uri(None)
     assert "layers that do" in "".join(capfd.readouterr())
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workplace}/mlflow.db")
     runs = client.search_runs([item.experiment_id for item in client.search_experiments()])
