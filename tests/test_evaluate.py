@@ -547,6 +547,17 @@ def test_another_job_s_own_key_is_named_where_a_model_is_not_there(workplace):
             raise AssertionError("never reached")
 
 
+def test_a_run_that_kept_no_file_is_told_as_that(workplace):
+    """MLflow makes a run's folder with its first file, so that it is missing in a store that was moved and in this one."""
+    store = open_store(None, "x")
+    run_id = store.client.create_run(store.client.create_experiment("plain")).info.run_id
+    told = pytest.raises(
+        InputError, match=r"does not exist: the run kept no file, or the store was made in another folder"
+    )
+    with told, fetched(f"runs:/{run_id}", store):
+        raise AssertionError("never reached")
+
+
 @pytest.mark.parametrize("path", ["pipe.ckpt", "/dev/zero"])
 def test_what_is_no_file_and_no_folder_is_refused_unread(workplace, path):
     """A pipe that nobody writes to would be waited for, a device without an end read until memory runs out."""

@@ -40,6 +40,16 @@ def test_a_key_of_a_value_map_is_one_whole_number(tmp_path, labels, told):
         load_config(written(tmp_path, LABELS.format(key="value_map", labels=labels)))
 
 
+def test_a_key_in_two_spellings_is_told_on_the_command_line_too(workplace, capsys):
+    assert main(["config", "--data.source.value_map", "{0: a, 0x0: b}"]) == 2
+    assert "data.source.value_map is '{0: a, 0x0: b}', in which '0x0' appears twice" in capsys.readouterr().err
+
+
+def test_a_key_of_thousands_of_digits_is_told():
+    with pytest.raises(InputError, match=r"value_map has a key of 5000 digits"):
+        load_config(overrides={"data.source.value_map": {"1" * 5000: "a"}})
+
+
 def test_other_spellings_of_a_whole_number_are_taken(tmp_path):
     config = load_config(written(tmp_path, LABELS.format(key="value_map", labels="{0: a, '7': b, 0x10: c}")))
     assert config.data.source.value_map == {0: "a", 7: "b", 16: "c"}

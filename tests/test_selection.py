@@ -1,6 +1,7 @@
 """Target-free selection scores: definitions by hand-made cases, invariances, and how they choose."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dann_experiments.names import Metric
+from dann_experiments.scores import (
+    batch_nuclear_norm,
+    information_maximization,
+    mean_entropy,
+    soft_neighborhood_density,
+)
 from dann_experiments.scores.predictions import log_probabilities
 from dann_experiments.scores.selection import SCORES, choice_value
 from dann_experiments.scores.snd import COMPARED, SLOTS, PixelSample, neighborhood_density
@@ -261,6 +268,26 @@ def test_the_density_of_features_is_that_of_a_naive_double_loop():
 def test_one_class_is_refused():
     with pytest.raises(ValueError, match="fewer than two classes"):
         SelectionScorer().update(torch.zeros(1, 1, 4, 4))
+
+
+SELECTION_SCORES = (mean_entropy, information_maximization, soft_neighborhood_density, batch_nuclear_norm)
+
+
+@pytest.mark.parametrize("score", SELECTION_SCORES)
+@pytest.mark.parametrize("shape", [(), (3,), (4, 3)])
+def test_logits_without_an_axis_of_pixels_are_told_by_their_shape(score, shape):
+    told = re.escape(f"logits have shape {shape}; give (N, K, ...)")
+    with pytest.raises(ValueError, match=told):
+        score(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("score", SELECTION_SCORES)
+@pytest.mark.parametrize("shape", [(4, 6), (2, 6, 4), (3, 4, 6), (2, 1, 4, 6), (2, 24)])
+def test_valid_of_another_shape_than_the_pixels_is_told(score, shape):
+    """(2, 6, 4) has as many pixels as (2, 4, 6): it would leave out the wrong ones."""
+    told = re.escape(f"valid has shape {shape}, logits (2, 3, 4, 6); valid must be (2, 4, 6)")
+    with pytest.raises(ValueError, match=told):
+        score(noise(2, 3, 4, 6), torch.ones(shape))
 
 
 def test_the_table_names_what_is_computed_and_worst_loses_against_every_value():

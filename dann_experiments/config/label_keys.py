@@ -9,6 +9,8 @@ from typing import Any
 from dann_experiments.config.errors import InputError
 from dann_experiments.names import DOMAINS
 
+MOST_DIGITS = 40  # far more than a mask's value has; Python refuses to read thousands
+
 
 def check_label_keys(settings: Mapping[str, Any]) -> None:
     """Raise InputError for a key of a `value_map` that is no whole number, or that stands twice in another spelling (1 and "1").
@@ -29,6 +31,8 @@ def _check(name: str, labels: Mapping[Any, Any]) -> None:
         if isinstance(key, bool) or not re.fullmatch(r"[-+]?[0-9]+", text):
             whole = f", {int(key)}" if isinstance(key, float) and key.is_integer() else ""
             raise InputError(f"{name} has the key {key!r}; give the value in the mask as a whole number{whole}.")
+        if len(text) > MOST_DIGITS:
+            raise InputError(f"{name} has a key of {len(text)} digits; give a value that a mask can hold.")
         value = int(text)
         if value in seen:
             raise InputError(f"{name} has the keys {seen[value]!r} and {key!r}, which are one value; keep one.")

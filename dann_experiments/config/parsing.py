@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from yaml.composer import ComposerError
 
 from dann_experiments.config.adaptation import MethodConfig
 from dann_experiments.config.description import type_name
@@ -24,38 +23,10 @@ from dann_experiments.config.paths import local_path
 from dann_experiments.config.recipes import settings_file
 from dann_experiments.config.schema import Config
 from dann_experiments.config.target_dialect import translate
+from dann_experiments.config.yaml_loader import MOST_LETTERS, MOST_VALUES, YAML_ERRORS, PlainLoader, SameKey, values_in
 
 Settings = TypeVar("Settings")
-MOST_VALUES = 100_000  # in a settings file; each use of an alias counts
-MOST_LETTERS = 16 * 2**20  # characters in a settings file
 MOST_SHOWN = 200  # characters of a wrong value in a message
-# PyYAML raises errors of its parsers if a tag and its text do not match: `!!int ""`, `!!bool x`, `!!timestamp x`
-YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
-
-
-class _Loader(yaml.SafeLoader):
-    """Loads YAML with two changes: `1e-4` is a number as in YAML 1.2 (PyYAML reads a string), and a key that appears twice in a
-    mapping is an error (PyYAML drops the first)."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return the mapping as written, before merge keys (<<) are expanded."""
-        node = super().compose_mapping_node(anchor)
-        seen: dict[Any, str] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                value = self.construct_object(key)  # 0x1, 1.0 and true are the key 1 of a Python mapping as well
-                if value in seen:
-                    as_well = "" if seen[value] == key.value else f" (as {seen[value]!r} before)"
-                    raise ComposerError(None, None, f"{key.value!r} appears twice{as_well}", key.start_mark)
-                seen[value] = key.value
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|nan))$"),
-    list("-+0123456789."),
-)
 
 
 def load_config(file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -81,7 +52,7 @@ def given_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> dic
     """Return dotted name -> value of the settings in `file` and `overrides`, without defaults, for `replace`."""
     settings = _read_yaml(settings_file(file)) if file is not None else {}
     for key, value in overrides.items():
-        _set_dotted(settings, key, _scalar(value, _field_types(Config).get(key)))
+        _set_dotted(settings, key, _scalar(value, key, Config))
     settings = translate(settings)
     _refuse_unknown_keys(Config, settings)
     groups, given = _groups(Config), {}
@@ -150,7 +121,7 @@ def known_keys(cls: type = Config) -> list[str]:
 
 def scalar(text: Any, key: str) -> Any:
     """Parse a text as the value of setting `key` on a command line; other values are returned unchanged."""
-    return _scalar(text, _field_types(Config).get(key))
+    return _scalar(text, key, Config)
 
 
 def _load(
@@ -161,7 +132,7 @@ def _load(
 ) -> Settings:
     settings = _read_yaml(file) if file is not None else {}
     for key, value in (overrides or {}).items():
-        _set_dotted(settings, key, _scalar(value, _field_types(cls).get(key)))
+        _set_dotted(settings, key, _scalar(value, key, cls))
     return _checked(cls, translated(settings))
 
 
@@ -183,11 +154,11 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
     if len(text) > MOST_LETTERS:
         raise InputError(f"config file {path} has more than {MOST_LETTERS} characters; is it a file of settings?")
     try:
-        settings = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader: builds plain values only)
+        settings = yaml.load(text, PlainLoader)  # noqa: S506  (a SafeLoader: builds plain values only)
     except YAML_ERRORS as error:
         what = "" if isinstance(error, yaml.YAMLError) else "a value cannot be read: "
         raise InputError(f"config file {path} is not valid YAML: {what}{' '.join(str(error).split())}") from None
-    if _count(settings, {}) > MOST_VALUES:
+    if values_in(settings) > MOST_VALUES:
         raise InputError(
             f"config file {path} is too large because of its aliases (*), or contains itself; write it out."
         )
@@ -198,28 +169,20 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
     return settings
 
 
-def _count(value: Any, known: dict[int, float]) -> float:
-    """Return the number of values in a nested value; infinite if it contains itself."""
-    if not isinstance(value, (dict, list)):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = float("inf")  # until it has been counted
-        inner = value.values() if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_count(item, known) for item in inner)
-    return known[id(value)]
-
-
-def _scalar(value: Any, wanted: Any) -> Any:
+def _scalar(value: Any, key: str, cls: type) -> Any:
     """Parse a text of a command line as YAML, except for settings that are texts (a run may be named 2026)."""
     if not isinstance(value, str):
         return value
+    wanted = _field_types(cls).get(key)
     if wanted is str or (wanted == str | None and value not in ("null", "~", "")):
         return value
     try:
-        meant = yaml.load(value, _Loader)  # noqa: S506
+        meant = yaml.load(value, PlainLoader)  # noqa: S506
+    except SameKey as error:
+        raise InputError(f"{key} is {_shown(value)}, in which {error.problem}; give each key once.") from None
     except YAML_ERRORS:
         return value
-    if _count(meant, {}) > MOST_VALUES:  # it contains itself or is too large: keep the text
+    if values_in(meant) > MOST_VALUES:  # it contains itself or is too large: keep the text
         return value
     parts = typing.get_args(wanted) if typing.get_origin(wanted) in (types.UnionType, typing.Union) else (wanted,)
     if str in parts and any(typing.get_origin(part) is list for part in parts):  # a text or a list of texts
@@ -231,7 +194,7 @@ def _scalar(value: Any, wanted: Any) -> Any:
 def _listed(meant: Any, parts: tuple[Any, ...]) -> Any:
     """Return `1,2,3` as a list of numbers, and a single number as a list of one if the setting takes only lists."""
     if isinstance(meant, str) and re.fullmatch(r"[-+.\w\s]+(,[-+.\w\s]+)+", meant):
-        numbers = yaml.load(f"[{meant}]", _Loader)  # noqa: S506
+        numbers = yaml.load(f"[{meant}]", PlainLoader)  # noqa: S506
         return numbers if all(isinstance(number, (int, float)) for number in numbers) else meant
     alone = isinstance(meant, (int, float)) and not isinstance(meant, bool) and not {int, float} & set(parts)
     return [meant] if alone else meant

@@ -15,7 +15,7 @@ def batch_nuclear_norm(logits: Tensor, valid: Tensor | None = None) -> float:
 
     Cui et al. use a training batch; here the whole set is one batch. `logits`: (N, K, ...), such as (N, K, H, W); `valid`:
     (N, ...), 0 where a pixel has no data. The range is 1/K (uniform) to 1 (certain, each class equally often). NaN without valid
-    pixels, or if logits are not finite. Raises ValueError for fewer than two classes.
+    pixels, or if logits are not finite. Raises ValueError for fewer than two classes and for other shapes.
 
     >>> import torch
     >>> round(batch_nuclear_norm(100 * torch.eye(4)[:, :, None]), 3)

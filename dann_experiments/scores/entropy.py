@@ -14,7 +14,7 @@ def mean_entropy(logits: Tensor, valid: Tensor | None = None) -> float:
 
     H(p) = -sum_k p_k log p_k for the softmax p at a pixel. `logits`: (N, K, ...), such as (N, K, H, W) or (N, K, 1); `valid`:
     (N, ...), 0 where a pixel has no data. NaN without valid pixels, or if logits are not finite. A network that is certain
-    of one class everywhere scores 0. Raises ValueError for fewer than two classes.
+    of one class everywhere scores 0. Raises ValueError for fewer than two classes and for other shapes.
 
     >>> import torch
     >>> round(mean_entropy(torch.zeros(2, 5, 8, 8)), 3)

@@ -17,7 +17,8 @@ def information_maximization(logits: Tensor, valid: Tensor | None = None) -> flo
     """Return (H(mean p) - mean H(p)) / log K, 0 to 1; higher is better: certain at each pixel, and diverse over the set.
 
     `logits`: (N, K, ...), such as (N, K, H, W); `valid`: (N, ...), 0 where a pixel has no data. NaN without valid pixels, or if
-    logits are not finite. Unlike entropy it does not reward one class everywhere. Raises ValueError for fewer than two classes.
+    logits are not finite. Unlike entropy it does not reward one class everywhere. Raises ValueError for fewer than two classes
+    and for other shapes.
 
     >>> import torch
     >>> sure_and_varied = 100 * torch.eye(3)[:, :, None]

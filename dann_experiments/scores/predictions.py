@@ -113,10 +113,20 @@ def parts_of(
     """Yield log p (N, K, P) and a mask of pixels with data (N, P), for a few images at a time.
 
     `logits`: (N, K, ...) of any float type; `valid`: (N, ...), 0 where a pixel has no data (None = all have); `logs`: the
-    `log_probabilities` of the logits, if already computed. Raises ValueError for fewer than two classes.
+    `log_probabilities` of the logits, if already computed. Raises ValueError for fewer than two classes and for other shapes.
     """
+    shape = tuple(logits.shape)
+    if len(shape) < 3:
+        raise ValueError(
+            f"logits have shape {shape}; give (N, K, ...): images, classes, pixels. One pixel per image is (N, K, 1)."
+        )
+    if valid is not None and tuple(valid.shape) != (shape[0], *shape[2:]):
+        # also with as many pixels: of (N, W, H) the wrong pixels would be left out
+        raise ValueError(
+            f"valid has shape {tuple(valid.shape)}, logits {shape}; valid must be {(shape[0], *shape[2:])}."
+        )
     if logits.shape[1] < 2:
-        raise ValueError(f"logits of shape {tuple(logits.shape)} have fewer than two classes: nothing to be unsure of")
+        raise ValueError(f"logits of shape {shape} have fewer than two classes: nothing to be unsure of")
     for part in in_parts(logits):
         of_part = log_probabilities(logits[part]) if logs is None else logs[part]
         yield of_part.flatten(2), None if valid is None else valid[part].flatten(1) != 0

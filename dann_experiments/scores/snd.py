@@ -29,7 +29,7 @@ def soft_neighborhood_density(logits: Tensor, valid: Tensor | None = None) -> fl
     `logits`: (N, K, ...), such as (N, K, H, W); `valid`: (N, ...), 0 where a pixel has no data. The pixels depend only on the
     order and sizes of the images and on `valid`, so two networks are compared at the same pixels. The range is 0..1; NaN for
     fewer than three pixels with data. Limitation: one class everywhere is one dense neighborhood and scores 1. Raises ValueError
-    for fewer than two classes.
+    for fewer than two classes and for other shapes.
 
     >>> round(soft_neighborhood_density(torch.zeros(2, 5, 8, 8)), 3)
     1.0

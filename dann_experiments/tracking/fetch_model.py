@@ -45,13 +45,12 @@ def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) ->
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    given, place = path, ""
+    given, place, model = path, "", None
     try:
         if path.startswith("runs:/"):
             run_id, _, inside = path.removeprefix("runs:/").partition("/")
             path = f"runs:/{run_id}/{inside or MODEL}"
             run = store.client.get_run(run_id)
-            model = None
             if inside.rstrip("/") in ("", MODEL):
                 model = logged_model(store.client, run.info.experiment_id, run_id)
             what = f"{inside or MODEL} of run {run_id}"
@@ -71,9 +70,11 @@ def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) ->
     except (MlflowException, OSError, ValueError) as error:
         files = local_folder(place)
         if place and files is not None and not files.exists():
+            # a run's folder is made with its first file
+            or_none = "" if given.startswith("models:/") or model is not None else "the run kept no file, or "
             raise InputError(
-                f"{key} is {given!r}, whose files the tracking store has in {files}, which does not exist: the store was made in "
-                "another folder or on another machine. Put the files back there, or give the folder of the model itself."
+                f"{key} is {given!r}, whose files the tracking store has in {files}, which does not exist: {or_none}the store "
+                "was made in another folder or on another machine. Put the files back there, or give the model's own folder."
             ) from None
         raise InputError(f"{key} is {given!r}, which the tracking store does not have: {in_one_line(error)}") from None
 

@@ -156,7 +156,7 @@ class SelectionScorer:
     def update(self, logits: Tensor, valid: Tensor | None = None, logs: Tensor | None = None) -> None:
         """Add a batch: logits (N, K, H, W) of any float type; valid (N, H, W), 0 where a pixel has no data (None = all have);
         `logs`: their `log_probabilities` (computed if None), which are overwritten. Raises ValueError for fewer than two
-        classes."""
+        classes and for other shapes."""
         with torch.no_grad():
             for of_part, known in parts_of(logits, valid, logs):
                 self._sample.add(self._sums.add(of_part, known), known)
