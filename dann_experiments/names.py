@@ -109,6 +109,7 @@ class Tag:
     FORGOT_SOURCE = "dann.forgot_source"
     ALIGNMENT = "dann.alignment"
     BATCHNORM = "dann.batchnorm"
+    CLASS_WEIGHTS = "dann.class_weights"
     MODEL = "dann.model"
     NETWORK_FROM = "dann.network_from"
     NORMALIZATION_FROM = "dann.normalisation_from"  # this spelling is in the stores of users
@@ -212,7 +213,7 @@ METRICS = (
     ((Metric.LAMBDA,), "weight of the reversed gradient"),
     (
         (Metric.SEGMENTATION_LOSS, Metric.ADAPTATION_LOSS, Metric.TOTAL_LOSS),
-        "training losses per step: cross-entropy, the method's own, and their weighted sum",
+        "training losses per step: of the [segmentation](docs/losses.md), the method's own, and their weighted sum",
     ),
     (("loss/val_source", "loss/val_target"), "mean cross-entropy on the validation sets"),
     (("lr/*", "time/*"), "learning rates; seconds per epoch"),

@@ -190,6 +190,17 @@ class SegmentationDataset(Dataset):
         self.class_pixels = pixels if complete and self.has_masks else None
         self._filled = True
 
+    def count_classes(self) -> np.ndarray:
+        """Return the number of mask pixels per class id (256,), over all windows; reads those that are not kept in memory."""
+        if self.class_pixels is not None:
+            return self.class_pixels.copy()
+        pixels = np.zeros(256, np.int64)
+        for index in range(len(self)):
+            _, mask, _ = self.read(index)
+            if mask is not None:
+                pixels += np.bincount(mask.ravel(), minlength=256)
+        return pixels
+
     def with_normalization(self, normalization: Normalization) -> SegmentationDataset:
         """Return a copy with another normalization, which shares the images kept in memory."""
         same = copy.copy(self)

@@ -16,6 +16,7 @@ from dann_experiments.models.networks import output_stride
 from dann_experiments.names import DOMAINS, SOURCE_TRAIN, SOURCE_VAL, TARGET_VAL, Domain, SetName
 from dann_experiments.scores.selection import SCORES
 from dann_experiments.training.monitor import metrics_to_choose_by
+from dann_experiments.training.parts import check_parts
 from dann_experiments.workers.processes import visible_gpus
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
             f"{TARGET_VAL.key} has masks, but {SOURCE_VAL.key} is empty; add source images for validation, too."
         )
     _check_monitor(config, data.labelled)
+    for prefix, optimizer in (("", config.optimizer), ("pretraining.", config.pretraining.optimizer)):
+        check_parts(network, list(optimizer.lr_factors), f"{prefix}optimizer.lr_factors")
+        check_parts(network, optimizer.freeze, f"{prefix}optimizer.freeze")
     accelerator = config.trainer.accelerator
     missing = {"gpu": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if missing.get(accelerator):

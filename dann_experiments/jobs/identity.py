@@ -10,7 +10,6 @@ from typing import Any
 
 from dann_experiments.config import Config, config_to_dict, replace
 from dann_experiments.config.comparison import ARM_NAMES
-from dann_experiments.config.run import TrainerConfig
 from dann_experiments.names import DOMAINS, SOURCE_TRAIN, Domain, Job, Metric, Tag
 from dann_experiments.tracking.store import without_secrets
 
@@ -22,6 +21,15 @@ METHOD_WORDS = {
 """Names of the built-in methods in tables and run names, in the order of tables."""
 LONGEST_PART = 70  # of a run's name, so that study, method, target and seed fit into LONGEST_RUN_NAME
 WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test")  # data digests cover the files these name
+_OF_OPTIMIZERS = ("power", "factor", "patience", "warmup_steps", "lr_factors", "freeze", "freeze_epochs")
+LATER = (
+    "loss", "class_weights", "monitor.patience", "domain_adaptation.pretrained_checkpoint.source_prefix",
+    *(f"trainer.{name}" for name in (
+        "devices", "channels_last", "compile", "auto_batch_size", "accumulate_grad_batches", "ema_decay",
+    )),
+    *(f"{prefix}optimizer.{name}" for prefix in ("", "pretraining.") for name in _OF_OPTIMIZERS),
+)  # fmt: skip
+"""Settings that came after the first version and change results only if they do not have their defaults."""
 
 
 def method_name(config: Config) -> str:
@@ -123,20 +131,18 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     del settings["tracking"], settings["threads"], settings["data"]["root"], settings["data"]["embedded"]
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
     del settings["data"]["oracle"]
-    defaults = dataclasses.asdict(TrainerConfig())
-    for key in ("devices", "channels_last", "compile", "auto_batch_size"):  # older runs were made without it
-        if settings["trainer"][key] == defaults[key]:
-            del settings["trainer"][key]
+    _leave_out_later_settings(settings)
     if settings["data"]["pad_to_crop"]:  # data that it changes were refused before this setting existed
         del settings["data"]["pad_to_crop"]
     if settings["monitor"]["probe"] or job != Job.ADAPT:  # older runs were made without it; only `adapt` probes
         del settings["monitor"]["probe"]
+    if job == Job.EVALUATE:
+        settings.pop("loss", None)
+        settings.pop("class_weights", None)
     for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
         del settings["trainer"][key]
     checkpoint = settings["domain_adaptation"]["pretrained_checkpoint"]
     checkpoint["path"] = source_model
-    if checkpoint["source_prefix"] is None:  # older runs were made without it
-        del checkpoint["source_prefix"]
     for domain in DOMAINS:
         settings["data"][domain] = _reading_settings(config, domain)
     if job == Job.PRETRAIN:
@@ -146,6 +152,18 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     if job == Job.EVALUATE:
         del settings["optimizer"], settings["trainer"]["max_epochs"], settings["domain_adaptation"]["method"]
     return _digest({"job": job, "settings": settings, "data": dict(digests)})
+
+
+def _leave_out_later_settings(settings: dict[str, Any]) -> None:
+    """Remove those of LATER that have their defaults: older runs were made without them, and have the same digest."""
+    defaults = config_to_dict(Config())
+    for key in LATER:
+        *groups, name = key.split(".")
+        mine, default = settings, defaults
+        for group in groups:
+            mine, default = mine[group], default[group]
+        if mine[name] == default[name]:
+            del mine[name]
 
 
 def _reading_settings(config: Config, domain: Domain) -> dict[str, Any]:

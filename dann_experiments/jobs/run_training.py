@@ -23,7 +23,7 @@ from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.data.domain_data import ImageSets
 from dann_experiments.data.loaders import Loaders
-from dann_experiments.jobs.build import make_loaders, make_loop, make_module
+from dann_experiments.jobs.build import class_weights_of, make_loaders, make_loop, make_module
 from dann_experiments.jobs.identity import domain_name, domain_tags, public_settings
 from dann_experiments.jobs.model_files import write_model
 from dann_experiments.jobs.other_ranks import other_ranks
@@ -112,6 +112,11 @@ def tracked_training(
     ):
         checkpoint = None if resumed is None else checkpoint_to_go_on_from(store, run.run_id, run.folder)
         describe_run(run, config, parts.sets)
+        weights = class_weights_of(config, parts.sets)
+        if weights is not None:
+            shown = ", ".join(f"{name} {one:.4g}" for name, one in zip(config.class_names, weights, strict=True))
+            log.info("Class weights of the losses: %s.", shown)
+            run.set_tags({Tag.CLASS_WEIGHTS: shown})
         if job == Job.PRETRAIN:
             reseed(config.seed)
         outcome = train(config, run, parts, callbacks, pretraining=job == Job.PRETRAIN, checkpoint=checkpoint)
