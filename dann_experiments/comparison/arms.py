@@ -205,7 +205,8 @@ def _trained_on_the_target(config: Config) -> dict[str, Any]:
     source = config.data.resolved("source")
     target = dataclasses.replace(
         config.data.resolved("target"), preset=None, scene=None, train=list(config.data.oracle),
-        augmentation=source.augmentation, batch_size=source.batch_size,
+        augmentation=source.augmentation, batch_size=source.batch_size, sampling=source.sampling,
+        sampling_temperature=source.sampling_temperature,
     )  # fmt: skip
     return {
         "data.source": config_to_dict(target),

@@ -67,6 +67,12 @@ class DomainDataConfig:
     """Augmentation of training images. light: flips and quarter turns; strong: also scale, color and blur."""
     batch_size: Annotated[int, between(1, MOST_IMAGES)] = 8
     """Images per training step."""
+    sampling: Literal["shuffled", "balanced", "rare_classes"] = "shuffled"
+    """How source items are drawn. shuffled: each once per epoch; balanced: first a class, all equally often, then an item that
+    holds it; rare_classes: the same, rare classes more often (Hoyer et al. 2022). A crop then holds a pixel of the drawn class
+    (docs/losses.md)."""
+    sampling_temperature: Annotated[float, above(0)] = 0.01
+    """Temperature of rare_classes: the smaller, the more often the rarest. 0.01 is the value of the paper."""
 
     @property
     def class_names(self) -> list[str] | None:
@@ -182,6 +188,11 @@ class DataConfig:
     def check(self, prefix: str) -> None:
         """Raise InputError for settings that contradict each other."""
         _check_entries(f"{prefix}oracle", self.oracle)
+        if self.target.sampling != "shuffled":
+            raise InputError(
+                f"{prefix}target.sampling is {self.target.sampling}, which needs labels of training images; set "
+                f"{prefix}source.sampling, or leave it out."
+            )
         if self.window_count is not None and self.windows == "grid":
             raise InputError(
                 f"{prefix}window_count has no effect with {prefix}windows grid; remove it, or set windows to random."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +21,10 @@ from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.checkpoints.files import WholeFiles
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.run import OptimizerConfig
+from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import Cut, DataPlan, DomainData, DomainImages, ImageSets
 from dann_experiments.data.labels import LabelMap, label_map
-from dann_experiments.data.loaders import Loaders
+from dann_experiments.data.loaders import ClassSampling, Loaders, class_sampling
 from dann_experiments.data.reading import Reading, reading_facts
 from dann_experiments.jobs.resume import CHECKPOINTS
 from dann_experiments.models.batchnorm import has_batchnorm, statistics_loader
@@ -107,7 +109,8 @@ def make_loaders(config: Config, sets: ImageSets, rank: Rank | None = None) -> L
         workers = min(MOST_WORKERS, cores // (2 * len(DOMAINS))) if on_gpu else 0
     batch_sizes: dict[Domain, int] = {domain: config.data.resolved(domain).batch_size for domain in DOMAINS}
     return Loaders(
-        sets, batch_sizes, config.data.eval_batch_size, config.seed, workers, on_gpu, (rank or Rank()).share
+        sets, batch_sizes, config.data.eval_batch_size, config.seed, workers, on_gpu, (rank or Rank()).share,
+        None if config.data.resolved("source").sampling == "shuffled" else functools.partial(_class_sampling, config),
     )  # fmt: skip
 
 
@@ -223,12 +226,20 @@ def make_module(
     )  # fmt: skip
 
 
+def _class_sampling(config: Config, dataset: SegmentationDataset) -> ClassSampling:
+    pixels, holds = dataset.count_classes()
+    pixels[config.data.ignore_index] = 0
+    source, classes = config.data.resolved("source"), config.model.classes
+    temperature = None if source.sampling == "balanced" else source.sampling_temperature
+    return class_sampling(pixels[:classes], holds[:, :classes], temperature)
+
+
 def class_weights_of(config: Config, sets: ImageSets) -> list[float] | None:
     """Return the weight of each class in the segmentation loss; None = all 1. `class_weights: auto` counts the pixels of the
     source's training masks, and reads those again that do not fit into memory."""
     if config.class_weights != "auto":
         return config.class_weights
-    pixels = sets.training()["source"].count_classes()
+    pixels, _ = sets.training()["source"].count_classes()
     pixels[config.data.ignore_index] = 0
     return class_weights_from(pixels[: config.model.classes])
 

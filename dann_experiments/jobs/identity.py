@@ -10,6 +10,7 @@ from typing import Any
 
 from dann_experiments.config import Config, config_to_dict, replace
 from dann_experiments.config.comparison import ARM_NAMES
+from dann_experiments.config.data import DomainDataConfig
 from dann_experiments.names import DOMAINS, SOURCE_TRAIN, Domain, Job, Metric, Tag
 from dann_experiments.tracking.store import without_secrets
 
@@ -171,8 +172,10 @@ def _reading_settings(config: Config, domain: Domain) -> dict[str, Any]:
     settings = dataclasses.asdict(config.data.resolved(domain))
     for key in WHERE_FILES_ARE:
         del settings[key]
-    if settings["nodata_bands"] is None:  # older runs were made without it
-        del settings["nodata_bands"]
+    defaults = dataclasses.asdict(DomainDataConfig())
+    for key in ("nodata_bands", "sampling", "sampling_temperature"):  # older runs were made without them
+        if settings[key] == defaults[key]:
+            del settings[key]
     return settings
 
 
