@@ -41,6 +41,13 @@ class DomainDataConfig:
     """Validation images; those with masks are scored after each epoch."""
     test: list[Entry] = field(default_factory=list)
     """Held-out images, scored once after training."""
+    train_labelled: list[Entry] = field(default_factory=list)
+    """Only for the target: a few training images with masks, whose labels join the segmentation loss of `adapt`, in DANN and in
+    the control alike (docs/few-labels.md). They may be in train as well."""
+    labelled_count: Annotated[int | None, at_least(0)] = None
+    """Number of images of train_labelled to use, the first ones; null = all."""
+    labelled_batch_size: Annotated[int, between(1, MOST_IMAGES)] = 4
+    """Images of train_labelled per training step."""
     bands: Annotated[list[int] | None, *BANDS] = None
     """Bands to read, in this order, counted from 1; null = all."""
     scale: Literal["type", "percentiles"] | list[float] = "type"
@@ -118,7 +125,7 @@ class DomainDataConfig:
             raise InputError(
                 f"{prefix}file_pixel_size has no effect without pixel_size, the size to resample to; remove it."
             )
-        for split in ("train", "val", "test"):
+        for split in ("train", "val", "test", "train_labelled"):
             _check_entries(f"{prefix}{split}", getattr(self, split))
 
 
@@ -188,6 +195,14 @@ class DataConfig:
     def check(self, prefix: str) -> None:
         """Raise InputError for settings that contradict each other."""
         _check_entries(f"{prefix}oracle", self.oracle)
+        if self.source.train_labelled:
+            raise InputError(
+                f"{prefix}source.train_labelled is for the target; list labeled source images in {prefix}source.train."
+            )
+        if self.target.labelled_count is not None and not self.target.train_labelled:
+            raise InputError(
+                f"{prefix}target.labelled_count has no effect, because {prefix}target.train_labelled lists no images."
+            )
         if self.target.sampling != "shuffled":
             raise InputError(
                 f"{prefix}target.sampling is {self.target.sampling}, which needs labels of training images; set "

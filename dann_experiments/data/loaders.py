@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import ImageSets
-from dann_experiments.names import DOMAINS, SOURCE_VAL, Domain, SetName
+from dann_experiments.names import DOMAINS, SOURCE_VAL, TARGET_LABELLED, Domain, SetName
 
 log = logging.getLogger(__name__)
 Share = tuple[int, int]  # (rank, number of ranks) in distributed training
@@ -200,11 +200,14 @@ class Loaders:
     pin_memory: bool = False
     """Load batches into page-locked memory, from which copies to a GPU are asynchronous."""
     share: Share = (0, 1)
+    labelled_batch_size: int = 1
+    """Batch size of the target's labeled training images."""
     classes: Callable[[SegmentationDataset], ClassSampling] | None = None
     """Makes the sampling by classes of the source's training items; None = each item once per pass."""
 
     def training(self) -> dict[str, DataLoader]:
-        """Return one loader per domain with training images, each with its own order."""
+        """Return one loader per domain with training images, and `labelled` of the target's labeled ones, if there are any; each
+        has its own order."""
         found = {}
         for offset, domain in enumerate(DOMAINS):
             name = SetName(domain, "train")
@@ -215,6 +218,12 @@ class Loaders:
                     self.num_workers, self.pin_memory,
                     None if self.classes is None or domain != "source" else self.classes(dataset),
                 )  # fmt: skip
+        labelled = self.sets.get(TARGET_LABELLED)
+        if labelled is not None:
+            found["labelled"] = train_loader(
+                labelled, self.labelled_batch_size, TARGET_LABELLED.key, self.seed + len(DOMAINS) * 2**32, self.share,
+                self.num_workers, self.pin_memory,
+            )  # fmt: skip
         return found
 
     def validation(self) -> list[DataLoader]:

@@ -32,7 +32,7 @@ from dann_experiments.models.compiling import compile_parts
 from dann_experiments.models.networks import build_network, keeps_channels_last
 from dann_experiments.models.passes import check_joint, choose
 from dann_experiments.models.taps import Tap, resolve_taps
-from dann_experiments.names import ALL_SETS, DOMAINS, SPLITS, TARGET_TRAIN, Domain, SetName, Split
+from dann_experiments.names import ALL_SETS, DOMAINS, SPLITS, TARGET_LABELLED, TARGET_TRAIN, Domain, SetName, Split
 from dann_experiments.training import random_states
 from dann_experiments.training.averaging import AverageWeights
 from dann_experiments.training.bad_numbers import BadNumbers
@@ -88,8 +88,11 @@ def _images(config: Config, domain: Domain) -> DomainImages:
         settings.nodata_values, settings.pixel_size, settings.file_pixel_size, settings.nodata_bands,
         settings=f"data.{domain}.",
     )  # fmt: skip
-    entries: dict[Split, list[Any]] = {split: getattr(settings, split) for split in SPLITS}
-    return DomainImages(entries, reading, _labels(config, domain), settings.augmentation, settings.root, preset)
+    splits: tuple[Split, ...] = (*SPLITS, "train_labelled")
+    entries: dict[Split, list[Any]] = {split: getattr(settings, split) for split in splits}
+    return DomainImages(
+        entries, reading, _labels(config, domain), settings.augmentation, settings.root, preset, settings.labelled_count
+    )  # fmt: skip
 
 
 def _labels(config: Config, domain: Domain) -> LabelMap:
@@ -110,6 +113,7 @@ def make_loaders(config: Config, sets: ImageSets, rank: Rank | None = None) -> L
     batch_sizes: dict[Domain, int] = {domain: config.data.resolved(domain).batch_size for domain in DOMAINS}
     return Loaders(
         sets, batch_sizes, config.data.eval_batch_size, config.seed, workers, on_gpu, (rank or Rank()).share,
+        config.data.target.labelled_batch_size,
         None if config.data.resolved("source").sampling == "shuffled" else functools.partial(_class_sampling, config),
     )  # fmt: skip
 
@@ -284,7 +288,10 @@ def make_loop(
     target = loaders.sets.get(TARGET_TRAIN)
     if config.domain_adaptation.batchnorm == "target_stats" and target is not None:
         statistics = [TargetStatistics(statistics_loader(target, loaders.batch_sizes["target"]))]
-    names = {domain: dataset.name_of for domain, dataset in loaders.sets.training().items()}
+    names = {str(domain): dataset.name_of for domain, dataset in loaders.sets.training().items()}
+    labelled = loaders.sets.get(TARGET_LABELLED)
+    if labelled is not None:
+        names["labelled"] = labelled.name_of
     watch = BadNumbers(every.skip_bad_steps, checkpoints.save, names)
     extra = _optimization(config, config.pretraining.optimizer if pretraining else config.optimizer)
     if average is not None:

@@ -21,7 +21,8 @@ METHOD_WORDS = {
 }
 """Names of the built-in methods in tables and run names, in the order of tables."""
 LONGEST_PART = 70  # of a run's name, so that study, method, target and seed fit into LONGEST_RUN_NAME
-WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test")  # data digests cover the files these name
+WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test", "train_labelled")
+"""Settings whose files data digests cover."""
 _OF_OPTIMIZERS = ("power", "factor", "patience", "warmup_steps", "lr_factors", "freeze", "freeze_epochs")
 LATER = (
     "loss", "class_weights", "monitor.patience", "domain_adaptation.pretrained_checkpoint.source_prefix",
@@ -43,14 +44,17 @@ def run_name(job: str, config: Config, arm: str | None = None) -> str:
     """Return the name of a run: of `arm`, else of its method, then the target and the seed.
 
     A pretraining names the source, on which it trains: source model mnist seed 0. A comparison and a check of data have no seed.
+    A number of labeled target images that was set is added: DANN mnist-m 5 labels seed 0.
     """
     domain = _brief(domain_name(config, "source" if job == Job.PRETRAIN and arm is None else "target"))
+    count = config.data.target.labelled_count
+    labels = "" if count is None else f" {count} labels"
     if job in (Job.COMPARE, Job.CHECK_DATA):
-        return f"{job} {domain}"
+        return f"{job} {domain}{labels}"
     if arm is None:
         method = method_name(config)
         arm = "source model" if job == Job.PRETRAIN else METHOD_WORDS.get(method, method)
-    return f"{_brief(arm)} {domain} seed {config.seed}"
+    return f"{_brief(arm)} {domain}{'' if job in (Job.PRETRAIN, Job.EVALUATE) else labels} seed {config.seed}"
 
 
 def evaluation_name(config: Config, model_tags: Mapping[str, str]) -> str:
@@ -146,6 +150,9 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     checkpoint["path"] = source_model
     for domain in DOMAINS:
         settings["data"][domain] = _reading_settings(config, domain)
+    if job != Job.ADAPT:  # only `adapt` trains on labeled target images
+        for key in ("labelled_count", "labelled_batch_size"):
+            settings["data"]["target"].pop(key, None)
     if job == Job.PRETRAIN:
         del settings["domain_adaptation"], settings["optimizer"], settings["trainer"]["max_epochs"]
     else:
@@ -173,7 +180,15 @@ def _reading_settings(config: Config, domain: Domain) -> dict[str, Any]:
     for key in WHERE_FILES_ARE:
         del settings[key]
     defaults = dataclasses.asdict(DomainDataConfig())
-    for key in ("nodata_bands", "sampling", "sampling_temperature"):  # older runs were made without them
+    if not config.data.target.train_labelled:
+        settings |= {key: defaults[key] for key in ("labelled_count", "labelled_batch_size")}
+    for key in (
+        "nodata_bands",
+        "sampling",
+        "sampling_temperature",
+        "labelled_count",
+        "labelled_batch_size",
+    ):  # older runs were made without them
         if settings[key] == defaults[key]:
             del settings[key]
     return settings

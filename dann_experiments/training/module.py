@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from dann_experiments.adaptation.domain_classifier import SOURCE
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
 from dann_experiments.config.loss import LossTerm
+from dann_experiments.models.batchnorm import statistics_kept
 from dann_experiments.models.compiling import has_compiled, uncompiled
 from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
 from dann_experiments.models.passes import Passes, check_joint, choose, forward_with_taps
@@ -48,6 +49,7 @@ class AdaptationModule(pl.LightningModule):
     """A network, the method that adapts it, and the optimizer for both.
 
     Training batches are {"source": {"image", "mask"}, "target": {"image"}}; methods that do not use the target need no "target".
+    A part "labelled": {"image", "mask"} of labeled target images joins the segmentation loss: its mean is over all pixels.
     Validation loader 0 is the source's, loader 1 the target's, whose batches need no "mask". A validation step returns
     {"logits" (N, K, H, W), "labels" (N, H, W) or None, "valid" (N, H, W) or None, "domain_hits"}. `batchnorm`: how the
     target's forward pass treats BatchNorm statistics in training, a value of that setting (docs/batchnorm.md).
@@ -108,7 +110,7 @@ class AdaptationModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
         outputs = self.step_outputs(batch)
-        segmentation, terms = self.segmentation(outputs.source_logits, outputs.source_labels)
+        segmentation, terms = self.segmentation(*self._supervised(outputs, batch.get("labelled")))
         share = self.method.loss(outputs, self.progress())
         metrics: dict[str, Any] = {
             Metric.SEGMENTATION_LOSS: segmentation.detach(),
@@ -125,6 +127,21 @@ class AdaptationModule(pl.LightningModule):
         if not self.trainer.fit_loop.epoch_loop._should_accumulate():  # this batch is the last of its step
             self._log_step()
         return total
+
+    def _supervised(self, outputs: StepOutputs, labelled: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Return the logits and labels that the segmentation loss takes: the source's, with those of labeled target images all
+        pixels in one row, (1, K, P, 1) and (1, P, 1).
+
+        Target images have a forward pass of their own, so BatchNorm normalizes them with the statistics of their batch; with
+        `batchnorm` source_only they do not update the running ones."""
+        if labelled is None:
+            return outputs.source_logits, outputs.source_labels
+        images = labelled["image"].to(memory_format=self.memory_format)
+        with statistics_kept(self.network) if self.batchnorm == "source_only" else nullcontext():
+            logits = self.network(images)
+        pixels = [part.movedim(1, 0).flatten(1) for part in (outputs.source_logits, logits)]
+        labels = torch.cat([outputs.source_labels.flatten(), labelled["mask"].flatten()])
+        return torch.cat(pixels, 1)[None, :, :, None], labels[None, :, None]
 
     def _log_step(self) -> None:
         """Log the metrics of the step's batches, and keep their losses; the means of both if there are several batches."""
