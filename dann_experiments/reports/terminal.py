@@ -77,6 +77,13 @@ def print_label_curve(curve: Any) -> None:
         rows.append([str(row["labels"]), row["arm"], score, str(row["n"]), row["verdict"]])
     title = f"{curve.table['metric'].iloc[0]} in points by labeled target images, mean ± standard deviation"
     print_table(title, ["labels", "arm", "score", "seeds", "verdict"], rows)
+    for count, result in curve.results.items():
+        for verdict in result.verdicts:
+            Console().print(
+                f"{count} labels: [bold]{escape(f'{verdict.arm}: {verdict.outcome}.')}[/bold] {escape(verdict.reason)}"
+            )
+        if result.artifacts:
+            print(f"Report of {count} labels: {Path(result.artifacts) / 'report.html'}")
     if curve.artifacts:
         print(f"Figure: {Path(curve.artifacts) / 'figures' / 'labels.png'}")
     print(f"Run {curve.run_id}; {where_to_look(curve.tracking_uri)}")
