@@ -6,7 +6,6 @@ import hashlib
 import logging
 import pickle
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -319,10 +318,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(encoder, empty_place, monkeypa
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(empty_place))
-    start = time.monotonic()
     with pytest.raises(InputError, match=r"imagenet.*http://127\.0\.0\.1:9 does not answer") as caught:
         build_network("unet", encoder, "imagenet", 3, 2, {})
-    assert time.monotonic() - start < 20  # all retries take a minute
     assert "\n" not in str(caught.value)
     assert "Retry" not in caplog.text + "".join(capfd.readouterr())
     assert constants.HF_HUB_OFFLINE is False
