@@ -8,6 +8,7 @@ them for features (`stages.0` to `stages_0`). So the encoder's names are transla
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,15 +66,19 @@ def encoder_weights(network: nn.Module, file: Path, in_channels: int) -> dict[st
     for name, tensor in found.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{where}, which holds NaN or infinity in {name}. {WAY_OUT}.")
-    return {own: found[name] for own, name in layout.names.items() if name in found}
+    return {
+        own: found[name]
+        for own, name in layout.names.items()
+        if name in found and found[name].shape == layout.wanted[name].shape  # not so for some batch counters
+    }
 
 
 def checked_file(file: Path) -> Path:
     """Return `file`. Raises InputError if it is not a file."""
     where = f"{Key.ENCODER_WEIGHTS} is {str(file)!r}"
-    if file.is_dir():
+    if os.path.isdir(file):  # never raises, even for impossible names
         raise InputError(f"{where}, which is a folder; give the file in it that holds the weights.")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"{where}, which does not exist; give a file, imagenet, or null for random weights.")
     return file
 
@@ -155,8 +160,22 @@ def _plain(name: str) -> str:
 
 def _best(weights: Mapping[str, Tensor], encoder: Any, where: str) -> tuple[_Layout, Candidate | None, list[str]]:
     """Return the layout of which the file has most weights, and where: the result of `find_part`."""
-    found = [(layout, *find_part(weights, layout.wanted, where, ONE_ALONE)) for layout in _layouts(encoder)]
-    return max(found, key=lambda one: 0 if one[1] is None else len(one[1].names))  # the first in a tie
+    found: list[tuple[_Layout, Candidate | None, list[str]]] = []
+    errors: list[InputError] = []
+    for layout in _layouts(encoder):
+        try:
+            found.append((layout, *find_part(weights, layout.wanted, where, ONE_ALONE)))
+        except InputError as error:  # some names of one layout may be found in several places of a file in the other
+            errors.append(error)
+    best = max(found, default=None, key=lambda one: 0 if one[1] is None else len(one[1].names))  # the first in a tie
+    complete = best is not None and best[1] is not None and set(best[0].wanted) <= {*best[1].names, *_counters(best[0])}
+    if best is None or (errors and not complete):
+        raise errors[0]
+    return best
+
+
+def _counters(layout: _Layout) -> list[str]:
+    return [name for name in layout.wanted if is_counter(name)]
 
 
 def _check_shapes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], in_channels: int, where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,7 +110,7 @@ def source_digest(config: Config, digests: Mapping[str, str], read_encoder: bool
     del source["batch_size"]
     model = dataclasses.asdict(config.model)
     file = config.model.encoder_file
-    if file is not None and (read_encoder or file.is_file()):
+    if file is not None and (read_encoder or os.path.isfile(file)):
         model["encoder_weights"] = digest_of_file(file)
     facts = {
         "model": model,
