@@ -65,6 +65,11 @@ def build_network(
             )
     except KeyError as error:
         raise InputError(f"model: {error.args[0] if error.args else error}") from None
+    except IndexError as error:  # timm looks up the stages by number
+        raise InputError(
+            f"model: encoder {encoder_name!r} seems to have fewer stages than {arch} asks for ({error}); set a smaller "
+            "model.encoder_depth."
+        ) from None
     except (ValueError, TypeError, RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"model: {arch} with encoder {encoder_name!r} refuses these settings: {error}") from None
     except Exception as error:  # OSError, or a type of the hub's client
