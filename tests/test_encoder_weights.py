@@ -109,12 +109,17 @@ def test_a_vision_transformer_takes_its_weights_with_or_without_classifier_and_l
             assert torch.allclose(network.encoder(images)[0][-1], expected, atol=1e-6)
 
 
-def test_an_encoder_of_segmentation_models_takes_torchvisions_file(empty_place, images):
+def test_an_encoder_of_segmentation_models_takes_torchvisions_file(empty_place, images, caplog):
+    caplog.set_level(logging.INFO)
     torch.manual_seed(1)
     model = torchvision.models.resnet18(weights=None).eval()
     torch.save(model.state_dict(), "resnet18.pth")
     network = unet("resnet18")
     load_encoder(network, Path("resnet18.pth"), 3)
+    said = [
+        record.getMessage() for record in caplog.records
+    ]  # nothing of blocks, each of which has a conv1, as the network has
+    assert said == ["resnet18.pth: left out, as the encoder has no place for them: fc.bias, fc.weight."]
     with torch.no_grad():
         expected = nn.Sequential(*list(model.children())[:-2])(images)
     assert torch.allclose(deepest(network, images), expected, atol=1e-6)
