@@ -92,7 +92,7 @@ def test_the_encoder_gives_the_features_that_timm_makes_with_the_file(name, empt
 
 
 def test_a_vision_transformer_takes_its_weights_with_or_without_classifier_and_last_norm(empty_place):
-    model = small_timm("test_vit").eval()
+    model: Any = small_timm("test_vit").eval()
     images = torch.rand(1, 3, 160, 160)
     with torch.no_grad():
         expected = model.forward_intermediates(images, intermediates_only=True)[-1]

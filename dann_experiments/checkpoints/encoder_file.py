@@ -155,7 +155,7 @@ def _whole(encoder: Any) -> tuple[set[str], tuple[str, ...]]:
 
 
 def _plain(name: str) -> str:
-    return name.replace("_", ".")
+    return name.replace(".", "_")
 
 
 def _best(weights: Mapping[str, Tensor], encoder: Any, where: str) -> tuple[_Layout, Candidate | None, list[str]]:

@@ -54,7 +54,7 @@ def build_network(
             raise InputError(f"model.{name} is {value!r}, but {arch} takes no {name}; it takes {sorted(accepted)}.")
     hub = None if encoder_weights is None else Hub()
     # of timm's encoders the name says which weights; any text but True is answered by a warning
-    weights = True if encoder_weights == "imagenet" and encoder_name.startswith("tu-") else encoder_weights
+    weights: Any = True if encoder_weights == "imagenet" and encoder_name.startswith("tu-") else encoder_weights
     try:
         with hub or contextlib.nullcontext(), contextlib.nullcontext() if drawn else _Undrawn():
             return smp.create_model(
