@@ -83,6 +83,7 @@ class Job:
 class Key:
     """Dotted names of settings that several rooms use."""
 
+    ENCODER_WEIGHTS = "model.encoder_weights"
     SOURCE_MODEL = "domain_adaptation.pretrained_checkpoint.path"
     SOURCE_PREFIX = "domain_adaptation.pretrained_checkpoint.source_prefix"
     METHOD = "domain_adaptation.method.name"
@@ -107,6 +108,7 @@ class Tag:
     TARGET = "dann.target"
     DIGEST = "dann.digest"
     SOURCE_DIGEST = "dann.source_digest"
+    ENCODER_DIGEST = "dann.encoder_digest"  # of the bytes of the file in model.encoder_weights
     SOURCE_RUN_ID = "dann.source_run_id"
     RESUMED_RUN_ID = "dann.resumed_run_id"
     PROCESS = "dann.process"

@@ -444,6 +444,18 @@ def test_each_layer_is_listed_once_and_can_be_tapped(unet):
         assert (tap.channels, tap.stride) == (layers[tap.name].channels, layers[tap.name].stride), tap.name
 
 
+def test_the_last_map_of_a_vision_transformer_is_tapped():
+    """Its encoder returns maps and tokens, each in a list."""
+    network = build_network("dpt", "tu-test_vit", None, 3, 2, {})
+    (tap,) = resolve_taps(network, ["encoder"], 3)
+    assert (tap.channels, tap.stride) == (64, 16)
+    images = torch.randn(1, 3, 64, 64)
+    with evaluating(network):
+        maps, tokens = network.encoder(images)
+        assert torch.equal(forward_to_taps(network, images, [tap])["encoder"], maps[-1])
+    assert tokens[-1].ndim == 3
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 70), (33, 32)])
 def test_images_of_any_size_get_logits_of_their_own_size(unet, height, width):
     with evaluating(unet):
@@ -457,6 +469,7 @@ def test_images_of_any_size_get_logits_of_their_own_size(unet, height, width):
         (("unet", "resnet99", None, 3, 2, {}), "resnet99"),
         (("unet", "resnet18", None, 3, 2, {"psp_dropout": 0.1}), "unet takes no psp_dropout; it takes"),
         (("unet", "resnet18", "atlantis", 3, 2, {}), "atlantis"),
+        (("unet", "tu-nest_tiny", None, 3, 2, {}), "fewer stages than unet asks for.*smaller model.encoder_depth"),
     ],
 )
 def test_a_network_that_does_not_exist_is_refused(settings, message):

@@ -63,6 +63,15 @@ def test_one_pass_gives_the_numbers_of_two(arch, encoder, layers, batchnorm):
     torch.testing.assert_close(found[0], found[1], **DOUBLE)
 
 
+def test_maps_and_tokens_of_a_vision_transformer_are_split_by_domain():
+    network = network_of("dpt", "tu-test_vit").double()
+    network.segmentation_head.eval()  # has dropout
+    passes = one_pass(network, ["encoder"])
+    assert passes.cut is not None
+    images = images_of(torch.float64)
+    torch.testing.assert_close(passes(network, *images), forward_twice(network, *images, passes.taps), **DOUBLE)
+
+
 @pytest.mark.parametrize(
     ("encoder", "behind"),
     [("resnet18", "layer3"), ("mit_b0", "block3"), ("mobilenet_v2", "features.7"), ("efficientnet-b0", "_blocks.5")],

@@ -61,11 +61,32 @@ def find_weights(
     if source_prefix is not None:
         chosen = _named(candidates, source_prefix, where, prefix_key, total)
     elif candidates:
-        chosen = _only_one(candidates, weights, where, prefix_key, total)
+        chosen = _only_one(candidates, weights, where, f"choose one by {prefix_key}", total)
     else:
         return {}, sorted(name for name in weights if not is_counter(name))
     found = {own: weights[chosen.names[own]] for own in wanted if own in chosen.names}
     return found, _surplus(weights, chosen, candidates)
+
+
+def find_part(
+    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, way_out: str
+) -> tuple[Candidate | None, list[str]]:
+    """Return where `weights` hold a network's part with the state dict `wanted`, and all other names under the same prefix.
+
+    None and all names if there is no weight of it. Unlike `find_weights`, which knows a whole network, this names everything
+    else that is there: a longer stage of a larger encoder, too. Raises InputError, with `way_out`, if several may be meant.
+    """
+    candidates = _candidates(weights, wanted, where)
+    if not candidates:
+        return None, sorted(weights)
+    # without parts of another candidate: a block of a ResNet has a conv1 and a bn1, as the ResNet has
+    taken = [set(one.names.values()) for one in candidates]
+    candidates = [one for one, names in zip(candidates, taken, strict=True) if not any(names < more for more in taken)]
+    total = sum(not is_counter(name) for name in wanted)
+    chosen = _only_one(candidates, weights, where, way_out, total)
+    start, own = chosen.prefix and f"{chosen.prefix}.", set(chosen.names.values())
+    others = [name for name in weights if name.startswith(start) and name not in own and not is_counter(name)]
+    return chosen, sorted(others)
 
 
 def is_counter(name: str) -> bool:
@@ -75,12 +96,12 @@ def is_counter(name: str) -> bool:
 
 def _candidates(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> list[Candidate]:
     """Return every prefix with at least one weight of the network, sorted by name."""
-    known = {_without_wrappers(name): name for name in wanted}
+    known = {without_wrappers(name): name for name in wanted}
     found: dict[str, dict[str, str]] = {}
     for name in sorted(weights):
         parts = name.split(".")
         for start, part in enumerate(parts):
-            own = None if part in WRAPPERS else known.get(_without_wrappers(".".join(parts[start:])))
+            own = None if part in WRAPPERS else known.get(without_wrappers(".".join(parts[start:])))
             if own is None:
                 continue
             names = found.setdefault(".".join(parts[:start]), {})
@@ -98,7 +119,7 @@ def _candidates(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whe
     return candidates
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -107,10 +128,10 @@ def _named(candidates: Sequence[Candidate], source_prefix: str, where: str, pref
     given = source_prefix.strip(".")
     tests = [
         lambda prefix: prefix == given,
-        lambda prefix: _without_wrappers(prefix) == given,
+        lambda prefix: without_wrappers(prefix) == given,
     ]
     if given:
-        tests.append(lambda prefix: f".{given}." in f".{prefix}." or f".{given}." in f".{_without_wrappers(prefix)}.")
+        tests.append(lambda prefix: f".{given}." in f".{prefix}." or f".{given}." in f".{without_wrappers(prefix)}.")
     for test in tests:
         meant = [candidate for candidate in candidates if test(candidate.prefix)]
         if len(meant) > 1:
@@ -127,7 +148,7 @@ def _named(candidates: Sequence[Candidate], source_prefix: str, where: str, pref
 
 
 def _only_one(
-    candidates: Sequence[Candidate], weights: Mapping[str, Tensor], where: str, prefix_key: str, total: int
+    candidates: Sequence[Candidate], weights: Mapping[str, Tensor], where: str, way_out: str, total: int
 ) -> Candidate:
     """Return the candidate to use if the user chose none. Raises InputError if several may be meant."""
     fullest = max(candidates, key=lambda candidate: (candidate.fitting, len(candidate.names)))  # the first in a tie
@@ -139,8 +160,7 @@ def _only_one(
         rivals = [one for one in candidates if len(one.names) >= RIVAL_SHARE * len(fullest.names)]
     if any(not _equal(fullest, one, weights) for one in rivals):
         raise InputError(
-            f"checkpoint {where} holds several networks that may be meant, under {_listed(rivals, total)}; choose one by "
-            f"{prefix_key}."
+            f"checkpoint {where} holds several networks that may be meant, under {_listed(rivals, total)}; {way_out}."
         )
     left_out = [one for one in candidates if one not in rivals]
     if left_out:
@@ -165,7 +185,7 @@ def _equal(one: Candidate, other: Candidate, weights: Mapping[str, Tensor]) -> b
 def _surplus(weights: Mapping[str, Tensor], chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
     """Return the names under the chosen prefix that belong neither to it nor to another candidate."""
     start = chosen.prefix and f"{chosen.prefix}."
-    taken = {_without_wrappers(own) for own in chosen.names}
+    taken = {without_wrappers(own) for own in chosen.names}
     others = tuple(
         f"{one.prefix}." for one in candidates if one.prefix.startswith(start) and one.prefix != chosen.prefix
     )
@@ -173,7 +193,7 @@ def _surplus(weights: Mapping[str, Tensor], chosen: Candidate, candidates: Seque
         name.removeprefix(start)
         for name in weights
         if name.startswith(start)
-        and _without_wrappers(name.removeprefix(start)) not in taken
+        and without_wrappers(name.removeprefix(start)) not in taken
         and not name.startswith(others)
         and not is_counter(name)
     )

@@ -14,7 +14,7 @@ from dann_experiments.comparison.result import Arm
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.comparison import ARM_NAMES, DEFAULT_ARMS, CompareConfig
 from dann_experiments.config.parsing import known_keys
-from dann_experiments.jobs.build import find_data, make_method, make_network, make_taps
+from dann_experiments.jobs.build import find_data, make_method, make_taps, network_to_adapt
 from dann_experiments.jobs.checks import checked_sets
 from dann_experiments.jobs.evaluate import STATISTICS_SET
 from dann_experiments.jobs.identity import run_digest
@@ -148,7 +148,7 @@ def check_arms(cells: Sequence[Cell]) -> None:
         config = cell.config
         try:
             with torch.random.fork_rng(devices=[]):  # the initial weights are random
-                network = make_network(config, with_weights=False)
+                network = network_to_adapt(config)
             key = repr((SETS[cell.job], config.data, config.model, config.monitor, config.trainer.accelerator))
             if key not in checked_data:
                 checked_sets(config, find_data(config, SETS[cell.job]), network)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
+from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import between
+from dann_experiments.config.paths import local_path
+from dann_experiments.names import Key
 
 Arch = Literal[
     "unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus", "pan", "upernet",
@@ -15,6 +19,8 @@ Arch = Literal[
 DROPOUT = between(0, 1)
 SIZE = dataclasses.replace(between(-65535, 65535), text="")
 """Keeps absurd values from filling the memory, and is not shown in the help. The network checks its arguments itself."""
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # prefixes by which timm finds weights elsewhere
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class ModelConfig:
     encoder_name: str = "resnet34"
     """Encoder: a name of segmentation-models-pytorch, or `tu-NAME` for one of timm."""
     encoder_weights: str | None = "imagenet"
-    """Pretrained weights of the encoder, downloaded on first use; null = random weights."""
+    """Pretrained weights of the encoder: a name (imagenet), downloaded on first use, or a file (.safetensors, .pt, .pth, .bin,
+    .ckpt) with weights of this encoder; null = random weights."""
     in_channels: Annotated[int, between(1, 65535)] = 3
     """Number of bands of the images."""
     classes: Annotated[int, between(2, 256)] = 2
@@ -73,6 +80,22 @@ class ModelConfig:
     """Dropout of the pyramid pooling module (pspnet)."""
     upsampling: Annotated[int | None, SIZE] = None
     """Factor by which the segmentation head enlarges its output."""
+
+    def __post_init__(self) -> None:
+        if self.encoder_weights is not None and self.encoder_weights.startswith(HUBS):
+            raise InputError(
+                f"{Key.ENCODER_WEIGHTS} is {self.encoder_weights!r}, an address of a model hub; download the file of the weights "
+                "and give its path, or give imagenet."
+            )
+        _ = self.encoder_file  # refuses addresses
+
+    @property
+    def encoder_file(self) -> Path | None:
+        """The file in `encoder_weights`; None for a name and for null. Raises InputError for an address."""
+        text = self.encoder_weights
+        if text is None or not ("/" in text or "\\" in text or PurePath(text).suffix.lower() in WEIGHT_FILES):
+            return None
+        return local_path(text, Key.ENCODER_WEIGHTS)
 
     def network_arguments(self) -> dict[str, Any]:
         """Return the constructor arguments that are set, without the five that all networks share."""

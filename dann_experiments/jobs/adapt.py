@@ -10,7 +10,7 @@ from torch import nn
 
 from dann_experiments.config import Config, replace
 from dann_experiments.data.domain_data import DomainData
-from dann_experiments.jobs.build import find_data, make_method, make_network, make_taps, seeded
+from dann_experiments.jobs.build import find_data, make_method, make_taps, network_to_adapt, seeded
 from dann_experiments.jobs.checks import checked_sets, refuse_several_processes, warn_of_idle_adversary
 from dann_experiments.jobs.identity import domain_name, method_name, run_digest, run_name, source_digest
 from dann_experiments.jobs.result import RunResult
@@ -87,7 +87,7 @@ def _found(config: Config, data: DomainData | None = None) -> tuple[DomainData, 
     """Return the data, with checked headers, and the network without its weights, which both takes little time."""
     every_weight_comes = config.domain_adaptation.pretrained_checkpoint.strict_loading
     data = data or find_data(config)
-    return data, make_network(config, with_weights=False, initialize=not every_weight_comes)
+    return data, network_to_adapt(config, initialize=not every_weight_comes)
 
 
 def _prepared(
@@ -111,7 +111,7 @@ def _tags(config: Config, store: Store, data: DomainData, digest: str, source_ru
     by_target_labels = config.monitor.uses_target_labels or chosen_by_target_labels(store, source_run_id)
     tags = {
         Tag.METHOD: method_name(config),
-        Tag.SOURCE_DIGEST: source_digest(config, data.digests),
+        Tag.SOURCE_DIGEST: source_digest(config, data.digests, read_encoder=False),
         Tag.DIGEST: digest,
         Tag.SELECTED_WITH_TARGET_LABELS: str(by_target_labels).lower(),
     }

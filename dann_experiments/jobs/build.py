@@ -18,6 +18,7 @@ from torch import nn
 
 from dann_experiments.adaptation.build import build_method, build_schedule, load_own_method
 from dann_experiments.adaptation.method import DomainAdaptationMethod
+from dann_experiments.checkpoints.encoder_file import checked_file, encoder_weights, load_encoder
 from dann_experiments.checkpoints.files import WholeFiles
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.run import OptimizerConfig
@@ -121,11 +122,25 @@ def make_loaders(config: Config, sets: ImageSets, rank: Rank | None = None) -> L
 def make_network(config: Config, with_weights: bool = True, initialize: bool = True) -> nn.Module:
     """Build the network of the `model` settings. With `with_weights` False the encoder's pretrained weights are not loaded. With
     `initialize` False all weights stay uninitialized; load a complete checkpoint before use."""
-    model = config.model
-    weights = model.encoder_weights if with_weights else None
-    return build_network(
+    model, file = config.model, config.model.encoder_file
+    if with_weights and file is not None:
+        checked_file(file)  # before the time that a large network takes
+    weights = model.encoder_weights if with_weights and file is None else None
+    network = build_network(
         model.arch, model.encoder_name, weights, model.in_channels, model.classes, model.network_arguments(), initialize
     )
+    if with_weights and file is not None:
+        load_encoder(network, file, model.in_channels)
+    return network
+
+
+def network_to_adapt(config: Config, initialize: bool = True) -> nn.Module:
+    """Return `make_network` without the encoder's pretrained weights, which come with the source model. If that is not named, and
+    so may have to be trained, check that the file of `model.encoder_weights` fits. Raises InputError if it does not."""
+    network, file = make_network(config, with_weights=False, initialize=initialize), config.model.encoder_file
+    if file is not None and config.domain_adaptation.pretrained_checkpoint.path is None:
+        encoder_weights(network, file, config.model.in_channels)
+    return network
 
 
 def make_taps(config: Config, network: nn.Module) -> list[Tap]:

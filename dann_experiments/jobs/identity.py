@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from dann_experiments.checkpoints.encoder_file import digest_of_file
 from dann_experiments.config import Config, config_to_dict, replace
 from dann_experiments.config.comparison import ARM_NAMES
 from dann_experiments.config.data import DomainDataConfig
@@ -103,14 +105,28 @@ def public_settings(config: Config, experiment: str) -> Config:
     return dataclasses.replace(config, tracking=tracking)
 
 
-def source_digest(config: Config, digests: Mapping[str, str]) -> str:
+def encoder_tags(config: Config) -> dict[str, str]:
+    """Return the tag with the digest of the file in `model.encoder_weights`; empty if it names no file."""
+    file = config.model.encoder_file
+    return {} if file is None else {Tag.ENCODER_DIGEST: digest_of_file(file)}
+
+
+def source_digest(config: Config, digests: Mapping[str, str], read_encoder: bool = True) -> str:
     """Return 32 hex digits: equal for equal network settings, equal source training data (`digests` of the sets, by name) and
-    equal reading of it."""
+    equal reading of it.
+
+    A file in `model.encoder_weights` counts by its bytes. It must exist, unless `read_encoder` is False: then a file that is
+    missing counts by its path, for a job that has no need of it.
+    """
     kept = ("normalization", "mean", "std", "crop_size", "window_size", "windows", "window_count", "ignore_index")
     source = _reading_settings(config, "source")
     del source["batch_size"]
+    model = dataclasses.asdict(config.model)
+    file = config.model.encoder_file
+    if file is not None and (read_encoder or os.path.isfile(file)):
+        model["encoder_weights"] = digest_of_file(file)
     facts = {
-        "model": dataclasses.asdict(config.model),
+        "model": model,
         "classes": config.class_names,
         "reading": {key: getattr(config.data, key) for key in kept} | source,
         "source": digests[str(SOURCE_TRAIN)],
@@ -129,11 +145,15 @@ def as_pretrained(config: Config) -> Config:
 def run_digest(job: str, config: Config, digests: Mapping[str, str], source_model: str | None = None) -> str:
     """Return 32 hex digits, the tag `dann.digest`: equal for runs of `job` that give the same numbers.
 
-    Such runs have equal settings, equal data (`digests` of the sets that they use, by name) and an equal source model (the digest
-    of its run). The digest does not cover where results and files are kept, how fast data are read, and the number of threads.
+    Such runs have equal settings, equal data (`digests` of the sets that they use, by name), an equal source model (the digest
+    of its run) and, where `job` trains it, equal bytes of the file in `model.encoder_weights`. The digest
+    does not cover where results and files are kept, how fast data are read, and the number of threads.
     """
     settings = config_to_dict(as_pretrained(config) if job == Job.PRETRAIN else config)
     del settings["tracking"], settings["threads"], settings["data"]["root"], settings["data"]["embedded"]
+    if config.model.encoder_file is not None:  # other jobs get every weight from the source model
+        bytes_ = digest_of_file(config.model.encoder_file) if job == Job.PRETRAIN else None
+        settings["model"]["encoder_weights"] = bytes_
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
     del settings["data"]["oracle"]
     _leave_out_later_settings(settings)

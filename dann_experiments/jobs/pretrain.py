@@ -11,7 +11,7 @@ from dann_experiments.adaptation.dann import SourceOnly
 from dann_experiments.config import Config
 from dann_experiments.jobs.build import find_data, make_network, seeded
 from dann_experiments.jobs.checks import checked_sets, refuse_several_processes
-from dann_experiments.jobs.identity import as_pretrained, run_digest, run_name, source_digest
+from dann_experiments.jobs.identity import as_pretrained, encoder_tags, run_digest, run_name, source_digest
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
 from dann_experiments.jobs.run_training import Parts, tracked_training
@@ -53,19 +53,20 @@ def pretrain_with(
         refuse_several_processes(config, "callbacks")
     with seeded(config):
         data = find_data(config, PRETRAINING_SETS)
+        network = make_network(config)  # before a store is created: weights that are refused leave nothing behind
         store = store or open_store(config.tracking.uri, config.tracking.experiment)
         digest = run_digest(Job.PRETRAIN, config, data.digests)
         by_target, config = config.monitor, as_pretrained(config)
         if config.monitor != by_target:
             log.info("Pretraining reads no target images; its best checkpoint is chosen by iou/%s.", SOURCE_VAL)
         resumed = run_to_go_on(store, Job.PRETRAIN, resume, digest, config)
-        network = make_network(config)
         parts = Parts(network, SourceOnly(), [], checked_sets(config, data, network))
         tags = {
             Tag.METHOD: "source_only",
             Tag.SOURCE_DIGEST: source_digest(config, data.digests),
             Tag.DIGEST: digest,
             Tag.SELECTED_WITH_TARGET_LABELS: str(config.monitor.uses_target_labels).lower(),
+            **encoder_tags(config),
             **(more_tags or {}),
         }
         name = run_name(Job.PRETRAIN, config)

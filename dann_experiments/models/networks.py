@@ -13,6 +13,8 @@ from torch.nn import functional, init
 from torch.overrides import TorchFunctionMode
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.models.hub import Hub
+from dann_experiments.names import Key
 
 DRAWS = {
     Tensor.normal_, Tensor.uniform_, init.uniform_, init.normal_, init.trunc_normal_, init.xavier_uniform_,
@@ -50,31 +52,35 @@ def build_network(
     for name, value in arguments.items():
         if name not in accepted:
             raise InputError(f"model.{name} is {value!r}, but {arch} takes no {name}; it takes {sorted(accepted)}.")
+    hub = None if encoder_weights is None else Hub()
+    # of timm's encoders the name says which weights; any text but True is answered by a warning
+    weights: Any = True if encoder_weights == "imagenet" and encoder_name.startswith("tu-") else encoder_weights
     try:
-        with contextlib.nullcontext() if drawn else _Undrawn():
+        with hub or contextlib.nullcontext(), contextlib.nullcontext() if drawn else _Undrawn():
             return smp.create_model(
                 arch,
                 encoder_name,
-                encoder_weights=encoder_weights,
+                encoder_weights=weights,
                 in_channels=in_channels,
                 classes=classes,
                 **arguments,
             )
     except KeyError as error:
         raise InputError(f"model: {error.args[0] if error.args else error}") from None
+    except IndexError as error:  # timm looks up the stages by number
+        raise InputError(
+            f"model: encoder {encoder_name!r} seems to have fewer stages than {arch} asks for ({error}); set a smaller "
+            "model.encoder_depth."
+        ) from None
     except (ValueError, TypeError, RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"model: {arch} with encoder {encoder_name!r} refuses these settings: {error}") from None
-    except OSError as error:
-        raise InputError(
-            f"model.encoder_weights is {encoder_weights!r}, but these weights cannot be loaded ({_first_line(error)}); "
-            "give null to start from random weights."
-        ) from None
-    except Exception as error:  # hub clients raise their own types when offline
-        if encoder_weights is None:
+    except Exception as error:  # OSError, or a type of the hub's client
+        if hub is None and not isinstance(error, OSError):
             raise
+        reason = hub.unreachable if hub is not None and hub.unreachable is not None else _first_line(error)
         raise InputError(
-            f"model.encoder_weights is {encoder_weights!r}, but these weights cannot be loaded ({_first_line(error)}); "
-            "give null to start from random weights."
+            f"{Key.ENCODER_WEIGHTS} is {encoder_weights!r}, but these weights cannot be loaded ({reason}); give a file of "
+            "weights, or null to start from random weights."
         ) from None
 
 

@@ -66,8 +66,8 @@ def forward_joint(
 
     def source_part(given: Any) -> Any:
         if isinstance(given, (list, tuple)):
-            return type(given)(item[:count] if len(item) == total else item for item in given)
-        return given[:count] if len(given) == total else given
+            return type(given)(source_part(item) for item in given)
+        return given[:count] if isinstance(given, Tensor) and len(given) == total else given
 
     # modules around the cut may also return earlier maps, such as an encoder its skip connections
     around = [name for name in _parents(cut.module) if name]

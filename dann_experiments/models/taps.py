@@ -71,13 +71,13 @@ class AllTapsReached(Exception):
 
 
 def deepest_map(output: Any) -> Tensor:
-    """Return the last map (N, C, H, W) with channels in a module's output. Raises TypeError if there is none."""
-    if isinstance(output, (list, tuple)):
-        for item in reversed(output):
-            if _is_map(item):
-                return item
-    elif _is_map(output):
+    """Return the last map (N, C, H, W) with channels in a module's output, which may be a list or, as that of a vision
+    transformer, a list of maps beside a list of tokens. Raises TypeError if there is none."""
+    if _is_map(output):
         return output
+    for item in reversed(output) if isinstance(output, (list, tuple)) else ():
+        with suppress(TypeError):
+            return deepest_map(item)
     raise TypeError("no map of shape (N, C, H, W)")
 
 
