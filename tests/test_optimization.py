@@ -188,6 +188,7 @@ def test_the_averaged_weights_are_validated_saved_and_the_model(squares, place):
     class Beside(Callback):
         average: dict[str, torch.Tensor] | None = None
         scored: list[bool] = []
+        seen_after: list[bool] = []
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             now = {name: value.detach().clone() for name, value in pl_module.network.named_parameters()}
@@ -196,13 +197,21 @@ def test_the_averaged_weights_are_validated_saved_and_the_model(squares, place):
 
         def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **more: Any) -> None:
             if not trainer.sanity_checking and self.average is not None:
-                now = dict(pl_module.network.named_parameters())
-                self.scored.append(all(torch.allclose(now[name], one) for name, one in self.average.items()))
+                self.scored.append(self.has_average(pl_module))
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            if not trainer.sanity_checking and trainer.state.fn == "fit":
+                self.seen_after.append(self.has_average(pl_module))
+
+        def has_average(self, pl_module: Any) -> bool:
+            now, average = dict(pl_module.network.named_parameters()), self.average or {}
+            return all(torch.allclose(now[name], one) for name, one in average.items())
 
     beside = Beside()
     settings = small_settings(squares, trainer__ema_decay=0.9, trainer__max_epochs=2, monitor__final_model="best")
     result = adapt(load_config(None, settings), [beside])
     assert beside.scored
+    assert beside.seen_after == [True, True]  # as pictures by step see it
     assert all(beside.scored[: len(beside.scored) * 2 // 3])  # the last validation is that of the best weights
     checkpoints = Path(str(result.artifacts)) / "checkpoints"
     last = torch.load(checkpoints / "last.ckpt", weights_only=True)

@@ -309,8 +309,6 @@ def make_loop(
         names["labelled"] = labelled.name_of
     watch = BadNumbers(every.skip_bad_steps, checkpoints.save, names)
     extra = _optimization(config, config.pretraining.optimizer if pretraining else config.optimizer)
-    if average is not None:
-        extra.append(average)
     limit = None if every.limit_train_batches is None else every.limit_train_batches * every.accumulate_grad_batches
     on_terminal = logger is not None and every.enable_progress_bar and sys.stdout.isatty()
     bars: list[pl.Callback] = []
@@ -329,7 +327,8 @@ def make_loop(
         num_sanity_val_steps=0 if resumed else -1,  # the complete validation sets, for the baseline scores
         logger=False if logger is None else logger,
         callbacks=[
-            RandomStates(), monitor, RatesAndTimes(), curves, *statistics, *extra, watch, *callbacks, *bars, checkpoints,
+            RandomStates(), monitor, RatesAndTimes(), curves, *statistics, *extra, watch, *callbacks, *bars,
+            *([] if average is None else [average]), checkpoints,
         ],
         plugins=[WholeFiles()],
         enable_progress_bar=on_terminal,

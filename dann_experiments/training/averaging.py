@@ -18,7 +18,7 @@ class AverageWeights(EMAWeightAveraging):
     The average is what validation during training scores, what the best weights are, and what training ends with. A checkpoint
     to resume from holds both. Differs from Lightning's class in three points: `trainer.validate` after training scores the
     weights that the module has (Lightning would exchange them for the average); `as_average` serves for saving weights after a
-    validation, when Lightning has put the trained weights back; and a run that resumes after its last step ends with the average.
+    validation, when the trained weights have been put back; and a run that resumes after its last step ends with the average.
     """
 
     def __init__(self, decay: float) -> None:
@@ -30,6 +30,10 @@ class AverageWeights(EMAWeightAveraging):
             super().on_validation_epoch_start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pass  # not yet: see on_validation_end
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the trained weights back; callbacks before this one, such as that of the pictures, see what was scored."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_validation_epoch_end(trainer, pl_module)
 
