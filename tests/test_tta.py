@@ -37,6 +37,7 @@ from dann_experiments.prediction.mapping import MapMaker
 from dann_experiments.prediction.pyfunc_model import SegmentationModel
 from dann_experiments.prediction.scene import Options, Scene
 from dann_experiments.prediction.tiling import Piece, Tiler, grid_stride, plan_tiles
+from dann_experiments.training.scoring import score_set
 from sweeps.driver import run_sweep
 from sweeps.settings import SweepConfig
 
@@ -351,6 +352,19 @@ def test_arrays_and_served_models_take_it(model, workplace):
 
 
 # evaluate
+
+
+def test_scores_are_those_of_the_mean_probabilities():
+    image = noise(2, 1, 5, 7)
+    network = nn.Sequential(Leftward(), nn.Conv2d(2, 2, 1))  # has a parameter, whose device counts
+    labels = (noise(2, 5, 7) > 0).long()
+    loader: Any = [{"image": image, "mask": labels}]
+    with torch.no_grad():
+        shares = mean_probabilities(network, image, "d4")
+    found = score_set(network, loader, 2, 255, "d4")
+    assert found.loss == pytest.approx(nn.functional.nll_loss(shares.log(), labels).item(), abs=1e-6)
+    assert found.accuracy == pytest.approx((shares.argmax(1) == labels).float().mean().item())
+    assert found.loss != pytest.approx(score_set(network, loader, 2, 255).loss, abs=1e-4)
 
 
 def scored(squares: Path, shared_runs: SharedRuns, **more: object) -> RunResult:
