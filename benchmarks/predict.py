@@ -1,8 +1,8 @@
 """What `predict` costs beside the network alone, and that its memory does not grow with the raster.
 
-    python benchmarks/predict.py [--write] [--speed-only | --memory-only]
+    python benchmarks/predict.py [--write] [--speed-only | --memory-only | --tta-only]
 
-Whole predictions in a temporary folder with its own store; about 10 minutes on two idle cores, of which the 12,000 pixels
+Whole predictions in a temporary folder with its own store; about 12 minutes on two idle cores, of which the 12,000 pixels
 square take most. --write puts the tables into docs/performance.md.
 """
 
@@ -44,6 +44,10 @@ NETWORKS = {
 CLASSES = 4
 SPEED_SIZE, ROUNDS = 2000, 3
 MEMORY_SIZES = (4000, 12_000)
+TTA_SIZE = 1000
+TTA_WAYS: list[dict[str, str]] = [
+    {"tta": "none"}, {"tta": "none", "confidence": "entropy"}, {"tta": "mirror"}, {"tta": "d4"},
+]  # fmt: skip
 CHILD = "import sys; sys.path[:0] = {paths}; from predict import measured; measured({size})"
 
 
@@ -75,7 +79,7 @@ def write_raster(size: int) -> None:
             file.write(patches.repeat(8, 1).repeat(8, 2)[:, :height, :size], window=Window(0, top, size, height))  # pyright: ignore[reportCallIssue]
 
 
-def run(network: str, size: int) -> float:
+def run(network: str, size: int, **more: str) -> float:
     """Pixels a second of a whole prediction: reading, forwarding, blending and writing, without loading the model."""
     given = {
         "model": network,
@@ -83,6 +87,7 @@ def run(network: str, size: int) -> float:
         "output": f"{size}_map.tif",
         "overwrite": True,
         "progress": False,
+        **more,
     }
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         return predict(load_settings(PredictConfig, None, given)).metrics["predict/pixels_per_second"]
@@ -131,6 +136,26 @@ def speed() -> str:
     )
 
 
+def tta() -> str:
+    """Rounds of all ways, one after the other; each is divided by the first of its round."""
+    write_raster(TTA_SIZE)
+    name = "Unet resnet18, 3 stages"
+    run(name, TTA_SIZE)
+    seconds = np.array([[TTA_SIZE**2 / run(name, TTA_SIZE, **way) for way in TTA_WAYS] for _ in range(ROUNDS)])
+    ratios = seconds / seconds[:, :1]
+    rows = [
+        f"| {', '.join(f'`{key}: {value}`' for key, value in way.items())} | {np.median(seconds[:, index]):.1f} | "
+        f"{np.median(ratios[:, index]):.2f} ({ratios[:, index].min():.2f} to {ratios[:, index].max():.2f}) |"
+        for index, way in enumerate(TTA_WAYS)
+    ]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    head = "| settings | predict, s | ratio (spread) |\n|---|---|---|\n"
+    return (
+        f"**Test-time augmentation and confidence**, {name}, {TTA_SIZE} x {TTA_SIZE} pixels on {device}, median of {ROUNDS} "
+        "rounds\n\n" + head + "\n".join(rows)
+    )
+
+
 def measured(size: int) -> None:
     """In a process of its own: predict, and print its peak memory (MB) and speed."""
     pixels = run("Unet resnet18, 3 stages", size)
@@ -162,20 +187,22 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     parser.add_argument("--speed-only", action="store_true", help="leave the memory out")
     parser.add_argument("--memory-only", action="store_true", help="leave the speed out")
+    parser.add_argument("--tta-only", action="store_true", help="only test-time augmentation and confidence")
     arguments = parser.parse_args()
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         save_networks()
-        tables = [] if arguments.memory_only else [speed()]
-        tables += [] if arguments.speed_only else [memory()]
+        tables = [] if arguments.memory_only or arguments.tta_only else [speed()]
+        tables += [] if arguments.speed_only or arguments.tta_only else [memory()]
+        augmented = "" if arguments.memory_only or arguments.speed_only else tta()
     settings = PredictConfig(model="-", input="-", output="-")
     where = circumstances("torch", "segmentation-models-pytorch", "rasterio")
-    text = "\n\n".join(tables) + (
-        f"\n\nTiles of {settings.tile_size} pixels that share {settings.shared}, batches of {settings.batch_size}. {where}"
-    )
-    print(text)
-    if arguments.write:
-        put("performance.md", "predict", text)
+    how = f"\n\nTiles of {settings.tile_size} pixels that share {settings.shared}, batches of {settings.batch_size}. {where}"
+    for name, text in (("predict", "\n\n".join(tables)), ("predict tta", augmented)):
+        if text:
+            print(text + how)
+            if arguments.write:
+                put("performance.md", name, text + how)
 
 
 if __name__ == "__main__":

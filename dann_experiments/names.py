@@ -12,6 +12,10 @@ Domain = Literal["source", "target"]
 Split = Literal["train", "val", "test", "train_labelled"]
 DOMAINS: tuple[Domain, ...] = ("source", "target")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+Tta = Literal["none", "mirror", "d4"]
+"""Values of the setting `tta`; `models.symmetries` says which copies of an image each stands for."""
+Confidence = Literal["max_probability", "entropy"]
+"""Values of the setting `confidence`; `prediction.confidence` has their formulas."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class Tag:
     BATCHNORM = "dann.batchnorm"
     TARGET_LABELS = "dann.target_labels"
     CLASS_WEIGHTS = "dann.class_weights"
+    TTA = "dann.tta"
     MODEL = "dann.model"
     NETWORK_FROM = "dann.network_from"
     NORMALIZATION_FROM = "dann.normalisation_from"  # this spelling is in the stores of users

@@ -301,6 +301,11 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         " --data.target.test '[city_c/test]'": Example("squares", fill=ONE_RUN),
         "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint last.ckpt": Example("squares"),
     },
+    ("docs/evaluate.md", "Test-time augmentation"): {
+        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint runs:/ID --tta d4": Example(
+            "squares", fill=ONE_RUN
+        ),
+    },
     ("docs/performance.md", "Switches"): {
         "python -m dann_experiments compare --config recipes/digits.yaml --arms switches.yaml": Example(
             "digits", f"{DIGITS} --seeds 1", slow=True
@@ -326,6 +331,10 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python: from dann_experiments.config.prediction import PredictConfig": Example(
             "squares", instead={"map.tif": "by_python.tif"}, fill=ONE_RUN
         ),
+    },
+    ("docs/predict.md", "Test-time augmentation"): {
+        "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif --tta d4"
+        " --confidence entropy": Example("squares", "--overwrite true", fill=ONE_RUN),
     },
     ("docs/results.md", "Tree crowns, Yellowstone to Florida"): {
         "python -m dann_experiments adapt --config recipes/neon_trees.yaml --data.root FOLDER --threads 1": Example(

@@ -36,7 +36,7 @@ from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.logged_model import logged_model, models_without_run, send_model, write_facts
 from dann_experiments.tracking.store import open_store
 
-PARAMETERS = {"output": "classes", "domain": "", "tile_size": 512, "nodata": ""}
+PARAMETERS = {"output": "classes", "domain": "", "tile_size": 512, "nodata": "", "tta": "none"}
 
 
 @pytest.fixture

@@ -455,14 +455,14 @@ def test_members_of_a_zip_file_go_where_we_say(tmp_path):
 @pytest.mark.parametrize("carry", ["../outside.npy", "/outside.npy", "sub/../../outside.npy"])
 def test_a_half_made_map_reads_no_file_outside_its_folder(tmp_path, carry):
     np.save(tmp_path / "outside.npy", np.zeros(1))
-    with PartialMap(tmp_path / "m.partial", {"a": 1}, False) as partial:
+    with PartialMap(tmp_path / "m.partial", {"a": 1}) as partial:
         partial.start()
         partial.checkpoint(1, np.zeros(1))
     state = json.loads((tmp_path / "m.partial" / "state.json").read_text())
     place = carry.replace("/outside", str(tmp_path / "outside")) if carry.startswith("/") else carry
     (tmp_path / "m.partial" / "sub").mkdir()
     (tmp_path / "m.partial" / "state.json").write_text(json.dumps(state | {"carry": place}))
-    with PartialMap(tmp_path / "m.partial", {"a": 1}, False) as partial:
+    with PartialMap(tmp_path / "m.partial", {"a": 1}) as partial:
         rows, found, reason = partial.start()
         assert (rows, found) == (0, None)
         assert reason == "files are missing or cut off"

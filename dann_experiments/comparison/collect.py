@@ -132,6 +132,11 @@ def _finished(store: Store, run_id: str, what: str = "") -> Any:
         raise InputError(f"{where}, a run of {job or 'something else'}; give runs of adapt (and evaluate).")
     if run.info.status != "FINISHED":
         raise InputError(f"{where}, whose status is {run.info.status}; give finished runs.")
+    if Tag.TTA in run.data.tags:
+        raise InputError(
+            f"{where}, which scores the mean of several predictions (tta {run.data.tags[Tag.TTA]}), as runs of adapt do not; "
+            "evaluate its model with tta none."
+        )
     return run
 
 

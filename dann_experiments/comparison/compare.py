@@ -92,6 +92,7 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         cells = cells_of(arms, settings.seed_list(config.seed), config, _given_source(config, store))
         for cell in cells:
             checks.refuse_auto_batch_size(cell.config, "the runs of a comparison")
+            checks.refuse_tta(cell.config, "the runs of a comparison")
         done = find_cells(cells, store)
         check_arms([cell for index, cell in enumerate(cells) if index not in done.run_ids])
     names = [identity.domain_name(config, domain) for domain in DOMAINS]

@@ -10,6 +10,7 @@ from dann_experiments.config.data import BANDS, MOST_IMAGES
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import above, between
 from dann_experiments.config.run import TrackingConfig
+from dann_experiments.names import Confidence, Tta
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class PredictConfig:
     """Tiles per forward pass."""
     probabilities: bool = False
     """Also write OUTPUT_probabilities.tif, with one band per class: value / 254 = probability."""
+    tta: Tta = "none"
+    """Test-time augmentation: map the mean of the predictions for mirrored and turned copies of each tile. mirror: the tile and
+    its mirror image (2 forward passes), for photographs, in which up is up; d4: all 8 quarter turns and mirror images (8
+    forward passes), for images from above."""
+    confidence: Confidence | None = None
+    """Also write OUTPUT_confidence.tif, one band of floating-point numbers from 0 to 1. max_probability: the probability of the
+    mapped class, 1 = certain; entropy: of the probabilities, divided by its largest value, 0 = certain, 1 = all classes equally
+    likely. null: no such file."""
     overwrite: bool = False
     """Replace an output that exists."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

@@ -26,7 +26,7 @@ from dann_experiments.config.run import (
     TrackingConfig,
     TrainerConfig,
 )
-from dann_experiments.names import DOMAINS
+from dann_experiments.names import DOMAINS, Tta
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Config:
     """Seed of everything random: weights, order of images, augmentation, dropout."""
     threads: Annotated[int | None, between(1, MOST_PROCESSES)] = None
     """Number of CPU threads; null = torch's choice. Changes the last digits of results."""
+    tta: Tta = "none"
+    """Test-time augmentation in `evaluate`: score the mean of the predictions for mirrored and turned copies of each image.
+    mirror: the image and its mirror image (2 forward passes), for photographs, in which up is up; d4: all 8 quarter turns and
+    mirror images (8 forward passes), for images from above. Trainings, comparisons and sweeps score single predictions and
+    refuse it."""
 
     @property
     def class_names(self) -> list[str]:

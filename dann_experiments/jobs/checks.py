@@ -104,6 +104,14 @@ def refuse_auto_batch_size(config: Config, what: str) -> None:
         )
 
 
+def refuse_tta(config: Config, what: str) -> None:
+    """Raise InputError for test-time augmentation, because `what` must score single predictions, as training does."""
+    if config.tta != "none":
+        raise InputError(
+            f"tta is {config.tta!r}, but {what} score single predictions; leave it out, and give it to evaluate or predict."
+        )
+
+
 def check_labels(
     labelled: Collection[SetName], key: str, metric: str, way_out: str = "or choose another metric"
 ) -> None:

@@ -44,7 +44,8 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
 
     A saved model brings its own network, classes and normalization, regardless of `model`; a plain checkpoint uses those of the
     settings. With `domain_adaptation.batchnorm: target_stats` the model is scored with the BatchNorm statistics of the images in
-    `data.target.train` (AdaBN; their masks are not read); other values have no effect here. `tags` are added to the run's own,
+    `data.target.train` (AdaBN; their masks are not read); other values have no effect here. `tta` other than none scores the mean
+    of several predictions per image, and the run's name and tags say so. `tags` are added to the run's own,
     or replace them. Raises InputError before a run is opened: if there is no model or no labeled image, if weights or classes do
     not fit, for target statistics without images or without BatchNorm, and for unreadable files (masks that do not fit into
     `data.memory_gb` are read only during the run). Also raises InputError during the run, if memory runs out.
@@ -99,7 +100,9 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
                     loader = eval_loader(
                         sets.sets[name], size, num_workers=loaders.num_workers, pin_memory=loaders.pin_memory
                     )
-                    scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
+                    scores[name] = score_set(
+                        network, loader, config.model.classes, config.data.ignore_index, config.tta
+                    )
             names = config.class_names
             metrics = {
                 key: value
@@ -155,6 +158,8 @@ def _tags(config: Config, store: Store, notes: ModelNotes | None, model_run_id: 
     }
     if _with_target_statistics(config):
         tags[Tag.BATCHNORM] = "target_stats"
+    if config.tta != "none":
+        tags[Tag.TTA] = config.tta
     return tags if model_run_id is None else tags | {Tag.SOURCE_RUN_ID: model_run_id}
 
 

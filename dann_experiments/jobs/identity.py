@@ -60,14 +60,17 @@ def run_name(job: str, config: Config, arm: str | None = None) -> str:
 
 
 def evaluation_name(config: Config, model_tags: Mapping[str, str]) -> str:
-    """Return the name of a run of `evaluate`: evaluation of DANN mnist-m seed 0.
+    """Return the name of a run of `evaluate`: evaluation of DANN mnist-m seed 0, or with AdaBN or TTA:
+    evaluation of DANN with d4 TTA mnist-m seed 0.
 
     `model_tags`: tags of the run that made the model, whose method and seed it names; empty if that run is not known.
     """
     method = model_tags.get(Tag.METHOD)
     named = "" if method is None else f" of {_brief(METHOD_WORDS.get(method, method))}"
-    if config.domain_adaptation.batchnorm == "target_stats":
-        named += f" with {ARM_NAMES['statistics']}"
+    ways = [ARM_NAMES["statistics"]] if config.domain_adaptation.batchnorm == "target_stats" else []
+    ways += [f"{config.tta} TTA"] if config.tta != "none" else []
+    if ways:
+        named += f" with {' and '.join(ways)}"
     seed = model_tags.get("seed", config.seed)
     return f"evaluation{named} {_brief(domain_name(config, 'target'))} seed {seed}"
 
@@ -177,6 +180,8 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
         del settings["domain_adaptation"], settings["optimizer"], settings["trainer"]["max_epochs"]
     else:
         del settings["pretraining"]
+    if settings["tta"] == "none":  # older runs were made without it; only `evaluate` takes another
+        del settings["tta"]
     if job == Job.EVALUATE:
         del settings["optimizer"], settings["trainer"]["max_epochs"], settings["domain_adaptation"]["method"]
     return _digest({"job": job, "settings": settings, "data": dict(digests)})

@@ -21,7 +21,7 @@ from dann_experiments.config import Config, InputError, config_to_dict, flatten
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.jobs.load_model import load_model
 from dann_experiments.names import Job, Tag
-from dann_experiments.prediction.find_images import find_work
+from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, find_work
 from dann_experiments.prediction.mapping import MapMaker, Outcome
 from dann_experiments.prediction.rasters import (
     read_decimated,
@@ -66,14 +66,16 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
     """
     from dann_experiments import __version__
 
-    work = find_work(settings.inputs, settings.output, settings.probabilities, settings.overwrite)
+    beside = [PROBABILITIES] if settings.probabilities else []
+    beside += [CONFIDENCE] if settings.confidence is not None else []
+    work = find_work(settings.inputs, settings.output, beside, settings.overwrite)
     device = _device(settings.accelerator)
     store = open_store(settings.tracking.uri, settings.tracking.experiment)
     model = load_model(settings.model, settings.domain, config, store, settings.source_prefix)
     model = _with_own_reading(model, settings)
     options = Options(
         settings.tile_size, settings.shared, settings.batch_size, settings.probabilities, settings.overwrite,
-        own_bands=settings.bands is not None,
+        settings.tta, settings.confidence, own_bands=settings.bands is not None,
     )  # fmt: skip
     if len(work) == 1:
         Scene.open(*work[0], model, options)  # so that a bad file is reported before a run is opened

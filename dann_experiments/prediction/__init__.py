@@ -3,6 +3,7 @@
 - `find_images`: finds the images, and the output path of each map.
 - `scene`: one image to map; reads its pixels in large parts.
 - `tiling`: runs the network on overlapping tiles and blends them.
+- `confidence`: how sure a prediction is, per pixel.
 - `mapping`: maps one image after the other, and resumes interrupted maps.
 - `partial_map`, `rasters`: an unfinished map, and the finished files.
 """

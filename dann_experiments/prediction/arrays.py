@@ -14,13 +14,15 @@ from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.nodata import default_nodata_bands, hides
 from dann_experiments.data.rasters import Window
+from dann_experiments.names import Tta
 from dann_experiments.prediction.tiling import Piece, Tiler, grid_stride, plan_tiles
 
 TILE_SIZE, OVERLAP, BATCH_SIZE = 512, 128, 4
 
 
 def map_arrays(
-    model: Model, images: np.ndarray, tile_size: int = TILE_SIZE, nodata: Sequence[float] = (), probabilities: bool = False
+    model: Model, images: np.ndarray, tile_size: int = TILE_SIZE, nodata: Sequence[float] = (), probabilities: bool = False,
+    tta: Tta = "none",
 ) -> np.ndarray:  # fmt: skip
     """Return the class map of each image, or the probabilities of its classes.
 
@@ -28,7 +30,7 @@ def map_arrays(
     ones are cut into overlapping tiles of `tile_size` pixels and blended without seams. If the model works on pixels of a fixed
     size on the ground (`pixel_size`), the images must have it. A pixel lacks data if a band is NaN or infinite, or holds a
     nodata value: one of `nodata` or of the model's own (`data.DOMAIN.nodata_values`); whether one band suffices depends on the
-    type of the values, as for files.
+    type of the values, as for files. `tta`: map the mean of the predictions for mirrored and turned copies (`models.symmetries`).
 
     Returns class ids (N, h, w) uint8, 255 where there is no data; or with `probabilities` (N, K, h, w) float32, which are 0 for
     all classes where there is no data. Raises InputError for arrays of another shape or type.
@@ -41,7 +43,7 @@ def map_arrays(
         raise InputError(f"the images hold {images.dtype} values; give whole or floating-point numbers.")
     if tile_size < 1:
         raise InputError(f"tile_size is {tile_size}; give a number of pixels, at least 1.")
-    maps = [_mapped(model, image, tile_size, nodata, probabilities) for image in images]
+    maps = [_mapped(model, image, tile_size, nodata, probabilities, tta) for image in images]
     if maps:
         return np.stack(maps)
     height, width = images.shape[2:]
@@ -51,7 +53,7 @@ def map_arrays(
 
 
 def _mapped(
-    model: Model, image: np.ndarray, tile_size: int, nodata: Sequence[float], probabilities: bool
+    model: Model, image: np.ndarray, tile_size: int, nodata: Sequence[float], probabilities: bool, tta: Tta
 ) -> np.ndarray:
     """Return the map (h, w) or the probabilities (K, h, w) of one image (B, h, w)."""
     height, width = image.shape[1:]
@@ -59,7 +61,8 @@ def _mapped(
     shared = min(OVERLAP, tile_size // 2)
     plan = plan_tiles(height, width, tile_size, shared, grid_stride(model.network))
     device = next(model.network.parameters()).device
-    tiler = Tiler(model.network, plan, len(model.class_names), BATCH_SIZE, device, probabilities, rounded=False)
+    count = len(model.class_names)
+    tiler = Tiler(model.network, plan, count, BATCH_SIZE, device, probabilities, rounded=False, tta=tta)
 
     def read(window: Window) -> tuple[torch.Tensor, np.ndarray | None]:
         box = (slice(window.top, window.top + window.height), slice(window.left, window.left + window.width))

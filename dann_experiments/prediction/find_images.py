@@ -18,6 +18,8 @@ from dann_experiments.data.samples import IMAGE_SUFFIXES
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import MAP_SUFFIXES, SIGNATURE_TAG, TIFF_SUFFIXES, read_tags
 
+PROBABILITIES, CONFIDENCE = "probabilities", "confidence"
+
 
 class _Found(NamedTuple):
     """The images of one input."""
@@ -28,18 +30,18 @@ class _Found(NamedTuple):
     is_folder: bool = False
 
 
-def find_work(inputs: Sequence[str], output: str, probabilities: bool, overwrite: bool) -> list[tuple[Path, Path]]:
+def find_work(inputs: Sequence[str], output: str, beside: Sequence[str], overwrite: bool) -> list[tuple[Path, Path]]:
     """Return pairs of image and map.
 
-    `inputs`: files, folders and patterns; `output`: a file, or a folder for several images; `probabilities`: True if a second
-    file is written next to each map; `overwrite`: True if existing maps may be replaced. Raises InputError for inputs that are
-    missing and outputs that exist or cannot be written.
+    `inputs`: files, folders and patterns; `output`: a file, or a folder for several images; `beside`: what is written next to
+    each map, PROBABILITIES or CONFIDENCE; `overwrite`: True if existing maps may be replaced. Raises InputError for inputs that
+    are missing and outputs that exist or cannot be written.
     """
     target = local_path(output, "output")
     found = _find(inputs, target)
     images = _each_once(image for one in found for image in one.images)
     if len(images) == 1 and not any(one.is_folder for one in found) and not _is_folder(output):
-        return [_one(images[0], target, probabilities, overwrite)]
+        return [_one(images[0], target, beside, overwrite)]
     if target.is_file() or target.suffix.lower() in MAP_SUFFIXES:
         what = (
             f"input {found[0].root} is a folder"
@@ -48,15 +50,15 @@ def find_work(inputs: Sequence[str], output: str, probabilities: bool, overwrite
         )
         raise InputError(f"{what}, but output is {target}; name a folder, for a map of each image.")
     pairs = _mirrored(images, _common_root(found), target)
-    _check_apart(pairs, output, probabilities)
+    _check_apart(pairs, output, beside)
     for folder in sorted({path.parent for _, path in pairs}):
         _check_writable(folder)
     return pairs
 
 
-def probabilities_path(output: Path) -> Path:
-    """Return the file for the probabilities of a map."""
-    return output.with_name(f"{output.stem}_probabilities.tif")
+def path_beside(output: Path, what: str) -> Path:
+    """Return the file next to a map for its probabilities or confidence (`what`)."""
+    return output.with_name(f"{output.stem}_{what}.tif")
 
 
 def _is_folder(text: str) -> bool:
@@ -65,14 +67,14 @@ def _is_folder(text: str) -> bool:
     return path.is_dir() or text.endswith(("/", os.sep)) or not path.suffix
 
 
-def _one(source: Path, target: Path, probabilities: bool, overwrite: bool) -> tuple[Path, Path]:
+def _one(source: Path, target: Path, beside: Sequence[str], overwrite: bool) -> tuple[Path, Path]:
     if target.suffix.lower() not in MAP_SUFFIXES:
         raise InputError(
             f"output is {target}; a class map is written as {', '.join(MAP_SUFFIXES)} (JPEG would change the classes)."
         )
     if target.exists() and source.samefile(target):
         raise InputError(f"output is {target}, which is the input; name another file.")
-    for path in (target, *([probabilities_path(target)] if probabilities else [])):
+    for path in (target, *(path_beside(target, what) for what in beside)):
         if path.exists() and not overwrite:
             raise InputError(f"output {path} exists; name another, or set overwrite to true.")
     _check_writable(target.parent)
@@ -221,18 +223,16 @@ def _mirrored(images: Sequence[Path], root: Path, target: Path) -> list[tuple[Pa
     return list(pairs.values())
 
 
-def _check_apart(pairs: Sequence[tuple[Path, Path]], output: str, probabilities: bool) -> None:
-    """Raise InputError if a map would replace an image or the probabilities of another map."""
+def _check_apart(pairs: Sequence[tuple[Path, Path]], output: str, beside: Sequence[str]) -> None:
+    """Raise InputError if a map would replace an image, or the probabilities or confidence of another map."""
     outputs = {os.path.realpath(path): path for _, path in pairs}
     for source, _ in pairs:
         if os.path.realpath(source) in outputs:
             raise InputError(f"output is {output}, where the map of {source} would be the image itself; name another.")
-    if probabilities:
-        taken = set(outputs.values()) & {probabilities_path(path) for path in outputs.values()}
+    for what in beside:
+        taken = set(outputs.values()) & {path_beside(path, what) for path in outputs.values()}
         if taken:
-            raise InputError(
-                f"output {min(taken)} would be both a map and the probabilities of another; rename an image."
-            )
+            raise InputError(f"output {min(taken)} would be both a map and the {what} of another; rename an image.")
 
 
 def _check_writable(folder: Path) -> None:

@@ -14,13 +14,15 @@ import torch
 
 from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config.errors import InputError
-from dann_experiments.prediction.find_images import probabilities_path
-from dann_experiments.prediction.partial_map import PartialMap
+from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, path_beside
+from dann_experiments.prediction.partial_map import CONFIDENCE as CONFIDENCE_LAYER
+from dann_experiments.prediction.partial_map import PartialMap, probabilities_layer
 from dann_experiments.prediction.rasters import (
     SIGNATURE_TAG,
     TIFF_SUFFIXES,
     Legend,
     read_tags,
+    write_confidence,
     write_map,
     write_probabilities,
 )
@@ -115,9 +117,11 @@ class MapMaker:
         name, rows, options = scene.input.name, len(scene.plan.rows.starts), self.options
         tiler = Tiler(
             self.model.network, scene.plan, len(self.model.class_names), options.batch_size, self.device,
-            options.probabilities,
+            options.probabilities, tta=options.tta, confidence=options.confidence,
         )  # fmt: skip
-        with PartialMap(scene.partial_folder, scene.facts, options.probabilities) as partial:
+        layers = [probabilities_layer(tiler.classes)] if options.probabilities else []
+        layers += [CONFIDENCE_LAYER] if options.confidence is not None else []
+        with PartialMap(scene.partial_folder, scene.facts, layers) as partial:
             done, carry, reason = partial.start()
             if reason is not None:
                 log.info("%s: starting anew, as %s: %s.", name, partial.folder, reason)
@@ -129,7 +133,7 @@ class MapMaker:
                 for row in range(done, rows):
                     yield row / rows
                     for piece in tiler.row(row, read):
-                        partial.add(piece.ids, piece.probabilities)
+                        partial.add(*piece.arrays)
                         outcome.pixels += piece.window.height * piece.window.width
                     partial.checkpoint(row + 1, tiler.carry.cpu().numpy())
             except (RunKilled, KeyboardInterrupt):
@@ -151,8 +155,11 @@ class MapMaker:
         legend = Legend(self.model.class_names, self._colors, {**self._tags, SIGNATURE_TAG: scene.signature})
         windows = list(scene.plan.pieces())
         if self.options.probabilities:  # the class map is written last: if it exists, everything does
-            path = probabilities_path(scene.output)
+            path = path_beside(scene.output, PROBABILITIES)
             write_probabilities(path, partial, windows, scene.size, scene.grid, scene.factor, legend)
+        if (kind := self.options.confidence) is not None:
+            path = path_beside(scene.output, CONFIDENCE)
+            write_confidence(path, partial, windows, scene.size, scene.grid, scene.factor, legend, kind)
         if scene.grid.crs is not None and scene.output.suffix.lower() not in TIFF_SUFFIXES:
             log.warning("%s is no GeoTIFF, so it does not have the georeference of the image.", scene.output)
         return write_map(scene.output, partial, windows, scene.size, scene.grid, scene.factor, legend)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,27 @@ PARTIAL_SUFFIX = ".partial"
 FORMAT = 1  # of the partial folder
 
 
+class Layer(NamedTuple):
+    """One kind of values of a map, which has a file of its own."""
+
+    name: str
+    bands: int
+    dtype: str
+
+    @property
+    def file(self) -> str:
+        """Name of the file of its pieces."""
+        return f"{self.name}.raw"
+
+
+CLASSES, CONFIDENCE = Layer("classes", 1, "uint8"), Layer("confidence", 1, "float32")
+
+
+def probabilities_layer(classes: int) -> Layer:
+    """Return the layer of the probabilities of that many classes."""
+    return Layer("probabilities", classes, "uint8")
+
+
 class PartialMap:
     """The finished pieces of a map, in a folder next to it.
 
@@ -33,11 +55,13 @@ class PartialMap:
     wrote after its last `checkpoint` is cut off.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], with_probabilities: bool) -> None:
-        """`facts`: everything that the map depends on; the content of a folder with other facts is deleted."""
+    def __init__(self, folder: Path, facts: Mapping[str, Any], layers: Sequence[Layer] = ()) -> None:
+        """`facts`: everything that the map depends on; the content of a folder with other facts is deleted. `layers`: those that
+        are stored in addition to the class ids."""
         self.folder = folder
         self.facts = json.loads(json.dumps(dict(facts), default=str))
-        self.names = ["classes.raw", *(["probabilities.raw"] if with_probabilities else [])]
+        self.layers = (CLASSES, *layers)
+        self.names = [layer.file for layer in self.layers]
         self._files: list[Any] = []
         self._lock: FileLock | None = None
 
@@ -82,11 +106,11 @@ class PartialMap:
                 return 0, None, reason
             return state["rows"], np.load(self.folder / state["carry"], allow_pickle=False), None
 
-    def add(self, ids: np.ndarray, probabilities: np.ndarray | None) -> None:
-        """Append a piece: class ids (h, w) and, if they are stored, probabilities (K, h, w), both uint8."""
+    def add(self, *arrays: np.ndarray) -> None:
+        """Append a piece: an array (h, w) or (bands, h, w) of each layer, class ids first."""
         with self._explained():
-            for file, values in zip(self._files, (ids, probabilities), strict=False):
-                assert values is not None
+            for file, layer, values in zip(self._files, self.layers, arrays, strict=True):
+                assert values.dtype == layer.dtype
                 file.write(np.ascontiguousarray(values).data)
 
     def checkpoint(self, rows: int, carry: np.ndarray) -> None:
@@ -107,15 +131,16 @@ class PartialMap:
                 if old.name != name:
                     old.unlink()
 
-    def read(self, windows: Iterable[Window], bands: int | None = None) -> Iterator[tuple[Window, np.ndarray]]:
-        """Yield the pieces in order: class ids (1, h, w), or probabilities (bands, h, w) if `bands` is set."""
+    def read(self, windows: Iterable[Window], layer: Layer = CLASSES) -> Iterator[tuple[Window, np.ndarray]]:
+        """Yield the pieces of a layer in order, (bands, h, w)."""
         for file in self._files:
             file.flush()
-        count = bands or 1
-        with open(self.folder / self.names[0 if bands is None else 1], "rb") as file:
+        kind = np.dtype(layer.dtype)
+        with open(self.folder / layer.file, "rb") as file:
             for window in windows:
-                content = file.read(count * window.height * window.width)
-                yield window, np.frombuffer(content, np.uint8).reshape(count, window.height, window.width)
+                shape = (layer.bands, window.height, window.width)
+                content = file.read(math.prod(shape) * kind.itemsize)
+                yield window, np.frombuffer(content, kind).reshape(shape)
 
     def remove(self) -> None:
         """Delete the pieces. The folder is removed at the end of `with`."""
@@ -133,8 +158,10 @@ class PartialMap:
             state = json.loads(path.read_text())
             if state["format"] != FORMAT:
                 return None, "another version of this program made it"
-            other = [key for key, value in self.facts.items() if state["facts"].get(key) != value]
-            if other or set(state["facts"]) != set(self.facts):
+            before = state["facts"]
+            keys = [*self.facts, *(key for key in before if key not in self.facts)]
+            other = [key for key in keys if self.facts.get(key, ...) != before.get(key, ...)]
+            if other:
                 return None, f"made with another {', '.join(other)}"
             short = [name for name in self.names if (self.folder / name).stat().st_size < state["bytes"][name]]
             carry = state["carry"]

@@ -15,10 +15,11 @@ import numpy as np
 from dann_experiments.checkpoints.saved_model import default_domain, read_model_notes
 from dann_experiments.checkpoints.trained_model import Model, noted_model
 from dann_experiments.config.errors import InputError
+from dann_experiments.models.symmetries import checked_tta
 from dann_experiments.prediction.arrays import TILE_SIZE, map_arrays
 
 CLASSES, PROBABILITIES = "classes", "probabilities"
-DEFAULTS: Mapping[str, Any] = {"output": CLASSES, "domain": "", "tile_size": TILE_SIZE, "nodata": ""}
+DEFAULTS: Mapping[str, Any] = {"output": CLASSES, "domain": "", "tile_size": TILE_SIZE, "nodata": "", "tta": "none"}
 """Parameters of `predict`, with their defaults; an empty domain is the target, if the model was trained with one."""
 
 
@@ -37,8 +38,9 @@ class SegmentationModel:
 
         `model_input`: (N, B, h, w), values as an image file stores them, of any size. `params`: `output`, "classes" or
         "probabilities", (N, K, h, w) float32, 0 where there is no data; `domain`, source or target: which domain the images are
-        like; `tile_size` in pixels; `nodata`: values that mean "no data", such as "0" or "0,255". Raises InputError for
-        parameters and arrays that do not fit.
+        like; `tile_size` in pixels; `nodata`: values that mean "no data", such as "0" or "0,255"; `tta`, none, mirror or d4: map
+        the mean of the predictions for 1, 2 or 8 copies of each image. Raises InputError for parameters and arrays that do not
+        fit.
         """
         given = {**DEFAULTS, **(params or {})}
         if unknown := given.keys() - DEFAULTS.keys():
@@ -48,7 +50,8 @@ class SegmentationModel:
         model = self._model(given["domain"] or default_domain(self.notes))
         images = np.asarray(model_input)
         tile_size, nodata = int(given["tile_size"]), _numbers(str(given["nodata"]))
-        return map_arrays(model, images, tile_size, nodata, probabilities=given["output"] == PROBABILITIES)
+        tta = checked_tta(str(given["tta"]))
+        return map_arrays(model, images, tile_size, nodata, probabilities=given["output"] == PROBABILITIES, tta=tta)
 
     def _model(self, domain: str) -> Model:
         if domain not in self._models:

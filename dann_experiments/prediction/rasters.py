@@ -1,7 +1,7 @@
 """Raster files: reads size and georeference, writes finished class maps and probabilities.
 
 Letters: K classes, h x w pixels. Maps have one 8 bit band of class ids, 255 where there is no data. Probabilities have K
-8 bit bands with 254 times the probability.
+8 bit bands with 254 times the probability. Confidence has one band of 32 bit floating-point numbers, NaN where there is no data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import numpy as np
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.orientation import TURNS, orientation_of
 from dann_experiments.data.rasters import CACHE_MB, Window, open_raster
-from dann_experiments.prediction.partial_map import PartialMap
+from dann_experiments.names import Confidence
+from dann_experiments.prediction.confidence import MEANINGS, NO_CONFIDENCE
+from dann_experiments.prediction.partial_map import CLASSES, CONFIDENCE, Layer, PartialMap, probabilities_layer
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader, DatasetWriter
@@ -99,13 +101,14 @@ def write_map(
     source = partial.folder / "map.tif"
     names = legend.class_names
     with _errors_explained(path), _gdal():
-        with _new_tiff(source, size, grid, factor, 1) as file:
+        with _new_tiff(source, size, grid, factor, CLASSES) as file:
             _describe(file, legend)
             file.set_band_description(1, "class")
             table = {index: (*_bytes(color), 255) for index, color in enumerate(legend.colors)}
             file.write_colormap(1, {**table, NODATA: (0, 0, 0, 0)})
             file.update_tags(1, **{f"class_{index}": name for index, name in enumerate(names)})
             counts = _fill(file, partial.read(windows), partial.folder, size, factor)
+            assert counts is not None
         _publish(source, path)
     return np.append(counts[: len(names)], counts[NODATA])
 
@@ -116,24 +119,41 @@ def write_probabilities(
 ) -> None:  # fmt: skip
     """Write the probabilities of all classes to `path`, a Cloud Optimized GeoTIFF with a band per class; see `write_map`."""
     source = partial.folder / "probabilities.tif"
-    count = len(legend.class_names)
+    layer = probabilities_layer(len(legend.class_names))
     with _errors_explained(path), _gdal():
-        with _new_tiff(source, size, grid, factor, count) as file:
+        with _new_tiff(source, size, grid, factor, layer) as file:
             _describe(file, legend)
             file.descriptions = tuple(legend.class_names)
-            file.scales = (1 / PROBABILITY_STEPS,) * count
-            _fill(file, partial.read(windows, count), partial.folder, size, factor)
+            file.scales = (1 / PROBABILITY_STEPS,) * layer.bands
+            _fill(file, partial.read(windows, layer), partial.folder, size, factor)
         _publish(source, path)
 
 
-def _new_tiff(path: Path, size: tuple[int, int], grid: Grid, factor: float, bands: int) -> DatasetWriter:
+def write_confidence(
+    path: Path, partial: PartialMap, windows: Sequence[Window], size: tuple[int, int], grid: Grid, factor: float,
+    legend: Legend, kind: Confidence,
+) -> None:  # fmt: skip
+    """Write the confidence of the prediction to `path`, a Cloud Optimized GeoTIFF of one band, float32; see `write_map`."""
+    source = partial.folder / "confidence.tif"
+    with _errors_explained(path), _gdal():
+        with _new_tiff(source, size, grid, factor, CONFIDENCE, NO_CONFIDENCE) as file:
+            _describe(file, legend)
+            file.set_band_description(1, kind)
+            file.update_tags(1, meaning=MEANINGS[kind])
+            _fill(file, partial.read(windows, CONFIDENCE), partial.folder, size, factor)
+        _publish(source, path)
+
+
+def _new_tiff(
+    path: Path, size: tuple[int, int], grid: Grid, factor: float, layer: Layer, nodata: float = NODATA
+) -> DatasetWriter:
     """Create a GeoTIFF. It is uncompressed, because pieces do not match its tiles, so tiles are written several times."""
     import rasterio
 
     height, width = size if factor == 1.0 else (grid.height, grid.width)
     file = rasterio.open(
-        path, "w", driver="GTiff", height=height, width=width, count=bands, dtype="uint8", nodata=NODATA, tiled=True,
-        blockxsize=BLOCK, blockysize=BLOCK, interleave="band", photometric="MINISBLACK", BIGTIFF="IF_SAFER",
+        path, "w", driver="GTiff", height=height, width=width, count=layer.bands, dtype=layer.dtype, nodata=nodata,
+        tiled=True, blockxsize=BLOCK, blockysize=BLOCK, interleave="band", photometric="MINISBLACK", BIGTIFF="IF_SAFER",
     )  # fmt: skip
     if grid.gcps:
         file.gcps = (list(grid.gcps), grid.crs)
@@ -153,15 +173,15 @@ def _describe(file: DatasetWriter, legend: Legend) -> None:
 
 def _fill(
     file: DatasetWriter, pieces: Iterable[tuple[Window, np.ndarray]], folder: Path, size: tuple[int, int], factor: float
-) -> np.ndarray:
-    """Write the pieces and return the count of each value, (256,)."""
+) -> np.ndarray | None:
+    """Write the pieces and return the count of each value, (256,); None if they are not 8 bit."""
     import rasterio
 
     if factor == 1.0:
         return _write(file, pieces)
     working = folder / "working.tif"  # on the grid of the prediction
     with rasterio.open(
-        working, "w", driver="GTiff", height=size[0], width=size[1], count=file.count, dtype="uint8", tiled=True,
+        working, "w", driver="GTiff", height=size[0], width=size[1], count=file.count, dtype=file.dtypes[0], tiled=True,
         blockxsize=BLOCK, blockysize=BLOCK, interleave="band", BIGTIFF="IF_SAFER",
     ) as between:  # fmt: skip
         _write(between, pieces)
@@ -171,13 +191,14 @@ def _fill(
     return counts
 
 
-def _write(file: DatasetWriter, pieces: Iterable[tuple[Window, np.ndarray]]) -> np.ndarray:
+def _write(file: DatasetWriter, pieces: Iterable[tuple[Window, np.ndarray]]) -> np.ndarray | None:
     from rasterio.windows import Window as FileWindow
 
-    counts = np.zeros(256, np.int64)
+    counts = np.zeros(256, np.int64) if file.dtypes[0] == "uint8" else None
     for window, values in pieces:
         file.write(values, window=FileWindow(window.left, window.top, window.width, window.height))  # pyright: ignore[reportCallIssue]
-        counts += np.bincount(values[0].ravel(), minlength=256)
+        if counts is not None:
+            counts += np.bincount(values[0].ravel(), minlength=256)
     return counts
 
 

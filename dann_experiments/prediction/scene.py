@@ -28,6 +28,7 @@ from dann_experiments.data.reading import (
     plain_reading,
 )
 from dann_experiments.data.statistics import BandSums, range_remark
+from dann_experiments.names import Confidence, Tta
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import Grid, read_grid
 from dann_experiments.prediction.tiling import Axis, Plan, grid_stride, plan_tiles
@@ -55,6 +56,10 @@ class Options:
     """Also write the probabilities of all classes."""
     overwrite: bool = False
     """Replace existing maps."""
+    tta: Tta = "none"
+    """Copies of each tile whose predictions are averaged."""
+    confidence: Confidence | None = None
+    """Kind of confidence to write as well; None = none."""
     own_bands: bool = False
     """True if the user, not the model, chose the bands to read."""
 
@@ -98,6 +103,9 @@ class Scene:
             "normalisation": dataclasses.asdict(model.normalisation), "tile_size": options.tile_size,
             "overlap": options.overlap, "batch_size": options.batch_size, "probabilities": options.probabilities,
         }  # fmt: skip
+        # left out at their defaults, so that maps of older versions still count as finished
+        facts |= {"tta": options.tta} if options.tta != "none" else {}
+        facts |= {"confidence": options.confidence} if options.confidence is not None else {}
         return cls(
             source, output, header, reading, bands, read_grid(source), reading.factor(header, source), (height, width), plan,
             for_file(model.normalisation, reading, header), json.loads(json.dumps(facts)),

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.rasters import Window
 from dann_experiments.models.networks import logits_of_any_size
+from dann_experiments.models.symmetries import mean_probabilities
 from dann_experiments.models.taps import evaluating
+from dann_experiments.names import Confidence, Tta
+from dann_experiments.prediction.confidence import NO_CONFIDENCE, confidence_of
 from dann_experiments.prediction.rasters import NODATA, PROBABILITY_STEPS
 
 Read = Callable[[Window], tuple[Tensor, np.ndarray | None]]
@@ -107,6 +110,13 @@ class Piece(NamedTuple):
     probabilities: np.ndarray | None
     """(K, h, w) uint8, 254 times the probability (float32, the probability itself, if not rounded); NODATA where there is no
     data. None = not requested."""
+    confidence: np.ndarray | None = None
+    """(h, w) float32 in 0..1; NaN where there is no data. None = not requested."""
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """The values that were requested, in the order above, without the window."""
+        return [values for values in self[1:] if values is not None]
 
 
 def plan_tiles(height: int, width: int, tile_size: int, overlap: int, stride: int) -> Plan:
@@ -154,9 +164,12 @@ class Tiler:
         device: torch.device,
         with_probabilities: bool = False,
         rounded: bool = True,
+        tta: Tta = "none",
+        confidence: Confidence | None = None,
     ) -> None:
         """`network` (on `device`) maps images (N, B, h, w) to logits (N, classes, h, w). `rounded`: whether probabilities are
-        rounded to whole numbers, as files store them."""
+        rounded to whole numbers, as files store them. `tta`: the copies of each tile whose predictions are averaged;
+        `confidence`: the kind of confidence to add to the pieces."""
         self.network = network
         self.plan = plan
         self.classes = classes
@@ -164,6 +177,8 @@ class Tiler:
         self.device = device
         self.with_probabilities = with_probabilities
         self.rounded = rounded
+        self.tta: Tta = tta
+        self.confidence: Confidence | None = confidence
         self.carry = torch.zeros(classes, plan.rows.ramp, plan.columns.length, device=device)
         """Lower ramp (K, ramp, width) of the last row of tiles, to blend with the next row."""
         self._held = torch.empty(0)  # (K, h, ramp): right ramp of the last tile, to blend with the next tile
@@ -193,16 +208,19 @@ class Tiler:
             return torch.zeros(len(images), self.classes, rows, columns, device=self.device)
         stack = torch.stack([_filled_up(images[number], rows, columns) for number in seen])
         with evaluating(self.network):
-            logits = logits_of_any_size(self.network, stack.to(self.device, non_blocking=True))
-        wanted = (len(seen), self.classes, rows, columns)
-        if tuple(logits.shape) != wanted:
-            raise InputError(f"the model returns logits of shape {tuple(logits.shape)}; its settings imply {wanted}.")
-        probabilities = logits.float().softmax(1)
+            probabilities = mean_probabilities(self._logits, stack.to(self.device, non_blocking=True), self.tta)
         if len(seen) == len(images):
             return probabilities
         result = torch.zeros(len(images), self.classes, rows, columns, device=self.device)
         result[seen] = probabilities
         return result
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits = logits_of_any_size(self.network, images)
+        wanted = (len(images), self.classes, *images.shape[2:])
+        if tuple(logits.shape) != wanted:
+            raise InputError(f"the model returns logits of shape {tuple(logits.shape)}; its settings imply {wanted}.")
+        return logits
 
     @torch.inference_mode()
     def _blend(self, row: int, column: int, tile: Tensor, valid: np.ndarray | None) -> Piece:
@@ -227,6 +245,7 @@ class Tiler:
 
     def _reduced(self, window: Window, part: Tensor, row: int, column: int, valid: np.ndarray | None) -> Piece:
         ids = part.max(0).indices.to(torch.uint8).cpu().numpy()  # many times as fast as argmax on a CPU
+        sure = None if self.confidence is None else confidence_of(part, self.confidence).cpu().numpy()
         stored = None
         if self.with_probabilities and self.rounded:
             stored = (part * PROBABILITY_STEPS).round_().to(torch.uint8).cpu().numpy()
@@ -239,7 +258,9 @@ class Tiler:
             ids[missing] = NODATA
             if stored is not None:
                 stored[:, missing] = NODATA
-        return Piece(window, ids, stored)
+            if sure is not None:
+                sure[missing] = NO_CONFIDENCE
+        return Piece(window, ids, stored, sure)
 
 
 def _filled_up(image: Tensor, height: int, width: int) -> Tensor:

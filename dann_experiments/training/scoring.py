@@ -5,6 +5,7 @@ Letters: N images, K classes, H x W pixels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from torch.utils.data import DataLoader
 from dann_experiments import scores
 from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.models.networks import logits_of_any_size, predicted_classes
+from dann_experiments.models.symmetries import mean_probabilities
 from dann_experiments.models.taps import evaluating
-from dann_experiments.names import Metric
+from dann_experiments.names import Metric, Tta
 from dann_experiments.scores.bnm import batch_nuclear_norm_from
 from dann_experiments.scores.confusion import count_pairs
 from dann_experiments.scores.entropy import mean_entropy_from
@@ -177,14 +179,24 @@ class SelectionScorer:
         }
 
 
-def score_set(network: nn.Module, loader: DataLoader, num_classes: int, ignore_index: int) -> Scores:
-    """Return the scores of `network` in eval mode over every image of `loader`, each forwarded once."""
+def score_set(network: nn.Module, loader: DataLoader, num_classes: int, ignore_index: int, tta: Tta = "none") -> Scores:
+    """Return the scores of `network` in eval mode over every image of `loader`. `tta`: score the mean probabilities of several
+    forward passes of each image (`models.symmetries`), else each image is forwarded once."""
     device = next(network.parameters()).device
     scorer = Scorer(num_classes, ignore_index)
     with evaluating(network):
         for batch in loader:
-            scorer.update(logits_of_any_size(network, batch["image"].to(device)), batch["mask"].to(device))
+            scorer.update(_logits(network, batch["image"].to(device), tta), batch["mask"].to(device))
     return scorer.compute()
+
+
+def _logits(network: nn.Module, images: Tensor, tta: Tta) -> Tensor:
+    """Return logits (N, K, H, W), of which the softmax is the mean of the predictions if `tta` is not none."""
+    forward = functools.partial(logits_of_any_size, network)
+    if tta == "none":
+        return forward(images)
+    probabilities = mean_probabilities(forward, images, tta)
+    return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
 
 
 def predict_images(network: nn.Module, images: Sequence[Tensor]) -> list[np.ndarray]:
