@@ -28,6 +28,9 @@ OTHER = {
     "optimizer.name": "sgd",
     "optimizer.schedule": "cosine",
     "optimizer.betas": [0.5, 0.9],
+    "optimizer.lr_factors": {"encoder": 0.1},
+    "optimizer.freeze": ["encoder"],
+    "trainer.ema_decay": 0.9,
     "model.classes": 3,
     "model.in_channels": 3,
     "model.decoder_channels": [16, 8],
@@ -55,11 +58,12 @@ KEYS = [key for key in known_keys() if key.startswith(SHARED)]
 def test_a_setting_of_training_reaches_every_arm(key):
     base = load_config(overrides={"data.oracle": ["labelled"], "data.target.train": ["target"]})
     wanted = another(key, flatten(base)[key])
+    more = {key.replace("freeze_epochs", "freeze"): ["encoder"]} if key.endswith("freeze_epochs") else {}
     if wanted is None and flatten(base)[key] is None:
         wanted = 1 if not key.startswith("model.") else None
     if wanted is None and key.startswith("model."):
         pytest.skip("options of one architecture: the whole group is held by `ALIKE`")
-    config = load_config(overrides={"data.oracle": ["labelled"], "data.target.train": ["target"], key: wanted})
+    config = load_config(overrides={"data.oracle": ["labelled"], "data.target.train": ["target"], **more, key: wanted})
     assert flatten(config)[key] != flatten(base)[key] or key == "model.in_channels"
     arms, _ = arms_of(CompareConfig(), config)
     assert {arm.kind for arm in arms} == {"source_only", "statistics", "control", "adapted", "oracle"}

@@ -101,7 +101,6 @@ def test_groups_have_the_rates_of_their_innermost_part():
         ({"optimizer.lr_factors": "{encoder: 0}"}, r"optimizer\.lr_factors is \{'encoder': 0\.0\}; give factors above 0"),
         ({"optimizer.schedule": "plateau", "monitor.metric": None}, r"schedule is plateau, but monitor\.metric is null"),
         ({"monitor.patience": 2, "monitor.metric": None}, r"monitor\.patience is 2, but monitor\.metric is null"),
-        ({"trainer.ema_decay": 0.9, "domain_adaptation.batchnorm": "target_stats"}, r"trainer\.ema_decay averages BatchNorm"),
         ({"trainer.ema_decay": 0.9, "trainer.devices": 2}, r"trainer\.ema_decay averages weights in one process"),
         ({"trainer.ema_decay": 1.5}, r"trainer\.ema_decay is 1\.5"),
         ({"trainer.accumulate_grad_batches": 0}, r"trainer\.accumulate_grad_batches is 0"),
@@ -110,6 +109,13 @@ def test_groups_have_the_rates_of_their_innermost_part():
 def test_settings_without_effect_are_told(given, told):
     with pytest.raises(InputError, match=told):
         load_config(overrides=given)
+
+
+def test_an_average_of_statistics_that_are_replaced_is_told(squares, workplace):
+    """Not by the settings themselves: the AdaBN arm of a comparison shares them, and is not trained."""
+    more = {"trainer__ema_decay": 0.9, "domain_adaptation__batchnorm": "target_stats"}
+    with pytest.raises(InputError, match=r"trainer\.ema_decay averages BatchNorm's statistics"):
+        adapt(load_config(None, small_settings(squares, **more)))
 
 
 @pytest.mark.parametrize("setting", ["freeze", "lr_factors"])

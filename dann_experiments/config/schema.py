@@ -76,17 +76,10 @@ class Config:
                 raise InputError(
                     f"{prefix}optimizer.schedule is plateau, but monitor.metric is null; name the metric to watch."
                 )
-        if self.trainer.ema_decay is not None:
-            if self.domain_adaptation.batchnorm == "target_stats":
-                raise InputError(
-                    "trainer.ema_decay averages BatchNorm's statistics, which domain_adaptation.batchnorm target_stats replaces; "
-                    "set one of them to its default."
-                )
-            if self.trainer.devices > 1:
-                raise InputError(
-                    f"trainer.ema_decay averages weights in one process, but trainer.devices is {self.trainer.devices}; set "
-                    "it to 1."
-                )
+        if self.trainer.ema_decay is not None and self.trainer.devices > 1:
+            raise InputError(
+                f"trainer.ema_decay averages weights in one process, but trainer.devices is {self.trainer.devices}; set it to 1."
+            )
 
     def _check_weights(self) -> None:
         weights = self.class_weights
