@@ -19,6 +19,7 @@ QUESTION = (
     "sampler",
     "sampler_seed",
     "pruner",
+    "seeds_per_trial",
 )  # changing one of these makes another study
 
 
@@ -49,9 +50,13 @@ class SweepConfig(PoolSettings):
     random: independent draws; grid: every point of a grid."""
     sampler_seed: Annotated[int, between(0, 2**32 - 1)] = 0
     """Seed of the proposals. The runs have their own, `seed`."""
-    pruner: Literal["median", "halving", "hyperband", "none"] = "median"
-    """Rule that stops poor trials early, after each epoch. median: worse than the median; halving: asynchronous successive
-    halving; hyperband: Hyperband; none: run all to the end."""
+    seeds_per_trial: Annotated[int, between(1, 1000)] = 1
+    """Number of seeds with which each trial is trained: seed, seed + 1, ... Its value is the mean over them, and each training is
+    a run of its own."""
+    pruner: Literal["median", "halving", "hyperband", "wilcoxon", "none"] | None = None
+    """Rule that stops poor trials early. After each epoch: median (worse than the median), halving (asynchronous successive
+    halving), hyperband (Hyperband). After each seed, with seeds_per_trial above 1: wilcoxon (Wilcoxon's signed-rank test
+    against the best trial, from the fourth seed). none: run all to the end. null = median, or wilcoxon with several seeds."""
     max_failures: Annotated[int, between(1, 100_000)] = 5
     """Stop the sweep after this many failed trials in a row."""
     nested: bool = False
@@ -81,6 +86,11 @@ class SweepConfig(PoolSettings):
         return MonitorConfig(metric=self.objective).direction == "max"
 
     @property
+    def pruner_used(self) -> str:
+        """`pruner`, or the one that null stands for."""
+        return self.pruner or ("median" if self.seeds_per_trial == 1 else "wilcoxon")
+
+    @property
     def uses_target_labels(self) -> bool:
         """True if the objective is computed from target labels."""
         return self.objective.startswith(TARGET_LABEL_METRICS)
@@ -88,6 +98,15 @@ class SweepConfig(PoolSettings):
     def __post_init__(self) -> None:
         limits.check(self)
         self.check_pool()
+        if self.pruner == "wilcoxon" and self.seeds_per_trial == 1:
+            raise InputError(
+                "pruner is 'wilcoxon', which compares seeds, but seeds_per_trial is 1; raise it or remove pruner."
+            )
+        if self.pruner not in (None, "wilcoxon", "none") and self.seeds_per_trial > 1:
+            raise InputError(
+                f"pruner is {self.pruner!r}, which judges epochs, but seeds_per_trial is {self.seeds_per_trial}; give wilcoxon "
+                "or none, or remove pruner."
+            )
         if re.search(r"_test(/|$)", self.objective):
             raise InputError(
                 f"objective is {self.objective!r}, a score of the held-out test set, which can no longer test what was "
