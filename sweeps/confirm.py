@@ -97,7 +97,7 @@ def confirm(
     without_effect = [key for key in overrides if key not in EFFECTIVE]
     if without_effect:
         raise InputError(f"{without_effect[0]} has no effect in confirm; give some of {sorted(EFFECTIVE)}.")
-    single = {"pruner": "none", "seeds_per_trial": 1}  # here each seed is a trial
+    single = {"pruner": "none", "seeds_per_trial": 1, "report_every_n_steps": None}  # here each seed is a trial
     top = parent.attribute(SETTINGS).get("confirm_top") or DEFAULT_TOP
     sweep = stored_settings(parent, {"confirm_top": top, **overrides, **single, "storage": storage})
     refuse_unshared(sweep, "storage", address)

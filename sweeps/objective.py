@@ -95,7 +95,9 @@ def run_trial(
     """
     started = time.monotonic()
     sampler = build_sampler(sweep, space.conditional, slot.number, sweep.n_trials or 1)
-    optuna_study = study.for_sampling(sampler, build_pruner(sweep.pruner_used, base.trainer.max_epochs))
+    optuna_study = study.for_sampling(
+        sampler, build_pruner(sweep.pruner_used, base.trainer.max_epochs, sweep.report_every_n_steps)
+    )
     trial = optuna.Trial(optuna_study, slot._trial_id)
     reference = bool(slot.user_attrs["reference"])
     state, value = TrialState.FAIL, None
@@ -131,7 +133,7 @@ def _trained(
         name = trial_name(study.name, slot.number, seeded)
         seeded = replace(seeded, {"tracking.run_name": name, "tracking.registered_model_name": None})
         if sweep.seeds_per_trial == 1:
-            callback = PruningCallback(trial, sweep.objective, may_prune, threshold)
+            callback = PruningCallback(trial, sweep.objective, may_prune, threshold, sweep.report_every_n_steps)
         else:
             callback = RunCallback(trial, sweep.objective, index * config.trainer.max_epochs)
         result = adapt(seeded, [callback], tags)

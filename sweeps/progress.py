@@ -66,6 +66,8 @@ def describe_end(trial: FrozenTrial) -> str:
     if trial.state == TrialState.PRUNED:
         if seeds_done(trial):
             return f"pruned after {seeds_done(trial)} seeds"
+        if "steps" in trial.user_attrs:
+            return f"pruned after {trial.user_attrs['steps']} steps"
         return f"pruned after epoch {trial.user_attrs.get('epochs')}"
     if superseded(trial):
         return f"retried{role}: {trial.user_attrs.get('error')}"

@@ -96,14 +96,18 @@ class _QMCSampler(optuna.samplers.QMCSampler):
         return self._trial_number
 
 
-def build_pruner(name: str, max_epochs: int) -> optuna.pruners.BasePruner:
-    """Return the pruner; its steps are epochs, 1 to `max_epochs`, or for `wilcoxon` the numbers of seeds, from 0."""
+def build_pruner(name: str, max_epochs: int, every_n_steps: int | None = None) -> optuna.pruners.BasePruner:
+    """Return the pruner. Its steps are epochs, 1 to `max_epochs`; optimizer steps if it judges every `every_n_steps` of them; or
+    for `wilcoxon` the numbers of seeds, from 0."""
+    first = every_n_steps or 1
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=4, n_min_trials=3)
     if name == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=3)
     if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max_epochs, reduction_factor=3)
+        # "auto": the steps of the first complete trial; it is not known here how many an epoch has
+        last = max_epochs if every_n_steps is None else "auto"
+        return optuna.pruners.HyperbandPruner(min_resource=first, max_resource=last, reduction_factor=3)
     if name == "wilcoxon":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Optuna calls it experimental

@@ -20,6 +20,7 @@ QUESTION = (
     "sampler_seed",
     "pruner",
     "seeds_per_trial",
+    "report_every_n_steps",
 )  # changing one of these makes another study
 
 
@@ -57,6 +58,10 @@ class SweepConfig(PoolSettings):
     """Rule that stops poor trials early. After each epoch: median (worse than the median), halving (asynchronous successive
     halving), hyperband (Hyperband). After each seed, with seeds_per_trial above 1: wilcoxon (Wilcoxon's signed-rank test
     against the best trial, from the fourth seed). none: run all to the end. null = median, or wilcoxon with several seeds."""
+    report_every_n_steps: Annotated[int | None, between(1, 10**9)] = None
+    """Also score the objective on the whole validation sets every N optimizer steps within an epoch, and let the pruner judge
+    by it; its steps are then optimizer steps. For runs of few epochs. Results of a trial that is not pruned do not change. null =
+    after each epoch only."""
     max_failures: Annotated[int, between(1, 100_000)] = 5
     """Stop the sweep after this many failed trials in a row."""
     nested: bool = False
@@ -106,6 +111,11 @@ class SweepConfig(PoolSettings):
             raise InputError(
                 f"pruner is {self.pruner!r}, which judges epochs, but seeds_per_trial is {self.seeds_per_trial}; give wilcoxon "
                 "or none, or remove pruner."
+            )
+        if self.report_every_n_steps is not None and self.pruner_used in ("wilcoxon", "none"):
+            raise InputError(
+                f"report_every_n_steps is {self.report_every_n_steps}, but pruner {self.pruner_used} does not judge within a "
+                "run; remove it or choose median, halving or hyperband."
             )
         if re.search(r"_test(/|$)", self.objective):
             raise InputError(

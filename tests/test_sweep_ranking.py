@@ -20,6 +20,7 @@ from sweeps import show
 from sweeps.confirm import _Contest, confirm
 from sweeps.definition import describe
 from sweeps.driver import run_sweep
+from sweeps.figures import _short_names
 from sweeps.progress import describe_end
 from sweeps.ranking import FORGETTING, set_forgetting
 from sweeps.report import forgetting_note, passed_over_note, sweep_note, top_trials, write_report
@@ -110,6 +111,7 @@ def test_the_report_shows_the_trial_that_lost_by_forgetting_beside_the_winner(wo
     table = pd.read_csv(workplace / "report" / "trials.csv").set_index("trial")
     assert table["source kept"].to_dict() == {0: "yes", 1: "yes", 2: "NO", 3: "yes", 4: "NO"}
     assert table[Metric.SOURCE_DROP].to_dict() == {0: 0.01, 1: 0.0, 2: 0.3, 3: 0.05, 4: 0.051}
+    assert _short_names(study).best_trial.number == 3  # what the figures draw as the best
     show.print_study(study)
     assert passed in capsys.readouterr().out
     note = sweep_note(study, open_store(None, "e"), "run", study.best())
