@@ -69,7 +69,7 @@ def trials_table(study: Sweep) -> pd.DataFrame:
                 "seed_scores": " ".join(f"{seed}:{value!r}" for seed, value in known.get("seed_scores", {}).items())
                 or None,
                 **{name: value for name, value in known.get("scores", {}).items() if name != objective},
-                KEPT: source_kept(trial),
+                "source_kept": source_kept(trial),
                 **(known.get("point") or trial.params),
                 "candidate": known.get("candidate"),
                 "attempt": known.get("attempt"),

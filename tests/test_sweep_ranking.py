@@ -109,7 +109,7 @@ def test_the_report_shows_the_trial_that_lost_by_forgetting_beside_the_winner(wo
     assert "# Trial 3 of study s" in header
     assert "Every" not in report + header
     table = pd.read_csv(workplace / "report" / "trials.csv").set_index("trial")
-    assert table["source kept"].to_dict() == {0: "yes", 1: "yes", 2: "NO", 3: "yes", 4: "NO"}
+    assert table["source_kept"].to_dict() == {0: "yes", 1: "yes", 2: "NO", 3: "yes", 4: "NO"}
     assert table[Metric.SOURCE_DROP].to_dict() == {0: 0.01, 1: 0.0, 2: 0.3, 3: 0.05, 4: 0.051}
     assert _short_names(study).best_trial.number == 3  # what the figures draw as the best
     show.print_study(study)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def run_next(study: Sweep, sweep: SweepConfig) -> optuna.trial.FrozenTrial:
 
 
 @pytest.fixture
-def trainings(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> Iterator[type[Trainings]]:
+def trainings(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> type[Trainings]:
     class Patched(Trainings):
         def __init__(self, scores: list[float]) -> None:
             super().__init__(scores)

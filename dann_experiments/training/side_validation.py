@@ -18,12 +18,13 @@ def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, floa
     `trainer` is in the middle of an epoch of `fit`, with a `DomainAdaptationMonitorCallback`. Everything that training depends on
     is restored: random states, the mode of every module, and all buffers, such as BatchNorm's statistics. Nothing is logged.
     """
-    monitor = next(one for one in trainer.callbacks if isinstance(one, DomainAdaptationMonitorCallback)).beside()
+    callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    monitor = next(one for one in callbacks if isinstance(one, DomainAdaptationMonitorCallback)).beside()
     loaders = trainer.val_dataloaders or []
     states, buffers = random_states(), {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
         with evaluating(module), trainer.precision_plugin.val_step_context():
-            for callback in trainer.callbacks:
+            for callback in callbacks:
                 if isinstance(callback, TargetStatistics):
                     target_statistics(module.network, callback.loader)  # pyright: ignore[reportArgumentType]
             for index, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
