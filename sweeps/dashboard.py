@@ -24,7 +24,7 @@ def add_to_note(trial: optuna.Trial, line: str) -> None:
     """Add a line to the note of a trial, below what is there: a user may have written on it. A note of full length is kept."""
     storage, study_id, start = trial.storage, trial.study._study_id, f"dashboard:{trial._trial_id}:"
     known = storage.get_study_system_attrs(study_id)
-    if f"{start}note_str:1" in known:  # a long note of a user
+    if known.get(f"{start}note_str:1"):  # a long note of a user
         return
     before = known.get(f"{start}note_str:0", "")
     text = f"{before}\n\n{line}" if before else line

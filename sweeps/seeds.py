@@ -82,9 +82,9 @@ def trainings_counted(study: Sweep) -> str | None:
     numbers = {trial.number for trial in counted}
     done = sum(map(seeds_done, counted))
     twice = sum(seeds_done(trial) for trial in study.trials() if trial.number not in numbers)
-    parts = [f"{done} of {each * len(counted)} trainings done"]
+    parts = [f"{done} of {each * len(counted)} trainings done ({each} seeds per trial)"]
     for state, words in ((TrialState.PRUNED, "spared by pruning"), (TrialState.FAIL, "missing in failed trials")):
         missing = sum(each - seeds_done(trial) for trial in counted if trial.state == state)
         parts += [f"{missing} {words}"] if missing else []
     parts += [f"{twice} more by trials that were run again from their first seed"] if twice else []
-    return f"{each} seeds per trial: {', '.join(parts)}"
+    return ", ".join(parts)

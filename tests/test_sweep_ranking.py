@@ -127,6 +127,7 @@ def test_where_all_trials_forgot_the_source_every_place_says_so(workplace, capsy
     words = "Every complete trial except the control forgot the source by more than 0.05"
     report, header = written(study, workplace / "report")
     assert words in report
+    assert "Best of those that forgot the source: **trial 2**" in report
     assert words in header
     show.print_study(study)
     assert words in capsys.readouterr().out

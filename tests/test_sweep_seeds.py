@@ -125,13 +125,13 @@ def test_a_trial_that_is_worse_with_each_of_four_seeds_is_pruned_and_its_trainin
     assert seeds_done(trial) == 4
     assert len(made.seeds) == 10
     assert describe_end(trial) == "pruned after 4 seeds"
-    assert trainings_counted(study) == "6 seeds per trial: 10 of 18 trainings done, 2 spared by pruning"
+    assert trainings_counted(study) == "10 of 18 trainings done (6 seeds per trial), 2 spared by pruning"
     progress = StudyProgress(study, 1, None)
     assert "10 of 18 trainings done" in progress._line()[0]
     (Path("report")).mkdir()
     write_report(study, open_store(None, "e"), Path("report"))
     report = Path("report/report.md").read_text()
-    assert "10 of 18 trainings done, 2 spared by pruning." in report
+    assert "10 of 18 trainings done (6 seeds per trial), 2 spared by pruning." in report
     assert "pruner wilcoxon" in report
     assert "the mean of the seeds 0, 1, 2, 3, 4, 5" in Path("report/best_config.yaml").read_text()
 
@@ -142,7 +142,7 @@ def test_a_seed_that_fails_fails_its_trial_and_a_retried_trial_counts_once(train
     failed = run_next(study, sweep)
     assert failed.state.name == "FAIL"
     assert "this seed fails" in failed.user_attrs["error"]
-    assert trainings_counted(study) == "3 seeds per trial: 1 of 6 trainings done, 2 missing in failed trials"
+    assert trainings_counted(study) == "1 of 6 trainings done (3 seeds per trial), 2 missing in failed trials"
     slot = study.claim("host:1:0", "t")  # and this one is killed after its first seed
     assert slot is not None
     study.note(slot, seed_scores={"0": 0.9}, scores={}, run_ids=["killed"])
@@ -152,7 +152,7 @@ def test_a_seed_that_fails_fails_its_trial_and_a_retried_trial_counts_once(train
     assert again.user_attrs["retry_of"] == slot.number
     assert again.value == pytest.approx(0.2)
     assert trainings_counted(study) == (
-        "3 seeds per trial: 4 of 6 trainings done, 2 missing in failed trials, "
+        "4 of 6 trainings done (3 seeds per trial), 2 missing in failed trials, "
         "1 more by trials that were run again from their first seed"
     )
 
@@ -234,7 +234,7 @@ def test_each_seed_is_a_run_with_the_tags_of_its_trial_and_confirm_takes_other_s
         assert all(f"/runs/{run.info.run_id}?" in note for run in own)
         assert system[f"dashboard:{trial._trial_id}:note_ver"] == 2
     report = (result.folder / "report.md").read_text()
-    assert "2 seeds per trial: 6 of 6 trainings done." in report
+    assert "6 of 6 trainings done (2 seeds per trial)." in report
     assert "100% of the full number of epochs" in report
     assert "means over 2 seeds each" in report or "no better than the lambda = 0 control" in report
     confirm("s", None, {"confirm_top": 1, "confirm_seeds": 1, "workers": 1})
