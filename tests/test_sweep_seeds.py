@@ -16,6 +16,7 @@ from dann_experiments.config import Config
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.jobs import RunResult
 from dann_experiments.names import Metric, SetName, Tag
+from dann_experiments.scores.selection import SCORES
 from dann_experiments.tracking.store import open_store
 from sweeps import objective
 from sweeps.confirm import confirm
@@ -241,3 +242,21 @@ def test_each_seed_is_a_run_with_the_tags_of_its_trial_and_confirm_takes_other_s
     again = Sweep(result.sweep.storage, "s-confirm")
     assert {trial.user_attrs["seed"] for trial in again.trials()} == {2}
     assert all("seed_scores" not in trial.user_attrs for trial in again.trials())
+
+
+def test_an_objective_without_labels_follows_both_rules(monkeypatch, workplace):
+    """A network that forgot the source has the worst score, as an epoch would have, and the trial has the constraint."""
+    study, sweep = new_study(2, objective=Metric.SELECT_SND)
+    results = iter([(0.9, 0.2, 0.0), (0.1, 0.0, 1.0)])
+
+    def trained(config: Config, callbacks: Any, tags: Any) -> RunResult:
+        score, drop, kept = next(results)
+        metrics = {Metric.SELECT_SND: score, Metric.SOURCE_KEPT: kept, Metric.SOURCE_VAL_IOU: 0.9 - drop}
+        return RunResult("adapt", "run", "0", "sqlite:///x", metrics, {Metric.SOURCE_VAL_IOU: 0.9})
+
+    monkeypatch.setattr(objective, "adapt", trained)
+    forgetful, faithful = run_next(study, sweep), run_next(study, sweep)
+    assert (forgetful.value, faithful.value) == (SCORES[Metric.SELECT_SND].worst, 0.1)
+    assert forgetful.constraints["source_forgetting"] == pytest.approx(0.15)
+    assert faithful.constraints["source_forgetting"] == -0.05
+    assert [trial.number for trial in study.ranked()] == [1, 0]
