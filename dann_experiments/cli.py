@@ -143,9 +143,13 @@ def _compare(request: Request) -> int:
             "dann_experiments.comparison.runner"
         )  # imported once for all workers, in parallel to this process
     from dann_experiments.comparison.compare import ComparisonFailed, compare
+    from dann_experiments.comparison.label_curve import compare_labels
     from dann_experiments.reports import terminal
 
     try:
+        if settings.labelled:
+            terminal.print_label_curve(compare_labels(config, settings))
+            return 0
         result = compare(config, settings)
     except ComparisonFailed as error:
         print(f"The comparison failed: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 Domain = Literal["source", "target"]
-Split = Literal["train", "val", "test"]
+Split = Literal["train", "val", "test", "train_labelled"]
 DOMAINS: tuple[Domain, ...] = ("source", "target")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
@@ -43,20 +43,27 @@ class SetName:
         """The name in titles: source train."""
         return f"{self.domain} {self.split}"
 
+    @property
+    def training(self) -> bool:
+        """True for a set to train on."""
+        return self.split in ("train", "train_labelled")
+
     @classmethod
     def parse(cls, text: str) -> SetName:
         """Return the set with this name, such as source_train. Raises ValueError for any other text."""
         domain, _, split = text.partition("_")
-        if domain not in DOMAINS or split not in SPLITS:
+        if domain not in DOMAINS or split not in (*SPLITS, "train_labelled"):
             raise ValueError(f"{text!r} is no set of images; they are {', '.join(map(str, ALL_SETS))}.")
         return cls(cast(Domain, domain), cast(Split, split))
 
 
-ALL_SETS = tuple(SetName(domain, split) for domain in DOMAINS for split in SPLITS)
-SOURCE_TRAIN, SOURCE_VAL, SOURCE_TEST, TARGET_TRAIN, TARGET_VAL, TARGET_TEST = ALL_SETS
-PRETRAINING_SETS = tuple(name for name in ALL_SETS if name != TARGET_TRAIN)
+TARGET_LABELLED = SetName("target", "train_labelled")
+"""A few target images with labels, which join the segmentation loss of adaptation."""
+ALL_SETS = (*(SetName(domain, split) for domain in DOMAINS for split in SPLITS), TARGET_LABELLED)
+SOURCE_TRAIN, SOURCE_VAL, SOURCE_TEST, TARGET_TRAIN, TARGET_VAL, TARGET_TEST, _ = ALL_SETS
+PRETRAINING_SETS = tuple(name for name in ALL_SETS if name not in (TARGET_TRAIN, TARGET_LABELLED))
 """The sets that training of the source model uses."""
-SCORED_SETS = tuple(name for name in ALL_SETS if name.split != "train")
+SCORED_SETS = tuple(name for name in ALL_SETS if not name.training)
 """The sets that `evaluate` scores."""
 
 
@@ -109,6 +116,8 @@ class Tag:
     FORGOT_SOURCE = "dann.forgot_source"
     ALIGNMENT = "dann.alignment"
     BATCHNORM = "dann.batchnorm"
+    TARGET_LABELS = "dann.target_labels"
+    CLASS_WEIGHTS = "dann.class_weights"
     MODEL = "dann.model"
     NETWORK_FROM = "dann.network_from"
     NORMALIZATION_FROM = "dann.normalisation_from"  # this spelling is in the stores of users
@@ -212,7 +221,7 @@ METRICS = (
     ((Metric.LAMBDA,), "weight of the reversed gradient"),
     (
         (Metric.SEGMENTATION_LOSS, Metric.ADAPTATION_LOSS, Metric.TOTAL_LOSS),
-        "training losses per step: cross-entropy, the method's own, and their weighted sum",
+        "training losses per step: of the [segmentation](docs/losses.md), the method's own, and their weighted sum",
     ),
     (("loss/val_source", "loss/val_target"), "mean cross-entropy on the validation sets"),
     (("lr/*", "time/*"), "learning rates; seconds per epoch"),

@@ -272,6 +272,27 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         ),
         "python -m dann_experiments check-data --config mine.yaml": Example("squares"),
     },
+    ("docs/few-labels.md", "A few target labels"): {
+        'python -m dann_experiments adapt --config mine.yaml --data.target.train_labelled "[target_few]"'
+        " --data.target.labelled_batch_size 4": Example(
+            "squares", instead={"data.target.train_labelled": "[target_val]"}
+        ),
+    },
+    ("docs/few-labels.md", "What is a label worth? One command"): {
+        'python -m dann_experiments compare --config mine.yaml --labelled "[0, 1, 5, 20]"': Example(
+            "squares",
+            "--seeds 1 --data.target.train_labelled '[target_val]'",
+            instead={"labelled": "[0, 2]"},
+            slow=True,
+        ),
+    },
+    ("docs/losses.md", "The segmentation loss"): {
+        'python -m dann_experiments compare --config mine.yaml --loss "[cross_entropy, dice]" --class_weights auto': Example(
+            "squares", "--seeds 1", slow=True
+        ),
+        'python -m dann_experiments adapt --config mine.yaml --loss "[{name: cross_entropy, label_smoothing: 0.1},'
+        ' {name: tversky, weight: 0.5, alpha: 0.3, beta: 0.7}]"': Example("squares"),
+    },
     ("docs/evaluate.md", "Scoring a model"): {
         "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint runs:/ID": Example(
             "squares", fill=ONE_RUN

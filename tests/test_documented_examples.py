@@ -443,7 +443,7 @@ def compared(place: Place, given: dict[str, str], printed: str) -> None:
     verdict = re.search(rf"DANN: ({'|'.join(get_args(Outcome))})\.", printed)
     assert verdict, printed
     assert place.runs("compare")[0].info.status == "FINISHED"
-    report = re.search(r"Report: (\S+report\.html)", printed)
+    report = re.search(r"Report(?: of 2 labels)?: (\S+report\.html)", printed)
     assert report
     assert Path(report[1]).stat().st_size > 10_000
 

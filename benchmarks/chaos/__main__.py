@@ -112,6 +112,8 @@ class Chaos:
         yield at_least("... metric points it logged", ended.points, 1)
         yield equal("... of them missing in the store", ended.missing, 0)
         yield equal("... in the store twice, or with another value", ended.surplus, 0)
+        yield at_least("... pictures by step it logged", ended.pictures, 1)
+        yield equal("... of them missing in the store, or there by half", ended.pictures_missing, 0)
         yield equal("... whether the store has the tag that was set last (one an epoch)", ended.has_tag, True)
         seconds, name = ended.longest
         told = ", ".join(f"{count} {call}" for call, count in ended.calls.items())

@@ -19,9 +19,16 @@ from dann_experiments.config import Config
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "last": {},
+    "averaged": {
+        "trainer.ema_decay": 0.9, "trainer.accumulate_grad_batches": 2, "loss": ["cross_entropy", "dice"],
+        "class_weights": "auto", "optimizer.schedule": "polynomial", "optimizer.warmup_steps": 3,
+        "optimizer.freeze": ["encoder"], "optimizer.freeze_epochs": 1, "optimizer.lr_factors": {"decoder": 0.5},
+        "monitor.patience": 3,
+    },
     "best": {"monitor.final_model": "best", "monitor.metric": "iou/target_val"},
-}
-"""Which weights a run ends with -> its settings. `best` scores them once more behind the last validation."""
+}  # fmt: skip
+"""Which weights a run ends with -> its settings. `best` scores them once more behind the last validation; `averaged` has what
+keeps a state of its own beside weights and optimizer."""
 AT_ONCE = 2
 MOST_TRIES = 20
 
@@ -97,7 +104,7 @@ def kill_and_resume(folder: Path, data: Path, source: Source, seed: int, runs: i
     folder.mkdir()
     with ProcessPoolExecutor(AT_ONCE, FORK) as pool:  # two at once here too, so that a run takes as long as later
         wholes = dict(zip(KINDS, pool.map(whole_run, [place] * len(KINDS), KINDS), strict=True))
-        kinds = ["best" if number % 3 == 2 else "last" for number in range(runs)]
+        kinds = [list(KINDS)[number % len(KINDS)] for number in range(runs)]
         cases = [pool.submit(one_case, place, seed, n, kind, wholes[kind]) for n, kind in enumerate(kinds)]
         for case in as_completed(cases):
             yield case.result()

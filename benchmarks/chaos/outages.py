@@ -23,6 +23,7 @@ import pytorch_lightning as pl
 
 from benchmarks.chaos.runs import FORK, Process, Source, Witness, as_points, points_in, rows_of, runs_in, settings
 from dann_experiments.config import Config
+from dann_experiments.jobs import pictures
 from dann_experiments.jobs.adapt import adapt
 from dann_experiments.tracking.run import RunLogger
 
@@ -129,6 +130,10 @@ class Logged:
     """The longest of them: seconds, and in what."""
     longest_pauses: tuple[float, float]
     """Seconds between two steps, whatever the cause: while the store was away, and while it was there."""
+    pictures: int = 0
+    """Pictures by step that it logged; each is two files."""
+    pictures_missing: int = 0
+    """Of them, those that the store lacks or has a part of."""
 
     @property
     def is_good(self) -> bool:
@@ -137,7 +142,7 @@ class Logged:
             (self.status, self.exit_code) == ("FINISHED", 0)
             and self.points > 0
             and self.has_tag
-            and not self.missing + self.surplus
+            and not self.missing + self.surplus + self.pictures_missing
         )
 
 
@@ -163,6 +168,7 @@ def witnessed(config: Config, folder: Path, barrier: Any = None) -> Process:
     def job(pipe: Any) -> None:
         witness, until = Witness(), Until(folder / "stop")
         witness.watch()
+        setattr(pictures, "is_shown", lambda epoch, epochs: True)  # noqa: B010  (of the 100,000 epochs else one in 5,000)
         if barrier is not None:
             barrier.wait()
         adapt(config, [until, witness])
@@ -171,8 +177,10 @@ def witnessed(config: Config, folder: Path, barrier: Any = None) -> Process:
     return Process(job, folder / "output.log")
 
 
-def logged(process: Process, folder: Path, database: Path, run_id: str, outages: Sequence[Outage] = ()) -> Logged:
-    """How a run ended."""
+def logged(
+    process: Process, folder: Path, database: Path, run_id: str, outages: Sequence[Outage] = (), artifacts: Path | None = None
+) -> Logged:  # fmt: skip
+    """How a run ended. `artifacts`: where the store keeps files, to count pictures."""
     code = process.wait()
     if code != 0:
         print(process.log.read_text()[-4000:], file=sys.stderr)
@@ -186,8 +194,18 @@ def logged(process: Process, folder: Path, database: Path, run_id: str, outages:
     return Logged(
         runs_in(database, "adapt")[run_id][0], code, wanted.total(), (wanted - found).total(), (found - wanted).total(),
         rows_of(database, "SELECT value FROM tags WHERE run_uuid = ? AND key = ?", run_id, TAG) == [(kept["tag"],)],
-        kept["calls"], tuple(kept["longest"]), (longest[0], longest[1]),
+        kept["calls"], tuple(kept["longest"]), (longest[0], longest[1]), *_pictures(kept["pictures"], run_id, artifacts),
     )  # fmt: skip
+
+
+def _pictures(steps: Sequence[int], run_id: str, artifacts: Path | None) -> tuple[int, int]:
+    """Return how many pictures a run logged, and how many of them are not whole in the store."""
+    if artifacts is None:
+        return 0, 0
+    files = [path for path in artifacts.glob(f"**/{run_id}/artifacts/images/*") if path.stat().st_size > 0]
+    names = [path.name for path in files]
+    whole = [step for step in steps if sum(f"+step+{step}+" in name for name in names) == 2]
+    return len(steps), len(steps) - len(whole)
 
 
 def take_the_store_away(folder: Path, data: Path, source: Source, seed: int, times: int) -> Iterator[Outage | Logged]:
@@ -218,7 +236,7 @@ def take_the_store_away(folder: Path, data: Path, source: Source, seed: int, tim
             outages.append(Outage(when, killed, time.monotonic()))
             yield outages[-1]
         (run_id,) = runs_in(server.database, "adapt")
-        yield logged(process, folder / "run", server.database, run_id, outages)
+        yield logged(process, folder / "run", server.database, run_id, outages, server.folder / "artifacts")
     finally:
         server.kill()
 

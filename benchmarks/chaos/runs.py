@@ -25,6 +25,7 @@ from benchmarks.squares import model_folder, small_settings, write_domain
 from dann_experiments.config import Config, load_config
 from dann_experiments.jobs.adapt import adapt
 from dann_experiments.jobs.pretrain import pretrain
+from dann_experiments.tracking.pictures import Pictures
 from dann_experiments.tracking.run import RunLogger, TrackedRun
 from dann_experiments.tracking.sender import Sender
 
@@ -146,6 +147,8 @@ class Witness(pl.Callback):
 
     def __init__(self) -> None:
         self.points: list[tuple[str, int, Any]] = []
+        self.pictures: list[int] = []
+        """Step of each picture."""
         self.calls: Counter[str] = Counter()
         self.longest = (0.0, "")
         """Seconds, and in what."""
@@ -159,7 +162,14 @@ class Witness(pl.Callback):
             self.points += [(name, step, value) for name, value in values.items()]
             put(sender, values, step, again)
 
+        show = Pictures.log
+
+        def shown(pictures: Pictures, picture: Any, step: int) -> None:
+            self.pictures.append(step)
+            show(pictures, picture, step)
+
         setattr(Sender, "put", kept)  # noqa: B010
+        setattr(Pictures, "log", shown)  # noqa: B010
         for owner in (TrackedRun, RunLogger):
             for name in ("log_metrics", "persist", "set_tags", "set_tag"):
                 if hasattr(owner, name):
@@ -188,7 +198,8 @@ class Witness(pl.Callback):
     def save(self, path: Path, **more: Any) -> None:
         """Everything as JSON."""
         points = [(name, step, _number(float(value))) for name, step, value in self.points]
-        path.write_text(json.dumps({"points": points, "calls": self.calls, "longest": self.longest, **more}))
+        kept = {"points": points, "pictures": self.pictures, "calls": self.calls, "longest": self.longest, **more}
+        path.write_text(json.dumps(kept))
 
 
 def _number(value: float) -> float | None:

@@ -204,8 +204,10 @@ def _trained_on_the_target(config: Config) -> dict[str, Any]:
     """Return the changes that train the source model on labeled target images instead."""
     source = config.data.resolved("source")
     target = dataclasses.replace(
-        config.data.resolved("target"), preset=None, scene=None, train=list(config.data.oracle),
-        augmentation=source.augmentation, batch_size=source.batch_size,
+        config.data.resolved("target"), preset=None, scene=None, train=list(config.data.oracle), train_labelled=[],
+        labelled_count=None,
+        augmentation=source.augmentation, batch_size=source.batch_size, sampling=source.sampling,
+        sampling_temperature=source.sampling_temperature,
     )  # fmt: skip
     return {
         "data.source": config_to_dict(target),

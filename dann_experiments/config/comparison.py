@@ -37,6 +37,9 @@ class CompareConfig(PoolSettings):
     control, DANN, and the oracle if data.oracle lists images."""
     seeds: int | list[int] = 5
     """Number of seeds, counted from `seed` (1 to 1000), or a list of seeds. A verdict needs at least 3; 5 are better."""
+    labelled: list[int] = field(default_factory=list)
+    """Numbers of labeled target images, such as [0, 1, 5, 20]: one comparison for each, with the first ones of
+    data.target.train_labelled in DANN and control, and a figure over all (docs/few-labels.md)."""
     runs: list[str] = field(default_factory=list)
     """Ids of finished runs to compare, without training anything. The runs of their source models are added."""
 
@@ -56,6 +59,10 @@ class CompareConfig(PoolSettings):
         self.check_pool()
         if len(set(self.runs)) < len(self.runs):
             raise InputError("runs names a run twice; name each once.")
+        if len(set(self.labelled)) < len(self.labelled) or any(count < 0 for count in self.labelled):
+            raise InputError(f"labelled is {self.labelled}; give different numbers of images, from 0.")
+        if self.runs and self.labelled:
+            raise InputError("labelled has no effect with runs, which are not trained anew; give one of the two.")
         if self.runs and self.arms:
             raise InputError("arms has no effect with runs, whose arms are read from the store; give one of the two.")
         for name, arm in self.arms.items():

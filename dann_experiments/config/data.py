@@ -41,6 +41,13 @@ class DomainDataConfig:
     """Validation images; those with masks are scored after each epoch."""
     test: list[Entry] = field(default_factory=list)
     """Held-out images, scored once after training."""
+    train_labelled: list[Entry] = field(default_factory=list)
+    """Only for the target: a few training images with masks, whose labels join the segmentation loss of `adapt`, in DANN and in
+    the control alike (docs/few-labels.md). They may be in train as well."""
+    labelled_count: Annotated[int | None, at_least(0)] = None
+    """Number of images of train_labelled to use, the first ones; null = all."""
+    labelled_batch_size: Annotated[int, between(1, MOST_IMAGES)] = 4
+    """Images of train_labelled per training step."""
     bands: Annotated[list[int] | None, *BANDS] = None
     """Bands to read, in this order, counted from 1; null = all."""
     scale: Literal["type", "percentiles"] | list[float] = "type"
@@ -67,6 +74,12 @@ class DomainDataConfig:
     """Augmentation of training images. light: flips and quarter turns; strong: also scale, color and blur."""
     batch_size: Annotated[int, between(1, MOST_IMAGES)] = 8
     """Images per training step."""
+    sampling: Literal["shuffled", "balanced", "rare_classes"] = "shuffled"
+    """How source items are drawn. shuffled: each once per epoch; balanced: first a class, all equally often, then an item that
+    holds it; rare_classes: the same, rare classes more often (Hoyer et al. 2022). A crop then holds a pixel of the drawn class
+    (docs/losses.md)."""
+    sampling_temperature: Annotated[float, above(0)] = 0.01
+    """Temperature of rare_classes: the smaller, the more often the rarest. 0.01 is the value of the paper."""
 
     @property
     def class_names(self) -> list[str] | None:
@@ -112,7 +125,7 @@ class DomainDataConfig:
             raise InputError(
                 f"{prefix}file_pixel_size has no effect without pixel_size, the size to resample to; remove it."
             )
-        for split in ("train", "val", "test"):
+        for split in ("train", "val", "test", "train_labelled"):
             _check_entries(f"{prefix}{split}", getattr(self, split))
 
 
@@ -182,6 +195,19 @@ class DataConfig:
     def check(self, prefix: str) -> None:
         """Raise InputError for settings that contradict each other."""
         _check_entries(f"{prefix}oracle", self.oracle)
+        if self.source.train_labelled:
+            raise InputError(
+                f"{prefix}source.train_labelled is for the target; list labeled source images in {prefix}source.train."
+            )
+        if self.target.labelled_count is not None and not self.target.train_labelled:
+            raise InputError(
+                f"{prefix}target.labelled_count has no effect, because {prefix}target.train_labelled lists no images."
+            )
+        if self.target.sampling != "shuffled":
+            raise InputError(
+                f"{prefix}target.sampling is {self.target.sampling}, which needs labels of training images; set "
+                f"{prefix}source.sampling, or leave it out."
+            )
         if self.window_count is not None and self.windows == "grid":
             raise InputError(
                 f"{prefix}window_count has no effect with {prefix}windows grid; remove it, or set windows to random."

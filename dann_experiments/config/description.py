@@ -90,6 +90,8 @@ def type_name(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         choices = [str(choice) for choice in typing.get_args(kind)]
         return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+    if typing.get_origin(kind) is list and dataclasses.is_dataclass(typing.get_args(kind)[0]):
+        return f"list of {{{', '.join(field.name for field in dataclasses.fields(typing.get_args(kind)[0]))}}}"
     if kind is NONE:
         return "null"
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
@@ -97,8 +99,24 @@ def type_name(kind: Any) -> str:
 
 def in_yaml(value: Any) -> str:
     """Return a value in YAML, on one line."""
-    plain = list(value) if isinstance(value, tuple) else value
+    plain = plain_values(value)
     return yaml.safe_dump(plain, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+
+
+def plain_values(value: Any) -> Any:
+    """Return settings, or one value, as nested mappings, lists, texts and numbers. Of settings in a list, such as the terms of
+    `loss`, those that are null are left out."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain_values(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain_values(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [plain_values(item) for item in value]
+        return [
+            {key: one for key, one in item.items() if one is not None} if dataclasses.is_dataclass(given) else item
+            for given, item in zip(value, items, strict=True)
+        ]
+    return value
 
 
 def _texts(cls: type) -> dict[str, str]:

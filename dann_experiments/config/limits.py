@@ -98,6 +98,9 @@ def check(settings: Any, prefix: str = "") -> None:
         value = getattr(settings, name)
         if dataclasses.is_dataclass(value):
             check(value, f"{prefix}{name}.")
+        for number, item in enumerate(value if isinstance(value, list) else ()):
+            if dataclasses.is_dataclass(item):
+                check(item, f"{prefix}{name}[{number}].")
         for limit in limits:
             if value is not None and not limit.allows(value):
                 several = isinstance(value, (list, tuple))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import re
@@ -15,10 +14,11 @@ from typing import Any, TypeVar
 import yaml
 
 from dann_experiments.config.adaptation import MethodConfig
-from dann_experiments.config.description import type_name
+from dann_experiments.config.description import plain_values, type_name
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.label_keys import check_label_keys
 from dann_experiments.config.limits import settings_of
+from dann_experiments.config.loss import LossTerm, with_whole_terms
 from dann_experiments.config.paths import local_path
 from dann_experiments.config.recipes import settings_file
 from dann_experiments.config.schema import Config
@@ -75,7 +75,7 @@ def config_from_dict(settings: Mapping[str, Any]) -> Config:
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Return settings as nested plain values for YAML and JSON: mappings, lists, numbers, strings."""
-    return _plain(dataclasses.asdict(config))
+    return plain_values(config)
 
 
 def config_to_yaml(config: Config) -> str:
@@ -137,6 +137,7 @@ def _load(
 
 
 def _checked(cls: type[Settings], settings: dict[str, Any]) -> Settings:
+    settings = with_whole_terms(settings)
     _refuse_unknown_keys(cls, settings)
     check_label_keys(settings)
     return _build(cls, settings)
@@ -280,7 +281,10 @@ def _parser(cls: type):
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     # otherwise jsonargparse would import X from any mapping {class_path: X} in the values
-    set_parsing_settings(import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
+    terms = f"{LossTerm.__module__}.{LossTerm.__qualname__}"  # jsonargparse builds the items of a list by their class's path
+    set_parsing_settings(
+        import_path_denylist=["*"], import_path_allowlist=[terms], instantiate_subclass_spec_in_any=False
+    )
     parser = ArgumentParser(exit_on_error=False, prog="settings", usage="")
     parser.add_class_arguments(cls, nested_key=None)
     return parser
@@ -352,9 +356,3 @@ def _readable(cls: type, message: str, settings: dict[str, Any]) -> str:
         if wanted is None
         else f"{key} is {shown}, but must be {type_name(wanted)}."
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value

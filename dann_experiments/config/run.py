@@ -28,9 +28,41 @@ class OptimizerConfig:
     """Momentum (sgd)."""
     weight_decay: Annotated[float, at_least(0)] = 0.0
     """Weight decay."""
-    schedule: Literal["constant", "annealed", "one_cycle", "cosine"] = "constant"
+    schedule: Literal["constant", "annealed", "one_cycle", "cosine", "polynomial", "plateau"] = "constant"
     """Learning rates as a function of progress p, which runs from 0 to 1. annealed: divided by (1 + 10 p)^0.75 (Ganin &
-    Lempitsky 2015, section 4); one_cycle: up and down again (Smith 2018); cosine: down to 0."""
+    Lempitsky 2015, section 4); one_cycle: up and down again (Smith 2018); cosine: down to 0; polynomial: times (1 - p)^power
+    (Chen et al. 2018). plateau: times factor when monitor.metric has not improved for more than patience validations."""
+    power: Annotated[float, above(0)] = 0.9
+    """Exponent of the schedule polynomial."""
+    factor: Annotated[float, fraction_below(1)] = 0.1
+    """Factor of the schedule plateau."""
+    patience: Annotated[int, at_least(0)] = 10
+    """Validations without improvement that the schedule plateau waits for."""
+    warmup_steps: Annotated[int, at_least(0)] = 0
+    """Optimizer steps in which the learning rates rise linearly to those of the schedule; not with plateau, and not with
+    one_cycle, which rises by itself."""
+    lr_factors: Annotated[dict[str, float], above(0)] = field(default_factory=dict)
+    """Part of the network -> factor of its learning rate, such as {encoder: 0.1}. Parts: encoder, decoder, segmentation_head, or
+    modules within them (encoder.layer1)."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts of the network that are not trained, such as [encoder]: their weights, BatchNorm statistics and dropout stay as they
+    are and as in evaluation. The domain loss then changes nothing in or before them."""
+    freeze_epochs: Annotated[int | None, at_least(1)] = None
+    """Number of epochs after which the parts in freeze are trained as well; null = never."""
+
+    def check(self, prefix: str) -> None:
+        """Raise InputError for settings that would have no effect."""
+        if self.warmup_steps and self.schedule in ("one_cycle", "plateau"):
+            raise InputError(
+                f"{prefix}warmup_steps is {self.warmup_steps}, which the schedule {self.schedule} cannot follow; set it to 0, or "
+                f"{prefix}schedule to constant, annealed, cosine or polynomial."
+            )
+        if self.freeze_epochs is not None and not self.freeze:
+            raise InputError(f"{prefix}freeze_epochs has no effect, because {prefix}freeze names no part; remove it.")
+        if not all(factor > 0 for factor in self.lr_factors.values()):
+            raise InputError(
+                f"{prefix}lr_factors is {self.lr_factors}; give factors above 0 (freeze keeps a part as it is)."
+            )
 
 
 @dataclass(frozen=True)
@@ -65,6 +97,13 @@ class TrainerConfig:
     auto_batch_size: bool = False
     """On a GPU, `adapt` doubles the batch sizes of both domains as long as a training step fits into memory, and records the
     sizes in the run. Not for sweeps and comparisons, because their runs would differ in more than the compared settings."""
+    accumulate_grad_batches: Annotated[int, at_least(1)] = 1
+    """Batches whose gradients are averaged for one optimizer step, as if the batch sizes were that much larger. BatchNorm still
+    sees single batches. Steps, schedules and limits count optimizer steps."""
+    ema_decay: Annotated[float | None, fraction_below(1)] = None
+    """Validate, and end with, an exponential moving average of the weights: after each step, average = decay * average + (1 -
+    decay) * weights, from the weights after the first step on. Typical are 0.99 to 0.9999. null = no average. Takes the network's
+    memory once more."""
     gradient_clip_val: Annotated[float | None, above(0)] = None
     """Clip the gradient norm of the network, and of each domain classifier by itself, to this; null = do not clip."""
     skip_bad_steps: Annotated[int, at_least(0)] = 0
@@ -95,6 +134,9 @@ class MonitorConfig:
     counts only if the source has not dropped by more than forgetting_threshold."""
     mode: Literal["max", "min"] | None = None
     """Direction of the metric: max = larger is better; null = smaller for a loss, a gap, a drop or the entropy, else larger."""
+    patience: Annotated[int | None, at_least(1)] = None
+    """Stop when metric has not improved for this many validations; null = never. With select/entropy or another select/ score
+    it needs no target labels. Schedules keep the length of max_epochs."""
     final_model: Literal["last", "best"] = "last"
     """Weights that become the run's model and are scored on the test sets."""
     log_every_n_epochs: Annotated[int, at_least(1)] = 1
@@ -127,6 +169,10 @@ class MonitorConfig:
         if self.metric is None and self.final_model == "best":
             raise InputError(
                 f"{prefix}final_model is 'best', but {prefix}metric is null; name the metric that chooses."
+            )
+        if self.metric is None and self.patience is not None:
+            raise InputError(
+                f"{prefix}patience is {self.patience}, but {prefix}metric is null; name the metric to watch."
             )
 
 

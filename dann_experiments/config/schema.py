@@ -9,13 +9,14 @@ are compared in the `check` of their group, or here if they are in several group
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from dann_experiments.config import limits
 from dann_experiments.config.adaptation import DomainAdaptationConfig
 from dann_experiments.config.data import DataConfig
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.limits import between
+from dann_experiments.config.limits import at_least, between, not_empty
+from dann_experiments.config.loss import LossTerm
 from dann_experiments.config.model import ModelConfig
 from dann_experiments.config.run import (
     MOST_PROCESSES,
@@ -40,6 +41,12 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    loss: Annotated[list[LossTerm], not_empty("name at least one loss")] = field(default_factory=lambda: [LossTerm()])
+    """The segmentation loss of every training: names (cross_entropy, dice, jaccard, tversky, focal, lovasz), or mappings such as
+    {name: dice, weight: 1}, whose sum it is (docs/losses.md)."""
+    class_weights: Annotated[Literal["auto"] | list[float] | None, at_least(0)] = None
+    """Weight of each class in the losses (lovasz has none), in the order of ids; auto: the inverse of its share of the labeled
+    source pixels, divided by the number of classes; null = all 1."""
     seed: Annotated[int, between(0, 2**32 - 1)] = 0
     """Seed of everything random: weights, order of images, augmentation, dropout."""
     threads: Annotated[int | None, between(1, MOST_PROCESSES)] = None
@@ -55,6 +62,37 @@ class Config:
         limits.check(self)
         self._check_classes()
         self._check_bands()
+        self._check_weights()
+        self._check_optimization()
+
+    def _check_optimization(self) -> None:
+        for prefix, optimizer in (("", self.optimizer), ("pretraining.", self.pretraining.optimizer)):
+            if optimizer.schedule == "plateau" and self.monitor.metric is None:
+                raise InputError(
+                    f"{prefix}optimizer.schedule is plateau, but monitor.metric is null; name the metric to watch."
+                )
+        if self.trainer.ema_decay is not None:
+            if self.domain_adaptation.batchnorm == "target_stats":
+                raise InputError(
+                    "trainer.ema_decay averages BatchNorm's statistics, which domain_adaptation.batchnorm target_stats replaces; "
+                    "set one of them to its default."
+                )
+            if self.trainer.devices > 1:
+                raise InputError(
+                    f"trainer.ema_decay averages weights in one process, but trainer.devices is {self.trainer.devices}; set "
+                    "it to 1."
+                )
+
+    def _check_weights(self) -> None:
+        weights = self.class_weights
+        if weights is None:
+            return
+        if isinstance(weights, list) and (len(weights) != self.model.classes or not any(weights)):
+            raise InputError(
+                f"class_weights is {weights}, but model.classes is {self.model.classes}; give one number per class, not all 0."
+            )
+        if all(term.name == "lovasz" for term in self.loss):
+            raise InputError("class_weights has no effect, because the only loss is lovasz, which has none; remove it.")
 
     def _check_classes(self) -> None:
         names, classes, ignored = self.class_names, self.model.classes, self.data.ignore_index

@@ -52,8 +52,9 @@ class SegmentationDataset(Dataset):
     and `ignore_index` in the mask.
 
     With `training`, items are cropped to `crop_size` at random, and those asked for as (index, seed) are augmented; `seed`
-    decides both. `random_windows` draws the places of windows, too. With `pad_to_crop`, an item smaller than the crop is put at
-    a random place in it, surrounded by nodata. `headers` saves reading them again; `memory` limits what is kept decoded.
+    decides both. An item asked for as (index, seed, class id) is cropped so that it holds a pixel of that class.
+    `random_windows` draws the places of windows, too. With `pad_to_crop`, an item smaller than the crop is put at a random
+    place in it, surrounded by nodata. `headers` saves reading them again; `memory` limits what is kept decoded.
     Raises InputError for a file that is not an image, or whose bands or type do not fit.
     """
 
@@ -95,6 +96,7 @@ class SegmentationDataset(Dataset):
         )
         self._kept: dict[Piece, Arrays] = {}
         self._filled = False
+        self._counted: tuple[np.ndarray, np.ndarray] | None = None  # the result of `count_classes`
         self.class_pixels: np.ndarray | None = None
         """(256,) number of mask pixels per class id, set by `fill`; None before that, or if not all masks were read."""
 
@@ -190,6 +192,23 @@ class SegmentationDataset(Dataset):
         self.class_pixels = pixels if complete and self.has_masks else None
         self._filled = True
 
+    def count_classes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the number of mask pixels per class id (256,), and which item holds which id (N, 256), bool.
+
+        Counted once; items that are not kept in memory are read for it.
+        """
+        if self._counted is None:
+            pixels, holds = np.zeros(256, np.int64), np.zeros((len(self), 256), bool)
+            for index in range(len(self)):
+                _, mask, _ = self.read(index)
+                if mask is not None:
+                    of_item = np.bincount(mask.ravel(), minlength=256)
+                    pixels += of_item
+                    holds[index] = of_item > 0
+            self._counted = pixels, holds
+        pixels, holds = self._counted
+        return pixels.copy(), holds
+
     def with_normalization(self, normalization: Normalization) -> SegmentationDataset:
         """Return a copy with another normalization, which shares the images kept in memory."""
         same = copy.copy(self)
@@ -214,14 +233,14 @@ class SegmentationDataset(Dataset):
         self._kept, self.pieces, self.class_pixels, self._filled = dict(kept), list(kept), class_pixels, True
         return True
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | tuple[int, int] | tuple[int, int, int]) -> dict[str, Tensor]:
         if isinstance(index, tuple):
-            index, seed = index
+            index, seed, *drawn = index
             # Seed only the CPU: torch.manual_seed also formats a traceback for every device type not yet initialized.
             state = torch.default_generator.get_state()
             torch.default_generator.manual_seed(seed)
             try:
-                return self._item(index, self.augmentation)
+                return self._item(index, self.augmentation, drawn[0] if drawn else None)
             finally:
                 torch.default_generator.set_state(state)
         return self._item(index, "none")
@@ -246,10 +265,10 @@ class SegmentationDataset(Dataset):
         """Return the normalization of a sample, with the range of its own data type if `scale` is `type`."""
         return for_file(self.normalization, self.reading, self.headers[sample])
 
-    def _item(self, index: int, augmentation: Strength) -> dict[str, Tensor]:
+    def _item(self, index: int, augmentation: Strength, held: int | None = None) -> dict[str, Tensor]:
         arrays = self.read(index)
         if self.crop_size is not None:
-            arrays = self._crop(arrays, index)
+            arrays = self._crop(arrays, index, held)
         values, mask, valid = arrays
         normalization = self.normalization_of(self.pieces[index].sample)
         labels = None if mask is None else torch.from_numpy(mask.astype(np.int64))
@@ -275,7 +294,8 @@ class SegmentationDataset(Dataset):
         image = (image - mean) / std
         return image if valid is None else image * valid
 
-    def _crop(self, arrays: Arrays, index: int) -> Arrays:
+    def _crop(self, arrays: Arrays, index: int, held: int | None) -> Arrays:
+        """Cut a crop at a random place; with `held`, one that holds a random pixel of this class."""
         size = self.crop_size
         assert size is not None
         height, width = arrays[0].shape[1:]
@@ -287,8 +307,15 @@ class SegmentationDataset(Dataset):
                 )
             arrays = self._padded(arrays, max(height, size), max(width, size))
             height, width = arrays[0].shape[1:]
-        top = int(torch.randint(height - size + 1, ()))
-        left = int(torch.randint(width - size + 1, ()))
+        rows, columns = (0, height - size), (0, width - size)  # first and last start
+        if held is not None and arrays[1] is not None:
+            pixels = np.flatnonzero(arrays[1] == held)
+            if len(pixels):
+                row, column = divmod(int(pixels[int(torch.randint(len(pixels), ()))]), width)
+                rows = (max(row - size + 1, 0), min(row, height - size))
+                columns = (max(column - size + 1, 0), min(column, width - size))
+        top = rows[0] + int(torch.randint(rows[1] - rows[0] + 1, ()))
+        left = columns[0] + int(torch.randint(columns[1] - columns[0] + 1, ()))
         window = (slice(top, top + size), slice(left, left + size))
         image, mask, valid = arrays
         return image[:, *window], None if mask is None else mask[window], None if valid is None else valid[window]

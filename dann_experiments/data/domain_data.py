@@ -31,7 +31,16 @@ from dann_experiments.data.reading import Normalization, Reading, largest_value
 from dann_experiments.data.remarks import Problems
 from dann_experiments.data.samples import Sample, content_digest, file_digest, find_samples, refuse
 from dann_experiments.data.statistics import measure, normalization_from
-from dann_experiments.names import DOMAINS, SOURCE_TRAIN, SOURCE_VAL, TARGET_TRAIN, Domain, SetName, Split
+from dann_experiments.names import (
+    DOMAINS,
+    SOURCE_TRAIN,
+    SOURCE_VAL,
+    TARGET_LABELLED,
+    TARGET_TRAIN,
+    Domain,
+    SetName,
+    Split,
+)
 
 log = logging.getLogger(__name__)
 MOST_STANDING_IN = 200  # cap on training images used for validation if no domain has a validation set
@@ -42,7 +51,7 @@ class DomainImages:
     """Location of a domain's images, and how they are read."""
 
     entries: Mapping[Split, Sequence[Any]]
-    """Entries for `find_samples`, per split."""
+    """Entries for `find_samples`, per split; a split may be absent."""
     reading: Reading
     labels: LabelMap
     augmentation: Strength = "none"
@@ -50,6 +59,8 @@ class DomainImages:
     """Folder that the entries are relative to; None = the plan's `root`."""
     preset: str | None = None
     """Name of the preset that the entries come from, for messages."""
+    labelled_count: int | None = None
+    """Number of images of the split train_labelled to use; None = all."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +100,24 @@ class DataPlan:
     def find(self, name: SetName, report: Callable[[str], None] = refuse) -> list[Sample] | None:
         """Return the samples of one set, None if it has no entries; report problems, including a missing training set."""
         images = self.images[name.domain]
-        entries = images.entries[name.split]
+        entries = images.entries.get(name.split, ())
         if not entries:
             if name.split == "train":
                 report(f"{name.key} is empty; name a CSV manifest or a folder with images/ to train on.")
             return None
         # never look for masks of the target's training images
-        masks = "no" if name == TARGET_TRAIN else "required" if name in (SOURCE_TRAIN, SOURCE_VAL) else "if present"
+        needed = (SOURCE_TRAIN, SOURCE_VAL, TARGET_LABELLED)
+        masks = "no" if name == TARGET_TRAIN else "required" if name in needed else "if present"
 
         def report_with_preset(text: str) -> None:
             report(text if images.preset is None else f"{text} (preset {images.preset})")
 
-        return find_samples(entries, self._root_of(name.domain), name.key, masks, report_with_preset)
+        found = find_samples(entries, self._root_of(name.domain), name.key, masks, report_with_preset)
+        if name != TARGET_LABELLED or images.labelled_count is None:
+            return found
+        if len(found) < images.labelled_count:
+            report(f"data.target.labelled_count is {images.labelled_count}, but {name.key} has {len(found)} images.")
+        return found[: images.labelled_count] or None
 
     def dataset(
         self,
@@ -116,7 +133,7 @@ class DataPlan:
         """
         images = self.images[name.domain]
         return SegmentationDataset(
-            samples, images.labels, self.fixed_normalization(name.domain), images.reading, name.split == "train",
+            samples, images.labels, self.fixed_normalization(name.domain), images.reading, name.training,
             augmentation=images.augmentation, memory=memory, headers=headers, **dataclasses.asdict(cut or self.cut),
         )  # fmt: skip
 
@@ -325,7 +342,7 @@ class DomainData:
 
     def _decided_by(self, name: SetName) -> dict[str, Any]:
         """Return everything but the files that the decoded windows of a set depend on."""
-        images, cut, training = self.plan.images[name.domain], self.plan.cut, name.split == "train"
+        images, cut, training = self.plan.images[name.domain], self.plan.cut, name.training
         return {
             "labels": images.labels,
             "reading": images.reading,

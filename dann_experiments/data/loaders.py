@@ -7,30 +7,63 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import ImageSets
-from dann_experiments.names import DOMAINS, SOURCE_VAL, Domain, SetName
+from dann_experiments.names import DOMAINS, SOURCE_VAL, TARGET_LABELLED, Domain, SetName
 
 log = logging.getLogger(__name__)
 Share = tuple[int, int]  # (rank, number of ranks) in distributed training
 
 
-class SeededOrder(Sampler[tuple[int, int]]):
+@dataclass(frozen=True)
+class ClassSampling:
+    """How often an item is drawn for each class, and from which items."""
+
+    chances: np.ndarray
+    """(K,) probability of each class."""
+    holds: np.ndarray
+    """(N, K) bool: which item holds which class."""
+
+
+def class_sampling(pixels: np.ndarray, holds: np.ndarray, temperature: float | None) -> ClassSampling:
+    """Return rare-class sampling (Hoyer et al. 2022, DAFormer, section 3.4): with f_c the share of labeled pixels in class c,
+
+        P(c) = exp((1 - f_c) / T) / sum_k exp((1 - f_k) / T)
+
+    over the classes that occur; an item is drawn from those that hold the drawn class. `pixels`: (K,) counts; `holds`: (N, K)
+    bool; `temperature`: T; None = all classes equally often, the limit of a large T.
+
+    >>> pixels, holds = np.array([90, 10, 0]), np.ones((4, 3), bool)
+    >>> class_sampling(pixels, holds, 0.5).chances.round(2).tolist()
+    [0.17, 0.83, 0.0]
+    """
+    scores = np.zeros(len(pixels)) if temperature is None else -pixels / pixels.sum() / temperature
+    scores = np.where(pixels > 0, scores, -np.inf)
+    chances = np.exp(scores - scores.max())
+    return ClassSampling(chances / chances.sum(), holds)
+
+
+class SeededOrder(Sampler[tuple[int, ...]]):
     """A sampler that shuffles the items anew on each pass and yields (index, seed); the seed decides crop and augmentation.
 
+    With `classes`, a pass has as many draws as there are items: of a class, then of an item that holds it; it yields (index,
+    seed, class id).
     The numbers do not depend on the number of workers. A later process can resume in the middle of a pass without loading
     earlier items. In distributed training, each rank takes an equal part (`share`) of one common order.
     """
 
-    def __init__(self, dataset: SegmentationDataset, seed: int, share: Share = (0, 1)) -> None:
-        self._dataset = dataset
+    def __init__(
+        self, dataset: SegmentationDataset, seed: int, share: Share = (0, 1), classes: ClassSampling | None = None
+    ) -> None:
+        self._dataset, self._classes = dataset, classes
         self._rank, self._world = share
         self._order = torch.Generator().manual_seed(seed)
         self._seeds = torch.Generator().manual_seed(seed)
@@ -42,7 +75,7 @@ class SeededOrder(Sampler[tuple[int, int]]):
     def __len__(self) -> int:
         return len(self._dataset) // self._world
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         count = len(self._dataset)
         # The unused draws (one number per pass, and one order before a further pass in the same epoch) keep the orders of
         # earlier versions, so that docs/results.md stays reproducible.
@@ -53,9 +86,23 @@ class SeededOrder(Sampler[tuple[int, int]]):
         self._pass_start = self._states()
         torch.empty((), dtype=torch.int64).random_(generator=self._order)
         seeds = torch.randint(2**62, (count,), generator=self._seeds).tolist()
-        order = torch.randperm(count, generator=self._order).tolist()
         first, end = self._rank + (skipped or 0) * self._world, len(self) * self._world
+        if self._classes is not None:
+            drawn = zip(*self._draws(count, self._classes), strict=True)
+            of_class = ((item, seed, own) for (item, own), seed in zip(drawn, seeds, strict=True))
+            return itertools.islice(of_class, first, end, self._world)
+        order = torch.randperm(count, generator=self._order).tolist()
         return itertools.islice(zip(order, seeds, strict=True), first, end, self._world)
+
+    def _draws(self, count: int, classes: ClassSampling) -> tuple[list[int], list[int]]:
+        """Draw `count` classes, and an item that holds each; return items and classes."""
+        chances = torch.from_numpy(classes.chances)
+        drawn = torch.multinomial(chances, count, replacement=True, generator=self._order).tolist()
+        places = torch.rand(count, dtype=torch.float64, generator=self._order).tolist()
+        holders = {one: np.flatnonzero(classes.holds[:, one]) for one in set(drawn)}
+        return [
+            int(holders[one][int(place * len(holders[one]))]) for one, place in zip(drawn, places, strict=True)
+        ], drawn
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; Lightning calls this before each one."""
@@ -105,13 +152,14 @@ def train_loader(
     share: Share = (0, 1),
     num_workers: int = 0,
     pin_memory: bool = False,
+    classes: ClassSampling | None = None,
 ) -> DataLoader:
     """Return a loader of shuffled full batches; log a warning and use one smaller batch if the set has fewer items.
 
     Order, crops and augmentations depend only on `seed`, not on workers or other random draws. With `share` (rank, number of
     ranks), `batch_size` is per rank, and the set must have at least one item per rank. `name` is that of the set, for messages.
     """
-    order = SeededOrder(dataset, seed, share)
+    order = SeededOrder(dataset, seed, share, classes)
     if len(order) < batch_size:
         log.warning(
             "%s has %d images%s, fewer than its batch size %d: training takes batches of %d.",
@@ -152,9 +200,14 @@ class Loaders:
     pin_memory: bool = False
     """Load batches into page-locked memory, from which copies to a GPU are asynchronous."""
     share: Share = (0, 1)
+    labelled_batch_size: int = 1
+    """Batch size of the target's labeled training images."""
+    classes: Callable[[SegmentationDataset], ClassSampling] | None = None
+    """Makes the sampling by classes of the source's training items; None = each item once per pass."""
 
     def training(self) -> dict[str, DataLoader]:
-        """Return one loader per domain with training images, each with its own order."""
+        """Return one loader per domain with training images, and `labelled` of the target's labeled ones, if there are any; each
+        has its own order."""
         found = {}
         for offset, domain in enumerate(DOMAINS):
             name = SetName(domain, "train")
@@ -163,7 +216,14 @@ class Loaders:
                 found[domain] = train_loader(
                     dataset, self.batch_sizes[domain], name.key, self.seed + offset * 2**32, self.share,
                     self.num_workers, self.pin_memory,
+                    None if self.classes is None or domain != "source" else self.classes(dataset),
                 )  # fmt: skip
+        labelled = self.sets.get(TARGET_LABELLED)
+        if labelled is not None:
+            found["labelled"] = train_loader(
+                labelled, self.labelled_batch_size, TARGET_LABELLED.key, self.seed + len(DOMAINS) * 2**32, self.share,
+                self.num_workers, self.pin_memory,
+            )  # fmt: skip
         return found
 
     def validation(self) -> list[DataLoader]:

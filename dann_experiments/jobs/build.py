@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +21,10 @@ from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.checkpoints.files import WholeFiles
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.run import OptimizerConfig
+from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import Cut, DataPlan, DomainData, DomainImages, ImageSets
 from dann_experiments.data.labels import LabelMap, label_map
-from dann_experiments.data.loaders import Loaders
+from dann_experiments.data.loaders import ClassSampling, Loaders, class_sampling
 from dann_experiments.data.reading import Reading, reading_facts
 from dann_experiments.jobs.resume import CHECKPOINTS
 from dann_experiments.models.batchnorm import has_batchnorm, statistics_loader
@@ -30,17 +32,21 @@ from dann_experiments.models.compiling import compile_parts
 from dann_experiments.models.networks import build_network, keeps_channels_last
 from dann_experiments.models.passes import check_joint, choose
 from dann_experiments.models.taps import Tap, resolve_taps
-from dann_experiments.names import ALL_SETS, DOMAINS, SPLITS, TARGET_TRAIN, Domain, SetName, Split
+from dann_experiments.names import ALL_SETS, DOMAINS, SPLITS, TARGET_LABELLED, TARGET_TRAIN, Domain, SetName, Split
 from dann_experiments.training import random_states
+from dann_experiments.training.averaging import AverageWeights
 from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.checkpointing import Checkpoints
 from dann_experiments.training.curves import Curves
 from dann_experiments.training.loop import EpochLines, Loop
+from dann_experiments.training.losses import SegmentationLoss, class_weights_from
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import DomainAdaptationMonitorCallback, RatesAndTimes, TargetStatistics
-from dann_experiments.training.optimizers import build_optimizer
+from dann_experiments.training.optimizers import LearningRates, build_optimizer
+from dann_experiments.training.parts import FrozenParts
 from dann_experiments.training.random_states import RandomStates
 from dann_experiments.training.ranks import Rank
+from dann_experiments.training.validated import Plateau, StopsEarly
 from dann_experiments.workers.processes import available_cores, visible_gpus
 
 log = logging.getLogger(__name__)
@@ -82,8 +88,11 @@ def _images(config: Config, domain: Domain) -> DomainImages:
         settings.nodata_values, settings.pixel_size, settings.file_pixel_size, settings.nodata_bands,
         settings=f"data.{domain}.",
     )  # fmt: skip
-    entries: dict[Split, list[Any]] = {split: getattr(settings, split) for split in SPLITS}
-    return DomainImages(entries, reading, _labels(config, domain), settings.augmentation, settings.root, preset)
+    splits: tuple[Split, ...] = (*SPLITS, "train_labelled")
+    entries: dict[Split, list[Any]] = {split: getattr(settings, split) for split in splits}
+    return DomainImages(
+        entries, reading, _labels(config, domain), settings.augmentation, settings.root, preset, settings.labelled_count
+    )  # fmt: skip
 
 
 def _labels(config: Config, domain: Domain) -> LabelMap:
@@ -103,7 +112,9 @@ def make_loaders(config: Config, sets: ImageSets, rank: Rank | None = None) -> L
         workers = min(MOST_WORKERS, cores // (2 * len(DOMAINS))) if on_gpu else 0
     batch_sizes: dict[Domain, int] = {domain: config.data.resolved(domain).batch_size for domain in DOMAINS}
     return Loaders(
-        sets, batch_sizes, config.data.eval_batch_size, config.seed, workers, on_gpu, (rank or Rank()).share
+        sets, batch_sizes, config.data.eval_batch_size, config.seed, workers, on_gpu, (rank or Rank()).share,
+        config.data.target.labelled_batch_size,
+        None if config.data.resolved("source").sampling == "shuffled" else functools.partial(_class_sampling, config),
     )  # fmt: skip
 
 
@@ -204,15 +215,37 @@ def model_facts(config: Config, sets: ImageSets) -> dict[str, Any]:
 
 def make_module(
     config: Config, network: nn.Module, method: DomainAdaptationMethod, taps: Sequence[Tap], device: torch.device,
-    pretraining: bool = False,
+    pretraining: bool = False, class_weights: Sequence[float] | None = None,
 ) -> AdaptationModule:  # fmt: skip
-    """Build the training step. `pretraining`: use the optimizer settings of the source model's training."""
+    """Build the training step. `pretraining`: use the optimizer settings of the source model's training. `class_weights`: the
+    result of `class_weights_of`."""
     optimizer = config.pretraining.optimizer if pretraining else config.optimizer
     return AdaptationModule(
-        network, method, taps, optimizer_maker(optimizer, config.trainer.precision), optimizer.schedule,
+        network, method, taps, optimizer_maker(optimizer, config.trainer.precision),
+        LearningRates(optimizer.schedule, optimizer.warmup_steps, optimizer.power),
         config.data.ignore_index, config.domain_adaptation.batchnorm,
         keeps_channels_last(config.trainer.channels_last, network, device),
+        SegmentationLoss(config.loss, config.data.ignore_index, class_weights),
+        {part: factor * optimizer.lr for part, factor in optimizer.lr_factors.items()},
     )  # fmt: skip
+
+
+def _class_sampling(config: Config, dataset: SegmentationDataset) -> ClassSampling:
+    pixels, holds = dataset.count_classes()
+    pixels[config.data.ignore_index] = 0
+    source, classes = config.data.resolved("source"), config.model.classes
+    temperature = None if source.sampling == "balanced" else source.sampling_temperature
+    return class_sampling(pixels[:classes], holds[:, :classes], temperature)
+
+
+def class_weights_of(config: Config, sets: ImageSets) -> list[float] | None:
+    """Return the weight of each class in the segmentation loss; None = all 1. `class_weights: auto` counts the pixels of the
+    source's training masks, and reads those again that do not fit into memory."""
+    if config.class_weights != "auto":
+        return config.class_weights
+    pixels, _ = sets.training()["source"].count_classes()
+    pixels[config.data.ignore_index] = 0
+    return class_weights_from(pixels[: config.model.classes])
 
 
 def make_loop(
@@ -238,22 +271,32 @@ def make_loop(
     None on all ranks except the first, which tracks and shows progress. `persist` is called before each checkpoint; `beside`
     makes the context in which the final weights are validated."""
     monitor = DomainAdaptationMonitorCallback(
-        config.model.classes, config.class_names, config.monitor.log_every_n_epochs,
+        config.model.classes, config.class_names,
+        config.monitor.log_every_n_epochs if config.monitor.patience is None else 1,  # any validation may be the last
         config.monitor.forgetting_threshold, config.data.ignore_index, can_forget=not pretraining,
     )  # fmt: skip
     training, every = loaders.training(), config.trainer
+    average = None if every.ema_decay is None else AverageWeights(every.ema_decay)
     validation = loaders.validation()
     checkpoints = Checkpoints(
         folder / CHECKPOINTS, training, every.checkpoint_every_n_steps, every.checkpoint_every_minutes,
         every.checkpoints_kept, config.monitor.metric, config.monitor.direction,
         persist,  # so that a killed run has no checkpoint that is ahead of the history
+        contextlib.nullcontext if average is None else average.as_average,
     )  # fmt: skip
     statistics: list[pl.Callback] = []
     target = loaders.sets.get(TARGET_TRAIN)
     if config.domain_adaptation.batchnorm == "target_stats" and target is not None:
         statistics = [TargetStatistics(statistics_loader(target, loaders.batch_sizes["target"]))]
-    names = {domain: dataset.name_of for domain, dataset in loaders.sets.training().items()}
+    names = {str(domain): dataset.name_of for domain, dataset in loaders.sets.training().items()}
+    labelled = loaders.sets.get(TARGET_LABELLED)
+    if labelled is not None:
+        names["labelled"] = labelled.name_of
     watch = BadNumbers(every.skip_bad_steps, checkpoints.save, names)
+    extra = _optimization(config, config.pretraining.optimizer if pretraining else config.optimizer)
+    if average is not None:
+        extra.append(average)
+    limit = None if every.limit_train_batches is None else every.limit_train_batches * every.accumulate_grad_batches
     on_terminal = logger is not None and every.enable_progress_bar and sys.stdout.isatty()
     bars: list[pl.Callback] = []
     if logger is not None and every.enable_progress_bar:
@@ -266,11 +309,12 @@ def make_loop(
         precision=every.precision,  # pyright: ignore[reportArgumentType]
         gradient_clip_val=every.gradient_clip_val,
         deterministic="warn" if every.deterministic else False,
-        limit_train_batches=every.limit_train_batches,
+        limit_train_batches=limit,
+        accumulate_grad_batches=every.accumulate_grad_batches,
         num_sanity_val_steps=0 if resumed else -1,  # the complete validation sets, for the baseline scores
         logger=False if logger is None else logger,
         callbacks=[
-            RandomStates(), monitor, RatesAndTimes(), curves, *statistics, watch, *callbacks, *bars, checkpoints,
+            RandomStates(), monitor, RatesAndTimes(), curves, *statistics, *extra, watch, *callbacks, *bars, checkpoints,
         ],
         plugins=[WholeFiles()],
         enable_progress_bar=on_terminal,
@@ -279,10 +323,26 @@ def make_loop(
         default_root_dir=str(folder),
         use_distributed_sampler=False,  # our loaders select their rank's share themselves
     )  # fmt: skip
-    module = make_module(config, network, method, taps, trainer.strategy.root_device, pretraining)
+    weights = class_weights_of(config, loaders.sets)
+    module = make_module(config, network, method, taps, trainer.strategy.root_device, pretraining, weights)
     if method.uses_target and module.taps:
         module.passes = choose(network, module.taps, config.domain_adaptation.batchnorm, config.model.in_channels)
     if every.compile:
         compile_parts(network, {tap.module for tap in module.taps})
     best = config.monitor.final_model == "best"
-    return Loop(trainer, module, training, validation, monitor, checkpoints, rank, best, every.compile, beside)
+    return Loop(
+        trainer, module, training, validation, monitor, checkpoints, rank, best, every.compile, beside, average
+    )  # fmt: skip
+
+
+def _optimization(config: Config, optimizer: OptimizerConfig) -> list[pl.Callback]:
+    """Return the callbacks that frozen parts, the schedule plateau, and early stopping need."""
+    metric, mode = config.monitor.metric, config.monitor.direction
+    found: list[pl.Callback] = []
+    if optimizer.freeze:
+        found.append(FrozenParts(optimizer.freeze, optimizer.freeze_epochs))
+    if optimizer.schedule == "plateau" and metric is not None:
+        found.append(Plateau(metric, mode, optimizer.factor, optimizer.patience))
+    if config.monitor.patience is not None and metric is not None:
+        found.append(StopsEarly(metric, mode, config.monitor.patience))
+    return found

@@ -27,7 +27,7 @@ from dann_experiments.data.samples import Sample, file_digest, shared_images
 from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
 from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs.build import data_plan
-from dann_experiments.jobs.checks import remarks_on_label_maps
+from dann_experiments.jobs.checks import may_share, remarks_on_label_maps
 from dann_experiments.jobs.identity import domain_tags, public_settings, run_name
 from dann_experiments.names import ALL_SETS, DOMAINS, SOURCE_TRAIN, Domain, Job, SetName, Tag
 from dann_experiments.reports.plots.domains import draw_domains
@@ -109,6 +109,8 @@ def check_data(config: Config) -> DataReport:
             sets[name] = cut
             _read(cut, name, plan, problems)
     for text, image, other, twin in shared_images(samples, functools.cache(file_digest)):
+        if may_share(text, other):
+            continue
         same = "is in" if image == twin else f"holds the same bytes as {twin} of"
         problems.append(
             f"{SetName.parse(text).key}: image {image} {same} {SetName.parse(other).key}{' as well' * (image == twin)}; "

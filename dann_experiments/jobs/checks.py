@@ -13,9 +13,19 @@ from dann_experiments.data.checks import absent_classes, label_map_remarks, rang
 from dann_experiments.data.domain_data import DomainData, ImageSets
 from dann_experiments.data.samples import shared_images
 from dann_experiments.models.networks import output_stride
-from dann_experiments.names import DOMAINS, SOURCE_TRAIN, SOURCE_VAL, TARGET_VAL, Domain, SetName
+from dann_experiments.names import (
+    DOMAINS,
+    SOURCE_TRAIN,
+    SOURCE_VAL,
+    TARGET_LABELLED,
+    TARGET_TRAIN,
+    TARGET_VAL,
+    Domain,
+    SetName,
+)
 from dann_experiments.scores.selection import SCORES
 from dann_experiments.training.monitor import metrics_to_choose_by
+from dann_experiments.training.parts import check_parts
 from dann_experiments.workers.processes import visible_gpus
 
 log = logging.getLogger(__name__)
@@ -35,6 +45,7 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
     if source is not None and source.class_pixels is not None:
         _warn(absent_classes(source.class_pixels, config.class_names, config.data.ignore_index, map_remarks))
     shared = shared_images({str(name): dataset.samples for name, dataset in sets.sets.items()}, data.digest_of)
+    shared = [one for one in shared if not may_share(one[0], one[2])]
     if shared:
         name, image, other, _ = shared[0]
         log.warning(
@@ -46,6 +57,9 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
             f"{TARGET_VAL.key} has masks, but {SOURCE_VAL.key} is empty; add source images for validation, too."
         )
     _check_monitor(config, data.labelled)
+    for prefix, optimizer in (("", config.optimizer), ("pretraining.", config.pretraining.optimizer)):
+        check_parts(network, list(optimizer.lr_factors), f"{prefix}optimizer.lr_factors")
+        check_parts(network, optimizer.freeze, f"{prefix}optimizer.freeze")
     accelerator = config.trainer.accelerator
     missing = {"gpu": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if missing.get(accelerator):
@@ -53,6 +67,11 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
     if config.trainer.devices > 1:
         _check_devices(config, sets)
     return sets
+
+
+def may_share(one: str, other: str) -> bool:
+    """Return whether two sets, by their names, may hold the same image: labeled target images may be among all of them."""
+    return {one, other} == {str(TARGET_TRAIN), str(TARGET_LABELLED)}
 
 
 def remarks_on_label_maps(config: Config) -> list[str]:

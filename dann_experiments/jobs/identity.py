@@ -10,7 +10,7 @@ from typing import Any
 
 from dann_experiments.config import Config, config_to_dict, replace
 from dann_experiments.config.comparison import ARM_NAMES
-from dann_experiments.config.run import TrainerConfig
+from dann_experiments.config.data import DomainDataConfig
 from dann_experiments.names import DOMAINS, SOURCE_TRAIN, Domain, Job, Metric, Tag
 from dann_experiments.tracking.store import without_secrets
 
@@ -21,7 +21,17 @@ METHOD_WORDS = {
 }
 """Names of the built-in methods in tables and run names, in the order of tables."""
 LONGEST_PART = 70  # of a run's name, so that study, method, target and seed fit into LONGEST_RUN_NAME
-WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test")  # data digests cover the files these name
+WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test", "train_labelled")
+"""Settings whose files data digests cover."""
+_OF_OPTIMIZERS = ("power", "factor", "patience", "warmup_steps", "lr_factors", "freeze", "freeze_epochs")
+LATER = (
+    "loss", "class_weights", "monitor.patience", "domain_adaptation.pretrained_checkpoint.source_prefix",
+    *(f"trainer.{name}" for name in (
+        "devices", "channels_last", "compile", "auto_batch_size", "accumulate_grad_batches", "ema_decay",
+    )),
+    *(f"{prefix}optimizer.{name}" for prefix in ("", "pretraining.") for name in _OF_OPTIMIZERS),
+)  # fmt: skip
+"""Settings that came after the first version and change results only if they do not have their defaults."""
 
 
 def method_name(config: Config) -> str:
@@ -34,14 +44,17 @@ def run_name(job: str, config: Config, arm: str | None = None) -> str:
     """Return the name of a run: of `arm`, else of its method, then the target and the seed.
 
     A pretraining names the source, on which it trains: source model mnist seed 0. A comparison and a check of data have no seed.
+    A number of labeled target images that was set is added: DANN mnist-m 5 labels seed 0.
     """
     domain = _brief(domain_name(config, "source" if job == Job.PRETRAIN and arm is None else "target"))
+    count = config.data.target.labelled_count
+    labels = "" if count is None else f" {count} labels"
     if job in (Job.COMPARE, Job.CHECK_DATA):
-        return f"{job} {domain}"
+        return f"{job} {domain}{labels}"
     if arm is None:
         method = method_name(config)
         arm = "source model" if job == Job.PRETRAIN else METHOD_WORDS.get(method, method)
-    return f"{_brief(arm)} {domain} seed {config.seed}"
+    return f"{_brief(arm)} {domain}{'' if job in (Job.PRETRAIN, Job.EVALUATE) else labels} seed {config.seed}"
 
 
 def evaluation_name(config: Config, model_tags: Mapping[str, str]) -> str:
@@ -123,22 +136,23 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     del settings["tracking"], settings["threads"], settings["data"]["root"], settings["data"]["embedded"]
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
     del settings["data"]["oracle"]
-    defaults = dataclasses.asdict(TrainerConfig())
-    for key in ("devices", "channels_last", "compile", "auto_batch_size"):  # older runs were made without it
-        if settings["trainer"][key] == defaults[key]:
-            del settings["trainer"][key]
+    _leave_out_later_settings(settings)
     if settings["data"]["pad_to_crop"]:  # data that it changes were refused before this setting existed
         del settings["data"]["pad_to_crop"]
     if settings["monitor"]["probe"] or job != Job.ADAPT:  # older runs were made without it; only `adapt` probes
         del settings["monitor"]["probe"]
+    if job == Job.EVALUATE:
+        settings.pop("loss", None)
+        settings.pop("class_weights", None)
     for key in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "checkpoints_kept"):
         del settings["trainer"][key]
     checkpoint = settings["domain_adaptation"]["pretrained_checkpoint"]
     checkpoint["path"] = source_model
-    if checkpoint["source_prefix"] is None:  # older runs were made without it
-        del checkpoint["source_prefix"]
     for domain in DOMAINS:
         settings["data"][domain] = _reading_settings(config, domain)
+    if job != Job.ADAPT:  # only `adapt` trains on labeled target images
+        for key in ("labelled_count", "labelled_batch_size"):
+            settings["data"]["target"].pop(key, None)
     if job == Job.PRETRAIN:
         del settings["domain_adaptation"], settings["optimizer"], settings["trainer"]["max_epochs"]
     else:
@@ -148,13 +162,35 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     return _digest({"job": job, "settings": settings, "data": dict(digests)})
 
 
+def _leave_out_later_settings(settings: dict[str, Any]) -> None:
+    """Remove those of LATER that have their defaults: older runs were made without them, and have the same digest."""
+    defaults = config_to_dict(Config())
+    for key in LATER:
+        *groups, name = key.split(".")
+        mine, default = settings, defaults
+        for group in groups:
+            mine, default = mine[group], default[group]
+        if mine[name] == default[name]:
+            del mine[name]
+
+
 def _reading_settings(config: Config, domain: Domain) -> dict[str, Any]:
     """Return the settings of a domain without those that the digests of its files cover."""
     settings = dataclasses.asdict(config.data.resolved(domain))
     for key in WHERE_FILES_ARE:
         del settings[key]
-    if settings["nodata_bands"] is None:  # older runs were made without it
-        del settings["nodata_bands"]
+    defaults = dataclasses.asdict(DomainDataConfig())
+    if not config.data.target.train_labelled:
+        settings |= {key: defaults[key] for key in ("labelled_count", "labelled_batch_size")}
+    for key in (
+        "nodata_bands",
+        "sampling",
+        "sampling_temperature",
+        "labelled_count",
+        "labelled_batch_size",
+    ):  # older runs were made without them
+        if settings[key] == defaults[key]:
+            del settings[key]
     return settings
 
 

@@ -23,7 +23,7 @@ from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.data.domain_data import ImageSets
 from dann_experiments.data.loaders import Loaders
-from dann_experiments.jobs.build import make_loaders, make_loop, make_module
+from dann_experiments.jobs.build import class_weights_of, make_loaders, make_loop, make_module
 from dann_experiments.jobs.identity import domain_name, domain_tags, public_settings
 from dann_experiments.jobs.model_files import write_model
 from dann_experiments.jobs.other_ranks import other_ranks
@@ -31,7 +31,7 @@ from dann_experiments.jobs.pictures import KEY, Album, PicturesByStep
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS, checkpoint_to_go_on_from, folder_of_runs
 from dann_experiments.models.taps import Tap
-from dann_experiments.names import DOMAINS, Domain, Job, Metric, SetName, Tag
+from dann_experiments.names import DOMAINS, TARGET_LABELLED, Domain, Job, Metric, SetName, Tag
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.reports.plots.predictions import draw_predictions
 from dann_experiments.reports.plots.run_curves import draw_curves
@@ -112,6 +112,14 @@ def tracked_training(
     ):
         checkpoint = None if resumed is None else checkpoint_to_go_on_from(store, run.run_id, run.folder)
         describe_run(run, config, parts.sets)
+        labelled = parts.sets.get(TARGET_LABELLED)
+        if labelled is not None:
+            run.set_tags({Tag.TARGET_LABELS: len(labelled.samples)})
+        weights = class_weights_of(config, parts.sets)
+        if weights is not None:
+            shown = ", ".join(f"{name} {one:.4g}" for name, one in zip(config.class_names, weights, strict=True))
+            log.info("Class weights of the losses: %s.", shown)
+            run.set_tags({Tag.CLASS_WEIGHTS: shown})
         if job == Job.PRETRAIN:
             reseed(config.seed)
         outcome = train(config, run, parts, callbacks, pretraining=job == Job.PRETRAIN, checkpoint=checkpoint)
@@ -235,6 +243,11 @@ def with_batch_sizes(config: Config, parts: Parts) -> Config:
         raise InputError(
             "trainer.auto_batch_size is true, but there is no GPU (trainer.accelerator "
             f"{config.trainer.accelerator}). On a CPU the number of cores limits useful batch sizes, not memory. Set it to false."
+        )
+    if parts.sets.get(TARGET_LABELLED) is not None:
+        raise InputError(
+            "trainer.auto_batch_size does not know the memory that data.target.train_labelled needs; set data.source.batch_size "
+            "and data.target.batch_size instead."
         )
     domains = domains_of_a_step(parts.method, parts.taps)
     datasets = {domain: parts.sets.training()[domain] for domain in domains}

@@ -21,6 +21,7 @@ from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, newest_finished
 
 log = logging.getLogger(__name__)
+OF_PRETRAINING = ("seed", "loss", "class_weights", "pretraining.")
 _kept: dict[Any, tuple[Mapping[str, Tensor], str | None, str]] | None = None  # the last one, if this process keeps it
 
 
@@ -43,13 +44,15 @@ def find_or_make_source_model(
 
 
 def _warn_of_other_pretraining(config: Config, store: Store, run_id: str) -> None:
-    """Warn if the source model was trained with another seed or other `pretraining.*` settings than those given: any model of the
-    same network and source data is used (decision 4), so that these have no effect."""
+    """Warn if the source model was trained with another seed, loss or other `pretraining.*` settings than those given, which
+    then have no effect: any model of the same network and source data is used (decision 4)."""
     known = store.client.get_run(run_id).data.params
+    as_before = flatten(Config())  # older runs have no params of settings that came later
+    trained = {key: known.get(PARAM_PREFIX + key, str(value)) for key, value in as_before.items()}
     other = [
-        f"{key} {known[PARAM_PREFIX + key]} (yours: {value})"
+        f"{key} {trained[key]} (yours: {value})"
         for key, value in flatten(config).items()
-        if (key == "seed" or key.startswith("pretraining.")) and known.get(PARAM_PREFIX + key, str(value)) != str(value)
+        if key.startswith(OF_PRETRAINING) and trained[key] != str(value)
     ]
     if other:
         log.warning(

@@ -69,6 +69,26 @@ def print_scores(title: str, rows: Mapping[str, Scores]) -> None:
     )
 
 
+def print_label_curve(curve: Any) -> None:
+    """Print the scores of each arm by the number of labeled target images, and where the figure is."""
+    rows = []
+    for row in curve.table.to_dict("records"):
+        score = f"{cell(row['mean'], '.1f', 100)} ± {cell(row['std'], '.1f', 100)}"
+        rows.append([str(row["labels"]), row["arm"], score, str(row["n"]), row["verdict"]])
+    title = f"{curve.table['metric'].iloc[0]} in points by labeled target images, mean ± standard deviation"
+    print_table(title, ["labels", "arm", "score", "seeds", "verdict"], rows)
+    for count, result in curve.results.items():
+        for verdict in result.verdicts:
+            Console().print(
+                f"{count} labels: [bold]{escape(f'{verdict.arm}: {verdict.outcome}.')}[/bold] {escape(verdict.reason)}"
+            )
+        if result.artifacts:
+            print(f"Report of {count} labels: {Path(result.artifacts) / 'report.html'}")
+    if curve.artifacts:
+        print(f"Figure: {Path(curve.artifacts) / 'figures' / 'labels.png'}")
+    print(f"Run {curve.run_id}; {where_to_look(curve.tracking_uri)}")
+
+
 def print_comparison(comparison: Any, table: pd.DataFrame) -> None:
     """Print the arms of a comparison with their scores, the verdicts and the notes.
 

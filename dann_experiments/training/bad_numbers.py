@@ -43,7 +43,7 @@ class _Step:
     groups: list[str]
     losses: StepLosses
     rates: dict[str, float]
-    batch: Mapping[str, Mapping[str, Tensor]]
+    batches: list[Mapping[str, Mapping[str, Tensor]]]
 
     def known(self) -> bool:
         """Return whether the numbers can be read without waiting."""
@@ -83,7 +83,8 @@ class BadNumbers(pl.Callback):
         self.names = dict(names or {})
         self.at_once = at_once
         self._buffers = _Buffers(nn.Module())
-        self._batch: Mapping[str, Mapping[str, Tensor]] = {}
+        self._batches: list[Mapping[str, Mapping[str, Tensor]]] = []  # of the step under way
+        self._of_step: int | None = None
         self._under_way: deque[_Step] = deque()
         self._first = True
 
@@ -94,7 +95,7 @@ class BadNumbers(pl.Callback):
         self.bad_steps = state_dict[Metric.BAD_STEPS]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._buffers, self._first = _Buffers(pl_module), True
+        self._buffers, self._first, self._of_step = _Buffers(pl_module), True, None
         self._under_way.clear()
 
     def on_train_batch_start(
@@ -102,8 +103,10 @@ class BadNumbers(pl.Callback):
     ) -> None:
         while self._under_way and (self._under_way[0].known() or len(self._under_way) > MOST_UNDER_WAY):
             self._look_at(self._under_way.popleft(), trainer, pl_module)
-        self._batch = batch
-        self._buffers.keep()
+        if self._of_step != trainer.global_step:  # the first batch of a step
+            self._of_step, self._batches = trainer.global_step, []
+            self._buffers.keep()
+        self._batches.append(batch)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -116,7 +119,7 @@ class BadNumbers(pl.Callback):
         later = self._may_look_later(pl_module, optimizer, scaled)
         step = _Step(
             trainer.global_step, trainer.current_epoch, numbers.to("cpu", non_blocking=later), _copied(numbers, later),
-            _group_names(groups), losses, _rates(optimizer), self._batch,
+            _group_names(groups), losses, _rates(optimizer), self._batches,
         )  # fmt: skip
         if later:
             bad = ~torch.isfinite(numbers).all()
@@ -190,13 +193,14 @@ class BadNumbers(pl.Callback):
         )
 
     def _files(self, step: _Step) -> dict[str, str]:
-        """Return, for each domain, a text that lists the files of the batch, and those with pixels that are not finite."""
+        """Return, for each domain, a text that lists the step's files, and those with pixels that are not finite."""
         told = {}
-        for domain, part in step.batch.items():
-            if domain not in self.names or "index" not in part:
+        for domain in step.batches[0]:
+            mine = [batch[domain] for batch in step.batches]
+            if domain not in self.names or "index" not in mine[0]:
                 continue
-            files = [self.names[domain](int(index)) for index in part["index"].tolist()]
-            finite = torch.isfinite(part["image"]).flatten(1).all(1).tolist()
+            files = [self.names[domain](int(index)) for part in mine for index in part["index"].tolist()]
+            finite = [fine for part in mine for fine in torch.isfinite(part["image"]).flatten(1).all(1).tolist()]
             broken = [file for file, fine in zip(files, finite, strict=True) if not fine]
             note = f" (not finite as the network sees them: {', '.join(broken)})" if broken else ""
             told[domain] = ", ".join(files) + note

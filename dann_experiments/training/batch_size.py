@@ -11,7 +11,6 @@ from torch import nn
 from dann_experiments.adaptation.method import DomainAdaptationMethod, Progress
 from dann_experiments.models.taps import Tap
 from dann_experiments.names import DOMAINS, Domain
-from dann_experiments.training.losses import segmentation_loss
 from dann_experiments.training.memory import is_out_of_memory
 from dann_experiments.training.module import AdaptationModule
 
@@ -59,13 +58,11 @@ def step_fits(
             batch["source"]["mask"] = torch.zeros(
                 sizes["source"], *shapes["source"][1:], dtype=torch.int64, device=device
             )
-            optimizer = module.make_optimizer(
-                [{"params": list(module.network.parameters()), "name": "network"}, *module.method.param_groups()]
-            )
+            optimizer = module.make_optimizer(module.param_groups())
             half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
             with torch.autocast(device.type, half, enabled=half is not None):
                 outputs = module.step_outputs({str(domain): part for domain, part in batch.items()})
-                loss = segmentation_loss(outputs.source_logits, outputs.source_labels, module.ignore_index)
+                loss, _ = module.segmentation(outputs.source_logits, outputs.source_labels)
                 share = module.method.loss(outputs, Progress(0, 1, 0, 1)).differentiated
             (loss if share is None else loss + share).backward()
             optimizer.step()

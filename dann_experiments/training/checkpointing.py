@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -46,6 +47,7 @@ class Checkpoints(Checkpoint):
         monitor: str | None = None,
         mode: str = "max",
         before_saving: Callable[[], object] = lambda: None,
+        as_scored: Callable[[pl.LightningModule], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         self.folder = folder
         self.best_step: int | None = None
@@ -58,7 +60,9 @@ class Checkpoints(Checkpoint):
         self._monitor = monitor
         self._lower_is_better = mode == "min"
         self._before_saving = before_saving
+        self._as_scored = as_scored
         self._saved_at = 0.0
+        self._last_step: int | None = None
         self._epoch_ended = False
         self._left_out: set[str] = set()
         self._refused = False  # whether the last write failed
@@ -73,6 +77,9 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # validation comes next; the checkpoint is saved after it
+        if trainer.global_step == self._last_step:
+            return  # within a step of several batches (accumulate_grad_batches)
+        self._last_step = trainer.global_step
         by_steps = self._every_n_steps is not None and trainer.global_step % self._every_n_steps == 0
         if by_steps or self._time_is_up(trainer):
             self.save(trainer)
@@ -85,10 +92,11 @@ class Checkpoints(Checkpoint):
             self.best_step, self._best_value = trainer.global_step, value
             path = self.folder / f"{files.BEST_STEP}{trainer.global_step}.ckpt"
             self._waiting = None
-            if not self._write(trainer, path, weights_only=True):
-                state = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()}
-                facts = {"pytorch-lightning_version": pl.__version__, "epoch": trainer.current_epoch}
-                self._waiting = path, {**facts, "global_step": trainer.global_step, "state_dict": state}
+            with self._as_scored(pl_module):
+                if not self._write(trainer, path, weights_only=True):
+                    state = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()}
+                    facts = {"pytorch-lightning_version": pl.__version__, "epoch": trainer.current_epoch}
+                    self._waiting = path, {**facts, "global_step": trainer.global_step, "state_dict": state}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_ended = True

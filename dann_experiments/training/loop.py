@@ -17,6 +17,7 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.models.compiling import is_of_compiling
 from dann_experiments.names import CURVES
 from dann_experiments.training import ranks
+from dann_experiments.training.averaging import AverageWeights
 from dann_experiments.training.checkpointing import Checkpoints
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
@@ -47,10 +48,12 @@ class Loop:
         best: bool,
         compiled: bool,
         beside: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        average: AverageWeights | None = None,
     ) -> None:
         self.trainer, self.module, self.monitor, self.checkpoints = trainer, module, monitor, checkpoints
         self._training, self._validation = together(training), list(validation)
         self._rank, self._best, self._compiled, self._beside = rank, best, compiled, beside
+        self._average = average
 
     @property
     def device(self) -> torch.device:
@@ -79,6 +82,8 @@ class Loop:
                     f"trainer.compile is true, but torch cannot compile this network here ({reason}); set it to false."
                 ) from None
             raise
+        if self._average is not None:
+            self._average.finish(self.module)
         if not self.module.ended:  # the run resumed from its last step, so Lightning had nothing to do
             self.module.on_train_end()
         if self._best:

@@ -6,6 +6,7 @@ after k steps is logged at step k.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,14 +22,16 @@ from torch.optim import Optimizer
 
 from dann_experiments.adaptation.domain_classifier import SOURCE
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
+from dann_experiments.config.loss import LossTerm
+from dann_experiments.models.batchnorm import statistics_kept
 from dann_experiments.models.compiling import has_compiled, uncompiled
 from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
 from dann_experiments.models.passes import Passes, check_joint, choose, forward_with_taps
 from dann_experiments.models.taps import Tap, recording
 from dann_experiments.names import Metric
-from dann_experiments.training import ranks
-from dann_experiments.training.losses import segmentation_loss
-from dann_experiments.training.optimizers import build_scheduler, order_states
+from dann_experiments.training import parts, ranks
+from dann_experiments.training.losses import SegmentationLoss
+from dann_experiments.training.optimizers import LearningRates, build_scheduler, order_states
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,12 @@ class AdaptationModule(pl.LightningModule):
     """A network, the method that adapts it, and the optimizer for both.
 
     Training batches are {"source": {"image", "mask"}, "target": {"image"}}; methods that do not use the target need no "target".
+    A part "labelled": {"image", "mask"} of labeled target images joins the segmentation loss: its mean is over all pixels.
     Validation loader 0 is the source's, loader 1 the target's, whose batches need no "mask". A validation step returns
     {"logits" (N, K, H, W), "labels" (N, H, W) or None, "valid" (N, H, W) or None, "domain_hits"}. `batchnorm`: how the
     target's forward pass treats BatchNorm statistics in training, a value of that setting (docs/batchnorm.md).
-    `channels_last`: use the channels-last memory format for the network and the images.
+    `channels_last`: use the channels-last memory format for the network and the images. `segmentation`: the loss of source logits
+    and labels; None = cross-entropy. `part_rates`: part of the network -> its own learning rate.
     """
 
     def __init__(
@@ -58,24 +63,31 @@ class AdaptationModule(pl.LightningModule):
         method: DomainAdaptationMethod,
         taps: Sequence[Tap],
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer],
-        lr_schedule: str = "constant",
+        rates: LearningRates | None = None,
         ignore_index: int = 255,
         batchnorm: str = "separate",
         channels_last: bool = False,
+        segmentation: SegmentationLoss | None = None,
+        part_rates: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.method = method
         self.taps = [tap for tap in taps if tap.name in method.feature_layers]
         self.make_optimizer = make_optimizer
-        self.lr_schedule = lr_schedule
+        self.rates = rates or LearningRates()
+        self.part_rates = dict(part_rates or {})
         self.ignore_index = ignore_index
+        self.segmentation = segmentation or SegmentationLoss([LossTerm()], ignore_index)
         self.batchnorm = batchnorm
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         if channels_last:
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.losses: StepLosses | None = None
         """Losses of the last training step."""
+        self._of_step: list[
+            tuple[Mapping[str, Any], StepLosses]
+        ] = []  # of its batches so far (accumulate_grad_batches)
         self.passes: Passes | None = None
         """How both domains are forwarded, chosen in the first step."""
         self._total_steps: int | None = None
@@ -98,22 +110,47 @@ class AdaptationModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
         outputs = self.step_outputs(batch)
-        segmentation = segmentation_loss(outputs.source_logits, outputs.source_labels, self.ignore_index)
+        segmentation, terms = self.segmentation(*self._supervised(outputs, batch.get("labelled")))
         share = self.method.loss(outputs, self.progress())
         metrics: dict[str, Any] = {
             Metric.SEGMENTATION_LOSS: segmentation.detach(),
             Metric.TOTAL_LOSS: segmentation.detach(),
         }
+        if len(terms) > 1:
+            metrics |= {f"{Metric.SEGMENTATION_LOSS}_{name}": term.detach() for name, term in terms.items()}
         if share.value is not None:
             metrics[Metric.ADAPTATION_LOSS] = share.value
             metrics[Metric.TOTAL_LOSS] = segmentation.detach() + share.weight * share.value
-        metrics = ranks.mean_of(metrics | dict(share.metrics), self.device)
+        total = segmentation if share.differentiated is None else segmentation + share.differentiated
+        losses = StepLosses(total.detach(), _loss_parts(terms, share, self.method), share.weight)
+        self._of_step.append((metrics | dict(share.metrics), losses))
+        if not self.trainer.fit_loop.epoch_loop._should_accumulate():  # this batch is the last of its step
+            self._log_step()
+        return total
+
+    def _supervised(self, outputs: StepOutputs, labelled: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Return the logits and labels that the segmentation loss takes: the source's, with those of labeled target images all
+        pixels in one row, (1, K, P, 1) and (1, P, 1).
+
+        Target images have a forward pass of their own, so BatchNorm normalizes them with the statistics of their batch; with
+        `batchnorm` source_only they do not update the running ones."""
+        if labelled is None:
+            return outputs.source_logits, outputs.source_labels
+        images = labelled["image"].to(memory_format=self.memory_format)
+        with statistics_kept(self.network) if self.batchnorm == "source_only" else nullcontext():
+            logits = self.network(images)
+        pixels = [part.movedim(1, 0).flatten(1) for part in (outputs.source_logits, logits)]
+        labels = torch.cat([outputs.source_labels.flatten(), labelled["mask"].flatten()])
+        return torch.cat(pixels, 1)[None, :, :, None], labels[None, :, None]
+
+    def _log_step(self) -> None:
+        """Log the metrics of the step's batches, and keep their losses; the means of both if there are several batches."""
+        metrics, self.losses = self._of_step[0] if len(self._of_step) == 1 else _mean_of_batches(self._of_step)
+        self._of_step = []
+        metrics = ranks.mean_of(dict(metrics), self.device)
         for logger in self.loggers:
             # as tensors: a .item() here would wait for the device in each step
             logger.log_metrics(metrics, step=self.trainer.global_step)
-        total = segmentation if share.differentiated is None else segmentation + share.differentiated
-        self.losses = StepLosses(total.detach(), _loss_parts(segmentation, share, self.method), share.weight)
-        return total
 
     def step_outputs(self, batch: dict[str, dict[str, Tensor]]) -> StepOutputs:
         """Forward one training batch and return logits, labels and features."""
@@ -150,20 +187,26 @@ class AdaptationModule(pl.LightningModule):
         return {"logits": logits, "labels": labels, "valid": valid, "domain_hits": hits}
 
     def configure_optimizers(self) -> Any:
-        groups: list[dict[str, Any]] = [{"params": list(self.network.parameters()), "name": "network"}]
-        optimizer = self.make_optimizer(groups + self.method.param_groups())
-        scheduler = build_scheduler(optimizer, self.lr_schedule, self.progress().total_steps)
+        optimizer = self.make_optimizer(self.param_groups())
+        scheduler = build_scheduler(optimizer, self.rates, self.progress().total_steps)
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters of the network, those of parts with a learning rate of their own apart, and of the method."""
+        return [*parts.param_groups(self.network, self.part_rates), *self.method.param_groups()]
+
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip each group separately: with one norm over both, the classifier's gradient would scale the network's."""
-        if gradient_clip_val is not None:
-            for group in optimizer.param_groups:
-                clip_grad_norm_(group["params"], gradient_clip_val)
+        """Clip the network and each classifier separately: with one norm, a classifier's gradient would scale the network's."""
+        if gradient_clip_val is None:
+            return
+        of_network = [group["params"] for group in optimizer.param_groups if parts.is_of_network(group)]
+        others = [group["params"] for group in optimizer.param_groups if not parts.is_of_network(group)]
+        for parameters in (list(itertools.chain(*of_network)), *others):
+            clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # before the saved state is loaded: it may include modules that the method creates here
@@ -185,8 +228,26 @@ class AdaptationModule(pl.LightningModule):
         self.ended = True
 
 
-def _loss_parts(segmentation: Tensor, share: MethodLoss, method: DomainAdaptationMethod) -> dict[str, Tensor | float]:
-    parts: dict[str, Tensor | float] = {"the segmentation loss": segmentation.detach()}
+def _mean_of_batches(
+    batches: Sequence[tuple[Mapping[str, Any], StepLosses]],
+) -> tuple[dict[str, Any], StepLosses]:
+    metrics = {name: _mean([one[name] for one, _ in batches]) for name in batches[0][0]}
+    losses = [own for _, own in batches]
+    parts = {name: _mean([own.parts[name] for own in losses]) for name in losses[0].parts}
+    return metrics, StepLosses(_mean([own.total for own in losses]), parts, losses[-1].weight)
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    return sum(values[1:], start=values[0]) / len(values)
+
+
+def _loss_parts(
+    terms: Mapping[str, Tensor], share: MethodLoss, method: DomainAdaptationMethod
+) -> dict[str, Tensor | float]:
+    parts: dict[str, Tensor | float] = {
+        "the segmentation loss" if len(terms) == 1 else f"the segmentation loss {name}": term.detach()
+        for name, term in terms.items()
+    }
     if share.differentiated is not None:
         of_layers = {
             f"the domain loss of {layer}": share.metrics[f"da_layer/{layer}/domain_loss"]

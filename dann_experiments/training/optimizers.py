@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,10 +48,34 @@ def annealing(progress: float) -> float:
     return (1.0 + 10.0 * progress) ** -0.75
 
 
-def build_scheduler(optimizer: Optimizer, schedule: str, total_steps: int) -> LRScheduler | None:
-    """Build a scheduler to be stepped once per batch, which scales each group's own learning rate; None for `constant`."""
-    if schedule == "annealed":
-        return LambdaLR(optimizer, lambda step: annealing(step / total_steps))
+@dataclass(frozen=True)
+class LearningRates:
+    """How all learning rates change from step to step."""
+
+    schedule: str = "constant"
+    """constant, annealed, one_cycle, cosine or polynomial; plateau is constant here (see `Plateau`)."""
+    warmup_steps: int = 0
+    """Steps in which the rates rise linearly; not for one_cycle."""
+    power: float = 0.9
+    """Exponent of polynomial."""
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Return the factor of the learning rates in the step after `step` steps; not for one_cycle."""
+        progress = min(step / total_steps, 1.0)
+        shape = {
+            "annealed": lambda: annealing(progress),
+            "cosine": lambda: (1 + math.cos(math.pi * progress)) / 2,
+            "polynomial": lambda: (1 - progress) ** self.power,
+        }.get(self.schedule, lambda: 1.0)
+        return min((step + 1) / (self.warmup_steps + 1), 1.0) * shape()
+
+
+def build_scheduler(optimizer: Optimizer, rates: LearningRates, total_steps: int) -> LRScheduler | None:
+    """Build a scheduler to be stepped once per optimizer step, which scales each group's own learning rate; None if the rates
+    stay as they are."""
+    schedule = rates.schedule
+    if rates.warmup_steps or schedule in ("annealed", "polynomial"):
+        return LambdaLR(optimizer, lambda step: rates.factor(step, total_steps))
     if schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=total_steps)
     if schedule == "one_cycle":

@@ -16,7 +16,7 @@ from dann_experiments.reports.tables import short
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SPLIT_SHADES = {"train": 1.0, "val": 0.6, "test": 0.3}
+SPLIT_SHADES = {"train": 1.0, "train_labelled": 0.8, "val": 0.6, "test": 0.3}
 
 
 @drawing()

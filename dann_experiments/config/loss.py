@@ -1,0 +1,95 @@
+"""Settings of the segmentation loss: a sum of weighted terms."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from dann_experiments.config.errors import InputError
+from dann_experiments.config.limits import above, at_least, fraction_below
+
+LossName = Literal["cross_entropy", "dice", "jaccard", "tversky", "focal", "lovasz"]
+NAMES: tuple[str, ...] = typing.get_args(LossName)
+OPTIONS = {
+    "label_smoothing": ("cross_entropy",),
+    "gamma": ("focal", "tversky"),
+    "alpha": ("tversky",),
+    "beta": ("tversky",),
+}
+"""Options of a term -> the losses that have it."""
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term of the segmentation loss (docs/losses.md)."""
+
+    name: LossName = "cross_entropy"
+    """Kind of loss."""
+    weight: Annotated[float, above(0)] = 1.0
+    """Factor of the term."""
+    label_smoothing: Annotated[float | None, fraction_below(1)] = None
+    """Share of the label that is spread over all classes (cross_entropy); null = 0."""
+    gamma: Annotated[float | None, at_least(0)] = None
+    """Exponent. focal: of 1 - p, null = 2; tversky: of the loss, at least 1, null = 1."""
+    alpha: Annotated[float | None, at_least(0)] = None
+    """Weight of false positives (tversky); null = 0.5."""
+    beta: Annotated[float | None, at_least(0)] = None
+    """Weight of false negatives (tversky); null = 0.5."""
+
+    def check(self, prefix: str) -> None:
+        """Raise InputError for an option that this loss does not have."""
+        for option, losses in OPTIONS.items():
+            if getattr(self, option) is not None and self.name not in losses:
+                raise InputError(
+                    f"{prefix}{option} is {getattr(self, option)}, but {self.name} has no {option}; remove it "
+                    f"({', '.join(losses)}: yes)."
+                )
+        if self.name == "tversky" and not (self.gamma is None or self.gamma >= 1):
+            raise InputError(
+                f"{prefix}gamma is {self.gamma}; give 1 or more: below 1 the gradient is infinite at loss 0."
+            )
+        if self.alpha == 0 and self.beta == 0:
+            raise InputError(f"{prefix}alpha and {prefix}beta are both 0, which makes every loss 0; raise one.")
+
+
+KEYS = tuple(field.name for field in dataclasses.fields(LossTerm))
+
+
+def with_whole_terms(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return nested settings as read, with each term of `loss` as a mapping: a name stands for a term with its defaults.
+
+    Raises InputError for a `loss` that is neither a name nor a list of terms, and for an unknown name or key in a term.
+
+    >>> with_whole_terms({"loss": ["cross_entropy", "dice"]})
+    {'loss': [{'name': 'cross_entropy'}, {'name': 'dice'}]}
+    """
+    given = settings.get("loss")
+    if given is None:
+        return settings
+    terms = given if isinstance(given, list) else [given]
+    return settings | {"loss": [_whole(term, f"loss[{number}]") for number, term in enumerate(terms)]}
+
+
+def _whole(term: Any, key: str) -> Any:
+    if isinstance(term, LossTerm):
+        return {name: value for name, value in dataclasses.asdict(term).items() if value is not None}
+    mapping: Any = {"name": term} if isinstance(term, str) else term
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"{key} is {term!r}; give a name, or a mapping such as {{name: dice, weight: 1}}.")
+    for name in mapping:
+        if name not in KEYS:
+            near = difflib.get_close_matches(str(name), KEYS, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{key} has the key {name!r}; a term takes {', '.join(KEYS)}{meant}")
+    name = mapping.get("name", LossTerm.name)
+    if name not in NAMES:
+        near = difflib.get_close_matches(str(name), NAMES, n=1)
+        raise InputError(
+            f"{key}.name is {name!r}; it is one of {', '.join(NAMES)}"
+            + (f"; did you mean {near[0]!r}?" if near else ".")
+        )
+    return dict(mapping)

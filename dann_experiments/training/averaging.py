@@ -1,0 +1,55 @@
+"""Validates, saves and ends with an exponential moving average of the weights (Lightning's EMAWeightAveraging)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.trainer.states import TrainerFn
+
+
+class AverageWeights(EMAWeightAveraging):
+    """Averages weights and buffers after each optimizer step: average = decay * average + (1 - decay) * weights; it begins as the
+    weights after the first step.
+
+    The average is what validation during training scores, what the best weights are, and what training ends with. A checkpoint
+    to resume from holds both. Differs from Lightning's class in three points: `trainer.validate` after training scores the
+    weights that the module has (Lightning would exchange them for the average); `as_average` serves for saving weights after a
+    validation, when Lightning has put the trained weights back; and a run that resumes after its last step ends with the average.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(decay=decay)
+        self._copied = False
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_validation_epoch_end(trainer, pl_module)
+
+    @contextlib.contextmanager
+    def as_average(self, module: pl.LightningModule) -> Iterator[None]:
+        """Give `module` the average within the block."""
+        self._swap_models(module)
+        try:
+            yield
+        finally:
+            self._swap_models(module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.finish(pl_module)
+
+    def finish(self, module: pl.LightningModule) -> None:
+        """Give `module` the average for good, once."""
+        if not self._copied:
+            self._copy_average_to_current(module)
+            self._copied = True
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        self._copied = False
