@@ -50,17 +50,23 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+KINDS: list[dict[str, object]] = [
+    {},
+    {"domain_adaptation__batchnorm": "target_stats"},
+    {"trainer__ema_decay": 0.7, "trainer__accumulate_grad_batches": 2},
+]
+
+
 @pytest.mark.usefixtures("pretrained_place")
-@pytest.mark.parametrize("batchnorm", ["separate", "target_stats"])
-def test_a_trial_that_is_not_pruned_is_the_same_bit_for_bit(squares, batchnorm):
-    settings = small_settings(
-        squares, domain_adaptation__batchnorm=batchnorm, data__source__augmentation="light", monitor__final_model="best"
-    )
+@pytest.mark.parametrize("changed", KINDS, ids=["plain", "target_stats", "averaged weights"])
+def test_a_trial_that_is_not_pruned_is_the_same_bit_for_bit(squares, changed):
+    settings = small_settings(squares, **changed, data__source__augmentation="light", monitor__final_model="best")
     plain = adapt(load_config(None, settings))
     trial = new_trial()
     reporting = adapt(load_config(None, settings), [PruningCallback(trial, Metric.TARGET_VAL_IOU, True, 0.05, 1)], {})
     reports = trial.study.trials[0].intermediate_values
-    assert sorted(reports) == list(range(1, 9))  # two epochs of four steps
+    steps = 8 // int(str(changed.get("trainer__accumulate_grad_batches", 1)))
+    assert sorted(reports) == list(range(1, steps + 1))  # two epochs of four batches
     pd.testing.assert_frame_equal(curves(reporting), curves(plain), check_exact=True)
     assert reporting.metrics == plain.metrics
     states = [final_checkpoint(result) for result in (plain, reporting)]
@@ -91,10 +97,10 @@ class AtTheEndOfAnEpoch(pl.Callback):
 
 
 @pytest.mark.usefixtures("pretrained_place")
-@pytest.mark.parametrize("batchnorm", ["separate", "target_stats"])
-def test_the_scores_within_an_epoch_are_those_of_a_validation(squares, batchnorm):
+@pytest.mark.parametrize("changed", KINDS, ids=["plain", "target_stats", "averaged weights"])
+def test_the_scores_within_an_epoch_are_those_of_a_validation(squares, changed):
     scores = AtTheEndOfAnEpoch()
-    adapt(load_config(None, small_settings(squares, domain_adaptation__batchnorm=batchnorm)), [scores], {})
+    adapt(load_config(None, small_settings(squares, **changed)), [scores], {})
     assert len(scores.found) == 2
     for now, validated in scores.found:
         assert Metric.SOURCE_DROP in now

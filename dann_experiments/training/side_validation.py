@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytorch_lightning as pl
 import torch
 
 from dann_experiments.models.batchnorm import target_statistics
 from dann_experiments.models.taps import evaluating
 from dann_experiments.scores.selection import choice_value
+from dann_experiments.training.averaging import AverageWeights
 from dann_experiments.training.monitor import DomainAdaptationMonitorCallback, TargetStatistics
 from dann_experiments.training.random_states import random_states, restore
 
 
 def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-    """Return the validation metrics of the network as it is now, by name, with the values by which it is chosen (`choice_value`).
+    """Return the validation metrics of the network as it is now, or of its averaged weights, by name, with the values by which it
+    is chosen (`choice_value`).
 
     `trainer` is in the middle of an epoch of `fit`, with a `DomainAdaptationMonitorCallback`. Everything that training depends on
     is restored: random states, the mode of every module, and all buffers, such as BatchNorm's statistics. Nothing is logged.
@@ -27,11 +31,13 @@ def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, floa
             for callback in callbacks:
                 if isinstance(callback, TargetStatistics):
                     target_statistics(module.network, callback.loader)  # pyright: ignore[reportArgumentType]
-            for index, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
-                for number, batch in enumerate(loader):
-                    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
-                    outputs = module.validation_step(batch, number, index)
-                    monitor.on_validation_batch_end(trainer, module, outputs, batch, number, index)
+            average = next((one for one in callbacks if isinstance(one, AverageWeights)), None)
+            with nullcontext() if average is None else average.as_average(module):  # as in a validation
+                for index, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
+                    for number, batch in enumerate(loader):
+                        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+                        outputs = module.validation_step(batch, number, index)
+                        monitor.on_validation_batch_end(trainer, module, outputs, batch, number, index)
             monitor.finish()
     finally:
         with torch.no_grad():
