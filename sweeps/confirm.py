@@ -22,7 +22,9 @@ from dann_experiments.workers.pool import refuse_unshared
 from sweeps.cleanup import clean_up_at_start
 from sweeps.definition import store_settings, stored_settings
 from sweeps.driver import drive, find_study, in_store, only_driver, open_workers, sharing, study_config
-from sweeps.report import baselines, config_of, label, top_trials, write_trials
+from sweeps.ranking import FORGETTING, forgot, mean_forgot, order, ranked
+from sweeps.report import KEPT, baselines, config_of, label, top_trials, write_trials
+from sweeps.seeds import seeds_per_trial
 from sweeps.settings import SweepConfig
 from sweeps.study import (
     DEFINITION,
@@ -41,6 +43,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_TOP = 3
+ALL_FORGOT = (
+    "Every candidate with all its seeds forgot the source in the mean (by more than monitor.forgetting_threshold); the best of "
+    "them is no winner, and its model does not become the champion."
+)
 EFFECTIVE = {
     "confirm_top",
     "confirm_seeds",
@@ -67,6 +73,8 @@ class Confirmation:
     """Number of the trial with the best mean; None if none was confirmed."""
     beats_control: bool | None
     """True if the winner's mean is better than the control's; None without a winner or a control."""
+    winner_forgot: bool
+    """True if the winner forgot the source in the mean, as all candidates did."""
     model: str | None
     """Address of the registered model, models:/NAME@champion if it became the champion; None without a winner."""
     folder: Path
@@ -89,13 +97,14 @@ def confirm(
     without_effect = [key for key in overrides if key not in EFFECTIVE]
     if without_effect:
         raise InputError(f"{without_effect[0]} has no effect in confirm; give some of {sorted(EFFECTIVE)}.")
+    single = {"pruner": "none", "seeds_per_trial": 1, "report_every_n_steps": None}  # here each seed is a trial
     top = parent.attribute(SETTINGS).get("confirm_top") or DEFAULT_TOP
-    sweep = stored_settings(parent, {"confirm_top": top, **overrides, "pruner": "none", "storage": storage})
+    sweep = stored_settings(parent, {"confirm_top": top, **overrides, **single, "storage": storage})
     refuse_unshared(sweep, "storage", address)
     candidates = top_trials(parent, sweep.confirm_top)
     if not candidates:
         raise InputError(f"study {name!r} has no complete trial to confirm; `python -m sweeps status --study {name}`.")
-    first = parent.attribute(DEFINITION)["config"]["seed"] + 1
+    first = parent.attribute(DEFINITION)["config"]["seed"] + seeds_per_trial(parent)
     contest = _Contest(parent, candidates, range(first, first + sweep.confirm_seeds))
     config = study_config(parent, tracking or {})
     for trial in contest.trials():
@@ -116,7 +125,7 @@ def confirm(
             write_trials(confirmed, folder / "trials.csv")
             table.to_csv(folder / "confirm.csv", index=False)
             if len(table):
-                (folder / "report.md").write_text(_text(parent, table))
+                (folder / "report.md").write_text(_text(parent, table, contest.winner_forgot(confirmed)))
             winner = contest.winner(confirmed)
             if winner is not None:
                 (folder / "best_config.yaml").write_text(config_to_yaml(config_of(parent, winner)))
@@ -132,6 +141,7 @@ def confirm(
         table,
         None if winner is None else winner.number,
         beats_control,
+        contest.winner_forgot(study),
         model,
         result.folder,
     )
@@ -188,7 +198,7 @@ class _Contest:
         ]
 
     def table(self, study: Sweep) -> pd.DataFrame:
-        """Return one row per trial with at least one complete run, best mean first."""
+        """Return one row per trial with a complete run: those that kept the source in the mean first, best mean first."""
         import pandas as pd
 
         objective = self.parent.attribute(DEFINITION)["objective"]
@@ -199,7 +209,7 @@ class _Contest:
                 continue
             row: dict[str, Any] = {"trial": trial.number, "settings": label(trial), "seeds": len(runs)}
             columns = {objective: [run.value for run in runs]}
-            for metric in (Metric.SOURCE_VAL_IOU, Metric.TARGET_TEST_IOU):
+            for metric in (Metric.SOURCE_VAL_IOU, Metric.SOURCE_DROP, Metric.TARGET_TEST_IOU):
                 columns[metric] = [run.user_attrs.get("scores", {}).get(metric) for run in runs]
             for metric, values in columns.items():
                 given = [float(value) for value in values if value is not None]
@@ -208,20 +218,30 @@ class _Contest:
                     row[f"{metric} sd"] = statistics.stdev(given) if len(given) > 1 else float("nan")
                     row[f"{metric} values"] = " ".join(f"{value:.4f}" for value in given)
             row["chosen by"] = trial.value
-            rows.append(row)
-        table = pd.DataFrame(rows)
-        if not rows:
-            return table
-        order = {"ascending": not self.parent.maximizes, "kind": "stable", "ignore_index": True}
-        return table.sort_values(f"{objective} mean", **order)
+            if any(FORGETTING in run.constraints for run in runs):
+                row[KEPT] = "NO" if mean_forgot(runs) else "yes"
+            rows.append((self._order(trial, runs), row))
+        return pd.DataFrame([row for _, row in sorted(rows, key=lambda entry: entry[0])])
+
+    def _order(self, trial: FrozenTrial, runs: Sequence[FrozenTrial]) -> tuple[bool, float, int]:
+        """Return the key by which trials with confirming runs are sorted, best first."""
+        mean = statistics.fmean(run.value for run in runs if run.value is not None)
+        return order(mean_forgot(runs), mean, trial.number, self.parent.maximizes)
 
     def winner(self, study: Sweep) -> FrozenTrial | None:
-        """Return the candidate (or recipe) with the best mean once all runs have ended; one with a failed seed cannot win."""
+        """Return the candidate (or recipe) with the best mean once all runs have ended.
+
+        One with a failed seed cannot win; one that forgot the source in the mean wins only if all did."""
         if any(not trial.state.is_finished() or superseded(trial) for trial in study.counted()):
             return None
         entered = [trial for trial in self.trials() if trial.user_attrs["role"] != "control"]
         whole = [trial for trial in entered if len(self.runs(study, trial)) == len(self.seeds)]
-        return max(whole, key=lambda trial: statistics.fmean(map(study.rank, self.runs(study, trial))), default=None)
+        return min(whole, key=lambda trial: self._order(trial, self.runs(study, trial)), default=None)
+
+    def winner_forgot(self, study: Sweep) -> bool:
+        """Return whether the winner forgot the source in the mean over the new seeds."""
+        winner = self.winner(study)
+        return winner is not None and mean_forgot(self.runs(study, winner))
 
     def beats_control(self, table: pd.DataFrame, winner: FrozenTrial | None) -> bool | None:
         """Return whether the winner's mean is better than the control's; None if one of them is missing."""
@@ -243,16 +263,23 @@ def _failed(trial: FrozenTrial) -> bool:
 def _register(
     store: Store, name: str, contest: _Contest, study: Sweep, winner: FrozenTrial, beats_control: bool | None
 ) -> str:
-    """Register the model of the winner's run with the median score, which is typical and not just lucky."""
-    runs = sorted(contest.runs(study, winner), key=study.rank)
-    typical = runs[(len(runs) - 1) // 2]
+    """Register the model of the winner's run with the median score, which is typical and not just lucky.
+
+    Runs that forgot the source are left out if others did not. The model does not become the champion if the control is better or
+    the winner forgot the source.
+    """
+    runs = contest.runs(study, winner)
+    kept = [run for run in runs if not forgot(run)] or runs
+    typical = ranked(kept, study.maximizes)[len(kept) // 2]
+    among = "" if len(kept) == len(runs) else " of those that kept the source"
     objective = study.attribute(DEFINITION)["objective"]
     about = (
         f"Trial {winner.number} of study {escaped(contest.parent.name)}, confirmed over {len(runs)} seeds; the run with the "
-        f"median {objective}, {typical.value:.4f}."
+        f"median {objective}{among}, {typical.value:.4f}."
     )
     tags = {Tag.STUDY: contest.parent.name, Tag.TRIAL: str(winner.number)}
-    return register(store, name, typical.user_attrs["run_id"], about, tags, may_lead=beats_control is not False)
+    may_lead = beats_control is not False and not contest.winner_forgot(study)
+    return register(store, name, typical.user_attrs["run_id"], about, tags, may_lead=may_lead)
 
 
 def _source_line(parent: Sweep) -> str:
@@ -264,7 +291,7 @@ def _source_line(parent: Sweep) -> str:
     )
 
 
-def _text(parent: Sweep, table: pd.DataFrame) -> str:
+def _text(parent: Sweep, table: pd.DataFrame, winner_forgot: bool) -> str:
     objective = parent.attribute(DEFINITION)["objective"]
     first = table["trial"].tolist()[0]
     control = [trial.number for trial in baselines(parent) if trial.user_attrs["role"] == "control"]
@@ -273,9 +300,11 @@ def _text(parent: Sweep, table: pd.DataFrame) -> str:
         [
             f"# Study {parent.name}, confirmed",
             "",
-            f"Each candidate, run again over new seeds, ordered by the mean of `{objective}`. `chosen by` is the single "
-            "value by which it was selected. Standard deviations are over the seeds.",
+            f"Each candidate, run again over new seeds, ordered by the mean of `{objective}`; those that forgot the source in "
+            "the mean come last. `chosen by` is the single value by which it was selected. Standard deviations are over the "
+            "seeds.",
             note,
+            ALL_FORGOT if winner_forgot else "",
             _source_line(parent),
             "",
             *markdown(table),

@@ -70,7 +70,11 @@ def describe(study: Sweep, sweep: SweepConfig, space: Space, config: Config, n_t
 def store_settings(study: Sweep, sweep: SweepConfig, n_trials: int) -> None:
     """Store the settings of the sweep with the study, so that `resume` can use them."""
     kept = {key: value for key, value in config_to_dict(sweep).items() if key not in NOT_STORED}
-    study.set_attribute(SETTINGS, kept | {"n_trials": n_trials})
+    study.set_attribute(SETTINGS, kept | {"n_trials": n_trials, "pruner": sweep.pruner_used})
+
+
+def _as_stored(sweep: SweepConfig, key: str) -> Any:
+    return sweep.pruner_used if key == "pruner" else getattr(sweep, key)
 
 
 def stored_settings(study: Sweep, overrides: Mapping[str, Any]) -> SweepConfig:
@@ -95,9 +99,11 @@ def refuse_changes(study: Sweep, sweep: SweepConfig, space: Space, config: Confi
     changes: dict[str, tuple[Any, Any]] = {}
     direction = "maximize" if sweep.maximizes else "minimize"
     asked = {"objective": sweep.objective, "direction": direction}
-    asked |= {key: getattr(sweep, key) for key in QUESTION if key in settings}
+    by_default = SweepConfig()  # for settings that a study of an earlier version does not have
+    stored = {key: definition.get(key, settings.get(key, _as_stored(by_default, key))) for key in QUESTION}
+    asked |= {key: _as_stored(sweep, key) for key in QUESTION if key not in definition}
     for key, new in asked.items():
-        old = definition[key] if key in definition else settings[key]
+        old = stored[key]
         if old != new:
             changes[key] = (old, new)
     before, after = definition["space"], json.loads(json.dumps(space.described()))

@@ -74,7 +74,7 @@ class SweepResult:
     """The study."""
     settings: SweepConfig
     best: FrozenTrial | None
-    """The best complete trial; None if there is none."""
+    """The best complete trial (`sweeps.ranking`), which forgot the source only if all did; None if there is none."""
     run_id: str
     """The sweep's own run."""
     experiment: str

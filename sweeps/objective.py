@@ -23,10 +23,12 @@ from dann_experiments.names import Job, Metric, SetName, Tag
 from dann_experiments.scores.selection import choice_value
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.monitor import metrics_to_choose_by
-from sweeps.pruning import Pruned, PruningCallback
+from sweeps.pruning import Pruned, PruningCallback, RunCallback
+from sweeps.sampling import build_pruner, build_sampler
+from sweeps.seeds import Training, attributes, constrain, mean_value
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, settings_of
-from sweeps.study import SOURCE_ONLY, SOURCE_WANTED, STORAGE_ERRORS, Sweep, build_pruner, build_sampler
+from sweeps.study import SOURCE_ONLY, SOURCE_WANTED, STORAGE_ERRORS, Sweep
 
 log = logging.getLogger(__name__)
 EACH_STEP = (
@@ -36,11 +38,17 @@ EACH_STEP = (
     Metric.ADAPTATION_LOSS,
     Metric.TOTAL_LOSS,
 )
+FEWEST_SEEDS_TO_PRUNE = 4  # all worse than those of the best trial: p = 1/16, below P_OF_SEEDS; with three 1/8
 VALIDATED = (Metric.IOU, Metric.CLASS_IOU, Metric.VAL_LOSS)  # prefixes of the metrics that validation logs
 
 
 def check_objective(sweep: SweepConfig, config: Config, labelled: Collection[SetName]) -> None:
     """Raise InputError for an objective that no run logs. Warn if it cannot be used for pruning."""
+    if sweep.pruner_used == "wilcoxon" and sweep.seeds_per_trial <= FEWEST_SEEDS_TO_PRUNE:
+        log.warning(
+            "seeds_per_trial is %d: all seeds of each trial are trained, as pruner wilcoxon needs %d to end a trial.",
+            sweep.seeds_per_trial, FEWEST_SEEDS_TO_PRUNE,
+        )  # fmt: skip
     name = sweep.objective
     known = metrics_to_choose_by(config.class_names)
     own_method = config.domain_adaptation.method.class_path is not None and not name.startswith(VALIDATED)
@@ -51,8 +59,8 @@ def check_objective(sweep: SweepConfig, config: Config, labelled: Collection[Set
         raise InputError(
             f"objective is {name!r}, which these runs do not log; validation logs {known}, each step {list(EACH_STEP)}."
         )
-    if sweep.pruner != "none":
-        log.warning("pruner %s has no effect: %s is not scored by validation.", sweep.pruner, name)
+    if sweep.pruner_used not in ("none", "wilcoxon"):
+        log.warning("pruner %s has no effect: %s is not scored by validation.", sweep.pruner_used, name)
 
 
 def run_tags(sweep: SweepConfig, name: str, trial: FrozenTrial, sweep_run_id: str) -> dict[str, str]:
@@ -87,23 +95,20 @@ def run_trial(
     """
     started = time.monotonic()
     sampler = build_sampler(sweep, space.conditional, slot.number, sweep.n_trials or 1)
-    optuna_study = study.for_sampling(sampler, build_pruner(sweep.pruner, base.trainer.max_epochs))
+    optuna_study = study.for_sampling(
+        sampler, build_pruner(sweep.pruner_used, base.trainer.max_epochs, sweep.report_every_n_steps)
+    )
     trial = optuna.Trial(optuna_study, slot._trial_id)
     reference = bool(slot.user_attrs["reference"])
     state, value = TrialState.FAIL, None
     try:
         point = {} if reference else space.suggest(trial)
         config = trial_config(base, slot.user_attrs["overrides"], point)
-        name = trial_name(study.name, slot.number, config)
-        config = replace(config, {"tracking.run_name": name, "tracking.registered_model_name": None})
         named = config.domain_adaptation.method.class_path
         refuse_stored_code(named, sweep.allowed_classes, f"trial {slot.number} of study {study.name!r}")
         study.note(slot, seed=config.seed, sampler_seed=sweep.sampler_seed, point=settings_of(point))
-        may_prune = slot.user_attrs["role"] == "search" and sweep.pruner != "none"
-        callback = PruningCallback(trial, sweep.objective, may_prune)
-        result = adapt(config, [callback], run_tags(sweep, study.name, slot, sweep_run_id))
-        study.note(slot, scores=scores_of(result.metrics), run_id=result.run_id)
-        value = _objective_value(result, sweep.objective)
+        tags = run_tags(sweep, study.name, slot, sweep_run_id)
+        value = mean_value(_trained(study, sweep, config, slot, trial, tags))
         state = TrialState.COMPLETE
     except Pruned:
         state = TrialState.PRUNED
@@ -115,6 +120,37 @@ def run_trial(
     _free_memory()  # not in the handler above, where the traceback still refers to the trial's tensors
     study.note(slot, seconds=round(time.monotonic() - started, 2))
     optuna_study.tell(trial, value, state, skip_if_finished=True)
+
+
+def _trained(
+    study: Sweep, sweep: SweepConfig, config: Config, slot: FrozenTrial, trial: optuna.Trial, tags: Mapping[str, str]
+) -> list[Training]:
+    """Train with each seed and store the scores with the trial. Raises Pruned if the pruner ends it."""
+    may_prune = slot.user_attrs["role"] == "search" and sweep.pruner_used != "none"
+    threshold, found = config.monitor.forgetting_threshold, list[Training]()
+    for index in range(sweep.seeds_per_trial):
+        seeded = replace(config, {"seed": config.seed + index})
+        name = trial_name(study.name, slot.number, seeded)
+        seeded = replace(seeded, {"tracking.run_name": name, "tracking.registered_model_name": None})
+        if sweep.seeds_per_trial == 1:
+            callback = PruningCallback(trial, sweep.objective, may_prune, threshold, sweep.report_every_n_steps)
+        else:
+            callback = RunCallback(trial, sweep.objective, index * config.trainer.max_epochs)
+        result = adapt(seeded, [callback], tags)
+        scores, drop = scores_of(result.metrics), source_drop(result)
+        scores |= {} if drop is None else {Metric.SOURCE_DROP: drop}
+        study.note(slot, scores=scores, run_id=result.run_id)  # also if it has no valid objective
+        value = _objective_value(result, sweep.objective)
+        found.append(Training(seeded.seed, value, scores, result.run_id))
+        if sweep.seeds_per_trial > 1:
+            study.note(slot, **attributes(found))
+            trial.report(value, step=index)
+            if may_prune and len(found) < sweep.seeds_per_trial and trial.should_prune():
+                constrain(trial, found, threshold)
+                raise Pruned(f"pruned after {len(found)} of {sweep.seeds_per_trial} seeds")
+            _free_memory()
+    constrain(trial, found, threshold)
+    return found
 
 
 def score_source_model(study: Sweep, config: Config) -> None:
@@ -138,10 +174,17 @@ def score_source_model(study: Sweep, config: Config) -> None:
     _free_memory()
 
 
+def source_drop(result: RunResult) -> float | None:
+    """Return how far the source's validation IoU of the final model is below that before the first step; None without labels."""
+    before, after = result.baseline.get(Metric.SOURCE_VAL_IOU), result.metrics.get(Metric.SOURCE_VAL_IOU)
+    return None if before is None or after is None else before - after
+
+
 def _objective_value(result: RunResult, objective: str) -> float:
     """Return the final model's score; for a metric that is only logged during training, the mean of its last tenth of values.
 
-    A select/ score counts as its worst value if the model forgot the source.
+    A select/ score counts as its worst value if the model forgot the source, as in the choice of an epoch (`choice_value`). Any
+    other objective keeps its value: there only the constraint of `sweeps.ranking` puts the trial behind those that did not.
     """
     if objective in result.metrics:
         value = float(choice_value(objective, result.metrics))

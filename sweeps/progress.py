@@ -7,6 +7,8 @@ import time
 from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.workers.progress import Progress
+from sweeps.ranking import drop_of, forgot
+from sweeps.seeds import seeds_done, trainings_counted
 from sweeps.study import Sweep, superseded
 
 
@@ -34,9 +36,11 @@ class StudyProgress(Progress):
         parts += [
             f"{counts[state]} {word}" for state, word in (("pruned", "pruned"), ("fail", "failed")) if counts[state]
         ]
+        trained = trainings_counted(self._study)
+        parts += [trained] if trained else []
         best = self._study.best()
         if best is not None:
-            parts.append(f"best {best.value:.4f} (trial {best.number})")
+            parts.append(f"best {best.value:.4f} (trial {best.number}{', forgot the source' if forgot(best) else ''})")
         left = self._seconds_left(counts["waiting"] + counts["running"])
         if left is not None:
             parts.append(f"about {_duration(left)} left")
@@ -55,8 +59,15 @@ def describe_end(trial: FrozenTrial) -> str:
     roles = {"recipe": " (the recipe's own values)", "control": " (lambda = 0 control)"}
     role = roles.get(str(trial.user_attrs.get("role")), "")
     if trial.state == TrialState.COMPLETE:
-        return f"done{role}: {trial.value:.4f}"
+        if seeds_done(trial):
+            role += f", mean of {seeds_done(trial)} seeds"
+        fallen = "" if not forgot(trial) else f", but forgot the source (its IoU fell by {drop_of(trial) or 0:.3f})"
+        return f"done{role}: {trial.value:.4f}{fallen}"
     if trial.state == TrialState.PRUNED:
+        if seeds_done(trial):
+            return f"pruned after {seeds_done(trial)} seeds"
+        if "steps" in trial.user_attrs:
+            return f"pruned after {trial.user_attrs['steps']} steps"
         return f"pruned after epoch {trial.user_attrs.get('epochs')}"
     if superseded(trial):
         return f"retried{role}: {trial.user_attrs.get('error')}"

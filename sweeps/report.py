@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.comparison.selection_quality import score_quality
@@ -18,12 +17,15 @@ from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.config.run import TARGET_LABEL_METRICS
 from dann_experiments.names import Metric
 from dann_experiments.reports.pages import write_page
-from dann_experiments.reports.plots.study import FIGURES, MOST_IN_CONTOUR, draw_study
+from dann_experiments.reports.plots.study import FIGURES, MOST_IN_CONTOUR
 from dann_experiments.reports.tables import number
 from dann_experiments.scores.selection import SCORES as SCORES_WITHOUT_LABELS
 from dann_experiments.tracking.notes import description, link, run_page
 from dann_experiments.tracking.store import TRAINING_PAGES, Store
+from sweeps.figures import draw, importances_note, short_names
 from sweeps.objective import trial_config
+from sweeps.ranking import FORGETTING, drop_of, forgot, passed_over
+from sweeps.seeds import runs_of, seeds_done, seeds_per_trial, spread_of, trainings_counted
 from sweeps.study import DEFINITION, HALT, SETTINGS, SOURCE_ONLY, Sweep, superseded
 
 if TYPE_CHECKING:
@@ -31,18 +33,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TOP = 5
-FEWEST_FOR_IMPORTANCES = 50
-"""Number of complete trials that importances (Optuna's PED-ANOVA) need, as we measured: with 20 trials, one of two settings
-without any effect got 0.98 (tests/test_sweep_report.py has that study)."""
 FEWEST_RANKED = 3  # the rank correlation of two trials is always 1 or -1
-SCORES = (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU, Metric.SOURCE_TEST_IOU, Metric.TARGET_TEST_IOU)
+SCORES = (
+    Metric.SOURCE_VAL_IOU,
+    Metric.SOURCE_DROP,
+    Metric.TARGET_VAL_IOU,
+    Metric.SOURCE_TEST_IOU,
+    Metric.TARGET_TEST_IOU,
+)
+SPREAD, SEEDS = "sd over seeds", "seeds"
+KEPT = "source kept"
+"""Column that says whether a trial kept the source: yes or NO, empty where that is not known."""
 
 
 def trials_table(study: Sweep) -> pd.DataFrame:
     """Return one row per trial, including retried ones: how it ended, its scores, values and run."""
     import pandas as pd
 
-    rows = []
+    objective, rows = study.attribute(DEFINITION)["objective"], []
     for trial in study.trials():
         known = trial.user_attrs
         rows.append(
@@ -50,13 +58,18 @@ def trials_table(study: Sweep) -> pd.DataFrame:
                 "trial": trial.number,
                 "role": known.get("role"),
                 "state": "superseded" if superseded(trial) else trial.state.name.lower(),
-                study.attribute(DEFINITION)["objective"]: trial.value if trial.state == TrialState.COMPLETE else None,
+                objective: trial.value if trial.state == TrialState.COMPLETE else None,
                 "last_report": trial.intermediate_values.get(trial.last_step) if trial.last_step else None,
                 "epochs": known.get("epochs"),
                 "seconds": known.get("seconds"),
                 "seed": known.get("seed"),
                 "sampler_seed": known.get("sampler_seed"),
-                **known.get("scores", {}),
+                "seeds": seeds_done(trial) or None,
+                "spread": spread_of(trial),
+                "seed_scores": " ".join(f"{seed}:{value!r}" for seed, value in known.get("seed_scores", {}).items())
+                or None,
+                **{name: value for name, value in known.get("scores", {}).items() if name != objective},
+                "source_kept": source_kept(trial),
                 **(known.get("point") or trial.params),
                 "candidate": known.get("candidate"),
                 "attempt": known.get("attempt"),
@@ -94,80 +107,72 @@ def write_report(study: Sweep, store: Store, folder: Path) -> None:
     best = study.best()
     if best is not None:
         header = (
-            f"# Trial {best.number} of study {study.name}: {study.attribute(DEFINITION)['objective']} {best.value!r}\n"
+            f"# Trial {best.number} of study {study.name}: {study.attribute(DEFINITION)['objective']} {best.value!r}"
+            f"{_over_seeds(best)}\n"
             "# python -m dann_experiments adapt --config best_config.yaml   (in the same tracking store: the source model is "
             "there)\n"
         )
+        note = forgetting_note(study)
+        header += "" if note is None else f"# {note}\n"
         (folder / "best_config.yaml").write_text(header + config_to_yaml(config_of(study, best)))
-    figures, missing = draw_study(_short_names(study), folder / "figures", *_drawn_with(study))
+    figures, missing = draw(study, folder / "figures", _levels(study))
     if figures:
         write_page(folder / "figures" / "study.html", "sweep.html.j2", name=study.name, figures=figures)
     write_page(folder / "report.md", "sweep.md.j2", **_report(study, store, missing))
 
 
-def _drawn_with(study: Sweep) -> tuple[str, dict[str, float], str]:
-    """Return the objective, the scores to beat (control and source model), and a note on importances."""
+def _over_seeds(trial: FrozenTrial) -> str:
+    seeds = trial.user_attrs.get("seed_scores")
+    return f", the mean of the seeds {', '.join(seeds)}" if seeds else ""
+
+
+def _levels(study: Sweep) -> dict[str, float]:
+    """Return the scores to beat: those of the control and of the source model."""
     objective, source, control = study.attribute(DEFINITION)["objective"], study.attribute(SOURCE_ONLY), _control(study)
     levels = {
         "lambda = 0 control": None if control is None else control.value,
         "source only": None if source is None else source["scores"].get(objective),
     }
-    known = {name: value for name, value in levels.items() if value is not None}
-    return objective, known, importances_note(complete_in_search(study))
+    return {name: value for name, value in levels.items() if value is not None}
 
 
-def complete_in_search(study: Sweep) -> int:
-    """Return the number of complete trials that samplers and figures see: those of the budget without references."""
-    trials = study.counted()
-    return sum(t.state == TrialState.COMPLETE and not t.user_attrs.get("reference") for t in trials)
+def source_kept(trial: FrozenTrial) -> str | None:
+    """Return `yes` or `NO`: whether the model of a trial kept the source; None if that is not known."""
+    return None if FORGETTING not in trial.constraints else "NO" if forgot(trial) else "yes"
 
 
-def importances_note(complete: int) -> str:
-    """Return a note that says how many trials the importances come from and how reliable they are."""
-    if complete >= FEWEST_FOR_IMPORTANCES:
-        return f"Importances from {complete} complete trials."
+def forgetting_note(study: Sweep) -> str | None:
+    """Return a sentence that says that the best trial forgot the source, as all did; None if it did not."""
+    best = study.best()
+    if best is None or not forgot(best):
+        return None
+    control = _control(study)
+    aside = "" if control is None or forgot(control) else " except the control"
     return (
-        f"Importances from {complete} complete trials: a hint at most. Below about {FEWEST_FOR_IMPORTANCES}, settings that do "
-        "not matter get large shares too."
+        f"Every complete trial{aside} forgot the source by more than {_threshold(study)} (monitor.forgetting_threshold); the "
+        "best of them is no winner. Try a smaller lambda_da or learning rate."
     )
 
 
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return dotted name -> its shortest ending that no other name has."""
-    short: dict[str, str] = {}
-    for key in keys:
-        parts = key.split(".")
-        endings = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-        short[key] = next(
-            (name for name in endings if sum(other == name or other.endswith(f".{name}") for other in keys) == 1), key
-        )
-    return short
+def passed_over_note(study: Sweep) -> str | None:
+    """Return a sentence about the trial that would have won if it had not forgotten the source; None if there is none."""
+    found = passed_over(study.ranked(), study.maximizes)
+    if found is None:
+        return None
+    return (
+        f"{label(found).capitalize()} has the best {study.attribute(DEFINITION)['objective']}, {found.value:.4f}, but does not "
+        f"count: its source IoU fell by {number(drop_of(found), digits=3)}, more than {_threshold(study)} "
+        "(monitor.forgetting_threshold)."
+    )
 
 
-def _short_names(study: Sweep) -> optuna.Study:
-    """Return an in-memory copy of the study, with parameter names that fit on an axis."""
-    shown = {trial.number for trial in study.counted() if not trial.user_attrs.get("reference")}
-    names = short_names(list(study.attribute(DEFINITION)["space"]))
-    copy = optuna.create_study(direction="maximize" if study.maximizes else "minimize")
-    for trial in study.trials():
-        if trial.number not in shown or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
-            copy.add_trial(optuna.create_trial(state=TrialState.FAIL))  # not drawn, but the others keep their numbers
-            continue
-        copy.add_trial(
-            optuna.create_trial(
-                state=trial.state,
-                values=trial.values,
-                params={names[key]: value for key, value in trial.params.items()},
-                distributions={names[key]: value for key, value in trial.distributions.items()},
-                intermediate_values=trial.intermediate_values,
-            )
-        )
-    return copy
+def _threshold(study: Sweep) -> str:
+    return f"{study.attribute(DEFINITION)['config']['monitor']['forgetting_threshold']:g}"
 
 
 def links(store: Store, study: Sweep, trials: Sequence[FrozenTrial]) -> dict[str, str]:
     """Return pages of the MLflow UI, as fragments that start with `#`: a chart of all trials and a comparison of `trials`."""
-    runs = [trial.user_attrs["run_id"] for trial in trials if "run_id" in trial.user_attrs]
+    runs = [run for trial in trials for run in runs_of(trial)]
     escaped = quote(f"tags.`dann.study` = '{study.name}'", safe="")
     chart = f"#/experiments/{store.experiment_id}/runs?searchFilter={escaped}&compareRunsMode=CHART&{TRAINING_PAGES}"
     compare = (
@@ -179,19 +184,19 @@ def links(store: Store, study: Sweep, trials: Sequence[FrozenTrial]) -> dict[str
 
 def sweep_note(study: Sweep, store: Store, run_id: str, best: FrozenTrial | None) -> str:
     """Return the description of the run of a sweep: its best trial, the control, and links to report, trials and best run."""
-    objective, levels, _ = _drawn_with(study)
+    objective = study.attribute(DEFINITION)["objective"]
     results = [] if best is None else [f"best {label(best)} with {objective} {number(best.value)}"]
-    results += [f"{name} {number(value)}" for name, value in levels.items()]
+    results += [f"{name} {number(value)}" for name, value in _levels(study).items()]
     pages = {"report": run_page(store.experiment_id, run_id, "report.md"), **links(store, study, top_trials(study))}
     if best is not None and "run_id" in best.user_attrs:
         pages |= {f"run of {label(best)}": run_page(store.experiment_id, best.user_attrs["run_id"])}
-    return description(f"Sweep {study.name}", results, [link(*page) for page in pages.items()])
+    text = forgetting_note(study) or passed_over_note(study) or ""
+    return description(f"Sweep {study.name}", results, [link(*page) for page in pages.items()], text)
 
 
 def top_trials(study: Sweep, count: int = TOP) -> list[FrozenTrial]:
     """Return the best complete trials, best first, without the control."""
-    found = [t for t in study.trials(TrialState.COMPLETE) if t.user_attrs.get("role") in ("recipe", "search")]
-    return sorted(found, key=study.rank, reverse=True)[:count]
+    return study.ranked()[:count]
 
 
 def baselines(study: Sweep) -> list[FrozenTrial]:
@@ -213,7 +218,9 @@ def _control(study: Sweep) -> FrozenTrial | None:
 def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of the template sweep.md.j2."""
     definition, best, control = study.attribute(DEFINITION), study.best(), _control(study)
-    shown = list({trial.number: trial for trial in [*baselines(study), *top_trials(study)]}.values())
+    lost = passed_over(study.ranked(), study.maximizes)
+    listed = [*baselines(study), *top_trials(study), *([] if lost is None else [lost])]
+    shown = list({trial.number: trial for trial in listed}.values())
     failed = [trial for trial in study.counted() if trial.state == TrialState.FAIL]
     return {
         "name": study.name,
@@ -221,15 +228,19 @@ def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> dict[str,
         "direction": definition["direction"],
         "objective": definition["objective"],
         "settings": study.attribute(SETTINGS),
+        "seeds": seeds_per_trial(study),
+        "trainings": trainings_counted(study),
         "epochs_share": _epochs_share(study, definition),
         "halt": study.attribute(HALT),
         "needs_target_labels": str(definition["objective"]).startswith(TARGET_LABEL_METRICS),
         "best": best and {
             "label": label(best),
             "value": best.value,
-            "beats_control": control is None or study.rank(best) > study.rank(control),
+            "beats_control": control is None or study.beats(best, control),
         },
         "control_value": control and control.value,
+        "forgetting": forgetting_note(study),
+        "passed_over": passed_over_note(study),
         "top": comparison(study, shown),
         "trials": comparison(study, study.counted()),
         "quality": target_free_choice(study),
@@ -237,7 +248,7 @@ def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> dict[str,
         "failed": [(trial.number, trial.user_attrs.get("error")) for trial in failed],
         "figures": list(FIGURES),
         "missing": missing,
-        "importances": importances_note(complete_in_search(study)),
+        "importances": importances_note(study),
         "contour_is_cut": len(definition["space"]) > MOST_IN_CONTOUR,
         "most_in_contour": MOST_IN_CONTOUR,
         "links": links(store, study, shown),
@@ -250,7 +261,8 @@ def _epochs_share(study: Sweep, definition: Mapping[str, Any]) -> float:
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
             trained += trial.user_attrs.get("epochs", 0)
             settings = trial.user_attrs.get("point") or {}
-            whole += settings.get("trainer.max_epochs", definition["config"]["trainer"]["max_epochs"])
+            epochs = settings.get("trainer.max_epochs", definition["config"]["trainer"]["max_epochs"])
+            whole += epochs * seeds_per_trial(study)
     return trained / whole if whole else 0.0
 
 
@@ -274,9 +286,10 @@ def comparison(study: Sweep, trials: Sequence[FrozenTrial]) -> pd.DataFrame:
         found[objective] = trial.value if trial.state == TrialState.COMPLETE else None
         point = point_of(study, trial)
         values = {short: point.get(key) for key, short in names.items()}
+        found |= {SPREAD: spread_of(trial), SEEDS: seeds_done(trial) or None, KEPT: source_kept(trial)}
         row = {"": label(trial), "state": trial.state.name.lower(), **found, **values}
         rows.append({**row, "run": str(known.get("run_id", ""))[:8]})
-    columns = ["", "state", *scores, *names.values(), "run"]
+    columns = ["", "state", objective, SPREAD, SEEDS, *scores[1:], KEPT, *names.values(), "run"]
     return pd.DataFrame(rows, columns=columns, dtype=object).dropna(axis="columns", how="all")
 
 

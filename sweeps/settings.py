@@ -19,6 +19,8 @@ QUESTION = (
     "sampler",
     "sampler_seed",
     "pruner",
+    "seeds_per_trial",
+    "report_every_n_steps",
 )  # changing one of these makes another study
 
 
@@ -49,9 +51,17 @@ class SweepConfig(PoolSettings):
     random: independent draws; grid: every point of a grid."""
     sampler_seed: Annotated[int, between(0, 2**32 - 1)] = 0
     """Seed of the proposals. The runs have their own, `seed`."""
-    pruner: Literal["median", "halving", "hyperband", "none"] = "median"
-    """Rule that stops poor trials early, after each epoch. median: worse than the median; halving: asynchronous successive
-    halving; hyperband: Hyperband; none: run all to the end."""
+    seeds_per_trial: Annotated[int, between(1, 1000)] = 1
+    """Number of seeds with which each trial is trained: seed, seed + 1, ... Its value is the mean over them, and each training is
+    a run of its own."""
+    pruner: Literal["median", "halving", "hyperband", "wilcoxon", "none"] | None = None
+    """Rule that stops poor trials early. After each epoch: median (worse than the median), halving (asynchronous successive
+    halving), hyperband (Hyperband). After each seed, with seeds_per_trial above 1: wilcoxon (Wilcoxon's signed-rank test
+    against the best trial, from the fourth seed). none: run all to the end. null = median, or wilcoxon with several seeds."""
+    report_every_n_steps: Annotated[int | None, between(1, 10**9)] = None
+    """Also score the objective on the whole validation sets every N optimizer steps within an epoch, and let the pruner judge
+    by it; its steps are then optimizer steps. For runs of few epochs. Results of a trial that is not pruned do not change. null =
+    after each epoch only."""
     max_failures: Annotated[int, between(1, 100_000)] = 5
     """Stop the sweep after this many failed trials in a row."""
     nested: bool = False
@@ -81,6 +91,11 @@ class SweepConfig(PoolSettings):
         return MonitorConfig(metric=self.objective).direction == "max"
 
     @property
+    def pruner_used(self) -> str:
+        """`pruner`, or the one that null stands for."""
+        return self.pruner or ("median" if self.seeds_per_trial == 1 else "wilcoxon")
+
+    @property
     def uses_target_labels(self) -> bool:
         """True if the objective is computed from target labels."""
         return self.objective.startswith(TARGET_LABEL_METRICS)
@@ -88,6 +103,20 @@ class SweepConfig(PoolSettings):
     def __post_init__(self) -> None:
         limits.check(self)
         self.check_pool()
+        if self.pruner == "wilcoxon" and self.seeds_per_trial == 1:
+            raise InputError(
+                "pruner is 'wilcoxon', which compares seeds, but seeds_per_trial is 1; raise it or remove pruner."
+            )
+        if self.pruner not in (None, "wilcoxon", "none") and self.seeds_per_trial > 1:
+            raise InputError(
+                f"pruner is {self.pruner!r}, which judges epochs, but seeds_per_trial is {self.seeds_per_trial}; give wilcoxon "
+                "or none, or remove pruner."
+            )
+        if self.report_every_n_steps is not None and self.pruner_used in ("wilcoxon", "none"):
+            raise InputError(
+                f"report_every_n_steps is {self.report_every_n_steps}, but pruner {self.pruner_used} does not judge within a "
+                "run; remove it or choose median, halving or hyperband."
+            )
         if re.search(r"_test(/|$)", self.objective):
             raise InputError(
                 f"objective is {self.objective!r}, a score of the held-out test set, which can no longer test what was "

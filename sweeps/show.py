@@ -16,7 +16,17 @@ from dann_experiments.tracking.saved_views import address
 from dann_experiments.tracking.store import open_store
 from sweeps.driver import SweepResult, find_study, study_config
 from sweeps.progress import describe_end
-from sweeps.report import baselines, comparison, target_free_choice, top_trials, write_report
+from sweeps.ranking import ranked
+from sweeps.report import (
+    baselines,
+    comparison,
+    forgetting_note,
+    passed_over_note,
+    target_free_choice,
+    top_trials,
+    write_report,
+)
+from sweeps.seeds import seeds_done, trainings_counted
 from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep, flags_of, is_journal, storage_address, study_folder
 
 if TYPE_CHECKING:
@@ -46,7 +56,7 @@ def print_study(study: Sweep) -> None:
     width = Console().width
     best = top_trials(study, max(1, (width - NAMES_WIDTH) // CELL_WIDTH - len(known) - 1))
     shown = {trial.number: trial for trial in [*best, *known]}
-    found = comparison(study, sorted(shown.values(), key=study.rank, reverse=True)).set_index("").T
+    found = comparison(study, ranked(shown.values(), study.maximizes)).set_index("").T
     headings = [
         str(name).removeprefix("trial ").replace(" (", "\n").replace("source only", "source\nonly").rstrip(")")
         for name in found.columns
@@ -55,6 +65,9 @@ def print_study(study: Sweep) -> None:
         [str(name), *(number(cell, digits=3) for cell in row)] for name, row in found.drop(index="state").iterrows()
     ]
     print_table(f"study {study.name}", ["trial", *headings], rows, SIMPLE)
+    for note in (forgetting_note(study), passed_over_note(study)):
+        if note is not None:
+            print(note)
     objective = study.attribute(DEFINITION)["objective"]
     if str(objective).startswith(TARGET_LABEL_METRICS):
         print(
@@ -76,6 +89,9 @@ def status(name: str, storage: str | None) -> None:
     print(
         f"sampler {settings['sampler']}, pruner {settings['pruner']}, objective {study.attribute(DEFINITION)['objective']}"
     )
+    trained = trainings_counted(study)
+    if trained is not None:
+        print(trained)
     if study.attribute(HALT):
         print(f"stopped: {study.attribute(HALT)}")
     for trial in study.trials():
@@ -85,9 +101,13 @@ def status(name: str, storage: str | None) -> None:
         elif trial.state.name == "RUNNING":
             last = trial.intermediate_values.get(trial.last_step) if trial.last_step is not None else None
             score = "" if last is None else f", {last:.4f}"
+            score = f", {seeds_done(trial)} seeds done" + score if seeds_done(trial) else score
             print(
                 f"  trial {trial.number} running: epoch {known.get('epochs', 0)} done{score}, run {known.get('run_id')}"
             )
+    for note in (forgetting_note(study), passed_over_note(study)):
+        if note is not None:
+            print(note)
     if counts["waiting"]:
         print(f"{counts['waiting']} waiting; `python -m sweeps resume {flags_of(name, storage)}` runs them.")
     if is_journal(address):
@@ -125,6 +145,10 @@ def confirmation(found: Confirmation) -> None:
     print_table(f"study {found.study}", ["", "seeds", *headings, "chosen by"], rows, SIMPLE)
     if found.beats_control is False:
         print("The lambda = 0 control has the better mean: no trial of the search beats it.")
+    if found.winner_forgot:
+        from sweeps.confirm import ALL_FORGOT
+
+        print(ALL_FORGOT)
     if found.winner is None:
         print(
             "No winner yet: some runs are missing (the same command runs them), or each candidate failed with some seed."

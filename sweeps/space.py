@@ -36,6 +36,7 @@ NOT_SEARCHED = {
     "trainer.devices": "trials run in one process",
     "trainer.enable_progress_bar": "it changes no result",
     "data.embedded.folder": "it changes no result",
+    "monitor.forgetting_threshold": "it decides which trials may win",
 }
 FIELDS = {
     "float": {"low", "high", "log", "step"},

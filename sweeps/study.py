@@ -30,7 +30,8 @@ from dann_experiments.config.paths import user_path
 from dann_experiments.tracking.store import remember_secrets, without_secrets
 from dann_experiments.workers.pool import ATTEMPTS
 from sweeps.journal import damaged_line, journal, last_line_is_damaged
-from sweeps.settings import SweepConfig
+from sweeps.ranking import ranked
+from sweeps.sampling import SearchView
 from sweeps.space import Label
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
@@ -258,18 +259,23 @@ class Sweep:
 
     def for_sampling(self, sampler: optuna.samplers.BaseSampler, pruner: optuna.pruners.BasePruner) -> optuna.Study:
         """Return the study as samplers and pruners see it: without the references."""
-        hidden = cast(BaseStorage, _WithoutReferences(self.storage))
+        hidden = cast(BaseStorage, SearchView(self.storage))
         return optuna.load_study(study_name=self.name, storage=hidden, sampler=sampler, pruner=pruner)
 
     def best(self) -> FrozenTrial | None:
         """Return the best complete trial without the control; None if there is none."""
-        found = [t for t in self.trials(TrialState.COMPLETE) if t.user_attrs.get("role") != "control"]
-        return max(found, key=self.rank, default=None)
+        return next(iter(self.ranked()), None)
 
-    def rank(self, trial: FrozenTrial) -> float:
-        """Return the value of a trial, or minus it if smaller is better: larger ranks are better."""
+    def ranked(self) -> list[FrozenTrial]:
+        """Return the complete trials without the control, best first (`sweeps.ranking`)."""
+        found = [t for t in self.trials(TrialState.COMPLETE) if t.user_attrs.get("role") != "control"]
+        return ranked(found, self.maximizes)
+
+    def beats(self, trial: FrozenTrial, other: FrozenTrial) -> bool:
+        """Return whether the value of a complete trial is better than that of another one; a tie is not better."""
         assert trial.value is not None
-        return trial.value if self.maximizes else -trial.value
+        assert other.value is not None
+        return trial.value > other.value if self.maximizes else trial.value < other.value
 
     def counts(self) -> Counter[str]:
         """Return the numbers of trials of the budget that are complete, pruned, failed, running and waiting."""
@@ -287,25 +293,6 @@ def _again(trial: FrozenTrial) -> Slot:
     return Slot(
         known["role"], known["overrides"], point, known["reference"], known.get("candidate"), known[AGAIN], trial.number
     )
-
-
-class _WithoutReferences:
-    """A storage that hides the references, which would mislead a sampler.
-
-    They have the same values as a trial of the search but another method, or none of the searched values.
-    """
-
-    def __init__(self, storage: BaseStorage) -> None:
-        self._storage = storage
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._storage, name)
-
-    def get_all_trials(
-        self, study_id: int, deepcopy: bool = True, states: Sequence[TrialState] | None = None
-    ) -> list[FrozenTrial]:
-        found = self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=cast(Any, states))
-        return [trial for trial in found if not trial.user_attrs.get("reference")]
 
 
 @contextlib.contextmanager
@@ -339,46 +326,3 @@ def stale_trials(sweep: Sweep) -> list[FrozenTrial]:
     if not isinstance(storage, optuna.storages._CachedStorage):
         return []
     return [storage.get_trial(trial_id) for trial_id in storage._get_stale_trial_ids(sweep.study_id)]
-
-
-def build_sampler(
-    sweep: SweepConfig, conditional: bool, trial_number: int, n_trials: int
-) -> optuna.samplers.BaseSampler:
-    """Return the sampler for one trial, seeded by its number: the same in every worker, and after a resume."""
-    seed = (sweep.sampler_seed * 1_000_003 + trial_number) % 2**32
-    startup = max(4, min(10, n_trials // 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls `group` and QMC experimental
-        if sweep.sampler == "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
-        if sweep.sampler == "qmc":  # one scrambled sequence for all
-            return _QMCSampler(
-                trial_number, scramble=True, seed=sweep.sampler_seed, warn_independent_sampling=False,
-                independent_sampler=optuna.samplers.RandomSampler(seed=seed),
-            )  # fmt: skip
-        if sweep.sampler in ("random", "grid"):  # the slots of a grid hold its points
-            return optuna.samplers.RandomSampler(seed=seed)
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, group=conditional)
-
-
-class _QMCSampler(optuna.samplers.QMCSampler):
-    """Takes the point of the sequence with the number of the trial. Optuna counts the trials in the study, so two workers at the
-    same time would get the same point."""
-
-    def __init__(self, trial_number: int, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._trial_number = trial_number
-
-    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, Any]) -> int:
-        return self._trial_number
-
-
-def build_pruner(name: str, max_epochs: int) -> optuna.pruners.BasePruner:
-    """Return the pruner; its steps are epochs, 1 to `max_epochs`."""
-    if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=4, n_min_trials=3)
-    if name == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-    if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max_epochs, reduction_factor=3)
-    return optuna.pruners.NopPruner()

@@ -13,6 +13,7 @@ import mlflow
 import psutil
 import pytest
 from test_sweeps import (
+    GAMMA,
     PROJECT,
     check_ended,
     environment,
@@ -27,6 +28,7 @@ from test_sweeps import (
     worker_in_a_run,
 )
 
+from sweeps.seeds import seeds_done
 from sweeps.study import superseded
 
 __all__ = ["said"]  # a fixture
@@ -147,3 +149,35 @@ def test_mlflow_run_starts_a_sweep(tmp_path, request):
         claimed[0].info.experiment_id
     }
     assert all(run.info.status == "FINISHED" for run in [*sweep_runs, *runs_of(place, "trial")])
+
+
+@pytest.mark.slow
+def test_a_worker_killed_between_the_seeds_of_a_trial_costs_nothing_and_its_seeds_count_once(tmp_path):
+    place = make_place(tmp_path, {GAMMA: {"type": "float", "low": 1, "high": 20}}, trainer__max_epochs=2)
+    process = sweeps(place, *run_words(place, "--n_trials", "3", "--workers", "1", "--seeds_per_trial", "3"))
+
+    def in_the_second_seed() -> tuple[int, int] | None:
+        for trial in study_in(place).trials():
+            if trial.state.name == "RUNNING" and seeds_done(trial) in (1, 2):
+                return trial.number, int(trial.user_attrs["worker"].rsplit(":", 2)[1])
+        return None
+
+    number, worker = until(in_the_second_seed, process)
+    os.kill(worker, signal.SIGKILL)
+    said = finish(process)
+    check_ended(place, 3)
+    study = study_in(place)
+    assert [trial.number for trial in study.trials() if superseded(trial)] == [number]
+    done = seeds_done(study.trials()[number])
+    assert "9 of 9 trainings done (3 seeds per trial)" in said
+    assert f"{done} more by trials that were run again from their first seed" in said
+    runs = {run.info.run_id: run for run in runs_of(place, "trial")}
+    for trial in study.counted():
+        own = [runs[run_id] for run_id in trial.user_attrs["run_ids"]]
+        assert [run.data.tags["seed"] for run in own] == ["0", "1", "2"]
+        assert {run.data.tags["dann.trial"] for run in own} == {str(trial.number)}
+        assert {run.info.status for run in own} == {"FINISHED"}
+        assert trial.value == pytest.approx(sum(run.data.metrics["iou/target_val"] for run in own) / 3)
+    of_the_dead = [run for run in runs.values() if run.data.tags["dann.trial"] == str(number)]
+    assert [run.info.status for run in of_the_dead].count("FINISHED") in (done, done + 1)
+    assert len(runs) == 9 + len(of_the_dead)

@@ -14,9 +14,10 @@ from optuna.trial import TrialState
 
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.tracking.processes import live_process, process_name
+from sweeps.sampling import build_pruner, build_sampler
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, read_stored
-from sweeps.study import AGAIN, Slot, Sweep, build_pruner, build_sampler, open_storage
+from sweeps.study import AGAIN, Slot, Sweep, open_storage
 
 SPACE: Space = read_stored(
     {

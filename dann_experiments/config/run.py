@@ -142,7 +142,8 @@ class MonitorConfig:
     log_every_n_epochs: Annotated[int, at_least(1)] = 1
     """Log validation metrics every N epochs, and after the last."""
     forgetting_threshold: Annotated[float, between(0, 1)] = 0.05
-    """Warn if iou/source_val drops by more than this below its value at the start of adaptation."""
+    """Warn if iou/source_val drops by more than this below its value at the start of adaptation. In a sweep, a trial whose final
+    model did is the best only if all trials did (docs/sweeps.md)."""
     probe: bool = True
     """Before and after adaptation, train a new classifier to distinguish the domains by the features of up to 500 images per
     domain (docs/alignment.md). false saves that time, which is long for large images on a CPU: da/probe_acc, da/a_distance and

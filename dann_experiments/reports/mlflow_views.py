@@ -100,7 +100,7 @@ def view_of_sweep(study: str, objective: str, maximizes: bool, params: Sequence[
         wanted=f"tags.`{Tag.JOB}` = '{Job.TRIAL}'" + ("" if name is None else f" and tags.`{Tag.STUDY}` = {name}"),
         order_by=objective,
         ascending=not maximizes,
-        metric_columns=list(dict.fromkeys([objective, *TARGET_FIRST])),
+        metric_columns=list(dict.fromkeys([objective, *TARGET_FIRST, Metric.SOURCE_DROP])),
         param_columns=params,
         tag_columns=[Tag.ROLE, Tag.PRUNED],
         opens_as="TABLE",

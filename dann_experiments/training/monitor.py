@@ -125,13 +125,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             of_layer[dataloader_idx] = of_layer.get(dataloader_idx, 0) + hits
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.latest = {DOMAINS[index]: scorer.compute(True) for index, scorer in sorted(self._scorers.items())}
-        self.target_scores = {}
-        if self._unlabeled is not None:
-            self.target_scores = {Metric.SELECT + name: value for name, value in self._unlabeled.compute(True).items()}
-        hits = {layer: {index: sum_of(own) for index, own in of.items()} for layer, of in self._hits.items()}
-        self.domain_accuracy = _domain_accuracy(hits)
-        self._scorers, self._unlabeled, self._hits = {}, None, {}
+        self.finish()
         if trainer.sanity_checking:
             self.baseline, self._forgetting = dict(self.latest), False
         metrics = self.metrics()
@@ -150,6 +144,27 @@ class DomainAdaptationMonitorCallback(pl.Callback):
                     pl_module.log(name, values[name], prog_bar=True, logger=False, add_dataloader_idx=False)
             if self.can_forget:
                 self._warn_of_forgetting(trainer.loggers)
+
+    def finish(self) -> None:
+        """Compute the scores of the batches since the last call."""
+        self.latest = {DOMAINS[index]: scorer.compute(True) for index, scorer in sorted(self._scorers.items())}
+        self.target_scores = {}
+        if self._unlabeled is not None:
+            self.target_scores = {Metric.SELECT + name: value for name, value in self._unlabeled.compute(True).items()}
+        hits = {layer: {index: sum_of(own) for index, own in of.items()} for layer, of in self._hits.items()}
+        self.domain_accuracy = _domain_accuracy(hits)
+        self._scorers, self._unlabeled, self._hits = {}, None, {}
+
+    def beside(self) -> DomainAdaptationMonitorCallback:
+        """Return a monitor with the same settings and baseline, for a validation that leaves no trace in this one."""
+        other = DomainAdaptationMonitorCallback(
+            self.num_classes,
+            self.class_names,
+            forgetting_threshold=self.forgetting_threshold,
+            ignore_index=self.ignore_index,
+        )
+        other.baseline = dict(self.baseline)
+        return other
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the last validation, by metric name."""

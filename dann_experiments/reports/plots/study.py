@@ -28,7 +28,12 @@ MOST_IN_CONTOUR = 5  # the number of its panels is the square of this
 
 
 def draw_study(
-    study: optuna.Study, folder: Path, objective: str, levels: Mapping[str, float], note: str
+    study: optuna.Study,
+    folder: Path,
+    objective: str,
+    levels: Mapping[str, float],
+    note: str,
+    without: Mapping[str, str] | None = None,
 ) -> tuple[list[Markup], dict[str, str]]:
     """Write one PNG file per figure into `folder`.
 
@@ -36,6 +41,7 @@ def draw_study(
         objective: name of the values of the trials.
         levels: name -> value to beat, drawn as lines in the history.
         note: title of the importances, which says how reliable they are.
+        without: name -> reason for figures not to draw. Without importances the contour does not choose its settings by them.
 
     Returns the interactive figures as parts of a page, the first of which includes Plotly's script, and name -> reason for the
     figures that could not be drawn.
@@ -45,13 +51,17 @@ def draw_study(
 
     folder.mkdir(parents=True, exist_ok=True)
     parts: list[Markup] = []
-    missing: dict[str, str] = {}
+    missing = dict(without or {})
+    for name in missing:
+        (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     params = sorted({name for trial in complete for name in trial.params})
     for name, function in FIGURES.items():
+        if name in missing:
+            continue
         wanted: dict[str, Any] = {"target_name": objective}
         if name == "contour":
-            wanted["params"] = _for_contour(study, params)
+            wanted["params"] = _for_contour(study, params, "importances" not in missing)
         try:
             if len(complete) < 2:
                 raise ValueError("fewer than two complete trials")
@@ -85,9 +95,9 @@ def draw_study(
     return parts, missing
 
 
-def _for_contour(study: optuna.Study, params: list[str]) -> list[str]:
-    """Return the most important parameters."""
-    if len(params) > MOST_IN_CONTOUR:
+def _for_contour(study: optuna.Study, params: list[str], by_importance: bool) -> list[str]:
+    """Return the most important parameters, or the first ones if importances are not known."""
+    if by_importance and len(params) > MOST_IN_CONTOUR:
         with contextlib.suppress(Exception):
             return list(optuna.importance.get_param_importances(study))[:MOST_IN_CONTOUR]
     return params[:MOST_IN_CONTOUR]
