@@ -60,8 +60,8 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
     by_target = config.domain_adaptation.batchnorm == "target_stats" and sets.get(TARGET_TRAIN) is not None
     if config.trainer.ema_decay is not None and by_target:
         raise InputError(
-            "trainer.ema_decay averages BatchNorm's statistics, which domain_adaptation.batchnorm target_stats replaces; set one of "
-            "them to its default."
+            "trainer.ema_decay averages BatchNorm's statistics, which domain_adaptation.batchnorm target_stats replaces; set "
+            "one of them to its default."
         )
     for prefix, optimizer in (("", config.optimizer), ("pretraining.", config.pretraining.optimizer)):
         check_parts(network, list(optimizer.lr_factors), f"{prefix}optimizer.lr_factors")
