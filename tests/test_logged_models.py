@@ -22,12 +22,13 @@ import pytest
 import rasterio
 import segmentation_models_pytorch as smp
 import yaml
+from conftest import model_folder
 from mlflow.exceptions import MlflowException
 from test_sweep_cluster import free_port
 
 from dann_experiments import InputError, jobs
 from dann_experiments.__main__ import main
-from dann_experiments.checkpoints.mlmodel import LOADER_MODULE
+from dann_experiments.checkpoints.mlmodel import LOADER_MODULE, check_mlmodel
 from dann_experiments.config import load_config
 from dann_experiments.jobs.load_model import load_model
 from dann_experiments.prediction import pyfunc_model
@@ -266,10 +267,10 @@ def test_a_model_of_a_run_of_an_older_version_loads(place, shared_runs, tmp_path
     [
         (
             {"python_function": {"loader_module": "mlflow.pytorch"}},
-            "names the loader 'mlflow.pytorch', not dann_experiments",
+            "names another loader 'mlflow.pytorch' than dann_experiments",
         ),
         ({"python_function": {"loader_module": LOADER_MODULE, "code": "code"}}, "brings code"),
-        ({"pytorch": {}}, "names the loader None"),
+        ({"pytorch": {}}, "names another loader than dann_experiments"),
         ("x", "MLmodel file cannot be read"),
     ],
 )
@@ -385,3 +386,49 @@ def test_a_server_of_mlflow_2_keeps_the_model_among_the_run_s_files(place, share
     assert "MLflow 2" in caplog.text
     assert load_model(f"runs:/{run_id}", "target", None, older).run_id == run_id
     assert models_without_run(older, [result.experiment_id]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "it has no mapping of flavors"),
+        ("flavors: {python_function: dann_experiments.prediction.pyfunc_model}", "names another loader than"),
+        (
+            "a: &a [1, 1, 1]\nb: &b [*a, *a, *a]\nflavors: {python_function: {loader_module: [*b, *b]}}",
+            "names another loader than",
+        ),
+        (f"flavors: {{python_function: {{loader_module: {'x' * 5000}}}}}", "names another loader 'xxx"),
+        (
+            "flavors: {python_function: {loader_module: dann_experiments.prediction.pyfunc_model, code: [x]}}",
+            r"brings code \(code\)",
+        ),
+    ],
+)
+def test_what_a_stranger_s_mlmodel_says_is_not_written_out(tmp_path, text, told):
+    """Aliases of a few hundred bytes may stand for gigabytes of text."""
+    (tmp_path / "MLmodel").write_text(text)
+    with pytest.raises(InputError, match=told) as error:
+        check_mlmodel(tmp_path, "models:/m")
+    assert len(str(error.value)) < 500
+
+
+def test_every_file_of_a_model_can_be_read_by_those_who_may_read_one(shared_runs):
+    folder = model_folder(str(shared_runs.result("adapt").artifacts))
+    assert len({path.stat().st_mode for path in folder.iterdir() if path.is_file()}) == 1
+
+
+def test_the_description_says_the_size_of_the_whole_model(shared_runs):
+    folder = model_folder(str(shared_runs.result("adapt").artifacts))
+    size = yaml.safe_load((folder / "MLmodel").read_text())["model_size_bytes"]
+    assert size >= (folder / "model.safetensors").stat().st_size
+
+
+def test_a_service_gets_our_message_as_an_error_of_mlflow_s(shared_runs):
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    model = mlflow.pyfunc.load_model(str(model_folder(str(shared_runs.result("adapt").artifacts))))
+    with pytest.raises(MlflowException, match="output is 'bogus'; give classes or probabilities") as error:
+        model.predict(np.zeros((1, 3, 32, 32), np.uint8), params={"output": "bogus"})
+    assert error.value.get_http_status_code() == 400
+    assert isinstance(error.value, InputError)

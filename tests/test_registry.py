@@ -14,7 +14,9 @@ from dann_experiments import CompareConfig, adapt, compare, load_config
 from dann_experiments.__main__ import main
 from dann_experiments.comparison.compare import _register
 from dann_experiments.config import config_to_yaml
+from dann_experiments.config.errors import StoreAway
 from dann_experiments.jobs.load_model import load_model
+from dann_experiments.tracking.fetch_model import registered
 from dann_experiments.tracking.logged_model import logged_model
 from dann_experiments.tracking.registry import register
 from dann_experiments.tracking.store import Store, open_store
@@ -28,16 +30,18 @@ def store(workplace, shared_runs) -> Store:
 
 
 def scored_run(
-    store: Store, experiment_id: str, value: float | None, digest: str = "d1", metric: str = "iou/target_test"
-) -> str:
-    """A run with a model that has this score of this data."""
+    store: Store, experiment_id: str, value: float | None, digest: str = "d1", metric: str = "iou/target_test",
+    classes: tuple[str, ...] = ("a", "b"),
+) -> str:  # fmt: skip
+    """A run with a model that has this score of this data over these classes."""
     from mlflow.entities import Metric
 
     run_id = store.client.create_run(experiment_id).info.run_id
     model = store.client.create_logged_model(experiment_id, "model", run_id)
     if value is not None:
         point = Metric(metric, value, 1, 1, model.model_id, "set", digest, run_id)
-        store.client.log_batch(run_id, metrics=[point])
+        of_classes = [Metric(metric.replace("iou/", "class_iou/") + f"/{name}", value, 1, 1) for name in classes]
+        store.client.log_batch(run_id, metrics=[point, *of_classes])
     return run_id
 
 
@@ -63,6 +67,7 @@ def test_the_champion_is_the_best_on_the_same_data(store, shared_runs):
         {"value": 0.9, "digest": "d2"},
         {"value": 0.9, "metric": "iou/target_val"},
         {"value": None},
+        {"value": 0.9, "classes": ("a", "b", "c")},
     ],
 )
 def test_what_cannot_be_compared_leaves_the_champion(store, shared_runs, other, caplog):
@@ -73,6 +78,69 @@ def test_what_cannot_be_compared_leaves_the_champion(store, shared_runs, other, 
         assert register(store, "net", scored_run(store, experiment, **other), "other") == "models:/net/2"
     assert champion(store) == first
     assert "champion stays as it is" in caplog.text
+
+
+def test_of_models_registered_at_one_moment_the_best_leads(store, shared_runs, monkeypatch):
+    """Another process registers a better model after this one has compared itself with the champion, before it sets the alias."""
+    experiment = shared_runs.result("adapt").experiment_id
+    first, good, best = (scored_run(store, experiment, value) for value in (0.4, 0.5, 0.6))
+    register(store, "net", first, "first")
+    set_alias, met = store.client.set_registered_model_alias, []
+
+    def late(name: str, alias: str, version: str) -> None:
+        if not met:
+            met.append(version)
+            assert register(store, "net", best, "best") == "models:/net@champion"
+        set_alias(name, alias, version)
+
+    monkeypatch.setattr(store.client, "set_registered_model_alias", late)
+    register(store, "net", good, "good")
+    assert met
+    assert champion(store) == best
+
+
+def test_an_alias_that_a_user_moved_back_is_not_moved_to_the_model_that_led_before(store, shared_runs, monkeypatch):
+    experiment = shared_runs.result("adapt").experiment_id
+    first, best, between = (scored_run(store, experiment, value) for value in (0.4, 0.6, 0.5))
+    register(store, "net", first, "first")
+    register(store, "net", best, "best")
+    store.client.set_registered_model_alias("net", "champion", "1")
+    monkeypatch.setattr("dann_experiments.tracking.registry.AT_ONCE_MS", -1)  # as if it had been made long before
+    register(store, "net", between, "between")
+    assert champion(store) == between
+
+
+def test_a_store_that_goes_away_before_registering_is_told_with_the_way_out(store, shared_runs, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    def away(*args: object) -> None:
+        raise MlflowException("connection refused")
+
+    run_id = scored_run(store, shared_runs.result("adapt").experiment_id, 0.5)
+    monkeypatch.setattr(store.client, "create_registered_model", away)
+    told = rf"run {run_id} is finished, but its model is not registered as 'net' \(.*connection refused.*mlflow\.register_model"
+    with pytest.raises(StoreAway, match=told):
+        register(store, "net", run_id, "about")
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("models:/net/latest", ""),
+        ("models:/net", "an address of a registered model is"),
+        ("models:/nobody/latest", "no registered model 'nobody'"),
+    ],
+)
+def test_addresses_of_registered_models(store, shared_runs, address, told):
+    experiment = shared_runs.result("adapt").experiment_id
+    runs = [scored_run(store, experiment, value) for value in (0.6, 0.5)]
+    for run_id in runs:
+        register(store, "net", run_id, "about")
+    if told:
+        with pytest.raises(ValueError, match=told):
+            registered(address, store)
+    else:
+        assert registered(address, store)[1] == runs[1]
 
 
 def test_a_model_that_may_not_lead_is_registered_all_the_same(store, shared_runs):

@@ -79,7 +79,8 @@ def test_only_config_knows_jsonargparse_and_only_tracking_and_jobs_know_mlflow()
         folder = file.relative_to(PROJECT / "dann_experiments").parts[0]
         names = {name.split(".")[0] for name in imports_of(file)}
         assert "jsonargparse" not in names or file.name == "parsing.py", file
-        assert "mlflow" not in names or folder in ("tracking", "jobs"), file
+        served = file.name == "pyfunc_model.py"  # MLflow calls it, and takes its errors for its own
+        assert "mlflow" not in names or folder in ("tracking", "jobs") or served, file
 
 
 TAKE_CONFIG = ("config", "jobs", "comparison", "command_line", "cli", "__main__")  # and the sweeps, beside the package

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,7 @@ def save_model(
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / WEIGHTS_NAME)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
+        shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)  # safetensors lets only the owner read its file
         (folder / NOTES_NAME).write_text(json.dumps({"arch": arch, **facts}, indent=1) + "\n")
 
 

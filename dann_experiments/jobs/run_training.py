@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -283,6 +284,9 @@ def _log_gap(run: TrackedRun, alignment: Alignment, monitor: DomainAdaptationMon
     if gap.features:
         with writing(run.folder / FEATURES_FILE):
             save_file(gap.features, run.folder / FEATURES_FILE, metadata={"layer": gap.layer})
+            shutil.copymode(
+                run.folder / SETTINGS, run.folder / FEATURES_FILE
+            )  # safetensors lets only the owner read its file
     return gap
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from dann_experiments.checkpoints.saved_model import default_domain, read_model_notes
 from dann_experiments.checkpoints.trained_model import Model, noted_model
@@ -21,6 +23,14 @@ from dann_experiments.prediction.arrays import TILE_SIZE, map_arrays
 CLASSES, PROBABILITIES = "classes", "probabilities"
 DEFAULTS: Mapping[str, Any] = {"output": CLASSES, "domain": "", "tile_size": TILE_SIZE, "nodata": "", "tta": "none"}
 """Parameters of `predict`, with their defaults; an empty domain is the target, if the model was trained with one."""
+
+
+class RefusedInput(InputError, MlflowException):
+    """A parameter or an array that does not fit. As an error of MLflow's, so that a service answers its message with status 400
+    instead of a stack trace."""
+
+    def __init__(self, message: str) -> None:
+        MlflowException.__init__(self, message, error_code=INVALID_PARAMETER_VALUE)
 
 
 class SegmentationModel:
@@ -34,6 +44,13 @@ class SegmentationModel:
         self._models: dict[str, Model] = {}
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> np.ndarray:
+        """Return the class map of each image; see `_predicted`. Raises RefusedInput, an InputError, for what does not fit."""
+        try:
+            return self._predicted(model_input, params)
+        except InputError as error:
+            raise RefusedInput(str(error)) from None
+
+    def _predicted(self, model_input: Any, params: Mapping[str, Any] | None) -> np.ndarray:
         """Return the class map of each image, (N, h, w) uint8, 255 where there is no data.
 
         `model_input`: (N, B, h, w), values as an image file stores them, of any size. `params`: `output`, "classes" or

@@ -89,10 +89,20 @@ def registered(path: str, store: Store) -> tuple[str, str | None]:
     if re.fullmatch(r"m-[0-9a-f]{32}", name) and not at:
         model = store.client.get_logged_model(name)
         return model.artifact_location, model.source_run_id
+    name, _, version = name.partition("/")
     if at:
         found = store.client.get_model_version_by_alias(name, alias)
+    elif version == "latest":
+        versions = store.client.search_model_versions(f"name = '{name}'") if "'" not in name else []
+        if not versions:
+            raise ValueError(f"there is no registered model {name!r}")
+        found = max(versions, key=lambda one: int(one.version))
+    elif not version.isdecimal():
+        raise ValueError(
+            "an address of a registered model is models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS, that of a "
+            "logged one models:/m-ID"
+        )
     else:
-        name, _, version = name.partition("/")
         found = store.client.get_model_version(name, version)
     return store.client.get_model_version_download_uri(found.name, found.version), found.run_id or None
 

@@ -85,6 +85,9 @@ def write_mlmodel(folder: Path, run_id: str, interface: Interface) -> None:
         )  # fmt: skip
         for file in Path(made, "m").iterdir():
             shutil.move(file, folder / file.name)
+    description = Model.load(str(folder))
+    description.model_size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    description.save(str(folder / MLMODEL))
 
 
 @contextlib.contextmanager
