@@ -168,7 +168,9 @@ def _runs(request: Request) -> int:
     from dann_experiments.reports import terminal
 
     found = overview(config)
-    terminal.print_overview(found.table, found.experiment, found.experiment_id, found.artifacts)
+    terminal.print_overview(
+        found.table, found.experiment, found.experiment_id, found.artifacts, found.models_without_run
+    )
     return 0
 
 

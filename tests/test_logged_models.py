@@ -344,6 +344,15 @@ def test_doctor_names_the_models_whose_run_was_deleted(place, shared_runs, capsy
     assert load_model(f"models:/{model_id}", "target", None, store).run_id == result.run_id
 
 
+def test_runs_says_that_models_are_left_of_deleted_runs(place, shared_runs, capsys):
+    pretrained = shared_runs.result("pretrain")
+    assert main(["runs", "--tracking.experiment", "dann"]) == 0
+    assert "left of deleted runs" not in capsys.readouterr().out
+    open_store(None, None, for_runs=False).client.delete_run(pretrained.run_id)
+    assert main(["runs", "--tracking.experiment", "dann"]) == 0
+    assert "1 of our models in this experiment are left of deleted runs; `doctor` lists them." in capsys.readouterr().out
+
+
 def test_a_store_that_was_moved_says_where_it_looks_for_the_files(workplace, shared_runs):
     result = shared_runs.result("adapt")
     shutil.copy(shared_runs.folder / "mlflow.db", workplace / "mlflow.db")

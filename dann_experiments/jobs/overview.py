@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dann_experiments.config import Config, InputError
 from dann_experiments.jobs.identity import METHOD_WORDS
 from dann_experiments.names import Job, Key, Metric, Tag
+from dann_experiments.tracking.logged_model import models_without_run
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, found_runs, local_folder, open_store, quoted
 from dann_experiments.tracking.values import context_of, last_values
@@ -27,10 +28,12 @@ class Overview:
     table: pd.DataFrame
     """Index: arm, in the order source model, control, others; columns: run_id, seed and every `iou/...` value."""
     artifacts: dict[str, str]
-    """Arm -> folder of its run's files, if that is on this machine."""
+    """Arm -> folder of its run's files, if that is on this machine and there."""
     experiment_id: str
     experiment: str
     """Name of the experiment."""
+    models_without_run: int = 0
+    """Number of our models in the experiment whose run was deleted; `doctor` lists them."""
 
 
 def overview(config: Config) -> Overview:
@@ -65,9 +68,10 @@ def overview(config: Config) -> Overview:
     table = pd.DataFrame.from_dict(rows, orient="index")
     scores_in_order = sorted((name for name in table.columns if _is_score(name)), key=_score_order)
     folders = {METHOD_WORDS.get(method, method): local_folder(arms[method].info.artifact_uri) for method in order}
-    artifacts = {arm: str(folder) for arm, folder in folders.items() if folder is not None}
+    artifacts = {arm: str(folder) for arm, folder in folders.items() if folder is not None and folder.is_dir()}
     columns = ["run_id", "seed", *scores_in_order]
-    return Overview(table.reindex(columns=columns), artifacts, store.experiment_id, store.experiment)
+    lone = len(models_without_run(store, experiments))
+    return Overview(table.reindex(columns=columns), artifacts, store.experiment_id, store.experiment, lone)
 
 
 def _newest_of_each_method(store: Store, newest: Any) -> dict[str, Any]:

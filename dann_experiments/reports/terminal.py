@@ -116,8 +116,11 @@ def print_comparison(comparison: Any, table: pd.DataFrame) -> None:
         print(f"Note: {note}")
 
 
-def print_overview(table: pd.DataFrame, experiment: str, experiment_id: str, folders: Mapping[str, str]) -> None:
-    """Print the newest runs side by side. `table`: one row per arm, with `run_id` and metrics; `folders`: arm -> folder."""
+def print_overview(
+    table: pd.DataFrame, experiment: str, experiment_id: str, folders: Mapping[str, str], lone_models: int = 0
+) -> None:  # fmt: skip
+    """Print the newest runs side by side. `table`: one row per arm, with `run_id` and metrics; `folders`: arm -> folder;
+    `lone_models`: number of models without a run."""
     scores = [name for name in table.columns if name.startswith(Metric.IOU)]
     rows = [
         [str(arm), *(cell(float(row[name])) for name in scores), str(row["run_id"])[:8]]
@@ -127,6 +130,8 @@ def print_overview(table: pd.DataFrame, experiment: str, experiment_id: str, fol
     print("One seed each: differences of a few points can be chance; the README shows several seeds.")
     for arm, folder in folders.items():
         print(f"Pictures, {arm}: {Path(folder) / 'figures'}")
+    if lone_models:
+        print(f"{lone_models} of our models in this experiment are left of deleted runs; `doctor` lists them.")
     print(
         f"MLflow UI: make ui, then http://127.0.0.1:5000/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&"
         + TRAINING_PAGES
