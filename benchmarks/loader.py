@@ -46,7 +46,7 @@ def rates(config: Config) -> tuple[float, float]:
         method = build.make_method(config, taps)
         make_optimizer = build.optimizer_maker(config.optimizer, config.trainer.precision)
         module = AdaptationModule(
-            network, method, taps, make_optimizer, "constant", config.data.ignore_index,
+            network, method, taps, make_optimizer, None, config.data.ignore_index,
             config.domain_adaptation.batchnorm,
         )  # fmt: skip
         groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "name": "network"}]

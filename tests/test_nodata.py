@@ -130,7 +130,7 @@ def test_the_values_under_nodata_change_neither_loss_nor_scores(tmp_path, raster
         taps = resolve_taps(network, ["encoder"], 4, 32)
         torch.manual_seed(1)
         method = DANNMethod("encoder", taps[0].channels, hidden_size=8)
-        module = AdaptationModule(network, method, taps, None, "constant", 255, "joint")  # pyright: ignore[reportArgumentType]
+        module = AdaptationModule(network, method, taps, None, None, 255, "joint")  # pyright: ignore[reportArgumentType]
         batch = {
             domain: next(iter(train_loader(data.sets[SetName(domain, "train")], 2, domain, 0)))
             for domain in ("source", "target")
