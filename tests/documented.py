@@ -47,7 +47,7 @@ JOBS = (
     "layers",
     "config",
 )
-ONLY_NAMED = ("mlflow run", "mlflow server")  # a program that a sentence speaks of
+ONLY_NAMED = ("mlflow run", "mlflow server", "mlflow ui")  # a program that a sentence speaks of
 
 
 @dataclass(frozen=True)

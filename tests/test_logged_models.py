@@ -350,7 +350,9 @@ def test_runs_says_that_models_are_left_of_deleted_runs(place, shared_runs, caps
     assert "left of deleted runs" not in capsys.readouterr().out
     open_store(None, None, for_runs=False).client.delete_run(pretrained.run_id)
     assert main(["runs", "--tracking.experiment", "dann"]) == 0
-    assert "1 of our models in this experiment are left of deleted runs; `doctor` lists them." in capsys.readouterr().out
+    assert (
+        "1 of our models in this experiment are left of deleted runs; `doctor` lists them." in capsys.readouterr().out
+    )
 
 
 def test_a_store_that_was_moved_says_where_it_looks_for_the_files(workplace, shared_runs):

@@ -35,7 +35,7 @@ from dann_experiments.models.passes import check_joint, choose
 from dann_experiments.models.taps import Tap, resolve_taps
 from dann_experiments.names import ALL_SETS, DOMAINS, SPLITS, TARGET_LABELLED, TARGET_TRAIN, Domain, SetName, Split
 from dann_experiments.training import random_states
-from dann_experiments.training.averaging import AverageWeights
+from dann_experiments.training.averaging import AverageWeights, TrainedWeights
 from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.checkpointing import Checkpoints
 from dann_experiments.training.curves import Curves
@@ -309,6 +309,8 @@ def make_loop(
         names["labelled"] = labelled.name_of
     watch = BadNumbers(every.skip_bad_steps, checkpoints.save, names)
     extra = _optimization(config, config.pretraining.optimizer if pretraining else config.optimizer)
+    if average is not None:
+        extra.append(average)
     limit = None if every.limit_train_batches is None else every.limit_train_batches * every.accumulate_grad_batches
     on_terminal = logger is not None and every.enable_progress_bar and sys.stdout.isatty()
     bars: list[pl.Callback] = []
@@ -328,7 +330,7 @@ def make_loop(
         logger=False if logger is None else logger,
         callbacks=[
             RandomStates(), monitor, RatesAndTimes(), curves, *statistics, *extra, watch, *callbacks, *bars,
-            *([] if average is None else [average]), checkpoints,
+            *([] if average is None else [TrainedWeights(average)]), checkpoints,
         ],
         plugins=[WholeFiles()],
         enable_progress_bar=on_terminal,

@@ -30,12 +30,12 @@ class AverageWeights(EMAWeightAveraging):
             super().on_validation_epoch_start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pass  # not yet: see on_validation_end
+        pass  # not yet: `TrainedWeights` does it, behind all that look at what was scored
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the trained weights back; callbacks before this one, such as that of the pictures, see what was scored."""
+    def put_back(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Give `module` the trained weights back after a validation."""
         if trainer.state.fn == TrainerFn.FITTING:
-            super().on_validation_epoch_end(trainer, pl_module)
+            super().on_validation_epoch_end(trainer, module)
 
     @contextlib.contextmanager
     def as_average(self, module: pl.LightningModule) -> Iterator[None]:
@@ -57,3 +57,15 @@ class AverageWeights(EMAWeightAveraging):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         self._copied = False
+
+
+class TrainedWeights(pl.Callback):
+    """Puts the trained weights back at the end of a validation. It stands behind the callbacks that look at what was scored, such
+    as that of the pictures; `average` stands before them, since its update after a step comes first."""
+
+    def __init__(self, average: AverageWeights) -> None:
+        super().__init__()
+        self._average = average
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._average.put_back(trainer, pl_module)
