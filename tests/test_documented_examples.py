@@ -254,13 +254,17 @@ def killed(place: Place) -> str:
 
 
 def newest_run(place: Place) -> str:
-    """The id of a finished adaptation; made where there is none."""
-    if not place.runs("adapt"):
+    """The id of a finished adaptation by DANN, not of an arm of a comparison; made where there is none."""
+
+    def found() -> list[str]:
+        tags = [(run.info.run_id, run.data.tags) for run in place.runs("adapt")]
+        return [run_id for run_id, own in tags if own.get("dann.method") == "dann" and "dann.arm" not in own]
+
+    if not found():
         piece = next(piece for piece in FOUND if piece.title == "python -m dann_experiments adapt --config mine.yaml")
         assert piece.example is not None
         place.run(piece.example.words(piece.text, place.fact))
-    # not a control: of the arms of a comparison, which run side by side, it may be the newest
-    return next(str(run.info.run_id) for run in place.runs("adapt") if run.data.tags["dann.method"] == "dann")
+    return found()[0]
 
 
 def two_runs(place: Place) -> str:
