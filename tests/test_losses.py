@@ -105,8 +105,6 @@ def test_a_batch_without_a_labelled_pixel_has_loss_and_gradient_zero(name, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("there", [0.0, 50.0, math.inf, math.nan])
 def test_ignored_pixels_reach_no_loss_whatever_their_logits(name, dtype, there):
-    if name == "cross_entropy" and not math.isfinite(there):
-        pytest.skip("torch's own loss has the gradient 0 * NaN there; the step is then told as a bad one")
     logits, labels = batch(dtype)
     expected = of(name, logits, labels, None)
     changed = logits.detach().clone()
@@ -116,7 +114,10 @@ def test_ignored_pixels_reach_no_loss_whatever_their_logits(name, dtype, there):
     loss.backward()
     assert float(loss.detach()) == float(expected.detach())
     assert changed.grad is not None
-    assert not changed.grad[:, :, :2].any()
+    if name != "cross_entropy" or math.isfinite(
+        there
+    ):  # torch's own has the gradient 0 * NaN there: a step told as a bad one
+        assert not changed.grad[:, :, :2].any()
     assert changed.grad[:, :, 2:].isfinite().all()
 
 

@@ -45,8 +45,8 @@ class LossTerm:
         for option, losses in OPTIONS.items():
             if getattr(self, option) is not None and self.name not in losses:
                 raise InputError(
-                    f"{prefix}{option} is {getattr(self, option)}, but {self.name} has no {option}; remove it "
-                    f"({', '.join(losses)}: yes)."
+                    f"{prefix}{option} is {getattr(self, option)}, but {self.name} has no {option}; remove it (an option of "
+                    f"{' and '.join(losses)})."
                 )
         if self.name == "tversky" and not (self.gamma is None or self.gamma >= 1):
             raise InputError(

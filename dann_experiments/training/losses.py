@@ -87,20 +87,22 @@ class SegmentationLoss(nn.Module):
                 )
             )  # fmt: skip
         if term.name == "focal":
-            return self._of_labelled(
-                smp_losses.FocalLoss(MODE, gamma=_or(term.gamma, 2.0), ignore_index=ignored, class_weights=given)
-            )
-        return self._of_labelled(smp_losses.LovaszLoss(MODE, ignore_index=ignored))
+            focal = smp_losses.FocalLoss(MODE, gamma=_or(term.gamma, 2.0), ignore_index=ignored, class_weights=given)
+            return self._of_labelled(focal, zero_without=True)
+        return self._of_labelled(smp_losses.LovaszLoss(MODE, ignore_index=ignored), zero_without=True)
 
-    def _of_labelled(self, loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return a loss of the labeled pixels in float32, which is 0 if there are none (focal is NaN there by itself, Lovász an
-        empty tensor)."""
+    def _of_labelled(self, loss: nn.Module, zero_without: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a loss of the labeled pixels in float32.
+
+        `zero_without`: make it 0 if there are none, where focal is NaN by itself and Lovász an empty tensor. That waits for the
+        device, as these two do anyway; the others are 0 by themselves.
+        """
 
         def of_labelled(logits: Tensor, labels: Tensor) -> Tensor:
             labelled = labels != self.ignore_index
             # 0 * NaN is NaN, so masking inside the loss would let a bad pixel through
             seen = torch.where(labelled.unsqueeze(1), logits.float(), 0)
-            if not bool(labelled.any()):
+            if zero_without and not bool(labelled.any()):
                 return seen.sum()
             with torch.autocast(logits.device.type, enabled=False):
                 return loss(seen, labels)
