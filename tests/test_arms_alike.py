@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dann_experiments import load_config
+from dann_experiments import InputError, load_config
 from dann_experiments.comparison.arms import _settings, arms_of
 from dann_experiments.config import flatten
 from dann_experiments.config.comparison import CompareConfig
@@ -51,7 +51,13 @@ def another(key: str, value: Any) -> Any:
     return value / 2 if value else 0.5 if isinstance(value, float) else None
 
 
-KEYS = [key for key in known_keys() if key.startswith(SHARED)]
+OF_ONE_NETWORK = [
+    key
+    for key, value in flatten(load_config()).items()
+    if key.startswith("model.") and value is None and key not in OTHER
+]
+"""Options of single architectures, without a value that all take; `test_no_arm_may_have_a_network_of_its_own` holds them."""
+KEYS = [key for key in known_keys() if key.startswith(SHARED) and key not in OF_ONE_NETWORK]
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -59,13 +65,19 @@ def test_a_setting_of_training_reaches_every_arm(key):
     base = load_config(overrides={"data.oracle": ["labelled"], "data.target.train": ["target"]})
     wanted = another(key, flatten(base)[key])
     more = {key.replace("freeze_epochs", "freeze"): ["encoder"]} if key.endswith("freeze_epochs") else {}
-    if wanted is None and flatten(base)[key] is None:
-        wanted = 1 if not key.startswith("model.") else None
-    if wanted is None and key.startswith("model."):
-        pytest.skip("options of one architecture: the whole group is held by `ALIKE`")
+    if wanted is None and key not in OTHER:
+        wanted = 1
     config = load_config(overrides={"data.oracle": ["labelled"], "data.target.train": ["target"], **more, key: wanted})
     assert flatten(config)[key] != flatten(base)[key] or key == "model.in_channels"
     arms, _ = arms_of(CompareConfig(), config)
     assert {arm.kind for arm in arms} == {"source_only", "statistics", "control", "adapted", "oracle"}
     for arm in arms:
         assert flatten(_settings(arm, config, 7))[key] == flatten(config)[key], arm.name
+
+
+@pytest.mark.parametrize("key", OF_ONE_NETWORK)
+def test_no_arm_may_have_a_network_of_its_own(key):
+    config = load_config(overrides={"data.target.train": ["target"]})
+    settings = CompareConfig(arms={"DANN": {"kind": "adapted", key: 2}})
+    with pytest.raises(InputError, match=rf"arms\.DANN sets {key} to 2, but arms start from one source model"):
+        arms_of(settings, config)
