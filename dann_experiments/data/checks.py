@@ -75,6 +75,13 @@ def absent_classes(
     return f"data.source.train: no mask holds the classes {absent}." if absent else None
 
 
+def labelled_pixels(class_pixels: np.ndarray, classes: int, ignore_index: int) -> np.ndarray:
+    """Return the number of labeled pixels per class (K,) from that per mask value (256,)."""
+    pixels = class_pixels.copy()
+    pixels[ignore_index] = 0
+    return pixels[:classes]
+
+
 def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> None:
     """Raise InputError if training items cannot be batched for a network of this stride.
 

@@ -22,6 +22,7 @@ from dann_experiments.checkpoints.encoder_file import checked_file, encoder_weig
 from dann_experiments.checkpoints.files import WholeFiles
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.run import OptimizerConfig
+from dann_experiments.data.checks import labelled_pixels
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import Cut, DataPlan, DomainData, DomainImages, ImageSets
 from dann_experiments.data.labels import LabelMap, label_map
@@ -247,10 +248,9 @@ def make_module(
 
 def _class_sampling(config: Config, dataset: SegmentationDataset) -> ClassSampling:
     pixels, holds = dataset.count_classes()
-    pixels[config.data.ignore_index] = 0
     source, classes = config.data.resolved("source"), config.model.classes
     temperature = None if source.sampling == "balanced" else source.sampling_temperature
-    return class_sampling(pixels[:classes], holds[:, :classes], temperature)
+    return class_sampling(labelled_pixels(pixels, classes, config.data.ignore_index), holds[:, :classes], temperature)
 
 
 def class_weights_of(config: Config, sets: ImageSets) -> list[float] | None:
@@ -259,8 +259,7 @@ def class_weights_of(config: Config, sets: ImageSets) -> list[float] | None:
     if config.class_weights != "auto":
         return config.class_weights
     pixels, _ = sets.training()["source"].count_classes()
-    pixels[config.data.ignore_index] = 0
-    return class_weights_from(pixels[: config.model.classes])
+    return class_weights_from(labelled_pixels(pixels, config.model.classes, config.data.ignore_index))
 
 
 def make_loop(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dann_experiments.config import Config, InputError, config_to_yaml, flatten
-from dann_experiments.data.checks import absent_classes, check_sizes, unit_problems
+from dann_experiments.data.checks import absent_classes, check_sizes, labelled_pixels, unit_problems
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import DataPlan, followed
 from dann_experiments.data.headers import read_headers
@@ -126,7 +126,7 @@ def check_data(config: Config) -> DataReport:
             problems.append(str(error))
     for text in map_remarks:
         problems.remarks.add(text, text)
-    shares = {name: _labelled(found, len(names), ignored) for name, found in sets.items()}
+    shares = {name: labelled_pixels(found.class_pixels, len(names), ignored) for name, found in sets.items()}
     rows = {str(name): _counts(found, names, shares[name]) for name, found in sets.items()}
     counts = pd.DataFrame.from_dict(rows, orient="index")
     by_domain: dict[Domain, list[_Set]] = {
@@ -287,13 +287,6 @@ def _check_mask(sample: Sample, labels: LabelMap, problems: Problems) -> None:
             read_mask(sample.mask, labels, piece.window)
     except InputError as error:
         problems.append(str(error))
-
-
-def _labelled(found: _Set, classes: int, ignore_index: int) -> np.ndarray:
-    """Return the number of pixels per class, (K,)."""
-    pixels = found.class_pixels.copy()
-    pixels[ignore_index] = 0
-    return pixels[:classes]
 
 
 def _counts(found: _Set, class_names: Sequence[str], labelled: np.ndarray) -> dict[str, Any]:
