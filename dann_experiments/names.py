@@ -19,33 +19,84 @@ Confidence = Literal["max_probability", "entropy"]
 
 
 @dataclass(frozen=True)
-class SetName:
-    """The name of one set of images.
+class OneDomain:
+    """The source or the target, or one of several domains that the settings name under it.
 
-    >>> str(SetName("target", "val"))
-    'target_val'
-    >>> SetName("target", "val").key
-    'data.target.val'
+    >>> str(OneDomain("target")), str(OneDomain("target", "winter"))
+    ('target', 'target.winter')
+    >>> OneDomain.parse("target.winter").key
+    'data.target.domains.winter'
+    """
+
+    role: Domain
+    name: str | None = None
+
+    def __str__(self) -> str:
+        """Return the domain in tables, files and models: source, or source.summer."""
+        return self.role if self.name is None else f"{self.role}.{self.name}"
+
+    @property
+    def key(self) -> str:
+        """The group of settings: data.source, or data.source.domains.summer."""
+        return f"data.{self.role}" if self.name is None else f"data.{self.role}.domains.{self.name}"
+
+    @property
+    def words(self) -> str:
+        """The domain in titles: source, or source summer."""
+        return self.role if self.name is None else f"{self.role} {self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> OneDomain:
+        """Return the domain of a text made by `str`. Raises ValueError for any other text."""
+        role, dot, name = text.partition(".")
+        if role not in DOMAINS or bool(dot) != bool(name):
+            raise ValueError(f"{text!r} is no domain; give source, target, or one with a name: target.NAME.")
+        return cls(cast(Domain, role), name or None)
+
+
+SOURCE_AND_TARGET = (OneDomain("source"), OneDomain("target"))
+"""The domains of settings that name none; the index is the label that a domain classifier learns."""
+
+
+@dataclass(frozen=True)
+class SetName:
+    """The name of one set of images; `member`: of which domain, if the settings name several under the source or target.
+
+    >>> str(SetName("target", "val")), str(SetName("target", "val", "winter"))
+    ('target_val', 'target_val.winter')
+    >>> SetName("target", "val").key, SetName("target", "val", "winter").key
+    ('data.target.val', 'data.target.domains.winter.val')
     >>> SetName.parse("target_val") == TARGET_VAL
     True
     """
 
     domain: Domain
     split: Split
+    member: str | None = None
 
     def __str__(self) -> str:
-        """Return the name in metrics, tables, tags and files: source_train."""
-        return f"{self.domain}_{self.split}"
+        """Return the name in metrics, tables, tags and files: source_train, or source_train.summer."""
+        return f"{self.domain}_{self.split}{'' if self.member is None else f'.{self.member}'}"
+
+    @property
+    def one(self) -> OneDomain:
+        """The domain of the images."""
+        return OneDomain(self.domain, self.member)
+
+    @property
+    def whole(self) -> SetName:
+        """The set of all domains of the source or target together."""
+        return SetName(self.domain, self.split)
 
     @property
     def key(self) -> str:
-        """The setting that lists the images: data.source.train."""
-        return f"data.{self.domain}.{self.split}"
+        """The setting that lists the images: data.source.train, or data.source.domains.summer.train."""
+        return f"{self.one.key}.{self.split}"
 
     @property
     def words(self) -> str:
-        """The name in titles: source train."""
-        return f"{self.domain} {self.split}"
+        """The name in titles: source train, or source summer train."""
+        return f"{self.one.words} {self.split}"
 
     @property
     def training(self) -> bool:
@@ -55,10 +106,11 @@ class SetName:
     @classmethod
     def parse(cls, text: str) -> SetName:
         """Return the set with this name, such as source_train. Raises ValueError for any other text."""
-        domain, _, split = text.partition("_")
-        if domain not in DOMAINS or split not in (*SPLITS, "train_labelled"):
+        whole, dot, member = text.partition(".")
+        domain, _, split = whole.partition("_")
+        if domain not in DOMAINS or split not in (*SPLITS, "train_labelled") or bool(dot) != bool(member):
             raise ValueError(f"{text!r} is no set of images; they are {', '.join(map(str, ALL_SETS))}.")
-        return cls(cast(Domain, domain), cast(Split, split))
+        return cls(cast(Domain, domain), cast(Split, split), member or None)
 
 
 TARGET_LABELLED = SetName("target", "train_labelled")
@@ -202,7 +254,7 @@ METRICS = (
     (
         (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU),
         "mean IoU over the classes present, from one confusion matrix of the whole set, without ignored pixels; step 0 = before "
-        "adaptation",
+        "adaptation. With [several domains](docs/several-domains.md), the mean of `iou/target_val.NAME`",
     ),
     ((Metric.SOURCE_TEST_IOU, Metric.TARGET_TEST_IOU), "the same for the test sets, once, with the final weights"),
     (("class_iou/SET/CLASS",), "IoU of one class"),
@@ -213,7 +265,7 @@ METRICS = (
     ((Metric.GAP, Metric.SOURCE_DROP), "how far the target is behind the source; how much of the source was forgotten"),
     (
         (Metric.DOMAIN_ACCURACY, Metric.DOMAIN_LOSS),
-        "accuracy of the domain classifier, balanced over the domains (0.5 = confused), and its loss",
+        "accuracy of the domain classifier, balanced over the domains (1 / their number = confused: 0.5 for two), and its loss",
     ),
     ((Metric.DOMAIN_ACCURACY_VAL,), "the accuracy of the same classifier on held-out images, once per epoch"),
     (

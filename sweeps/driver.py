@@ -24,7 +24,7 @@ from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs import checks, prepare
 from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.shared_data import shared_data
-from dann_experiments.names import Job, Tag
+from dann_experiments.names import SOURCE_TEST, SOURCE_VAL, TARGET_TEST, Job, Tag
 from dann_experiments.reports.mlflow_views import view_of_sweep
 from dann_experiments.tracking.run import PARAM_PREFIX, tracked_run
 from dann_experiments.tracking.saved_views import write_views
@@ -218,7 +218,7 @@ def _begin(
         log.info(
             "The values in the settings are outside the space: their trial is run and shown, but the sampler does not see it."
         )
-    scored_on = (config.data.source.val, config.data.source.test, config.data.target.test)
+    scored_on = map(config.data.entries, (SOURCE_VAL, SOURCE_TEST, TARGET_TEST))
     study.set_attribute(SOURCE_WANTED, shared and any(scored_on))
     _free_gpu_memory()  # the workers need it
     experiment = config.tracking.experiment

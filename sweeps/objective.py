@@ -50,7 +50,7 @@ def check_objective(sweep: SweepConfig, config: Config, labelled: Collection[Set
             sweep.seeds_per_trial, FEWEST_SEEDS_TO_PRUNE,
         )  # fmt: skip
     name = sweep.objective
-    known = metrics_to_choose_by(config.class_names)
+    known = metrics_to_choose_by(config.class_names, config.data.domains)
     own_method = config.domain_adaptation.method.class_path is not None and not name.startswith(VALIDATED)
     if name in known:
         check_labels(labelled, "objective", name)

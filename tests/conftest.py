@@ -31,7 +31,7 @@ from benchmarks.squares import model_folder as model_folder
 from benchmarks.squares import small_settings as squares_settings
 from benchmarks.squares import write_domain
 from dann_experiments.config import Config
-from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.jobs.build import find_data, make_network
 from dann_experiments.jobs.checks import checked_sets
 

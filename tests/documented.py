@@ -272,6 +272,17 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         ),
         "python -m dann_experiments check-data --config mine.yaml": Example("squares"),
     },
+    ("docs/several-domains.md", "Several sources, several targets"): {
+        "yaml: # seasons.yaml": Example("seasons", FEW_STEPS),
+    },
+    ("docs/several-domains.md", "An example that runs"): {
+        "python -m dann_experiments compare --config recipes/digits_domains.yaml --seeds 3": Example(
+            "digits", f"{FEW_ARMS} {DIGITS}", {"seeds": "1"}, slow=True
+        ),
+    },
+    ("recipes/digits_domains.yaml", "header"): {
+        "mlflow run . -e adapt --env-manager local -P config=recipes/digits_domains.yaml": digits_by_mlflow(),
+    },
     ("docs/few-labels.md", "A few target labels"): {
         'python -m dann_experiments adapt --config mine.yaml --data.target.train_labelled "[target_few]"'
         " --data.target.labelled_batch_size 4": Example(

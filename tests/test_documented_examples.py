@@ -70,6 +70,7 @@ CLONE = [
 ]
 FEW_ARMS = {"source only": {"kind": "source_only"}, "lambda = 0 control": {"kind": "control"}, "DANN": {}}
 ABLATION = "# ablation.yaml"
+SEASONS = "# seasons.yaml"
 README_DATA, REGION_DATA = "model: {arch: unet, encoder_name: resnet34", "model: {in_channels: 4"
 
 
@@ -224,12 +225,23 @@ def trees_place(place: Place) -> None:
             package.writestr(f"deepforest/data/{tile}.png", png.getvalue())
 
 
+def seasons_place(place: Place) -> None:
+    """The folders of the block of docs/several-domains.md."""
+    (place.folder / "mine.yaml").write_text(block("docs/several-domains.md", SEASONS))
+    names = ("summer", "summer_val", "winter", "winter_val", "north", "north_val", "north_test", "south", "south_val")
+    for seed, name in enumerate(names):
+        write_domain(place.folder / name, 4, seed, inverted=name.startswith("n"))
+    for path in place.folder.glob("winter*/masks/*.png"):
+        Image.fromarray(np.asarray(Image.open(path)) * 7).save(path)
+
+
 PLACES: dict[str, Callable[[Place], None]] = {
     "squares": squares_place,
     "digits": digits_place,
     "cities": cities_place,
     "region": region_place,
     "trees": trees_place,
+    "seasons": seasons_place,
 }
 
 
@@ -614,8 +626,11 @@ def run_settings(place: Place, example: Example) -> None:
         command = ["python", "-m", "dann_experiments", job, "--config", "mine.yaml", *words]
         check(command, place.run(command), place)
     settings = settings_of(Path("mine.yaml").read_text())
-    root = str(settings["data"]["target"].get("root", ".")).lstrip("/")
-    scene = f"{root}/{settings['data']['target']['train'][0]}"
+    target = settings["data"]["target"]
+    root, first = str(target.get("root", ".")).lstrip("/"), next(iter(target.get("domains", {}).values()), target)
+    scene = f"{root}/{first['train'][0]}"
+    if Path(scene).is_dir():
+        scene = str(next(Path(scene).glob("images/*")))
     run = place.fact("run")
     command = shlex.split(
         f"python -m dann_experiments predict --model runs:/{run} --input {scene} --output by_block.tif"

@@ -33,12 +33,12 @@ from dann_experiments import InputError, RunResult, adapt, evaluate, load_config
 from dann_experiments.adaptation.dann import DANNMethod, SourceOnly
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss
 from dann_experiments.config.run import MonitorConfig
-from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.models.batchnorm import statistics_loader, target_statistics
 from dann_experiments.models.networks import build_network
 from dann_experiments.models.passes import choose
 from dann_experiments.models.taps import resolve_taps
-from dann_experiments.names import SOURCE_VAL, TARGET_TRAIN, Metric, SetName, Tag
+from dann_experiments.names import SOURCE_VAL, TARGET_TRAIN, Metric, OneDomain, SetName, Tag
 from dann_experiments.scores.domain_probe import probe
 from dann_experiments.scores.selection import SCORES
 from dann_experiments.tracking.notes import escaped
@@ -732,7 +732,7 @@ def test_without_held_out_target_images_training_images_are_scored_but_no_iou_is
 def test_the_training_images_that_stand_in_are_as_many_as_the_source_validates_on_and_as_they_are(place):
     data = place.data(data__target__val=[], data__target__augmentation="strong", data__crop_size=16)
     plain = place.data(data__target__val=[])
-    stand_in = data.held_out("target")
+    stand_in = data.held_out(OneDomain("target"))
     assert stand_in is not None
     assert len(stand_in) == len(data.sets[SOURCE_VAL]) == 4
     chosen = [0, 4, 8, 12]  # spread over the 13

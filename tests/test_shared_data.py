@@ -20,7 +20,7 @@ from dann_experiments import adapt
 from dann_experiments.config import Config, InputError, load_config
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.data import dataset, shared_cache
-from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.data.pixels import read_pixels as reading
 from dann_experiments.jobs import source_model
 from dann_experiments.jobs.build import make_network

@@ -25,6 +25,7 @@ from dann_experiments.config import load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys
 from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.names import SOURCE_TRAIN
 from sweeps.__main__ import PROGRAM as SWEEPS
 from sweeps.settings import SweepConfig
 
@@ -252,7 +253,7 @@ def test_the_sweep_entry_point_uses_every_parameter_and_its_command_parses():
 @pytest.mark.parametrize("recipe", sorted((PROJECT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_loads_and_says_how_to_run_it(recipe):
     config = load_config(recipe)
-    assert config.data.source.train
+    assert config.data.entries(SOURCE_TRAIN)
     header = "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert f"recipes/{recipe.name}" in header
 

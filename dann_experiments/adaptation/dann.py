@@ -22,7 +22,8 @@ class DANNMethod(DomainAdaptationMethod):
 
     lambda acts only in the gradient reversal: the network gets -lambda times the gradient of the domain loss, while the
     classifiers get the plain gradient at every lambda, including 0. The domain loss is the mean of the cross-entropies of both
-    domains, so that batches of different size have equal weight; with several layers, it is the mean over layers.
+    domains, so that batches of different size have equal weight; with several layers, it is the mean over layers. With more than
+    two `domains`, the classifiers have one class for each, and the loss is the mean over the domains in the batch.
 
     `in_channels`: channels of the layer, or one number per layer. `discriminator_lr`: learning rate of the classifiers.
     `lambda_da` scales the schedule; if `lambda_schedule` is None, it is lambda itself. `step_mode`: progress p is epoch /
@@ -39,6 +40,7 @@ class DANNMethod(DomainAdaptationMethod):
         lambda_da: float = 1.0,
         lambda_schedule: LambdaScheduler | None = DANNScheduler(),
         step_mode: Literal["epoch", "batch"] = "epoch",
+        domains: int = 2,
     ) -> None:
         super().__init__()
         self.feature_layers = (feature_layer,) if isinstance(feature_layer, str) else tuple(feature_layer)
@@ -50,9 +52,10 @@ class DANNMethod(DomainAdaptationMethod):
         if lambda_da < 0:
             raise ValueError(f"lambda_da is {lambda_da}; it must not be negative")
         self.classifiers = nn.ModuleList(
-            DomainClassifier(count, hidden_size, classifier, on_logits=layer == OUTPUT_LAYER)
+            DomainClassifier(count, hidden_size, classifier, on_logits=layer == OUTPUT_LAYER, domains=domains)
             for layer, count in zip(self.feature_layers, channels, strict=True)
         )
+        self.domains = domains
         self.reversal = GradientReversal()
         self.discriminator_lr = discriminator_lr
         self.lambda_da = lambda_da
@@ -102,12 +105,30 @@ class DANNMethod(DomainAdaptationMethod):
             TARGET: (outputs.target_features[layer], outputs.target_valid),
         }
         reversed_sides = [(self.reversal(features, lambda_now), valid) for features, valid in sides.values()]
+        decided = classifier.logits_of(reversed_sides)
+        if self.domains > len(sides):
+            return self._loss_of_several(classifier, decided, outputs)
         losses, accuracies = [], []
-        for (domain, (_, valid)), logits in zip(sides.items(), classifier.logits_of(reversed_sides), strict=True):
+        for (domain, (_, valid)), logits in zip(sides.items(), decided, strict=True):
             loss, accuracy = classifier.loss_of(logits, domain, valid)
             losses.append(loss)
             accuracies.append(accuracy)
         return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+
+    def _loss_of_several(
+        self, classifier: DomainClassifier, decided: Sequence[Tensor], outputs: StepOutputs
+    ) -> tuple[Tensor, Tensor]:
+        """Return the means over the domains in the batch of their mean cross-entropy and of their accuracy."""
+        assert outputs.source_domains is not None
+        assert outputs.target_domains is not None
+        of_source = classifier.sums_by_domain(decided[0], outputs.source_domains, outputs.source_valid)
+        losses, right, count = of_source + classifier.sums_by_domain(
+            decided[1], outputs.target_domains, outputs.target_valid
+        )
+        there = (count > 0).to(losses.dtype)
+        means = torch.stack([losses, right]) / count.clamp_min(1e-6)
+        loss, accuracy = (means * there).sum(1) / there.sum().clamp_min(1)
+        return loss, accuracy.detach()
 
 
 class LambdaZero(DANNMethod):

@@ -32,16 +32,21 @@ class Pointwise(nn.Conv2d):
 
 
 class DomainClassifier(nn.Module):
-    """Computes logits of two classes (0 source, 1 target) from features (N, C, H, W).
+    """Computes logits of D classes from features (N, C, H, W); D is `domains`, usually 2 (0 source, 1 target).
 
-    Kinds: `pooled` (default), global average pooling and an MLP with two hidden layers, logits (N, 2); `pixel`, the same MLP as
-    1 x 1 convolutions, logits (N, 2, H, W); `patch`, strided convolutions that see shapes (like the discriminator of Tsai et
-    al. 2018, section 3.2), logits (N, 2, H/4, W/4). `on_logits`: the features are class logits, so use their softmax.
+    Kinds: `pooled` (default), global average pooling and an MLP with two hidden layers, logits (N, D); `pixel`, the same MLP as
+    1 x 1 convolutions, logits (N, D, H, W); `patch`, strided convolutions that see shapes (like the discriminator of Tsai et
+    al. 2018, section 3.2), logits (N, D, H/4, W/4). `on_logits`: the features are class logits, so use their softmax.
     `valid` (N, h, w), 1 where a pixel counts, excludes pixels from the pooling or the loss.
     """
 
     def __init__(
-        self, in_channels: int, hidden_size: int = 1024, kind: Kind = "pooled", on_logits: bool = False
+        self,
+        in_channels: int,
+        hidden_size: int = 1024,
+        kind: Kind = "pooled",
+        on_logits: bool = False,
+        domains: int = 2,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -55,7 +60,7 @@ class DomainClassifier(nn.Module):
                 nn.LeakyReLU(0.2, inplace=True),
                 nn.Conv2d(hidden_size, hidden_size, 3, padding=1),
                 nn.LeakyReLU(0.2, inplace=True),
-                nn.Conv2d(hidden_size, 2, 1),
+                nn.Conv2d(hidden_size, domains, 1),
             )
             return
         # the same module for both kinds: a pooled map has one position
@@ -64,7 +69,7 @@ class DomainClassifier(nn.Module):
             nn.ReLU(inplace=True),
             Pointwise(hidden_size, hidden_size),
             nn.ReLU(inplace=True),
-            Pointwise(hidden_size, 2),
+            Pointwise(hidden_size, domains),
         )
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -101,6 +106,16 @@ class DomainClassifier(nn.Module):
         weights = self._weights(valid, logits)
         total = weights.sum().clamp_min(1e-6)
         return (losses * weights).sum() / total, (right * weights).sum() / total
+
+    def sums_by_domain(self, logits: Tensor, domains: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Return (3, D): the sum of cross-entropies, the number of correct decisions, and that of all decisions, per domain and
+        weighted by valid share. `domains` (N,): the label of each image's domain."""
+        labels = domains.view(-1, *[1] * (logits.ndim - 2)).expand(logits.shape[:1] + logits.shape[2:])
+        losses = functional.cross_entropy(logits.float(), labels, reduction="none")
+        right = (logits.argmax(1) == labels).float().detach()
+        weights = torch.ones_like(losses) if valid is None else self._weights(valid, logits)
+        of_images = torch.stack([losses * weights, right * weights, weights]).reshape(3, len(logits), -1).sum(2)
+        return of_images.new_zeros(3, logits.shape[1]).index_add(1, domains, of_images)
 
     def hits(self, features: Tensor, domain: int, valid: Tensor | None = None) -> Tensor:
         """Return (2,): the number of correct decisions on features of `domain` and of all decisions, weighted by valid share.

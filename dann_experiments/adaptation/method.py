@@ -44,6 +44,10 @@ class StepOutputs:
     """Layer name -> (T, C, H, W); empty for a method that does not use the target."""
     target_valid: Tensor | None = None
     """(T, h, w), 1 where the target image has data, 0 at nodata; None = everywhere."""
+    source_domains: Tensor | None = None
+    """(S,), label of each source image's domain, if the settings name several domains; labels count from 0, sources first."""
+    target_domains: Tensor | None = None
+    """(T,), the same of the target images."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,8 @@ class DomainAdaptationMethod(nn.Module, ABC):
     def domain_hits(self, features: Mapping[str, Tensor], domain: int, valid: Tensor | None) -> Mapping[str, Tensor]:
         """Return layer -> (2,): the numbers of correct and of all decisions of the domain classifier on a validation batch.
 
-        Called in eval mode with features of `domain` (0 source, 1 target) and validity (N, h, w); da/domain_acc_val is computed
-        from the sums. By default, there is no classifier.
+        Called in eval mode with features of `domain` (0 source, 1 target; or the label of one of several domains) and validity
+        (N, h, w); da/domain_acc_val is computed from the sums. By default, there is no classifier.
         """
         return {}
 

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -24,13 +24,16 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.config.paths import user_path
 from dann_experiments.data.reading import Normalization, Reading, reading_from_facts
 from dann_experiments.models.networks import build_network
-from dann_experiments.names import DOMAINS
+from dann_experiments.names import DOMAINS, OneDomain
 
 CONFIG_NAME = "config.json"
 NOTES_NAME = "dann.json"
 BASIC_ARGUMENTS = ("encoder_name", "in_channels", "classes")
 # keys of config.json to skip: unrelated to weights, or a final activation, since our networks return logits
 NO_ARGUMENTS = ("_model_class", "encoder_weights", "activation")
+
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,30 @@ class ModelNotes:
 
 def default_domain(notes: ModelNotes) -> str:
     """Return the domain that a model's images are like unless another is asked for: the target, if it knows how to read it."""
-    return next((domain for domain in reversed(DOMAINS) if domain in notes.readings), "target")
+    roles = {OneDomain.parse(domain).role for domain in notes.readings}
+    return "source" if roles == {"source"} else "target"
+
+
+def chosen_domain(wanted: str, known: Mapping[str, Found], where: str) -> Found:
+    """Return the entry of `known`, by domain, for images like those of `wanted`: target, source, or target.NAME of several.
+
+    `target` also stands for several domains whose entries are equal, and target.NAME for the only target. `where`: whose entries
+    these are, for messages. Raises InputError, with the domains to choose from, for any other text.
+    """
+    if wanted in known:
+        return known[wanted]
+    of_role = {name: entry for name, entry in known.items() if name.partition(".")[0] == wanted}
+    entries = list(of_role.values())
+    if entries and all(entry == entries[0] for entry in entries):
+        return entries[0]
+    if entries:
+        raise InputError(
+            f"domain is {wanted!r}, but {where} reads images of its domains differently; give one of {', '.join(of_role)}."
+        )
+    role = wanted.partition(".")[0]
+    if role in known:
+        return known[role]
+    raise InputError(f"domain is {wanted!r}, but {where} knows how to read images of {sorted(known)} only.")
 
 
 def save_model(
@@ -190,7 +216,7 @@ class _NoteChecker:
             found = facts["reading"]
             if not isinstance(found, dict):
                 raise self.refused("reading", found, "a mapping of source and target")
-            return {domain: self.reading(domain, found[domain], bands) for domain in DOMAINS if domain in found}
+            return {domain: self.reading(domain, found[domain], bands) for domain in found if _is_domain(domain)}
         if "mean" not in facts and "std" not in facts:
             return {}
         older = {"low": [0.0] * bands, "high": [255.0] * bands, "mean": facts.get("mean"), "std": facts.get("std")}
@@ -225,6 +251,14 @@ class _NoteChecker:
             if not right:
                 raise self.refused(prefix + key, getattr(reading, key), what)
         return reading, normalization
+
+
+def _is_domain(text: str) -> bool:
+    try:
+        OneDomain.parse(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_whole(value: Any) -> bool:

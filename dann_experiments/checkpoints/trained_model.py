@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dann_experiments.checkpoints.saved_model import ModelNotes
+from dann_experiments.checkpoints.saved_model import ModelNotes, chosen_domain
 from dann_experiments.checkpoints.weights import listed, load_into, read_weights
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.reading import Normalization, Reading
@@ -42,14 +42,11 @@ def noted_model(
     """
     if notes.class_names is None:
         raise InputError(f"model {where} does not say what its classes are called; give a model as it was saved.")
-    if domain not in notes.readings:
-        raise InputError(
-            f"domain is {domain!r}, but model {where} knows how to read images of {sorted(notes.readings)} only."
-        )
+    reading, normalization = chosen_domain(domain, notes.readings, f"model {where}")
     network = notes.build()
     fill(network, read_weights(local), where, source_prefix)
     digest = model_digest(network, notes.class_names)
-    return Model(network, notes.class_names, notes.in_channels, *notes.readings[domain], digest, run_id)
+    return Model(network, notes.class_names, notes.in_channels, reading, normalization, digest, run_id)
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor], where: str, source_prefix: str | None = None) -> None:

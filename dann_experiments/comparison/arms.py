@@ -13,12 +13,13 @@ import torch
 from dann_experiments.comparison.result import Arm
 from dann_experiments.config import Config, InputError, config_to_dict, replace
 from dann_experiments.config.comparison import ARM_NAMES, DEFAULT_ARMS, CompareConfig
+from dann_experiments.config.data import OF_ALL_DOMAINS, DomainDataConfig
 from dann_experiments.config.parsing import known_keys
 from dann_experiments.jobs.build import find_data, make_method, make_taps, network_to_adapt
 from dann_experiments.jobs.checks import checked_sets
 from dann_experiments.jobs.evaluate import STATISTICS_SET
 from dann_experiments.jobs.identity import run_digest
-from dann_experiments.names import ALL_SETS, LAMBDA_ZERO, PRETRAINING_SETS, SCORED_SETS, Job, Key
+from dann_experiments.names import ALL_SETS, LAMBDA_ZERO, PRETRAINING_SETS, SCORED_SETS, Job, Key, OneDomain
 
 log = logging.getLogger(__name__)
 JOBS = {
@@ -31,7 +32,7 @@ SET_HERE = ("seed", "threads", "tracking.", Key.SOURCE_MODEL, Key.SOURCE_PREFIX,
 """Settings that the comparison itself sets for all arms."""
 ALIKE = (
     "model.", "data.class_names", "data.ignore_index", "data.source.val", "data.source.test", "data.target.val",
-    "data.target.test",
+    "data.target.test", "data.source.domains", "data.target.domains",
 )  # fmt: skip
 """Settings that all arms share: the network, since they start from one source model, and the images for scoring."""
 MAKES_THE_KIND = {
@@ -202,15 +203,32 @@ def _settings(arm: Arm, config: Config, seed: int) -> Config:
 
 def _trained_on_the_target(config: Config) -> dict[str, Any]:
     """Return the changes that train the source model on labeled target images instead."""
-    source = config.data.resolved("source")
-    target = dataclasses.replace(
-        config.data.resolved("target"), preset=None, scene=None, train=list(config.data.oracle), train_labelled=[],
-        labelled_count=None,
-        augmentation=source.augmentation, batch_size=source.batch_size, sampling=source.sampling,
-        sampling_temperature=source.sampling_temperature,
-    )  # fmt: skip
+    source, data = config.data.source, config.data
+    training = {
+        "batch_size": source.batch_size,
+        "sampling": source.sampling,
+        "sampling_temperature": source.sampling_temperature,
+    }
+    augmentation = next(iter(data.of_role("source").values())).augmentation
+
+    def labelled(one: OneDomain, entries: Sequence[Any]) -> dict[str, Any]:
+        return config_to_dict(
+            dataclasses.replace(
+                data.domains[one], preset=None, scene=None, train=list(entries), train_labelled=[], labelled_count=None,
+                augmentation=augmentation, **training,
+            )
+        )  # fmt: skip
+
+    if isinstance(data.oracle, dict):
+        named = {name: labelled(OneDomain("target", name), entries) for name, entries in data.oracle.items()}
+        own = {
+            name: {key: value for key, value in one.items() if key not in OF_ALL_DOMAINS} for name, one in named.items()
+        }
+        changes = {**config_to_dict(DomainDataConfig(**training)), "domains": own}
+    else:
+        changes = labelled(OneDomain("target"), data.oracle)
     return {
-        "data.source": config_to_dict(target),
+        "data.source": changes,
         "data.class_names": list(config.class_names),
         "data.oracle": [],
         Key.SOURCE_MODEL: None,

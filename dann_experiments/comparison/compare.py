@@ -223,7 +223,7 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
         title=" → ".join(names), arms=arms, runs=runs, class_names=config.class_names,
         ignore_index=config.data.ignore_index, verdicts=verdicts, metric=metric,
         panels=panels(config, store, run_of_arm), panel_seed=pictured, features=features, feature_layer=layer,
-        selection=_selection(runs, adapted), notes=notes,
+        selection=_selection(runs, adapted), domains=len(config.data.domains), notes=notes,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,13 @@ from torch import nn
 
 from dann_experiments.comparison.result import FeatureCloud, Panel
 from dann_experiments.config import Config, InputError
+from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.reading import Normalization
 from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.load_model import load_model
 from dann_experiments.jobs.pictures import Album
 from dann_experiments.jobs.run_training import FEATURES_FILE
-from dann_experiments.names import SOURCE_TRAIN, TARGET_TEST, TARGET_TRAIN, TARGET_VAL
+from dann_experiments.names import SOURCE_TRAIN, TARGET_TEST, TARGET_TRAIN, TARGET_VAL, OneDomain
 from dann_experiments.tracking.store import Store, without_secrets
 
 log = logging.getLogger(__name__)
@@ -34,14 +35,23 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
     """
     try:
         sets = find_data(config, (SOURCE_TRAIN, TARGET_TRAIN, TARGET_VAL, TARGET_TEST)).read(ahead=False)
-        dataset = sets.labelled(TARGET_TEST) or sets.labelled(TARGET_VAL) or sets.held_out("target")
-        if dataset is None:
+        held_out = [one for one in sets.domains if one.role == "target" and sets.held_out(one) is not None]
+        shown: dict[OneDomain, SegmentationDataset] = {}
+        for name in (TARGET_TEST, TARGET_VAL):
+            if not shown:
+                shown = {one.one: dataset for one, dataset in sets.parts(name).items() if dataset.has_masks}
+        shown = shown or {one: dataset for one in held_out if (dataset := sets.held_out(one)) is not None}
+        if not shown:
             return []
         albums: dict[str, Album] = {}
         for arm, run_id in run_of_arm.items():
             with torch.random.fork_rng(devices=[]):  # a new network draws random weights
-                network, normalization = _model_of(run_id, config, store)
-            albums[arm] = Album(dataset.with_normalization(normalization or dataset.normalization), TILES)
+                network, normalizations = _model_of(run_id, list(shown), config, store)
+            own = {
+                one: dataset.with_normalization(normalizations[one] or dataset.normalization)
+                for one, dataset in shown.items()
+            }
+            albums[arm] = Album(sets.joined(own), TILES)
             albums[arm].add(arm, network)
     except (
         OSError,
@@ -60,14 +70,23 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
     ]
 
 
-def _model_of(run_id: str, config: Config, store: Store) -> tuple[nn.Module, Normalization | None]:
-    """Return the network of a run and its normalization of target images; None for a model trained only on the source."""
+def _model_of(
+    run_id: str, targets: Sequence[OneDomain], config: Config, store: Store
+) -> tuple[nn.Module, dict[OneDomain, Normalization | None]]:
+    """Return the network of a run and its normalization of the images of each target; None for a model trained only on the
+    source."""
     where = f"runs:/{run_id}/model"
     try:
-        model = load_model(where, "target", config, store)
-        return model.network, model.normalisation
+        models = {one: load_model(where, str(one), config, store) for one in targets}
+        return models[targets[0]].network, {one: model.normalisation for one, model in models.items()}
     except InputError:  # other causes are raised again by the next line
-        return load_model(where, "source", config, store).network, None
+        return _of_source(where, config, store), dict.fromkeys(targets)
+
+
+def _of_source(where: str, config: Config, store: Store) -> nn.Module:
+    """Return the network of a model that was trained on the source only."""
+    sources = [one for one in config.data.domains if one.role == "source"]
+    return load_model(where, str(sources[0]), config, store).network
 
 
 def feature_clouds(store: Store, run_id: str) -> tuple[dict[str, FeatureCloud], str]:

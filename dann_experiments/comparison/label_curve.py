@@ -45,7 +45,7 @@ def compare_labels(config: Config, settings: CompareConfig) -> LabelCurve:
     the errors of `compare`.
     """
     counts = sorted(settings.labelled)
-    if not config.data.target.train_labelled:
+    if not config.data.entries(TARGET_LABELLED):
         raise InputError(
             f"labelled is {counts}, but data.target.train_labelled lists no images; name images with masks."
         )

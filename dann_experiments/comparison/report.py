@@ -74,6 +74,7 @@ def write_page(path: Path, comparison: Comparison, links: Mapping[str, str] = {}
     confidence = confidence_of(comparison.verdicts)
     finite_metrics = {name for run in comparison.runs for name, value in run.metrics.items() if math.isfinite(value)}
     columns = [name for name in SCORE_COLUMNS if name in finite_metrics or name in SCORE_COLUMNS[:2]]
+    columns += sorted(name for name in finite_metrics if name.startswith(f"{comparison.metric}."))  # of several domains
     kinds = [first_of_kind(comparison.arms, kind) for kind in ("source_only", "control")]
     order = {arm.name: number for number, arm in enumerate(comparison.arms)}
     scores = {arm.name: seed_scores(comparison, arm.name, comparison.metric) for arm in comparison.arms}
@@ -233,7 +234,14 @@ def _figures(comparison: Comparison, confidence: float) -> dict[str, Any]:
     limits = curve_limits(list(trained.values()))
     lambdas = [value for found in curves.values() for curve in found[Metric.LAMBDA] for _, value in finite(curve)]
     drawn = [
-        (arm, svg(arm_curves_figure(found, limits, max(lambdas, default=0)), f"curves{number}", f"Curves of {arm}"))
+        (
+            arm,
+            svg(
+                arm_curves_figure(found, limits, max(lambdas, default=0), comparison.domains),
+                f"curves{number}",
+                f"Curves of {arm}",
+            ),
+        )
         for number, (arm, found) in enumerate(trained.items())
     ]
     by_class = {

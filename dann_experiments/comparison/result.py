@@ -90,6 +90,8 @@ class Comparison:
     feature_layer: str = ""
     selection: pd.DataFrame | None = None
     """The table of `selection_quality.score_quality`: how well label-free scores choose."""
+    domains: int = 2
+    """Number of classes of the domain classifier."""
     notes: Sequence[str] = ()
     """Notes for the reader: arms left out and why, failed runs, selection by target labels, different commits."""
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
+from dann_experiments.config import limits
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import above, at_least, between, not_empty
 from dann_experiments.config.presets import IGNORED, filled
 from dann_experiments.config.run import MOST_PROCESSES
-from dann_experiments.names import Domain
+from dann_experiments.names import DOMAINS, TARGET_LABELLED, Domain, OneDomain, SetName
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MOST_IMAGES = 100_000  # upper limit of batch sizes; guards against allocating huge index lists
 BANDS = (not_empty("name bands counted from 1"), replace(at_least(1), way_out="name bands counted from 1"))
 Entry = str | dict[str, Any]
+ENTRIES = ("train", "val", "test", "train_labelled")
+OF_ALL_DOMAINS = (
+    "domains", "batch_size", "sampling", "sampling_temperature", "labelled_count", "labelled_batch_size",
+)  # fmt: skip
+"""Settings of the source or target that its named domains cannot have of their own."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,10 @@ class DomainDataConfig:
     """Part of the preset's data set (LoveDA: Urban or Rural; Inria: a city; OpenEarthMap: a region); null = its default."""
     root: str | None = None
     """Folder that the entries of this domain are relative to; null = data.root."""
+    domains: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Several domains: name -> the settings of this group in which it differs (train, val, test, preset, bands, value_map, ...).
+    The domain classifier then has one class per domain, and scores are also logged for each domain
+    (docs/several-domains.md). {} = one domain."""
     train: list[Entry] = field(default_factory=list)
     """Training images. Target images need no masks; masks listed for them are not read. An entry is a CSV manifest (columns
     image, mask, split; paths relative to it), a folder with images/ and masks/ with equal file stems, a glob pattern, a list
@@ -125,8 +137,38 @@ class DomainDataConfig:
             raise InputError(
                 f"{prefix}file_pixel_size has no effect without pixel_size, the size to resample to; remove it."
             )
-        for split in ("train", "val", "test", "train_labelled"):
+        for split in ENTRIES:
             _check_entries(f"{prefix}{split}", getattr(self, split))
+        if self.domains:
+            self._check_domains(prefix)
+
+    def _check_domains(self, prefix: str) -> None:
+        for split in ENTRIES:
+            if getattr(self, split):
+                raise InputError(
+                    f"{prefix}{split} and {prefix}domains are both set; list the images of each domain in "
+                    f"{prefix}domains.NAME.{split}."
+                )
+        if self.batch_size < len(self.domains):
+            raise InputError(
+                f"{prefix}batch_size is {self.batch_size}, fewer than the {len(self.domains)} domains in {prefix}domains, of "
+                "which each batch holds images; give at least as many."
+            )
+        for name, given in self.domains.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}", str(name)):
+                raise InputError(
+                    f"{prefix}domains has the name {name!r}; give up to 50 letters, digits, _ and - (it is part of metric names)."
+                )
+            own = sorted(set(given or {}) & set(OF_ALL_DOMAINS))
+            if own:
+                raise InputError(
+                    f"{prefix}domains.{name}.{own[0]} cannot be set for one domain; set {prefix}{own[0]} for all."
+                )
+            limits.check(self.named(name), f"{prefix}domains.{name}.")
+
+    def named(self, name: str) -> DomainDataConfig:
+        """Return the settings of one of `domains`: its own, and those of this group for the rest."""
+        return replace(self, **{"domains": {}, "name": None, **(self.domains[name] or {})})
 
 
 @dataclass(frozen=True)
@@ -150,8 +192,9 @@ class DataConfig:
     """Folder that all entries are relative to; null = the embedded data if it is used, else the current folder."""
     source: DomainDataConfig = field(default_factory=DomainDataConfig)
     target: DomainDataConfig = field(default_factory=DomainDataConfig)
-    oracle: list[Entry] = field(default_factory=list)
-    """Labeled training images of the target, used only by the oracle of `compare`; [] = no oracle."""
+    oracle: list[Entry] | dict[str, list[Entry]] = field(default_factory=list)
+    """Labeled training images of the target, used only by the oracle of `compare`; a mapping {NAME: images} for several target
+    domains. [] = no oracle."""
     class_names: list[str] | None = None
     """Class names, index = class id. Both domains refer to them: value_map or color_map of a domain maps its labels to these
     names. null = the names in the source's map in the order of its ids, else class_0, class_1, ..."""
@@ -184,22 +227,42 @@ class DataConfig:
     memory_gb: Annotated[float, between(0, 10**9)] = 4.0
     """Gigabytes of decoded images to keep in memory, all sets together, so that they are decoded once; 0 = keep none."""
 
-    def resolved(self, domain: Domain) -> DomainDataConfig:
-        """Return the settings of a domain, with unset ones taken from its preset. The fields of this class stay as set."""
-        return self._resolved[domain]
+    @functools.cached_property
+    def written(self) -> Mapping[OneDomain, DomainDataConfig]:
+        """The settings of every domain as set, sources first; the order is that of the labels of a domain classifier."""
+        found: dict[OneDomain, DomainDataConfig] = {}
+        for role in DOMAINS:
+            group: DomainDataConfig = getattr(self, role)
+            named = {OneDomain(role, name): group.named(name) for name in group.domains}
+            found |= named or {OneDomain(role): group}
+        return found
 
     @functools.cached_property
-    def _resolved(self) -> dict[Domain, DomainDataConfig]:
-        return {"source": filled(self.source), "target": filled(self.target)}
+    def domains(self) -> Mapping[OneDomain, DomainDataConfig]:
+        """`written`, with unset settings taken from the domains' presets."""
+        return {one: filled(settings) for one, settings in self.written.items()}
+
+    def of_role(self, role: Domain) -> Mapping[OneDomain, DomainDataConfig]:
+        """Return those of `domains` that are the source, or the target."""
+        return {one: settings for one, settings in self.domains.items() if one.role == role}
+
+    def entries(self, name: SetName) -> list[Entry]:
+        """Return what the settings list for a set, of all its domains or of one."""
+        return [
+            entry for one, settings in self.domains.items()
+            if one == name.one or (one.role == name.domain and name.member is None)
+            for entry in getattr(settings, name.split)
+        ]  # fmt: skip
 
     def check(self, prefix: str) -> None:
         """Raise InputError for settings that contradict each other."""
-        _check_entries(f"{prefix}oracle", self.oracle)
-        if self.source.train_labelled:
-            raise InputError(
-                f"{prefix}source.train_labelled is for the target; list labeled source images in {prefix}source.train."
-            )
-        if self.target.labelled_count is not None and not self.target.train_labelled:
+        self._check_oracle(prefix)
+        for one, settings in self.of_role("source").items():
+            if settings.train_labelled:
+                raise InputError(
+                    f"{one.key}.train_labelled is for the target; list labeled source images in {one.key}.train."
+                )
+        if self.target.labelled_count is not None and not self.entries(TARGET_LABELLED):
             raise InputError(
                 f"{prefix}target.labelled_count has no effect, because {prefix}target.train_labelled lists no images."
             )
@@ -223,6 +286,27 @@ class DataConfig:
             )
         if not all(abs(value) < float("inf") for value in self.mean):  # NaN fails too
             raise InputError(f"{prefix}mean is {self.mean}; give finite numbers.")
+
+    def _check_oracle(self, prefix: str) -> None:
+        names = list(self.target.domains)
+        if not isinstance(self.oracle, dict):
+            if self.oracle and names:
+                raise InputError(
+                    f"{prefix}oracle is a list, but the target has the domains {names}; give a mapping {{NAME: images}}."
+                )
+            _check_entries(f"{prefix}oracle", self.oracle)
+            return
+        for name, entries in self.oracle.items():
+            if name not in names:
+                raise InputError(
+                    f"{prefix}oracle names the domain {name!r}; "
+                    + (
+                        f"those of the target are {names}."
+                        if names
+                        else "the target has only one: give a list of images."
+                    )
+                )
+            _check_entries(f"{prefix}oracle.{name}", entries)
 
 
 def _color(text: str, prefix: str) -> tuple[int, int, int]:

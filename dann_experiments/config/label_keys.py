@@ -18,10 +18,16 @@ def check_label_keys(settings: Mapping[str, Any]) -> None:
     `settings`: nested settings as read, before they get their types. Other mistakes are left to the types."""
     data = settings.get("data")
     for domain in DOMAINS:
-        of_domain = data.get(domain) if isinstance(data, Mapping) else None
-        labels = of_domain.get("value_map") if isinstance(of_domain, Mapping) else None
-        if isinstance(labels, Mapping):
-            _check(f"data.{domain}.value_map", labels)
+        group = data.get(domain) if isinstance(data, Mapping) else None
+        named = group.get("domains") if isinstance(group, Mapping) else None
+        groups = {f"data.{domain}": group}
+        groups |= (
+            {f"data.{domain}.domains.{name}": one for name, one in named.items()} if isinstance(named, Mapping) else {}
+        )
+        for key, one in groups.items():
+            labels = one.get("value_map") if isinstance(one, Mapping) else None
+            if isinstance(labels, Mapping):
+                _check(f"{key}.value_map", labels)
 
 
 def _check(name: str, labels: Mapping[Any, Any]) -> None:

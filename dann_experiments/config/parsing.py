@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dann_experiments.config.adaptation import MethodConfig
+from dann_experiments.config.data import DomainDataConfig
 from dann_experiments.config.description import plain_values, type_name
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.label_keys import check_label_keys
@@ -24,6 +25,7 @@ from dann_experiments.config.recipes import settings_file
 from dann_experiments.config.schema import Config
 from dann_experiments.config.target_dialect import translate
 from dann_experiments.config.yaml_loader import MOST_LETTERS, MOST_VALUES, YAML_ERRORS, PlainLoader, SameKey, values_in
+from dann_experiments.names import DOMAINS
 
 Settings = TypeVar("Settings")
 MOST_SHOWN = 200  # characters of a wrong value in a message
@@ -140,7 +142,31 @@ def _checked(cls: type[Settings], settings: dict[str, Any]) -> Settings:
     settings = with_whole_terms(settings)
     _refuse_unknown_keys(cls, settings)
     check_label_keys(settings)
-    return _build(cls, settings)
+    return _build(cls, _with_typed_domains(settings))
+
+
+def _with_typed_domains(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in which the values of named domains (`data.source.domains`) have the types of a domain's settings."""
+    data = settings.get("data")
+    if not isinstance(data, Mapping):
+        return settings
+    for role in DOMAINS:
+        group = data.get(role)
+        if not isinstance(group, Mapping) or not isinstance(named := group.get("domains"), Mapping):
+            continue
+        typed: dict[str, Any] = {}
+        for name, given in named.items():
+            key = f"data.{role}.domains.{name}"
+            if not isinstance(given, Mapping):
+                raise InputError(f"{key} is {_shown(given)}; give a mapping of the settings of this domain.")
+            try:
+                _refuse_unknown_keys(DomainDataConfig, given)
+                built = _build(DomainDataConfig, dict(given))
+            except InputError as error:
+                raise InputError(f"{key}: {error}") from None
+            typed[str(name)] = {one: plain_values(getattr(built, one)) for one in given}
+        data = {**data, role: {**group, "domains": typed}}
+    return {**settings, "data": data}
 
 
 def _read_yaml(file: str | Path) -> dict[str, Any]:

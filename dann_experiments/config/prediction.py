@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 from dann_experiments.config import limits
 from dann_experiments.config.data import BANDS, MOST_IMAGES
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.limits import above, between
+from dann_experiments.config.limits import above, between, matching
 from dann_experiments.config.run import TrackingConfig
 from dann_experiments.names import Confidence, Tta
+
+DOMAIN = matching(r"(source|target)(\.[A-Za-z0-9][A-Za-z0-9_-]{0,49})?", "source, target, source.NAME or target.NAME")
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class PredictConfig:
     output: str = ""
     """Path of the map: a .tif or .png file. For several images or an input folder: a folder, in which the maps are arranged like
     the images in their common folder."""
-    domain: Literal["target", "source"] = "target"
-    """Domain of the images: the model knows how bands, range and nodata of each are read."""
+    domain: Annotated[str, DOMAIN] = "target"
+    """Domain of the images, source or target: the model knows how bands, range and nodata of each are read. target.NAME names one
+    of several domains (docs/several-domains.md)."""
     bands: Annotated[list[int] | None, *BANDS] = None
     """Bands to read, in this order, counted from 1 (1,2,3), if the images have other bands than those in training; null = as in
     training."""

@@ -26,7 +26,7 @@ from dann_experiments.config.run import (
     TrackingConfig,
     TrainerConfig,
 )
-from dann_experiments.names import DOMAINS, Tta
+from dann_experiments.names import Tta
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Config:
     @property
     def class_names(self) -> list[str]:
         """The names of all classes: from data.class_names, the label map of the source, or class_0, class_1, ..."""
-        named = self.data.class_names or self.data.resolved("source").class_names
+        mapped = (settings.class_names for settings in self.data.of_role("source").values())
+        named = self.data.class_names or next(filter(None, mapped), None)
         return named or [f"class_{index}" for index in range(self.model.classes)]
 
     def __post_init__(self) -> None:
@@ -101,21 +102,21 @@ class Config:
             )
         if len(set(names)) != len(names):
             raise InputError(f"data.class_names is {names}; give each class a different name.")
-        for domain in DOMAINS:
-            if ignored < classes and self.data.resolved(domain).class_names is not None:
+        for one, settings in self.data.domains.items():
+            if ignored < classes and settings.class_names is not None:
                 raise InputError(
                     f"data.ignore_index is {ignored}, which is the network's id of class {names[ignored]!r}, so that class "
-                    f"would count nowhere; leave it at 255, and list the values that the masks of data.{domain} hold for it "
-                    f"in data.{domain}.ignore_values."
+                    f"would count nowhere; leave it at 255, and list the values that the masks of {one.key} hold for it "
+                    f"in {one.key}.ignore_values."
                 )
 
     def _check_bands(self) -> None:
         channels = self.model.in_channels
-        for domain in DOMAINS:
-            bands = self.data.resolved(domain).bands
+        for one, settings in self.data.domains.items():
+            bands = settings.bands
             if bands is not None and len(bands) != channels:
                 raise InputError(
-                    f"data.{domain}.bands names {len(bands)} bands, but model.in_channels is {channels}; they must agree."
+                    f"{one.key}.bands names {len(bands)} bands, but model.in_channels is {channels}; they must agree."
                 )
         if self.data.normalization == "fixed" and len(self.data.mean) != channels:
             raise InputError(

@@ -12,7 +12,7 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.config.presets import IGNORED
 from dann_experiments.data.dataset import MOST_PADDED, SegmentationDataset
 from dann_experiments.data.statistics import BandSums, range_remark
-from dann_experiments.names import DOMAINS, Domain, SetName
+from dann_experiments.names import OneDomain, SetName
 
 LOOKED_AT_FOR_RANGE = 16  # windows to check the range of values on
 
@@ -32,7 +32,7 @@ def range_of_some(dataset: SegmentationDataset, key: str) -> str | None:
 
 
 def label_map_remarks(
-    class_names: Sequence[str], mapped: Mapping[Domain, Sequence[str]], own_maps: Iterable[Domain]
+    class_names: Sequence[str], mapped: Mapping[OneDomain, Sequence[str]], own_maps: Iterable[OneDomain]
 ) -> list[str]:
     """Return remarks on label maps that name classes the network does not have, or that lack some of its classes.
 
@@ -47,11 +47,11 @@ def label_map_remarks(
             near = {name: difflib.get_close_matches(name, lacking or class_names, n=1) for name in more}
             hint = "".join(f"; did you mean {found[0]!r} by {name!r}?" for name, found in near.items() if found)
             remarks.append(
-                f"data.{domain}: its label map names {more}, which are not among the network's classes {list(class_names)} and "
+                f"{domain.key}: its label map names {more}, which are not among the network's classes {list(class_names)} and "
                 f"are ignored (write {IGNORED} if that is intended){hint}"
             )
         if lacking:
-            remarks.append(f"data.{domain}: its label map has no class {lacking}.")
+            remarks.append(f"{domain.key}: its label map has no class {lacking}.")
     return remarks
 
 
@@ -118,14 +118,15 @@ def check_sizes(dataset: SegmentationDataset, name: str, stride: int = 1) -> Non
 
 def unit_problems(sets: Mapping[SetName, SegmentationDataset]) -> list[str]:
     """Return a message per set whose `pixel_size` is used with two different units."""
-    first: dict[tuple[Domain, float], tuple[SetName, str, Path]] = {}
+    first: dict[tuple[OneDomain, float], tuple[SetName, str, Path]] = {}
     problems = []
     for name, dataset in sets.items():
         size, unit = dataset.reading.pixel_size, dataset.reading.unit
         if size is None or unit is None:
             continue
         path = next(s.image for s, h in zip(dataset.samples, dataset.headers, strict=True) if h.unit == unit)
-        for other in sorted(DOMAINS, key=lambda domain: domain != name.domain):  # its own domain first
+        domains = dict.fromkeys([name.one, *(other.one for other in sets)])  # its own domain first
+        for other in domains:
             known, its_unit, its_path = first.get((other, size), (name, unit, path))
             if its_unit != unit:
                 problems.append(
@@ -133,5 +134,5 @@ def unit_problems(sets: Mapping[SetName, SegmentationDataset]) -> list[str]:
                     f"{known.key}; reproject the files to one CRS, or give each domain's pixel_size in the unit of its files."
                 )
                 break
-        first.setdefault((name.domain, size), (name, unit, path))
+        first.setdefault((name.one, size), (name, unit, path))
     return problems

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import logging
 import os
 import sys
@@ -24,26 +23,17 @@ from dann_experiments.data.checks import check_sizes, unit_problems
 from dann_experiments.data.dataset import Memory, SegmentationDataset
 from dann_experiments.data.digits import EmbeddedName, build_digits
 from dann_experiments.data.headers import read_headers
+from dann_experiments.data.image_sets import ImageSets, digests_of
 from dann_experiments.data.labels import LabelMap
 from dann_experiments.data.lists import under
 from dann_experiments.data.rasters import Header, many_files
 from dann_experiments.data.reading import Normalization, Reading, largest_value
 from dann_experiments.data.remarks import Problems
-from dann_experiments.data.samples import Sample, content_digest, file_digest, find_samples, refuse
+from dann_experiments.data.samples import Sample, file_digest, find_samples, refuse
 from dann_experiments.data.statistics import measure, normalization_from
-from dann_experiments.names import (
-    DOMAINS,
-    SOURCE_TRAIN,
-    SOURCE_VAL,
-    TARGET_LABELLED,
-    TARGET_TRAIN,
-    Domain,
-    SetName,
-    Split,
-)
+from dann_experiments.names import SOURCE_TRAIN, SOURCE_VAL, TARGET_LABELLED, TARGET_TRAIN, OneDomain, SetName, Split
 
 log = logging.getLogger(__name__)
-MOST_STANDING_IN = 200  # cap on training images used for validation if no domain has a validation set
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,8 @@ class Cut:
 class DataPlan:
     """All settings that decide the sets of a job, as plain values."""
 
-    images: Mapping[Domain, DomainImages]
+    images: Mapping[OneDomain, DomainImages]
+    """Of every domain, in the order of the labels of a domain classifier."""
     in_channels: int
     cut: Cut
     mean: tuple[float, ...]
@@ -97,9 +88,15 @@ class DataPlan:
     embedded_folder: str | None = None
     show_progress: bool = False
 
+    def parts(self, name: SetName) -> list[SetName]:
+        """Return the set `name`, or one set per domain if the settings name several domains for it."""
+        if name.member is not None:
+            return [name]
+        return [SetName(one.role, name.split, one.name) for one in self.images if one.role == name.domain]
+
     def find(self, name: SetName, report: Callable[[str], None] = refuse) -> list[Sample] | None:
         """Return the samples of one set, None if it has no entries; report problems, including a missing training set."""
-        images = self.images[name.domain]
+        images = self.images[name.one]
         entries = images.entries.get(name.split, ())
         if not entries:
             if name.split == "train":
@@ -107,13 +104,13 @@ class DataPlan:
             return None
         # never look for masks of the target's training images
         needed = (SOURCE_TRAIN, SOURCE_VAL, TARGET_LABELLED)
-        masks = "no" if name == TARGET_TRAIN else "required" if name in needed else "if present"
+        masks = "no" if name.whole == TARGET_TRAIN else "required" if name.whole in needed else "if present"
 
         def report_with_preset(text: str) -> None:
             report(text if images.preset is None else f"{text} (preset {images.preset})")
 
-        found = find_samples(entries, self._root_of(name.domain), name.key, masks, report_with_preset)
-        if name != TARGET_LABELLED or images.labelled_count is None:
+        found = find_samples(entries, self._root_of(name.one), name.key, masks, report_with_preset)
+        if name.whole != TARGET_LABELLED or images.labelled_count is None:
             return found
         if len(found) < images.labelled_count:
             report(f"data.target.labelled_count is {images.labelled_count}, but {name.key} has {len(found)} images.")
@@ -131,24 +128,24 @@ class DataPlan:
 
         Raises InputError for a region beyond its image or an unknown pixel size.
         """
-        images = self.images[name.domain]
+        images = self.images[name.one]
         return SegmentationDataset(
-            samples, images.labels, self.fixed_normalization(name.domain), images.reading, name.training,
+            samples, images.labels, self.fixed_normalization(name.one), images.reading, name.training,
             augmentation=images.augmentation, memory=memory, headers=headers, **dataclasses.asdict(cut or self.cut),
         )  # fmt: skip
 
-    def fixed_normalization(self, domain: Domain) -> Normalization:
+    def fixed_normalization(self, domain: OneDomain) -> Normalization:
         """Return the normalization by settings only; `DomainData.normalization` measures the rest."""
         scale, bands = self.images[domain].reading.scale, self.in_channels
         low, high = scale if isinstance(scale, tuple) else (0.0, 1.0)
         mean, std = ((0.5,) * bands, (0.25,) * bands) if self.own_statistics else (self.mean, self.std)
         return Normalization((low,) * bands, (high,) * bands, mean, std)
 
-    def _root_of(self, domain: Domain) -> Path:
+    def _root_of(self, domain: OneDomain) -> Path:
         """Return the folder that a domain's entries are relative to; build the embedded data there if missing."""
         own = self.images[domain].root
         if own is not None:
-            return under(Path(), own, f"data.{domain}.root")
+            return under(Path(), own, f"{domain.key}.root")
         if self.root is not None:
             return under(Path(), self.root, "data.root")
         if self.embedded is None:
@@ -158,51 +155,6 @@ class DataPlan:
             return build_digits(folder, self.embedded_seed, self.embedded)
         except OSError as error:
             raise InputError(f"data.embedded.folder is {folder}, where the data cannot be built ({error}).") from None
-
-
-@dataclass(frozen=True, eq=False)
-class ImageSets:
-    """Image sets by name, ready to use; sets without entries in the settings are absent."""
-
-    sets: Mapping[SetName, SegmentationDataset]
-    digest_of: Callable[[Path], bytes]
-    """Returns the digest of a file's bytes."""
-
-    @functools.cached_property
-    def digests(self) -> dict[str, str]:
-        """Digest of each set, by its name as a string."""
-        return _digests(self.sets, self.digest_of)
-
-    def get(self, name: SetName) -> SegmentationDataset | None:
-        """Return the set, None if it is absent."""
-        return self.sets.get(name)
-
-    def labelled(self, name: SetName) -> SegmentationDataset | None:
-        """Return the set if it exists and has masks, else None."""
-        found = self.sets.get(name)
-        return found if found is not None and found.has_masks else None
-
-    def training(self) -> dict[Domain, SegmentationDataset]:
-        """Return the training set of each domain that has one."""
-        return {name.domain: dataset for name, dataset in self.sets.items() if name.split == "train"}
-
-    def any_of(self, domain: Domain) -> SegmentationDataset | None:
-        """Return the first existing of the domain's training, validation and test set."""
-        splits: tuple[Split, ...] = ("train", "val", "test")
-        return next(
-            (self.sets[name] for name in (SetName(domain, split) for split in splits) if name in self.sets), None
-        )
-
-    def held_out(self, domain: Domain) -> SegmentationDataset | None:
-        """Return the domain's validation set, with or without masks, or else training images without augmentation.
-
-        The number of training images is that of the largest validation set of any domain, or `MOST_STANDING_IN` without one.
-        """
-        own, trained_on = self.get(SetName(domain, "val")), self.get(SetName(domain, "train"))
-        if own is not None or trained_on is None:
-            return own
-        others = [len(dataset) for name, dataset in self.sets.items() if name.split == "val"]
-        return trained_on.as_evaluated(max(others, default=MOST_STANDING_IN))
 
 
 class DomainData:
@@ -217,7 +169,7 @@ class DomainData:
         self._file_digests: dict[Path, bytes] = {}
         self._sets: dict[SetName, SegmentationDataset] = {}
         problems = Problems()
-        for name in names:
+        for name in (part for whole in names for part in plan.parts(whole)):
             samples = plan.find(name, problems.append)
             dataset = None if samples is None else self._with_headers(name, samples, problems)
             if dataset is not None:
@@ -230,8 +182,9 @@ class DomainData:
 
     @property
     def labelled(self) -> frozenset[SetName]:
-        """Names of the sets that have masks."""
-        return frozenset(name for name, dataset in self._sets.items() if dataset.has_masks)
+        """Names of the sets that have masks; with several domains, also that of the whole if one of its sets has."""
+        names = [name for name, dataset in self._sets.items() if dataset.has_masks]
+        return frozenset([*names, *(name.whole for name in names)])
 
     @property
     def names(self) -> list[SetName]:
@@ -241,7 +194,7 @@ class DomainData:
     @functools.cached_property
     def digests(self) -> dict[str, str]:
         """Digest of each set, by its name as a string; equal for files with equal bytes that are read by equal rules."""
-        return _digests(self._sets, self.digest_of)
+        return digests_of(self._sets, self.digest_of)
 
     def digest_of(self, path: Path) -> bytes:
         """Return the digest of a file's bytes; read them only once."""
@@ -253,7 +206,7 @@ class DomainData:
         self,
         names: Iterable[SetName] | None = None,
         stride: int | None = None,
-        known: Mapping[Domain, Normalization] | None = None,
+        known: Mapping[OneDomain, Normalization] | None = None,
         ahead: bool = True,
     ) -> ImageSets:
         """Return the sets `names` (None = all), ready to use.
@@ -263,7 +216,7 @@ class DomainData:
         Raises InputError for the first bad file.
         """
         wanted = set(self._sets if names is None else names)
-        chosen = [name for name in self._sets if name in wanted]
+        chosen = [name for name in self._sets if name in wanted or name.whole in wanted]
         for name in chosen if ahead else ():
             dataset = self._sets[name]
             self._fill(name, dataset)
@@ -271,13 +224,14 @@ class DomainData:
                 check_sizes(dataset, name.key, stride)
         normalizations = {
             domain: (known or {}).get(domain) or self.normalization(domain, chosen)
-            for domain in DOMAINS if any(name.domain == domain for name in chosen)
+            for domain in self.plan.images if any(name.one == domain for name in chosen)
         }  # fmt: skip
         return ImageSets(
-            {name: self._sets[name].with_normalization(normalizations[name.domain]) for name in chosen}, self.digest_of
-        )
+            {name: self._sets[name].with_normalization(normalizations[name.one]) for name in chosen}, self.digest_of,
+            tuple(self.plan.images),
+        )  # fmt: skip
 
-    def normalization(self, domain: Domain, names: Iterable[SetName] | None = None) -> Normalization:
+    def normalization(self, domain: OneDomain, names: Iterable[SetName] | None = None) -> Normalization:
         """Return the normalization of a domain, measured if the settings ask for it.
 
         It is measured over the training windows or, without a training set, over the first set of the domain in `names`
@@ -287,24 +241,24 @@ class DomainData:
         fixed = self.plan.fixed_normalization(domain)
         if not (own or scale == "percentiles"):
             return fixed
-        train = SetName(domain, "train")
+        train = SetName(domain.role, "train", domain.name)
         measured = self._sets.get(train) or self._unread(train)
         if measured is None:
-            measured = next(self._sets[name] for name in names or self._sets if name.domain == domain)
+            measured = next(self._sets[name] for name in names or self._sets if name.one == domain)
         ends = {largest_value(header) if scale == "type" else 0.0 for header in measured.headers}
         types = sorted({header.dtype for header in measured.headers})
         if len(types) > 1 or len(ends) > 1:  # sums over different types are meaningless
             raise InputError(
-                f"data.{domain} has images of {' and '.join(types)}, whose bands cannot be measured together; convert "
+                f"{domain.key} has images of {' and '.join(types)}, whose bands cannot be measured together; convert "
                 "them to one type, or set data.normalization to fixed and scale to type or a range."
             )
-        what = f"measuring the bands of data.{domain}"
+        what = f"measuring the bands of {domain.key}"
         *_, sums = followed(measure(measured), len(measured), what, self.plan.show_progress)
         return normalization_from(sums.result(), fixed, scale, ends.pop(), own)
 
     def _unread(self, train: SetName) -> SegmentationDataset | None:
         """Return a training set that the job does not use otherwise, to measure it; None if it has no entries."""
-        if not self.plan.images[train.domain].entries["train"]:
+        if not self.plan.images[train.one].entries["train"]:
             return None
         return self.plan.dataset(train, self.plan.find(train) or [])
 
@@ -331,7 +285,7 @@ class DomainData:
             return dataset
 
     def _from_files(self, name: SetName, found: Sequence[Sample], problems: Problems) -> SegmentationDataset | None:
-        images = self.plan.images[name.domain]
+        images = self.plan.images[name.one]
         samples, headers = read_headers(found, images.reading, self.plan.in_channels, images.labels, problems)
         if samples:
             try:
@@ -342,7 +296,7 @@ class DomainData:
 
     def _decided_by(self, name: SetName) -> dict[str, Any]:
         """Return everything but the files that the decoded windows of a set depend on."""
-        images, cut, training = self.plan.images[name.domain], self.plan.cut, name.training
+        images, cut, training = self.plan.images[name.one], self.plan.cut, name.training
         return {
             "labels": images.labels,
             "reading": images.reading,
@@ -374,17 +328,3 @@ def followed(steps: Iterable[Any], count: int, what: str, shown: bool) -> list[A
     for step in track(steps, description=what, total=count, disable=silent, transient=True):
         last = [step]
     return last
-
-
-def _digests(sets: Mapping[SetName, SegmentationDataset], digest_of: Callable[[Path], bytes]) -> dict[str, str]:
-    """Return a digest of each set over its files' bytes and over the rules that change how they are read since version 0.1.
-
-    Results of earlier versions are thus not mistaken for current ones.
-    """
-    digests = {}
-    for name, dataset in sets.items():
-        digest, rules = content_digest(dataset.samples, digest_of), dataset.later_rules
-        if rules:
-            digest = hashlib.blake2b(f"{digest} {rules}".encode(), digest_size=16).hexdigest()
-        digests[str(name)] = digest
-    return digests

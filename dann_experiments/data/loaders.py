@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from dann_experiments.data.dataset import SegmentationDataset
-from dann_experiments.data.domain_data import ImageSets
-from dann_experiments.names import DOMAINS, SOURCE_VAL, TARGET_LABELLED, Domain, SetName
+from dann_experiments.data.image_sets import ImageSets
+from dann_experiments.data.joined import Items, JoinedDataset
+from dann_experiments.names import DOMAINS, TARGET_LABELLED, Domain, OneDomain, SetName
 
 log = logging.getLogger(__name__)
 Share = tuple[int, int]  # (rank, number of ranks) in distributed training
@@ -54,15 +54,14 @@ def class_sampling(pixels: np.ndarray, holds: np.ndarray, temperature: float | N
 class SeededOrder(Sampler[tuple[int, ...]]):
     """A sampler that shuffles the items anew on each pass and yields (index, seed); the seed decides crop and augmentation.
 
+    A pass over the joined sets of several domains has as many items as they have together, taken from the domains in turn.
     With `classes`, a pass has as many draws as there are items: of a class, then of an item that holds it; it yields (index,
     seed, class id).
     The numbers do not depend on the number of workers. A later process can resume in the middle of a pass without loading
     earlier items. In distributed training, each rank takes an equal part (`share`) of one common order.
     """
 
-    def __init__(
-        self, dataset: SegmentationDataset, seed: int, share: Share = (0, 1), classes: ClassSampling | None = None
-    ) -> None:
+    def __init__(self, dataset: Items, seed: int, share: Share = (0, 1), classes: ClassSampling | None = None) -> None:
         self._dataset, self._classes = dataset, classes
         self._rank, self._world = share
         self._order = torch.Generator().manual_seed(seed)
@@ -91,8 +90,24 @@ class SeededOrder(Sampler[tuple[int, ...]]):
             drawn = zip(*self._draws(count, self._classes), strict=True)
             of_class = ((item, seed, own) for (item, own), seed in zip(drawn, seeds, strict=True))
             return itertools.islice(of_class, first, end, self._world)
-        order = torch.randperm(count, generator=self._order).tolist()
+        if isinstance(self._dataset, JoinedDataset):
+            order = self._by_turns(self._dataset)
+        else:
+            order = torch.randperm(count, generator=self._order).tolist()
         return itertools.islice(zip(order, seeds, strict=True), first, end, self._world)
+
+    def _by_turns(self, dataset: JoinedDataset) -> list[int]:
+        """Return an order in which the domains take turns on every rank, so that each batch holds equally many items of each.
+
+        A domain with fewer items than its turns starts again, in a new order; of one with more, a pass takes a random part."""
+        sizes, starts = list(map(len, dataset.parts)), dataset.starts
+        turns = [(position // self._world) % len(sizes) for position in range(len(dataset))]
+        own: list[Iterator[int]] = []
+        for part, size in enumerate(sizes):
+            passes = -(-turns.count(part) // size)
+            orders = [torch.randperm(size, generator=self._order) + starts[part] for _ in range(passes)]
+            own.append(iter(torch.cat(orders).tolist() if orders else []))
+        return [next(own[part]) for part in turns]
 
     def _draws(self, count: int, classes: ClassSampling) -> tuple[list[int], list[int]]:
         """Draw `count` classes, and an item that holds each; return items and classes."""
@@ -125,7 +140,7 @@ class SeededOrder(Sampler[tuple[int, ...]]):
 class _EqualSizes(Sampler[list[int]]):
     """A batch sampler of every item of a share once, in order; a batch holds consecutive items of one size."""
 
-    def __init__(self, dataset: SegmentationDataset, batch_size: int, share: Share = (0, 1)) -> None:
+    def __init__(self, dataset: Items, batch_size: int, share: Share = (0, 1)) -> None:
         rank, world = share
         self.first_item, end = (len(dataset) * number // world for number in (rank, rank + 1))
         self._batches: list[list[int]] = []
@@ -145,7 +160,7 @@ class _EqualSizes(Sampler[list[int]]):
 
 
 def train_loader(
-    dataset: SegmentationDataset,
+    dataset: Items,
     batch_size: int,
     name: str,
     seed: int,
@@ -174,7 +189,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: SegmentationDataset,
+    dataset: Items,
     batch_size: int,
     share: Share = (0, 1),
     num_workers: int = 0,
@@ -202,12 +217,12 @@ class Loaders:
     share: Share = (0, 1)
     labelled_batch_size: int = 1
     """Batch size of the target's labeled training images."""
-    classes: Callable[[SegmentationDataset], ClassSampling] | None = None
+    classes: Callable[[Items], ClassSampling] | None = None
     """Makes the sampling by classes of the source's training items; None = each item once per pass."""
 
     def training(self) -> dict[str, DataLoader]:
-        """Return one loader per domain with training images, and `labelled` of the target's labeled ones, if there are any; each
-        has its own order."""
+        """Return one loader for the source and one for the target, if they have training images, and `labelled` of the target's
+        labeled ones, if there are any; each has its own order."""
         found = {}
         for offset, domain in enumerate(DOMAINS):
             name = SetName(domain, "train")
@@ -226,15 +241,20 @@ class Loaders:
             )  # fmt: skip
         return found
 
-    def validation(self) -> list[DataLoader]:
-        """Return the loaders of the source, which needs masks, and of the target, if any; [] without a labeled source set."""
-        source, target = self.sets.labelled(SOURCE_VAL), self.sets.held_out("target")
-        if source is None:
-            return []
-        loaders = [self.scoring(source, "source")]
-        return loaders if target is None else [*loaders, self.scoring(target, "target")]
+    def validation(self) -> dict[OneDomain, DataLoader]:
+        """Return the loaders of the source, which needs masks, and of the target, if any, one per domain; {} without a labeled
+        source set."""
+        found = {}
+        for one in self.sets.domains:
+            dataset = self.sets.held_out(one)
+            if one.role == "source":
+                dataset = self.sets.sets.get(SetName("source", "val", one.name))
+                dataset = dataset if dataset is not None and dataset.has_masks else None
+            if dataset is not None:
+                found[one] = self.scoring(dataset, one.role)
+        return found if any(one.role == "source" for one in found) else {}
 
-    def scoring(self, dataset: SegmentationDataset, domain: Domain) -> DataLoader:
+    def scoring(self, dataset: Items, domain: Domain) -> DataLoader:
         """Return a loader of a whole set of `domain` in validation batches."""
         return eval_loader(
             dataset, self.eval_batch_size_of(domain), self.share, self.num_workers, self.pin_memory

@@ -23,8 +23,9 @@ from dann_experiments.checkpoints.files import WholeFiles
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.run import OptimizerConfig
 from dann_experiments.data.checks import labelled_pixels
-from dann_experiments.data.dataset import SegmentationDataset
-from dann_experiments.data.domain_data import Cut, DataPlan, DomainData, DomainImages, ImageSets
+from dann_experiments.data.domain_data import Cut, DataPlan, DomainData, DomainImages
+from dann_experiments.data.image_sets import ImageSets
+from dann_experiments.data.joined import Items
 from dann_experiments.data.labels import LabelMap, label_map
 from dann_experiments.data.loaders import ClassSampling, Loaders, class_sampling
 from dann_experiments.data.reading import Reading, reading_facts
@@ -34,7 +35,18 @@ from dann_experiments.models.compiling import compile_parts
 from dann_experiments.models.networks import build_network, keeps_channels_last
 from dann_experiments.models.passes import check_joint, choose
 from dann_experiments.models.taps import Tap, resolve_taps
-from dann_experiments.names import ALL_SETS, DOMAINS, SPLITS, TARGET_LABELLED, TARGET_TRAIN, Domain, SetName, Split
+from dann_experiments.names import (
+    ALL_SETS,
+    DOMAINS,
+    SOURCE_AND_TARGET,
+    SPLITS,
+    TARGET_LABELLED,
+    TARGET_TRAIN,
+    Domain,
+    OneDomain,
+    SetName,
+    Split,
+)
 from dann_experiments.training import random_states
 from dann_experiments.training.averaging import AverageWeights, TrainedWeights
 from dann_experiments.training.bad_numbers import BadNumbers
@@ -71,7 +83,7 @@ def data_plan(config: Config) -> DataPlan:
         data.window_size, data.windows == "random", data.window_count, data.crop_size, data.pad_to_crop, config.seed
     )
     return DataPlan(
-        {domain: _images(config, domain) for domain in DOMAINS}, config.model.in_channels, cut, tuple(data.mean),
+        {one: _images(config, one) for one in config.data.domains}, config.model.in_channels, cut, tuple(data.mean),
         tuple(data.std), data.normalization == "domain", data.memory_gb, data.root, embedded.name, embedded.seed,
         embedded.folder, config.trainer.enable_progress_bar,
     )  # fmt: skip
@@ -82,26 +94,26 @@ def find_data(config: Config, names: Iterable[SetName] = ALL_SETS) -> DomainData
     return DomainData(data_plan(config), names)
 
 
-def _images(config: Config, domain: Domain) -> DomainImages:
-    settings, preset = config.data.resolved(domain), getattr(config.data, domain).preset
+def _images(config: Config, one: OneDomain) -> DomainImages:
+    settings, preset = config.data.domains[one], config.data.written[one].preset
     reading = Reading(
         None if settings.bands is None else tuple(settings.bands),
         (settings.scale[0], settings.scale[1]) if isinstance(settings.scale, list) else settings.scale,
         settings.nodata_values, settings.pixel_size, settings.file_pixel_size, settings.nodata_bands,
-        settings=f"data.{domain}.",
+        settings=f"{one.key}.",
     )  # fmt: skip
     splits: tuple[Split, ...] = (*SPLITS, "train_labelled")
     entries: dict[Split, list[Any]] = {split: getattr(settings, split) for split in splits}
     return DomainImages(
-        entries, reading, _labels(config, domain), settings.augmentation, settings.root, preset, settings.labelled_count
+        entries, reading, _labels(config, one), settings.augmentation, settings.root, preset, settings.labelled_count
     )  # fmt: skip
 
 
-def _labels(config: Config, domain: Domain) -> LabelMap:
-    settings = config.data.resolved(domain)
+def _labels(config: Config, one: OneDomain) -> LabelMap:
+    settings = config.data.domains[one]
     return label_map(
         config.class_names, config.data.ignore_index, settings.value_map, settings.colors, settings.ignore_values,
-        f"data.{domain}.",
+        f"{one.key}.",
     )  # fmt: skip
 
 
@@ -112,11 +124,11 @@ def make_loaders(config: Config, sets: ImageSets, rank: Rank | None = None) -> L
     if workers is None:
         cores = available_cores() // config.trainer.devices
         workers = min(MOST_WORKERS, cores // (2 * len(DOMAINS))) if on_gpu else 0
-    batch_sizes: dict[Domain, int] = {domain: config.data.resolved(domain).batch_size for domain in DOMAINS}
+    batch_sizes: dict[Domain, int] = {role: getattr(config.data, role).batch_size for role in DOMAINS}
     return Loaders(
         sets, batch_sizes, config.data.eval_batch_size, config.seed, workers, on_gpu, (rank or Rank()).share,
         config.data.target.labelled_batch_size,
-        None if config.data.resolved("source").sampling == "shuffled" else functools.partial(_class_sampling, config),
+        None if config.data.source.sampling == "shuffled" else functools.partial(_class_sampling, config),
     )  # fmt: skip
 
 
@@ -191,6 +203,7 @@ def make_method(config: Config, taps: Sequence[Tap]) -> DomainAdaptationMethod:
         discriminator_lr=method.discriminator_lr,
         lambda_da=method.lambda_da,
         step_mode=method.step_mode,
+        domains=len(config.data.domains),
     )
 
 
@@ -218,7 +231,7 @@ def model_arguments(config: Config) -> dict[str, Any]:
 
 def model_facts(config: Config, sets: ImageSets) -> dict[str, Any]:
     """Return what a user of the saved model needs in addition to its weights."""
-    read = {domain: sets.any_of(domain) for domain in DOMAINS}
+    read = {str(one): sets.any_of(one) for one in config.data.domains}
     return {
         "class_names": config.class_names,
         "ignore_index": config.data.ignore_index,
@@ -232,9 +245,10 @@ def model_facts(config: Config, sets: ImageSets) -> dict[str, Any]:
 def make_module(
     config: Config, network: nn.Module, method: DomainAdaptationMethod, taps: Sequence[Tap], device: torch.device,
     pretraining: bool = False, class_weights: Sequence[float] | None = None,
+    validated: Sequence[OneDomain] = SOURCE_AND_TARGET,
 ) -> AdaptationModule:  # fmt: skip
     """Build the training step. `pretraining`: use the optimizer settings of the source model's training. `class_weights`: the
-    result of `class_weights_of`."""
+    result of `class_weights_of`. `validated`: the domain of each validation loader."""
     optimizer = config.pretraining.optimizer if pretraining else config.optimizer
     return AdaptationModule(
         network, method, taps, optimizer_maker(optimizer, config.trainer.precision),
@@ -243,12 +257,13 @@ def make_module(
         keeps_channels_last(config.trainer.channels_last, network, device),
         SegmentationLoss(config.loss, config.data.ignore_index, class_weights),
         {part: factor * optimizer.lr for part, factor in optimizer.lr_factors.items()},
+        validated, list(config.data.domains),
     )  # fmt: skip
 
 
-def _class_sampling(config: Config, dataset: SegmentationDataset) -> ClassSampling:
+def _class_sampling(config: Config, dataset: Items) -> ClassSampling:
     pixels, holds = dataset.count_classes()
-    source, classes = config.data.resolved("source"), config.model.classes
+    source, classes = config.data.source, config.model.classes
     temperature = None if source.sampling == "balanced" else source.sampling_temperature
     return class_sampling(labelled_pixels(pixels, classes, config.data.ignore_index), holds[:, :classes], temperature)
 
@@ -284,14 +299,14 @@ def make_loop(
     `pretraining`: use the settings of the source model's training. `resumed`: the loop will start from a checkpoint. `logger`:
     None on all ranks except the first, which tracks and shows progress. `persist` is called before each checkpoint; `beside`
     makes the context in which the final weights are validated."""
+    training, validation, every = loaders.training(), loaders.validation(), config.trainer
     monitor = DomainAdaptationMonitorCallback(
         config.model.classes, config.class_names,
         config.monitor.log_every_n_epochs if config.monitor.patience is None else 1,  # any validation may be the last
         config.monitor.forgetting_threshold, config.data.ignore_index, can_forget=not pretraining,
+        validated=list(validation), domains=len(config.data.domains),
     )  # fmt: skip
-    training, every = loaders.training(), config.trainer
     average = None if every.ema_decay is None else AverageWeights(every.ema_decay)
-    validation = loaders.validation()
     checkpoints = Checkpoints(
         folder / CHECKPOINTS, training, every.checkpoint_every_n_steps, every.checkpoint_every_minutes,
         every.checkpoints_kept, config.monitor.metric, config.monitor.direction,
@@ -302,7 +317,7 @@ def make_loop(
     target = loaders.sets.get(TARGET_TRAIN)
     if config.domain_adaptation.batchnorm == "target_stats" and target is not None:
         statistics = [TargetStatistics(statistics_loader(target, loaders.batch_sizes["target"]))]
-    names = {str(domain): dataset.name_of for domain, dataset in loaders.sets.training().items()}
+    names = {str(role): dataset.name_of for role, dataset in loaders.sets.training().items()}
     labelled = loaders.sets.get(TARGET_LABELLED)
     if labelled is not None:
         names["labelled"] = labelled.name_of
@@ -339,14 +354,16 @@ def make_loop(
         use_distributed_sampler=False,  # our loaders select their rank's share themselves
     )  # fmt: skip
     weights = class_weights_of(config, loaders.sets)
-    module = make_module(config, network, method, taps, trainer.strategy.root_device, pretraining, weights)
+    module = make_module(
+        config, network, method, taps, trainer.strategy.root_device, pretraining, weights, list(validation)
+    )
     if method.uses_target and module.taps:
         module.passes = choose(network, module.taps, config.domain_adaptation.batchnorm, config.model.in_channels)
     if every.compile:
         compile_parts(network, {tap.module for tap in module.taps})
     best = config.monitor.final_model == "best"
     return Loop(
-        trainer, module, training, validation, monitor, checkpoints, rank, best, every.compile, beside, average
+        trainer, module, training, list(validation.values()), monitor, checkpoints, rank, best, every.compile, beside, average
     )  # fmt: skip
 
 

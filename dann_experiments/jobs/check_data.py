@@ -29,7 +29,7 @@ from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs.build import data_plan
 from dann_experiments.jobs.checks import may_share, remarks_on_label_maps
 from dann_experiments.jobs.identity import domain_tags, public_settings, run_name
-from dann_experiments.names import ALL_SETS, DOMAINS, SOURCE_TRAIN, Domain, Job, SetName, Tag
+from dann_experiments.names import ALL_SETS, SOURCE_TRAIN, Job, OneDomain, SetName, Tag
 from dann_experiments.reports.plots.domains import draw_domains
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import open_store
@@ -90,7 +90,7 @@ def check_data(config: Config) -> DataReport:
     plan, problems = data_plan(config), Problems()
     samples: dict[str, list[Sample]] = {}
     sets: dict[SetName, _Set] = {}
-    for name in ALL_SETS:
+    for name in (part for whole in ALL_SETS for part in plan.parts(whole)):
         try:
             found = plan.find(name, problems.append)
         except InputError as error:
@@ -98,7 +98,7 @@ def check_data(config: Config) -> DataReport:
             continue
         if found is None:
             continue
-        images = plan.images[name.domain]
+        images = plan.images[name.one]
         good, headers = read_headers(found, images.reading, plan.in_channels, images.labels, problems)
         samples[str(name)] = good
         for sample in found:
@@ -117,9 +117,10 @@ def check_data(config: Config) -> DataReport:
             "an image may be in one set only, as scores on training images say little: keep it in one, for example by names."
         )
     map_remarks, names, ignored = remarks_on_label_maps(config), config.class_names, config.data.ignore_index
-    if SOURCE_TRAIN in sets and sets[SOURCE_TRAIN].class_pixels.any():
+    trained_on = [found.class_pixels for name, found in sets.items() if name.whole == SOURCE_TRAIN]
+    if trained_on and np.sum(trained_on, 0).any():
         try:
-            text = absent_classes(sets[SOURCE_TRAIN].class_pixels, names, ignored, map_remarks)
+            text = absent_classes(np.sum(trained_on, 0), names, ignored, map_remarks)
             if text is not None:
                 problems.remarks.add("absent classes", text)
         except InputError as error:
@@ -129,11 +130,11 @@ def check_data(config: Config) -> DataReport:
     shares = {name: labelled_pixels(found.class_pixels, len(names), ignored) for name, found in sets.items()}
     rows = {str(name): _counts(found, names, shares[name]) for name, found in sets.items()}
     counts = pd.DataFrame.from_dict(rows, orient="index")
-    by_domain: dict[Domain, list[_Set]] = {
-        domain: [found for name, found in sets.items() if name.domain == domain] for domain in DOMAINS
+    by_domain: dict[OneDomain, list[_Set]] = {
+        one: [found for name, found in sets.items() if name.one == one] for one in config.data.domains
     }
     # of the domain's training images, else of its first other set
-    statistics: dict[Domain, BandStatistics] = {
+    statistics: dict[OneDomain, BandStatistics] = {
         domain: mine[0].sums.result() for domain, mine in by_domain.items() if mine
     }
     bands = _band_table(statistics)
@@ -141,11 +142,11 @@ def check_data(config: Config) -> DataReport:
         problems.append(text)
     for domain, found in statistics.items():
         dataset = by_domain[domain][0].dataset
-        text = range_remark(found, dataset.reading.scale, dataset.headers, f"data.{domain}")
+        text = range_remark(found, dataset.reading.scale, dataset.headers, domain.key)
         if text is not None and config.data.normalization == "fixed":
             problems.remarks.add(f"range {domain}", text)
-    for domain in DOMAINS:
-        text = _partly_remark(domain, {name: found for name, found in sets.items() if name.domain == domain})
+    for domain in by_domain:
+        text = _partly_remark(domain, {name: found for name, found in sets.items() if name.one == domain})
         if text is not None:
             problems.remarks.add(f"partly {domain}", text)
     run_id = None if problems.texts else _log(config, counts, bands, statistics, shares)
@@ -153,7 +154,7 @@ def check_data(config: Config) -> DataReport:
     return DataReport(problems.texts, problems.remarks.lines(), grids, counts, bands, run_id)
 
 
-def _partly_remark(domain: Domain, sets: dict[SetName, _Set]) -> str | None:
+def _partly_remark(domain: OneDomain, sets: dict[SetName, _Set]) -> str | None:
     if any(found.dataset.reading.nodata_bands is not None for found in sets.values()):
         return None  # the user has set it; the table shows the share
     shares = {name: found.partly / found.pixels for name, found in sets.items() if found.partly}
@@ -170,12 +171,12 @@ def _partly_remark(domain: Domain, sets: dict[SetName, _Set]) -> str | None:
     }
     shown = ", ".join(f"{share:.1%} of {name.split}" for name, share in shares.items())
     return (
-        f"data.{domain}: some pixels hold a nodata value in some bands and not in others ({shown}); "
-        f"{' or '.join(meaning[way] for way in sorted(ways))}. Set data.{domain}.nodata_bands to decide."
+        f"{domain.key}: some pixels hold a nodata value in some bands and not in others ({shown}); "
+        f"{' or '.join(meaning[way] for way in sorted(ways))}. Set {domain.key}.nodata_bands to decide."
     )
 
 
-def _grid_line(domain: Domain, sets: Sequence[_Set]) -> str | None:
+def _grid_line(domain: OneDomain, sets: Sequence[_Set]) -> str | None:
     """Return a line on the pixel sizes of a domain's files; None if no file records one."""
     sizes = sorted(
         {
@@ -195,7 +196,7 @@ def _grid_line(domain: Domain, sets: Sequence[_Set]) -> str | None:
     reading = sets[0].dataset.reading
     wanted = reading.pixel_size
     how = "read as they are" if wanted is None else f"resampled to {wanted:g} {reading.unit or ''}".rstrip()
-    return f"{domain}: pixels of {shown}, {how}."
+    return f"{domain.words}: pixels of {shown}, {how}."
 
 
 def _cut(
@@ -210,7 +211,7 @@ def _cut(
             kept.append((sample, header))
         except InputError as error:  # such as a region outside its image, or an unknown pixel size
             problems.append(str(error))
-            _check_mask(sample, plan.images[name.domain].labels, problems)
+            _check_mask(sample, plan.images[name.one].labels, problems)
     if not kept:
         return None
     files = ([sample for sample, _ in kept], [header for _, header in kept])
@@ -305,11 +306,11 @@ def _counts(found: _Set, class_names: Sequence[str], labelled: np.ndarray) -> di
     return row
 
 
-def _band_table(statistics: Mapping[Domain, BandStatistics]) -> pd.DataFrame:
+def _band_table(statistics: Mapping[OneDomain, BandStatistics]) -> pd.DataFrame:
     import pandas as pd
 
     rows = {
-        (domain, band + 1): {
+        (str(domain), band + 1): {
             "minimum": found.minimum[band], "p2": found.low[band], "mean": found.mean[band], "std": found.std[band],
             "p98": found.high[band], "maximum": found.maximum[band],
         }
@@ -326,7 +327,7 @@ def _log(
     config: Config,
     counts: pd.DataFrame,
     bands: pd.DataFrame,
-    statistics: Mapping[Domain, BandStatistics],
+    statistics: Mapping[OneDomain, BandStatistics],
     shares: Mapping[SetName, np.ndarray],
 ) -> str:
     store = open_store(config.tracking.uri, config.tracking.experiment)
@@ -339,7 +340,7 @@ def _log(
         (run.folder / "tables").mkdir()
         counts.to_csv(run.folder / "tables" / "counts.csv", index_label="set")
         bands.to_csv(run.folder / "tables" / "bands.csv")
-        drawn: dict[str, np.ndarray] = {domain: found.drawn for domain, found in statistics.items()}
+        drawn: dict[str, np.ndarray] = {str(domain): found.drawn for domain, found in statistics.items()}
         by_name = {str(name): pixels for name, pixels in shares.items()}
         draw_domains(run.folder / "figures" / "domains.png", by_name, config.class_names, drawn)
     return run.run_id

@@ -10,7 +10,8 @@ from torch import nn
 
 from dann_experiments.config import Config, InputError
 from dann_experiments.data.checks import absent_classes, label_map_remarks, range_of_some
-from dann_experiments.data.domain_data import DomainData, ImageSets
+from dann_experiments.data.domain_data import DomainData
+from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.data.samples import shared_images
 from dann_experiments.models.networks import output_stride
 from dann_experiments.names import (
@@ -20,7 +21,7 @@ from dann_experiments.names import (
     TARGET_LABELLED,
     TARGET_TRAIN,
     TARGET_VAL,
-    Domain,
+    OneDomain,
     SetName,
 )
 from dann_experiments.scores.selection import SCORES
@@ -36,8 +37,9 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
     cannot choose, and for missing devices; warns of unusual data."""
     sets = data.read(stride=output_stride(network))
     if config.data.normalization == "fixed":
-        for domain, dataset in sets.training().items():
-            _warn(range_of_some(dataset, f"data.{domain}"))
+        for name, dataset in sets.sets.items():
+            if name.split == "train":
+                _warn(range_of_some(dataset, name.one.key))
     map_remarks = remarks_on_label_maps(config)
     for text in map_remarks:
         log.warning("%s", text)
@@ -77,19 +79,19 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
 
 def may_share(one: str, other: str) -> bool:
     """Return whether two sets, by their names, may hold the same image: labeled target images may be among all of them."""
-    return {one, other} == {str(TARGET_TRAIN), str(TARGET_LABELLED)}
+    return {SetName.parse(name).whole for name in (one, other)} == {TARGET_TRAIN, TARGET_LABELLED}
 
 
 def remarks_on_label_maps(config: Config) -> list[str]:
     """Return sentences about label maps that name classes which the network does not have, or lack some of its classes."""
-    mapped: dict[Domain, list[str]] = {}
-    own: list[Domain] = []
-    for domain in DOMAINS:
-        names, written = config.data.resolved(domain).class_names, getattr(config.data, domain)
+    mapped: dict[OneDomain, list[str]] = {}
+    own: list[OneDomain] = []
+    for one, written in config.data.written.items():
+        names = config.data.domains[one].class_names
         if names is not None:
-            mapped[domain] = names
+            mapped[one] = names
         if written.preset is None or written.value_map is not None or written.color_map is not None:
-            own.append(domain)
+            own.append(one)
     return label_map_remarks(config.class_names, mapped, own)
 
 
@@ -123,9 +125,10 @@ def check_labels(
 ) -> None:
     """Raise InputError if `key` = `metric` needs labels that do not exist. `labelled`: the sets with masks; `way_out`: the
     alternative, for the message."""
+    of_one = {name for name in labelled if name.member is not None and str(name) in metric.split("/")}
     for domain in DOMAINS:
         name = SetName(domain, "val")
-        if domain in metric and name not in labelled:
+        if domain in metric and name not in labelled and not of_one:
             raise InputError(f"{key} is {metric!r}, which needs labeled images in {name.key}; add them, {way_out}.")
 
 
@@ -133,7 +136,7 @@ def _check_monitor(config: Config, labelled: Collection[SetName]) -> None:
     metric = config.monitor.metric
     if metric is None:
         return
-    known = metrics_to_choose_by(config.class_names)
+    known = metrics_to_choose_by(config.class_names, config.data.domains)
     if metric not in known:
         raise InputError(f"monitor.metric is {metric!r}; it is one of {known}.")
     if metric in SCORES and SOURCE_VAL not in labelled:

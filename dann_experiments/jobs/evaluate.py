@@ -14,17 +14,17 @@ import torch
 
 from dann_experiments.checkpoints.saved_model import ModelNotes, read_model_notes
 from dann_experiments.config import Config, InputError, replace
-from dann_experiments.data.dataset import SegmentationDataset
-from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.data.image_sets import ImageSets
+from dann_experiments.data.joined import Items
 from dann_experiments.data.loaders import eval_loader
-from dann_experiments.data.reading import Reading
+from dann_experiments.data.reading import Normalization, Reading
 from dann_experiments.jobs.build import find_data, make_loaders, make_network, seeded
 from dann_experiments.jobs.identity import domain_tags, evaluation_name
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.run_training import describe_run, source_links
 from dann_experiments.jobs.source_model import chosen_by_target_labels, load_weights
 from dann_experiments.models.batchnorm import has_batchnorm, statistics_loader, target_statistics
-from dann_experiments.names import DOMAINS, SCORED_SETS, TARGET_TRAIN, Domain, Job, SetName, Tag
+from dann_experiments.names import SCORED_SETS, TARGET_TRAIN, Job, OneDomain, SetName, Tag
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.scores import macro_mean, row_shares
 from dann_experiments.tracking.fetch_model import fetched
@@ -32,7 +32,7 @@ from dann_experiments.tracking.notes import description, iou_changes, links_of
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
 from dann_experiments.training.memory import explain_out_of_memory, size_of_largest
-from dann_experiments.training.scoring import Scores, score_set
+from dann_experiments.training.scoring import Scores, metrics_of_sets, score_set
 
 log = logging.getLogger(__name__)
 STATISTICS_SET = TARGET_TRAIN
@@ -55,7 +55,7 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
         raise InputError(
             "evaluate needs a model: set source_checkpoint (a file, a folder, runs:/ID or models:/NAME@ALIAS)."
         )
-    if _with_target_statistics(config) and not config.data.resolved("target").train:
+    if _with_target_statistics(config) and not config.data.entries(STATISTICS_SET):
         raise InputError(
             "domain_adaptation.batchnorm is 'target_stats', which uses the statistics of the images in data.target.train, but "
             "that is empty; add target images (no masks needed), or set batchnorm to separate to score the model as it is."
@@ -78,10 +78,10 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
         network.to(device)
         if _with_target_statistics(config):
             # batches as in training, so that data.eval_batch_size changes no score
-            loader = statistics_loader(sets.sets[STATISTICS_SET], config.data.target.batch_size)
-            size = config.data.target.batch_size
-            with _memory_explained("data.target.batch_size", size, sets.sets[STATISTICS_SET]):
-                target_statistics(network, loader)
+            size, images = config.data.target.batch_size, sets.get(STATISTICS_SET)
+            assert images is not None
+            with _memory_explained("data.target.batch_size", size, images):
+                target_statistics(network, statistics_loader(images, size))
         all_tags = {**_tags(config, store, notes, model_run_id), **(tags or {})}
         folder = Path(config.tracking.folder)
         model_tags = {} if model_run_id is None else store.client.get_run(model_run_id).data.tags
@@ -95,7 +95,7 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
             scores: dict[SetName, Scores] = {}
             loaders = make_loaders(config, sets)
             size = loaders.eval_batch_size_of("source")  # for both domains
-            for name in [name for name in SCORED_SETS if name in sets.sets]:
+            for name in [name for whole in SCORED_SETS for name in sets.parts(whole)]:
                 with _memory_explained("data.eval_batch_size", size, sets.sets[name]):
                     loader = eval_loader(
                         sets.sets[name], size, num_workers=loaders.num_workers, pin_memory=loaders.pin_memory
@@ -104,11 +104,7 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
                         network, loader, config.model.classes, config.data.ignore_index, config.tta
                     )
             names = config.class_names
-            metrics = {
-                key: value
-                for name, found in scores.items()
-                for key, value in found.all_metrics(str(name), names).items()
-            }
+            metrics = metrics_of_sets(scores, names, complete=True)
             run.log_metrics(metrics, step=0)
             run.set_tags({Tag.NOTE: description(title, iou_changes({}, metrics), links)})
             _write_results(run.folder, scores, names)
@@ -119,7 +115,7 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
     )  # fmt: skip
 
 
-def _memory_explained(key: str, size: int, dataset: SegmentationDataset) -> contextlib.AbstractContextManager[None]:
+def _memory_explained(key: str, size: int, dataset: Items) -> contextlib.AbstractContextManager[None]:
     """Raise InputError if memory runs out in the block, with advice to reduce the batch size `size`, set by `key`."""
 
     def advice() -> str:
@@ -143,7 +139,6 @@ def _device(config: Config) -> torch.device:
 
 
 def _tags(config: Config, store: Store, notes: ModelNotes | None, model_run_id: str | None) -> dict[str, Any]:
-    readings = {} if notes is None else notes.readings
     domains = _domains(config)
     tags = {
         Tag.JOB: Job.EVALUATE,
@@ -151,7 +146,7 @@ def _tags(config: Config, store: Store, notes: ModelNotes | None, model_run_id: 
         Tag.MODEL: config.domain_adaptation.pretrained_checkpoint.path,
         Tag.NETWORK_FROM: "settings" if notes is None else "model",
         Tag.NORMALIZATION_FROM: ", ".join(
-            f"{domain}: {'model' if domain in readings else 'settings'}" for domain in domains
+            f"{one}: {'settings' if reading_of(notes, one) is None else 'model'}" for one in domains
         ),
         Tag.SELECTED_WITH_TARGET_LABELS: str(chosen_by_target_labels(store, model_run_id)).lower(),
         "seed": config.seed,
@@ -167,16 +162,22 @@ def _with_target_statistics(config: Config) -> bool:
     return config.domain_adaptation.batchnorm == "target_stats"
 
 
-def _domains(config: Config) -> list[Domain]:
+def reading_of(notes: ModelNotes | None, one: OneDomain) -> tuple[Reading, Normalization] | None:
+    """Return how a model reads and normalizes images of a domain (its only target for target.NAME); None if unknown."""
+    readings = {} if notes is None else notes.readings
+    return readings.get(str(one)) or readings.get(one.role)
+
+
+def _domains(config: Config) -> list[OneDomain]:
     """Return the domains whose images are read."""
     domains = _scored_domains(config)
-    more: list[Domain] = ["target"] if _with_target_statistics(config) and "target" not in domains else []
-    return domains + more
+    statistics = config.data.of_role("target") if _with_target_statistics(config) else ()
+    return domains + [one for one in statistics if one not in domains]
 
 
-def _scored_domains(config: Config) -> list[Domain]:
+def _scored_domains(config: Config) -> list[OneDomain]:
     """Return the domains with validation or test images."""
-    return [domain for domain in DOMAINS if config.data.resolved(domain).val or config.data.resolved(domain).test]
+    return [one for one, settings in config.data.domains.items() if settings.val or settings.test]
 
 
 def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
@@ -186,17 +187,18 @@ def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
         "data.class_names": _class_names(config, notes),
     }
     domains = _domains(config)
-    known: list[Domain] = [domain for domain in domains if domain in notes.readings]
-    for domain in known:
-        changes |= _reading_changes(config, domain, notes.readings[domain][0])
-    if known and known == domains:  # recorded only: `_read` takes the normalization from the notes
-        found = {(made.mean, made.std) for _, made in (notes.readings[domain] for domain in known)}
+    known = {one: found for one in domains if (found := reading_of(notes, one)) is not None}
+    for one, (reading, _) in known.items():
+        changes |= _reading_changes(config, one, reading)
+    if known and len(known) == len(domains):  # recorded only: `_read` takes the normalization from the notes
+        found = {(made.mean, made.std) for _, made in known.values()}
         mean, std = next(iter(found))
         one = {"data.normalization": "fixed", "data.mean": list(mean), "data.std": list(std)}
         changes |= one if len(found) == 1 else {"data.normalization": "domain"}
     log.info(
         "The network (%s, %s), its classes%s are the model's own.",
-        notes.arch, notes.arguments["encoder_name"], f" and the normalization of {' and '.join(known)}" if known else "",
+        notes.arch, notes.arguments["encoder_name"],
+        f" and the normalization of {' and '.join(map(str, known))}" if known else "",
     )  # fmt: skip
     for domain in domains:
         if domain not in known:
@@ -211,13 +213,13 @@ def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
 
 def _class_names(config: Config, notes: ModelNotes) -> list[str] | None:
     """Return the model's class names, else those of the settings, else None; checks that the masks can be mapped to them."""
-    source = config.data.resolved("source").class_names
-    given = config.data.class_names or source
+    mapped_source = (settings.class_names for settings in config.data.of_role("source").values())
+    given = config.data.class_names or next(filter(None, mapped_source), None)
     if notes.class_names is None:
         return given
     own = list(notes.class_names)
     for domain in _scored_domains(config):
-        mapped = config.data.resolved(domain).class_names
+        mapped = config.data.domains[domain].class_names
         if mapped is not None:
             _check_mapped(domain, mapped, own)
         elif given is not None and given != own:
@@ -227,21 +229,21 @@ def _class_names(config: Config, notes: ModelNotes) -> list[str] | None:
     return own
 
 
-def _check_mapped(domain: str, mapped: Sequence[str], own: Sequence[str]) -> None:
+def _check_mapped(domain: OneDomain, mapped: Sequence[str], own: Sequence[str]) -> None:
     if not set(mapped) & set(own):
         raise InputError(
-            f"data.{domain}: its label map names {list(mapped)}, but the model's classes are {list(own)}; map the masks' "
+            f"{domain.key}: its label map names {list(mapped)}, but the model's classes are {list(own)}; map the masks' "
             "values to the model's classes."
         )
     lacking = [name for name in own if name not in mapped]
     more = [name for name in mapped if name not in own]
     if lacking:
-        log.warning("data.%s: its label map lacks the model's classes %s.", domain, lacking)
+        log.warning("%s: its label map lacks the model's classes %s.", domain.key, lacking)
     if more:
-        log.warning("data.%s: its classes %s are not classes of the model and are ignored.", domain, more)
+        log.warning("%s: its classes %s are not classes of the model and are ignored.", domain.key, more)
 
 
-def _check_unmapped(domain: str, given: Sequence[str], where: str, own: Sequence[str]) -> None:
+def _check_unmapped(domain: OneDomain, given: Sequence[str], where: str, own: Sequence[str]) -> None:
     """Raise InputError for masks with plain ids if the classes of the settings differ from the model's in number or order."""
     if len(given) != len(own):
         problem = f"names {len(given)} classes, {list(given)}, but the model has {len(own)}, {list(own)}"
@@ -249,24 +251,22 @@ def _check_unmapped(domain: str, given: Sequence[str], where: str, own: Sequence
         problem = f"has the model's classes in another order, {list(given)}, not {list(own)}"
     else:
         log.warning(
-            "data.%s: the plain ids in its masks are taken as the model's classes, %s, although %s names %s.",
-            domain, list(own), where, list(given),
+            "%s: the plain ids in its masks are taken as the model's classes, %s, although %s names %s.",
+            domain.key, list(own), where, list(given),
         )  # fmt: skip
         return
     raise InputError(
-        f"{where} {problem}, and the masks of data.{domain} hold plain ids; map them to the model's classes with "
-        f"data.{domain}.value_map (or color_map), or leave data.{domain}.val and data.{domain}.test empty."
+        f"{where} {problem}, and the masks of {domain.key} hold plain ids; map them to the model's classes with "
+        f"{domain.key}.value_map (or color_map), or leave {domain.key}.val and {domain.key}.test empty."
     )
 
 
-def _reading_changes(config: Config, domain: Domain, reading: Reading) -> dict[str, Any]:
+def _reading_changes(config: Config, domain: OneDomain, reading: Reading) -> dict[str, Any]:
     """Return what the model knows about reading a domain: its scale in any case, the rest if the settings do not set it."""
-    given = config.data.resolved(domain)
+    given = config.data.domains[domain]
     scale = list(reading.scale) if isinstance(reading.scale, tuple) else reading.scale
     if given.scale not in ("type", scale):
-        log.warning(
-            "data.%s.scale is %s, but the model was trained with %s, which is used.", domain, given.scale, scale
-        )
+        log.warning("%s.scale is %s, but the model was trained with %s, which is used.", domain.key, given.scale, scale)
     changes: dict[str, Any] = {"scale": scale}
     if given.bands is None and reading.bands is not None:
         changes["bands"] = list(reading.bands)
@@ -275,8 +275,8 @@ def _reading_changes(config: Config, domain: Domain, reading: Reading) -> dict[s
     if given.pixel_size is None and reading.pixel_size is not None:
         changes["pixel_size"] = reading.pixel_size
     for key in [name for name in changes if name != "scale"]:
-        log.info("data.%s.%s is taken from the model: %s.", domain, key, changes[key])
-    return {f"data.{domain}.{key}": value for key, value in changes.items()}
+        log.info("%s.%s is taken from the model: %s.", domain.key, key, changes[key])
+    return {f"{domain.key}.{key}": value for key, value in changes.items()}
 
 
 def _read(config: Config, notes: ModelNotes | None) -> ImageSets:
@@ -284,14 +284,14 @@ def _read(config: Config, notes: ModelNotes | None) -> ImageSets:
     into memory. Each domain has the model's own normalization, else that of the settings. Raises InputError if no set has masks,
     or a file cannot be read."""
     data = find_data(config, (*SCORED_SETS, STATISTICS_SET) if _with_target_statistics(config) else SCORED_SETS)
-    names = [name for name in data.names if name == STATISTICS_SET or name in data.labelled]
+    names = [name for name in data.names if name.whole == STATISTICS_SET or name in data.labelled]
     for name in data.names:
         if name not in names:
             log.info("%s has no masks and is not scored.", name.key)
     if not data.labelled:
         raise InputError("evaluate needs labeled images in data.source or data.target, under val or test.")
-    readings = {} if notes is None else notes.readings
-    sets = data.read(names, known={domain: readings[domain][1] for domain in DOMAINS if domain in readings})
+    known = {one: found[1] for one in config.data.domains if (found := reading_of(notes, one)) is not None}
+    sets = data.read(names, known=known)
     for name, dataset in sets.sets.items():
         if dataset.class_pixels is not None and not np.delete(dataset.class_pixels, config.data.ignore_index).any():
             raise InputError(

@@ -13,7 +13,17 @@ from dann_experiments.checkpoints.encoder_file import digest_of_file
 from dann_experiments.config import Config, config_to_dict, replace
 from dann_experiments.config.comparison import ARM_NAMES
 from dann_experiments.config.data import DomainDataConfig
-from dann_experiments.names import DOMAINS, SOURCE_TRAIN, Domain, Job, Metric, Tag
+from dann_experiments.names import (
+    DOMAINS,
+    SOURCE_TRAIN,
+    SOURCE_VAL,
+    TARGET_LABELLED,
+    TARGET_VAL,
+    Domain,
+    Job,
+    Metric,
+    Tag,
+)
 from dann_experiments.tracking.store import without_secrets
 
 METHOD_WORDS = {
@@ -86,9 +96,13 @@ def _brief(text: str) -> str:
     return line if len(line) <= LONGEST_PART else f"...{line[3 - LONGEST_PART :]}"
 
 
-def domain_name(config: Config, domain: Domain) -> str:
-    """Return the name of a domain in runs: its `name`, else its preset, else its first training entry."""
+def domain_name(config: Config, domain: Domain, member: str | None = None) -> str:
+    """Return the name of the source or target in runs: its `name`, else its preset, else its first training entry; with several
+    domains, their names: summer + winter. `member`: the domain to name of several."""
     settings = getattr(config.data, domain)
+    if settings.domains and (member is not None or not settings.name):
+        names = settings.domains if member is None else [member]
+        return " + ".join(settings.named(one).name or one for one in names)
     if settings.name or settings.preset:
         return settings.name or " ".join(filter(None, (settings.preset, settings.scene)))
     first = settings.train[0] if settings.train else domain
@@ -123,7 +137,8 @@ def source_digest(config: Config, digests: Mapping[str, str], read_encoder: bool
     """
     kept = ("normalization", "mean", "std", "crop_size", "window_size", "windows", "window_count", "ignore_index")
     source = _reading_settings(config, "source")
-    del source["batch_size"]
+    for settings in [source, *source.get("domains", {}).values()]:
+        settings.pop("batch_size", None)
     model = dataclasses.asdict(config.model)
     file = config.model.encoder_file
     if file is not None and (read_encoder or os.path.isfile(file)):
@@ -140,7 +155,7 @@ def source_digest(config: Config, digests: Mapping[str, str], read_encoder: bool
 def as_pretrained(config: Config) -> Config:
     """Return the settings as pretraining uses them: it cannot choose by `select/...` if the target has no validation images."""
     by_target = (config.monitor.metric or "").startswith(Metric.SELECT)
-    if by_target and not config.data.resolved("target").val and config.data.resolved("source").val:
+    if by_target and not config.data.entries(TARGET_VAL) and config.data.entries(SOURCE_VAL):
         return replace(config, {"monitor.metric": Metric.SOURCE_VAL_IOU, "monitor.mode": None})
     return config
 
@@ -174,8 +189,10 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
     for domain in DOMAINS:
         settings["data"][domain] = _reading_settings(config, domain)
     if job != Job.ADAPT:  # only `adapt` trains on labeled target images
-        for key in ("labelled_count", "labelled_batch_size"):
-            settings["data"]["target"].pop(key, None)
+        target = settings["data"]["target"]
+        for one in [target, *target.get("domains", {}).values()]:
+            for key in ("labelled_count", "labelled_batch_size"):
+                one.pop(key, None)
     if job == Job.PRETRAIN:
         del settings["domain_adaptation"], settings["optimizer"], settings["trainer"]["max_epochs"]
     else:
@@ -201,11 +218,16 @@ def _leave_out_later_settings(settings: dict[str, Any]) -> None:
 
 def _reading_settings(config: Config, domain: Domain) -> dict[str, Any]:
     """Return the settings of a domain without those that the digests of its files cover."""
-    settings = dataclasses.asdict(config.data.resolved(domain))
-    for key in WHERE_FILES_ARE:
+    own = {one.name: _plain_reading(config, settings) for one, settings in config.data.of_role(domain).items()}
+    return own.get(None, {"domains": own})
+
+
+def _plain_reading(config: Config, of_domain: DomainDataConfig) -> dict[str, Any]:
+    settings = dataclasses.asdict(of_domain)
+    for key in (*WHERE_FILES_ARE, "domains"):
         del settings[key]
     defaults = dataclasses.asdict(DomainDataConfig())
-    if not config.data.target.train_labelled:
+    if not config.data.entries(TARGET_LABELLED):
         settings |= {key: defaults[key] for key in ("labelled_count", "labelled_batch_size")}
     for key in (
         "nodata_bands",

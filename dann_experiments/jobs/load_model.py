@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import cast
 
 from torch import Tensor
 
-from dann_experiments.checkpoints.saved_model import read_model_notes
+from dann_experiments.checkpoints.saved_model import chosen_domain, read_model_notes
 from dann_experiments.checkpoints.trained_model import Model, fill, model_digest, noted_model
 from dann_experiments.checkpoints.weights import read_weights
 from dann_experiments.config import Config, InputError
+from dann_experiments.data.domain_data import DataPlan
 from dann_experiments.data.reading import Normalization, Reading
 from dann_experiments.jobs.build import data_plan, find_data, make_network
-from dann_experiments.names import Domain, SetName
+from dann_experiments.names import OneDomain, SetName
 from dann_experiments.prediction.rasters import NODATA
 from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.store import Store
@@ -63,12 +63,19 @@ def _model_of_settings(
     return Model(network, names, config.model.in_channels, reading, normalization, digest, run_id)
 
 
+def _chosen(plan: DataPlan, domain: str) -> OneDomain:
+    """Return the domain of the settings whose images are read; several of one role stand for each other if read alike."""
+    alike = {str(one): (images.reading, str(one)) for one, images in plan.images.items()}
+    return OneDomain.parse(chosen_domain(domain, alike, "the file of settings")[1])
+
+
 def _reading_of_settings(config: Config, domain: str) -> tuple[Reading, Normalization]:
-    name = SetName(cast(Domain, domain), "train")
     plan = data_plan(config)
-    reading = plan.images[name.domain].reading
+    one = _chosen(plan, domain)
+    name = SetName(one.role, "train", one.name)
+    reading = plan.images[one].reading
     if plan.own_statistics or reading.scale == "percentiles":  # measured over the training images
-        normalization = find_data(config, (name,)).normalization(name.domain)
+        normalization = find_data(config, (name,)).normalization(one)
     else:
-        normalization = plan.fixed_normalization(name.domain)
+        normalization = plan.fixed_normalization(one)
     return dataclasses.replace(reading, settings=""), normalization

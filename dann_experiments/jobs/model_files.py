@@ -11,10 +11,10 @@ from torch import nn
 from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.config import Config
 from dann_experiments.config.atomic_write import writing
-from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.jobs.build import model_arguments, model_facts
 from dann_experiments.jobs.identity import domain_name
-from dann_experiments.names import DOMAINS, Metric, SetName, Tag
+from dann_experiments.names import Metric, SetName, Tag
 from dann_experiments.prediction.pyfunc_model import DEFAULTS
 from dann_experiments.reports.model_card import ModelCard
 from dann_experiments.tracking.logged_model import MODEL, Interface, ModelScore, write_facts, write_mlmodel
@@ -41,7 +41,7 @@ def write_model(
     interface = _interface(config, sets)
     points = {name: run.sender.last(Metric.iou(name)) for name in scored}
     scores = [
-        ModelScore(point, f"{domain_name(config, name.domain)} {name.split}", sets.digests[str(name)])
+        ModelScore(point, f"{domain_name(config, name.domain, name.member)} {name.split}", sets.digests[str(name)])
         for name, point in points.items() if point is not None
     ]  # fmt: skip
     card = ModelCard(
@@ -58,8 +58,8 @@ def write_model(
 
 
 def _interface(config: Config, sets: ImageSets) -> Interface:
-    """Return what the model takes: the type holds the raw values of both domains; the example is a piece of a target image."""
-    read = [dataset for domain in DOMAINS if (dataset := sets.any_of(domain)) is not None]
+    """Return what the model takes: the type holds the raw values of all domains; the example is a piece of a target image."""
+    read = [dataset for one in config.data.domains if (dataset := sets.any_of(one)) is not None]
     pieces = [dataset.as_evaluated(1).read(0)[0][:, :EXAMPLE_SIDE, :EXAMPLE_SIDE] for dataset in read]
     dtype = np.result_type(*(values.dtype for values in pieces))
     example = np.ascontiguousarray(pieces[-1][None].astype(dtype))

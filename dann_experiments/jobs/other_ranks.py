@@ -27,7 +27,7 @@ import pytorch_lightning as pl
 from dann_experiments.adaptation.dann import SourceOnly
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_dict
 from dann_experiments.config.parsing import config_from_dict
-from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.jobs.build import (
     find_data,
     make_loaders,

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 
-from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.joined import Items
 from dann_experiments.reports.images import display_image
 from dann_experiments.reports.panel import Part, draw_panel
 from dann_experiments.tracking.pictures import Pictures
@@ -26,7 +26,7 @@ KEY = "images/predictions"  # the part before the slash is the heading of its se
 class Album:
     """At most `most` images, spread over a set, with predictions of several networks, or of one network at several times."""
 
-    def __init__(self, dataset: SegmentationDataset | None, most: int = IN_FIGURES) -> None:
+    def __init__(self, dataset: Items | None, most: int = IN_FIGURES) -> None:
         self.images, items = [], []
         if dataset is not None:
             # spread over the set, so that more than one scene is shown if a manifest is sorted by scene

@@ -22,7 +22,7 @@ from dann_experiments.checkpoints.files import BEST, LAST
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, flatten, replace
 from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.store_names import labels_in_store
-from dann_experiments.data.domain_data import ImageSets
+from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.data.loaders import Loaders
 from dann_experiments.jobs.build import class_weights_of, make_loaders, make_loop, make_module
 from dann_experiments.jobs.identity import domain_name, domain_tags, public_settings
@@ -32,7 +32,7 @@ from dann_experiments.jobs.pictures import KEY, Album, PicturesByStep
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS, checkpoint_to_go_on_from, folder_of_runs
 from dann_experiments.models.taps import Tap
-from dann_experiments.names import DOMAINS, TARGET_LABELLED, Domain, Job, Metric, SetName, Tag
+from dann_experiments.names import DOMAINS, TARGET_LABELLED, Domain, Job, Metric, OneDomain, SetName, Split, Tag
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.reports.plots.predictions import draw_predictions
 from dann_experiments.reports.plots.run_curves import draw_curves
@@ -46,7 +46,7 @@ from dann_experiments.training.curves import Curves
 from dann_experiments.training.memory import advice_for_training, explain_out_of_memory
 from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
 from dann_experiments.training.random_states import reseed
-from dann_experiments.training.scoring import Scores, score_set
+from dann_experiments.training.scoring import Scores, metrics_of_sets, score_set
 from dann_experiments.workers.processes import visible_gpus
 
 log = logging.getLogger(__name__)
@@ -160,10 +160,10 @@ def describe_run(run: TrackedRun, config: Config, sets: ImageSets) -> None:
     known = run.store.client.get_run(run.run_id).data.params
     run.log_params({key: value for key, value in flatten(config).items() if PARAM_PREFIX + key not in known})
     for name, dataset in sets.sets.items():
-        entries = getattr(getattr(config.data, name.domain), name.split)
+        entries = getattr(config.data.written[name.one], name.split)
         masks = "with masks" if dataset.has_masks else "no masks"
         run.log_input(
-            f"{domain_name(config, name.domain)} {name.split}", sets.digests[str(name)], name.words,
+            f"{domain_name(config, name.domain, name.member)} {name.split}", sets.digests[str(name)], name.words,
             ", ".join(str(entry) for entry in entries) or "of the preset",
             f'{{"images": {len(dataset.samples)}, "windows": {len(dataset)}, "masks": "{masks}"}}',
         )  # fmt: skip
@@ -189,7 +189,9 @@ def train(
         used = [tap for tap in parts.taps if tap.name in parts.method.feature_layers]
         adversary = config.domain_adaptation.method.name != "lambda_zero"
         probed = probe_loaders(loaders) if config.monitor.probe else None
-        alignment = Alignment(network, used, config.model.in_channels, probed, config.seed, adversary)
+        alignment = Alignment(
+            network, used, config.model.in_channels, probed, config.seed, adversary, len(config.data.domains)
+        )
     with other_ranks(config, sets, run.folder, pretraining, checkpoint) as ranks:
         curves = Curves()
         pictures = {
@@ -252,7 +254,7 @@ def with_batch_sizes(config: Config, parts: Parts) -> Config:
         )
     domains = domains_of_a_step(parts.method, parts.taps)
     datasets = {domain: parts.sets.training()[domain] for domain in domains}
-    own = {domain: config.data.resolved(domain).batch_size for domain in domains}
+    own = {domain: getattr(config.data, domain).batch_size for domain in domains}
     device = torch.device("cuda")
 
     def make(network: nn.Module, method: DomainAdaptationMethod) -> Any:
@@ -292,13 +294,12 @@ def _log_gap(run: TrackedRun, alignment: Alignment, monitor: DomainAdaptationMon
 
 def _metrics(scores: Mapping[SetName, Scores], class_names: Sequence[str]) -> dict[str, float]:
     """Return scores by metric name."""
-    return {
-        key: value for name, found in scores.items() for key, value in found.metrics(str(name), class_names).items()
-    }
+    return metrics_of_sets(scores, class_names)
 
 
 def _by_set(of_validation: Mapping[str, Scores]) -> dict[SetName, Scores]:
-    return {SetName(domain, "val"): of_validation[domain] for domain in DOMAINS if domain in of_validation}
+    domains = {OneDomain.parse(name): scores for name, scores in of_validation.items()}
+    return {SetName(one.role, "val", one.name): scores for one, scores in domains.items()}
 
 
 def _final_scores(
@@ -306,9 +307,10 @@ def _final_scores(
 ) -> dict[SetName, Scores]:
     """Return the validation scores of the final model, which are those of the last validation, and its test scores."""
     scores = _by_set(monitor.latest)
-    for name in [*(SetName(domain, "test") for domain in DOMAINS), *(SetName(domain, "val") for domain in DOMAINS)]:
-        dataset = loaders.sets.labelled(name)
-        if dataset is not None and name not in scores:
+    splits: tuple[Split, ...] = ("test", "val")
+    for name in [SetName(one.role, split, one.name) for split in splits for one in config.data.domains]:
+        dataset = loaders.sets.sets.get(name)
+        if dataset is not None and dataset.has_masks and name not in scores:
             loader = loaders.scoring(dataset, name.domain)
             scores[name] = score_set(network, loader, config.model.classes, config.data.ignore_index)
     return scores
@@ -347,7 +349,7 @@ def _write_results(
         title = f"{name.words}: mean IoU {scores.iou:.3f}"
         draw_confusion(figures / f"confusion_{name}.png", scores.confusion, names, title)
     if series:
-        draw_curves(run.folder / CURVES_FILE, series, f"run {run.run_id[:8]}")
+        draw_curves(run.folder / CURVES_FILE, series, f"run {run.run_id[:8]}", len(config.data.domains))
     _write_class_table(run.folder / "tables" / "class_iou.csv", outcome, names)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.joined import Items
 from dann_experiments.models.networks import logits_of_any_size
 from dann_experiments.models.taps import evaluating
 
@@ -145,7 +145,7 @@ def target_statistics(
                 _put_together(layer, batches)
 
 
-def statistics_loader(dataset: SegmentationDataset, batch_size: int) -> DataLoader:
+def statistics_loader(dataset: Items, batch_size: int) -> DataLoader:
     """Return a loader for `target_statistics`: every item once, whole, without augmentation, in a fixed order.
 
     A batch holds images of one size, evenly spaced over the set, so that batches of a manifest sorted by scene mix scenes, and

@@ -48,9 +48,18 @@ def links_of(tags: Mapping[str, object], experiment_id: str) -> list[str]:
 
 
 def iou_changes(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Return `target val IoU 0.512 → 0.623` for each labeled set, of metrics by name; one number if there is none before."""
+    """Return `target val IoU 0.512 → 0.623` for each labeled set, of metrics by name; one number if there is none before. With
+    several domains, the set of each follows their mean."""
     found = []
-    for name in SHOWN:
+    shown = [
+        name
+        for whole in SHOWN
+        for name in (
+            whole,
+            *(SetName.parse(one.removeprefix(Metric.IOU)) for one in after if one.startswith(f"{Metric.iou(whole)}.")),
+        )
+    ]
+    for name in shown:
         old, new = (values.get(Metric.iou(name), math.nan) for values in (before, after))
         if math.isfinite(new):
             found.append(f"{name.words} IoU {f'{old:.3f} → ' if math.isfinite(old) else ''}{new:.3f}")
@@ -78,8 +87,8 @@ def experiment_description() -> str:
         (Metric.TARGET_VAL_IOU, "mean IoU on the target; step 0 is the source model, before adaptation"),
         (Metric.SOURCE_VAL_IOU, "the same on the source: a fall means that the source is being forgotten"),
         (Metric.TARGET_TEST_IOU, "the same on the test images, once, with the final model"),
-        (Metric.PROBE_ACCURACY, "can a new classifier distinguish the domains by the features? 0.5: no"),
-        (Metric.DOMAIN_ACCURACY, "accuracy of the run's own domain classifier; 0.5: confused"),
+        (Metric.PROBE_ACCURACY, "can a new classifier distinguish source and target by the features? 0.5: no"),
+        (Metric.DOMAIN_ACCURACY, "accuracy of the run's own domain classifier; 0.5 (1 / number of domains): confused"),
         (f"{Metric.SELECT}...", "scores of the target that need no labels, for choosing epochs and trials"),
     )
     return "\n".join(

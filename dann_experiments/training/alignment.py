@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dann_experiments.data.domain_data import MOST_STANDING_IN, ImageSets
+from dann_experiments.data.image_sets import MOST_STANDING_IN, ImageSets
 from dann_experiments.data.loaders import Loaders, eval_loader
 from dann_experiments.models.taps import Tap, resolve_taps
 from dann_experiments.names import DOMAINS, Metric, SetName
@@ -38,15 +38,18 @@ class Gap:
 
 
 def probe_loaders(loaders: Loaders) -> dict[str, DataLoader]:
-    """Return one loader per domain: of held-out images, or of training images if there are too few held-out ones to probe."""
+    """Return one loader of the source and one of the target: of held-out images, or of training images if there are too few
+    held-out ones to probe."""
     sets: ImageSets = loaders.sets
     found = {}
-    for domain in DOMAINS:
-        dataset, trained_on = sets.held_out(domain), sets.get(SetName(domain, "train"))
+    for role in DOMAINS:
+        held_out = {one: sets.held_out(one) for one in sets.domains if one.role == role}
+        dataset = sets.joined({one: mine for one, mine in held_out.items() if mine is not None})
+        trained_on = sets.get(SetName(role, "train"))
         if dataset is not None and trained_on is not None and len(dataset) < FEWEST_IMAGES:
             dataset = trained_on.as_evaluated(MOST_STANDING_IN)
         if dataset is not None:
-            found[domain] = eval_loader(dataset, loaders.eval_batch_size_of(domain))
+            found[role] = eval_loader(dataset, loaders.eval_batch_size_of(role))
     return found
 
 
@@ -54,7 +57,8 @@ class Alignment:
     """Probes the tapped layers and the encoder of a network, before and after adaptation.
 
     `loaders`: held-out images by domain (see `probe_loaders`); None = probe nothing, only explain the run's own classifier.
-    `adversary`: the network is trained against a domain classifier.
+    `adversary`: the network is trained against a domain classifier, of `domains` classes. The probes always ask for source or
+    target, whose distance is in question.
     """
 
     def __init__(
@@ -65,7 +69,9 @@ class Alignment:
         loaders: Mapping[str, DataLoader] | None,
         seed: int,
         adversary: bool,
+        domains: int = len(DOMAINS),
     ) -> None:
+        self._domains = domains
         self._seed, self._adversary, self._loaders = seed, adversary, loaders
         self._tapped = [tap.name for tap in taps]
         encoder = [] if ENCODER in self._tapped else resolve_taps(network, [ENCODER], in_channels)
@@ -94,7 +100,7 @@ class Alignment:
             if len(features.get(layer, ()))
         }
         means = [mean_probe(self._judged(probes)) for probes in (before, after)]
-        text = explain(domain_accuracy, means[0], means[1], self._adversary, probed=self._loaders is not None)
+        text = explain(domain_accuracy, means[0], means[1], self._adversary, self._loaders is not None, self._domains)
         return Gap(self._metrics(before), self._metrics(after), text, layer, features)
 
     def _probes(self, when: str) -> dict[str, Probe]:

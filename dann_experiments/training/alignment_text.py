@@ -6,10 +6,10 @@ import math
 
 from dann_experiments.scores.domain_probe import FEWEST_IMAGES, Probe
 
-CONFUSED = (0.4, 0.6)
-"""Range of the balanced accuracy of a confused classifier: around chance, 0.5."""
-ADVERSARY_WINS = 0.9
-"""From here on the classifier hardly errs: the network does not (or cannot) hide the domain."""
+CONFUSED = (-0.2, 0.2)
+"""Range of the skill of a confused classifier, around chance: for two domains, a balanced accuracy of 0.4 to 0.6."""
+ADVERSARY_WINS = 0.8
+"""From this skill on the classifier hardly errs: the network does not (or cannot) hide the domain. For two domains, 0.9."""
 PROBE_LOW = 0.65
 """Below this accuracy the probe can hardly distinguish the domains; corresponds to an A-distance of 0.6."""
 
@@ -24,13 +24,14 @@ def explain(
     after: Probe | None,
     adversary: bool = True,
     probed: bool = True,
+    domains: int = 2,
 ) -> str:
     """Explain the results of the run's own classifier and of the probe together, as text for the run.
 
     `domain_acc_val`: balanced accuracy (0..1) of the run's own classifier on held-out images in eval mode; None for a method
     without one. `before`, `after`: probe of the warm start and of the adapted network on the same images; None if not measured.
     `adversary`: False for the lambda = 0 control, whose network gets no gradient from its classifier. `probed`: False if the
-    settings switch the probe off.
+    settings switch the probe off. `domains`: number of classes of the run's own classifier; chance is 1 / domains.
     """
     probe_sentence = _probe_sentence(before, after) if probed else NOT_PROBED
     if domain_acc_val is None:
@@ -42,20 +43,24 @@ def explain(
         else:
             finding += f"; the features of the domains differ ({FEW_PICTURES})."
         return " ".join((finding, probe_sentence, NOT_ENOUGH))
-    number = f"balanced accuracy {domain_acc_val:.2f}, chance is 0.50"
+    chance = 1 / domains
+    number = f"balanced accuracy {domain_acc_val:.2f}, chance is {chance:.2f}" + (
+        f" for {domains} domains" if domains > 2 else ""
+    )
+    skill = _skill(domain_acc_val, chance)
     if not adversary:
         finding = (
             f"With lambda = 0 the network gets no gradient from the run's own classifier ({number}): any change of the probe "
             "comes from more training and from BatchNorm."
         )
-    elif domain_acc_val < CONFUSED[0]:
+    elif skill < CONFUSED[0]:
         finding = (
             f"The run's own classifier mistakes the domains for each other ({number}): it lags behind the network, which did "
             "not help in our trials; raise discriminator_lr, or lower lambda_da."
         )
-    elif domain_acc_val <= CONFUSED[1]:
+    elif skill <= CONFUSED[1]:
         finding = f"The run's own classifier is confused ({number}), {_if_confused(before, after)}"
-    elif domain_acc_val < ADVERSARY_WINS:
+    elif skill < ADVERSARY_WINS:
         finding = f"The run's own classifier can still distinguish some of the images ({number}): the domains are partly aligned."
         finding += _sees_more(after)
     else:
@@ -65,6 +70,12 @@ def explain(
         )
         finding += _sees_more(after)
     return " ".join((finding, probe_sentence, NOT_ENOUGH))
+
+
+def _skill(accuracy: float, chance: float) -> float:
+    """Return an accuracy on a scale on which chance is 0, an accuracy of 1 is 1, and one of 0 is -1."""
+    distance = accuracy - chance
+    return round(distance / (1 - chance if distance > 0 else chance), 9)
 
 
 def _if_confused(before: Probe | None, after: Probe | None) -> str:

@@ -53,7 +53,11 @@ def step_fits(
             # a user's own method may create there what its loss needs
             module.method.on_train_start(module.network)
             batch = {
-                domain: {"image": torch.randn(size, *shapes[domain], device=device)} for domain, size in sizes.items()
+                domain: {
+                    "image": torch.randn(size, *shapes[domain], device=device),
+                    "domain": torch.full((size,), DOMAINS.index(domain), device=device),
+                }
+                for domain, size in sizes.items()
             }
             batch["source"]["mask"] = torch.zeros(
                 sizes["source"], *shapes["source"][1:], dtype=torch.int64, device=device

@@ -6,7 +6,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.joined import Items
 from dann_experiments.names import Domain
 
 # Texts of plain RuntimeErrors by torch and its libraries; the text of torch.OutOfMemoryError contains "out of memory", too.
@@ -39,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(text.lower() in str(error).lower() for text in SIGNS)
 
 
-def size_of_largest(datasets: Iterable[SegmentationDataset]) -> str:
+def size_of_largest(datasets: Iterable[Items]) -> str:
     """Return the size of the largest image or window, such as `512 x 512 pixels`."""
     sizes = [piece.window[2:] for dataset in datasets for piece in dataset.pieces]
     height, width = max(sizes, key=lambda size: size[0] * size[1])
@@ -47,7 +47,7 @@ def size_of_largest(datasets: Iterable[SegmentationDataset]) -> str:
 
 
 def advice_for_training(
-    datasets: Mapping[Domain, SegmentationDataset], batch_sizes: Mapping[Domain, int], crop_size: int | None
+    datasets: Mapping[Domain, Items], batch_sizes: Mapping[Domain, int], crop_size: int | None
 ) -> str:
     """Return the sizes of a training step, and how to make them smaller."""
     batches = [f"data.{domain}.batch_size is {batch_sizes[domain]}" for domain in datasets]

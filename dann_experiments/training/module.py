@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from dann_experiments.adaptation.domain_classifier import SOURCE
 from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
 from dann_experiments.config.loss import LossTerm
 from dann_experiments.models.batchnorm import statistics_kept
@@ -28,7 +27,7 @@ from dann_experiments.models.compiling import has_compiled, uncompiled
 from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
 from dann_experiments.models.passes import Passes, check_joint, choose, forward_with_taps
 from dann_experiments.models.taps import Tap, recording
-from dann_experiments.names import Metric
+from dann_experiments.names import SOURCE_AND_TARGET, Metric, OneDomain
 from dann_experiments.training import parts, ranks
 from dann_experiments.training.losses import SegmentationLoss
 from dann_experiments.training.optimizers import LearningRates, build_scheduler, order_states
@@ -50,11 +49,13 @@ class AdaptationModule(pl.LightningModule):
 
     Training batches are {"source": {"image", "mask"}, "target": {"image"}}; methods that do not use the target need no "target".
     A part "labelled": {"image", "mask"} of labeled target images joins the segmentation loss: its mean is over all pixels.
-    Validation loader 0 is the source's, loader 1 the target's, whose batches need no "mask". A validation step returns
+    With several domains, every part also has "domain" (N,), the label of each image's domain.
+    Validation loaders are those of the domains `validated`; batches of a target need no "mask". A validation step returns
     {"logits" (N, K, H, W), "labels" (N, H, W) or None, "valid" (N, H, W) or None, "domain_hits"}. `batchnorm`: how the
     target's forward pass treats BatchNorm statistics in training, a value of that setting (docs/batchnorm.md).
     `channels_last`: use the channels-last memory format for the network and the images. `segmentation`: the loss of source logits
-    and labels; None = cross-entropy. `part_rates`: part of the network -> its own learning rate.
+    and labels; None = cross-entropy. `part_rates`: part of the network -> its own learning rate. `domains`: all domains; the
+    index is the label that a domain classifier learns.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class AdaptationModule(pl.LightningModule):
         channels_last: bool = False,
         segmentation: SegmentationLoss | None = None,
         part_rates: Mapping[str, float] | None = None,
+        validated: Sequence[OneDomain] = SOURCE_AND_TARGET,
+        domains: Sequence[OneDomain] = SOURCE_AND_TARGET,
     ) -> None:
         super().__init__()
         self.network = network
@@ -77,6 +80,7 @@ class AdaptationModule(pl.LightningModule):
         self.make_optimizer = make_optimizer
         self.rates = rates or LearningRates()
         self.part_rates = dict(part_rates or {})
+        self.validated, self.domains = list(validated), list(domains)
         self.ignore_index = ignore_index
         self.segmentation = segmentation or SegmentationLoss([LossTerm()], ignore_index)
         self.batchnorm = batchnorm
@@ -165,7 +169,9 @@ class AdaptationModule(pl.LightningModule):
             logits, source_features = forward_with_taps(self.network, images, self.taps)
         valid = (labels != self.ignore_index).to(images.dtype)
         target_valid = batch["target"].get("valid") if target_features else None
-        return StepOutputs(logits, labels, valid, source_features, target_features, target_valid)
+        of_source = batch["source"].get("domain")
+        of_target = batch["target"].get("domain") if target_features else None
+        return StepOutputs(logits, labels, valid, source_features, target_features, target_valid, of_source, of_target)
 
     def on_validation_start(self) -> None:
         self._may_have_compiled = has_compiled(self.network)
@@ -179,11 +185,12 @@ class AdaptationModule(pl.LightningModule):
         with recording(self.network, self.taps) as features, as_written:
             logits = logits_of_any_size(self.network, images)
         counted = valid  # the pixels on which a classifier decides the domain, as in training
-        if dataloader_idx == SOURCE and labels is not None:
+        domain = self.validated[dataloader_idx]
+        if domain.role == "source" and labels is not None:
             counted = (labels != self.ignore_index).to(images.dtype)
         if counted is None:
             counted = torch.ones_like(images[:, 0])
-        hits = self.method.domain_hits(features, dataloader_idx, valid_as_seen(self.network, counted))
+        hits = self.method.domain_hits(features, self.domains.index(domain), valid_as_seen(self.network, counted))
         return {"logits": logits, "labels": labels, "valid": valid, "domain_hits": hits}
 
     def configure_optimizers(self) -> Any:

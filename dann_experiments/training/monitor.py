@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 
 from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.models.batchnorm import target_statistics
-from dann_experiments.names import DOMAINS, Metric, SetName, Tag
+from dann_experiments.names import DOMAINS, SOURCE_AND_TARGET, Metric, OneDomain, SetName, Tag
 from dann_experiments.scores.predictions import in_parts, log_probabilities
 from dann_experiments.scores.selection import SCORES, choice_value
 from dann_experiments.training.ranks import sum_of
-from dann_experiments.training.scoring import Scorer, Scores, SelectionScorer
+from dann_experiments.training.scoring import Scorer, Scores, SelectionScorer, mean_of, metrics_of_sets
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +29,17 @@ log = logging.getLogger(__name__)
 class DomainAdaptationMonitorCallback(pl.Callback):
     """Scores both domains at each validation, from the logits that validation computes anyway: each image is forwarded once.
 
-    Needs validation loaders [source] or [source, target] and a `validation_step` that returns {"logits": (N, K, H, W),
-    "labels": (N, H, W) or None}, and optionally "valid" (N, H, W; 0 at nodata) and "domain_hits" (layer -> (2,): a domain
-    classifier's correct decisions, all its decisions). Logs to every logger of the trainer, at the number of optimizer steps
-    done: `iou/source_val`, `iou/target_val`, `class_iou/...`, `loss/val_source`, `loss/val_target`,
-    `iou/gap_source_minus_target`, `iou/source_drop_from_baseline`, `da/domain_acc_val` (balanced over the domains), and
-    `select/...` of the target (see `scores.selection`; they do not use its labels). The baseline is the sanity check before
-    training (`num_sanity_val_steps=-1`), logged at step 0. When the source IoU falls more than `forgetting_threshold` (0..1)
-    below its baseline, warns once per fall and sets the MLflow tag `dann.forgot_source`; not with `can_forget` False, for a
-    network that has not learned the source yet. Raises ValueError if the number of `class_names` is not `num_classes`.
+    Needs validation loaders of the domains `validated`, by default [source] or [source, target], and a `validation_step` that
+    returns {"logits": (N, K, H, W), "labels": (N, H, W) or None}, and optionally "valid" (N, H, W; 0 at nodata) and
+    "domain_hits" (layer -> (2,): a domain classifier's correct decisions, all its decisions). Logs to every logger of the
+    trainer, at the number of optimizer steps done: `iou/source_val`, `iou/target_val`, `class_iou/...`, `loss/val_source`,
+    `loss/val_target`, `iou/gap_source_minus_target`, `iou/source_drop_from_baseline`, `da/domain_acc_val` (balanced over the
+    domains, of which there are `domains`), and `select/...` of the target (see `scores.selection`; they do not use its labels).
+    With several domains, IoU is also logged for each, `iou/target_val.NAME`, and all other values are means over the domains.
+    The baseline is the sanity check before training (`num_sanity_val_steps=-1`), logged at step 0. When the source IoU falls
+    more than `forgetting_threshold` (0..1) below its baseline, warns once per fall and sets the MLflow tag `dann.forgot_source`;
+    not with `can_forget` False, for a network that has not learned the source yet. Raises ValueError if the number of
+    `class_names` is not `num_classes`.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         forgetting_threshold: float = 0.05,
         ignore_index: int = 255,
         can_forget: bool = True,
+        validated: Sequence[OneDomain] = SOURCE_AND_TARGET,
+        domains: int = len(SOURCE_AND_TARGET),
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -58,6 +62,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.forgetting_threshold = forgetting_threshold
         self.ignore_index = ignore_index
         self.can_forget = can_forget
+        self.validated, self.domains = list(validated), domains
         self.baseline: dict[str, Scores] = {}
         """Scores of the warm start, by domain."""
         self.latest: dict[str, Scores] = {}
@@ -67,7 +72,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.domain_accuracy: dict[str, float] = {}
         """`da/domain_acc_val` of the last validation; with several layers, also one value per layer."""
         self._scorers: dict[int, Scorer] = {}
-        self._unlabeled: SelectionScorer | None = None
+        self._unlabeled: dict[int, SelectionScorer] = {}
         self._hits: dict[str, dict[int, Tensor]] = {}
         self._forgetting = False
         self._resumed = False
@@ -98,7 +103,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             )  # fmt: skip
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._scorers, self._unlabeled, self._hits = {}, None, {}
+        self._scorers, self._unlabeled, self._hits = {}, {}, {}
 
     def on_validation_batch_end(
         self,
@@ -112,14 +117,15 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         logits, labels, valid = outputs["logits"], outputs["labels"], outputs.get("valid")
         if labels is not None and dataloader_idx not in self._scorers:
             self._scorers[dataloader_idx] = Scorer(self.num_classes, self.ignore_index)
-        if DOMAINS[dataloader_idx] == "target" and self._unlabeled is None:
-            self._unlabeled = SelectionScorer(_first_item(trainer, dataloader_idx))
+        of_target = self.validated[dataloader_idx].role == "target"
+        if of_target and dataloader_idx not in self._unlabeled:
+            self._unlabeled[dataloader_idx] = SelectionScorer(_first_item(trainer, dataloader_idx))
         for part in in_parts(logits):
             logs = log_probabilities(logits[part])  # for both scorers
             if labels is not None:
                 self._scorers[dataloader_idx].update(logits[part], labels[part], logs)
-            if DOMAINS[dataloader_idx] == "target" and self._unlabeled is not None:
-                self._unlabeled.update(logits[part], None if valid is None else valid[part], logs)
+            if of_target:
+                self._unlabeled[dataloader_idx].update(logits[part], None if valid is None else valid[part], logs)
         for layer, hits in outputs.get("domain_hits", {}).items():
             of_layer = self._hits.setdefault(layer, {})
             of_layer[dataloader_idx] = of_layer.get(dataloader_idx, 0) + hits
@@ -147,13 +153,17 @@ class DomainAdaptationMonitorCallback(pl.Callback):
 
     def finish(self) -> None:
         """Compute the scores of the batches since the last call."""
-        self.latest = {DOMAINS[index]: scorer.compute(True) for index, scorer in sorted(self._scorers.items())}
-        self.target_scores = {}
-        if self._unlabeled is not None:
-            self.target_scores = {Metric.SELECT + name: value for name, value in self._unlabeled.compute(True).items()}
+        self.latest = {
+            str(self.validated[index]): scorer.compute(True) for index, scorer in sorted(self._scorers.items())
+        }
+        found = [scorer.compute(True) for _, scorer in sorted(self._unlabeled.items())]
+        self.target_scores = {
+            Metric.SELECT + name: mean_of(scores[name] for scores in found) if len(found) > 1 else found[0][name]
+            for name in (found[0] if found else ())
+        }
         hits = {layer: {index: sum_of(own) for index, own in of.items()} for layer, of in self._hits.items()}
-        self.domain_accuracy = _domain_accuracy(hits)
-        self._scorers, self._unlabeled, self._hits = {}, None, {}
+        self.domain_accuracy = _domain_accuracy(hits, self.domains)
+        self._scorers, self._unlabeled, self._hits = {}, {}, {}
 
     def beside(self) -> DomainAdaptationMonitorCallback:
         """Return a monitor with the same settings and baseline, for a validation that leaves no trace in this one."""
@@ -162,6 +172,8 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             self.class_names,
             forgetting_threshold=self.forgetting_threshold,
             ignore_index=self.ignore_index,
+            validated=self.validated,
+            domains=self.domains,
         )
         other.baseline = dict(self.baseline)
         return other
@@ -176,12 +188,13 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         return values
 
     def _warn_of_forgetting(self, loggers: Sequence[Logger]) -> None:
-        drop = self.metrics().get(Metric.SOURCE_DROP, 0.0)
+        metrics = self.metrics()
+        drop = metrics.get(Metric.SOURCE_DROP, 0.0)
         if drop > self.forgetting_threshold and not self._forgetting:
             log.warning(
                 "iou/source_val fell to %.3f, %.3f below the warm start (monitor.forgetting_threshold is %.3f): the "
                 "network is forgetting the source. Try a smaller lambda_da or learning rate.",
-                self.latest["source"].iou, drop, self.forgetting_threshold,
+                metrics[Metric.SOURCE_VAL_IOU], drop, self.forgetting_threshold,
             )  # fmt: skip
             for logger in loggers:
                 _set_tag(logger, Tag.FORGOT_SOURCE, "true")
@@ -195,11 +208,11 @@ def _first_item(trainer: pl.Trainer, dataloader_idx: int) -> int:
     return getattr(getattr(loader, "batch_sampler", None), "first_item", 0)
 
 
-def _domain_accuracy(hits: Mapping[str, Mapping[int, Tensor]]) -> dict[str, float]:
-    """Return the balanced accuracy as the mean over the layers that have decisions for both domains."""
+def _domain_accuracy(hits: Mapping[str, Mapping[int, Tensor]], domains: int) -> dict[str, float]:
+    """Return the balanced accuracy as the mean over the layers that have decisions for all domains."""
     by_layer: dict[str, float] = {}
     for layer, of_domain in hits.items():
-        if len(of_domain) == len(DOMAINS) and all(float(counts[1]) > 0 for counts in of_domain.values()):
+        if len(of_domain) == domains and all(float(counts[1]) > 0 for counts in of_domain.values()):
             by_layer[layer] = float(torch.stack([counts[0] / counts[1] for counts in of_domain.values()]).mean())
     if not by_layer:
         return {}
@@ -221,27 +234,34 @@ def validation_metrics(
     latest: Mapping[str, Scores], baseline: Mapping[str, Scores], class_names: Sequence[str]
 ) -> dict[str, float]:
     """Return the metrics of a validation: scores of both domains, their gap, and the source's drop from its baseline."""
-    values: dict[str, float] = {}
-    for domain in DOMAINS:
-        if domain not in latest:
-            continue
-        scores = latest[domain]
-        values |= scores.metrics(str(SetName(domain, "val")), class_names)
-        values[Metric.val_loss(domain)] = scores.loss
-    if len(latest) == 2:
-        values[Metric.GAP] = latest["source"].iou - latest["target"].iou
-    if "source" in baseline and "source" in latest:
-        values[Metric.SOURCE_DROP] = baseline["source"].iou - latest["source"].iou
+    values = _iou_and_loss(latest, class_names)
+    iou = [values.get(name) for name in (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU)]
+    if iou[0] is not None and iou[1] is not None:
+        values[Metric.GAP] = iou[0] - iou[1]
+    before = _iou_and_loss(baseline, class_names).get(Metric.SOURCE_VAL_IOU)
+    if before is not None and iou[0] is not None:
+        values[Metric.SOURCE_DROP] = before - iou[0]
     return values
 
 
-def metrics_to_choose_by(class_names: Sequence[str]) -> list[str]:
-    """Return the metrics by which a checkpoint or a trial can be chosen if both domains have labeled images."""
-    known = [Metric.GAP, Metric.SOURCE_DROP]
-    for domain in DOMAINS:
-        name = SetName(domain, "val")
-        known += [Metric.iou(name), Metric.val_loss(domain)]
-        known += [Metric.class_iou(name, label) for label in labels_in_store(class_names).values()]
+def _iou_and_loss(scores: Mapping[str, Scores], class_names: Sequence[str]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for role in DOMAINS:
+        own = {one: found for name, found in scores.items() if (one := OneDomain.parse(name)).role == role}
+        if own:
+            sets = {SetName(role, "val", one.name): found for one, found in own.items()}
+            values |= metrics_of_sets(sets, class_names)
+            values[Metric.val_loss(role)] = mean_of(found.loss for found in own.values())
+    return values
+
+
+def metrics_to_choose_by(class_names: Sequence[str], domains: Iterable[OneDomain] = ()) -> list[str]:
+    """Return the metrics by which a checkpoint or a trial can be chosen if both domains have labeled images; `domains`: those
+    that the settings name, if there are several."""
+    known = [Metric.GAP, Metric.SOURCE_DROP, *(Metric.val_loss(role) for role in DOMAINS)]
+    for one in (*SOURCE_AND_TARGET, *(one for one in domains if one.name is not None)):
+        name = SetName(one.role, "val", one.name)
+        known += [Metric.iou(name), *(Metric.class_iou(name, label) for label in labels_in_store(class_names).values())]
     return known + list(SCORES)
 
 

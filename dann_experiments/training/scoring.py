@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.models.networks import logits_of_any_size, predicted_classes
 from dann_experiments.models.symmetries import mean_probabilities
 from dann_experiments.models.taps import evaluating
-from dann_experiments.names import Metric, Tta
+from dann_experiments.names import Metric, SetName, Tta
 from dann_experiments.scores.bnm import batch_nuclear_norm_from
 from dann_experiments.scores.confusion import count_pairs
 from dann_experiments.scores.entropy import mean_entropy_from
@@ -101,6 +102,33 @@ class Scores:
         for kind, found in (("precision", self.class_precision), ("recall", self.class_recall), ("f1", self.class_f1)):
             values |= {f"{kind}/{name}": scores.macro_mean(found)} | _by_class(kind, name, class_names, found)
         return values | {f"accuracy/{name}": self.accuracy}
+
+
+def metrics_of_sets(
+    scores: Mapping[SetName, Scores], class_names: Sequence[str], complete: bool = False
+) -> dict[str, float]:
+    """Return the metrics of each set (`Scores.metrics`, or `all_metrics` if `complete`).
+
+    For several domains also their means, so that each domain counts equally: iou/target_val is the mean of iou/target_val.NAME,
+    without domains in which a score is not defined.
+    """
+    values: dict[str, float] = {}
+    for whole in dict.fromkeys(name.whole for name in scores):
+        own = [
+            found.all_metrics(str(whole), class_names) if complete else found.metrics(str(whole), class_names)
+            for name, found in scores.items() if name.whole == whole
+        ]  # fmt: skip
+        values |= {key: mean_of(found[key] for found in own if key in found) for key in dict.fromkeys(chain(*own))}
+    for name, found in scores.items():
+        if name.member is not None:
+            values |= (found.all_metrics if complete else found.metrics)(str(name), class_names)
+    return values
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """Return the mean of the values that are not NaN; NaN if there is none."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def _by_class(kind: str, name: str, class_names: Sequence[str], values: np.ndarray) -> dict[str, float]:

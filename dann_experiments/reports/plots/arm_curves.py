@@ -22,13 +22,16 @@ Histories = Mapping[str, Sequence[Points]]
 
 
 @drawing()
-def arm_curves_figure(histories: Histories, limits: tuple[float, float, int], highest_lambda: float) -> Figure:
+def arm_curves_figure(
+    histories: Histories, limits: tuple[float, float, int], highest_lambda: float, domains: int = 2
+) -> Figure:
     """Draw the training curves of one arm: IoU of both domains, lambda, domain accuracy; mean thick, seeds thin.
 
     Arguments:
         histories: curves of the metrics `iou/source_val`, `iou/target_val`, `da/lambda`, `da/domain_acc`, `da/domain_acc_val`.
         limits: lowest and highest IoU point and last step of the axes, the same for all arms (`curve_limits`).
         highest_lambda: highest lambda of all arms, so that lambda = 0 is drawn at 0.
+        domains: number of classes of the domain classifier, whose chance level is drawn.
     """
     has_lambda = bool(histories.get(Metric.LAMBDA))
     has_accuracy = bool(histories.get(Metric.DOMAIN_ACCURACY) or histories.get(Metric.DOMAIN_ACCURACY_VAL))
@@ -51,11 +54,11 @@ def arm_curves_figure(histories: Histories, limits: tuple[float, float, int], hi
         axes[1].set(ylabel="lambda", ylim=(-0.05 * (highest_lambda or 1), 1.1 * (highest_lambda or 1)))
     if has_accuracy:
         axis = axes[-1]
-        axis.axhline(0.5, color=MUTED, linewidth=0.8, linestyle="--", zorder=1)
+        axis.axhline(1 / domains, color=MUTED, linewidth=0.8, linestyle="--", zorder=1)
         training = [smoothed(curve) for curve in histories.get(Metric.DOMAIN_ACCURACY, ())]
         _draw_seeds(axis, training, TEAL, "training batches")
         _draw_seeds(axis, histories.get(Metric.DOMAIN_ACCURACY_VAL, ()), PURPLE, "held-out images", marker="s")
-        axis.set(ylabel="domain accuracy", ylim=(0, 1.03), yticks=[0, 0.5, 1])
+        axis.set(ylabel="domain accuracy", ylim=(0, 1.03), yticks=[0, round(1 / domains, 2), 1])
         legend_above(axis)
     axes[-1].set_xlabel("optimizer step")
     for axis in axes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dann_experiments.names import SetName
+from dann_experiments.names import OneDomain, SetName
 from dann_experiments.reports.colors import DOMAIN_COLORS
 from dann_experiments.reports.plots.style import drawing, legend_above, new_figure, save, text_width
 from dann_experiments.reports.tables import short
@@ -16,6 +16,7 @@ from dann_experiments.reports.tables import short
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LINES = ("-", "--", "-.", ":")  # of the domains that the source or target has
 SPLIT_SHADES = {"train": 1.0, "train_labelled": 0.8, "val": 0.6, "test": 0.3}
 
 
@@ -30,7 +31,7 @@ def draw_domains(
 
     Arguments:
         class_pixels: set, as in "source_train" -> (K,) pixels per class.
-        values: "source" and "target" -> (B, n) values as stored in the files.
+        values: domain, "source", "target" or "target.NAME" -> (B, n) values as stored in the files.
     """
     bands = max(len(found) for found in values.values())
     columns = min(bands, 4)
@@ -48,10 +49,13 @@ def draw_domains(
     for band in range(bands):
         axis = figure.add_subplot(below[band // columns, band % columns])
         edges = _histogram_edges(np.concatenate([found[band] for found in values.values()])).tolist()
-        for domain, found in values.items():
+        for name, found in values.items():
             weights = np.full(len(found[band]), 1 / len(found[band]))
+            domain = OneDomain.parse(name)
+            number = [other for other in values if other.startswith(domain.role)].index(name)
             axis.hist(
-                found[band], edges, weights=weights, histtype="step", linewidth=1.4, color=DOMAIN_COLORS[domain], label=domain
+                found[band], edges, weights=weights, histtype="step", linewidth=1.4, color=DOMAIN_COLORS[domain.role],
+                linestyle=LINES[number % len(LINES)], label=domain.words,
             )  # fmt: skip
         axis.set_title(f"band {band + 1}", fontsize=9, loc="right")
         axis.set_yticks([])

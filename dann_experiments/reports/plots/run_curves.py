@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 @drawing()
-def draw_curves(path: Path, history: Mapping[str, Points], title: str) -> None:
-    """Draw IoU of both domains, domain accuracy and lambda over the optimizer step; `history`: metric -> [(step, value)]."""
+def draw_curves(path: Path, history: Mapping[str, Points], title: str, domains: int = len(DOMAINS)) -> None:
+    """Draw IoU of both domains, domain accuracy and lambda over the optimizer step; `history`: metric -> [(step, value)];
+    `domains`: number of classes of the domain classifier."""
     figure = new_figure(8, 6.5, (0.7, 0.2, 0.75, 0.5), hspace=0.18)
     above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
     for domain in DOMAINS:
@@ -26,8 +27,8 @@ def draw_curves(path: Path, history: Mapping[str, Points], title: str) -> None:
     above.set_ylabel("mean IoU")
     _plot(middle, history, Metric.DOMAIN_ACCURACY, TEAL, smooth=True)
     _plot(middle, history, Metric.DOMAIN_ACCURACY_VAL, PURPLE, marker="o")
-    middle.axhline(0.5, color=MUTED, linewidth=0.8, linestyle="--")
-    middle.text(0, 0.44, "0.5: domains confused", fontsize=7, color=MUTED)
+    middle.axhline(1 / domains, color=MUTED, linewidth=0.8, linestyle="--")
+    middle.text(0, 1 / domains - 0.06, f"{1 / domains:.2g}: domains confused", fontsize=7, color=MUTED)
     middle.set_ylim(0, 1.02)
     middle.set_ylabel("domain accuracy")
     _plot(below, history, Metric.LAMBDA, YELLOW)
