@@ -176,6 +176,7 @@ class Tag:
     BATCHNORM = "dann.batchnorm"
     TARGET_LABELS = "dann.target_labels"
     CLASS_WEIGHTS = "dann.class_weights"
+    COMPANIONS = "dann.companions"
     TTA = "dann.tta"
     MODEL = "dann.model"
     NETWORK_FROM = "dann.network_from"
@@ -225,6 +226,7 @@ class Metric:
     LEARNING_RATE = "lr/"
     EPOCH_SECONDS = "time/epoch_seconds"
     BAD_STEPS = "bad_steps"
+    PART = "da_part/"
 
     @staticmethod
     def iou(name: SetName | str) -> str:
@@ -282,6 +284,7 @@ METRICS = (
         (Metric.SEGMENTATION_LOSS, Metric.ADAPTATION_LOSS, Metric.TOTAL_LOSS),
         "training losses per step: of the [segmentation](docs/losses.md), the method's own, and their weighted sum",
     ),
+    (("da_part/NAME",), "the loss of each [companion](docs/companions.md) before its weight"),
     (("loss/val_source", "loss/val_target"), "mean cross-entropy on the validation sets"),
     (("lr/*", "time/*"), "learning rates; seconds per epoch"),
     (

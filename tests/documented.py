@@ -283,6 +283,10 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     ("recipes/digits_domains.yaml", "header"): {
         "mlflow run . -e adapt --env-manager local -P config=recipes/digits_domains.yaml": digits_by_mlflow(),
     },
+    ("docs/companions.md", "Companions: losses on the target beside DANN"): {
+        'python -m dann_experiments adapt --config mine.yaml --domain_adaptation.companions "[entropy, '
+        '{name: self_training, threshold: 0.9}]"': Example("squares"),
+    },
     ("docs/few-labels.md", "A few target labels"): {
         'python -m dann_experiments adapt --config mine.yaml --data.target.train_labelled "[target_few]"'
         " --data.target.labelled_batch_size 4": Example(

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dann_experiments.adaptation.companions.companion import Companion, WithCompanions
+from dann_experiments.adaptation.companions.entropy import EntropyMinimization, MaximumSquares
+from dann_experiments.adaptation.companions.self_training import SelfTraining
 from dann_experiments.adaptation.dann import DANNMethod, LambdaZero, SourceOnly
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.adaptation.own_class import find_class
 from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler, LinearScheduler
+from dann_experiments.config.companions import CompanionTerm
 from dann_experiments.config.errors import InputError
 
 METHODS: dict[str, type[DomainAdaptationMethod]] = {
     "dann": DANNMethod,
     "lambda_zero": LambdaZero,
     "source_only": SourceOnly,
+}
+COMPANIONS: dict[str, type[EntropyMinimization | MaximumSquares | SelfTraining]] = {
+    one.name: one for one in (EntropyMinimization, MaximumSquares, SelfTraining)
 }
 
 
@@ -31,12 +38,16 @@ def build_method(
     channels: Mapping[str, int],
     given_channels: int | Sequence[int] | None,
     schedule: LambdaScheduler,
+    companions: Sequence[Companion] = (),
     **arguments: Any,
 ) -> DomainAdaptationMethod:
-    """Return a built-in method.
+    """Return a built-in method, with companions if there are any.
 
     `channels`: layer -> channels, as read from the network. Raises InputError if `given_channels` is not None and differs.
     """
+    if companions:
+        method = build_method(name, feature_layer, channels, given_channels, schedule, **arguments)
+        return WithCompanions(method, companions)
     if name == "source_only":
         return SourceOnly()
     actual = [channels[layer] for layer in feature_layer]
@@ -47,8 +58,14 @@ def build_method(
                 f"domain_adaptation.method.in_channels is {given_channels}, but {list(feature_layer)} has {actual} "
                 f"channels; give {actual[0] if len(actual) == 1 else actual}, or null to read it from the network."
             )
-    method = METHODS[name]
-    return method(list(feature_layer), actual, lambda_schedule=schedule, **arguments)  # pyright: ignore[reportCallIssue]
+    return METHODS[name](list(feature_layer), actual, lambda_schedule=schedule, **arguments)  # pyright: ignore[reportCallIssue]
+
+
+def build_companion(term: CompanionTerm, seed: int, ignore_index: int) -> Companion:
+    """Return the companion of a term of the settings; `seed` is that of its random draws."""
+    if term.name == "self_training":
+        return SelfTraining(term.weight, term.ramp, term.threshold, term.ema_decay, seed, ignore_index)
+    return COMPANIONS[term.name](term.weight, term.ramp)
 
 
 def load_own_method(

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from dann_experiments.adaptation.domain_classifier import SOURCE, TARGET, DomainClassifier, Kind
 from dann_experiments.adaptation.gradient_reversal import GradientReversal
-from dann_experiments.adaptation.method import DomainAdaptationMethod, MethodLoss, Progress, StepOutputs
+from dann_experiments.adaptation.method import (
+    OUTPUT_LAYER,
+    DomainAdaptationMethod,
+    MethodLoss,
+    Progress,
+    StepOutputs,
+)
 from dann_experiments.adaptation.schedules import ConstantScheduler, DANNScheduler, LambdaScheduler
 from dann_experiments.names import Metric
-
-OUTPUT_LAYER = "segmentation_head"  # where features are class logits
 
 
 class DANNMethod(DomainAdaptationMethod):

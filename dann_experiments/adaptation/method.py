@@ -6,11 +6,16 @@ Letters: S source and T target images, K classes, C channels, H x W positions of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
+
+OUTPUT_LAYER = "segmentation_head"  # where features are class logits
+Need = Literal["target_logits", "images"]
+"""What a method may ask for beside features: the network's output for target images; the images themselves and further forward
+passes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,26 @@ class StepOutputs:
     """(S,), label of each source image's domain, if the settings name several domains; labels count from 0, sources first."""
     target_domains: Tensor | None = None
     """(T,), the same of the target images."""
+    given_images: tuple[Tensor, Tensor] | None = None
+    """For a method that needs "images": source (S, B, h, w) and target (T, B, h, w), normalized."""
+    given_forward: Callable[[Tensor], Tensor] | None = None
+    """For the same: runs the network in training mode on images (N, B, h, w) and returns logits (N, K, h, w)."""
+
+    @property
+    def target_logits(self) -> Tensor:
+        """(T, K, h, w), for a method that needs "target_logits"."""
+        return self.target_features[OUTPUT_LAYER]
+
+    @property
+    def images(self) -> tuple[Tensor, Tensor]:
+        """The images of both domains, for a method that needs "images"."""
+        assert self.given_images is not None, 'the method must name "images" in `needs`'
+        return self.given_images
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of further images, on a graph that reaches the network, for a method that needs "images"."""
+        assert self.given_forward is not None, 'the method must name "images" in `needs`'
+        return self.given_forward(images)
 
 
 @dataclass(frozen=True)
@@ -62,6 +87,8 @@ class MethodLoss:
     """Effective weight of the loss for the encoder; loss/train_total is logged as L_seg + weight * value."""
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
     """Further metrics to log in this step, by full name such as da/domain_acc."""
+    added: Tensor | None = None
+    """Weighted losses of companions, detached: part of `differentiated` and of loss/train_total."""
 
 
 class DomainAdaptationMethod(nn.Module, ABC):
@@ -73,8 +100,21 @@ class DomainAdaptationMethod(nn.Module, ABC):
 
     feature_layers: tuple[str, ...] = ()
     """Names of the layers whose features `loss` needs."""
+    needs: frozenset[Need] = frozenset()
+    """What `loss` needs beside features; what no method needs is not computed. A layer `segmentation_head` in `feature_layers`
+    comes with "target_logits"."""
     uses_target: bool = True
     """If False, target images are not forwarded."""
+
+    @property
+    def aligned_layers(self) -> tuple[str, ...]:
+        """Those of `feature_layers` at which the domains are to become alike."""
+        return self.feature_layers
+
+    def prepare(self, batch: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Return the training batch, {"source": {"image", "mask"}, "target": {"image"}}, as it shall be forwarded; by default, as
+        it is. Images are normalized, (N, B, h, w)."""
+        return batch
 
     @abstractmethod
     def loss(self, outputs: StepOutputs, progress: Progress) -> MethodLoss:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from dann_experiments.config.companions import CompanionTerm
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import above, at_least, between, matching
 
@@ -105,6 +106,9 @@ class DomainAdaptationConfig:
     forward pass of both domains up to the tapped layer, with the statistics of the mixture; source_only: like separate, but
     target images do not update the running statistics; target_stats: like separate, but validation, tests and the saved model
     use the statistics of the target's training images (AdaBN, Li et al. 2018), also in `evaluate`."""
+    companions: list[CompanionTerm] = field(default_factory=list)
+    """Losses on target images beside that of the method, also in its lambda = 0 control: names (entropy, maximum_squares,
+    self_training), or mappings such as {name: self_training, weight: 1} (docs/companions.md)."""
     pretrained_checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
@@ -114,6 +118,14 @@ class DomainAdaptationConfig:
 
     def check(self, prefix: str) -> None:
         """Raise InputError if the method needs a layer that is not captured."""
+        names = [term.name for term in self.companions]
+        if len(set(names)) < len(names):
+            raise InputError(f"{prefix}companions is {names}; name each once.")
+        if names and self.method.class_path is not None:
+            raise InputError(
+                f"{prefix}companions go with the methods dann, lambda_zero and source_only; leave them out with "
+                f"{prefix}method.class_path, or compute their losses in your class."
+            )
         missing = [layer for layer in self.method.layers if layer not in self.layers]
         if missing:
             raise InputError(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import above, at_least, fraction_below
@@ -54,42 +51,3 @@ class LossTerm:
             )
         if self.alpha == 0 and self.beta == 0:
             raise InputError(f"{prefix}alpha and {prefix}beta are both 0, which makes every loss 0; raise one.")
-
-
-KEYS = tuple(field.name for field in dataclasses.fields(LossTerm))
-
-
-def with_whole_terms(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return nested settings as read, with each term of `loss` as a mapping: a name stands for a term with its defaults.
-
-    Raises InputError for a `loss` that is neither a name nor a list of terms, and for an unknown name or key in a term.
-
-    >>> with_whole_terms({"loss": ["cross_entropy", "dice"]})
-    {'loss': [{'name': 'cross_entropy'}, {'name': 'dice'}]}
-    """
-    given = settings.get("loss")
-    if given is None:
-        return settings
-    terms = given if isinstance(given, list) else [given]
-    return settings | {"loss": [_whole(term, f"loss[{number}]") for number, term in enumerate(terms)]}
-
-
-def _whole(term: Any, key: str) -> Any:
-    if isinstance(term, LossTerm):
-        return {name: value for name, value in dataclasses.asdict(term).items() if value is not None}
-    mapping: Any = {"name": term} if isinstance(term, str) else term
-    if not isinstance(mapping, Mapping):
-        raise InputError(f"{key} is {term!r}; give a name, or a mapping such as {{name: dice, weight: 1}}.")
-    for name in mapping:
-        if name not in KEYS:
-            near = difflib.get_close_matches(str(name), KEYS, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{key} has the key {name!r}; a term takes {', '.join(KEYS)}{meant}")
-    name = mapping.get("name", LossTerm.name)
-    if name not in NAMES:
-        near = difflib.get_close_matches(str(name), NAMES, n=1)
-        raise InputError(
-            f"{key}.name is {name!r}; it is one of {', '.join(NAMES)}"
-            + (f"; did you mean {near[0]!r}?" if near else ".")
-        )
-    return dict(mapping)

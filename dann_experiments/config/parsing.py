@@ -19,11 +19,11 @@ from dann_experiments.config.description import plain_values, type_name
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.label_keys import check_label_keys
 from dann_experiments.config.limits import settings_of
-from dann_experiments.config.loss import LossTerm, with_whole_terms
 from dann_experiments.config.paths import local_path
 from dann_experiments.config.recipes import settings_file
 from dann_experiments.config.schema import Config
 from dann_experiments.config.target_dialect import translate
+from dann_experiments.config.terms import TERMS, with_whole_terms
 from dann_experiments.config.yaml_loader import MOST_LETTERS, MOST_VALUES, YAML_ERRORS, PlainLoader, SameKey, values_in
 from dann_experiments.names import DOMAINS
 
@@ -307,9 +307,10 @@ def _parser(cls: type):
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     # otherwise jsonargparse would import X from any mapping {class_path: X} in the values
-    terms = f"{LossTerm.__module__}.{LossTerm.__qualname__}"  # jsonargparse builds the items of a list by their class's path
+    # jsonargparse builds the items of a list by their class's path
+    terms = [f"{kind.__module__}.{kind.__qualname__}" for kind in TERMS.values()]
     set_parsing_settings(
-        import_path_denylist=["*"], import_path_allowlist=[terms], instantiate_subclass_spec_in_any=False
+        import_path_denylist=["*"], import_path_allowlist=terms, instantiate_subclass_spec_in_any=False
     )
     parser = ArgumentParser(exit_on_error=False, prog="settings", usage="")
     parser.add_class_arguments(cls, nested_key=None)

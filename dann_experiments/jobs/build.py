@@ -16,8 +16,14 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
-from dann_experiments.adaptation.build import build_method, build_schedule, load_own_method
-from dann_experiments.adaptation.method import DomainAdaptationMethod
+from dann_experiments.adaptation.build import (
+    COMPANIONS,
+    build_companion,
+    build_method,
+    build_schedule,
+    load_own_method,
+)
+from dann_experiments.adaptation.method import OUTPUT_LAYER, DomainAdaptationMethod
 from dann_experiments.checkpoints.encoder_file import checked_file, encoder_weights, load_encoder
 from dann_experiments.checkpoints.files import WholeFiles
 from dann_experiments.config import Config, InputError
@@ -163,10 +169,13 @@ def make_taps(config: Config, network: nn.Module) -> list[Tap]:
         raise InputError(
             f"domain_adaptation.batchnorm is {batchnorm!r}, but this network has no BatchNorm; use separate."
         )
-    if config.domain_adaptation.method.name == "source_only" and config.domain_adaptation.method.class_path is None:
+    of_method, size = config.domain_adaptation.method, blank_size(config)
+    layers = [] if of_method.name == "source_only" and of_method.class_path is None else config.domain_adaptation.layers
+    if any("target_logits" in COMPANIONS[term.name].needs for term in config.domain_adaptation.companions):
+        layers = list(dict.fromkeys([*layers, OUTPUT_LAYER]))
+    if not layers:
         return []
-    size = blank_size(config)
-    taps = resolve_taps(network, config.domain_adaptation.layers, config.model.in_channels, size)
+    taps = resolve_taps(network, layers, config.model.in_channels, size)
     if batchnorm == "joint":
         check_joint([tap for tap in taps if tap.name in config.domain_adaptation.method.layers])
     return taps
@@ -204,6 +213,9 @@ def make_method(config: Config, taps: Sequence[Tap]) -> DomainAdaptationMethod:
         lambda_da=method.lambda_da,
         step_mode=method.step_mode,
         domains=len(config.data.domains),
+        companions=[
+            build_companion(term, config.seed, config.data.ignore_index) for term in config.domain_adaptation.companions
+        ],
     )
 
 

@@ -37,7 +37,8 @@ WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test", "t
 """Settings whose files data digests cover."""
 _OF_OPTIMIZERS = ("power", "factor", "patience", "warmup_steps", "lr_factors", "freeze", "freeze_epochs")
 LATER = (
-    "loss", "class_weights", "monitor.patience", "domain_adaptation.pretrained_checkpoint.source_prefix",
+    "loss", "class_weights", "monitor.patience", "domain_adaptation.companions",
+    "domain_adaptation.pretrained_checkpoint.source_prefix",
     *(f"trainer.{name}" for name in (
         "devices", "channels_last", "compile", "auto_batch_size", "accumulate_grad_batches", "ema_decay",
     )),
@@ -65,7 +66,8 @@ def run_name(job: str, config: Config, arm: str | None = None) -> str:
         return f"{job} {domain}{labels}"
     if arm is None:
         method = method_name(config)
-        arm = "source model" if job == Job.PRETRAIN else METHOD_WORDS.get(method, method)
+        companions = "".join(f" + {term.name.replace('_', ' ')}" for term in config.domain_adaptation.companions)
+        arm = "source model" if job == Job.PRETRAIN else METHOD_WORDS.get(method, method) + companions
     return f"{_brief(arm)} {domain}{'' if job in (Job.PRETRAIN, Job.EVALUATE) else labels} seed {config.seed}"
 
 

@@ -116,6 +116,8 @@ def tracked_training(
         labelled = parts.sets.get(TARGET_LABELLED)
         if labelled is not None:
             run.set_tags({Tag.TARGET_LABELS: len(labelled.samples)})
+        if config.domain_adaptation.companions and job == Job.ADAPT:
+            run.set_tags({Tag.COMPANIONS: ", ".join(term.name for term in config.domain_adaptation.companions)})
         weights = class_weights_of(config, parts.sets)
         if weights is not None:
             shown = ", ".join(f"{name} {one:.4g}" for name, one in zip(config.class_names, weights, strict=True))
@@ -186,7 +188,7 @@ def train(
     loaders = make_loaders(config, sets)
     alignment = None
     if not pretraining:
-        used = [tap for tap in parts.taps if tap.name in parts.method.feature_layers]
+        used = [tap for tap in parts.taps if tap.name in parts.method.aligned_layers]
         adversary = config.domain_adaptation.method.name != "lambda_zero"
         probed = probe_loaders(loaders) if config.monitor.probe else None
         alignment = Alignment(

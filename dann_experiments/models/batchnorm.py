@@ -88,6 +88,16 @@ def _by_domain(kind: Any) -> Any:
     return ByDomain
 
 
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[nn.Module]:
+    """Let every BatchNorm normalize with the statistics of the batch, and keep its running ones. All else is in eval mode,
+    without gradients; modes are restored afterwards."""
+    with evaluating(network), statistics_kept(network):
+        for layer in _layers(network):
+            layer.training = True
+        yield network
+
+
 def target_statistics(
     network: nn.Module, loader: Iterable[Mapping[str, Tensor]], most_images: int = MOST_IMAGES
 ) -> None:
@@ -119,9 +129,7 @@ def target_statistics(
     handles = [layer.register_forward_pre_hook(record) for layer in seen]
     images_done = 0
     try:
-        with evaluating(network), statistics_kept(network):
-            for layer in seen:
-                layer.training = True
+        with batch_statistics(network):
             for batch in loader:
                 logits_of_any_size(network, batch["image"].to(device))
                 images_done += len(batch["image"])

@@ -28,7 +28,7 @@ def largest_factor(fits: Callable[[int], bool], most: int) -> int:
 
 def domains_of_a_step(method: DomainAdaptationMethod, taps: Sequence[Tap]) -> Sequence[Domain]:
     """Return the domains whose images a training step uses: source only if the method does not use the target."""
-    return DOMAINS if method.uses_target and taps else ("source",)
+    return DOMAINS if method.uses_target and (taps or method.needs) else ("source",)
 
 
 def fits_on_gpu(step_fits: Callable[[], bool]) -> bool:

@@ -113,6 +113,7 @@ class AdaptationModule(pl.LightningModule):
         return Progress(self.trainer.current_epoch, max_epochs, self.trainer.global_step, total_steps)
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
+        batch = self.method.prepare(batch)
         outputs = self.step_outputs(batch)
         segmentation, terms = self.segmentation(*self._supervised(outputs, batch.get("labelled")))
         share = self.method.loss(outputs, self.progress())
@@ -125,6 +126,8 @@ class AdaptationModule(pl.LightningModule):
         if share.value is not None:
             metrics[Metric.ADAPTATION_LOSS] = share.value
             metrics[Metric.TOTAL_LOSS] = segmentation.detach() + share.weight * share.value
+        if share.added is not None:
+            metrics[Metric.TOTAL_LOSS] = metrics[Metric.TOTAL_LOSS] + share.added
         total = segmentation if share.differentiated is None else segmentation + share.differentiated
         losses = StepLosses(total.detach(), _loss_parts(terms, share, self.method), share.weight)
         self._of_step.append((metrics | dict(share.metrics), losses))
@@ -168,10 +171,20 @@ class AdaptationModule(pl.LightningModule):
         else:
             logits, source_features = forward_with_taps(self.network, images, self.taps)
         valid = (labels != self.ignore_index).to(images.dtype)
-        target_valid = batch["target"].get("valid") if target_features else None
-        of_source = batch["source"].get("domain")
-        of_target = batch["target"].get("domain") if target_features else None
-        return StepOutputs(logits, labels, valid, source_features, target_features, target_valid, of_source, of_target)
+        target = batch["target"] if self.method.uses_target and "target" in batch else {}
+        given = {}
+        if "images" in self.method.needs:
+            both = (images, target["image"].to(memory_format=self.memory_format))
+            given = {"given_images": both, "given_forward": self._forward_more}
+        return StepOutputs(
+            logits, labels, valid, source_features, target_features, target.get("valid"), batch["source"].get("domain"),
+            target.get("domain"), **given,
+        )  # fmt: skip
+
+    def _forward_more(self, images: Tensor) -> Tensor:
+        """Return the logits of further images; with `batchnorm` source_only they do not update running statistics."""
+        with statistics_kept(self.network) if self.batchnorm == "source_only" else nullcontext():
+            return self.network(images.to(memory_format=self.memory_format))
 
     def on_validation_start(self) -> None:
         self._may_have_compiled = has_compiled(self.network)
@@ -255,7 +268,12 @@ def _loss_parts(
         "the segmentation loss" if len(terms) == 1 else f"the segmentation loss {name}": term.detach()
         for name, term in terms.items()
     }
-    if share.differentiated is not None:
+    if share.added is not None:
+        names = [name for name in share.metrics if name.count("/") == 1 and name.startswith(Metric.PART)]
+        parts |= {f"the companion {name.removeprefix(Metric.PART)}": share.metrics[name] for name in names}
+        if share.value is not None:
+            parts[f"the domain loss of {', '.join(method.aligned_layers)}"] = share.value
+    elif share.differentiated is not None:
         of_layers = {
             f"the domain loss of {layer}": share.metrics[f"da_layer/{layer}/domain_loss"]
             for layer in method.feature_layers

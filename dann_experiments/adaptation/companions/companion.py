@@ -1,0 +1,105 @@
+"""The interface of companions, and the method that combines them with another one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dann_experiments.adaptation.method import (
+    OUTPUT_LAYER,
+    DomainAdaptationMethod,
+    MethodLoss,
+    Need,
+    Progress,
+    StepOutputs,
+)
+from dann_experiments.names import Metric
+
+
+class Companion(nn.Module, ABC):
+    """A loss on the target beside that of a method.
+
+    `weight`: its factor; `ramp`: share of the training (0..1) in which the factor rises linearly from 0 to `weight`. Keep state
+    between steps in parameters, buffers or `get_extra_state`, so that a resumed run restores it.
+    """
+
+    name: str
+    """Its name in settings and metrics."""
+    needs: frozenset[Need] = frozenset()
+    """What `loss` needs of `StepOutputs`."""
+
+    def __init__(self, weight: float, ramp: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self.ramp = weight, ramp
+
+    @abstractmethod
+    def loss(self, outputs: StepOutputs, progress: Progress) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """Return the loss of one step before its weight, a scalar, and further metrics by their full names."""
+
+    def weight_at(self, progress: Progress) -> float:
+        """Return the factor of this step."""
+        return self.weight * (min(progress.fraction / self.ramp, 1.0) if self.ramp > 0 else 1.0)
+
+    def on_train_start(self, network: nn.Module) -> None:
+        """Called once before the first step; in a resumed run, before the checkpoint's state is loaded."""
+
+
+class WithCompanions(DomainAdaptationMethod):
+    """A method whose loss gets those of its companions added: L_method + sum of weight * L_companion.
+
+    The method's own loss, classifiers and metrics are unchanged, so that DANN with companions and its lambda = 0 control with the
+    same companions differ in the adversary alone.
+    """
+
+    def __init__(self, method: DomainAdaptationMethod, companions: Sequence[Companion]) -> None:
+        super().__init__()
+        self.method = method
+        self.companions = nn.ModuleList(companions)
+        self.needs = method.needs.union(*(one.needs for one in companions))
+        self.uses_target = True
+        more = (OUTPUT_LAYER,) if "target_logits" in self.needs else ()
+        self.feature_layers = tuple(dict.fromkeys((*method.feature_layers, *more)))
+
+    @property
+    def aligned_layers(self) -> tuple[str, ...]:
+        """Those of the method."""
+        return self.method.aligned_layers
+
+    def loss(self, outputs: StepOutputs, progress: Progress) -> MethodLoss:
+        share = self.method.loss(outputs, progress)
+        terms = [] if share.differentiated is None else [share.differentiated]
+        metrics, added = dict(share.metrics), []
+        for companion in self.companions:
+            assert isinstance(companion, Companion)
+            value, more = companion.loss(outputs, progress)
+            weighted = companion.weight_at(progress) * value
+            terms.append(weighted)
+            added.append(weighted.detach())
+            metrics |= {f"{Metric.PART}{companion.name}": value.detach(), **more}
+        return MethodLoss(sum(terms[1:], start=terms[0]), share.value, share.weight, metrics, torch.stack(added).sum())
+
+    def domain_hits(self, features: Mapping[str, Tensor], domain: int, valid: Tensor | None) -> Mapping[str, Tensor]:
+        """Return those of the method."""
+        return self.method.domain_hits(features, domain, valid)
+
+    def prepare(self, batch: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Return the batch as the method changes it."""
+        return self.method.prepare(batch)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Return those of the method; companions have no parameters to train."""
+        return self.method.param_groups()
+
+    def on_train_start(self, network: nn.Module) -> None:
+        for part in (self.method, *self.companions):
+            part.on_train_start(network)  # pyright: ignore[reportCallIssue]
+
+    def on_epoch_start(self, progress: Progress) -> None:
+        self.method.on_epoch_start(progress)
+
+    def on_train_end(self, network: nn.Module) -> None:
+        self.method.on_train_end(network)
