@@ -15,7 +15,7 @@ from typing import Any
 
 from dann_experiments.command_line import Command, Option, Program, Request, quiet_libraries
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, load_config
-from dann_experiments.config.comparison import CompareConfig
+from dann_experiments.config.comparison import NAMED_ARMS, CompareConfig
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.recipes import load_or_default, report_default
@@ -132,7 +132,10 @@ def _compare(request: Request) -> int:
             raise InputError(
                 f"--runs is {' '.join(request.options['runs'])!r}, without an id; give ids of finished runs."
             )
-    settings = load_settings(CompareConfig, request.options.get("arms"), own)
+    file = request.options.get("arms")
+    if file is not None and file in NAMED_ARMS:
+        own["arms"], file = {name: dict(arm) for name, arm in NAMED_ARMS[file].items()}, None
+    settings = load_settings(CompareConfig, file, own)
     config = _config(request, but=keys)
     if settings.runs:
         idle = [key for key in (*own, *request.overrides(keys)) if not key.startswith(("runs", "threads", "tracking."))]
@@ -250,7 +253,7 @@ COMMANDS = {
         "did adaptation help? source only, control, DANN and oracle over several seeds; a verdict and a report",
         options={
             "config": CONFIG,
-            "arms": Option("YAML file of arms (and seeds); default: the usual five", "FILE"),
+            "arms": Option("YAML file of arms (and seeds), or ladder; default: the usual five", "FILE"),
             "runs": Option("compare these finished runs, without training anything", "ID", many=True),
         },
         settings={"settings of the comparison (in the file of arms, or as --key value)": CompareConfig, **SETTINGS},

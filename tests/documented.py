@@ -287,6 +287,11 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         'python -m dann_experiments adapt --config mine.yaml --domain_adaptation.companions "[entropy, '
         '{name: self_training, threshold: 0.9}]"': Example("squares"),
     },
+    ("docs/companions.md", "The ladder: which rung helps on your pair?"): {
+        "python -m dann_experiments compare --config mine.yaml --arms ladder --seeds 5": Example(
+            "squares", instead={"seeds": "1"}, slow=True
+        ),
+    },
     ("docs/few-labels.md", "A few target labels"): {
         'python -m dann_experiments adapt --config mine.yaml --data.target.train_labelled "[target_few]"'
         " --data.target.labelled_batch_size 4": Example(

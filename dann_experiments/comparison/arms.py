@@ -12,7 +12,7 @@ import torch
 
 from dann_experiments.comparison.result import Arm
 from dann_experiments.config import Config, InputError, config_to_dict, replace
-from dann_experiments.config.comparison import ARM_NAMES, DEFAULT_ARMS, CompareConfig
+from dann_experiments.config.comparison import ARM_NAMES, DEFAULT_ARMS, NAMED_ARMS, CompareConfig
 from dann_experiments.config.data import OF_ALL_DOMAINS, DomainDataConfig
 from dann_experiments.config.parsing import known_keys
 from dann_experiments.jobs.build import find_data, make_method, make_taps, network_to_adapt
@@ -28,6 +28,7 @@ JOBS = {
 SOURCE_ONLY = ARM_NAMES["source_only"]
 NO_CONTROL = "There is no lambda = 0 control, without which a gain cannot be attributed to adaptation."
 ADVERSARY = ("domain_adaptation.method.", Key.FEATURE_LAYERS)
+COMPANIONS = "domain_adaptation.companions"
 SET_HERE = ("seed", "threads", "tracking.", Key.SOURCE_MODEL, Key.SOURCE_PREFIX, "data.oracle")
 """Settings that the comparison itself sets for all arms."""
 ALIKE = (
@@ -81,7 +82,7 @@ def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[st
             )
         _refuse_overrides(arm)
         if arm.kind == "oracle" and not config.data.oracle:
-            if settings.arms:
+            if settings.arms and settings.arms not in NAMED_ARMS.values():
                 raise InputError(f"arms.{arm.name} is an oracle, but data.oracle names no labeled target images.")
             notes.append("No oracle: data.oracle names no labeled training images of the target.")
             continue
@@ -122,6 +123,7 @@ def _refuse_overrides(arm: Arm) -> None:
 def _not_followed(arms: Sequence[Arm]) -> Iterator[str]:
     """Yield notes about adapted arms that differ from the control in more than the adversary."""
     control = next((arm.overrides for arm in arms if arm.kind == "control"), None)
+    with_companions: list[str] = []
     for arm in arms:
         if arm.kind == "adapted" and control is not None:
             more = [
@@ -129,11 +131,18 @@ def _not_followed(arms: Sequence[Arm]) -> Iterator[str]:
                 for key, value in arm.overrides.items()
                 if not key.startswith(ADVERSARY) and control.get(key) != value
             ]
-            if more:
+            if more == [COMPANIONS]:
+                with_companions.append(arm.name)
+            elif more:
                 yield (
                     f"{arm.name} differs from the control in more than the adversary ({', '.join(more)}): what it gains over the "
                     "control may be due to that."
                 )
+    if with_companions:
+        yield (
+            f"Other companions than the control: {', '.join(with_companions)}. What these arms gain over the control is not the "
+            "adversary's alone; the table of parts says which part adds what."
+        )
 
 
 def check_arms(cells: Sequence[Cell]) -> None:

@@ -17,6 +17,7 @@ import pandas as pd
 from dann_experiments.comparison.arms import NO_CONTROL, arms_of, cells_of, check_arms
 from dann_experiments.comparison.collect import PROBES, arms_of_runs, config_of, read_run, with_probe_of_the_start
 from dann_experiments.comparison.evidence import feature_clouds, panels
+from dann_experiments.comparison.parts import part_table
 from dann_experiments.comparison.report import draw_summary, write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison
 from dann_experiments.comparison.runner import Done, find_cells, run_cells, run_task
@@ -212,6 +213,9 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
     else:
         notes = [*notes, "No target labels: nothing can be judged; only the probe and the select/ scores are known."]
     notes = [*notes, *_doubts(runs, adapted)]
+    parts = part_table(arms, runs, scores) if metric else None
+    if parts is not None and len(set(parts["part"])) < 2:  # one part is what the verdicts speak of
+        parts = None
     pictured = _median_seed(scores, adapted, runs)
     shown = [arm for arm in arms if arm.kind in ("source_only", "control", "adapted")]
     run_of_arm = {arm.name: run.run_id for arm in shown for run in runs if (run.arm, run.seed) == (arm.name, pictured)}
@@ -224,6 +228,7 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
         ignore_index=config.data.ignore_index, verdicts=verdicts, metric=metric,
         panels=panels(config, store, run_of_arm), panel_seed=pictured, features=features, feature_layer=layer,
         selection=_selection(runs, adapted), domains=len(config.data.domains), notes=notes,
+        parts=parts,
     )  # fmt: skip
 
 
@@ -297,6 +302,8 @@ def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: 
     tables = run.folder / "tables"
     tables.mkdir(parents=True, exist_ok=True)
     table.to_csv(tables / "scores.csv", index=False, float_format="%.6f")
+    if comparison.parts is not None:
+        comparison.parts.to_csv(tables / "parts.csv", index=False, float_format="%.6f")
     rows = [
         {"arm": one.arm, "seed": one.seed, "run_id": one.run_id, "reused": one.reused,
          **{name: one.metrics[name] for name in (*TABLE_SCORES, *GAPS) if _has(one, name)}}

@@ -90,6 +90,8 @@ class Comparison:
     feature_layer: str = ""
     selection: pd.DataFrame | None = None
     """The table of `selection_quality.score_quality`: how well label-free scores choose."""
+    parts: pd.DataFrame | None = None
+    """The table of `parts.part_table`: what the adversary and each companion add; None without two arms to tell."""
     domains: int = 2
     """Number of classes of the domain classifier."""
     notes: Sequence[str] = ()

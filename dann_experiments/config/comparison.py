@@ -23,6 +23,19 @@ ARM_NAMES: Mapping[Kind, str] = {
 }
 DEFAULT_ARMS: Mapping[str, Mapping[str, Any]] = {name: {"kind": kind} for kind, name in ARM_NAMES.items()}
 
+_CONTROL = {"domain_adaptation.method.name": "lambda_zero"}
+NAMED_ARMS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "ladder": {
+        **{ARM_NAMES[kind]: {"kind": kind} for kind in ("source_only", "statistics", "control", "adapted")},
+        "entropy": {**_CONTROL, "domain_adaptation.companions": ["entropy"]},
+        "maximum squares": {**_CONTROL, "domain_adaptation.companions": ["maximum_squares"]},
+        "self-training": {**_CONTROL, "domain_adaptation.companions": ["self_training"]},
+        "DANN + self-training": {"domain_adaptation.companions": ["self_training"]},
+        ARM_NAMES["oracle"]: {"kind": "oracle"},
+    }
+}
+"""Sets of arms that have a name. ladder: from no adaptation to self-training, each rung beside the one without it."""
+
 MOST_SEEDS = 1000  # a larger number is probably meant as a seed
 
 
@@ -31,10 +44,10 @@ class CompareConfig(PoolSettings):
     """Did adaptation help? Arms over several seeds, judged against the source model and the lambda = 0 control."""
 
     arms: dict[str, dict[str, Any] | None] = field(default_factory=dict)
-    """Arms to compare, only in a YAML file, which the flag --arms names: name -> dotted settings in which the arm differs, and
-    `kind`: adapted (the default; it is judged), source_only (the source model as it is), statistics (that model with BatchNorm
-    statistics of the target, AdaBN), control (lambda = 0), oracle (trained on data.oracle). {} = source only, AdaBN, lambda = 0
-    control, DANN, and the oracle if data.oracle lists images."""
+    """Arms to compare, in a YAML file, which the flag --arms names (or `--arms ladder`, docs/companions.md): name -> dotted
+    settings in which the arm differs, and `kind`: adapted (the default; it is judged), source_only (the source model as it
+    is), statistics (that model with BatchNorm statistics of the target, AdaBN), control (lambda = 0), oracle (trained on
+    data.oracle). {} = source only, AdaBN, lambda = 0 control, DANN, and the oracle if data.oracle lists images."""
     seeds: int | list[int] = 5
     """Number of seeds, counted from `seed` (1 to 1000), or a list of seeds. A verdict needs at least 3; 5 are better."""
     labelled: list[int] = field(default_factory=list)

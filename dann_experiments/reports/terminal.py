@@ -109,11 +109,25 @@ def print_comparison(comparison: Any, table: pd.DataFrame) -> None:
     print_table(title, ["", *scores, "seeds"], [row(arm.name) for arm in comparison.arms])
     for verdict in comparison.verdicts:
         Console().print(f"[bold]{escape(f'{verdict.arm}: {verdict.outcome}.')}[/bold] {escape(verdict.reason)}")
+    if comparison.parts is not None:
+        print_parts(comparison.parts, comparison.metric)
     if comparison.selection is not None:
         print("\nTarget-free choice of an epoch, against iou/target_val (docs/selection.md):")
         print(comparison.selection.round(3).to_string(index=False))
     for note in comparison.notes:
         print(f"Note: {note}")
+
+
+def print_parts(parts: pd.DataFrame, metric: str) -> None:
+    """Print what each part adds: `parts` is the table of `comparison.parts.part_table`."""
+    rows = [
+        [row["part"], f"{row['arm']} - {row['without']}",
+         f"{cell(row['mean'], '+.1f', 100)} ({cell(row['low'], '+.1f', 100)} to {cell(row['high'], '+.1f', 100)})", str(row["n"])]
+        for row in parts.to_dict("records")
+    ]  # fmt: skip
+    print_table(
+        f"What each part adds: points of {metric}, mean (95 % interval)", ["part", "arms", "adds", "seeds"], rows
+    )
 
 
 def print_overview(
