@@ -394,3 +394,88 @@ def test_a_comparison_judges_the_mean_and_shows_each_domain(domains, workplace):
     page = (Path(str(result.artifacts)) / "report.html").read_text()
     assert "iou/target_val.north" in page
     assert "iou/target_val.south" in page
+
+
+# ---- faults that a trial found
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"north": {"train": ["target"], "val": ["target_val"]}, "south": {"train": ["gray"], "val": ["plain"]}},
+        {"north": {"train": ["target"], "val": ["plain"]}, "south": {"train": ["gray"], "val": ["gray_val"]}},
+        {"north": {"train": ["target"], "val": ["target_val"]}, "south": {"train": ["gray"]}},
+        {"north": {"train": ["target"]}, "south": {"train": ["gray"]}},
+    ],
+    ids=["the second without masks", "the first without masks", "the second without images", "none"],
+)
+def test_a_target_without_validation_labels_is_left_out_of_the_score(domains, pretrained_place, targets, tmp_path):
+    write_domain(tmp_path / "plain", 3, seed=11, masks=False)
+    targets = {
+        name: {**own, "val": [str(tmp_path / "plain") if one == "plain" else one for one in own.get("val", [])]}
+        for name, own in targets.items()
+    }
+    result = adapt(config_of(domains, data__target__domains=targets, trainer__max_epochs=1))
+    labelled = [name for name, own in targets.items() if own["val"] and "plain" not in own["val"][0]]
+    scored = [f"iou/target_val.{name}" for name in labelled]
+    assert sorted(name for name in result.metrics if name.startswith("iou/target_val.")) == sorted(scored)
+    assert ("iou/target_val" in result.metrics) == bool(labelled)
+    pictures = {path.name for path in (Path(str(result.artifacts)) / "figures").glob("predictions_target*")}
+    assert pictures == {"predictions_target.north.png", "predictions_target.south.png"}
+
+
+def test_a_score_of_a_domain_without_labels_cannot_be_chosen_by(domains, workplace):
+    named = {"north": {"train": ["target"], "val": ["target_val"]}, "south": {"train": ["gray"]}}
+    for metric in ("iou/target_val.south", "class_iou/target_val.south/square"):
+        config = config_of(domains, data__target__domains=named, monitor__metric=metric)
+        with pytest.raises(InputError, match=r"needs labeled images in data\.target\.domains\.south\.val"):
+            read_sets(config)
+    read_sets(config_of(domains, data__target__domains=named, monitor__metric="iou/target_val.north"))
+    with pytest.raises(InputError, match=r"did you mean 'iou/target_val\.south'\?"):
+        read_sets(config_of(domains, monitor__metric="iou/target_val.sout"))
+
+
+def test_a_note_names_the_targets_that_the_judged_score_does_not_cover(domains):
+    from dann_experiments.comparison.compare import _not_judged
+    from dann_experiments.comparison.result import ArmRun
+
+    run = ArmRun("DANN", 0, "", {"iou/target_test": 0.5, "iou/target_test.north": 0.5}, {}, {}, False)
+    (note,) = _not_judged(config_of(domains), "iou/target_test", [run])
+    assert note.startswith("iou/target_test is the mean over 1 of 2 target domains: south has no such images")
+    assert not list(_not_judged(config_of(domains), "", [run]))
+
+
+def test_labels_of_a_domain_replace_those_of_its_group(domains):
+    config = config_of(
+        domains, data__source__value_map={0: "ground", 7: "square"},
+        data__source__domains={"a": {"train": ["second"]}, "b": {"train": ["x"], "color_map": {"0,0,0": "ground"}}},
+    )  # fmt: skip
+    a, b = config.data.of_role("source").values()
+    assert a.value_map == {0: "ground", 7: "square"}
+    assert (b.value_map, b.color_map) == (None, {"0,0,0": "ground"})
+
+
+@pytest.mark.parametrize("name", [False, None])
+def test_names_that_yaml_reads_as_something_else_are_told(name):
+    with pytest.raises(
+        InputError, match=r"data\.source\.domains has the key .*; *write it in quotes|write it in quotes"
+    ):
+        load_config(None, {"data.source.domains": {name: {"train": ["x"]}}})
+
+
+def test_a_model_with_one_target_says_that_it_reads_another_like_it(domains, shared_runs, workplace, caplog):
+    from conftest import copy_store
+
+    copy_store(shared_runs.folder / "after_adapt" / "mlflow.db", workplace)
+    run_id = shared_runs.result("adapt").run_id
+    evaluate(config_of(domains, domain_adaptation__pretrained_checkpoint__path=f"runs:/{run_id}/model"))
+    assert "The model has one target, without a name: images of target.south are read" in caplog.text
+
+
+def test_tables_of_many_scores_stand_upright(capsys):
+    from dann_experiments.reports.terminal import print_scores
+
+    values = {f"iou/target_val.region_{number}": 0.1 * number for number in range(8)}
+    print_scores("title", {"before": values, "after": values})
+    lines = capsys.readouterr().out.splitlines()
+    assert any("iou/target_val.region_7" in line and "0.700" in line for line in lines)

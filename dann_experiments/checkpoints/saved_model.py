@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import shutil
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ BASIC_ARGUMENTS = ("encoder_name", "in_channels", "classes")
 NO_ARGUMENTS = ("_model_class", "encoder_weights", "activation")
 
 
+log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
 
@@ -91,6 +93,7 @@ def chosen_domain(wanted: str, known: Mapping[str, Found], where: str) -> Found:
         )
     role = wanted.partition(".")[0]
     if role in known:
+        log.warning("%s has one %s, without a name: images of %s are read like those.", where, role, wanted)
         return known[role]
     raise InputError(f"domain is {wanted!r}, but {where} knows how to read images of {sorted(known)} only.")
 

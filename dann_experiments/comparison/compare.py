@@ -212,7 +212,7 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
         verdicts = [judge(name, metric, scores[name], control, source, arms=len(adapted)) for name in adapted]
     else:
         notes = [*notes, "No target labels: nothing can be judged; only the probe and the select/ scores are known."]
-    notes = [*notes, *_doubts(runs, adapted)]
+    notes = [*notes, *_doubts(runs, adapted), *_not_judged(config, metric, runs)]
     parts = part_table(arms, runs, scores) if metric else None
     if parts is not None and len(set(parts["part"])) < 2:  # one part is what the verdicts speak of
         parts = None
@@ -230,6 +230,18 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
         selection=_selection(runs, adapted), domains=len(config.data.domains), notes=notes,
         parts=parts,
     )  # fmt: skip
+
+
+def _not_judged(config: Config, metric: str, runs: Sequence[ArmRun]) -> Iterator[str]:
+    """Yield a note about target domains that the judged score does not cover."""
+    names = [one.name for one in config.data.of_role("target") if one.name is not None]
+    missing = [name for name in names if not any(_has(run, f"{metric}.{name}") for run in runs)]
+    if metric and missing:
+        yield (
+            f"{metric} is the mean over {len(names) - len(missing)} of {len(names)} target domains: {' and '.join(missing)} "
+            f"{'has' if len(missing) == 1 else 'have'} no such images, so the verdict does not speak of "
+            f"{'it' if len(missing) == 1 else 'them'}."
+        )
 
 
 def _has(run: ArmRun, metric: str) -> bool:

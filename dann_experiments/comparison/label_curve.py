@@ -70,7 +70,8 @@ def compare_labels(config: Config, settings: CompareConfig) -> LabelCurve:
         (run.folder / "config.yaml").write_text(config_to_yaml(public))
         (run.folder / "tables").mkdir()
         table.to_csv(run.folder / TABLE, index=False, float_format="%.6f")
-        draw_label_curve(run.folder / FIGURE, table, title, next(iter(results.values())).comparison.metric)
+        metric = next(iter(results.values())).comparison.metric
+        draw_label_curve(run.folder / FIGURE, table, title, metric, bool(config.data.target.domains))
         pages = [link("figure", run_page(store.experiment_id, run.run_id, FIGURE))]
         pages += [
             link(f"{count} labels", run_page(store.experiment_id, result.run_id)) for count, result in results.items()

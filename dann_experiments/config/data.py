@@ -57,7 +57,7 @@ class DomainDataConfig:
     """Only for the target: a few training images with masks, whose labels join the segmentation loss of `adapt`, in DANN and in
     the control alike (docs/few-labels.md). They may be in train as well."""
     labelled_count: Annotated[int | None, at_least(0)] = None
-    """Number of images of train_labelled to use, the first ones; null = all."""
+    """Number of images of train_labelled to use, the first ones (of each domain, if there are several); null = all."""
     labelled_batch_size: Annotated[int, between(1, MOST_IMAGES)] = 4
     """Images of train_labelled per training step."""
     bands: Annotated[list[int] | None, *BANDS] = None
@@ -168,7 +168,11 @@ class DomainDataConfig:
 
     def named(self, name: str) -> DomainDataConfig:
         """Return the settings of one of `domains`: its own, and those of this group for the rest."""
-        return replace(self, **{"domains": {}, "name": None, **(self.domains[name] or {})})
+        own = self.domains[name] or {}
+        inherited: dict[str, Any] = {"domains": {}, "name": None}
+        if {"value_map", "color_map"} & set(own):  # labels of another kind replace those of the group
+            inherited |= {"value_map": None, "color_map": None}
+        return replace(self, **{**inherited, **own})
 
 
 @dataclass(frozen=True)

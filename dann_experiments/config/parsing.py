@@ -157,6 +157,10 @@ def _with_typed_domains(settings: dict[str, Any]) -> dict[str, Any]:
         typed: dict[str, Any] = {}
         for name, given in named.items():
             key = f"data.{role}.domains.{name}"
+            if isinstance(name, bool) or name is None:
+                raise InputError(
+                    f"data.{role}.domains has the key {name!r}, as YAML reads names such as no, yes and null; write it in quotes."
+                )
             if not isinstance(given, Mapping):
                 raise InputError(f"{key} is {_shown(given)}; give a mapping of the settings of this domain.")
             try:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.joined import Items, JoinedDataset
 from dann_experiments.data.samples import content_digest
-from dann_experiments.names import DOMAINS, SOURCE_AND_TARGET, SPLITS, Domain, OneDomain, SetName
+from dann_experiments.names import DOMAINS, SOURCE_AND_TARGET, SPLITS, Domain, OneDomain, SetName, Split
 
 MOST_STANDING_IN = 200  # cap on training images used for validation if no domain has a validation set
 
@@ -50,7 +50,14 @@ class ImageSets:
 
     def any_of(self, domain: OneDomain) -> SegmentationDataset | None:
         """Return the first existing of the domain's training, validation and test set."""
-        names = (SetName(domain.role, split, domain.name) for split in SPLITS)
+        return self._first(domain, SPLITS)
+
+    def shown(self, domain: OneDomain) -> SegmentationDataset | None:
+        """Return the domain's validation set, or else its training set, for pictures of its images."""
+        return self._first(domain, ("val", "train"))
+
+    def _first(self, domain: OneDomain, splits: Sequence[Split]) -> SegmentationDataset | None:
+        names = (SetName(domain.role, split, domain.name) for split in splits)
         return next((self.sets[name] for name in names if name in self.sets), None)
 
     def held_out(self, domain: OneDomain) -> SegmentationDataset | None:

@@ -19,8 +19,9 @@ from dann_experiments.data.windows import Piece
 class JoinedDataset(Dataset):
     """The items of several sets one after the other, each read by the rules of its own set.
 
-    An item is that of its set, with its "index" in the joined set, and "domain", the label (int64) of its domain. Items have
-    "valid" if any of the sets may lack data, so that they can be batched. `labels`: one per set.
+    An item is that of its set, with its "index" in the joined set, and "domain", the label (int64) of its domain. So that items
+    can be batched, they have "valid" if any of the sets may lack data, and "mask" only if all sets have masks. `labels`: one per
+    set.
     """
 
     def __init__(self, parts: Sequence[SegmentationDataset], labels: Sequence[int]) -> None:
@@ -29,6 +30,7 @@ class JoinedDataset(Dataset):
         for part in self.parts:
             part.may_lack_data = lacking
         self.labels = list(labels)
+        self._all_have_masks = self.has_masks
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -86,6 +88,8 @@ class JoinedDataset(Dataset):
         number = index[0] if isinstance(index, tuple) else index
         part, own = self._place(number)
         item = self.parts[part][(own, *index[1:]) if isinstance(index, tuple) else own]  # pyright: ignore
+        if not self._all_have_masks:
+            item.pop("mask", None)
         return {**item, "index": torch.tensor(number), "domain": torch.tensor(self.labels[part])}
 
     def _place(self, index: int) -> tuple[int, int]:

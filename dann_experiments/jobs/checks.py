@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Collection
 
@@ -40,6 +41,8 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
         for name, dataset in sets.sets.items():
             if name.split == "train":
                 _warn(range_of_some(dataset, name.one.key))
+    if len(config.data.domains) > len(DOMAINS):
+        log.info("%d domains: %s.", len(config.data.domains), ", ".join(map(str, config.data.domains)))
     map_remarks = remarks_on_label_maps(config)
     for text in map_remarks:
         log.warning("%s", text)
@@ -125,10 +128,11 @@ def check_labels(
 ) -> None:
     """Raise InputError if `key` = `metric` needs labels that do not exist. `labelled`: the sets with masks; `way_out`: the
     alternative, for the message."""
-    of_one = {name for name in labelled if name.member is not None and str(name) in metric.split("/")}
     for domain in DOMAINS:
         name = SetName(domain, "val")
-        if domain in metric and name not in labelled and not of_one:
+        of_one = next((part for part in metric.split("/") if part.startswith(f"{name}.")), None)
+        name = name if of_one is None else SetName.parse(of_one)
+        if domain in metric and name not in labelled:
             raise InputError(f"{key} is {metric!r}, which needs labeled images in {name.key}; add them, {way_out}.")
 
 
@@ -138,7 +142,9 @@ def _check_monitor(config: Config, labelled: Collection[SetName]) -> None:
         return
     known = metrics_to_choose_by(config.class_names, config.data.domains)
     if metric not in known:
-        raise InputError(f"monitor.metric is {metric!r}; it is one of {known}.")
+        near = difflib.get_close_matches(metric, known, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"monitor.metric is {metric!r}; it is one of {known}{meant or '.'}")
     if metric in SCORES and SOURCE_VAL not in labelled:
         raise InputError(
             f"monitor.metric is {metric!r}, which is measured when the source is validated; add labeled images in "

@@ -198,11 +198,16 @@ def _with_the_models_own(config: Config, notes: ModelNotes) -> Config:
     log.info(
         "The network (%s, %s), its classes%s are the model's own.",
         notes.arch, notes.arguments["encoder_name"],
-        f" and the normalization of {' and '.join(map(str, known))}" if known else "",
+        f" and the normalization of {', '.join(map(str, known))}" if known else "",
     )  # fmt: skip
     for domain in domains:
         if domain not in known:
             log.warning("The model does not record how %s images are normalized: the settings are used.", domain)
+    for one in known:
+        if one.name is not None and str(one) not in notes.readings:
+            log.warning(
+                "The model has one %s, without a name: images of %s are read and normalized like those.", one.role, one
+            )
     if notes.ignore_index not in (None, config.data.ignore_index):
         log.warning(
             "data.ignore_index is %d, but the model was trained with %d; pixels of %d are ignored here.",

@@ -61,7 +61,7 @@ def run_name(job: str, config: Config, arm: str | None = None) -> str:
     """
     domain = _brief(domain_name(config, "source" if job == Job.PRETRAIN and arm is None else "target"))
     count = config.data.target.labelled_count
-    labels = "" if count is None else f" {count} labels"
+    labels = "" if count is None else f" {count} labels{' per domain' if config.data.target.domains else ''}"
     if job in (Job.COMPARE, Job.CHECK_DATA):
         return f"{job} {domain}{labels}"
     if arm is None:

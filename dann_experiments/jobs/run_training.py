@@ -32,7 +32,7 @@ from dann_experiments.jobs.pictures import KEY, Album, PicturesByStep
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import CHECKPOINTS, SETTINGS, checkpoint_to_go_on_from, folder_of_runs
 from dann_experiments.models.taps import Tap
-from dann_experiments.names import DOMAINS, TARGET_LABELLED, Domain, Job, Metric, OneDomain, SetName, Split, Tag
+from dann_experiments.names import TARGET_LABELLED, Domain, Job, Metric, OneDomain, SetName, Split, Tag
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.reports.plots.predictions import draw_predictions
 from dann_experiments.reports.plots.run_curves import draw_curves
@@ -196,9 +196,7 @@ def train(
         )
     with other_ranks(config, sets, run.folder, pretraining, checkpoint) as ranks:
         curves = Curves()
-        pictures = {
-            domain: Album(sets.get(SetName(domain, "val")) or sets.get(SetName(domain, "train"))) for domain in DOMAINS
-        }
+        pictures = {str(one): Album(sets.shown(one)) for one in config.data.domains}
         if config.tracking.images:
             callbacks = [PicturesByStep(pictures, config.model.classes, Pictures(run, KEY)), *callbacks]
         loop = make_loop(
@@ -346,7 +344,8 @@ def _write_results(
     for domain, album in pictures.items():
         if album.images:
             path = figures / f"predictions_{domain}.png"
-            draw_predictions(path, album.images, album.truth, album.predictions, names, f"{domain} images")
+            title = f"{OneDomain.parse(domain).words} images"
+            draw_predictions(path, album.images, album.truth, album.predictions, names, title)
     for name, scores in outcome.after.items():
         title = f"{name.words}: mean IoU {scores.iou:.3f}"
         draw_confusion(figures / f"confusion_{name}.png", scores.confusion, names, title)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dann_experiments.names import Metric
+from dann_experiments.names import Metric, SetName
 from dann_experiments.tracking.saved_views import address
 from dann_experiments.tracking.store import TRAINING_PAGES, without_secrets
 
@@ -59,9 +59,16 @@ def cell(value: float | None, form: str = ".3f", factor: float = 1) -> str:
     return "" if value is None or value != value else f"{factor * value:{form}}"
 
 
+MOST_COLUMNS = 5  # of scores in a table; more would be broken on a terminal of 80 characters
+
+
 def print_scores(title: str, rows: Mapping[str, Scores]) -> None:
     """Print the IoUs of a run, one row per label; rows without metrics are left out."""
     names = list(dict.fromkeys(name for scores in rows.values() for name in scores if name.startswith(Metric.IOU)))
+    if len(names) > MOST_COLUMNS:
+        whens = [label for label, scores in rows.items() if scores]
+        print_table(title, ["", *whens], ([name, *(cell(rows[when].get(name)) for when in whens)] for name in names))
+        return
     print_table(
         title,
         ["", *names],
@@ -73,7 +80,8 @@ def print_label_curve(curve: Any) -> None:
     """Print the scores of each arm by the number of labeled target images, and where the figure is."""
     rows = []
     for row in curve.table.to_dict("records"):
-        score = f"{cell(row['mean'], '.1f', 100)} ± {cell(row['std'], '.1f', 100)}"
+        spread = cell(row["std"], ".1f", 100)
+        score = cell(row["mean"], ".1f", 100) + (f" ± {spread}" if spread else "")
         rows.append([str(row["labels"]), row["arm"], score, str(row["n"]), row["verdict"]])
     title = f"{curve.table['metric'].iloc[0]} in points by labeled target images, mean ± standard deviation"
     print_table(title, ["labels", "arm", "score", "seeds", "verdict"], rows)
@@ -154,8 +162,17 @@ def print_overview(
 
 def print_data_report(report: Any) -> int:
     """Print the report of `check_data`. Return the exit code: 2 if there are problems, else 0."""
-    tables = (("sets (class shares of labeled pixels)", report.counts.T), ("bands, as stored", report.bands))
-    for title, frame in tables:
+    sets = report.counts.T
+    of_domains: dict[str, list[str]] = {}
+    for name in sets.columns:  # a table for each domain, if one for all would be too wide
+        of_domains.setdefault(SetName.parse(name).one.words if len(sets.columns) > MOST_COLUMNS + 1 else "", []).append(
+            name
+        )
+    tables = [
+        (f"sets{f' of {words}' * bool(words)} (class shares of labeled pixels)", sets[names].dropna(how="all"))
+        for words, names in of_domains.items()
+    ]
+    for title, frame in [*tables, ("bands, as stored", report.bands)]:
         if frame.size:
             rows = [
                 [_label(label), *(cell(value, ".4g" if value % 1 else ".0f") for value in row)]

@@ -88,7 +88,10 @@ def experiment_description() -> str:
         (Metric.SOURCE_VAL_IOU, "the same on the source: a fall means that the source is being forgotten"),
         (Metric.TARGET_TEST_IOU, "the same on the test images, once, with the final model"),
         (Metric.PROBE_ACCURACY, "can a new classifier distinguish source and target by the features? 0.5: no"),
-        (Metric.DOMAIN_ACCURACY, "accuracy of the run's own domain classifier; 0.5 (1 / number of domains): confused"),
+        (
+            Metric.DOMAIN_ACCURACY,
+            "accuracy of the run's own domain classifier; 1 / number of domains, 0.5 for two: confused",
+        ),
         (f"{Metric.SELECT}...", "scores of the target that need no labels, for choosing epochs and trials"),
     )
     return "\n".join(

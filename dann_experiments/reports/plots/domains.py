@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.patches import Patch
 
 from dann_experiments.names import OneDomain, SetName
-from dann_experiments.reports.colors import DOMAIN_COLORS
-from dann_experiments.reports.plots.style import drawing, legend_above, new_figure, save, text_width
+from dann_experiments.reports.colors import DOMAIN_COLORS, PAPER
+from dann_experiments.reports.plots.style import drawing, legend_above, legend_shape, new_figure, save, text_width
 from dann_experiments.reports.tables import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LINES = ("-", "--", "-.", ":")  # of the domains that the source or target has
+HATCHES = ("", "///", "...", "xxx")  # the same
 SPLIT_SHADES = {"train": 1.0, "train_labelled": 0.8, "val": 0.6, "test": 0.3}
 
 
@@ -39,12 +41,18 @@ def draw_domains(
     names = [short(name) for name in class_names]
     turned = len(names) > 8 or len(names) * max(map(len, names), default=0) > 80
     labels = 0.5 + (0.7 * text_width(names, 8) if turned else 0)
-    grid, height = 2.0 * rows + 0.6, 3.6 + 2.0 * rows + labels
+    shown = {name: pixels for name, pixels in class_pixels.items() if pixels.sum()}
+    of_sets, of_bands = ([Patch(label=words) for words in texts] for texts in (
+        [SetName.parse(name).words for name in shown], [OneDomain.parse(name).words for name in values]
+    ))  # fmt: skip
+    columns_of_sets, lines = legend_shape(of_sets, 9) if of_sets else (1, 0.3)
+    columns_of_bands, band_lines = legend_shape(of_bands, 7)
+    grid, height = 2.0 * rows + 0.3 + band_lines, 3.3 + 2.0 * rows + labels + lines + band_lines
     figure = new_figure(10, height)
-    above = figure.add_gridspec(left=0.07, right=0.98, top=1 - 0.55 / height, bottom=(grid + labels) / height)
+    above = figure.add_gridspec(left=0.07, right=0.98, top=1 - (0.25 + lines) / height, bottom=(grid + labels) / height)
     axis = figure.add_subplot(above[0])
-    _draw_shares(axis, {name: pixels for name, pixels in class_pixels.items() if pixels.sum()}, names, turned)
-    top, bottom = (grid - 0.45) / height, 0.3 / height
+    _draw_shares(axis, shown, names, turned, columns_of_sets, lines)
+    top, bottom = (grid - 0.15 - band_lines) / height, 0.3 / height
     below = figure.add_gridspec(rows, columns, left=0.03, right=0.98, top=top, bottom=bottom, hspace=0.45, wspace=0.1)
     for band in range(bands):
         axis = figure.add_subplot(below[band // columns, band % columns])
@@ -61,19 +69,26 @@ def draw_domains(
         axis.set_yticks([])
         axis.locator_params(axis="x", nbins=5)
         if band == 0:
-            legend_above(axis)
+            legend_above(axis, columns_of_bands)
     figure.text(0.03, (grid - 0.1) / height, "values of the bands as stored (training images)", fontsize=10)
     save(figure, path)
 
 
-def _draw_shares(axis: Axes, class_pixels: Mapping[str, np.ndarray], names: Sequence[str], turned: bool) -> None:
+def _draw_shares(
+    axis: Axes, class_pixels: Mapping[str, np.ndarray], names: Sequence[str], turned: bool, columns: int, lines: float
+) -> None:
     width = 0.8 / max(len(class_pixels), 1)
+    members = {
+        role: list(dict.fromkeys(SetName.parse(name).member for name in class_pixels if name.startswith(role)))
+        for role in DOMAIN_COLORS
+    }
     for number, (name, pixels) in enumerate(class_pixels.items()):
         of_set = SetName.parse(name)
         places = np.arange(len(names)) + width * (number - (len(class_pixels) - 1) / 2)
         axis.bar(
             places, pixels / pixels.sum(), width * 0.94, color=DOMAIN_COLORS[of_set.domain], alpha=SPLIT_SHADES[of_set.split],
-            label=of_set.words,
+            label=of_set.words, hatch=HATCHES[members[of_set.domain].index(of_set.member) % len(HATCHES)], edgecolor=PAPER,
+            linewidth=0,
         )  # fmt: skip
     if turned:
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
@@ -82,8 +97,8 @@ def _draw_shares(axis: Axes, class_pixels: Mapping[str, np.ndarray], names: Sequ
     axis.set_xlim(-0.5, len(names) - 0.5)
     axis.set_ylabel("share of labeled pixels")
     without = [name for name in DOMAIN_COLORS if not any(key.startswith(name) for key in class_pixels)]
-    axis.set_title("classes" + "".join(f"; no masks of the {name}" for name in without), fontsize=10, pad=22)
-    legend_above(axis)
+    axis.set_title("classes" + "".join(f"; no masks of the {name}" for name in without), fontsize=10, pad=72 * lines)
+    legend_above(axis, columns)
 
 
 def _histogram_edges(values: np.ndarray) -> np.ndarray:

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 @drawing()
-def draw_label_curve(path: Path, table: pd.DataFrame, title: str, metric: str) -> None:
+def draw_label_curve(path: Path, table: pd.DataFrame, title: str, metric: str, per_domain: bool = False) -> None:
     """Draw mean and standard deviation over seeds for each arm; `table`: columns labels, arm, kind, mean, std.
 
-    Arms that use no target labels, or all of them, are the same for each number: a horizontal line.
+    `per_domain`: the numbers are those of each of several target domains. Arms that use no target labels, or all of them, are
+    the same for each number: a horizontal line.
     """
     figure = new_figure(7, 4.2, (0.7, 0.2, 0.9, 0.5))
     axis = figure.subplots()
@@ -33,7 +34,7 @@ def draw_label_curve(path: Path, table: pd.DataFrame, title: str, metric: str) -
             level = statistics.fmean(rows["mean"].tolist())
             axis.axhline(level, color=color, linestyle="--", linewidth=1, label=str(arm))
     axis.set_xticks(range(len(counts)), [str(count) for count in counts])
-    axis.set_xlabel("labeled target images")
+    axis.set_xlabel("labeled target images" + (" per domain" if per_domain else ""))
     axis.set_ylabel(f"{metric}, mean and standard deviation over seeds", fontsize=8)
     axis.grid(alpha=0.6)
     legend_above(axis)

@@ -121,11 +121,12 @@ def legend_shape(handles: Sequence[Any], width: float) -> tuple[int, float]:
     return columns, 0.18 * -(-len(handles) // columns) + 0.12
 
 
-def legend_above(axis: Axes) -> None:
-    """Put the legend in one line above the axis."""
+def legend_above(axis: Axes, columns: int | None = None) -> None:
+    """Put the legend above the axis, in one line, or in lines of `columns` entries."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        axis.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 0.98), ncols=len(handles), borderaxespad=0)
+        count = columns or len(handles)
+        axis.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 0.98), ncols=count, borderaxespad=0)
 
 
 def canvas(figure: Figure) -> Axes:
