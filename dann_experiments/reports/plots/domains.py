@@ -65,7 +65,7 @@ def draw_domains(
                 found[band], edges, weights=weights, histtype="step", linewidth=1.4, color=DOMAIN_COLORS[domain.role],
                 linestyle=LINES[number % len(LINES)], label=domain.words,
             )  # fmt: skip
-        axis.set_title(f"band {band + 1}", fontsize=9, loc="right")
+        axis.text(0.98, 0.97, f"band {band + 1}", fontsize=9, ha="right", va="top", transform=axis.transAxes)
         axis.set_yticks([])
         axis.locator_params(axis="x", nbins=5)
         if band == 0:
