@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -275,6 +276,17 @@ def test_a_run_logs_each_companion_and_says_so_in_name_and_tags(squares, pretrai
     assert history["loss/train_total", 1] == pytest.approx(total, rel=1e-4)
 
 
+def test_an_evaluation_and_a_source_model_do_not_depend_on_companions(squares):
+    from dann_experiments.jobs.identity import run_digest
+
+    plain, with_one = (
+        load_config(None, small_settings(squares, domain_adaptation__companions=names)) for names in ("[]", "[entropy]")
+    )
+    for job in ("evaluate", "pretrain"):
+        assert run_digest(job, plain, {}, "x") == run_digest(job, with_one, {}, "x")
+    assert run_digest("adapt", plain, {}, "x") != run_digest("adapt", with_one, {}, "x")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dann", "source_only"])
 def test_a_killed_run_with_a_teacher_goes_on_to_the_same_weights(method, workplace, squares):
@@ -286,6 +298,20 @@ def test_a_killed_run_with_a_teacher_goes_on_to_the_same_weights(method, workpla
     config = settings(squares, workplace / "killed", **more, trainer__checkpoint_every_n_steps=1)
     killed("adapt", config, Noise(), Killed("on_train_batch_start", 3))
     assert_same(adapt(config, [Noise()], resume="auto"), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [{"trainer__ema_decay": 0.9}, {"trainer__devices": 2}], ids=["average", "two processes"]
+)
+def test_a_teacher_goes_with_averaged_weights_and_several_processes(squares, pretrained_place, more):
+    from dann_experiments.checkpoints.weights import read_weights
+
+    more = {"trainer__max_epochs": 1, "domain_adaptation__companions": "[self_training]"} | more
+    result = adapt(load_config(None, small_settings(squares, **more)))
+    assert math.isfinite(result.metrics["iou/target_val"])
+    names = set(read_weights(Path(str(result.artifacts)) / "checkpoints" / "last.ckpt"))
+    assert not any("teacher" in name for name in names)  # one network, which can be the next run's source model
 
 
 @pytest.mark.parametrize(

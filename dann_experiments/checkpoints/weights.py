@@ -130,5 +130,6 @@ def _tensors_inside(
     if state:
         yield keys, state
     for key, value in content.items() if depth < DEEPEST else ():
-        if isinstance(key, str) and isinstance(value, dict):
+        # a module's extra state is no weights of the network, though a mean teacher's is a network
+        if isinstance(key, str) and isinstance(value, dict) and not key.endswith("_extra_state"):
             yield from _tensors_inside(value, (*keys, key), depth + 1)

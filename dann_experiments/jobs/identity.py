@@ -203,6 +203,7 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
         del settings["tta"]
     if job == Job.EVALUATE:
         del settings["optimizer"], settings["trainer"]["max_epochs"], settings["domain_adaptation"]["method"]
+        settings["domain_adaptation"].pop("companions", None)
     return _digest({"job": job, "settings": settings, "data": dict(digests)})
 
 

@@ -52,22 +52,31 @@ class SelfTraining(Companion):
         self.threshold = THRESHOLD if threshold is None else threshold
         self.ema_decay = EMA_DECAY if ema_decay is None else ema_decay
         self.ignore_index = ignore_index
-        self.teacher: AveragedModel | None = None
+        self._teacher: list[AveragedModel] = []
         self._draws = torch.Generator().manual_seed(seed)
-        self._network: list[nn.Module] = []  # in a list, so that it is no part of this module
+        self._network: list[nn.Module] = []
+        # Both in lists, so that they are no parts of this module: the teacher would be averaged, synchronized and saved as a
+        # second network beside the one that is trained. Its state is in the extra state.
         self._step: int | None = None
 
     def on_train_start(self, network: nn.Module) -> None:
         """Copy the network, without gradients, as the teacher."""
         self._network = [network]
-        self.teacher = AveragedModel(network, multi_avg_fn=self._average).requires_grad_(False)
+        self._teacher = [AveragedModel(network, multi_avg_fn=self._average).requires_grad_(False)]
+
+    @property
+    def teacher(self) -> AveragedModel:
+        """The mean teacher; exists from `on_train_start` on."""
+        return self._teacher[0]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the state of the random draws."""
-        return {"draws": self._draws.get_state()}
+        """Return the state of the random draws and of the teacher."""
+        return {"draws": self._draws.get_state(), "teacher": self.teacher.state_dict() if self._teacher else {}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._draws.set_state(state["draws"].cpu())
+        if state["teacher"]:
+            self.teacher.load_state_dict(state["teacher"])
 
     def loss(self, outputs: StepOutputs, progress: Progress) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Return the loss, and the share of certain pixels."""
@@ -77,7 +86,7 @@ class SelfTraining(Companion):
                 f"self_training pastes source classes into target images, but they are of {tuple(source.shape[2:])} and "
                 f"{tuple(target.shape[2:])} pixels; set data.crop_size, which gives both one size."
             )
-        assert self.teacher is not None
+        self.teacher.to(target.device)  # a resumed run made it before the network was moved
         if self._step != progress.step:  # not again for further batches of the same step
             self.teacher.update_parameters(self._network[0])
             self._step = progress.step
@@ -106,7 +115,6 @@ class SelfTraining(Companion):
     @torch.no_grad()
     def _pseudo_labels(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return class ids (T, h, w) and their probabilities (T, h, w)."""
-        assert self.teacher is not None
         with batch_statistics(self.teacher.module):
             certain, labels = self.teacher.module(images).float().softmax(1).max(1)
         return labels, certain
