@@ -54,9 +54,11 @@ _HOMES = {
     "PredictConfig": "config.prediction",
     "PredictResult": "jobs.predict",
     "RunResult": "jobs.result",
+    "WeakLabelsConfig": "config.weak_labels",
+    "WeakLabelsResult": "jobs.weak_labels",
     "DomainAdaptationMonitorCallback": "training.monitor",
 }
-_JOBS = ("adapt", "check_data", "evaluate", "predict", "pretrain")
+_JOBS = ("adapt", "check_data", "evaluate", "predict", "pretrain", "weak_labels")
 
 __all__ = [
     "CompareConfig",
@@ -83,6 +85,8 @@ __all__ = [
     "StepOutputs",
     "TrainingFailed",
     "Verdict",
+    "WeakLabelsConfig",
+    "WeakLabelsResult",
     "adapt",
     "check_data",
     "compare",
@@ -90,6 +94,7 @@ __all__ = [
     "load_config",
     "predict",
     "pretrain",
+    "weak_labels",
 ]
 
 
