@@ -104,8 +104,8 @@ class WeakLabelsConfig:
     @property
     def read_bands(self) -> tuple[int, ...] | None:
         """Numbers of the bands to read, in the order that the index takes; None = all of the file."""
-        if self.rule in NEEDED_BANDS:
-            return tuple(getattr(self, color) for color in NEEDED_BANDS[self.rule])
+        if named := NEEDED_BANDS.get(str(self.rule)):
+            return tuple(getattr(self, color) for color in named)
         return None if self.bands is None else tuple(self.bands)
 
     @property

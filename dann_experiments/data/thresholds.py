@@ -83,10 +83,10 @@ def sides(values: np.ndarray, threshold: float, margin: float = 0.0, border: int
     above = np.greater(values, threshold, where=known, out=np.zeros(values.shape, bool))
     result = np.where(above, ABOVE, BELOW).astype(np.uint8)
     if border:
-        near_above, near_below = (
-            maximum_filter(side, size=2 * border + 1, mode="constant", cval=0) for side in (above, known & ~above)
-        )
-        result[near_above & near_below] = AT_EDGE
+        near = [
+            np.asarray(maximum_filter(side, size=2 * border + 1, mode="constant", cval=0)) for side in (above, known & ~above)
+        ]  # fmt: skip
+        result[near[0] & near[1]] = AT_EDGE
     if margin > 0:
         with np.errstate(invalid="ignore"):
             result[np.abs(values - threshold) <= margin] = AT_THRESHOLD

@@ -238,6 +238,10 @@ def _warn(paths: Sequence[Path], what: str) -> None:
         log.warning("%s %s%s", paths[0], what, more)
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def _draw_histogram(
     run: TrackedRun, settings: WeakLabelsConfig, measured: Measured, thresholds: Sequence[float]
 ) -> None:
@@ -249,7 +253,7 @@ def _draw_histogram(
     used = [threshold for threshold, found in zip(thresholds, measured.ranges, strict=True) if found.count]
     draw_index_histogram(
         run.folder / HISTOGRAM, measured.histogram.edges, measured.histogram.counts, used, settings.margin,
-        MEANINGS[settings.rule], below_above, f"Values of the index, {len(measured.ranges)} images",
+        MEANINGS[settings.rule], below_above, f"Values of the index in {_counted(len(measured.ranges), 'image')}",
     )  # fmt: skip
 
 

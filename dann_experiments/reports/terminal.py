@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -185,12 +186,10 @@ def print_weak_labels(result: Any, class_names: Sequence[str], by_otsu: bool) ->
     for reason, pixels in result.ignored_pixels.items():
         if pixels:
             print(f"  ignored, {reason}: {pixels / total:.1%} of all pixels")
+    otsu = ", and Otsu's method finds a threshold even where there is one class only" if by_otsu else ""
     print(
-        "A rule is not the truth: it labels what its index shows, which need not be what the class means, and Otsu's method finds "
-        "a threshold even where there is one class only. Look at the masks before you train on them:"
-        if by_otsu
-        else "A rule is not the truth: it labels what its index shows, which need not be what the class means. Look at the masks "
-        "before you train on them:"
+        f"A rule is not the truth: it labels what its index shows, which need not be what the class means{otsu}. Look at the "
+        "masks before you train on them:"
     )
     if result.artifacts:
         print(f"  {Path(result.artifacts) / 'figures'}: masks.png, histogram.png")
@@ -204,6 +203,7 @@ def print_weak_labels(result: Any, class_names: Sequence[str], by_otsu: bool) ->
 
 def _named_together(paths: Sequence[Path]) -> str:
     """Return how a setting names these files: a file, their folder, or a pattern for several folders."""
+    paths = [path.absolute() for path in paths]  # else they would be relative to the domain's root
     if len(paths) == 1:
         return str(paths[0])
     folder = Path(os.path.commonpath([path.parent for path in paths]))

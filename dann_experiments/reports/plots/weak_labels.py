@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.patches import Patch
 
-from dann_experiments.reports.colors import GRAY, IGNORED_COLOR, INK, MUTED, RED, YELLOW, paint
+from dann_experiments.reports.colors import GRAY, IGNORED_COLOR, MUTED, RED, YELLOW, paint
 from dann_experiments.reports.plots.style import (
     canvas,
     class_handles,
@@ -94,16 +94,10 @@ def draw_index_histogram(
                 label="ignored margin" if not number else None,
             )  # fmt: skip
         several = f"{len(lines)} thresholds, {lines[0]:.4g} to {lines[-1]:.4g}"
-        name = several if len(lines) > 1 else f"threshold {threshold:.4g}"
+        name = several if len(lines) > 1 else f"threshold {threshold:.4g}: {sides[0]} up to it, {sides[1]} above"
         axis.axvline(
             threshold, color=RED, linewidth=1.4 if len(lines) == 1 else 0.6, label=name if not number else None
         )
-    if len(lines) == 1:
-        for text, place, align in ((f"{sides[0]} <", -6, "right"), (f"> {sides[1]}", 6, "left")):
-            axis.annotate(
-                text, (lines[0], 1), xycoords=("data", "axes fraction"), xytext=(place, -8), textcoords="offset points",
-                ha=align, va="top", color=INK,
-            )  # fmt: skip
     axis.set_xlabel(label)
     axis.set_ylabel("% of the pixels with a value", color=MUTED)
     axis.grid(alpha=0.6)
