@@ -84,7 +84,8 @@ def sides(values: np.ndarray, threshold: float, margin: float = 0.0, border: int
     result = np.where(above, ABOVE, BELOW).astype(np.uint8)
     if border:
         near = [
-            np.asarray(maximum_filter(side, size=2 * border + 1, mode="constant", cval=0)) for side in (above, known & ~above)
+            np.asarray(maximum_filter(side, size=2 * border + 1, mode="constant", cval=0), bool)
+            for side in (above, known & ~above)
         ]  # fmt: skip
         result[near[0] & near[1]] = AT_EDGE
     if margin > 0:
