@@ -47,6 +47,11 @@ def run(**given: Any) -> WeakLabelsResult:
     return weak_labels(load_settings(WeakLabelsConfig, None, {"progress": False, **given}))
 
 
+def runs() -> list[Any]:
+    store = mlflow.MlflowClient(f"sqlite:///{Path('mlflow.db').resolve()}")  # clients are kept by address
+    return list(store.search_runs([one.experiment_id for one in store.search_experiments()]))
+
+
 def read(path: str | Path) -> np.ndarray:
     with rasterio.open(path) as file:
         return file.read(1)
@@ -318,7 +323,7 @@ def test_two_dates_are_paired_by_their_stems_and_lack_data_where_one_does(workpl
 def test_the_masks_are_ordinary_ones_that_train(workplace, squares):
     images = squares / "target_val" / "images"
     run(rule="band", bands=[1], input=str(images), output="weak", border=1)
-    labels = label_map(["a", "b"], 255)
+    labels = label_map(["a", "b"], 255, None, None, ())
     for path in sorted(Path("weak").iterdir()):
         np.testing.assert_array_equal(read_mask(path, labels), read(path))
     settings = small_settings(squares, data__target__train_labelled=[{"images": str(images), "masks": str(workplace / "weak")}],
@@ -329,7 +334,7 @@ def test_the_masks_are_ordinary_ones_that_train(workplace, squares):
 # interrupted, finished, existing
 
 KILL = """
-import os, signal, sys
+import os, signal, sys, types
 from dann_experiments.config.parsing import load_settings
 from dann_experiments.config.weak_labels import WeakLabelsConfig
 from dann_experiments.jobs.weak_labels import weak_labels
@@ -344,7 +349,7 @@ if sys.argv[1] == "between blocks":
         add(self, *arrays) if count[0] < 3 else killed()
     partial_map.PartialMap.add = third
 else:
-    rasters.os.replace = killed
+    rasters.os = types.SimpleNamespace(replace=killed, fsync=os.fsync)
 weak_labels(load_settings(WeakLabelsConfig, None, {"rule": "excess_green", "red": 1, "green": 2, "blue": 3, "input": "scene.tif",
             "output": "mask.tif", "progress": False}))
 """
@@ -470,9 +475,7 @@ def test_errors_name_the_file_the_value_and_the_way_out_and_end_with_code_2(
     assert message in " ".join(said.split())
     assert "Traceback" not in said
     assert not Path("mask.tif").exists()
-    store = mlflow.MlflowClient("sqlite:///mlflow.db")
-    runs = store.search_runs([one.experiment_id for one in store.search_experiments()])
-    assert [found.info.status for found in runs] == ["FAILED"] * opens_a_run
+    assert [found.info.status for found in runs()] == ["FAILED"] * opens_a_run
 
 
 def test_stems_that_do_not_pair_are_refused(workplace):
@@ -562,8 +565,7 @@ def test_the_run_has_settings_shares_thresholds_and_two_figures_and_the_terminal
     assert "even where there is one class only" in said
     assert f'--data.target.train_labelled "[{{images: {workplace}/images, masks: {workplace}/masks}}]"' in said
     assert "data.class_names to [ground, tree]" in said
-    store = mlflow.MlflowClient("sqlite:///mlflow.db")
-    found = store.search_runs([one.experiment_id for one in store.search_experiments()])[0]
+    found = runs()[0]
     assert found.info.status == "FINISHED"
     assert found.info.run_id in said
     assert (found.data.tags["dann.job"], found.info.run_name) == ("weak-labels", "weak-labels")
