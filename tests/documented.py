@@ -419,15 +419,15 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python -m dann_experiments weak-labels --rule excess_green --red 1 --green 2 --blue 3 --input photos/ --output weak/"
         ' --class_names "[ground, tree]"': Example("squares"),
         "python -m dann_experiments weak-labels --rule ndvi --red 1 --nir 4 --input orthophoto.tif --output plants.tif"
-        " --threshold 0.3 --margin 0.05 --border 2": Example("squares", instead={"margin": "0.01", "border": "0"}),
-        "python -m dann_experiments weak-labels --rule change_vector --before earlier/ --input scenes/ --output changed/": Example(
-            "squares"
-        ),
+        " --threshold 0.3 --margin 0.05 --border 2": Example("squares"),
+        "python -m dann_experiments weak-labels --rule change_vector --before earlier/ --input scenes/"
+        " --output changed/": Example("squares"),
         "mlflow run . -e weak-labels --env-manager local -P rule=ndwi -P green=2 -P nir=4 -P input=orthophoto.tif"
         " -P output=water.tif": Example("squares"),
     },
     ("docs/weak-labels.md", "Train on them"): {
-        'python -m dann_experiments adapt --config mine.yaml --data.target.train_labelled "[{images: photos, masks: weak}]"': Example(
+        "python -m dann_experiments adapt --config mine.yaml"
+        ' --data.target.train_labelled "[{images: photos, masks: weak}]"': Example(
             "squares", instead={"data.target.train_labelled": "[target_val]"}
         ),
     },
