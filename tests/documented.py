@@ -432,7 +432,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         ),
     },
     ("docs/weak-labels.md", "One rule, two sites"): {
-        "python: import rasterio": Example("trees", after="neon_trees"),
+        "python: import numpy as np": Example("trees", after="neon_trees"),
     },
     ("docs/your-own-method.md", "Your own method"): {
         "python: # my_methods.py, importable where you run (installed, or beside you with PYTHONPATH=.)": Example(

@@ -224,7 +224,7 @@ def trees_place(place: Place) -> None:
             package.writestr(f"deepforest/data/{tile}.xml", f"<annotation>{text}</annotation>")
             png = io.BytesIO()
             colors = np.repeat(image[..., None], 3, axis=2)
-            colors[..., 1] += 40 * (image >= 120)  # trees are green
+            colors[..., 1] += np.uint8(40) * (image >= 120)  # trees are green
             Image.fromarray(colors).save(png, "png", compress_level=1)
             package.writestr(f"deepforest/data/{tile}.png", png.getvalue())
 
@@ -718,6 +718,8 @@ def test_the_settings_of_the_data_page_are_compared(places):
 @pytest.mark.parametrize(("piece", "example"), runnable("python"))
 def test_the_python_block_runs(piece: Piece, example: Example, places, monkeypatch):
     place = places(example.place)
+    if example.after:
+        place.fact(example.after)
     text = piece.text
     for name, value in example.fill.items():
         text = text.replace(name, place.fact(value.strip("{}")))
