@@ -370,6 +370,23 @@ def test_a_kill_leaves_no_half_mask_and_the_same_command_makes_the_whole_one(wor
     assert not Path("mask.tif.partial").exists()
 
 
+def test_a_mask_that_the_disk_has_no_room_for_is_told_and_leaves_nothing(workplace):
+    part = noise(500, 500)
+    write_raster(workplace / "scene.tif", np.tile(part, (1, 5, 5)), compress="deflate")
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20)); "
+        "from dann_experiments.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["--rule", "band", "--bands", "1", "--input", "scene.tif", "--output", "mask.tif"]
+    done = subprocess.run([sys.executable, "-c", limited, "weak-labels", *words], env=os.environ | {"PYTHONPATH": str(PROJECT)},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "mask.tif" in done.stderr
+    assert "cannot be written" in done.stderr
+    assert "kept" not in done.stderr
+    assert [path.name for path in workplace.glob("mask*")] == []
+
+
 def test_nothing_is_replaced_without_overwrite_and_finished_masks_are_not_made_again(workplace):
     scenes(workplace)
     run(**GREEN, input="images", output="masks")
