@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from dann_experiments.config import Config, InputError, TrainingFailed, load_config
     from dann_experiments.config.comparison import CompareConfig
     from dann_experiments.config.prediction import PredictConfig
+    from dann_experiments.config.weak_labels import WeakLabelsConfig
     from dann_experiments.jobs.adapt import adapt
     from dann_experiments.jobs.check_data import DataReport, check_data
     from dann_experiments.jobs.evaluate import evaluate
     from dann_experiments.jobs.predict import PredictResult, predict
     from dann_experiments.jobs.pretrain import pretrain
     from dann_experiments.jobs.result import RunResult
+    from dann_experiments.jobs.weak_labels import WeakLabelsResult, weak_labels
     from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
 
 __version__ = "0.1.0"
