@@ -31,6 +31,7 @@ from dann_experiments.config.description import type_name
 from dann_experiments.config.limits import settings_of
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.config.weak_labels import WeakLabelsConfig
 from sweeps.__main__ import PROGRAM as SWEEPS
 from sweeps.settings import SweepConfig
 
@@ -41,9 +42,13 @@ KINDS: Mapping[str, type] = {
     "settings": Config,
     "compare": CompareConfig,
     "predict": PredictConfig,
+    "weak-labels": WeakLabelsConfig,
     "sweep": SweepConfig,
 }
-NEEDED = {PredictConfig: {"model": "m", "input": "i.png", "output": "o.png"}}
+NEEDED = {
+    PredictConfig: {"model": "m", "input": "i.png", "output": "o.png"},
+    WeakLabelsConfig: {"rule": "band", "bands": [1], "input": "i.png", "output": "o.png"},
+}
 WRONG: Mapping[str, Any] = {
     "null": None, "empty text": "", "a word": "abc", "letters beyond ASCII": "Straße ☃", "10000 letters": "a" * 10_000,
     "a NUL": "a\0b", "bytes that are not UTF-8": "a\udcff", "no such path": "/no/such/path", "0": 0, "-1": -1, "1.5": 1.5,

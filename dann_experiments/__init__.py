@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from dann_experiments.config import Config, InputError, TrainingFailed, load_config
     from dann_experiments.config.comparison import CompareConfig
     from dann_experiments.config.prediction import PredictConfig
+    from dann_experiments.config.weak_labels import WeakLabelsConfig
     from dann_experiments.jobs.adapt import adapt
     from dann_experiments.jobs.check_data import DataReport, check_data
     from dann_experiments.jobs.evaluate import evaluate
     from dann_experiments.jobs.predict import PredictResult, predict
     from dann_experiments.jobs.pretrain import pretrain
     from dann_experiments.jobs.result import RunResult
+    from dann_experiments.jobs.weak_labels import WeakLabelsResult, weak_labels
     from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
 
 __version__ = "0.1.0"
@@ -54,9 +56,11 @@ _HOMES = {
     "PredictConfig": "config.prediction",
     "PredictResult": "jobs.predict",
     "RunResult": "jobs.result",
+    "WeakLabelsConfig": "config.weak_labels",
+    "WeakLabelsResult": "jobs.weak_labels",
     "DomainAdaptationMonitorCallback": "training.monitor",
 }
-_JOBS = ("adapt", "check_data", "evaluate", "predict", "pretrain")
+_JOBS = ("adapt", "check_data", "evaluate", "predict", "pretrain", "weak_labels")
 
 __all__ = [
     "CompareConfig",
@@ -83,6 +87,8 @@ __all__ = [
     "StepOutputs",
     "TrainingFailed",
     "Verdict",
+    "WeakLabelsConfig",
+    "WeakLabelsResult",
     "adapt",
     "check_data",
     "compare",
@@ -90,6 +96,7 @@ __all__ = [
     "load_config",
     "predict",
     "pretrain",
+    "weak_labels",
 ]
 
 

@@ -19,6 +19,7 @@ from dann_experiments.config.comparison import NAMED_ARMS, CompareConfig
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.recipes import load_or_default, report_default
+from dann_experiments.config.weak_labels import WeakLabelsConfig
 from dann_experiments.workers.processes import prepare_workers
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,21 @@ def _predict(request: Request) -> int:
     for name, pixels in result.class_pixels.items():
         print(f"  {name}: {pixels / max(total, 1):.1%} of the pixels with data")
     print(f"Preview and class shares: run {result.run_id}; {terminal.where_to_look(result.tracking_uri)}")
+    return 0
+
+
+def _weak_labels(request: Request) -> int:
+    own = {key: request.options[key] for key in ("input", "before") if key in request.options}
+    settings = load_settings(WeakLabelsConfig, None, {**request.settings, **own})
+    single = {
+        key: given[0] for key, given in own.items() if len(given) == 1
+    }  # unchanged: a file name may look like a list
+    settings = dataclasses.replace(settings, **single)
+    quiet_libraries()
+    from dann_experiments import jobs
+    from dann_experiments.reports import terminal
+
+    terminal.print_weak_labels(jobs.weak_labels(settings), settings.class_names, settings.threshold == "otsu")
     return 0
 
 
@@ -246,6 +262,17 @@ COMMANDS = {
             "config": Option("settings of the network, for a checkpoint without them", "FILE"),
         },
         settings={"settings (as --key value)": PredictConfig},
+        short_names=False,
+    ),
+    "weak-labels": Command(
+        _weak_labels,
+        "write masks that a rule makes (an index of the bands and a threshold), as weak labels, with pictures to look at first",
+        usage="--rule RULE --input FILE [FILE ...] --output FILE [--KEY VALUE]",
+        options={
+            "input": Option("image files, folders and patterns ('a/*.tif')", "FILE", many=True),
+            "before": Option("images of the earlier date, for the rule change_vector", "FILE", many=True),
+        },
+        settings={"settings (as --key value)": WeakLabelsConfig},
         short_names=False,
     ),
     "compare": Command(

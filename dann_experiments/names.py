@@ -16,6 +16,8 @@ Tta = Literal["none", "mirror", "d4"]
 """Values of the setting `tta`; `models.symmetries` says which copies of an image each stands for."""
 Confidence = Literal["max_probability", "entropy"]
 """Values of the setting `confidence`; `prediction.confidence` has their formulas."""
+IndexName = Literal["excess_green", "ndvi", "ndwi", "band", "change_vector"]
+"""Values of the setting `rule` of weak labels; `data.indices` has their formulas."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Job:
     ADAPT = "adapt"
     EVALUATE = "evaluate"
     PREDICT = "predict"
+    WEAK_LABELS = "weak-labels"
     COMPARE = "compare"
     SWEEP = "sweep"
     TRIAL = "trial"
@@ -227,6 +230,7 @@ class Metric:
     EPOCH_SECONDS = "time/epoch_seconds"
     BAD_STEPS = "bad_steps"
     PART = "da_part/"
+    WEAK_LABELS = "weak_labels/"
 
     @staticmethod
     def iou(name: SetName | str) -> str:

@@ -40,6 +40,7 @@ JOBS = (
     "adapt",
     "evaluate",
     "predict",
+    "weak-labels",
     "compare",
     "runs",
     "sync",
@@ -422,6 +423,25 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     ("docs/tracking.md", "When the store is away, or a process is killed"): {
         "python -m dann_experiments doctor": Example("squares"),
         "python -m dann_experiments sync": Example("squares"),
+    },
+    ("docs/weak-labels.md", "Weak labels: masks from a rule"): {
+        "python -m dann_experiments weak-labels --rule excess_green --red 1 --green 2 --blue 3 --input photos/ --output weak/"
+        ' --class_names "[ground, tree]"': Example("squares"),
+        "python -m dann_experiments weak-labels --rule ndvi --red 1 --nir 4 --input orthophoto.tif --output plants.tif"
+        " --threshold 0.3 --margin 0.05 --border 2": Example("squares"),
+        "python -m dann_experiments weak-labels --rule change_vector --before earlier/ --input scenes/"
+        " --output changed/": Example("squares"),
+        "mlflow run . -e weak-labels --env-manager local -P rule=ndwi -P green=2 -P nir=4 -P input=orthophoto.tif"
+        " -P output=water.tif": Example("squares"),
+    },
+    ("docs/weak-labels.md", "Train on them"): {
+        "python -m dann_experiments adapt --config mine.yaml"
+        ' --data.target.train_labelled "[{images: photos, masks: weak}]"': Example(
+            "squares", instead={"data.target.train_labelled": "[target_val]"}
+        ),
+    },
+    ("docs/weak-labels.md", "One rule, two sites"): {
+        "python: import numpy as np": Example("trees", after="neon_trees"),
     },
     ("docs/your-own-method.md", "Your own method"): {
         "python: # my_methods.py, importable where you run (installed, or beside you with PYTHONPATH=.)": Example(

@@ -165,6 +165,8 @@ def squares_place(place: Place) -> None:
     place_of = {"crs": "EPSG:32633", "transform": rasterio.Affine(1, 0, 500000, 0, -1, 4000000)}
     for name in ("a.tif", "scenes/b.tif", "scenes/c.tif"):
         write_raster(folder / name, picture, **place_of)
+    for name in ("earlier/b.tif", "earlier/c.tif"):
+        write_raster(folder / name, picture[:, ::-1], **place_of)
     write_raster(folder / "orthophoto.tif", np.concatenate([picture, picture[:1]]), **place_of)
     (folder / "photos").mkdir()
     for number in (1, 2):
@@ -221,7 +223,9 @@ def trees_place(place: Place) -> None:
             text = "".join(f"<object><bndbox>{box}</bndbox></object>" for box in boxes)
             package.writestr(f"deepforest/data/{tile}.xml", f"<annotation>{text}</annotation>")
             png = io.BytesIO()
-            Image.fromarray(np.repeat(image[..., None], 3, axis=2)).save(png, "png", compress_level=1)
+            colors = np.repeat(image[..., None], 3, axis=2)
+            colors[..., 1] += np.uint8(40) * (image >= 120)  # trees are green
+            Image.fromarray(colors).save(png, "png", compress_level=1)
             package.writestr(f"deepforest/data/{tile}.png", png.getvalue())
 
 
@@ -449,6 +453,15 @@ def mapped(place: Place, given: dict[str, str], printed: str) -> None:
             assert (file.read().astype(int).sum(0) >= 250).all()
 
 
+def labeled(place: Place, given: dict[str, str], printed: str) -> None:
+    output, source = place.folder / given["output"], place.folder / given["input"]
+    pairs = [(output, source)] if source.is_file() else [(output / p.name, p) for p in sorted(source.glob("*"))]
+    for path, image in pairs:
+        check_map(path, image, 2)
+    assert place.runs("weak-labels")[0].info.status == "FINISHED"
+    assert "A rule is not the truth" in printed
+
+
 def check_map(path: Path, image: Path, classes: int) -> None:
     """A map lies on the pixels of its image and holds classes."""
     with rasterio.open(path) as found, rasterio.open(image) as source:
@@ -499,6 +512,7 @@ CHECKS: dict[str, Callable[[Place, dict[str, str], str], None]] = {
     "adapt": lambda *of: scored(*of, "adapt"),
     "evaluate": lambda *of: scored(*of, "evaluate"),
     "predict": mapped,
+    "weak-labels": labeled,
     "compare": compared,
     "layers": says("encoder", "decoder"),
     "runs": says("DANN"),
@@ -704,6 +718,8 @@ def test_the_settings_of_the_data_page_are_compared(places):
 @pytest.mark.parametrize(("piece", "example"), runnable("python"))
 def test_the_python_block_runs(piece: Piece, example: Example, places, monkeypatch):
     place = places(example.place)
+    if example.after:
+        place.fact(example.after)
     text = piece.text
     for name, value in example.fill.items():
         text = text.replace(name, place.fact(value.strip("{}")))

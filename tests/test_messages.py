@@ -24,6 +24,7 @@ from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.paths import local_path, local_text
 from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.config.weak_labels import WeakLabelsConfig
 from dann_experiments.data.reading import Reading, reading_facts, reading_from_facts
 from dann_experiments.data.samples import find_samples
 from dann_experiments.jobs.predict import predict
@@ -39,6 +40,7 @@ JOBS = {
     "sweep": [Config, SweepConfig],
     "layers": [Config],
     "predict": [PredictConfig],
+    "weak-labels": [WeakLabelsConfig],
 }
 FLAGS = {"config", "source_checkpoint", "input", "resume", "runs", "arms", "space", "study", "help"}
 GROUPS = {key.partition(".")[0] for key in known_keys(Config) if "." in key}

@@ -404,7 +404,7 @@ def test_sizes_that_a_file_only_claims_are_refused_without_taking_the_memory(tmp
 
 
 @pytest.mark.parametrize(
-    "entry", ["main", "adapt", "pretrain", "evaluate", "check-data", "predict", "compare", "sweep"]
+    "entry", ["main", "adapt", "pretrain", "evaluate", "check-data", "predict", "weak-labels", "compare", "sweep"]
 )
 def test_every_parameter_of_mlproject_reaches_the_program_as_one_word(entry, empty_place):
     from mlflow.projects._project_spec import load_project

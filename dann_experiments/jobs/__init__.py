@@ -7,12 +7,14 @@ from dann_experiments.jobs.predict import PredictResult, predict
 from dann_experiments.jobs.pretrain import pretrain
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.upkeep import Health, doctor, sync_runs
+from dann_experiments.jobs.weak_labels import WeakLabelsResult, weak_labels
 
 __all__ = [
     "DataReport",
     "Health",
     "PredictResult",
     "RunResult",
+    "WeakLabelsResult",
     "adapt",
     "check_data",
     "doctor",
@@ -21,4 +23,5 @@ __all__ = [
     "prepare",
     "pretrain",
     "sync_runs",
+    "weak_labels",
 ]

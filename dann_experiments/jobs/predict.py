@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from dann_experiments.checkpoints.trained_model import Model
-from dann_experiments.config import Config, InputError, config_to_dict, flatten
+from dann_experiments.config import Config, InputError
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.jobs.load_model import load_model
+from dann_experiments.jobs.many_images import log_settings, show_progress
 from dann_experiments.names import Job, Tag
 from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, find_work
 from dann_experiments.prediction.mapping import MapMaker, Outcome
@@ -31,7 +29,7 @@ from dann_experiments.reports.colors import class_colors
 from dann_experiments.reports.images import display_image
 from dann_experiments.reports.plots.preview import draw_preview
 from dann_experiments.tracking.run import TrackedRun, tracked_run
-from dann_experiments.tracking.store import local_artifact_folder, open_store, without_secrets
+from dann_experiments.tracking.store import local_artifact_folder, open_store
 
 log = logging.getLogger(__name__)
 PREVIEW_SIDE = 1000  # pixels
@@ -88,12 +86,12 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
         store, settings.tracking.run_name, "predict", tags, folder, use_claimed=True,
         system_metrics=settings.tracking.system_metrics,
     ) as run:  # fmt: skip
-        _describe(run, settings)
+        log_settings(run, settings)
         written = {"model": settings.model, "software": f"dann_experiments {__version__}", "dann_run_id": run.run_id}
         maker = MapMaker(
             model, options, device, class_colors(len(model.class_names)), written,
         )  # fmt: skip
-        with _progress(len(work), settings.progress) as show:
+        with show_progress(len(work), settings.progress) as show:
             outcome = maker.map_all(work, show)
         _write_results(run, model, outcome)
         metrics = {"predict/maps": float(len(outcome.written)), "predict/pixels": float(outcome.pixels)}
@@ -137,40 +135,6 @@ def _with_own_reading(model: Model, settings: PredictConfig) -> Model:
             )
         changes["file_pixel_size"] = settings.file_pixel_size
     return dataclasses.replace(model, reading=dataclasses.replace(model.reading, **changes))
-
-
-@contextlib.contextmanager
-def _progress(count: int, shown: bool) -> Iterator[Callable[[float, str], None]]:
-    """Provide a function that shows progress, with arguments: images done (a float, up to `count`), name of the current image."""
-    if shown and sys.stdout.isatty():
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with bar:
-            task = bar.add_task("", total=count)
-            yield lambda done, name: bar.update(task, completed=done, description=name)
-        return
-    reported = 0
-
-    def report(done: float, name: str) -> None:
-        nonlocal reported
-        tenths = int(10 * done / count + 1e-6)
-        if shown and tenths > reported:
-            reported = tenths
-            log.info("%d %% (%s)", 10 * tenths, name)
-
-    yield report
-
-
-def _describe(run: TrackedRun, settings: PredictConfig) -> None:
-    """Log params and `config.yaml`, without a password in the tracking store's address."""
-    uri = settings.tracking.uri
-    uri = None if uri is None else without_secrets(uri)
-    tracking = dataclasses.replace(settings.tracking, uri=uri, experiment=run.store.experiment)
-    settings = dataclasses.replace(settings, tracking=tracking)
-    plain: Any = settings
-    run.log_params(flatten(plain))
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(config_to_dict(settings), sort_keys=False, width=120))
 
 
 def _write_results(run: TrackedRun, model: Model, outcome: Outcome) -> None:

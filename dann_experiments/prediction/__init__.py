@@ -4,6 +4,7 @@
 - `scene`: one image to map; reads its pixels in large parts.
 - `tiling`: runs the network on overlapping tiles and blends them.
 - `confidence`: how sure a prediction is, per pixel.
+- `rule_masks`: masks from an index and a threshold, block by block, without a network.
 - `mapping`: maps one image after the other, and resumes interrupted maps.
 - `partial_map`, `rasters`: an unfinished map, and the finished files.
 """

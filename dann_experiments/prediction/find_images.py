@@ -56,6 +56,37 @@ def find_work(inputs: Sequence[str], output: str, beside: Sequence[str], overwri
     return pairs
 
 
+def find_partners(images: Sequence[Path], others: Sequence[str], output: str, key: str) -> dict[Path, Path]:
+    """Return image -> its partner among the images that `others` name: the one of equal stem; one image and one partner are a
+    pair in any case.
+
+    `output`: as in `find_work`; `key`: setting of `others`, for messages. Raises InputError for partners that are missing or not
+    unique.
+    """
+    found = _find(others, local_path(output, "output"), key)
+    partners = _each_once(image for one in found for image in one.images)
+    if len(images) == len(partners) == 1:
+        return {images[0]: partners[0]}
+    known = _by_stem(partners, key, key)
+    _by_stem(images, "input", key)
+    lacking = [path for path in images if path.stem not in known]
+    if lacking:
+        more = f" The same holds for {len(lacking) - 1} more." if len(lacking) > 1 else ""
+        raise InputError(f"{key} has no image with the stem {lacking[0].stem!r}, the partner of {lacking[0]}.{more}")
+    return {path: known[path.stem] for path in images}
+
+
+def _by_stem(paths: Sequence[Path], what: str, key: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in found:
+            raise InputError(
+                f"{what}: {found[path.stem]} and {path} have the same stem, by which {key} and input are paired; keep one."
+            )
+        found[path.stem] = path
+    return found
+
+
 def path_beside(output: Path, what: str) -> Path:
     """Return the file next to a map for its probabilities or confidence (`what`)."""
     return output.with_name(f"{output.stem}_{what}.tif")
@@ -81,16 +112,16 @@ def _one(source: Path, target: Path, beside: Sequence[str], overwrite: bool) -> 
     return source, target
 
 
-def _find(inputs: Sequence[str], target: Path) -> list[_Found]:
-    """Return the images of each input, in order. Raises one InputError for all inputs without images."""
-    texts = [local_text(text, "input") for text in inputs]
+def _find(inputs: Sequence[str], target: Path, key: str = "input") -> list[_Found]:
+    """Return the images of each input, in order. Raises one InputError for all inputs without images; `key`: their setting."""
+    texts = [local_text(text, key) for text in inputs]
     if len(texts) == 1 and not _names_something(texts[0]):
-        texts = _listed(texts[0])
+        texts = _listed(texts[0], key)
     found, problems = [], []
     with many_files():
         for text in texts:
             try:
-                found.append(_named(text, target))
+                found.append(_named(text, target, key))
             except InputError as error:
                 problems.append(str(error))
     if problems:
@@ -98,7 +129,7 @@ def _find(inputs: Sequence[str], target: Path) -> list[_Found]:
     return found
 
 
-def _named(text: str, target: Path) -> _Found:
+def _named(text: str, target: Path, key: str) -> _Found:
     path = user_path(text)
     if os.path.isdir(path):  # these never raise, for any name
         if target.exists() and path.samefile(target):
@@ -106,8 +137,8 @@ def _named(text: str, target: Path) -> _Found:
         images = _unmade(_walk(path, target))
         if not images:
             raise InputError(
-                f"input folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}), its subfolders included; class maps of "
-                "predict do not count."
+                f"{key} folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}), its subfolders included; maps "
+                "and masks that this program wrote do not count."
             )
         return _Found(images, path, is_folder=True)
     if os.path.exists(path):
@@ -115,9 +146,9 @@ def _named(text: str, target: Path) -> _Found:
     if glob.has_magic(text):
         images, root = _matching(str(path), target)
         if not images:
-            raise InputError(f"input is the pattern {text}, which matches no image ({', '.join(IMAGE_SUFFIXES)}).")
+            raise InputError(f"{key} is the pattern {text}, which matches no image ({', '.join(IMAGE_SUFFIXES)}).")
         return _Found(images, root)
-    raise InputError(f"input is {text}, which does not exist; give an image file, a folder of images or a pattern.")
+    raise InputError(f"{key} is {text}, which does not exist; give an image file, a folder of images or a pattern.")
 
 
 def _names_something(text: str) -> bool:
@@ -125,7 +156,7 @@ def _names_something(text: str) -> bool:
     return os.path.exists(path) or (glob.has_magic(text) and next(_glob(str(path)), None) is not None)
 
 
-def _listed(text: str) -> list[str]:
+def _listed(text: str, key: str) -> list[str]:
     """Split a text that names no file into a list if there is exactly one way; otherwise return it as the only item.
 
     `mlflow run -P input=...` passes several images as one text. Raises InputError if there are several ways.
@@ -133,11 +164,11 @@ def _listed(text: str) -> list[str]:
     inner = re.sub(r"^\[(.*)\]$", r"\1", text.strip(), flags=re.DOTALL)
     ways = {tuple(part.strip() for part in re.split(by, inner) if part.strip()) for by in (",", r"\s+", r"[,\s]+")}
     ways |= {tuple(part.strip("'\"") for part in way) for way in ways}
-    whole = {way for way in ways if way and all(_names_something(local_text(part, "input")) for part in way)}
+    whole = {way for way in ways if way and all(_names_something(local_text(part, key)) for part in way)}
     if len(whole) > 1:
         shown = " or ".join(str(list(way)) for way in sorted(whole))
-        raise InputError(f"input is {text!r}, which can be read in two ways, {shown}; give the images one by one.")
-    return [local_text(part, "input") for part in whole.pop()] if whole else [text]
+        raise InputError(f"{key} is {text!r}, which can be read in two ways, {shown}; give the images one by one.")
+    return [local_text(part, key) for part in whole.pop()] if whole else [text]
 
 
 def _walk(folder: Path, target: Path) -> Iterator[Path]:

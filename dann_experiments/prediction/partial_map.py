@@ -85,8 +85,13 @@ class PartialMap:
         self._files = []
         if self._lock is not None:
             self._lock.release()
-        if not (self.folder / "state.json").exists():
+        if not self.is_kept:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def is_kept(self) -> bool:
+        """True if there are finished pieces, which stay after the end of `with`."""
+        return (self.folder / "state.json").exists()
 
     def start(self) -> tuple[int, np.ndarray | None, str | None]:
         """Return the number of finished rows of tiles, the array carried to the next row (None = none), and the reason if former
@@ -177,8 +182,9 @@ class PartialMap:
         try:
             yield
         except OSError as error:
+            kept = "the finished part is kept there: " if self.is_kept else ""
             raise InputError(
-                f"{self.folder} cannot be written ({error}); the finished part is kept there: correct this and start again."
+                f"{self.folder} cannot be written ({error}); {kept}correct this and start again."
             ) from None
 
 

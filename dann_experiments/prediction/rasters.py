@@ -100,7 +100,7 @@ def write_map(
     """
     source = partial.folder / "map.tif"
     names = legend.class_names
-    with _errors_explained(path), _gdal():
+    with _errors_explained(path, partial), _gdal():
         with _new_tiff(source, size, grid, factor, CLASSES) as file:
             _describe(file, legend)
             file.set_band_description(1, "class")
@@ -120,7 +120,7 @@ def write_probabilities(
     """Write the probabilities of all classes to `path`, a Cloud Optimized GeoTIFF with a band per class; see `write_map`."""
     source = partial.folder / "probabilities.tif"
     layer = probabilities_layer(len(legend.class_names))
-    with _errors_explained(path), _gdal():
+    with _errors_explained(path, partial), _gdal():
         with _new_tiff(source, size, grid, factor, layer) as file:
             _describe(file, legend)
             file.descriptions = tuple(legend.class_names)
@@ -135,7 +135,7 @@ def write_confidence(
 ) -> None:  # fmt: skip
     """Write the confidence of the prediction to `path`, a Cloud Optimized GeoTIFF of one band, float32; see `write_map`."""
     source = partial.folder / "confidence.tif"
-    with _errors_explained(path), _gdal():
+    with _errors_explained(path, partial), _gdal():
         with _new_tiff(source, size, grid, factor, CONFIDENCE, NO_CONFIDENCE) as file:
             _describe(file, legend)
             file.set_band_description(1, kind)
@@ -250,16 +250,15 @@ def _gdal() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _errors_explained(path: Path) -> Iterator[None]:
+def _errors_explained(path: Path, partial: PartialMap) -> Iterator[None]:
     from rasterio.errors import RasterioError
 
     try:
         yield
     except (OSError, RasterioError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise InputError(
-            f"{path} cannot be written: {reason}. The predictions so far are kept next to it: correct this and start again."
-        ) from None
+        kept = "The predictions so far are kept next to it: correct" if partial.is_kept else "Correct"
+        raise InputError(f"{path} cannot be written: {reason}. {kept} this and start again.") from None
 
 
 def _bytes(color: np.ndarray) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -197,6 +198,48 @@ def print_data_report(report: Any) -> int:
     )
     print(f"{verdict} Tables and figure: run {report.run_id}.")
     return 0
+
+
+def print_weak_labels(result: Any, class_names: Sequence[str], by_otsu: bool) -> None:
+    """Print the masks that a rule made, their shares, where to look at them, and how to train on them.
+
+    `result`: a `WeakLabelsResult`; `by_otsu`: True if Otsu's method found the threshold.
+    """
+    for output in result.outputs:
+        print(f"Written: {output}")
+    found = sorted(set(result.thresholds))
+    shown = f"{found[0]:.6g}" if len(found) == 1 else f"{len(found)} of them, {found[0]:.6g} to {found[-1]:.6g}"
+    print(f"Threshold: {shown}{' (Otsu)' if by_otsu else ''}")
+    labeled = sum(result.class_pixels.values())
+    for name, pixels in result.class_pixels.items():
+        print(f"  {name}: {pixels / max(labeled, 1):.1%} of the labeled pixels")
+    total = max(labeled + sum(result.ignored_pixels.values()), 1)
+    for reason, pixels in result.ignored_pixels.items():
+        if pixels:
+            print(f"  ignored, {reason}: {pixels / total:.1%} of all pixels")
+    otsu = ", and Otsu's method finds a threshold even where there is one class only" if by_otsu else ""
+    print(
+        f"A rule is not the truth: it labels what its index shows, which need not be what the class means{otsu}. Look at the "
+        "masks before you train on them:"
+    )
+    if result.artifacts:
+        print(f"  {Path(result.artifacts) / 'figures'}: masks.png, histogram.png")
+    print(f"  run {result.run_id}; {where_to_look(result.tracking_uri)}")
+    images, masks = (_named_together(paths) for paths in (result.images, result.outputs))
+    print(
+        f"To train on them, set data.class_names to [{', '.join(class_names)}] and name them as labeled target images:\n"
+        f'  --data.target.train_labelled "[{{images: {images}, masks: {masks}}}]"'
+    )
+
+
+def _named_together(paths: Sequence[Path]) -> str:
+    """Return how a setting names these files: a file, their folder, or a pattern for several folders."""
+    paths = [path.absolute() for path in paths]  # else they would be relative to the domain's root
+    if len(paths) == 1:
+        return str(paths[0])
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    below = {path.relative_to(folder).parent for path in paths}
+    return str(folder) if below == {Path()} else str(folder / "**" / f"*{paths[0].suffix}")
 
 
 def print_sync(found: Iterable[Any]) -> int:

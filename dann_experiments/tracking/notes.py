@@ -81,6 +81,7 @@ def experiment_description() -> str:
         (Job.COMPARE, "judges over several seeds whether adaptation helped", "compare mnist-m"),
         (Job.SWEEP, "searches for better settings, in runs of the job `trial`", "sweep digits16"),
         (Job.PREDICT, "writes class maps of images", "predict"),
+        (Job.WEAK_LABELS, "writes masks that a rule makes of images", "weak-labels"),
         (Job.CHECK_DATA, "counts classes and draws both domains", "check-data mnist-m"),
     )
     metrics = (
