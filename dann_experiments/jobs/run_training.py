@@ -212,7 +212,7 @@ def train(
             ranks.wait()
             loop.run(checkpoint)
             monitor, final_step = loop.monitor, loop.trainer.global_step
-            unlabelled = monitor.target_scores | monitor.domain_accuracy
+            unlabelled = monitor.target_scores | monitor.domain_accuracy | monitor.predicted_shares()
             if Metric.SOURCE_KEPT in monitor.metrics():
                 unlabelled[Metric.SOURCE_KEPT] = monitor.metrics()[Metric.SOURCE_KEPT]
             explained = ""
