@@ -41,3 +41,17 @@ def predicted_shares(confusion: Tensor | np.ndarray) -> np.ndarray:
     """
     counts = as_array(confusion)
     return ratio(counts.sum(0), counts.sum())
+
+
+SEEDS_DIFFER_BY = 0.03
+"""Scores of runs that differ in their seed alone often differ by as much, 3 points."""
+
+
+def near_floor(score: float, floor: float) -> bool:
+    """Return whether the score of a single run is below its floor or so little above it that the seed may have made the
+    difference.
+
+    >>> near_floor(0.326, 0.315), near_floor(0.25, 0.315), near_floor(0.47, 0.315)
+    (True, True, False)
+    """
+    return score - floor < SEEDS_DIFFER_BY
