@@ -115,7 +115,7 @@ def test_histograms_of_batches_add_up_to_that_of_the_set():
         count_probabilities(log_probabilities(logits[some]), labels[some], IGNORED)
         for some in (slice(0, 1), slice(1, 4), slice(4, 6))
     ]
-    assert torch.equal(sum(parts), whole)
+    assert torch.equal(torch.stack(parts).sum(0), whole)
     assert whole[:, 0].sum(1).tolist() == [(labels != IGNORED).sum()] * 3
     assert whole[:, 1].sum(1).tolist() == [(labels == index).sum() for index in range(3)]
     assert class_average_precision_from(whole).tolist() == scores.class_average_precision(logits, labels).tolist()

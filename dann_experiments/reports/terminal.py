@@ -151,19 +151,24 @@ def print_comparison(comparison: Any, table: pd.DataFrame) -> None:
         return [arm, *cells, str(max((int(one["n"]) for one in known if one is not None), default=0))]
 
     title = f"{comparison.title}: IoU points, mean ± standard deviation"
-    means = {metric: float(value) for (_, metric), value in found["mean"].items()}  # a floor is the same in every arm
-    floors = [[*one, ""] for one in _floor_rows({name: floor_beside(means, name) for name in scores}, 100, ".1f")]
+    # a floor is the same in every arm
+    records = table.to_dict("records")
+    floor_by_name = {str(one["metric"]): float(one["mean"]) for one in records}
+    floors = [
+        [*one, ""] for one in _floor_rows({name: floor_beside(floor_by_name, name) for name in scores}, 100, ".1f")
+    ]
     print_table(title, ["", *scores, "seeds"], [*(row(arm.name) for arm in comparison.arms), *floors])
     start = Metric.class_iou(comparison.metric.removeprefix(Metric.IOU), "")
     classes = [name for name in table["metric"].unique() if comparison.metric and name.startswith(start)]
     if classes:
+        means = {(str(one["arm"]), str(one["metric"])): float(one["mean"]) for one in records}
         print_table(
             f"{comparison.metric} by class: IoU points, mean",
             ["", *(name.removeprefix(start) for name in classes)],
             (
                 [
                     arm.name,
-                    *(cell(float(found["mean"].get((arm.name, name), math.nan)), ".1f", 100) for name in classes),
+                    *(cell(means.get((arm.name, name)), ".1f", 100) for name in classes),
                 ]
                 for arm in comparison.arms
             ),
@@ -187,7 +192,13 @@ def print_overview(
         [str(arm), *(cell(float(row[name])) for name in scores), str(row["run_id"])[:8]]
         for arm, row in zip(table.index, table.to_dict("records"), strict=True)
     ]
-    known = {name: float(table[name].max()) for name in table.columns if name.startswith(Metric.FLOOR)}
+    of_runs = [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+    known = {
+        name: value
+        for row in of_runs
+        for name, value in row.items()
+        if name.startswith(Metric.FLOOR) and value == value
+    }
     rows += [[*one, ""] for one in _floor_rows({name: floor_beside(known, name) for name in scores})]
     print_table(f"experiment {experiment}", ["", *scores, "run"], rows)
     print("One seed each: differences of a few points can be chance; the README shows several seeds.")
