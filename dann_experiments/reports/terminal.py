@@ -84,7 +84,7 @@ def print_scores(title: str, rows: Mapping[str, Scores]) -> None:
 def _floor_rows(floors: Scores, factor: float = 1, form: str = ".3f") -> list[list[str]]:
     """Return the row of the floors; none if they are not known."""
     cells = [cell(value, form, factor) for value in floors.values()]
-    return [["floor (one class everywhere)", *cells]] if any(cells) else []
+    return [["floor", *cells]] if any(cells) else []
 
 
 def _print_classes(before: Scores, after: Scores) -> None:
