@@ -207,6 +207,11 @@ class Metric:
     TARGET_VAL_IOU = "iou/target_val"
     SOURCE_TEST_IOU = "iou/source_test"
     TARGET_TEST_IOU = "iou/target_test"
+    FLOOR = "floor/"
+    AVERAGE_PRECISION = "ap/"
+    MEAN_AVERAGE_PRECISION = "map/"
+    SHARE = "share/"
+    TRUE_SHARE = "true_share/"
     GAP = "iou/gap_source_minus_target"
     SOURCE_DROP = "iou/source_drop_from_baseline"
     DOMAIN_ACCURACY = "da/domain_acc"
@@ -243,6 +248,11 @@ class Metric:
         return f"{Metric.CLASS_IOU}{name}/{label}"
 
     @staticmethod
+    def floor(name: SetName | str) -> str:
+        """Return the name of the mean IoU of the best constant prediction for a set: floor/target_val."""
+        return f"{Metric.FLOOR}{name}"
+
+    @staticmethod
     def val_loss(domain: Domain | str) -> str:
         """Return the name of a domain's validation loss: loss/val_target."""
         return f"{Metric.VAL_LOSS}{domain}"
@@ -264,6 +274,21 @@ METRICS = (
     ),
     ((Metric.SOURCE_TEST_IOU, Metric.TARGET_TEST_IOU), "the same for the test sets, once, with the final weights"),
     (("class_iou/SET/CLASS",), "IoU of one class"),
+    (
+        ("floor/SET",),
+        "the floor of `iou/SET`: the mean IoU of the best map that is one class everywhere. A score near it says nothing "
+        "([docs/scores.md](docs/scores.md#the-floor))",
+    ),
+    (
+        ("map/SET", "ap/SET/CLASS"),
+        "average precision per class, and its mean: how well the probability of a class ranks the pixels, without a threshold; "
+        "chance gives the share of the class",
+    ),
+    (
+        ("share/SET/CLASS", "true_share/SET/CLASS"),
+        "share of the pixels predicted as a class, and its true share. For an unlabeled target only what is predicted, for all "
+        "pixels with data: compare it with `true_share/source_val/CLASS`",
+    ),
     (
         ("precision/SET", "recall/SET", "f1/SET", "accuracy/SET"),
         "only in `evaluate`, the first three also per class (`/CLASS`), with tables and confusion matrices",

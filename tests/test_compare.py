@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import multiprocessing
 import os
 import random
@@ -38,6 +39,7 @@ from dann_experiments.names import Tag
 from dann_experiments.reports.terminal import print_comparison
 from dann_experiments.tracking.stale_runs import close_stale_runs
 from dann_experiments.tracking.store import Store, open_store
+from dann_experiments.tracking.values import last_values
 
 METHOD = "domain_adaptation.method"
 PATH = "domain_adaptation.pretrained_checkpoint.path"
@@ -221,6 +223,12 @@ def test_the_comparison_keeps_report_picture_verdict_tables_and_settings(place):
     values = [run.metrics["iou/target_test"] for run in place.result.comparison.runs_of("DANN")]
     assert scores.loc[("DANN", "iou/target_test"), "mean"] == pytest.approx(np.mean(values), abs=1e-6)
     assert run.data.metrics["compare/target_test/DANN/mean"] == pytest.approx(np.mean(values))
+    floor = place.result.comparison.floor
+    assert 0 < floor < 1
+    assert run.data.metrics["floor/target_test"] == floor
+    for name in ("floor/target_test", "map/target_test", "ap/target_test/square", "share/target_test/square"):
+        values = [one.metrics[name] for one in place.result.comparison.runs_of("DANN")]
+        assert scores.loc[("DANN", name), "mean"] == pytest.approx(np.mean(values), abs=1e-6)
     assert not Path("outputs", place.result.run_id).exists()
 
 
@@ -236,6 +244,8 @@ def test_the_same_command_again_runs_nothing_and_prints_table_verdict_and_report
     printed = " ".join(capfd.readouterr().out.split())
     assert "iou/target_test" in printed
     assert "DANN: no evidence. On iou/target_test, 2 seeds shared" in printed
+    assert " floor " in printed
+    assert "iou/target_test by class" in printed
     assert len(here.runs()) == count + 1
     again = here.runs("tags.`dann.job` = 'compare'")[0]
     assert again.info.run_id != here.result.run_id
@@ -456,6 +466,21 @@ def test_the_runs_of_a_comparison_give_its_table_and_verdict_again(here):
     assert (
         here.store.client.get_run(result.run_id).info.run_name == "compare target"
     )  # not as the run it took settings from
+
+
+def test_runs_of_an_earlier_version_compare_as_before_and_a_note_says_that_their_floor_is_unknown(here, monkeypatch):
+    new = ("floor/", "map/", "ap/", "share/", "true_share/")
+    monkeypatch.setattr(
+        "dann_experiments.comparison.collect.last_values",
+        lambda run: {name: value for name, value in last_values(run).items() if not name.startswith(new)},
+    )
+    result = compare(here.config, settings_of(runs=here.ids()))
+    assert math.isnan(result.comparison.floor)
+    assert [verdict.line for verdict in result.verdicts] == [verdict.line for verdict in here.result.verdicts]
+    known = here.result.table[~here.result.table["metric"].str.startswith(new)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(result.table, known)
+    (said,) = [note for note in result.comparison.notes if "floor" in note]
+    assert said.startswith("These runs do not have the floor of iou/target_test")
 
 
 def test_source_models_are_found_by_the_runs_that_start_from_them(here):

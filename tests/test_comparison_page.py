@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -239,6 +240,26 @@ def test_the_table_holds_means_spreads_and_paired_differences_in_points(comparis
             assert f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}n 5" in page.text
     gain = comparison.verdicts[0].against_control
     assert f"+{100 * gain.mean:.1f}[+{100 * gain.low:.1f}, +{100 * gain.high:.1f}], n 5" in page.text
+
+
+def test_the_page_has_the_floor_of_each_score_and_the_classes_in_numbers(comparison, tmp_path):
+    beside = {"floor/target_test": 0.623, "ap/target_test/digit": 0.345, "share/target_test/digit": 0.111,
+              "true_share/target_test/digit": 0.222}  # fmt: skip
+    runs = [dataclasses.replace(run, metrics={**run.metrics, **beside}) for run in comparison.runs]
+    scores = [{run.seed: run.metrics["iou/target_test"] for run in comparison.runs_of(arm)}
+              for arm in ("DANN", "control", "source only")]  # fmt: skip
+    verdict = judge("DANN", "iou/target_test", *scores, floor=0.623)
+    assert verdict.outcome == "at the floor"
+    page = page_of(tmp_path, changed(comparison, runs=runs, verdicts=[verdict], floor=0.623))
+    assert "At the floor: DANN" in page.text
+    assert '<section class="verdict floor">' in page.source
+    row = page.text.split("floora map that is one class everywhere")[1]
+    assert row.split("Each cell")[0].strip().endswith("62.3")  # known of the judged score alone
+    assert "above the floor" in page.text
+    for number in ("34.5 ± 0.0", "11.1 ± 0.0", "22.2 ± 0.0"):
+        assert number in page.text
+    assert "True share of the pixels" in page.text
+    report.draw_summary(tmp_path / "summary.png", changed(comparison, verdicts=[verdict]))
 
 
 def test_the_page_loads_nothing_from_anywhere_and_runs_nothing(page):

@@ -119,13 +119,15 @@ def test_tables_and_metrics_are_those_counted_from_the_model_s_own_files(trained
         "f1": 2 * hits / (truth + predicted),
     }
     scores = table_of(result, "scores").query("set == 'target_val'").set_index("class")
-    assert list(scores.index) == ["ground", "square", "mean"]
+    assert list(scores.index) == ["ground", "square", "mean", "floor"]
     logged = client(result).get_run(result.run_id).data.metrics
     for kind, values in expected.items():
         by_class = "class_iou" if kind == "iou" else kind
-        assert scores[kind].tolist() == pytest.approx([*values, values.mean()], abs=1e-6)
+        assert scores[kind].tolist()[:3] == pytest.approx([*values, values.mean()], abs=1e-6)
         assert logged[f"{kind}/target_val"] == pytest.approx(values.mean())
         assert [logged[f"{by_class}/target_val/{name}"] for name in ("ground", "square")] == pytest.approx(values)
+    assert scores.loc["floor", "iou"] == pytest.approx(truth.max() / truth.sum() / 2, abs=1e-6)
+    assert logged["floor/target_val"] == pytest.approx(truth.max() / truth.sum() / 2)
     assert logged["accuracy/target_val"] == pytest.approx(hits.sum() / counts.sum())
     assert scores["truth_pixels"].tolist()[:2] == truth.tolist()
     assert scores["predicted_pixels"].tolist()[:2] == predicted.tolist()

@@ -196,8 +196,8 @@ def test_without_a_logger_and_without_a_target_the_monitor_watches_all_the_same(
     trainer = trainer_of(tmp_path, 2, alone)
     trainer.fit(Scripted(SCRIPT), batches(halves(1), halves(1)), batches(halves(3)))
     assert set(alone.metrics()) == {
-        "iou/source_val", "class_iou/source_val/class_0", "class_iou/source_val/class_1", "loss/val_source",
-        "iou/source_drop_from_baseline",
+        "iou/source_val", "floor/source_val", "map/source_val", "loss/val_source", "iou/source_drop_from_baseline",
+        *(f"{kind}/source_val/class_{index}" for kind in ("class_iou", "ap", "share", "true_share") for index in (0, 1)),
     }  # fmt: skip
 
 
@@ -654,7 +654,11 @@ def test_at_step_0_all_runs_show_the_scores_of_their_common_warm_start(runs):
 
 def test_a_target_without_masks_gives_the_same_training_the_same_scores_and_the_same_choice(runs):
     bare, labelled = runs.history("bare"), runs.history("separate")
-    assert not [name for name in bare if "target_val" in name or "val_target" in name or "gap" in name]
+    found = {name for name in bare if "target_val" in name or "val_target" in name or "gap" in name}
+    assert found == {"share/target_val/ground", "share/target_val/square"}
+    # every pixel of the labelled set has a label, so both count the same pixels
+    np.testing.assert_allclose(bare["share/target_val/square"], labelled["share/target_val/square"], atol=1e-9)
+    assert "true_share/source_val/square" in bare
     for metric in [
         *SCORES,
         Metric.SOURCE_KEPT,
@@ -726,7 +730,8 @@ def test_without_held_out_target_images_training_images_are_scored_but_no_iou_is
     history = runs.history("few")
     for metric in [*SCORES, "da/domain_acc_val", "iou/source_val"]:
         assert [step for step, _ in history[metric]] == [0, 2], metric  # 10 source images in batches of 4
-    assert not [name for name in history if "target_val" in name or "val_target" in name]
+    found = {name for name in history if "target_val" in name or "val_target" in name}
+    assert found == {"share/target_val/ground", "share/target_val/square"}
 
 
 def test_the_training_images_that_stand_in_are_as_many_as_the_source_validates_on_and_as_they_are(place):

@@ -12,6 +12,7 @@ from dann_experiments.tracking.notes import (
     iou_changes,
     link,
     links_of,
+    near_floors,
     note_to_set,
     run_page,
 )
@@ -64,7 +65,9 @@ def test_an_adaptation_links_to_its_source_model_and_its_curves(shared_runs):
     tags = client.get_run(result.run_id).data.tags
     opening, links, explained = tags[Tag.NOTE].split("\n\n")
     was, now = result.baseline["iou/target_val"], result.metrics["iou/target_val"]
-    assert opening.startswith(f"**DANN target seed 0**: target val IoU {was:.3f} → {now:.3f}, source val IoU ")
+    floor = result.metrics["floor/target_val"]
+    assert opening.startswith(f"**DANN target seed 0**: target val IoU {was:.3f} → {now:.3f} (floor {floor:.3f}")
+    assert ", source val IoU " in opening
     at = source.experiment_id
     assert f"[source model source seed 0](#/experiments/{at}/runs/{source.run_id}{PAGES})" in links
     assert f"[curves](#/experiments/{at}/runs/{result.run_id}/artifacts/figures/curves.png{PAGES})" in links
@@ -105,3 +108,16 @@ def test_looking_at_an_experiment_does_not_describe_it(workplace):
     number = store.client.create_experiment("of others")
     open_store(None, "of others", for_runs=False)
     assert Tag.NOTE not in store.client.get_experiment(number).tags
+
+
+def test_a_score_stands_beside_its_floor_and_one_near_it_is_said_to_be():
+    after = {"iou/target_val": 0.326, "floor/target_val": 0.315, "iou/source_val": 0.8, "floor/source_val": 0.4}
+    assert iou_changes({"iou/target_val": 0.283}, after) == [
+        "target val IoU 0.283 → 0.326 (floor 0.315, not clearly above it)",
+        "source val IoU 0.800 (floor 0.400)",
+    ]
+    (said,) = near_floors(after)
+    assert said.startswith("iou/target_val 0.326 is not clearly above its floor: 0.315 is")
+    assert (
+        near_floors({"iou/target_val": 0.326}) == near_floors({"iou/target_val": 0.35, "floor/target_val": 0.315}) == []
+    )

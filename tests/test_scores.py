@@ -133,6 +133,16 @@ def test_metrics_name_the_classes_present():
         "iou/target_val": 7 / 12,
         "class_iou/target_val/ground": 1 / 2,
         "class_iou/target_val/trees_shrubs": 2 / 3,
+        "floor/target_val": 1 / 4,  # half of the pixels are of one class, and two classes are labelled
+        "map/target_val": (3 / 4 + 2 / 3) / 2,
+        "ap/target_val/ground": 1 / 2 + 1 / 4,  # one ranks first, the other in a tie of all that are left: 2 of 4
+        "ap/target_val/trees_shrubs": 2 / 3,  # both in a tie of three
+        "share/target_val/ground": 1 / 4,
+        "share/target_val/water": 0,
+        "share/target_val/trees_shrubs": 3 / 4,
+        "true_share/target_val/ground": 1 / 2,
+        "true_share/target_val/water": 0,
+        "true_share/target_val/trees_shrubs": 1 / 2,
     }
     assert scores.metrics("target_val", ["ground", "water", "trees/shrubs"]) == pytest.approx(expected)
 

@@ -27,7 +27,7 @@ CLASSES = (
 
 def log_everything(store: Store, folder: Path) -> str:
     """A run whose texts are all as hard as they get; its id."""
-    scores = Scores(np.eye(len(CLASSES), dtype=np.int64), 0.5)
+    scores = Scores(np.eye(len(CLASSES), dtype=np.int64), 0.5, np.ones(len(CLASSES)))
     long = "建" * 20_000
     with tracked_run(store, long, "x", {"dann.arm": long, "note": "é" * 9000}, folder, use_claimed=False) as run:
         run.log_metrics(scores.all_metrics("target_test", CLASSES), step=0)
@@ -40,11 +40,11 @@ def log_everything(store: Store, folder: Path) -> str:
 def check_everything(store: Store, run_id: str) -> None:
     run = store.client.get_run(run_id)
     assert run.info.status == "FINISHED"
-    for kind in ("class_iou", "precision", "recall", "f1"):
+    for kind in ("class_iou", "precision", "recall", "f1", "ap", "share", "true_share"):
         found = [name for name in run.data.metrics if name.startswith(f"{kind}/target_test/")]
         assert len(found) == len(CLASSES)
-        assert run.data.metrics[f"{kind}/target_test/tree"] == 1.0
-    assert all(run.data.metrics[name] == 1.0 for name in run.data.metrics)
+        expected = 1 / len(CLASSES) if "share" in kind else 1.0
+        assert all(run.data.metrics[name] == pytest.approx(expected) for name in found)
     assert "(cut: " in run.data.params["cfg.data.source.train"]
     assert len(run.data.params["cfg.data.source.train"]) == 6000
     assert run.data.params["cfg.data.class_names"] == str(list(CLASSES))
@@ -107,7 +107,8 @@ def test_a_label_that_is_another_s_name_with_its_digest_takes_nobody_s_name():
 def longest_names(labels: Sequence[str]) -> list[str]:
     called = labels_in_store(labels)
     return [f"{start}{called[label]}{end}" for label in labels for start, end in (
-        ("class_iou/target_test/", ""), ("precision/source_test/", ""), ("compare/source_test/", "/mean"))]  # fmt: skip
+        ("class_iou/target_test/", ""), ("precision/source_test/", ""), ("true_share/source_test/", ""),
+        ("compare/source_test/", "/mean"))]  # fmt: skip
 
 
 def test_whatever_the_labels_their_names_are_legal_and_distinct():

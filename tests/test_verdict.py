@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from dann_experiments.comparison.verdict import Interval, difference_table, judge, paired
+from dann_experiments.comparison.verdict import ClassScores, Interval, difference_table, judge, paired
 
 SOURCE = {0: 0.50, 1: 0.52, 2: 0.49, 3: 0.51, 4: 0.50}
 CASES = 400
@@ -56,6 +56,104 @@ def test_one_seed_has_a_difference_but_no_interval_and_no_seed_has_neither():
 def test_a_confidence_that_is_no_share_is_refused(confidence):
     with pytest.raises(ValueError, match=r"confidence is .*0\.95"):
         paired(SOURCE, SOURCE, confidence)
+
+
+# --- the floor, and classes that are lost
+
+
+def test_a_gain_near_the_floor_is_not_called_help():
+    helped = verdict(shifted(0.1), shifted(0.02, OTHER), floor=0.5)
+    assert helped.outcome == "helped"
+    assert helped.against_floor == paired(shifted(0.1), dict.fromkeys(SOURCE, 0.5))
+    near = verdict(shifted(0.1), shifted(0.02, OTHER), floor=0.602)
+    assert near.outcome == "at the floor"
+    assert "against the 60.2 of a map that is one class everywhere" in near.reason
+    assert near.against_floor is not None
+    assert near.against_floor.low < 0 < near.against_floor.high
+    below = verdict(shifted(0.1), shifted(0.02, OTHER), floor=0.8)  # better than before, and worse than a constant
+    assert below.outcome == "at the floor"
+
+
+def test_what_the_control_gains_near_the_floor_is_not_explained_but_at_the_floor():
+    assert verdict(shifted(0.1), shifted(0.1, OTHER)).outcome == "explained by BatchNorm statistics"
+    assert verdict(shifted(0.1), shifted(0.1, OTHER), floor=0.6).outcome == "at the floor"
+
+
+def test_less_than_a_point_above_the_floor_is_at_the_floor():
+    steady = {seed: 0.6 + seed / 10_000 for seed in SOURCE}  # mean 60.02
+    found = verdict(steady, shifted(0.02, OTHER), floor=0.594)
+    assert found.against_floor is not None
+    assert found.against_floor.low > 0
+    assert found.outcome == "at the floor"
+    assert verdict(steady, shifted(0.02, OTHER), floor=0.59).outcome == "helped"
+
+
+@pytest.mark.parametrize("by", [-0.05, 0.0])
+def test_the_floor_changes_nothing_for_an_arm_that_gains_nothing(by):
+    for control in (shifted(0.0, OTHER), shifted(0.05, OTHER)):
+        known, unknown = verdict(shifted(by), control, floor=0.5), verdict(shifted(by), control)
+        assert (known.outcome, known.reason) == (unknown.outcome, unknown.reason)
+        assert unknown.against_floor is None
+
+
+def of_class(adapted, control=0.0, base=0.2, wobble=(0.004, -0.003, 0.001, -0.004, 0.002)):
+    """A class whose IoU in D and C is that much above its IoU in S, which is near `base`."""
+    source = {seed: base + (score - 0.5) / 10 for seed, score in SOURCE.items()}
+    return ClassScores(shifted(adapted, wobble, source), shifted(control, OTHER, source), source)
+
+
+@pytest.mark.parametrize(
+    ("tree", "outcome"),
+    [
+        (of_class(0.02), "helped"),
+        (of_class(-0.09), "helped"),  # the mean gains 10: the others give what this class pays for
+        (of_class(-0.11), "at the cost of a class"),  # by more than the mean gains
+        (of_class(-0.17), "at the cost of a class"),
+        (of_class(-0.05, base=0.09), "at the cost of a class"),  # by less than the mean gains, but to 4
+        (of_class(-0.02, base=0.06), "helped"),  # to 4 as well, but it was near 0 and kept most of it
+        (of_class(-0.009, base=0.01), "helped"),  # less than a point
+    ],
+)
+def test_a_gain_that_a_class_pays_for_is_not_called_help(tree, outcome):
+    found = verdict(shifted(0.1), shifted(0.0, OTHER), classes={"ground": of_class(0.3), "tree": tree})
+    assert found.outcome == outcome
+    if outcome != "helped":
+        assert "against source only the IoU of tree falls by" in found.reason
+        assert "ground" not in found.reason
+    assert verdict(shifted(0.1), shifted(0.0, OTHER)).outcome == "helped"
+
+
+def test_a_class_that_the_control_gained_and_the_adversary_gives_up_is_a_cost_too():
+    tree = of_class(0.0, control=0.2)  # the control finds trees; DANN does not, and gains 8 points over it by the rest
+    found = verdict(shifted(0.1), shifted(0.02, OTHER), classes={"tree": tree})
+    assert found.outcome == "at the cost of a class"
+    assert "but against the control the IoU of tree falls by 20.0 points to 20.0" in found.reason
+
+
+def test_a_class_lost_within_noise_is_no_evidence_of_help():
+    wide = (0.25, -0.25, 0.2, -0.2, 0.0)
+    tree = of_class(-0.15, base=0.4, wobble=wide)
+    found = verdict(shifted(0.1), shifted(0.0, OTHER), classes={"tree": tree})
+    assert found.outcome == "no evidence"
+    assert "not told from noise" in found.reason
+    assert (
+        verdict(shifted(0.1), shifted(0.0, OTHER), classes={"tree": of_class(-0.05, 0, 0.4, wide)}).outcome == "helped"
+    )
+
+
+def test_a_class_without_scores_or_seeds_says_nothing():
+    two = ClassScores({0: 0.0, 1: 0.0}, {0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5})
+    missing = ClassScores({}, {}, {})
+    found = verdict(shifted(0.1), shifted(0.0, OTHER), classes={"tree": two, "town": missing})
+    assert found.outcome == "helped"
+
+
+def test_several_lost_classes_are_named_up_to_three():
+    lost = {name: of_class(-0.17) for name in "abcde"}
+    found = verdict(shifted(0.1), shifted(0.0, OTHER), classes=lost)
+    assert "IoU of c falls" in found.reason
+    assert "IoU of d falls" not in found.reason
+    assert "and 2 more classes fall" in found.reason
 
 
 # --- each outcome

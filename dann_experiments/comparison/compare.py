@@ -17,6 +17,7 @@ import pandas as pd
 from dann_experiments.comparison.arms import NO_CONTROL, arms_of, cells_of, check_arms
 from dann_experiments.comparison.collect import PROBES, arms_of_runs, config_of, read_run, with_probe_of_the_start
 from dann_experiments.comparison.evidence import feature_clouds, panels
+from dann_experiments.comparison.floors import classes_of, floor_notes, floor_of
 from dann_experiments.comparison.parts import part_table
 from dann_experiments.comparison.report import draw_summary, write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison
@@ -43,7 +44,11 @@ log = logging.getLogger(__name__)
 JUDGED = (Metric.TARGET_TEST_IOU, Metric.TARGET_VAL_IOU)  # the first one that all judged runs have is used
 GAPS = (Metric.PROBE_ACCURACY, Metric.DOMAIN_ACCURACY_VAL)
 TABLE_SCORES = (Metric.SOURCE_VAL_IOU, Metric.SOURCE_TEST_IOU, Metric.TARGET_VAL_IOU, Metric.TARGET_TEST_IOU)
-SHOWN = (*TABLE_SCORES, *PROBES, Metric.CLASS_IOU)  # names, or prefixes of names, of the metrics in a report
+BESIDE = (
+    Metric.CLASS_IOU, Metric.FLOOR, Metric.MEAN_AVERAGE_PRECISION, Metric.AVERAGE_PRECISION, Metric.SHARE, Metric.TRUE_SHARE,
+)  # fmt: skip
+"""Prefixes of the metrics that the table of scores has beside the mean IoUs."""
+SHOWN = (*TABLE_SCORES, *PROBES, *BESIDE)  # names, or prefixes of names, of the metrics in a report
 PAGE, SUMMARY = "report.html", "summary.png"
 
 
@@ -205,11 +210,18 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
     metric = next((name for name in JUDGED if all(name in run.metrics for run in runs if run.arm in adapted)), "")
     scores = {arm.name: {run.seed: run.metrics[metric] for run in runs if run.arm == arm.name and _has(run, metric)}
               for arm in arms}  # fmt: skip
-    source = next((scores[arm.name] for arm in arms if arm.kind == "source_only"), {})
-    control = next((scores[arm.name] for arm in arms if arm.kind == "control"), {})
-    verdicts = []
+    source, control = (next((arm.name for arm in arms if arm.kind == kind), "") for kind in ("source_only", "control"))
+    verdicts, floor = [], math.nan
     if metric:
-        verdicts = [judge(name, metric, scores[name], control, source, arms=len(adapted)) for name in adapted]
+        floor = floor_of(runs, metric)
+        verdicts = [
+            judge(
+                name, metric, scores[name], scores.get(control, {}), scores.get(source, {}), arms=len(adapted), floor=floor,
+                classes=classes_of(runs, metric, config.class_names, (name, control, source)),
+            )
+            for name in adapted
+        ]  # fmt: skip
+        notes = [*notes, *floor_notes(arms, scores, metric, floor)]
     else:
         notes = [*notes, "No target labels: nothing can be judged; only the probe and the select/ scores are known."]
     notes = [*notes, *_doubts(runs, adapted), *_not_judged(config, metric, runs)]
@@ -225,7 +237,7 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
     names = [identity.domain_name(config, domain) for domain in DOMAINS]
     return Comparison(
         title=" → ".join(names), arms=arms, runs=runs, class_names=config.class_names,
-        ignore_index=config.data.ignore_index, verdicts=verdicts, metric=metric,
+        ignore_index=config.data.ignore_index, verdicts=verdicts, metric=metric, floor=floor,
         panels=panels(config, store, run_of_arm), panel_seed=pictured, features=features, feature_layer=layer,
         selection=_selection(runs, adapted), domains=len(config.data.domains), notes=notes,
         parts=parts,
@@ -287,7 +299,7 @@ def _table(comparison: Comparison) -> pd.DataFrame:
             for arm in comparison.arms
             for run in comparison.runs_of(arm.name)
             for name, value in sorted(run.metrics.items(), key=_order)
-            if name in TABLE_SCORES or name.startswith(Metric.CLASS_IOU)
+            if name in TABLE_SCORES or name.startswith(BESIDE)
         ],
         columns=["arm", "seed", "metric", "value"],
     )
@@ -330,6 +342,7 @@ def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: 
         if row["metric"] in TABLE_SCORES:
             name = f"compare/{row['metric'].removeprefix('iou/')}/{called[row['arm']]}"
             metrics |= {f"{name}/mean": row["mean"], f"{name}/std": row["std"]}
+    metrics |= {Metric.floor(name.removeprefix(Metric.IOU)): floor_of(comparison.runs, name) for name in TABLE_SCORES}
     run.log_metrics({name: value for name, value in metrics.items() if value == value}, step=0)
     lines = [verdict.line for verdict in comparison.verdicts] or list(comparison.notes)
     (run.folder / "verdict.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

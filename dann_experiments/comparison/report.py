@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from dann_experiments.comparison.floors import floor_of
 from dann_experiments.comparison.result import Arm, Comparison, Panel
 from dann_experiments.comparison.verdict import (
     CONFIDENCE,
     EXPLAINED_SHARE,
     MIN_SEEDS,
+    NEAR_ZERO,
     SMALLEST_GAIN,
     Interval,
     Verdict,
@@ -58,8 +60,13 @@ OUTCOME_COLORS = {
     "hurt": "#c0392b",
     "no evidence": MUTED,
     "explained by BatchNorm statistics": "#b26a00",
+    "at the floor": "#b26a00",
+    "at the cost of a class": "#c0392b",
 }
-OUTCOME_MARKS = {"helped": "▲", "hurt": "▼", "no evidence": "○", "explained by BatchNorm statistics": "≈"}
+OUTCOME_MARKS = {
+    "helped": "▲", "hurt": "▼", "no evidence": "○", "explained by BatchNorm statistics": "≈", "at the floor": "▁",
+    "at the cost of a class": "◑",
+}  # fmt: skip
 SCORE_COLUMNS = (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU, Metric.SOURCE_TEST_IOU, Metric.TARGET_TEST_IOU)
 GAP_COLUMNS = (Metric.PROBE_ACCURACY, Metric.A_DISTANCE, Metric.DOMAIN_ACCURACY_VAL)
 COMMIT_TAG, ALIGNMENT_TAG = "mlflow.source.git.commit", Tag.ALIGNMENT
@@ -92,11 +99,16 @@ def write_page(path: Path, comparison: Comparison, links: Mapping[str, str] = {}
         min_seeds=MIN_SEEDS,
         smallest_gain=SMALLEST_GAIN,
         explained_share=EXPLAINED_SHARE,
+        near_zero=NEAR_ZERO,
+        floors={name: floor_of(comparison.runs, name) for name in (*columns, comparison.metric)},
         links={key: address for key, address in links.items() if pages.safe_address(address)},
         score_columns=columns + [comparison.metric] * (comparison.metric not in columns),
         baselines=[arm for arm in kinds if arm is not None],
         score=lambda arm, metric: mean_of(seed_scores(comparison, arm, metric), confidence),
-        class_score=lambda arm, name: mean_of(dict(enumerate(class_scores(comparison, arm, name))), confidence),
+        class_score=lambda arm, name, kind=Metric.CLASS_IOU: mean_of(
+            dict(enumerate(class_scores(comparison, arm, name, kind))), confidence
+        ),
+        class_tables=_class_tables(comparison),
         difference=lambda arm, other: paired(scores[arm], scores[other], confidence),
         figures=_figures(comparison, confidence),
         **_tiles(comparison),
@@ -148,9 +160,10 @@ def seed_scores(comparison: Comparison, arm: str, metric: str) -> dict[int, floa
     return {seed: float(value) for seed, value in found.items() if np.isfinite(value)}
 
 
-def class_scores(comparison: Comparison, arm: str, class_name: str) -> np.ndarray:
-    """Return the IoU of one class on the judged set, (n,) in 0..1, one value per run that has it."""
-    name = f"class_{comparison.metric}/{labels_in_store(comparison.class_names)[class_name]}"
+def class_scores(comparison: Comparison, arm: str, class_name: str, kind: str = Metric.CLASS_IOU) -> np.ndarray:
+    """Return the IoU of one class on the judged set, (n,) in 0..1, one value per run that has it. `kind`: the prefix of another
+    metric of classes."""
+    name = f"{kind}{comparison.metric.removeprefix(Metric.IOU)}/{labels_in_store(comparison.class_names)[class_name]}"
     return np.array(list(seed_scores(comparison, arm, name).values()))
 
 
@@ -189,6 +202,25 @@ def shown_arms(comparison: Comparison, panels: Sequence[Panel]) -> list[str]:
 
 
 # ---- parts of the page and the summary
+
+
+def _class_tables(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return title and prefix of the metrics per class that any run has."""
+    kinds = {
+        "IoU": Metric.CLASS_IOU,
+        "Average precision: how well its probability ranks the pixels, without a threshold; chance gives the true share": (
+            Metric.AVERAGE_PRECISION
+        ),
+        "Predicted share of the pixels": Metric.SHARE,
+        "True share of the pixels": Metric.TRUE_SHARE,
+    }
+    names, judged = (
+        {name for run in comparison.runs for name in run.metrics},
+        comparison.metric.removeprefix(Metric.IOU),
+    )
+    return [
+        (title, kind) for title, kind in kinds.items() if any(name.startswith(f"{kind}{judged}/") for name in names)
+    ]
 
 
 def _row(name: str, color: str, values: Mapping[int, float], interval: Interval) -> Row:

@@ -5,6 +5,7 @@ Letters: K classes, H x W pixels, N images, C features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -82,6 +83,8 @@ class Comparison:
     """One verdict per adapted arm."""
     metric: str
     """The judged score: `iou/target_test` if it is known, else `iou/target_val`; empty without target labels."""
+    floor: float = math.nan
+    """The mean IoU of the best constant prediction on the judged set, 0..1; NaN if the runs do not have it."""
     panels: Sequence[Panel] = ()
     panel_seed: int | None = None
     """The seed of the models behind the panels and feature clouds."""

@@ -16,7 +16,9 @@ from scipy.special import stdtrit
 if TYPE_CHECKING:
     import pandas as pd
 
-Outcome = Literal["helped", "hurt", "no evidence", "explained by BatchNorm statistics"]
+Outcome = Literal[
+    "helped", "hurt", "no evidence", "explained by BatchNorm statistics", "at the floor", "at the cost of a class"
+]
 
 CONFIDENCE = 0.95
 """Confidence of each two-sided interval if one arm is judged."""
@@ -26,6 +28,8 @@ SMALLEST_GAIN = 0.01
 """One IoU point. A smaller gain may be real but is not worth a second training; another split or checkpoint changes more."""
 EXPLAINED_SHARE = 0.5
 """Share of the gain over source only that the control must reach by itself to explain the gain."""
+NEAR_ZERO = 0.05
+"""A class that ends with a lower IoU and lost half or more is as good as not mapped any more."""
 _SAME = 1e-9  # differences this close count as equal: subtraction has errors of about 1e-16
 
 
@@ -45,6 +49,15 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class ClassScores:
+    """The IoU of one class over seeds, in each arm that a verdict compares; seed -> IoU, 0 to 1."""
+
+    adapted: Mapping[int, float]
+    control: Mapping[int, float]
+    source_only: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The verdict on one adapted arm, with its reason."""
 
@@ -61,6 +74,8 @@ class Verdict:
     """Confidence of each interval, after the correction for several arms."""
     reason: str
     """The part of the rule that decided, with numbers in points."""
+    against_floor: Interval | None = None
+    """D less the mean IoU of the best constant prediction; None if that is not known."""
 
     @property
     def line(self) -> str:
@@ -99,12 +114,16 @@ def judge(
     source_only: Mapping[int, float],
     arms: int = 1,
     confidence: float = CONFIDENCE,
+    floor: float = math.nan,
+    classes: Mapping[str, ClassScores] = {},
 ) -> Verdict:
     """Judge one adapted arm by its scores over seeds (seed -> score, 0 to 1, higher is better), each arm's seeds paired.
 
     arms: number of adapted arms judged in the same comparison. Each interval then has confidence 1 - (1 - confidence) / arms
     (Bonferroni), because the best of many arms would exceed any fixed level by luck.
-    control may be empty: then only harm can be shown. Raises ValueError for scores that look like percentages.
+    control may be empty: then only harm can be shown. floor: the mean IoU of the best constant prediction (`floor/SET`), above
+    which D must be; NaN if it is not known: then this is not asked. classes: class -> its IoUs; none if they are not known. Each
+    class has an interval of `confidence`, uncorrected. Raises ValueError for scores that look like percentages.
     """
     if arms < 1:
         raise ValueError(
@@ -114,17 +133,70 @@ def judge(
         large = [score for score in scores.values() if math.isfinite(score) and abs(score) > 2]
         if large:
             raise ValueError(f"{name} scores of {arm} hold {large[0]:g}; {metric} must be from 0 to 1, not in percent.")
-    confidence = 1 - (1 - confidence) / arms
+    for_classes, confidence = confidence, 1 - (1 - confidence) / arms
     against_source = paired(adapted, source_only, confidence)
     against_control = paired(adapted, control, confidence)
     control_against_source = paired(control, source_only, confidence)
-    outcome, why = _decide(against_source, against_control, control_against_source, confidence)
+    against_floor = paired(adapted, dict.fromkeys(adapted, floor), confidence) if math.isfinite(floor) else None
+    lost = {
+        "source only": _lost(
+            {n: (of.adapted, of.source_only) for n, of in classes.items()}, against_source, for_classes
+        ),
+        "the control": _lost({n: (of.adapted, of.control) for n, of in classes.items()}, against_control, for_classes),
+    }
+    outcome, why = _decide(
+        against_source, against_control, control_against_source, confidence, against_floor, floor, lost
+    )
     reason = f"On {metric}, {why}{_left_out(adapted, control, source_only)}"
-    return Verdict(arm, outcome, metric, against_source, against_control, control_against_source, confidence, reason)
+    return Verdict(
+        arm, outcome, metric, against_source, against_control, control_against_source, confidence, reason, against_floor
+    )
 
 
-def _decide(source: Interval, control: Interval, shift: Interval, confidence: float) -> tuple[Outcome, str]:
-    """Apply the rule to D - S, D - C and C - S: its parts are checked in this order."""
+@dataclass(frozen=True)
+class _Lost:
+    """The classes, in words, whose IoU falls to near 0 or by more than the mean IoU gains."""
+
+    surely: list[str]
+    """Beyond noise."""
+    perhaps: list[str]
+    """On average, but not told from noise."""
+
+
+def _lost(
+    classes: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]], gain: Interval, confidence: float
+) -> _Lost:
+    """Return the classes that are lost; `classes`: class -> its IoUs in D and in the arm that D is compared with."""
+    found = _Lost([], [])
+    for name, (ours, theirs) in classes.items():
+        change = paired(ours, theirs, confidence)
+        if change.n < MIN_SEEDS or not _at_least(-change.mean, SMALLEST_GAIN):
+            continue
+        shared = [
+            ours[seed] for seed in ours if math.isfinite(ours[seed]) and math.isfinite(theirs.get(seed, math.nan))
+        ]
+        left = math.fsum(shared) / len(shared)
+        gone = left < NEAR_ZERO and -change.mean >= left - _SAME
+        if gone or -change.mean > gain.mean + _SAME:
+            low, high = _points(change.low), _points(change.high)
+            (found.surely if change.high < 0 else found.perhaps).append(
+                f"the IoU of {name} falls by {-change.mean * 100:.1f} points to {left * 100:.1f} "
+                f"({confidence * 100:.4g} % interval {low} to {high})"
+            )
+    return found
+
+
+def _decide(
+    source: Interval,
+    control: Interval,
+    shift: Interval,
+    confidence: float,
+    above: Interval | None,
+    floor: float,
+    lost: Mapping[str, _Lost],
+) -> tuple[Outcome, str]:
+    """Apply the rule to D - S, D - C, C - S, D - floor (None if unknown) and the classes lost: its parts are checked in this
+    order."""
 
     def said(difference: Interval) -> str:
         if difference.n < 2:
@@ -141,6 +213,14 @@ def _decide(source: Interval, control: Interval, shift: Interval, confidence: fl
         return "hurt", f"it loses against source only, {said(source)}, wholly below 0 and by at least {smallest}."
 
     against_source = f"{said(source)} against source only"
+    beats_source = source.low > 0 and _at_least(source.mean, SMALLEST_GAIN)
+    if beats_source and above is not None and not (above.low > 0 and _at_least(above.mean, SMALLEST_GAIN)):
+        return "at the floor", (
+            f"{against_source}, but it is not shown to be above the floor: {said(above)} against the {floor * 100:.1f} of a map "
+            f"that is one class everywhere.{_and_classes(lost['source only'].surely)}"
+        )
+    if beats_source and lost["source only"].surely:
+        return "at the cost of a class", _at_the_cost(against_source, "source only", lost["source only"].surely)
     if control.n == 0:
         return "no evidence", (
             f"{against_source}, but without the lambda = 0 control nothing can be concluded: target images forwarded without an "
@@ -151,9 +231,16 @@ def _decide(source: Interval, control: Interval, shift: Interval, confidence: fl
     if _no_spread(control):
         return "no evidence", _seed_changed_nothing(control, "the control")
     against_both = f"{against_source} and {said(control)} against the lambda = 0 control"
-    beats_source = source.low > 0 and _at_least(source.mean, SMALLEST_GAIN)
     beats_control = control.low > 0 and _at_least(control.mean, SMALLEST_GAIN)
     if beats_source and beats_control:
+        if lost["the control"].surely:
+            return "at the cost of a class", _at_the_cost(against_both, "the control", lost["the control"].surely)
+        for other, of in lost.items():
+            if of.perhaps:
+                return "no evidence", (
+                    f"{against_both}, but against {other} {_listed(of.perhaps)}: on average, a class is lost while the mean "
+                    "rises, and that is not told from noise."
+                )
         return "helped", f"{against_both}: both wholly above 0 and at least {smallest} on average."
 
     if beats_source:
@@ -180,6 +267,23 @@ def _decide(source: Interval, control: Interval, shift: Interval, confidence: fl
     if source.low > 0 or source.high < 0:
         return "no evidence", f"{against_both}: a difference below {smallest} is too small to matter."
     return "no evidence", f"{against_both}: the interval against source only contains 0."
+
+
+def _at_the_cost(gains: str, other: str, lost: list[str]) -> str:
+    return (
+        f"{gains}, but against {other} {_listed(lost)}: the mean rises while a class is lost, so look at the classes, not at "
+        "the mean."
+    )
+
+
+def _and_classes(lost: list[str]) -> str:
+    return f" Against source only, {_listed(lost)}." if lost else ""
+
+
+def _listed(lost: list[str]) -> str:
+    """Return the first three of the classes in words."""
+    more = f" and {len(lost) - 3} more classes fall" if len(lost) > 3 else ""
+    return "; ".join(lost[:3]) + more
 
 
 def _at_least(value: float, bound: float) -> bool:

@@ -322,13 +322,15 @@ def _write_results(folder: Path, scores: Mapping[SetName, Scores], class_names: 
 
 
 def _score_table(name: str, scores: Scores, class_names: Sequence[str]) -> pd.DataFrame:
-    """Return one row per class, then `mean`; a score that is not defined is an empty field."""
+    """Return one row per class, then `mean` and `floor`; a score that is not defined is an empty field."""
     columns = {
         "iou": scores.class_iou, "precision": scores.class_precision, "recall": scores.class_recall, "f1": scores.class_f1,
+        "average_precision": np.full(len(class_names), np.nan) if scores.class_ap is None else scores.class_ap,
     }  # fmt: skip
     pixels = {"truth_pixels": scores.truth_pixels, "predicted_pixels": scores.predicted_pixels}
     table = pd.DataFrame({"set": name, "class": list(class_names), **columns, **pixels})
     mean = pd.DataFrame(
         {"set": [name], "class": ["mean"], **{key: [macro_mean(value)] for key, value in columns.items()}}
     )
-    return pd.concat([table, mean]).astype(dict.fromkeys(pixels, "Int64"))
+    floor = pd.DataFrame({"set": [name], "class": ["floor"], "iou": [scores.floor]})
+    return pd.concat([table, mean, floor]).astype(dict.fromkeys(pixels, "Int64"))

@@ -26,7 +26,8 @@ class Overview:
     """A table of runs that share one source model, and the folders of their files."""
 
     table: pd.DataFrame
-    """Index: arm, in the order source model, control, others; columns: run_id, seed and every `iou/...` value."""
+    """Index: arm, in the order source model, control, others; columns: run_id, seed and every `iou/...` value, then its
+    `floor/...`."""
     artifacts: dict[str, str]
     """Arm -> folder of its run's files, if that is on this machine and there."""
     experiment_id: str
@@ -106,8 +107,8 @@ def _basis(run: Any) -> tuple[str | None, str, frozenset[tuple[str, str]]]:
 
 
 def _is_score(metric: str) -> bool:
-    return metric.startswith(Metric.IOU) and metric.endswith(("_val", "_test"))
+    return metric.startswith((Metric.IOU, Metric.FLOOR)) and metric.endswith(("_val", "_test"))
 
 
-def _score_order(metric: str) -> tuple[bool, bool]:
-    return metric.endswith("_test"), "target" in metric
+def _score_order(metric: str) -> tuple[bool, bool, bool]:
+    return metric.startswith(Metric.FLOOR), metric.endswith("_test"), "target" in metric

@@ -36,6 +36,7 @@ from dann_experiments.names import TARGET_LABELLED, Domain, Job, Metric, OneDoma
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.reports.plots.predictions import draw_predictions
 from dann_experiments.reports.plots.run_curves import draw_curves
+from dann_experiments.scores import predicted_shares, true_shares
 from dann_experiments.tracking.notes import description, iou_changes, link, links_of, run_page
 from dann_experiments.tracking.pictures import Pictures
 from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun, tracked_run
@@ -212,7 +213,7 @@ def train(
             ranks.wait()
             loop.run(checkpoint)
             monitor, final_step = loop.monitor, loop.trainer.global_step
-            unlabelled = monitor.target_scores | monitor.domain_accuracy
+            unlabelled = monitor.target_scores | monitor.domain_accuracy | monitor.predicted_shares()
             if Metric.SOURCE_KEPT in monitor.metrics():
                 unlabelled[Metric.SOURCE_KEPT] = monitor.metrics()[Metric.SOURCE_KEPT]
             explained = ""
@@ -359,10 +360,27 @@ def _write_class_table(path: Path, outcome: Outcome, class_names: Sequence[str])
     called = labels_in_store(class_names)
     with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["set", "class", "iou_before", "iou_after"])
-        for name, scores in outcome.after.items():
+        writer.writerow(
+            [
+                "set",
+                "class",
+                "iou_before",
+                "iou_after",
+                "ap_before",
+                "ap_after",
+                "share_before",
+                "share_after",
+                "true_share",
+            ]
+        )
+        for name, after in outcome.after.items():
             before = outcome.before.get(name)
+            columns = [None if found is None else found.class_iou for found in (before, after)]
+            columns += [None if found is None else found.class_ap for found in (before, after)]
+            columns += [None if found is None else predicted_shares(found.confusion) for found in (before, after)]
+            columns.append(true_shares(after.confusion))
             for index, label in enumerate(class_names):
-                earlier = "" if before is None else f"{before.class_iou[index]:.6f}"
-                writer.writerow([name, called[label], earlier, f"{scores.class_iou[index]:.6f}"])
-            writer.writerow([name, "mean", "" if before is None else f"{before.iou:.6f}", f"{scores.iou:.6f}"])
+                writer.writerow([name, called[label], *("" if one is None else f"{one[index]:.6f}" for one in columns)])
+            writer.writerow([name, "mean", "" if before is None else f"{before.iou:.6f}", f"{after.iou:.6f}"])
+            floors = ["" if found is None else f"{found.floor:.6f}" for found in (before, after)]
+            writer.writerow([name, "floor", *floors])

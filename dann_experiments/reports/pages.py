@@ -34,6 +34,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {"decimal": decimal, "short": short, "themed": themed, "finite": math.isfinite}
+    environment.tests["finite"] = math.isfinite
     environment.filters["markdown"] = lambda table: "\n".join(markdown(table))
     environment.globals |= {"THEME": THEME, "MISSING": MISSING}
     return environment

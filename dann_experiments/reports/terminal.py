@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dann_experiments.names import Metric, SetName
+from dann_experiments.names import SOURCE_VAL, TARGET_VAL, Metric, SetName
+from dann_experiments.tracking.notes import floor_beside, near_floors
 from dann_experiments.tracking.saved_views import address
 from dann_experiments.tracking.store import TRAINING_PAGES, without_secrets
 
@@ -64,17 +66,57 @@ MOST_COLUMNS = 5  # of scores in a table; more would be broken on a terminal of 
 
 
 def print_scores(title: str, rows: Mapping[str, Scores]) -> None:
-    """Print the IoUs of a run, one row per label; rows without metrics are left out."""
+    """Print the IoUs of a run, one row per label, with their floors, then its classes; rows without metrics are left out.
+
+    Says of a final score that is near its floor that it means nothing."""
     names = list(dict.fromkeys(name for scores in rows.values() for name in scores if name.startswith(Metric.IOU)))
-    if len(names) > MOST_COLUMNS:
-        whens = [label for label, scores in rows.items() if scores]
-        print_table(title, ["", *whens], ([name, *(cell(rows[when].get(name)) for when in whens)] for name in names))
-        return
-    print_table(
-        title,
-        ["", *names],
-        ([label, *(cell(scores.get(name)) for name in names)] for label, scores in rows.items() if scores),
-    )
+    table = [
+        *([label, *(cell(scores.get(name)) for name in names)] for label, scores in rows.items() if scores),
+        *_floor_rows({name: floor_beside(scores, name) for scores in rows.values() for name in names}),
+    ]
+    if len(names) <= MOST_COLUMNS:
+        print_table(title, ["", *names], table)
+    else:  # turned
+        heads, *columns = ([row[number] for row in table] for number in range(len(names) + 1))
+        print_table(title, ["", *heads], ([name, *cells] for name, cells in zip(names, columns, strict=True)))
+    before, after = rows.get("before", {}), rows.get("after", {})
+    for line in near_floors(after):
+        print(line)
+    if after:
+        _print_classes(before, after)
+
+
+def _floor_rows(floors: Scores, factor: float = 1, form: str = ".3f") -> list[list[str]]:
+    """Return the row of the floors; none if they are not known."""
+    cells = [cell(value, form, factor) for value in floors.values()]
+    return [["floor", *cells]] if any(cells) else []
+
+
+def _print_classes(before: Scores, after: Scores) -> None:
+    """Print IoU, average precision and shares per class of each set of the target, else of each set of the source."""
+    names = [name.removeprefix(Metric.IOU) for name in after if math.isfinite(floor_beside(after, name))]
+    for name in [one for one in names if one.startswith("target")] or names:
+        share = f"{Metric.SHARE}{name}/"
+        labels = [metric.removeprefix(share) for metric in after if metric.startswith(share)]
+        iou, ranked = Metric.class_iou(name, ""), f"{Metric.AVERAGE_PRECISION}{name}/"
+        columns = {
+            "IoU before": (before, iou), "IoU": (after, iou), "average precision": (after, ranked),
+            "predicted share": (after, share), "true share": (after, f"{Metric.TRUE_SHARE}{name}/"),
+        }  # fmt: skip
+        shown = {title: of for title, of in columns.items() if any(of[1] + label in of[0] for label in labels)}
+        print_table(
+            f"classes of {name}",
+            ["", *shown],
+            ([label, *(cell(values.get(start + label)) for values, start in shown.values())] for label in labels),
+        )
+    unlabeled, known = f"{Metric.SHARE}{TARGET_VAL}/", f"{Metric.TRUE_SHARE}{SOURCE_VAL}/"
+    labels = [metric.removeprefix(unlabeled) for metric in after if metric.startswith(unlabeled)]
+    if labels and str(TARGET_VAL) not in names:
+        print_table(
+            "classes of the target, which has no labels: are its predicted shares plausible?",
+            ["", "predicted share", "true share in the source"],
+            ([label, cell(after.get(unlabeled + label)), cell(after.get(known + label))] for label in labels),
+        )
 
 
 def print_label_curve(curve: Any) -> None:
@@ -115,7 +157,28 @@ def print_comparison(comparison: Any, table: pd.DataFrame) -> None:
         return [arm, *cells, str(max((int(one["n"]) for one in known if one is not None), default=0))]
 
     title = f"{comparison.title}: IoU points, mean ± standard deviation"
-    print_table(title, ["", *scores, "seeds"], [row(arm.name) for arm in comparison.arms])
+    # a floor is the same in every arm
+    records = table.to_dict("records")
+    floor_by_name = {str(one["metric"]): float(one["mean"]) for one in records}
+    floors = [
+        [*one, ""] for one in _floor_rows({name: floor_beside(floor_by_name, name) for name in scores}, 100, ".1f")
+    ]
+    print_table(title, ["", *scores, "seeds"], [*(row(arm.name) for arm in comparison.arms), *floors])
+    start = Metric.class_iou(comparison.metric.removeprefix(Metric.IOU), "")
+    classes = [name for name in table["metric"].unique() if comparison.metric and name.startswith(start)]
+    if classes:
+        means = {(str(one["arm"]), str(one["metric"])): float(one["mean"]) for one in records}
+        print_table(
+            f"{comparison.metric} by class: IoU points, mean",
+            ["", *(name.removeprefix(start) for name in classes)],
+            (
+                [
+                    arm.name,
+                    *(cell(means.get((arm.name, name)), ".1f", 100) for name in classes),
+                ]
+                for arm in comparison.arms
+            ),
+        )
     for verdict in comparison.verdicts:
         Console().print(f"[bold]{escape(f'{verdict.arm}: {verdict.outcome}.')}[/bold] {escape(verdict.reason)}")
     if comparison.parts is not None:
@@ -149,6 +212,14 @@ def print_overview(
         [str(arm), *(cell(float(row[name])) for name in scores), str(row["run_id"])[:8]]
         for arm, row in zip(table.index, table.to_dict("records"), strict=True)
     ]
+    of_runs = [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+    known = {
+        name: value
+        for row in of_runs
+        for name, value in row.items()
+        if name.startswith(Metric.FLOOR) and value == value
+    }
+    rows += [[*one, ""] for one in _floor_rows({name: floor_beside(known, name) for name in scores})]
     print_table(f"experiment {experiment}", ["", *scores, "run"], rows)
     print("One seed each: differences of a few points can be chance; the README shows several seeds.")
     for arm, folder in folders.items():

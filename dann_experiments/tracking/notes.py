@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 from dann_experiments.names import SOURCE_TEST, SOURCE_VAL, TARGET_TEST, TARGET_VAL, Job, Metric, SetName, Tag
+from dann_experiments.scores.floor import near_floor
 from dann_experiments.tracking.store import TRAINING_PAGES
 
 MADE_FOR = {Tag.COMPARISON: "comparison", Tag.SWEEP_RUN_ID: "sweep"}
@@ -48,8 +49,8 @@ def links_of(tags: Mapping[str, object], experiment_id: str) -> list[str]:
 
 
 def iou_changes(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Return `target val IoU 0.512 → 0.623` for each labeled set, of metrics by name; one number if there is none before. With
-    several domains, the set of each follows their mean."""
+    """Return `target val IoU 0.512 → 0.623` for each labeled set, of metrics by name; one number if there is none before. The
+    floor follows, where it is known. With several domains, the set of each follows their mean."""
     found = []
     shown = [
         name
@@ -62,7 +63,31 @@ def iou_changes(before: Mapping[str, float], after: Mapping[str, float]) -> list
     for name in shown:
         old, new = (values.get(Metric.iou(name), math.nan) for values in (before, after))
         if math.isfinite(new):
-            found.append(f"{name.words} IoU {f'{old:.3f} → ' if math.isfinite(old) else ''}{new:.3f}")
+            floor = floor_beside(after, Metric.iou(name))
+            beside = (
+                f" (floor {floor:.3f}{', not clearly above it' * near_floor(new, floor)})"
+                if math.isfinite(floor)
+                else ""
+            )
+            found.append(f"{name.words} IoU {f'{old:.3f} → ' if math.isfinite(old) else ''}{new:.3f}{beside}")
+    return found
+
+
+def floor_beside(values: Mapping[str, float], name: str) -> float:
+    """Return the floor of an `iou/SET` metric among metrics by name; NaN if it is not known."""
+    return values.get(Metric.floor(name.removeprefix(Metric.IOU)), math.nan)
+
+
+def near_floors(values: Mapping[str, float]) -> list[str]:
+    """Return a sentence for each final score of a run that is near its floor or below it."""
+    found = []
+    for name, score in values.items():
+        floor = floor_beside(values, name) if name.startswith(Metric.IOU) else math.nan
+        if math.isfinite(floor) and math.isfinite(score) and near_floor(score, floor):
+            found.append(
+                f"{name} {score:.3f} is not clearly above its floor: {floor:.3f} is the score of a map that is one class "
+                "everywhere. Look at the classes."
+            )
     return found
 
 
@@ -88,6 +113,7 @@ def experiment_description() -> str:
         (Metric.TARGET_VAL_IOU, "mean IoU on the target; step 0 is the source model, before adaptation"),
         (Metric.SOURCE_VAL_IOU, "the same on the source: a fall means that the source is being forgotten"),
         (Metric.TARGET_TEST_IOU, "the same on the test images, once, with the final model"),
+        (f"{Metric.FLOOR}...", "the score of a map that is one class everywhere: a score near it says nothing"),
         (Metric.PROBE_ACCURACY, "can a new classifier distinguish source and target by the features? 0.5: no"),
         (
             Metric.DOMAIN_ACCURACY,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger, MLFlowLogger
@@ -21,7 +22,15 @@ from dann_experiments.names import DOMAINS, SOURCE_AND_TARGET, Metric, OneDomain
 from dann_experiments.scores.predictions import in_parts, log_probabilities
 from dann_experiments.scores.selection import SCORES, choice_value
 from dann_experiments.training.ranks import sum_of
-from dann_experiments.training.scoring import Scorer, Scores, SelectionScorer, mean_of, metrics_of_sets
+from dann_experiments.training.scoring import (
+    Scorer,
+    Scores,
+    SelectionScorer,
+    ShareCounter,
+    mean_of,
+    metrics_of_sets,
+    shares_of_sets,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +41,11 @@ class DomainAdaptationMonitorCallback(pl.Callback):
     Needs validation loaders of the domains `validated`, by default [source] or [source, target], and a `validation_step` that
     returns {"logits": (N, K, H, W), "labels": (N, H, W) or None}, and optionally "valid" (N, H, W; 0 at nodata) and
     "domain_hits" (layer -> (2,): a domain classifier's correct decisions, all its decisions). Logs to every logger of the
-    trainer, at the number of optimizer steps done: `iou/source_val`, `iou/target_val`, `class_iou/...`, `loss/val_source`,
-    `loss/val_target`, `iou/gap_source_minus_target`, `iou/source_drop_from_baseline`, `da/domain_acc_val` (balanced over the
-    domains, of which there are `domains`), and `select/...` of the target (see `scores.selection`; they do not use its labels).
+    trainer, at the number of optimizer steps done: `iou/source_val`, `iou/target_val`, each with its `floor/...`,
+    `class_iou/...`, `map/...`, `ap/...`, `share/...` and `true_share/...`; `loss/val_source`, `loss/val_target`,
+    `iou/gap_source_minus_target`, `iou/source_drop_from_baseline`, `da/domain_acc_val` (balanced over the domains, of which
+    there are `domains`), and `select/...` of the target (see `scores.selection`; they do not use its labels). Of a target without
+    labels, `share/target_val/CLASS` is logged as well.
     With several domains, IoU is also logged for each, `iou/target_val.NAME`, and all other values are means over the domains.
     The baseline is the sanity check before training (`num_sanity_val_steps=-1`), logged at step 0. When the source IoU falls
     more than `forgetting_threshold` (0..1) below its baseline, warns once per fall and sets the MLflow tag `dann.forgot_source`;
@@ -69,10 +80,13 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         """Scores of the last validation, by domain."""
         self.target_scores: dict[str, float] = {}
         """`select/...` of the last validation."""
+        self.predicted: dict[str, np.ndarray] = {}
+        """Pixels per predicted class, (K,), of the target domains without labels in the last validation, by domain."""
         self.domain_accuracy: dict[str, float] = {}
         """`da/domain_acc_val` of the last validation; with several layers, also one value per layer."""
         self._scorers: dict[int, Scorer] = {}
         self._unlabeled: dict[int, SelectionScorer] = {}
+        self._shares: dict[int, ShareCounter] = {}
         self._hits: dict[str, dict[int, Tensor]] = {}
         self._forgetting = False
         self._resumed = False
@@ -82,6 +96,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             "baseline": {domain: scores.as_plain() for domain, scores in self.baseline.items()},
             "latest": {domain: scores.as_plain() for domain, scores in self.latest.items()},
             "target_scores": dict(self.target_scores),
+            "predicted": {domain: torch.from_numpy(counts) for domain, counts in self.predicted.items()},
             "domain_accuracy": dict(self.domain_accuracy),
             "forgetting": self._forgetting,
         }
@@ -90,6 +105,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.baseline = {domain: Scores.from_plain(plain) for domain, plain in state_dict["baseline"].items()}
         self.latest = {domain: Scores.from_plain(plain) for domain, plain in state_dict["latest"].items()}
         self.target_scores, self.domain_accuracy = state_dict["target_scores"], state_dict["domain_accuracy"]
+        self.predicted = {domain: counts.numpy() for domain, counts in state_dict.get("predicted", {}).items()}
         self._forgetting, self._resumed = state_dict["forgetting"], True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -103,7 +119,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             )  # fmt: skip
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._scorers, self._unlabeled, self._hits = {}, {}, {}
+        self._scorers, self._unlabeled, self._shares, self._hits = {}, {}, {}, {}
 
     def on_validation_batch_end(
         self,
@@ -120,12 +136,17 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         of_target = self.validated[dataloader_idx].role == "target"
         if of_target and dataloader_idx not in self._unlabeled:
             self._unlabeled[dataloader_idx] = SelectionScorer(_first_item(trainer, dataloader_idx))
+        if of_target and labels is None and dataloader_idx not in self._shares:
+            self._shares[dataloader_idx] = ShareCounter(self.num_classes)
         for part in in_parts(logits):
             logs = log_probabilities(logits[part])  # for both scorers
             if labels is not None:
                 self._scorers[dataloader_idx].update(logits[part], labels[part], logs)
             if of_target:
-                self._unlabeled[dataloader_idx].update(logits[part], None if valid is None else valid[part], logs)
+                known = None if valid is None else valid[part]
+                self._unlabeled[dataloader_idx].update(logits[part], known, logs)
+                if labels is None:
+                    self._shares[dataloader_idx].update(logits[part], known)
         for layer, hits in outputs.get("domain_hits", {}).items():
             of_layer = self._hits.setdefault(layer, {})
             of_layer[dataloader_idx] = of_layer.get(dataloader_idx, 0) + hits
@@ -156,6 +177,9 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.latest = {
             str(self.validated[index]): scorer.compute(True) for index, scorer in sorted(self._scorers.items())
         }
+        self.predicted = {
+            str(self.validated[index]): counter.compute(True) for index, counter in sorted(self._shares.items())
+        }
         found = [scorer.compute(True) for _, scorer in sorted(self._unlabeled.items())]
         self.target_scores = {
             Metric.SELECT + name: mean_of(scores[name] for scores in found) if len(found) > 1 else found[0][name]
@@ -163,7 +187,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         }
         hits = {layer: {index: sum_of(own) for index, own in of.items()} for layer, of in self._hits.items()}
         self.domain_accuracy = _domain_accuracy(hits, self.domains)
-        self._scorers, self._unlabeled, self._hits = {}, {}, {}
+        self._scorers, self._unlabeled, self._shares, self._hits = {}, {}, {}, {}
 
     def beside(self) -> DomainAdaptationMonitorCallback:
         """Return a monitor with the same settings and baseline, for a validation that leaves no trace in this one."""
@@ -181,11 +205,25 @@ class DomainAdaptationMonitorCallback(pl.Callback):
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the last validation, by metric name."""
         values = validation_metrics(self.latest, self.baseline, self.class_names)
-        values |= self.target_scores | self.domain_accuracy
+        values |= self.target_scores | self.domain_accuracy | self.predicted_shares()
         drop = values.get(Metric.SOURCE_DROP)
         if self.target_scores and drop is not None:
             values[Metric.SOURCE_KEPT] = float(drop <= self.forgetting_threshold)
         return values
+
+    def predicted_shares(self) -> dict[str, float]:
+        """Return `share/target_val/CLASS` of target domains without labels in the last validation; where other domains have
+        labels, the mean over the target is of these."""
+        domains = {OneDomain.parse(name): counts for name, counts in self.predicted.items()}
+        shares = shares_of_sets(
+            {SetName(one.role, "val", one.name): counts for one, counts in domains.items()}, self.class_names
+        )
+        labeled = any(OneDomain.parse(name).role == "target" for name in self.latest)
+        return {
+            name: share
+            for name, share in shares.items()
+            if not (labeled and name.startswith(f"{Metric.SHARE}target_val/"))
+        }
 
     def _warn_of_forgetting(self, loggers: Sequence[Logger]) -> None:
         metrics = self.metrics()

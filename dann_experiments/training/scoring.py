@@ -24,6 +24,7 @@ from dann_experiments.models.networks import logits_of_any_size, predicted_class
 from dann_experiments.models.symmetries import mean_probabilities
 from dann_experiments.models.taps import evaluating
 from dann_experiments.names import Metric, SetName, Tta
+from dann_experiments.scores.average_precision import BINS, class_average_precision_from, count_probabilities
 from dann_experiments.scores.bnm import batch_nuclear_norm_from
 from dann_experiments.scores.confusion import count_pairs
 from dann_experiments.scores.entropy import mean_entropy_from
@@ -41,6 +42,8 @@ class Scores:
     """(K, K) pixel counts: rows = truth, columns = prediction, without ignored pixels."""
     loss: float
     """Mean cross-entropy per labeled pixel."""
+    class_ap: np.ndarray | None = None
+    """(K,) average precision per class, 0..1; None if it was not measured, as in checkpoints of earlier versions."""
 
     @property
     def class_iou(self) -> np.ndarray:
@@ -51,6 +54,11 @@ class Scores:
     def iou(self) -> float:
         """Macro mean over the classes present, 0..1; NaN if no pixel is labeled."""
         return scores.mean_iou(self.confusion)
+
+    @property
+    def floor(self) -> float:
+        """Mean IoU of the best constant prediction, 0..1; NaN if no pixel is labeled."""
+        return scores.constant_iou(self.confusion)
 
     @property
     def class_precision(self) -> np.ndarray:
@@ -83,24 +91,35 @@ class Scores:
         return self.confusion.sum(0)
 
     def as_plain(self) -> dict[str, Any]:
-        """Return the scores as a tensor and a number, for a checkpoint."""
-        return {"confusion": torch.from_numpy(self.confusion), "loss": self.loss}
+        """Return the scores as tensors and a number, for a checkpoint."""
+        plain = {"confusion": torch.from_numpy(self.confusion), "loss": self.loss}
+        return plain if self.class_ap is None else plain | {"class_ap": torch.from_numpy(self.class_ap)}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Scores:
         """Make the scores from the result of `as_plain`."""
-        return cls(plain["confusion"].numpy(), plain["loss"])
+        class_ap = plain.get("class_ap")
+        return cls(plain["confusion"].numpy(), plain["loss"], None if class_ap is None else class_ap.numpy())
 
     def metrics(self, name: str, class_names: Sequence[str]) -> dict[str, float]:
-        """Return `iou/NAME`, and `class_iou/NAME/CLASS` for the classes present."""
-        return {Metric.iou(name): self.iou} | _by_class("class_iou", name, class_names, self.class_iou)
+        """Return `iou/NAME`, and where they are defined `floor/NAME`, `class_iou/NAME/CLASS`, `map/NAME`, `ap/NAME/CLASS`,
+        `share/NAME/CLASS` and `true_share/NAME/CLASS`."""
+        values = {Metric.iou(name): self.iou}
+        if not math.isnan(self.floor):
+            values[Metric.floor(name)] = self.floor
+        values |= _by_class(Metric.CLASS_IOU, name, class_names, self.class_iou)
+        if self.class_ap is not None and not np.isnan(self.class_ap).all():
+            values[f"{Metric.MEAN_AVERAGE_PRECISION}{name}"] = scores.macro_mean(self.class_ap)
+            values |= _by_class(Metric.AVERAGE_PRECISION, name, class_names, self.class_ap)
+        values |= _by_class(Metric.SHARE, name, class_names, scores.predicted_shares(self.confusion))
+        return values | _by_class(Metric.TRUE_SHARE, name, class_names, scores.true_shares(self.confusion))
 
     def all_metrics(self, name: str, class_names: Sequence[str]) -> dict[str, float]:
         """Return `metrics`, then `precision`, `recall` and `f1`, each as /NAME (macro mean) and /NAME/CLASS (if defined), and
         `accuracy/NAME`."""
         values = self.metrics(name, class_names)
         for kind, found in (("precision", self.class_precision), ("recall", self.class_recall), ("f1", self.class_f1)):
-            values |= {f"{kind}/{name}": scores.macro_mean(found)} | _by_class(kind, name, class_names, found)
+            values |= {f"{kind}/{name}": scores.macro_mean(found)} | _by_class(f"{kind}/", name, class_names, found)
         return values | {f"accuracy/{name}": self.accuracy}
 
 
@@ -125,6 +144,21 @@ def metrics_of_sets(
     return values
 
 
+def shares_of_sets(predicted: Mapping[SetName, np.ndarray], class_names: Sequence[str]) -> dict[str, float]:
+    """Return `share/SET/CLASS` of sets without labels, of which `predicted` has the pixels per predicted class, (K,).
+
+    For several domains also the means, so that each domain counts equally."""
+    values: dict[str, float] = {}
+    shares = {name: counts / counts.sum() for name, counts in predicted.items() if counts.sum()}
+    for whole in dict.fromkeys(name.whole for name in shares):
+        own = [found for name, found in shares.items() if name.whole == whole]
+        values |= _by_class(Metric.SHARE, str(whole), class_names, np.mean(own, 0))
+    for name, found in shares.items():
+        if name.member is not None:
+            values |= _by_class(Metric.SHARE, str(name), class_names, found)
+    return values
+
+
 def mean_of(values: Iterable[float]) -> float:
     """Return the mean of the values that are not NaN; NaN if there is none."""
     defined = [value for value in values if not math.isnan(value)]
@@ -134,7 +168,7 @@ def mean_of(values: Iterable[float]) -> float:
 def _by_class(kind: str, name: str, class_names: Sequence[str], values: np.ndarray) -> dict[str, float]:
     called = labels_in_store(class_names)
     return {
-        f"{kind}/{name}/{called[label]}": float(value)
+        f"{kind}{name}/{called[label]}": float(value)
         for label, value in zip(class_names, values, strict=True)
         if not np.isnan(value)
     }
@@ -148,6 +182,7 @@ class Scorer:
         self.ignore_index = ignore_index
         self._confusion: Tensor = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self._loss: Tensor | float = 0.0
+        self._probabilities: Tensor | None = None
 
     def update(self, logits: Tensor, labels: Tensor, logs: Tensor | None = None) -> None:
         """Add a batch: logits (N, K, H, W), labels (N, H, W); `logs`: their `log_probabilities` (computed if None)."""
@@ -161,6 +196,8 @@ class Scorer:
         self._loss = (
             self._loss + functional.nll_loss(logs, labels, ignore_index=self.ignore_index, reduction="sum").double()
         )
+        counted = count_probabilities(logs, labels, self.ignore_index)
+        self._probabilities = counted if self._probabilities is None else self._probabilities.add_(counted)
 
     def compute(self, over_ranks: bool = False) -> Scores:
         """Return the scores of everything added; `over_ranks`: by all ranks, which must all call this and get equal scores."""
@@ -168,8 +205,39 @@ class Scorer:
         loss = torch.as_tensor(self._loss, device=confusion.device).double()
         if over_ranks:
             confusion, loss = sum_of(confusion), sum_of(loss)
+        histogram = self._probabilities
+        if histogram is None:
+            histogram = torch.zeros(self.num_classes, 2, BINS, dtype=torch.int64, device=confusion.device)
+        if over_ranks:
+            histogram = sum_of(histogram)
         pixels = int(confusion.sum())  # number of labeled pixels
-        return Scores(confusion.cpu().numpy(), float(loss) / pixels if pixels else float("nan"))
+        return Scores(
+            confusion.cpu().numpy(),
+            float(loss) / pixels if pixels else float("nan"),
+            class_average_precision_from(histogram),
+        )
+
+
+class ShareCounter:
+    """Counts the pixels predicted as each class in images without labels; the sums stay on the device until `compute`."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self._counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def update(self, logits: Tensor, valid: Tensor | None = None) -> None:
+        """Add a batch: logits (N, K, H, W); valid (N, H, W), 0 where a pixel has no data (None = all have)."""
+        predicted = predicted_classes(logits)
+        no_class = self.num_classes  # counted as the label to ignore
+        labels = torch.zeros_like(predicted)
+        if valid is not None:
+            labels.masked_fill_(valid == 0, no_class)
+        self._counts = self._counts.to(logits.device) + count_pairs(predicted, labels, self.num_classes, no_class)
+
+    def compute(self, over_ranks: bool = False) -> np.ndarray:
+        """Return the number of pixels per predicted class, (K,); `over_ranks`: of what all ranks added."""
+        counts = sum_of(self._counts) if over_ranks else self._counts
+        return counts.sum(0).cpu().numpy()
 
 
 class SelectionScorer:
