@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from test_resume import Killed, Noise, assert_same, killed, settings
 from torch import nn
 
-from dann_experiments import InputError, load_config
+from dann_experiments import DomainAdaptationMethod, InputError, MethodLoss, load_config
+from dann_experiments.adaptation.method import Progress, StepOutputs
 from dann_experiments.jobs import RunResult, adapt, pretrain
 from dann_experiments.training.optimizers import LearningRates, build_scheduler
 from dann_experiments.training.parts import param_groups
@@ -361,3 +362,24 @@ def test_a_run_killed_when_it_had_stopped_early_ends_there(hook, workplace, squa
     config = settings(squares, workplace / "killed", **more, trainer__checkpoint_every_n_steps=1)
     killed("adapt", config, Noise(), Killed(hook, steps if hook == "on_train_end" else 2))
     assert_same(adapt(config, [Noise()], resume="auto"), uninterrupted)
+
+
+class Late(DomainAdaptationMethod):
+    """A method that creates a parameter after the average of the weights was made."""
+
+    feature_layers = ("encoder",)
+
+    def on_train_start(self, network: nn.Module) -> None:
+        self.late = nn.ParameterList([torch.zeros(1)])
+
+    def loss(self, outputs: StepOutputs, progress: Progress) -> MethodLoss:
+        return MethodLoss(None, None, 0.0)
+
+
+def test_weights_that_the_method_creates_too_late_are_not_averaged_under_wrong_names(squares, pretrained_place):
+    more = {"domain_adaptation__method__class_path": f"{__name__}.Late", "trainer__max_epochs": 1}
+    with pytest.raises(
+        InputError, match=r"trainer\.ema_decay cannot average method\.late\.0, which the method created"
+    ):
+        adapt(load_config(None, small_settings(squares, **more, trainer__ema_decay=0.9)))
+    adapt(load_config(None, small_settings(squares, **more)))

@@ -10,6 +10,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
 
+from dann_experiments.config.errors import InputError
+
 
 class AverageWeights(EMAWeightAveraging):
     """Averages weights and buffers after each optimizer step: average = decay * average + (1 - decay) * weights; it begins as the
@@ -23,7 +25,7 @@ class AverageWeights(EMAWeightAveraging):
 
     def __init__(self, decay: float) -> None:
         super().__init__(decay=decay)
-        self._copied = False
+        self._copied = self._compared = False
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -36,6 +38,22 @@ class AverageWeights(EMAWeightAveraging):
         """Give `module` the trained weights back after a validation."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_validation_epoch_end(trainer, module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse a module that got parameters after the average was made: Lightning pairs both by position, and checkpoints would
+        hold values under wrong names (findings/lightning-ema-pairs-late-parameters-with-buffers.sh)."""
+        if self._compared or self._average_model is None:
+            return
+        averaged = {name for name, _ in self._average_model.module.named_parameters()}
+        late = sorted({name for name, _ in pl_module.named_parameters()} - averaged)
+        if late:
+            raise InputError(
+                f"trainer.ema_decay cannot average {late[0]}, which the method created in on_train_start; create it in its "
+                "constructor, or set trainer.ema_decay to null."
+            )
+        self._compared = True
 
     @contextlib.contextmanager
     def as_average(self, module: pl.LightningModule) -> Iterator[None]:
