@@ -383,3 +383,21 @@ def test_weights_that_the_method_creates_too_late_are_not_averaged_under_wrong_n
     ):
         adapt(load_config(None, small_settings(squares, **more, trainer__ema_decay=0.9)))
     adapt(load_config(None, small_settings(squares, **more)))
+
+
+def test_no_checkpoint_is_saved_between_the_batches_of_a_step(squares, pretrained_place, monkeypatch):
+    """It would lack the gradients of the batches so far; `make chaos` found one saved in the first step, step 0."""
+    from dann_experiments.training.checkpointing import Checkpoints
+
+    saved, save = [], Checkpoints.save
+
+    def recorded(self, trainer):
+        saved.append((trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.current.processed))
+        save(self, trainer)
+
+    monkeypatch.setattr(Checkpoints, "save", recorded)
+    more = {"trainer__accumulate_grad_batches": 2, "trainer__checkpoint_every_n_steps": 1, "trainer__max_epochs": 1}
+    adapt(load_config(None, small_settings(squares, **more)))
+    within = [(step, batches) for step, batches in saved if batches]
+    assert within
+    assert all(step > 0 and batches == 2 * step for step, batches in within[:-1])
