@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from dann_experiments.config.errors import InputError
-from dann_experiments.config.limits import above, at_least, between, fraction_below
+from dann_experiments.config.limits import above, at_least, between, check_options, fraction_below
 
 CompanionName = Literal["entropy", "maximum_squares", "self_training"]
 OPTIONS = {"threshold": ("self_training",), "ema_decay": ("self_training",)}
@@ -30,9 +29,4 @@ class CompanionTerm:
 
     def check(self, prefix: str) -> None:
         """Raise InputError for an option that this companion does not have."""
-        for option, companions in OPTIONS.items():
-            if getattr(self, option) is not None and self.name not in companions:
-                raise InputError(
-                    f"{prefix}{option} is {getattr(self, option)}, but {self.name} has no {option}; remove it (an option of "
-                    f"{' and '.join(companions)})."
-                )
+        check_options(self, OPTIONS, prefix)

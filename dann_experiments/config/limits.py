@@ -11,7 +11,7 @@ import functools
 import math
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,6 +108,17 @@ def check(settings: Any, prefix: str = "") -> None:
                 raise InputError(f"{prefix}{name} is {list(value) if several else value!r}; {way_out}.")
     if hasattr(settings, "check"):
         settings.check(prefix)
+
+
+def check_options(term: Any, options: Mapping[str, Sequence[str]], prefix: str) -> None:
+    """Raise InputError for an option that is set in `term`, an item of a list of settings, though its kind, `term.name`, has no
+    such option. `options`: option -> the names of the kinds that have it."""
+    for option, names in options.items():
+        value = getattr(term, option)
+        if value is not None and term.name not in names:
+            raise InputError(
+                f"{prefix}{option} is {value}, but {term.name} has no {option}; remove it (an option of {' and '.join(names)})."
+            )
 
 
 @functools.cache

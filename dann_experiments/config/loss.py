@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.limits import above, at_least, fraction_below
+from dann_experiments.config.limits import above, at_least, check_options, fraction_below
 
 LossName = Literal["cross_entropy", "dice", "jaccard", "tversky", "focal", "lovasz"]
 NAMES: tuple[str, ...] = typing.get_args(LossName)
@@ -39,12 +39,7 @@ class LossTerm:
 
     def check(self, prefix: str) -> None:
         """Raise InputError for an option that this loss does not have."""
-        for option, losses in OPTIONS.items():
-            if getattr(self, option) is not None and self.name not in losses:
-                raise InputError(
-                    f"{prefix}{option} is {getattr(self, option)}, but {self.name} has no {option}; remove it (an option of "
-                    f"{' and '.join(losses)})."
-                )
+        check_options(self, OPTIONS, prefix)
         if self.name == "tversky" and not (self.gamma is None or self.gamma >= 1):
             raise InputError(
                 f"{prefix}gamma is {self.gamma}; give 1 or more: below 1 the gradient is infinite at loss 0."
