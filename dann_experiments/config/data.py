@@ -27,6 +27,17 @@ OF_ALL_DOMAINS = (
 """Settings of the source or target that its named domains cannot have of their own."""
 
 
+def values_of_nodata(nodata: str | float | list[float]) -> Literal["file"] | tuple[float, ...]:
+    """Return a setting `nodata` as a tuple of values, or "file".
+
+    >>> values_of_nodata(0), values_of_nodata([0, 255]), values_of_nodata("file")
+    ((0.0,), (0, 255), 'file')
+    """
+    if isinstance(nodata, str):
+        return "file"
+    return tuple(nodata) if isinstance(nodata, list) else (float(nodata),)
+
+
 @dataclass(frozen=True)
 class DomainDataConfig:
     """The images of one domain, and how their files are read. A preset fills in settings that are not set here."""
@@ -110,9 +121,7 @@ class DomainDataConfig:
     @property
     def nodata_values(self) -> Literal["file"] | tuple[float, ...]:
         """`nodata` as a tuple of values, or "file"."""
-        if self.nodata == "file":
-            return "file"
-        return tuple(self.nodata) if isinstance(self.nodata, list) else (float(self.nodata),)
+        return values_of_nodata(self.nodata)
 
     def check(self, prefix: str) -> None:
         """Raise InputError for settings that contradict each other or have wrong parts."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dann_experiments.config import limits
-from dann_experiments.config.data import BANDS, MOST_IMAGES
+from dann_experiments.config.data import BANDS, MOST_IMAGES, values_of_nodata
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import above, between, matching
 from dann_experiments.config.run import TrackingConfig
@@ -74,11 +74,7 @@ class PredictConfig:
     @property
     def nodata_values(self) -> Literal["file"] | tuple[float, ...] | None:
         """`nodata` as a tuple of values, or "file"; None = as in training."""
-        if self.nodata is None:
-            return None
-        if self.nodata == "file":
-            return "file"
-        return tuple(self.nodata) if isinstance(self.nodata, list) else (float(self.nodata),)
+        return None if self.nodata is None else values_of_nodata(self.nodata)
 
     @property
     def shared(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dann_experiments.config import limits
-from dann_experiments.config.data import BANDS
+from dann_experiments.config.data import BANDS, values_of_nodata
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import at_least, between, not_empty
 from dann_experiments.config.run import TrackingConfig
@@ -97,9 +97,7 @@ class WeakLabelsConfig:
     @property
     def nodata_values(self) -> Literal["file"] | tuple[float, ...]:
         """`nodata` as a tuple of values, or "file"."""
-        if isinstance(self.nodata, str):
-            return "file"
-        return tuple(self.nodata) if isinstance(self.nodata, list) else (float(self.nodata),)
+        return values_of_nodata(self.nodata)
 
     @property
     def read_bands(self) -> tuple[int, ...] | None:
