@@ -35,12 +35,14 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
     """
     try:
         sets = find_data(config, (SOURCE_TRAIN, TARGET_TRAIN, TARGET_VAL, TARGET_TEST)).read(ahead=False)
-        held_out = [one for one in sets.domains if one.role == "target" and sets.held_out(one) is not None]
-        shown: dict[OneDomain, SegmentationDataset] = {}
-        for name in (TARGET_TEST, TARGET_VAL):
-            if not shown:
-                shown = {one.one: dataset for one, dataset in sets.parts(name).items() if dataset.has_masks}
-        shown = shown or {one: dataset for one in held_out if (dataset := sets.held_out(one)) is not None}
+        labelled = (
+            {one.one: dataset for one, dataset in sets.parts(name).items() if dataset.has_masks}
+            for name in (TARGET_TEST, TARGET_VAL)
+        )
+        targets = [one for one in sets.domains if one.role == "target"]
+        shown: dict[OneDomain, SegmentationDataset] = next(filter(None, labelled), {}) or {
+            one: dataset for one in targets if (dataset := sets.held_out(one)) is not None
+        }
         if not shown:
             return []
         albums: dict[str, Album] = {}
