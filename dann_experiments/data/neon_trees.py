@@ -1,4 +1,4 @@
-"""Extract aerial tiles with tree crowns of two NEON sites, Yellowstone and Florida, from the package `deepforest`.
+"""Extract aerial tiles with tree crowns of three NEON sites, Yellowstone, Florida and California, from the package `deepforest`.
 
     pip download deepforest==2.1.0 --no-deps
     python -m dann_experiments.data.neon_trees deepforest-2.1.0-py3-none-any.whl neon_trees
@@ -24,11 +24,12 @@ TILES = {
     "2019_YELL_2_528000_4978000_image_crop2": "source_yellowstone/{}/yell_a.png",
     "2019_YELL_2_541000_4977000_image_crop": "source_yellowstone/{}/yell_b.png",
     "OSBS_029": "target_florida/{}/osbs_029.png",
+    "SOAP_061": "target_soaproot/{}/soap_061.png",
 }
 
 
 def build_neon_trees(wheel: str | Path, folder: str | Path) -> Path:
-    """Write images and masks of the three tiles below `folder` and return it. Raises InputError if the wheel lacks them."""
+    """Write images and masks of the four tiles below `folder` and return it. Raises InputError if the wheel lacks them."""
     from PIL import Image
 
     folder = Path(folder).expanduser()
