@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
-import torch
-import torchvision
 from PIL import Image
 from rasterio.transform import from_origin
 
@@ -57,37 +54,10 @@ def test_a_short_recipe_scores_a_part_of_the_target_that_adaptation_never_reads(
     """The parts of the tile do not touch, and the oracle has the labels of just the images that adaptation reads."""
     data = load_config(RECIPE.with_name(f"{name}.yaml")).data
     (read,), (scored,), (oracle,) = data.target.train, data.target.val, data.oracle
-    assert read.images == scored.images == oracle.images
-    assert read.region == oracle.region
-    assert read.masks is None
-    assert scored.masks == oracle.masks
-    left, _, width, _ = read.region
-    assert left + width <= scored.region[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["neon_florida", "neon_soaproot"])
-def test_a_short_recipe_runs_on_its_tile(name, workplace):
-    """On drawn tiles of the real sizes, with an encoder file of random weights."""
-    with zipfile.ZipFile("package.whl", "w") as package:
-        for tile, (height, width) in zip(TILES, ((2472, 2299), (1035, 1249), (400, 400), (400, 400)), strict=True):
-            png = io.BytesIO()
-            Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)).save(
-                png, "png", compress_level=1
-            )
-            package.writestr(f"deepforest/data/{tile}.png", png.getvalue())
-            corners = (("xmin", 10), ("ymin", 10), ("xmax", width - 10), ("ymax", height - 10))
-            package.writestr(f"deepforest/data/{tile}.xml", "".join(f"<{side}>{at}</{side}>" for side, at in corners))
-    build_neon_trees("package.whl", "neon_trees")
-    torch.save(torchvision.models.mobilenet_v2(weights=None).state_dict(), "mobilenet.pth")
-    short = {"trainer.max_epochs": 1, "pretraining.max_epochs": 1, "trainer.limit_train_batches": 1}
-    result = adapt(
-        load_config(
-            RECIPE.with_name(f"{name}.yaml"),
-            {**short, "model.encoder_weights": "mobilenet.pth", "trainer.enable_progress_bar": False},
-        )
-    )
-    assert {"iou/source_val", "iou/target_val"} <= set(result.metrics)
+    assert oracle == {**read, "masks": scored["masks"]}
+    assert read["images"] == scored["images"]
+    assert "masks" not in read
+    assert read["region"][2] < scored["region"][0]  # right of the part that is read
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from sweeps.__main__ import main as sweeps_main
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 ELSEWHERE = {
     "neon_trees": "needs images of the user's: tests/test_neon_trees.py",
-    "neon_florida": "needs images and an encoder of the user's: tests/test_neon_trees.py",
-    "neon_soaproot": "needs images and an encoder of the user's: tests/test_neon_trees.py",
+    "neon_florida": "needs images and an encoder of the user's: tests/test_documented_examples.py",
+    "neon_soaproot": "needs images and an encoder of the user's: tests/test_documented_examples.py",
     "classic": "runs on few images of the same data in tests/test_documented_examples.py",
     "target_dialect": "runs on few images of the same data in tests/test_documented_examples.py",
 }
