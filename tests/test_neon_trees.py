@@ -45,19 +45,8 @@ def test_the_tiles_come_out_of_the_package_as_they_are(tmp_path):
         np.asarray(Image.open(folder / "target_florida/masks/osbs_029.png")), crowns([(1, 2, 9, 8)], (400, 400))
     )
     (tmp_path / "no.whl").write_text("x")
-    with pytest.raises(InputError, match=r"no\.whl does not give the tiles .* pip download deepforest"):
+    with pytest.raises(InputError, match=r"no\.whl does not give the images .* pip download deepforest"):
         build_neon_trees(tmp_path / "no.whl", tmp_path / "nothing")
-
-
-@pytest.mark.parametrize("name", ["neon_florida", "neon_soaproot"])
-def test_a_short_recipe_scores_a_part_of_the_target_that_adaptation_never_reads(name):
-    """The parts of the tile do not touch, and the oracle has the labels of just the images that adaptation reads."""
-    data = load_config(RECIPE.with_name(f"{name}.yaml")).data
-    (read,), (scored,), (oracle,) = data.target.train, data.target.val, data.oracle
-    assert oracle == {**read, "masks": scored["masks"]}
-    assert read["images"] == scored["images"]
-    assert "masks" not in read
-    assert read["region"][2] < scored["region"][0]  # right of the part that is read
 
 
 @pytest.mark.slow

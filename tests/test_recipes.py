@@ -18,6 +18,9 @@ ELSEWHERE = {
     "neon_trees": "needs images of the user's: tests/test_neon_trees.py",
     "neon_florida": "needs images and an encoder of the user's: tests/test_documented_examples.py",
     "neon_soaproot": "needs images and an encoder of the user's: tests/test_documented_examples.py",
+    "landsat_bands": "needs images and an encoder of the user's: tests/test_documented_examples.py",
+    "landsat_regions": "needs images and an encoder of the user's: tests/test_documented_examples.py",
+    "nuclei": "needs images and an encoder of the user's: tests/test_documented_examples.py",
     "classic": "runs on few images of the same data in tests/test_documented_examples.py",
     "target_dialect": "runs on few images of the same data in tests/test_documented_examples.py",
 }

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import re
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.data.packages import member, opened
 
-MOST_BYTES = 64 * 2**20  # largest unpacked size of a member
 TILES = {
     "2019_YELL_2_528000_4978000_image_crop2": "source_yellowstone/{}/yell_a.png",
     "2019_YELL_2_541000_4977000_image_crop": "source_yellowstone/{}/yell_b.png",
@@ -33,30 +32,18 @@ def build_neon_trees(wheel: str | Path, folder: str | Path) -> Path:
     from PIL import Image
 
     folder = Path(folder).expanduser()
-    try:
-        with zipfile.ZipFile(Path(wheel).expanduser()) as package:
-            for tile, place in TILES.items():
-                boxes = _boxes(_member(package, f"deepforest/data/{tile}.xml").decode())
-                image = folder / place.format("images")
-                mask = folder / place.format("masks")
-                for path in (image, mask):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                image.write_bytes(_member(package, f"deepforest/data/{tile}.png"))
-                with Image.open(image, formats=["PNG"]) as opened:
-                    size = (opened.height, opened.width)
-                Image.fromarray(crowns(boxes, size)).save(mask)
-    except (OSError, KeyError, ValueError, OverflowError, Image.DecompressionBombError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{wheel} does not give the tiles ({error}); fetch it with: pip download deepforest==2.1.0 --no-deps"
-        ) from None
+    with opened(wheel, "deepforest==2.1.0") as package:
+        for tile, place in TILES.items():
+            boxes = _boxes(member(package, f"deepforest/data/{tile}.xml").decode())
+            image = folder / place.format("images")
+            mask = folder / place.format("masks")
+            for path in (image, mask):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(member(package, f"deepforest/data/{tile}.png"))
+            with Image.open(image, formats=["PNG"]) as file:
+                size = (file.height, file.width)
+            Image.fromarray(crowns(boxes, size)).save(mask)
     return folder
-
-
-def _member(package: zipfile.ZipFile, name: str) -> bytes:
-    """Return the bytes of a file in the wheel. Raises ValueError if it is larger than `MOST_BYTES` unpacked."""
-    if package.getinfo(name).file_size > MOST_BYTES:
-        raise ValueError(f"{name} has more than {MOST_BYTES} bytes")
-    return package.read(name)
 
 
 def crowns(boxes: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> np.ndarray:
