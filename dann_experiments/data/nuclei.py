@@ -5,8 +5,8 @@
     python -m dann_experiments.data.nuclei STARDIST_WHEEL ndev_sampledata-0.0.3-py3-none-any.whl nuclei
 
 Both wheels (BSD 3) are opened as zip files, never imported. From the first comes one image of 512 x 512 pixels with annotated
-nuclei (of the Data Science Bowl 2018), from the second a scratch assay: one field of 576 x 210 pixels at ten times, as fluorescence
-and as oblique bright field, with masks of nuclei.
+nuclei (of the Data Science Bowl 2018), from the second a scratch assay: one field of 576 x 210 pixels at ten times, as
+fluorescence and as oblique bright field, with masks of nuclei.
 """
 
 from __future__ import annotations
