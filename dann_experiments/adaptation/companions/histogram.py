@@ -28,21 +28,26 @@ class HistogramMatching(TargetAppearance):
 
     def like(self, source: Images, target: Images, batch: dict[str, dict[str, Tensor]], drawn: Tensor) -> Tensor:
         """Return the source images with the histograms of the target images."""
-        return matched(*_sorted(source), *_sorted(target)[1:], source.pixels.shape)
+        own, order = _values(source).sort(2)
+        theirs, _ = _values(target).sort(2)
+        made = matched(own, _count(source), theirs, _count(target))
+        return torch.empty_like(made).scatter_(2, order, made).view_as(source.pixels)
 
 
-def _sorted(images: Images) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, values in rising order (both (N, B, pixels), infinite without data) and the number of those with data."""
-    values = images.pixels.masked_fill(images.valid == 0, math.inf).flatten(2)
-    count = images.valid.sum((1, 2, 3)).long()[:, None, None].clamp_min(1)
-    return values, values.sort(2).values, count
+def _values(images: Images) -> Tensor:
+    """Return (N, B, pixels), infinite where there is no data, which comes last in rising order."""
+    return images.pixels.masked_fill(images.valid == 0, math.inf).flatten(2)
 
 
-def matched(
-    values: Tensor, source: Tensor, count: Tensor, target: Tensor, target_count: Tensor, shape: torch.Size
-) -> Tensor:
-    """Return `values` with the distribution of `target`, in `shape`; the other arguments are those of `_sorted` of both."""
-    rank = torch.searchsorted(source, values, right=True).clamp_max(count)  # source pixels <= the value
+def _count(images: Images) -> Tensor:
+    """Return the number of pixels with data, (N, 1, 1)."""
+    return images.valid.sum((1, 2, 3)).long()[:, None, None].clamp_min(1)
+
+
+def matched(source: Tensor, count: Tensor, target: Tensor, target_count: Tensor) -> Tensor:
+    """Return the values of `source` (N, B, pixels) with the distribution of `target`; both in rising order, which makes the search
+    ten times as fast. The counts are those of the values that are not infinite; infinite ones become 0."""
+    rank = torch.searchsorted(source, source, right=True).clamp_max(count)  # source pixels <= the value
     wanted = rank * target_count  # the quantile times both counts, so that comparisons are exact
     place = ((wanted + count - 1) // count - 1).clamp_min(0).clamp_max(target_count - 1)
     upper = target.gather(2, place)  # the smallest target value whose quantile is not below
@@ -51,4 +56,4 @@ def matched(
     lower = torch.where(below > 0, target.gather(2, (below - 1).clamp_min(0)), upper)
     share = (wanted - below * count).float() / ((at_most - below) * count).float()
     mixed = torch.where(upper > lower, lower + share * (upper - lower), upper)
-    return torch.where(values.isinf(), 0.0, mixed).view(shape)
+    return torch.where(source.isinf(), 0.0, mixed)
