@@ -294,6 +294,10 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         'python -m dann_experiments adapt --config mine.yaml --domain_adaptation.companions "[entropy, '
         '{name: self_training, threshold: 0.9}]"': Example("squares"),
     },
+    ("docs/companions.md", "Source images that look different"): {
+        'python -m dann_experiments adapt --config mine.yaml --domain_adaptation.companions "[{name: moments, space: lab}, '
+        '{name: style, probability: 0.5}]"': Example("squares"),
+    },
     ("docs/companions.md", "The ladder: which rung helps on your pair?"): {
         "python -m dann_experiments compare --config mine.yaml --arms ladder --seeds 5": Example(
             "squares", instead={"seeds": "1"}, slow=True

@@ -17,7 +17,9 @@ from torch.nn import functional
 from dann_experiments import InputError, load_config
 from dann_experiments.adaptation.companions.companion import WithCompanions
 from dann_experiments.adaptation.companions.entropy import EntropyMinimization, MaximumSquares
+from dann_experiments.adaptation.companions.fda import FourierAdaptation
 from dann_experiments.adaptation.companions.self_training import SelfTraining
+from dann_experiments.adaptation.companions.style import Style
 from dann_experiments.adaptation.dann import DANNMethod, LambdaZero, SourceOnly
 from dann_experiments.adaptation.method import Progress, StepOutputs
 from dann_experiments.jobs import adapt
@@ -194,8 +196,14 @@ class Counting(nn.Sequential):
 
 @pytest.mark.parametrize(
     ("companions", "passes"),
-    [([], 0), ([EntropyMinimization()], 0), ([MaximumSquares()], 0), ([SelfTraining()], 1)],
-    ids=["none", "entropy", "squares", "self"],
+    [
+        ([], 0),
+        ([EntropyMinimization()], 0),
+        ([MaximumSquares()], 0),
+        ([SelfTraining()], 1),
+        ([Style(), FourierAdaptation()], 0),
+    ],
+    ids=["none", "entropy", "squares", "self", "appearance"],
 )
 def test_what_is_not_asked_for_costs_no_forward_pass(companions, passes):
     """Self-training has one pass of the mixed images; its teacher is a copy, which counts for itself."""
@@ -212,7 +220,7 @@ def test_what_is_not_asked_for_costs_no_forward_pass(companions, passes):
     batch = {"source": {"image": torch.randn(2, 3, 8, 8), "mask": torch.randint(2, (2, 8, 8))},
              "target": {"image": torch.randn(3, 3, 8, 8)}}  # fmt: skip
     network.passes.clear()
-    outputs = module.step_outputs(batch)
+    outputs = module.step_outputs(method.prepare(batch))
     method.loss(outputs, FIRST)
     assert network.passes == [2, 3] + [2] * passes
 

@@ -64,4 +64,11 @@ def test_the_ladder_is_one_command(squares, workplace, capsys):
     printed = capsys.readouterr().out
     assert "What each part adds" in printed
     (table,) = Path("mlruns").rglob("parts.csv")
-    assert set(pd.read_csv(table)["part"]) == {"adversary", "entropy", "maximum_squares", "self_training"}
+    assert set(pd.read_csv(table)["part"]) == {
+        "adversary",
+        "entropy",
+        "maximum_squares",
+        "self_training",
+        "style",
+        "moments",
+    }

@@ -160,7 +160,7 @@ def training_set(folder, augmentation: str) -> SegmentationDataset:
     return SegmentationDataset(samples, LabelMap(2), plain, training=True, crop_size=16, augmentation=augmentation)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("augmentation", ["none", "light", "strong"])
+@pytest.mark.parametrize("augmentation", ["none", "light", "color", "strong"])
 def test_crops_and_augmentations_depend_on_the_seed_alone_and_on_no_number_of_workers(tmp_path, augmentation):
     items = training_set(tmp_path, augmentation)
 
@@ -211,10 +211,26 @@ def test_strong_augmentation_changes_colours_and_scale_but_neither_the_labels_no
     assert len(seen) > 5
 
 
-def test_five_bands_are_augmented_too(tmp_path):
+def test_color_augmentation_changes_colours_but_neither_scale_nor_sharpness(tmp_path):
+    """The images have two values, one per class: as many after it, at the same pixels."""
+    items = training_set(tmp_path, "color")
+    seen = set()
+    for seed in range(30):
+        item = items[(1, seed)]
+        bright = item["image"].mean(0) > item["image"].mean()
+        assert torch.equal(bright, item["mask"] == 1)
+        for value in (0, 1):
+            of_class = item["image"][:, item["mask"] == value]
+            assert torch.allclose(of_class, of_class[:, :1].expand_as(of_class), atol=1e-5)
+        seen.add(round(float(item["image"].max()), 3))
+    assert len(seen) > 5
+
+
+@pytest.mark.parametrize("augmentation", ["color", "strong"])
+def test_five_bands_are_augmented_too(tmp_path, augmentation):
     image = write_raster(tmp_path / "a.tif", np.random.default_rng(0).integers(0, 255, (5, 16, 12), dtype=np.uint8))
     plain = Normalization((0.0,) * 5, (255.0,) * 5, (0.5,) * 5, (0.25,) * 5)
-    items = SegmentationDataset([Sample(image, None)], LabelMap(2), plain, training=True, augmentation="strong")
+    items = SegmentationDataset([Sample(image, None)], LabelMap(2), plain, training=True, augmentation=augmentation)
     assert len({float(items[(0, seed)]["image"].mean()) for seed in range(5)}) == 5
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dann_experiments.adaptation.companions.companion import Companion, WithCompanions
+from dann_experiments.adaptation.companions.appearance import Appearance
+from dann_experiments.adaptation.companions.companion import Part, WithCompanions
 from dann_experiments.adaptation.companions.entropy import EntropyMinimization, MaximumSquares
+from dann_experiments.adaptation.companions.fda import FourierAdaptation
+from dann_experiments.adaptation.companions.histogram import HistogramMatching
+from dann_experiments.adaptation.companions.moments import MomentMatching
 from dann_experiments.adaptation.companions.self_training import SelfTraining
+from dann_experiments.adaptation.companions.style import Style
 from dann_experiments.adaptation.dann import DANNMethod, LambdaZero, SourceOnly
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.adaptation.own_class import find_class
@@ -20,8 +25,12 @@ METHODS: dict[str, type[DomainAdaptationMethod]] = {
     "lambda_zero": LambdaZero,
     "source_only": SourceOnly,
 }
-COMPANIONS: dict[str, type[EntropyMinimization | MaximumSquares | SelfTraining]] = {
-    one.name: one for one in (EntropyMinimization, MaximumSquares, SelfTraining)
+LOSSES: dict[str, type[EntropyMinimization | MaximumSquares]] = {
+    one.name: one for one in (EntropyMinimization, MaximumSquares)
+}
+COMPANIONS: dict[str, type[Part]] = {
+    one.name: one
+    for one in (*LOSSES.values(), SelfTraining, Style, MomentMatching, HistogramMatching, FourierAdaptation)
 }
 
 
@@ -38,7 +47,7 @@ def build_method(
     channels: Mapping[str, int],
     given_channels: int | Sequence[int] | None,
     schedule: LambdaScheduler,
-    companions: Sequence[Companion] = (),
+    companions: Sequence[Part] = (),
     **arguments: Any,
 ) -> DomainAdaptationMethod:
     """Return a built-in method, with companions if there are any.
@@ -61,11 +70,21 @@ def build_method(
     return METHODS[name](list(feature_layer), actual, lambda_schedule=schedule, **arguments)  # pyright: ignore[reportCallIssue]
 
 
-def build_companion(term: CompanionTerm, seed: int, ignore_index: int) -> Companion:
+def build_companion(term: CompanionTerm, seed: int, ignore_index: int) -> Part:
     """Return the companion of a term of the settings; `seed` is that of its random draws."""
     if term.name == "self_training":
         return SelfTraining(term.weight, term.ramp, term.threshold, term.ema_decay, seed, ignore_index)
-    return COMPANIONS[term.name](term.weight, term.ramp)
+    if term.name in LOSSES:
+        return LOSSES[term.name](term.weight, term.ramp)
+    return _appearance(term, seed)
+
+
+def _appearance(term: CompanionTerm, seed: int) -> Appearance:
+    if term.name == "moments":
+        return MomentMatching(term.probability, term.space, seed)
+    if term.name == "fda":
+        return FourierAdaptation(term.probability, term.band, seed)
+    return Style(term.probability, seed) if term.name == "style" else HistogramMatching(term.probability, seed)
 
 
 def load_own_method(

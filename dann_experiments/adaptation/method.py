@@ -13,9 +13,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 OUTPUT_LAYER = "segmentation_head"  # where features are class logits
-Need = Literal["target_logits", "images"]
+Need = Literal["target_logits", "images", "raw_images"]
 """What a method may ask for beside features: the network's output for target images; the images themselves and further forward
-passes."""
+passes; the normalization, by which `prepare` gets back to raw images."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,11 @@ class DomainAdaptationMethod(nn.Module, ABC):
 
     def prepare(self, batch: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """Return the training batch, {"source": {"image", "mask"}, "target": {"image"}}, as it shall be forwarded; by default, as
-        it is. Images are normalized, (N, B, h, w)."""
+        it is. Images are normalized, (N, B, h, w).
+
+        "valid" (N, h, w) is 0 at pixels without data, where images are 0; it is absent if no image of the set lacks data. For a
+        method that needs "raw_images" source and target have "mean" and "std", (N, B, 1, 1), with which image * std + mean is
+        the raw image, 0..1."""
         return batch
 
     @abstractmethod

@@ -29,6 +29,8 @@ NAMED_ARMS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         **{ARM_NAMES[kind]: {"kind": kind} for kind in ("source_only", "statistics", "control", "adapted")},
         "entropy": {**_CONTROL, "domain_adaptation.companions": ["entropy"]},
         "maximum squares": {**_CONTROL, "domain_adaptation.companions": ["maximum_squares"]},
+        "style": {**_CONTROL, "domain_adaptation.companions": ["style"]},
+        "moments": {**_CONTROL, "domain_adaptation.companions": ["moments"]},
         "self-training": {**_CONTROL, "domain_adaptation.companions": ["self_training"]},
         "DANN + self-training": {"domain_adaptation.companions": ["self_training"]},
         ARM_NAMES["oracle"]: {"kind": "oracle"},

@@ -93,8 +93,8 @@ class DomainDataConfig:
     keep the files' pixels."""
     file_pixel_size: Annotated[float | None, above(0)] = None
     """Pixel size of files that are not georeferenced."""
-    augmentation: Literal["none", "light", "strong"] = "none"
-    """Augmentation of training images. light: flips and quarter turns; strong: also scale, color and blur."""
+    augmentation: Literal["none", "light", "color", "strong"] = "none"
+    """Augmentation of training images. light: flips and quarter turns; color: also color; strong: also color, scale and blur."""
     batch_size: Annotated[int, between(1, MOST_IMAGES)] = 8
     """Images per training step."""
     sampling: Literal["shuffled", "balanced", "rare_classes"] = "shuffled"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-Strength = Literal["none", "light", "strong"]
+Strength = Literal["none", "light", "color", "strong"]
 
 
 class _QuarterTurn(v2.Transform):
@@ -42,16 +42,20 @@ def augmented(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return image (B, h, w) in 0..1, mask (h, w) and validity (h, w), augmented together with torch's random state.
 
-    light: flips and quarter turns. strong: also random crops of 0.5 to 1 of the area, resized to full size, color and blur.
+    light: flips and quarter turns. color: also gain, offset and, of 3 bands, hue and saturation. strong: also random crops of 0.5
+    to 1 of the area, resized to full size, and blur.
     """
     if strength == "none":
         return image, mask, valid
     size = (image.shape[1], image.shape[2])
     changes: list[Any] = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), _QuarterTurn()]
     if strength == "strong":
-        scale = v2.RandomResizedCrop(size, scale=(0.5, 1.0), ratio=(0.9, 1.1), antialias=True)
+        changes.append(v2.RandomResizedCrop(size, scale=(0.5, 1.0), ratio=(0.9, 1.1), antialias=True))
+    if strength in ("color", "strong"):
         color = v2.ColorJitter(0.3, 0.3, 0.3, 0.05) if image.shape[0] == 3 else _BandJitter()
-        changes += [scale, v2.RandomApply([color], 0.8), v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.5))], 0.3)]
+        changes.append(v2.RandomApply([color], 0.8))
+    if strength == "strong":
+        changes.append(v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.5))], 0.3))
     given: dict[str, Tensor] = {"image": tv_tensors.Image(image)}
     if mask is not None:
         given["mask"] = tv_tensors.Mask(mask)

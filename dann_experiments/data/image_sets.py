@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.joined import Items, JoinedDataset
 from dann_experiments.data.samples import content_digest
@@ -31,6 +34,15 @@ class ImageSets:
     def digests(self) -> dict[str, str]:
         """Digest of each set, by its name as a string."""
         return digests_of(self.sets, self.digest_of)
+
+    @property
+    def scaling(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation by which the images of each domain are normalized, (D, B) both; None if one has none."""
+        found = [self.any_of(one) for one in self.domains]
+        own = [dataset.normalization for dataset in found if dataset is not None]
+        if len(own) < len(found):
+            return None
+        return torch.tensor([one.mean for one in own]), torch.tensor([one.std for one in own])
 
     def parts(self, name: SetName) -> dict[SetName, SegmentationDataset]:
         """Return the sets of all domains that belong to `name`."""

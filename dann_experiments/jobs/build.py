@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
-from torch import nn
+from torch import Tensor, nn
 
 from dann_experiments.adaptation.build import (
     COMPANIONS,
@@ -257,10 +257,10 @@ def model_facts(config: Config, sets: ImageSets) -> dict[str, Any]:
 def make_module(
     config: Config, network: nn.Module, method: DomainAdaptationMethod, taps: Sequence[Tap], device: torch.device,
     pretraining: bool = False, class_weights: Sequence[float] | None = None,
-    validated: Sequence[OneDomain] = SOURCE_AND_TARGET,
+    validated: Sequence[OneDomain] = SOURCE_AND_TARGET, scaling: tuple[Tensor, Tensor] | None = None,
 ) -> AdaptationModule:  # fmt: skip
     """Build the training step. `pretraining`: use the optimizer settings of the source model's training. `class_weights`: the
-    result of `class_weights_of`. `validated`: the domain of each validation loader."""
+    result of `class_weights_of`. `validated`: the domain of each validation loader. `scaling`: `ImageSets.scaling`."""
     optimizer = config.pretraining.optimizer if pretraining else config.optimizer
     return AdaptationModule(
         network, method, taps, optimizer_maker(optimizer, config.trainer.precision),
@@ -269,7 +269,7 @@ def make_module(
         keeps_channels_last(config.trainer.channels_last, network, device),
         SegmentationLoss(config.loss, config.data.ignore_index, class_weights),
         {part: factor * optimizer.lr for part, factor in optimizer.lr_factors.items()},
-        validated, list(config.data.domains),
+        validated, list(config.data.domains), scaling,
     )  # fmt: skip
 
 
@@ -367,7 +367,15 @@ def make_loop(
     )  # fmt: skip
     weights = class_weights_of(config, loaders.sets)
     module = make_module(
-        config, network, method, taps, trainer.strategy.root_device, pretraining, weights, list(validation)
+        config,
+        network,
+        method,
+        taps,
+        trainer.strategy.root_device,
+        pretraining,
+        weights,
+        list(validation),
+        loaders.sets.scaling,
     )
     if method.uses_target and module.taps:
         module.passes = choose(network, module.taps, config.domain_adaptation.batchnorm, config.model.in_channels)

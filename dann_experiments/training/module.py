@@ -27,7 +27,7 @@ from dann_experiments.models.compiling import has_compiled, uncompiled
 from dann_experiments.models.networks import logits_of_any_size, valid_as_seen
 from dann_experiments.models.passes import Passes, check_joint, choose, forward_with_taps
 from dann_experiments.models.taps import Tap, recording
-from dann_experiments.names import SOURCE_AND_TARGET, Metric, OneDomain
+from dann_experiments.names import DOMAINS, SOURCE_AND_TARGET, Metric, OneDomain
 from dann_experiments.training import parts, ranks
 from dann_experiments.training.losses import SegmentationLoss
 from dann_experiments.training.optimizers import LearningRates, build_scheduler, order_states
@@ -55,7 +55,8 @@ class AdaptationModule(pl.LightningModule):
     target's forward pass treats BatchNorm statistics in training, a value of that setting (docs/batchnorm.md).
     `channels_last`: use the channels-last memory format for the network and the images. `segmentation`: the loss of source logits
     and labels; None = cross-entropy. `part_rates`: part of the network -> its own learning rate. `domains`: all domains; the
-    index is the label that a domain classifier learns.
+    index is the label that a domain classifier learns. `scaling`: mean and standard deviation by which images of each domain were
+    normalized, (D, B) both, for methods that need "raw_images".
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class AdaptationModule(pl.LightningModule):
         part_rates: Mapping[str, float] | None = None,
         validated: Sequence[OneDomain] = SOURCE_AND_TARGET,
         domains: Sequence[OneDomain] = SOURCE_AND_TARGET,
+        scaling: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -81,6 +83,7 @@ class AdaptationModule(pl.LightningModule):
         self.rates = rates or LearningRates()
         self.part_rates = dict(part_rates or {})
         self.validated, self.domains = list(validated), list(domains)
+        self.scaling = scaling
         self.ignore_index = ignore_index
         self.segmentation = segmentation or SegmentationLoss([LossTerm()], ignore_index)
         self.batchnorm = batchnorm
@@ -113,7 +116,7 @@ class AdaptationModule(pl.LightningModule):
         return Progress(self.trainer.current_epoch, max_epochs, self.trainer.global_step, total_steps)
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
-        batch = self.method.prepare(batch)
+        batch = self.method.prepare(self._with_scaling(batch) if "raw_images" in self.method.needs else batch)
         outputs = self.step_outputs(batch)
         segmentation, terms = self.segmentation(*self._supervised(outputs, batch.get("labelled")))
         share = self.method.loss(outputs, self.progress())
@@ -134,6 +137,18 @@ class AdaptationModule(pl.LightningModule):
         if not self.trainer.fit_loop.epoch_loop._should_accumulate():  # this batch is the last of its step
             self._log_step()
         return total
+
+    def _with_scaling(self, batch: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Return the batch with "mean" and "std" (N, B, 1, 1) of the images of both domains."""
+        assert self.scaling is not None, 'a method that needs "raw_images" must be given `scaling`'
+        made = dict(batch)
+        for number, role in enumerate(DOMAINS):
+            if role in batch:
+                images, own = batch[role]["image"], batch[role].get("domain")
+                label = torch.full((len(images),), number, device=images.device) if own is None else own
+                mean, std = (side.to(images.device)[label][:, :, None, None] for side in self.scaling)
+                made[role] = {**batch[role], "mean": mean, "std": std}
+        return made
 
     def _supervised(self, outputs: StepOutputs, labelled: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Return the logits and labels that the segmentation loss takes: the source's, with those of labeled target images all

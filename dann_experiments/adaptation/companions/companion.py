@@ -20,17 +20,32 @@ from dann_experiments.adaptation.method import (
 from dann_experiments.names import Metric
 
 
-class Companion(nn.Module, ABC):
-    """A loss on the target beside that of a method.
+class Part(nn.Module):
+    """What the two kinds of companions share: a `Companion` adds a loss, an `Appearance` changes the source images.
 
-    `weight`: its factor; `ramp`: share of the training (0..1) in which the factor rises linearly from 0 to `weight`. Keep state
-    between steps in parameters, buffers or `get_extra_state`, so that a resumed run restores it.
+    Keep state between steps in parameters, buffers or `get_extra_state`, so that a resumed run restores it.
     """
 
     name: str
     """Its name in settings and metrics."""
     needs: frozenset[Need] = frozenset()
-    """What `loss` needs of `StepOutputs`."""
+    """What `prepare` and `loss` need beside features."""
+    uses_target: bool = True
+    """False if it needs nothing of the target."""
+
+    def prepare(self, batch: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Return the training batch as it shall be forwarded, without changing the given one; see that of the method."""
+        return batch
+
+    def on_train_start(self, network: nn.Module) -> None:
+        """Called once before the first step; in a resumed run, before the checkpoint's state is loaded."""
+
+
+class Companion(Part, ABC):
+    """A loss on the target beside that of a method.
+
+    `weight`: its factor; `ramp`: share of the training (0..1) in which the factor rises linearly from 0 to `weight`.
+    """
 
     def __init__(self, weight: float, ramp: float = 0.0) -> None:
         super().__init__()
@@ -44,23 +59,21 @@ class Companion(nn.Module, ABC):
         """Return the factor of this step."""
         return self.weight * (min(progress.fraction / self.ramp, 1.0) if self.ramp > 0 else 1.0)
 
-    def on_train_start(self, network: nn.Module) -> None:
-        """Called once before the first step; in a resumed run, before the checkpoint's state is loaded."""
-
 
 class WithCompanions(DomainAdaptationMethod):
-    """A method whose loss gets those of its companions added: L_method + sum of weight * L_companion.
+    """A method with companions: its loss is L_method + sum of weight * L_companion, on batches that the other companions have
+    changed, one after the other in the given order.
 
     The method's own loss, classifiers and metrics are unchanged, so that DANN with companions and its lambda = 0 control with the
     same companions differ in the adversary alone.
     """
 
-    def __init__(self, method: DomainAdaptationMethod, companions: Sequence[Companion]) -> None:
+    def __init__(self, method: DomainAdaptationMethod, companions: Sequence[Part]) -> None:
         super().__init__()
         self.method = method
         self.companions = nn.ModuleList(companions)
         self.needs = method.needs.union(*(one.needs for one in companions))
-        self.uses_target = True
+        self.uses_target = method.uses_target or any(one.uses_target for one in companions)
         more = (OUTPUT_LAYER,) if "target_logits" in self.needs else ()
         self.feature_layers = tuple(dict.fromkeys((*method.feature_layers, *more)))
 
@@ -71,10 +84,12 @@ class WithCompanions(DomainAdaptationMethod):
 
     def loss(self, outputs: StepOutputs, progress: Progress) -> MethodLoss:
         share = self.method.loss(outputs, progress)
+        with_loss = [one for one in self.companions if isinstance(one, Companion)]
+        if not with_loss:
+            return share
         terms = [] if share.differentiated is None else [share.differentiated]
         metrics, added = dict(share.metrics), []
-        for companion in self.companions:
-            assert isinstance(companion, Companion)
+        for companion in with_loss:
             value, more = companion.loss(outputs, progress)
             weighted = companion.weight_at(progress) * value
             terms.append(weighted)
@@ -87,7 +102,10 @@ class WithCompanions(DomainAdaptationMethod):
         return self.method.domain_hits(features, domain, valid)
 
     def prepare(self, batch: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Return the batch as the method changes it."""
+        """Return the batch as the companions and then the method change it."""
+        for companion in self.companions:
+            assert isinstance(companion, Part)
+            batch = companion.prepare(batch)
         return self.method.prepare(batch)
 
     def param_groups(self) -> list[dict[str, Any]]:
