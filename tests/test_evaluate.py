@@ -692,7 +692,7 @@ def test_with_test_batchnorm_each_set_is_scored_with_the_statistics_of_its_own_i
 
 
 def test_with_test_batchnorm_images_of_other_contrast_are_scored_like_those_of_training(trained, squares, workplace):
-    """The source's own validation images, as target: at a third of their contrast the model as it is loses, the other does not."""
+    """The source's own validation images, as target: at a third of their contrast the model as it is loses much."""
     facts = json.loads((folder_of(trained) / "dann.json").read_text())["reading"]["source"]
     model = edited(trained, workplace / "one", reading={"source": facts, "target": facts})
     mean = np.array(facts["mean"]) * 255  # contrast around the mean of training
