@@ -44,6 +44,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 CPU = torch.device("cpu")
 
 
+def grid_of(height: int, width: int) -> Plan:
+    """Tiles of 16 x 16 pixels side by side."""
+    return plan_tiles(height, width, 16, 0, 1)
+
+
 def reader(image: Tensor, valid: np.ndarray | None = None, log: list[Window] | None = None) -> Read:
     def read(window: Window) -> tuple[Tensor, np.ndarray | None]:
         if log is not None:
@@ -123,7 +128,7 @@ def test_tiles_that_are_mostly_empty_count_only_if_there_are_no_others():
 def test_a_large_image_has_a_bounded_number_of_tiles_from_all_over_it(shape, monkeypatch):
     monkeypatch.setattr(own_statistics, "MOST_BYTES", 64 * 4 * 2 * 16 * 16)  # 64 tiles
     log: list[Window] = []
-    plan, image = plan_tiles(*shape, 16, 0, 1), torch.zeros(2, *shape) + torch.linspace(-1, 1, shape[1])
+    plan, image = grid_of(*shape), torch.zeros(2, *shape) + torch.linspace(-1, 1, shape[1])
     with statistics_of_image(Small(), plan, reader(image, log=log), 2, 4, "scene.tif"):
         pass
     assert len(set(log)) == len(log) == 64
@@ -340,7 +345,7 @@ def test_an_arm_of_its_kind_scores_the_source_model_with_it_and_a_note_says_what
     assert any(note.startswith("test-time BN: ") and "scored images themselves" in note for note in notes)
     assert "test-time BN" not in DEFAULT_ARMS
     for key in ("test_batchnorm", "domain_adaptation.batchnorm"):
-        wrong = {"own": {"kind": "test_statistics", key: "running"}, "DANN": {}}
+        wrong: dict[str, Any] = {"own": {"kind": "test_statistics", key: "running"}, "DANN": {}}
         with pytest.raises(InputError, match=f"arms.own sets {key} .* makes an arm of kind test_statistics"):
             arms_of(CompareConfig(arms=wrong), config)
 

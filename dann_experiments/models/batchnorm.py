@@ -121,9 +121,8 @@ TRAINING_IMAGES = Origin(
 def statistics_of(network: nn.Module, loader: Iterable[Mapping[str, Tensor]], origin: Origin) -> Iterator[nn.Module]:
     """Let every BatchNorm have the statistics of the loader's images (`target_statistics`) in the block; its own are restored
     afterwards, to the bit. Raises InputError as `target_statistics` does, before the block runs."""
-    before = [
-        (buffer, buffer.clone()) for layer in _layers(network) for buffer in (layer.running_mean, layer.running_var)
-    ]
+    buffers = [buffer for layer in _layers(network) for buffer in (layer.running_mean, layer.running_var)]
+    before = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
     try:
         target_statistics(network, loader, origin=origin)
         yield network
