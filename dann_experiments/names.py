@@ -14,6 +14,8 @@ DOMAINS: tuple[Domain, ...] = ("source", "target")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Tta = Literal["none", "mirror", "d4"]
 """Values of the setting `tta`; `models.symmetries` says which copies of an image each stands for."""
+TestBatchnorm = Literal["running", "images"]
+"""Values of the setting `test_batchnorm`: whose BatchNorm statistics normalize predictions."""
 Confidence = Literal["max_probability", "entropy"]
 """Values of the setting `confidence`; `prediction.confidence` has their formulas."""
 IndexName = Literal["excess_green", "ndvi", "ndwi", "band", "change_vector"]
@@ -181,6 +183,7 @@ class Tag:
     CLASS_WEIGHTS = "dann.class_weights"
     COMPANIONS = "dann.companions"
     TTA = "dann.tta"
+    TEST_BATCHNORM = "dann.test_batchnorm"
     MODEL = "dann.model"
     NETWORK_FROM = "dann.network_from"
     NORMALIZATION_FROM = "dann.normalisation_from"  # this spelling is in the stores of users

@@ -103,6 +103,7 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     checks.refuse_several_processes(config, "the trials of a sweep")
     checks.refuse_auto_batch_size(config, "the trials of a sweep")
     checks.refuse_tta(config, "the trials of a sweep")
+    checks.refuse_test_batchnorm(config, "the trials of a sweep")
     space = read_space(sweep.space, config)
     address = storage_address(sweep.storage, sweep.study)
     with sharing(sweep, config) as decoded:

@@ -324,6 +324,13 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         'python -m dann_experiments adapt --config mine.yaml --loss "[{name: cross_entropy, label_smoothing: 0.1},'
         ' {name: tversky, weight: 0.5, alpha: 0.3, beta: 0.7}]"': Example("squares"),
     },
+    ("docs/batchnorm.md", "Test-time BatchNorm: statistics of the images at hand"): {
+        "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif"
+        " --test_batchnorm images": Example("squares", "--overwrite true", fill=ONE_RUN),
+        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint runs:/ID --test_batchnorm images": Example(
+            "squares", fill=ONE_RUN
+        ),
+    },
     ("docs/evaluate.md", "Scoring a model"): {
         "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint runs:/ID": Example(
             "squares", fill=ONE_RUN

@@ -667,6 +667,64 @@ def test_target_stats_without_training_images_or_without_batchnorm_is_refused_be
     assert len(client(trained).search_runs(["1", "2", "3"])) == runs
 
 
+def test_with_test_batchnorm_each_set_is_scored_with_the_statistics_of_its_own_images(trained, squares, workplace):
+    """In one batch of all images of a set, every layer's statistics are torch's own."""
+    before = {path: path.read_bytes() for path in folder_of(trained).iterdir()}
+    result = scored(squares, trained, test_batchnorm="images", data__target__batch_size=5)
+    facts = target_facts(trained)
+    for name in ("target_val", "target_test"):
+        model = with_statistics_by_torch(trained, squares / name / "images", workplace / name)
+        assert matrix(result, name) == counted(model, squares / name, 0, 255, facts["mean"], facts["std"]).tolist()
+    plain = scored(squares, trained)
+    assert matrix(result, "target_val") != matrix(plain, "target_val")
+    assert tags_of(result)["dann.test_batchnorm"] == "images"
+    assert not {"dann.batchnorm", "dann.test_batchnorm"} & tags_of(plain).keys()
+    assert " with test-time BN " in client(result).get_run(result.run_id).info.run_name
+    assert {path: path.read_bytes() for path in folder_of(trained).iterdir()} == before
+    # no set has a part in another's scores, nor have masks, or how many images are scored at a time
+    alone = scored(squares, trained, test_batchnorm="images", data__source__val=[], data__target__test=[], seed=3,
+                   data__target__batch_size=5, data__eval_batch_size=1)  # fmt: skip
+    assert alone.metrics == {
+        name: pytest.approx(value) for name, value in result.metrics.items() if "target_val" in name
+    }
+    again = evaluate(load_config(Path(str(result.artifacts)) / "config.yaml"))
+    assert again.metrics == result.metrics
+
+
+def test_with_test_batchnorm_images_of_other_contrast_are_scored_like_those_of_training(trained, squares, workplace):
+    """The source's own validation images, as target: at a third of their contrast the model as it is loses much."""
+    facts = json.loads((folder_of(trained) / "dann.json").read_text())["reading"]["source"]
+    model = edited(trained, workplace / "one", reading={"source": facts, "target": facts})
+    mean = np.array(facts["mean"]) * 255  # contrast around the mean of training
+    for name, factor in (("whole", 1.0), ("third", 1 / 3)):
+        shutil.copytree(squares / "source_val", workplace / name)
+        for path in (workplace / name / "images").iterdir():
+            pixels = mean + (np.array(Image.open(path)) - mean) * factor
+            Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(path)
+    found = {
+        (name, way): scored(
+            squares, trained, model, data__target__val=[str(workplace / name)], test_batchnorm=way
+        ).metrics
+        for name in ("whole", "third")
+        for way in ("running", "images")
+    }
+    iou = {key: metrics["iou/target_val"] for key, metrics in found.items()}
+    assert iou["third", "running"] < iou["whole", "running"] - 0.05
+    assert iou["third", "images"] == pytest.approx(iou["whole", "images"], abs=0.02)
+    assert iou["third", "images"] > iou["third", "running"] + 0.05, iou
+
+
+def test_test_batchnorm_is_refused_without_batchnorm_and_beside_target_stats_before_a_run(trained, squares, workplace):
+    arguments = {"encoder_name": "mit_b0", "in_channels": 3, "classes": 2, "decoder_use_norm": False}
+    save_model(workplace / "plain", smp.Unet(**arguments, encoder_weights=None), "unet", arguments, {})
+    runs = len(client(trained).search_runs(["1", "2", "3"]))
+    with pytest.raises(InputError, match="no BatchNorm with running statistics; set it to running"):
+        scored(squares, trained, workplace / "plain", test_batchnorm="images")
+    with pytest.raises(InputError, match="a network has one kind of statistics"):
+        scored(squares, trained, test_batchnorm="images", **TARGET_STATISTICS)
+    assert len(client(trained).search_runs(["1", "2", "3"])) == runs
+
+
 def test_a_model_adapted_with_target_stats_holds_them_and_evaluate_gives_its_run_s_numbers(squares, pretrained_place):
     settings = small_settings(squares, domain_adaptation__batchnorm="target_stats")
     adapted = adapt(load_config(None, settings))

@@ -23,7 +23,8 @@ from dann_experiments.names import ALL_SETS, LAMBDA_ZERO, PRETRAINING_SETS, SCOR
 
 log = logging.getLogger(__name__)
 JOBS = {
-    "source_only": Job.PRETRAIN, "statistics": Job.EVALUATE, "control": Job.ADAPT, "adapted": Job.ADAPT, "oracle": Job.PRETRAIN,
+    "source_only": Job.PRETRAIN, "statistics": Job.EVALUATE, "test_statistics": Job.EVALUATE, "control": Job.ADAPT,
+    "adapted": Job.ADAPT, "oracle": Job.PRETRAIN,
 }  # fmt: skip
 SOURCE_ONLY = ARM_NAMES["source_only"]
 NO_CONTROL = "There is no lambda = 0 control, without which a gain cannot be attributed to adaptation."
@@ -39,6 +40,7 @@ ALIKE = (
 MAKES_THE_KIND = {
     "control": (Key.METHOD, Key.CLASS_PATH, "domain_adaptation.method.lambda_da"),
     "statistics": ("domain_adaptation.batchnorm",),
+    "test_statistics": ("test_batchnorm", "domain_adaptation.batchnorm"),
 }  # fmt: skip
 SETS = {Job.PRETRAIN: PRETRAINING_SETS, Job.ADAPT: ALL_SETS, Job.EVALUATE: (*SCORED_SETS, STATISTICS_SET)}
 
@@ -72,7 +74,7 @@ def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[st
         arms.insert(0, Arm(SOURCE_ONLY, "source_only"))
     if not any(arm.kind == "control" for arm in arms):
         notes.append(NO_CONTROL)
-    notes += _not_followed(arms)
+    notes += [*_not_followed(arms), *transductive(arms)]
     kept = []
     for arm in arms:
         if arm.kind == "source_only" and arm.overrides:
@@ -145,6 +147,16 @@ def _not_followed(arms: Sequence[Arm]) -> Iterator[str]:
         )
 
 
+def transductive(arms: Sequence[Arm]) -> Iterator[str]:
+    """Yield a note for arms that read the scored images before they are scored."""
+    named = [arm.name for arm in arms if arm.kind == "test_statistics"]
+    if named:
+        yield (
+            f"{', '.join(named)}: the BatchNorm statistics are those of the scored images themselves (not their masks), which "
+            "other arms do not read in advance. Such a score is that of mapping images at hand, not of images to come."
+        )
+
+
 def check_arms(cells: Sequence[Cell]) -> None:
     """Read the data and build network and method of every adapting arm once, as its job will.
 
@@ -202,6 +214,8 @@ def _settings(arm: Arm, config: Config, seed: int) -> Config:
         changes |= LAMBDA_ZERO
     elif arm.kind == "statistics":
         changes["domain_adaptation.batchnorm"] = "target_stats"
+    elif arm.kind == "test_statistics":
+        changes |= {"test_batchnorm": "images", "domain_adaptation.batchnorm": "separate"}
     elif arm.kind == "oracle":
         changes |= _trained_on_the_target(config)
     try:

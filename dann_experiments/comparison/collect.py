@@ -148,7 +148,7 @@ def _sources(store: Store, runs: Mapping[str, Any], kinds: Mapping[str, Kind]) -
     starts: dict[int, str] = {}
     for run_id, run in runs.items():
         source = run.data.tags.get(Tag.SOURCE_RUN_ID)
-        if kinds[run_id] in ("statistics", "control", "adapted") and source is not None:
+        if kinds[run_id] in ("statistics", "test_statistics", "control", "adapted") and source is not None:
             seed = _seed(run)
             if starts.setdefault(seed, source) != source:
                 raise InputError(
@@ -215,6 +215,8 @@ def _kind(run: Any) -> Kind:
         return tags[Tag.KIND]
     if tags[Tag.JOB] == Job.PRETRAIN:
         return "source_only"
+    if tags[Tag.JOB] == Job.EVALUATE and Tag.TEST_BATCHNORM in tags:
+        return "test_statistics"
     if tags[Tag.JOB] == Job.EVALUATE:
         return "statistics" if tags.get(Tag.BATCHNORM) == "target_stats" else "source_only"
     return "control" if tags.get(Tag.METHOD) == "lambda_zero" else "adapted"
@@ -226,7 +228,7 @@ def _method(run: Any) -> str:
 
 def _settings(store: Store, run: Any, kind: Kind) -> dict[str, str]:
     """Return the settings that distinguish arms; none for an arm that is not trained."""
-    if kind == "statistics":
+    if kind in ("statistics", "test_statistics"):
         return {}
     unused = (*NOT_THE_ARM, "pretraining.") if run.data.tags[Tag.JOB] != Job.PRETRAIN else NOT_THE_ARM
     params = {

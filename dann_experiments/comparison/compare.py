@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from dann_experiments.comparison.arms import NO_CONTROL, arms_of, cells_of, check_arms
+from dann_experiments.comparison.arms import NO_CONTROL, arms_of, cells_of, check_arms, transductive
 from dann_experiments.comparison.collect import PROBES, arms_of_runs, config_of, read_run, with_probe_of_the_start
 from dann_experiments.comparison.evidence import feature_clouds, panels
 from dann_experiments.comparison.floors import classes_of, floor_notes, floor_of
@@ -91,7 +91,7 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
     close_stale_runs(store, "compare")
     if settings.runs:
         arms, found, notes = arms_of_runs(store, settings.runs)
-        notes = [*notes, *_missing(arms)]
+        notes = [*notes, *_missing(arms), *transductive(arms)]
         config = _config_of_runs(config, store, found, arms)
     else:
         refuse_unshared(settings, "tracking.uri", store.uri)
@@ -99,6 +99,8 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         for cell in cells:
             checks.refuse_auto_batch_size(cell.config, "the runs of a comparison")
             checks.refuse_tta(cell.config, "the runs of a comparison")
+            if cell.arm.kind != "test_statistics":
+                checks.refuse_test_batchnorm(cell.config, "the runs of a comparison")
         done = find_cells(cells, store)
         check_arms([cell for index, cell in enumerate(cells) if index not in done.run_ids])
     names = [identity.domain_name(config, domain) for domain in DOMAINS]

@@ -53,7 +53,13 @@ from dann_experiments.reports.plots.summary import Headline
 from dann_experiments.reports.plots.summary import draw_summary as draw
 from dann_experiments.reports.tables import MINUS, decimal, short
 
-KIND_COLORS = {"source_only": GRAY, "statistics": YELLOW, "control": ORANGE, "oracle": NAVY}
+KIND_COLORS = {
+    "source_only": GRAY,
+    "statistics": YELLOW,
+    "test_statistics": COLORS[12],
+    "control": ORANGE,
+    "oracle": NAVY,
+}
 ADAPTED_COLORS = (TEAL, PURPLE, COLORS[9], RED, COLORS[10], "#5b6ee1")
 OUTCOME_COLORS = {
     "helped": TEAL,

@@ -10,23 +10,27 @@ from dann_experiments.config import limits
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.workers import PoolSettings
 
-Kind = Literal["source_only", "statistics", "control", "adapted", "oracle"]
-"""source_only: the unadapted source model; statistics: that model with BatchNorm statistics of the target (AdaBN); control:
-lambda = 0; adapted: judged by the verdict; oracle: trained on target labels."""
+Kind = Literal["source_only", "statistics", "test_statistics", "control", "adapted", "oracle"]
+"""source_only: the unadapted source model; statistics: that model with BatchNorm statistics of the target (AdaBN);
+test_statistics: with those of the scored images (test-time BN); control: lambda = 0; adapted: judged by the verdict; oracle:
+trained on target labels."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ARM_NAMES: Mapping[Kind, str] = {
     "source_only": "source only",
     "statistics": "AdaBN",
+    "test_statistics": "test-time BN",
     "control": "lambda = 0 control",
     "adapted": "DANN",
     "oracle": "oracle",
 }
-DEFAULT_ARMS: Mapping[str, Mapping[str, Any]] = {name: {"kind": kind} for kind, name in ARM_NAMES.items()}
+DEFAULT_ARMS: Mapping[str, Mapping[str, Any]] = {
+    name: {"kind": kind} for kind, name in ARM_NAMES.items() if kind != "test_statistics"
+}
 
 _CONTROL = {"domain_adaptation.method.name": "lambda_zero"}
 NAMED_ARMS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "ladder": {
-        **{ARM_NAMES[kind]: {"kind": kind} for kind in ("source_only", "statistics", "control", "adapted")},
+        **{ARM_NAMES[kind]: {"kind": kind} for kind in KINDS if kind != "oracle"},
         "entropy": {**_CONTROL, "domain_adaptation.companions": ["entropy"]},
         "maximum squares": {**_CONTROL, "domain_adaptation.companions": ["maximum_squares"]},
         "style": {**_CONTROL, "domain_adaptation.companions": ["style"]},
@@ -48,8 +52,9 @@ class CompareConfig(PoolSettings):
     arms: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     """Arms to compare, in a YAML file, which the flag --arms names (or `--arms ladder`, docs/companions.md): name -> dotted
     settings in which the arm differs, and `kind`: adapted (the default; it is judged), source_only (the source model as it
-    is), statistics (that model with BatchNorm statistics of the target, AdaBN), control (lambda = 0), oracle (trained on
-    data.oracle). {} = source only, AdaBN, lambda = 0 control, DANN, and the oracle if data.oracle lists images."""
+    is), statistics (that model with BatchNorm statistics of the target, AdaBN), test_statistics (with those of the scored
+    images), control (lambda = 0), oracle (trained on data.oracle). {} = source only, AdaBN, lambda = 0 control, DANN, and the
+    oracle if data.oracle lists images."""
     seeds: int | list[int] = 5
     """Number of seeds, counted from `seed` (1 to 1000), or a list of seeds. A verdict needs at least 3; 5 are better."""
     labelled: list[int] = field(default_factory=list)

@@ -10,7 +10,7 @@ from dann_experiments.config.data import BANDS, MOST_IMAGES, values_of_nodata
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import above, between, matching
 from dann_experiments.config.run import TrackingConfig
-from dann_experiments.names import Confidence, Tta
+from dann_experiments.names import Confidence, TestBatchnorm, Tta
 
 DOMAIN = matching(r"(source|target)(\.[A-Za-z0-9][A-Za-z0-9_-]{0,49})?", "source, target, source.NAME or target.NAME")
 
@@ -54,6 +54,9 @@ class PredictConfig:
     """Test-time augmentation: map the mean of the predictions for mirrored and turned copies of each tile. mirror: the tile and
     its mirror image (2 forward passes), for photographs, in which up is up; d4: all 8 quarter turns and mirror images (8
     forward passes), for images from above."""
+    test_batchnorm: TestBatchnorm = "running"
+    """BatchNorm statistics of the predictions. running: those of the model; images: those of each image itself, taken in one pass
+    over tiles from all over it before its map is made (docs/batchnorm.md)."""
     confidence: Confidence | None = None
     """Also write OUTPUT_confidence.tif, one band of floating-point numbers from 0 to 1. max_probability: the probability of the
     mapped class, 1 = certain; entropy: of the probabilities, divided by its largest value, 0 = certain, 1 = all classes equally

@@ -26,7 +26,7 @@ from dann_experiments.config.run import (
     TrackingConfig,
     TrainerConfig,
 )
-from dann_experiments.names import Tta
+from dann_experiments.names import TestBatchnorm, Tta
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class Config:
     mirror: the image and its mirror image (2 forward passes), for photographs, in which up is up; d4: all 8 quarter turns and
     mirror images (8 forward passes), for images from above. Trainings, comparisons and sweeps score single predictions and
     refuse it."""
+    test_batchnorm: TestBatchnorm = "running"
+    """BatchNorm statistics in `evaluate`. running: those of the model; images: those of the scored images, taken from each set by
+    itself, without its masks (docs/batchnorm.md). Trainings, comparisons and sweeps refuse it; `compare` has an arm of kind
+    test_statistics."""
 
     @property
     def class_names(self) -> list[str]:

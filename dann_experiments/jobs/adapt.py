@@ -11,7 +11,13 @@ from torch import nn
 from dann_experiments.config import Config, replace
 from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs.build import find_data, make_method, make_taps, network_to_adapt, seeded
-from dann_experiments.jobs.checks import checked_sets, refuse_several_processes, refuse_tta, warn_of_idle_adversary
+from dann_experiments.jobs.checks import (
+    checked_sets,
+    refuse_several_processes,
+    refuse_test_batchnorm,
+    refuse_tta,
+    warn_of_idle_adversary,
+)
 from dann_experiments.jobs.identity import domain_name, method_name, run_digest, run_name, source_digest
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
@@ -49,6 +55,7 @@ def adapt(
     if callbacks:
         refuse_several_processes(config, "callbacks")
     refuse_tta(config, "trainings")
+    refuse_test_batchnorm(config, "trainings")
     if resume not in (None, AUTO):
         store = open_store(config.tracking.uri, config.tracking.experiment)
         config = as_the_run(store, resume, Job.ADAPT, config)

@@ -115,6 +115,15 @@ def refuse_auto_batch_size(config: Config, what: str) -> None:
         )
 
 
+def refuse_test_batchnorm(config: Config, what: str) -> None:
+    """Raise InputError for BatchNorm statistics of the scored images, because `what` must score the model that is saved."""
+    if config.test_batchnorm != "running":
+        raise InputError(
+            f"test_batchnorm is {config.test_batchnorm!r}, but {what} score the model with its own statistics; leave it out, "
+            "and give it to evaluate or predict, or compare an arm of kind test_statistics."
+        )
+
+
 def refuse_tta(config: Config, what: str) -> None:
     """Raise InputError for test-time augmentation, because `what` must score single predictions, as training does."""
     if config.tta != "none":

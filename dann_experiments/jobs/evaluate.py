@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from dann_experiments.checkpoints.saved_model import ModelNotes, read_model_notes
 from dann_experiments.config import Config, InputError, replace
@@ -23,7 +24,14 @@ from dann_experiments.jobs.identity import domain_tags, evaluation_name
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.run_training import describe_run, source_links
 from dann_experiments.jobs.source_model import chosen_by_target_labels, load_weights
-from dann_experiments.models.batchnorm import has_batchnorm, statistics_loader, target_statistics
+from dann_experiments.models.batchnorm import (
+    NO_BATCHNORM,
+    Origin,
+    has_batchnorm,
+    statistics_loader,
+    statistics_of,
+    target_statistics,
+)
 from dann_experiments.names import SCORED_SETS, TARGET_TRAIN, Job, OneDomain, SetName, Tag
 from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.scores import macro_mean, row_shares
@@ -45,7 +53,8 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
     A saved model brings its own network, classes and normalization, regardless of `model`; a plain checkpoint uses those of the
     settings. With `domain_adaptation.batchnorm: target_stats` the model is scored with the BatchNorm statistics of the images in
     `data.target.train` (AdaBN; their masks are not read); other values have no effect here. `tta` other than none scores the mean
-    of several predictions per image, and the run's name and tags say so. `tags` are added to the run's own,
+    of several predictions per image, `test_batchnorm: images` each set with the BatchNorm statistics of its own images; the run's
+    name and tags say so. `tags` are added to the run's own,
     or replace them. Raises InputError before a run is opened: if there is no model or no labeled image, if weights or classes do
     not fit, for target statistics without images or without BatchNorm, and for unreadable files (masks that do not fit into
     `data.memory_gb` are read only during the run). Also raises InputError during the run, if memory runs out.
@@ -59,6 +68,11 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
         raise InputError(
             "domain_adaptation.batchnorm is 'target_stats', which uses the statistics of the images in data.target.train, but "
             "that is empty; add target images (no masks needed), or set batchnorm to separate to score the model as it is."
+        )
+    if _with_target_statistics(config) and config.test_batchnorm == "images":
+        raise InputError(
+            "test_batchnorm is 'images' and domain_adaptation.batchnorm is 'target_stats', but a network has one kind of "
+            "statistics; set test_batchnorm to running, or domain_adaptation.batchnorm to separate."
         )
     device = _device(config)
     store = open_store(config.tracking.uri, config.tracking.experiment)
@@ -74,6 +88,8 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
                 "domain_adaptation.batchnorm is 'target_stats', but this network has no BatchNorm with running statistics; set "
                 "it to separate."
             )
+        if config.test_batchnorm == "images" and not has_batchnorm(network):
+            raise InputError(NO_BATCHNORM)
         sets = _read(config, notes)
         network.to(device)
         if _with_target_statistics(config):
@@ -100,9 +116,10 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
                     loader = eval_loader(
                         sets.sets[name], size, num_workers=loaders.num_workers, pin_memory=loaders.pin_memory
                     )
-                    scores[name] = score_set(
-                        network, loader, config.model.classes, config.data.ignore_index, config.tta
-                    )
+                    with _own_statistics(config, network, name, sets.sets[name]):
+                        scores[name] = score_set(
+                            network, loader, config.model.classes, config.data.ignore_index, config.tta
+                        )
             names = config.class_names
             metrics = metrics_of_sets(scores, names, complete=True)
             run.log_metrics(metrics, step=0)
@@ -113,6 +130,18 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
         job=Job.EVALUATE, run_id=run.run_id, experiment_id=store.experiment_id, tracking_uri=store.uri,
         metrics=metrics, source_run_id=model_run_id, artifacts=None if folder is None else str(folder),
     )  # fmt: skip
+
+
+def _own_statistics(
+    config: Config, network: nn.Module, name: SetName, images: Items
+) -> contextlib.AbstractContextManager[Any]:
+    """Let the network have the BatchNorm statistics of `test_batchnorm` in the block: those of the set's `images`, or its own."""
+    if config.test_batchnorm == "running":
+        return contextlib.nullcontext()
+    # batches as in training, so that data.eval_batch_size changes no score
+    size = getattr(config.data, name.domain).batch_size
+    origin = Origin(name.key, "give it two images of each size, or set a data.window_size that all have")
+    return statistics_of(network, statistics_loader(images, size), origin)
 
 
 def _memory_explained(key: str, size: int, dataset: Items) -> contextlib.AbstractContextManager[None]:
@@ -155,6 +184,8 @@ def _tags(config: Config, store: Store, notes: ModelNotes | None, model_run_id: 
         tags[Tag.BATCHNORM] = "target_stats"
     if config.tta != "none":
         tags[Tag.TTA] = config.tta
+    if config.test_batchnorm != "running":
+        tags[Tag.TEST_BATCHNORM] = config.test_batchnorm
     return tags if model_run_id is None else tags | {Tag.SOURCE_RUN_ID: model_run_id}
 
 

@@ -37,7 +37,7 @@ WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test", "t
 """Settings whose files data digests cover."""
 _OF_OPTIMIZERS = ("power", "factor", "patience", "warmup_steps", "lr_factors", "freeze", "freeze_epochs")
 LATER = (
-    "loss", "class_weights", "monitor.patience", "domain_adaptation.companions",
+    "loss", "class_weights", "test_batchnorm", "monitor.patience", "domain_adaptation.companions",
     "domain_adaptation.pretrained_checkpoint.source_prefix",
     *(f"trainer.{name}" for name in (
         "devices", "channels_last", "compile", "auto_batch_size", "accumulate_grad_batches", "ema_decay",
@@ -80,6 +80,7 @@ def evaluation_name(config: Config, model_tags: Mapping[str, str]) -> str:
     method = model_tags.get(Tag.METHOD)
     named = "" if method is None else f" of {_brief(METHOD_WORDS.get(method, method))}"
     ways = [ARM_NAMES["statistics"]] if config.domain_adaptation.batchnorm == "target_stats" else []
+    ways += [ARM_NAMES["test_statistics"]] if config.test_batchnorm == "images" else []
     ways += [f"{config.tta} TTA"] if config.tta != "none" else []
     if ways:
         named += f" with {' and '.join(ways)}"

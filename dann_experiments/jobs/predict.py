@@ -18,6 +18,7 @@ from dann_experiments.config import Config, InputError
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.jobs.load_model import load_model
 from dann_experiments.jobs.many_images import log_settings, show_progress
+from dann_experiments.models.batchnorm import NO_BATCHNORM, has_batchnorm
 from dann_experiments.names import Job, Tag
 from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, find_work
 from dann_experiments.prediction.mapping import MapMaker, Outcome
@@ -73,8 +74,10 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
     model = _with_own_reading(model, settings)
     options = Options(
         settings.tile_size, settings.shared, settings.batch_size, settings.probabilities, settings.overwrite,
-        settings.tta, settings.confidence, own_bands=settings.bands is not None,
+        settings.tta, settings.test_batchnorm, settings.confidence, own_bands=settings.bands is not None,
     )  # fmt: skip
+    if settings.test_batchnorm == "images" and not has_batchnorm(model.network):
+        raise InputError(NO_BATCHNORM)
     if len(work) == 1:
         Scene.open(*work[0], model, options)  # so that a bad file is reported before a run is opened
     model.network.to(device)

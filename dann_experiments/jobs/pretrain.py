@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from dann_experiments.adaptation.dann import SourceOnly
 from dann_experiments.config import Config
 from dann_experiments.jobs.build import find_data, make_network, seeded
-from dann_experiments.jobs.checks import checked_sets, refuse_several_processes, refuse_tta
+from dann_experiments.jobs.checks import checked_sets, refuse_several_processes, refuse_test_batchnorm, refuse_tta
 from dann_experiments.jobs.identity import as_pretrained, encoder_tags, run_digest, run_name, source_digest
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
@@ -52,6 +52,7 @@ def pretrain_with(
     if callbacks:
         refuse_several_processes(config, "callbacks")
     refuse_tta(config, "trainings")
+    refuse_test_batchnorm(config, "trainings")
     with seeded(config):
         data = find_data(config, PRETRAINING_SETS)
         network = make_network(config)  # before a store is created: weights that are refused leave nothing behind

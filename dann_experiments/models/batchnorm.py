@@ -1,4 +1,4 @@
-"""Controls BatchNorm statistics: forward passes that do not update them, and statistics of the target only (AdaBN).
+"""Controls BatchNorm statistics: forward passes that do not update them, and statistics of chosen images alone (AdaBN).
 
 In training mode, BatchNorm (Ioffe & Szegedy 2015, arXiv:1502.03167) normalizes with the mean and variance of the batch and moves
 its running statistics towards them; in eval mode, it normalizes with the running statistics. docs/batchnorm.md explains the
@@ -8,9 +8,9 @@ values of `domain_adaptation.batchnorm`. Letters: N images, C channels, H x W po
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,19 @@ MOST_IMAGES = 2000
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # timm's norm-act layers are subclasses
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+NO_BATCHNORM = (
+    "test_batchnorm is 'images', but this network has no BatchNorm with running statistics; set it to running."
+)
+T = TypeVar("T")
+
+
+class Origin(NamedTuple):
+    """Where the images of statistics come from, for messages."""
+
+    images: str
+    """Their name."""
+    way_out: str
+    """What to do if a batch of one image is too small."""
 
 
 def has_batchnorm(network: nn.Module) -> bool:
@@ -98,8 +111,31 @@ def batch_statistics(network: nn.Module) -> Iterator[nn.Module]:
         yield network
 
 
+TRAINING_IMAGES = Origin(
+    "data.target.train",
+    "give data.target.train two images or more of each size, or set a data.window_size that all have",
+)
+
+
+@contextmanager
+def statistics_of(network: nn.Module, loader: Iterable[Mapping[str, Tensor]], origin: Origin) -> Iterator[nn.Module]:
+    """Let every BatchNorm have the statistics of the loader's images (`target_statistics`) in the block; its own are restored
+    afterwards, to the bit. Raises InputError as `target_statistics` does, before the block runs."""
+    buffers = [buffer for layer in _layers(network) for buffer in (layer.running_mean, layer.running_var)]
+    before = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
+    try:
+        target_statistics(network, loader, origin=origin)
+        yield network
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
 def target_statistics(
-    network: nn.Module, loader: Iterable[Mapping[str, Tensor]], most_images: int = MOST_IMAGES
+    network: nn.Module,
+    loader: Iterable[Mapping[str, Tensor]],
+    most_images: int = MOST_IMAGES,
+    origin: Origin = TRAINING_IMAGES,
 ) -> None:
     """Replace the running mean and variance of every BatchNorm by those of the loader's images.
 
@@ -114,7 +150,8 @@ def target_statistics(
 
     Every position counts, including nodata (0 in the image, the mean), as in training. Layers in eval mode are re-estimated, too.
     Layers that no image reaches and `num_batches_tracked` do not change; the modes of all modules are restored. Raises
-    InputError, and changes nothing, if there are no images or a batch of one image reaches a BatchNorm on a map of one position.
+    InputError, and changes nothing, if there are no images or a batch of one image reaches a BatchNorm on a map of one position;
+    the message names the `origin` of the images.
     """
     device = next(network.parameters()).device
     seen: dict[_BatchNorm, list[tuple[int, Tensor, Tensor]]] = {layer: [] for layer in _layers(network)}
@@ -139,14 +176,14 @@ def target_statistics(
         if "more than 1 value per channel" not in str(error):
             raise
         raise InputError(
-            "the statistics of target images need batches of two images or more, as this network has a BatchNorm on a map of "
-            "one position; give data.target.train two images or more of each size, or set a data.window_size that all have."
+            f"the BatchNorm statistics of {origin.images} need batches of two images or more, as this network has a BatchNorm on "
+            f"a map of one position; {origin.way_out}."
         ) from None
     finally:
         for handle in handles:
             handle.remove()
     if not images_done:
-        raise InputError("the statistics of target images need images, but data.target.train has none.")
+        raise InputError(f"the BatchNorm statistics need images, but {origin.images} has none.")
     with torch.no_grad():
         for layer, batches in seen.items():
             if batches:
@@ -165,12 +202,19 @@ def statistics_loader(dataset: Items, batch_size: int) -> DataLoader:
         sizes.setdefault((piece.window.height, piece.window.width), []).append(index)
     batches: list[tuple[float, list[int]]] = []
     for indices in sizes.values():
-        count = max(min(-(-len(indices) // batch_size), len(indices) // 2), 1)
+        alike = spread_batches(indices, batch_size)
         # sort by relative position among batches of the same size, to interleave sizes
-        batches += [((start + 0.5) / count, indices[start::count]) for start in range(count)]
+        batches += [((start + 0.5) / len(alike), batch) for start, batch in enumerate(alike)]
     ordered = [indices for _, indices in sorted(batches)]
     # own generator: a loader draws a number per pass, which must not change the random state of training
     return DataLoader(dataset.as_evaluated(), batch_sampler=ordered, generator=torch.Generator())
+
+
+def spread_batches(items: Sequence[T], batch_size: int) -> list[list[T]]:
+    """Divide items into batches that are evenly spaced over them and differ by at most one item. None has a single item, unless
+    there is only one (a `batch_size` of 1 makes pairs)."""
+    count = max(min(-(-len(items) // batch_size), len(items) // 2), 1)
+    return [list(items[start::count]) for start in range(count)]
 
 
 def _layers(network: nn.Module) -> list[_BatchNorm]:

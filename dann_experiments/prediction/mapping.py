@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -15,6 +16,7 @@ import torch
 from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config.errors import InputError
 from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, path_beside
+from dann_experiments.prediction.own_statistics import statistics_of_image
 from dann_experiments.prediction.partial_map import CONFIDENCE as CONFIDENCE_LAYER
 from dann_experiments.prediction.partial_map import PartialMap, probabilities_layer
 from dann_experiments.prediction.rasters import (
@@ -121,7 +123,7 @@ class MapMaker:
         )  # fmt: skip
         layers = [probabilities_layer(tiler.classes)] if options.probabilities else []
         layers += [CONFIDENCE_LAYER] if options.confidence is not None else []
-        with PartialMap(scene.partial_folder, scene.facts, layers) as partial:
+        with self._statistics(scene), PartialMap(scene.partial_folder, scene.facts, layers) as partial:
             done, carry, reason = partial.start()
             if reason is not None:
                 log.info("%s: starting anew, as %s: %s.", name, partial.folder, reason)
@@ -149,6 +151,17 @@ class MapMaker:
             outcome.empty.append(scene.input)
         elif read.is_dark():
             outcome.dark.append(scene.input)
+
+    def _statistics(self, scene: Scene) -> contextlib.AbstractContextManager[None]:
+        """Let the network have the BatchNorm statistics of the options in the block."""
+        if self.options.test_batchnorm == "running":
+            return contextlib.nullcontext()
+        # reads by itself, so that the check of the range counts each pixel once
+        channels = self.model.in_channels
+        read = Strips(scene, channels)
+        return statistics_of_image(
+            self.model.network, scene.plan, read, channels, self.options.batch_size, str(scene.input)
+        )
 
     def _write(self, scene: Scene, partial: PartialMap) -> np.ndarray:
         """Write the finished map; return pixels per class, (K + 1,)."""

@@ -28,7 +28,7 @@ from dann_experiments.data.reading import (
     plain_reading,
 )
 from dann_experiments.data.statistics import BandSums, range_remark
-from dann_experiments.names import Confidence, Tta
+from dann_experiments.names import Confidence, TestBatchnorm, Tta
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import Grid, read_grid
 from dann_experiments.prediction.tiling import Axis, Plan, grid_stride, plan_tiles
@@ -58,6 +58,8 @@ class Options:
     """Replace existing maps."""
     tta: Tta = "none"
     """Copies of each tile whose predictions are averaged."""
+    test_batchnorm: TestBatchnorm = "running"
+    """BatchNorm statistics: the model's, or those of each image."""
     confidence: Confidence | None = None
     """Kind of confidence to write as well; None = none."""
     own_bands: bool = False
@@ -105,6 +107,7 @@ class Scene:
         }  # fmt: skip
         # left out at their defaults, so that maps of older versions still count as finished
         facts |= {"tta": options.tta} if options.tta != "none" else {}
+        facts |= {"test_batchnorm": options.test_batchnorm} if options.test_batchnorm != "running" else {}
         facts |= {"confidence": options.confidence} if options.confidence is not None else {}
         return cls(
             source, output, header, reading, bands, read_grid(source), reading.factor(header, source), (height, width), plan,

@@ -206,7 +206,7 @@ class Tiler:
         seen = [number for number, valid in enumerate(valids) if valid is None or valid.any()]
         if not seen:
             return torch.zeros(len(images), self.classes, rows, columns, device=self.device)
-        stack = torch.stack([_filled_up(images[number], rows, columns) for number in seen])
+        stack = torch.stack([filled_up(images[number], rows, columns) for number in seen])
         with evaluating(self.network):
             probabilities = mean_probabilities(self._logits, stack.to(self.device, non_blocking=True), self.tta)
         if len(seen) == len(images):
@@ -263,7 +263,7 @@ class Tiler:
         return Piece(window, ids, stored, sure)
 
 
-def _filled_up(image: Tensor, height: int, width: int) -> Tensor:
+def filled_up(image: Tensor, height: int, width: int) -> Tensor:
     """Pad the image to this size by repeating its last row and column."""
     down, right = height - image.shape[1], width - image.shape[2]
     if down == right == 0:
