@@ -149,7 +149,7 @@ class MonitorConfig:
     when its predictions leave the range (docs/guards.md). {} = the run compares them with the source's masks."""
     on_guard: Literal["warn", "stop"] = "warn"
     """What a run does when the guard of the target's map speaks (docs/guards.md). warn: warn once. stop: also end the training,
-    with the weights of the validation before; checkpoints then hold these weights as well."""
+    with the last weights that were plausible, which checkpoints then hold as well."""
     probe: bool = True
     """Before and after adaptation, train a new classifier to distinguish the domains by the features of up to 500 images per
     domain (docs/alignment.md). false saves that time, which is long for large images on a CPU: da/probe_acc, da/a_distance and

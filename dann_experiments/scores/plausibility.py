@@ -36,14 +36,15 @@ def share_odds(shares: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def outside(shares: np.ndarray, class_names: Sequence[str], expected: Mapping[str, Sequence[float]]) -> np.ndarray:
-    """Return how far each share is outside of its expected range, (K,) in 0..1; 0 within it, and for a class without one.
+    """Return how far each share is above its expected range, (K,) in -1..1: negative below it, 0 within it and for a class
+    without one.
 
-    >>> outside(np.array([0.7, 0.3]), ["ground", "tree"], {"tree": [0.05, 0.25]}).round(3).tolist()
-    [0.0, 0.05]
+    >>> outside(np.array([0.7, 0.3]), ["ground", "tree"], {"tree": [0.05, 0.25], "ground": [0.8, 0.9]}).round(3).tolist()
+    [-0.1, 0.05]
     """
     ranges = [expected.get(name, (0.0, 1.0)) for name in class_names]
     low, high = np.array(ranges, dtype=float).T
-    return np.maximum(np.maximum(low - shares, shares - high), 0.0)
+    return np.maximum(shares - high, 0.0) - np.maximum(low - shares, 0.0)
 
 
 def diversity(shares: np.ndarray) -> float:

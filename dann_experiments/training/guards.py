@@ -24,10 +24,12 @@ from dann_experiments.scores.snd import PixelSample
 from dann_experiments.training.ranks import gathered, world
 
 log = logging.getLogger(__name__)
+IN_A_ROW = 2
+"""Implausible validations in a row after which the guard speaks: adversarial training swings from epoch to epoch."""
 WAY_OUT = (
     "The map may be destroyed: look at the pictures of the run. If it is right, state the shares that you expect in "
     "monitor.expected_shares; if not, leave out the weak labels or the companion, or lower its weight, lambda_da or "
-    "optimizer.lr (docs/guards.md). With monitor.on_guard stop a run ends with the weights of the validation before."
+    "optimizer.lr (docs/guards.md). With monitor.on_guard stop a run ends with the last weights that were plausible."
 )
 
 
@@ -77,11 +79,12 @@ class TargetGuard:
         self.spoken = False
         """Whether it has spoken in this run."""
         self.findings: list[str] = []
-        """What is wrong with the last validation, in words."""
+        """What is implausible in the last validation, in words."""
         self._before: dict[str, View] = {}
         self._now: dict[str, View] = {}
         self._samples: dict[str, PixelSample] = {}
         self._metrics: dict[str, float] = {}
+        self._in_a_row = 0
 
     def update(self, domain: str, logits: Tensor, valid: Tensor | None, first_image: int = 0) -> None:
         """Add a batch of a target domain: logits (N, K, H, W); valid (N, H, W), 0 where a pixel has no data (None = all have);
@@ -107,11 +110,12 @@ class TargetGuard:
 
     def start(self) -> None:
         """Take the last validation as the warm start, with which all later ones are compared."""
-        self._before, self.spoken = dict(self._now), False
+        self._before, self.spoken, self._in_a_row = dict(self._now), False, 0
 
     def judge(self, source_shares: np.ndarray | None, last: bool = False) -> list[str]:
-        """Return what is wrong with the last validation, in words; empty if nothing is. `source_shares`: (K,) true shares of the
-        source, 0..1; `last`: no training follows."""
+        """Find out what is implausible in the last validation; return it, in words, if the guard speaks: at the second
+        implausible validation in a row, and at the last one. `source_shares`: (K,) true shares of the source, 0..1; `last`: no
+        training follows."""
         self.findings = []
         values: dict[str, list[float]] = {}
         for domain, now in self._now.items():
@@ -122,8 +126,9 @@ class TargetGuard:
         worst = {Metric.GUARD_AGREEMENT: min, Metric.GUARD_DIVERSITY: min}
         self._metrics = {name: float(worst.get(name, max)(found)) for name, found in values.items()}
         if self._now:
-            self._metrics[Metric.GUARD_SPOKE] = float(bool(self.findings))
-        return self.findings
+            self._metrics[Metric.GUARD_IMPLAUSIBLE] = float(bool(self.findings))
+        self._in_a_row = self._in_a_row + 1 if self.findings else 0
+        return self.findings if last or self._in_a_row >= IN_A_ROW else []
 
     def metrics(self) -> dict[str, float]:
         """Return `guard/...` of the last validation; of several target domains the worst value."""
@@ -132,12 +137,17 @@ class TargetGuard:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain values."""
         before = {domain: view.as_plain() for domain, view in self._before.items()}
-        return {"before": before, "spoken": self.spoken, "metrics": dict(self._metrics)}
+        return {
+            "before": before,
+            "spoken": self.spoken,
+            "in_a_row": self._in_a_row,
+            "metrics": dict(self._metrics),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned."""
         self._before = {domain: View.from_plain(plain) for domain, plain in state["before"].items()}
-        self.spoken, self._metrics = state["spoken"], dict(state["metrics"])
+        self.spoken, self._in_a_row, self._metrics = state["spoken"], state["in_a_row"], dict(state["metrics"])
 
     def _domain(self, now: View, before: View, source: np.ndarray | None, last: bool, where: str) -> dict[str, float]:
         """Judge one domain: add to `findings` and return its metrics."""
@@ -161,18 +171,20 @@ class TargetGuard:
     def _stated(self, now: View, before: View, last: bool, where: str) -> float:
         far, far_before = (plausibility.outside(one.shares, self.class_names, self.expected) for one in (now, before))
         for index, name in enumerate(self.class_names):
-            # a share that was outside from the start and has come nearer since may still arrive, unless training ends here
-            if far[index] > 0 and (last or not far[index] < far_before[index]):
+            # a share that was on this side of its range from the start may still arrive, unless training ends here
+            as_before = 0 < far[index] / (far_before[index] or math.inf) <= 1
+            if far[index] and (last or not as_before):
                 low, high = self.expected[name]
                 self.findings.append(
                     f"{name} covers {now.shares[index]:.1%} of the predictions for {where}, outside of "
                     f"monitor.expected_shares ({low:g} to {high:g}; before adaptation {before.shares[index]:.1%})"
                 )
-        return float(far.max())
+        return float(np.abs(far).max())
 
     def _unstated(self, now: View, before: View, source: np.ndarray, where: str) -> float:
         factors, factors_before = (plausibility.share_odds(one.shares, source) for one in (now, before))
-        wrong = (factors > plausibility.MOST_ODDS) & (factors > factors_before)
+        as_before = (now.shares > source) == (before.shares > source)  # on the same side of the source
+        wrong = (factors > plausibility.MOST_ODDS) & ~(as_before & (factors <= factors_before))
         if wrong.any():  # one class is named: the others follow from it
             index = int(np.argmax(np.where(wrong, factors, 0) * (1 + 1e-9 * (source < 0.5))))
             self.findings.append(
@@ -184,7 +196,7 @@ class TargetGuard:
 
 
 class KeepsLastGood(pl.Callback):
-    """Keeps the weights of the last validation at which `guard` had not spoken, and does not train on once it has.
+    """Keeps the weights of the last validation in which `guard` found nothing implausible, and ends training once it has spoken.
 
     They are part of each checkpoint, so that a resumed run has them. Stands among the callbacks that look at what was scored.
     """
@@ -212,6 +224,8 @@ class KeepsLastGood(pl.Callback):
             log.info(
                 "Training ends after epoch %d: the guard has spoken (monitor.on_guard).", trainer.current_epoch + 1
             )
+            return
+        if self.guard.findings:
             return
         # without extra states, such as a companion's teacher, which has no use after training
         self.weights = {
