@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import small_settings
+from conftest import model_folder, small_settings
+from pytorch_lightning.trainer.states import TrainerFn
+from safetensors.torch import load_file
+from test_resume import Killed, killed, settings
 from torch.nn import functional
 
 from dann_experiments import InputError, load_config
@@ -298,9 +301,10 @@ def test_the_same_run_that_only_warns_trains_to_its_end(squares, place):
     assert result.metrics["share/target_val/square"] < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [10, 14, 16])
 def test_a_run_that_is_killed_before_or_after_the_guard_spoke_ends_with_the_same_weights(step, squares, workplace):
-    """Killed in the third epoch (the last plausible weights are gone from the network), in the fourth, and after the guard spoke."""
+    """Killed in the third epoch, whose weights are not the last plausible ones, in the fourth, and after the guard spoke."""
     more: dict[str, Any] = STOPPING | {
         "optimizer__schedule": "constant",
         "optimizer__name": "adam",
