@@ -274,7 +274,7 @@ class WeightsAfter(pl.Callback):
 
     def on_validation_epoch_end(self, trainer, pl_module):
         if trainer.state.fn == TrainerFn.FITTING:
-            state = pl_module.network.state_dict()
+            state = pl_module.network.state_dict()  # pyright: ignore[reportAttributeAccessIssue]
             self.of[trainer.global_step] = {name: value.clone() for name, value in state.items()}
 
 
