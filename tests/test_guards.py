@@ -16,9 +16,12 @@ from conftest import model_folder, small_settings
 from pytorch_lightning.trainer.states import TrainerFn
 from safetensors.torch import load_file
 from test_resume import Killed, killed, settings
+from torch import nn
 from torch.nn import functional
 
 from dann_experiments import InputError, load_config
+from dann_experiments.adaptation.companions.self_training import SelfTraining
+from dann_experiments.adaptation.method import Progress, StepOutputs
 from dann_experiments.jobs import RunResult, adapt, pretrain
 from dann_experiments.jobs.identity import run_digest
 from dann_experiments.names import Job, Metric, Tag
@@ -323,3 +326,28 @@ def test_a_run_that_is_killed_before_or_after_the_guard_spoke_ends_with_the_same
     assert Tag.GUARD in tags_of(resumed)
     for metric in (Metric.GUARD_AGREEMENT, Metric.GUARD_IMPLAUSIBLE):
         assert series(resumed, metric) == series(whole, metric)
+
+
+def test_the_agreement_with_the_teacher_is_1_while_it_is_the_network_itself_and_0_when_every_class_is_exchanged():
+    network = nn.Conv2d(3, 2, 1)
+    companion = SelfTraining(seed=3)
+    companion.on_train_start(network)
+    source, target = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(5)).unbind()
+    labels = (source[:, 0] > 0).long()
+    outputs = StepOutputs(
+        torch.zeros(2, 2, 8, 8),
+        labels,
+        torch.ones(2, 8, 8),
+        {},
+        {},
+        given_images=(source, target),
+        given_forward=network,
+    )
+    first = Progress(0, 1, 0, 10)
+    assert companion.loss(outputs, first)[1][Metric.GUARD_TEACHER] == 1.0
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.neg_()
+    assert (
+        companion.loss(outputs, first)[1][Metric.GUARD_TEACHER] == 0.0
+    )  # in the same step: the teacher has not followed
