@@ -177,6 +177,7 @@ class Tag:
     KILLED_BY = "dann.killed_by"
     SELECTED_WITH_TARGET_LABELS = "dann.selected_with_target_labels"
     FORGOT_SOURCE = "dann.forgot_source"
+    GUARD = "dann.guard"  # what the guard of the target warned of
     ALIGNMENT = "dann.alignment"
     BATCHNORM = "dann.batchnorm"
     TARGET_LABELS = "dann.target_labels"
@@ -234,6 +235,12 @@ class Metric:
     SELECT_SND = "select/snd"
     SELECT_BNM = "select/bnm"
     SOURCE_KEPT = "select/source_kept"
+    GUARD_AGREEMENT = "guard/agreement"
+    GUARD_DIVERSITY = "guard/diversity"
+    GUARD_IMPLAUSIBLE = "guard/implausible"
+    GUARD_OUTSIDE = "guard/outside_expected"
+    GUARD_SHARE_ODDS = "guard/share_odds"
+    GUARD_TEACHER = "guard/teacher_agreement"
     LEARNING_RATE = "lr/"
     EPOCH_SECONDS = "time/epoch_seconds"
     BAD_STEPS = "bad_steps"
@@ -310,6 +317,10 @@ METRICS = (
     (
         ("select/*",),
         "label-free scores of the target, for choosing epochs and trials: [docs/selection.md](docs/selection.md)",
+    ),
+    (
+        ("guard/*",),
+        "has adaptation destroyed the target's map? Needs no target labels: [docs/guards.md](docs/guards.md)",
     ),
     ((Metric.LAMBDA,), "weight of the reversed gradient"),
     (

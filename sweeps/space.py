@@ -37,6 +37,7 @@ NOT_SEARCHED = {
     "trainer.enable_progress_bar": "it changes no result",
     "data.embedded.folder": "it changes no result",
     "monitor.forgetting_threshold": "it decides which trials may win",
+    "monitor.expected_shares": "it says what is known of the target",
 }
 FIELDS = {
     "float": {"low", "high", "log", "step"},

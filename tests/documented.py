@@ -303,6 +303,10 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
             "squares", instead={"seeds": "1"}, slow=True
         ),
     },
+    ("docs/guards.md", "Guards: has adaptation destroyed the map?"): {
+        'python -m dann_experiments adapt --config mine.yaml --monitor.expected_shares "{square: [0.1, 0.4]}" '
+        "--monitor.on_guard stop": Example("squares"),
+    },
     ("docs/few-labels.md", "A few target labels"): {
         'python -m dann_experiments adapt --config mine.yaml --data.target.train_labelled "[target_few]"'
         " --data.target.labelled_batch_size 4": Example(

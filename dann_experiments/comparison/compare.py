@@ -292,6 +292,9 @@ def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
         yield f"The runs were made with {len(commits)} versions of the code: {', '.join(sorted(commits))}."
     if any(run.tags.get(Tag.FORGOT_SOURCE) == "true" for run in runs if run.arm in adapted):
         yield "Some adapted runs forgot the source (iou/source_val dropped by more than monitor.forgetting_threshold)."
+    for run in runs:
+        if Tag.GUARD in run.tags and run.arm in adapted:
+            yield f"The guard spoke in {run.arm}, seed {run.seed}: {run.tags[Tag.GUARD]} (docs/guards.md)."
 
 
 def _table(comparison: Comparison) -> pd.DataFrame:

@@ -144,6 +144,12 @@ class MonitorConfig:
     forgetting_threshold: Annotated[float, between(0, 1)] = 0.05
     """Warn if iou/source_val drops by more than this below its value at the start of adaptation. In a sweep, a trial whose final
     model did is the best only if all trials did (docs/sweeps.md)."""
+    expected_shares: dict[str, list[float]] = field(default_factory=dict)
+    """Class -> [low, high], the share of the target's pixels that you expect, 0 to 1, such as {tree: [0.1, 0.5]}. A run warns
+    when its predictions leave the range (docs/guards.md). {} = the run compares them with the source's masks."""
+    on_guard: Literal["warn", "stop"] = "warn"
+    """What a run does when the guard of the target's map speaks (docs/guards.md). warn: warn once. stop: also end the training,
+    with the last weights that were plausible, which checkpoints then hold as well."""
     probe: bool = True
     """Before and after adaptation, train a new classifier to distinguish the domains by the features of up to 500 images per
     domain (docs/alignment.md). false saves that time, which is long for large images on a CPU: da/probe_acc, da/a_distance and
@@ -173,6 +179,15 @@ class MonitorConfig:
         if self.metric is None and self.patience is not None:
             raise InputError(
                 f"{prefix}patience is {self.patience}, but {prefix}metric is null; name the metric to watch."
+            )
+        for name, bounds in self.expected_shares.items():
+            if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
+                raise InputError(
+                    f"{prefix}expected_shares gives {name} the range {bounds}; give [low, high] with 0 <= low <= high <= 1."
+                )
+        if sum(bounds[0] for bounds in self.expected_shares.values()) > 1:
+            raise InputError(
+                f"{prefix}expected_shares is {self.expected_shares}, with lower ends that add up to more than 1; lower them."
             )
 
 

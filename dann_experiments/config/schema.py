@@ -106,6 +106,14 @@ class Config:
             )
         if len(set(names)) != len(names):
             raise InputError(f"data.class_names is {names}; give each class a different name.")
+        expected = self.monitor.expected_shares
+        unknown = [name for name in expected if name not in names]
+        if unknown:
+            raise InputError(f"monitor.expected_shares names {unknown[0]!r}; the classes are {', '.join(names)}.")
+        if len(expected) == classes and sum(high for _, high in expected.values()) < 1:
+            raise InputError(
+                f"monitor.expected_shares is {expected}, with upper ends that add up to less than 1; raise them."
+            )
         for one, settings in self.data.domains.items():
             if ignored < classes and settings.class_names is not None:
                 raise InputError(

@@ -58,6 +58,7 @@ from dann_experiments.training.averaging import AverageWeights, TrainedWeights
 from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.checkpointing import Checkpoints
 from dann_experiments.training.curves import Curves
+from dann_experiments.training.guards import KeepsLastGood, TargetGuard
 from dann_experiments.training.loop import EpochLines, Loop
 from dann_experiments.training.losses import SegmentationLoss, class_weights_from
 from dann_experiments.training.module import AdaptationModule
@@ -312,18 +313,22 @@ def make_loop(
     None on all ranks except the first, which tracks and shows progress. `persist` is called before each checkpoint; `beside`
     makes the context in which the final weights are validated."""
     training, validation, every = loaders.training(), loaders.validation(), config.trainer
+    stops = config.monitor.on_guard == "stop" and not pretraining
+    guard = None if pretraining else TargetGuard(config.class_names, config.monitor.expected_shares, stops)
+    may_end = config.monitor.patience is not None or stops  # then any validation may be the last
     monitor = DomainAdaptationMonitorCallback(
-        config.model.classes, config.class_names,
-        config.monitor.log_every_n_epochs if config.monitor.patience is None else 1,  # any validation may be the last
+        config.model.classes, config.class_names, 1 if may_end else config.monitor.log_every_n_epochs,
         config.monitor.forgetting_threshold, config.data.ignore_index, can_forget=not pretraining,
-        validated=list(validation), domains=len(config.data.domains),
+        validated=list(validation), domains=len(config.data.domains), guard=guard,
     )  # fmt: skip
+    last_good = KeepsLastGood(guard) if guard is not None and stops else None
     average = None if every.ema_decay is None else AverageWeights(every.ema_decay)
     checkpoints = Checkpoints(
         folder / CHECKPOINTS, training, every.checkpoint_every_n_steps, every.checkpoint_every_minutes,
         every.checkpoints_kept, config.monitor.metric, config.monitor.direction,
         persist,  # so that a killed run has no checkpoint that is ahead of the history
         contextlib.nullcontext if average is None else average.as_average,
+        may_be_best=lambda: last_good is None or not last_good.guard.spoken,
     )  # fmt: skip
     statistics: list[pl.Callback] = []
     target = loaders.sets.get(TARGET_TRAIN)
@@ -356,6 +361,7 @@ def make_loop(
         logger=False if logger is None else logger,
         callbacks=[
             RandomStates(), monitor, RatesAndTimes(), curves, *statistics, *extra, watch, *callbacks, *bars,
+            *([] if last_good is None else [last_good]),
             *([] if average is None else [TrainedWeights(average)]), checkpoints,
         ],
         plugins=[WholeFiles()],

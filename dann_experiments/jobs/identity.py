@@ -37,7 +37,8 @@ WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test", "t
 """Settings whose files data digests cover."""
 _OF_OPTIMIZERS = ("power", "factor", "patience", "warmup_steps", "lr_factors", "freeze", "freeze_epochs")
 LATER = (
-    "loss", "class_weights", "test_batchnorm", "monitor.patience", "domain_adaptation.companions",
+    "loss", "class_weights", "test_batchnorm", "monitor.patience", "monitor.expected_shares", "monitor.on_guard",
+    "domain_adaptation.companions",
     "domain_adaptation.pretrained_checkpoint.source_prefix",
     *(f"trainer.{name}" for name in (
         "devices", "channels_last", "compile", "auto_batch_size", "accumulate_grad_batches", "ema_decay",

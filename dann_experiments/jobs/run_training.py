@@ -214,6 +214,7 @@ def train(
             loop.run(checkpoint)
             monitor, final_step = loop.monitor, loop.trainer.global_step
             unlabelled = monitor.target_scores | monitor.domain_accuracy | monitor.predicted_shares()
+            unlabelled |= {} if monitor.guard is None else monitor.guard.metrics()
             if Metric.SOURCE_KEPT in monitor.metrics():
                 unlabelled[Metric.SOURCE_KEPT] = monitor.metrics()[Metric.SOURCE_KEPT]
             explained = ""

@@ -30,7 +30,8 @@ class Checkpoints(Checkpoint):
     A checkpoint is saved at the end of each epoch, after its validation, and within an epoch every `every_n_steps` optimizer
     steps and every `every_minutes` (None = never). It holds Lightning's state, that of the callbacks, and the position of each
     of the training `loaders` (with a `SeededOrder` as sampler, combined by max_size_cycle), so that no batch is loaded twice.
-    `before_saving` is called before a checkpoint is written. The trainer must have the plugin `checkpoints.files.WholeFiles`. All
+    `before_saving` is called before a checkpoint is written; `may_be_best` says whether the last validation counts for the best
+    weights. The trainer must have the plugin `checkpoints.files.WholeFiles`. All
     ranks take part, and the first one writes.
 
     If the disk is full or not writable, training continues: the previous checkpoint is kept, the next one is tried at its time,
@@ -48,6 +49,7 @@ class Checkpoints(Checkpoint):
         mode: str = "max",
         before_saving: Callable[[], object] = lambda: None,
         as_scored: Callable[[pl.LightningModule], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        may_be_best: Callable[[], bool] = lambda: True,
     ) -> None:
         self.folder = folder
         self.best_step: int | None = None
@@ -60,7 +62,7 @@ class Checkpoints(Checkpoint):
         self._monitor = monitor
         self._lower_is_better = mode == "min"
         self._before_saving = before_saving
-        self._as_scored = as_scored
+        self._as_scored, self._may_be_best = as_scored, may_be_best
         self._saved_at = 0.0
         self._last_step: int | None = None
         self._epoch_ended = False
@@ -89,7 +91,7 @@ class Checkpoints(Checkpoint):
         if self._monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         value = float(trainer.callback_metrics[self._monitor])
-        if self.best_step is None or self._is_better(value):
+        if self._may_be_best() and (self.best_step is None or self._is_better(value)):
             self.best_step, self._best_value = trainer.global_step, value
             path = self.folder / f"{files.BEST_STEP}{trainer.global_step}.ckpt"
             self._waiting = None

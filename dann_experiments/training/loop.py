@@ -19,6 +19,7 @@ from dann_experiments.names import CURVES
 from dann_experiments.training import ranks
 from dann_experiments.training.averaging import AverageWeights
 from dann_experiments.training.checkpointing import Checkpoints
+from dann_experiments.training.guards import KeepsLastGood
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import DomainAdaptationMonitorCallback
 from dann_experiments.training.ranks import Rank
@@ -54,6 +55,8 @@ class Loop:
         self._training, self._validation = together(training), list(validation)
         self._rank, self._best, self._compiled, self._beside = rank, best, compiled, beside
         self._average = average
+        callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        self._last_good = next((one for one in callbacks if isinstance(one, KeepsLastGood)), None)
 
     @property
     def device(self) -> torch.device:
@@ -86,8 +89,11 @@ class Loop:
             self._average.finish(self.module)
         if not self.module.ended:  # the run resumed from its last step, so Lightning had nothing to do
             self.module.on_train_end()
-        if self._best:
+        stopped = self._last_good is not None and self._last_good.guard.spoken
+        if self._best and not (stopped and self.checkpoints.best_step is None):
             self._take_the_best()
+        elif stopped:
+            self._take_the_last_good()
         self.module.network.to(self.device)
 
     def _take_the_best(self) -> None:
@@ -100,6 +106,14 @@ class Loop:
             return
         if best is not None:  # the other ranks get the weights of the first one when validation begins
             self.module.load_state_dict(best)
+        self._score_again()
+
+    def _take_the_last_good(self) -> None:
+        assert self._last_good is not None
+        self.module.load_state_dict(self._last_good.weights, strict=False)  # extra states were not kept
+        self._score_again()
+
+    def _score_again(self) -> None:
         with self._beside():
             self.trainer.validate(self.module, self._validation, verbose=False)
 

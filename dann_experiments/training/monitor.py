@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader
 from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.models.batchnorm import target_statistics
 from dann_experiments.names import DOMAINS, SOURCE_AND_TARGET, Metric, OneDomain, SetName, Tag
+from dann_experiments.scores.floor import predicted_shares, true_shares
 from dann_experiments.scores.predictions import in_parts, log_probabilities
 from dann_experiments.scores.selection import SCORES, choice_value
+from dann_experiments.training.guards import WAY_OUT, TargetGuard
 from dann_experiments.training.ranks import sum_of
 from dann_experiments.training.scoring import (
     Scorer,
@@ -47,6 +49,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
     there are `domains`), and `select/...` of the target (see `scores.selection`; they do not use its labels). Of a target without
     labels, `share/target_val/CLASS` is logged as well.
     With several domains, IoU is also logged for each, `iou/target_val.NAME`, and all other values are means over the domains.
+    With a `guard`, logs its `guard/...`; when it speaks for the first time, warns and sets the MLflow tag `dann.guard`.
     The baseline is the sanity check before training (`num_sanity_val_steps=-1`), logged at step 0. When the source IoU falls
     more than `forgetting_threshold` (0..1) below its baseline, warns once per fall and sets the MLflow tag `dann.forgot_source`;
     not with `can_forget` False, for a network that has not learned the source yet. Raises ValueError if the number of
@@ -63,6 +66,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         can_forget: bool = True,
         validated: Sequence[OneDomain] = SOURCE_AND_TARGET,
         domains: int = len(SOURCE_AND_TARGET),
+        guard: TargetGuard | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -73,7 +77,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.forgetting_threshold = forgetting_threshold
         self.ignore_index = ignore_index
         self.can_forget = can_forget
-        self.validated, self.domains = list(validated), domains
+        self.validated, self.domains, self.guard = list(validated), domains, guard
         self.baseline: dict[str, Scores] = {}
         """Scores of the warm start, by domain."""
         self.latest: dict[str, Scores] = {}
@@ -99,6 +103,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             "predicted": {domain: torch.from_numpy(counts) for domain, counts in self.predicted.items()},
             "domain_accuracy": dict(self.domain_accuracy),
             "forgetting": self._forgetting,
+            "guard": None if self.guard is None else self.guard.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -107,6 +112,8 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.target_scores, self.domain_accuracy = state_dict["target_scores"], state_dict["domain_accuracy"]
         self.predicted = {domain: counts.numpy() for domain, counts in state_dict.get("predicted", {}).items()}
         self._forgetting, self._resumed = state_dict["forgetting"], True
+        if self.guard is not None and state_dict.get("guard") is not None:
+            self.guard.load_state_dict(state_dict["guard"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._resumed:  # the baseline was loaded from the checkpoint
@@ -147,6 +154,9 @@ class DomainAdaptationMonitorCallback(pl.Callback):
                 self._unlabeled[dataloader_idx].update(logits[part], known, logs)
                 if labels is None:
                     self._shares[dataloader_idx].update(logits[part], known)
+                if self.guard is not None:
+                    domain = str(self.validated[dataloader_idx])
+                    self.guard.update(domain, logits[part], known, _first_item(trainer, dataloader_idx))
         for layer, hits in outputs.get("domain_hits", {}).items():
             of_layer = self._hits.setdefault(layer, {})
             of_layer[dataloader_idx] = of_layer.get(dataloader_idx, 0) + hits
@@ -155,9 +165,10 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.finish()
         if trainer.sanity_checking:
             self.baseline, self._forgetting = dict(self.latest), False
+        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        self._ask_the_guard(trainer, last_epoch)
         metrics = self.metrics()
         due = (trainer.current_epoch + 1) % self.log_every_n_epochs == 0
-        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         by_itself = trainer.state.fn != TrainerFn.FITTING  # `trainer.validate` was called: always log
         if trainer.sanity_checking or last_epoch or due or by_itself:
             for logger in trainer.loggers:
@@ -180,13 +191,20 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.predicted = {
             str(self.validated[index]): counter.compute(True) for index, counter in sorted(self._shares.items())
         }
-        found = [scorer.compute(True) for _, scorer in sorted(self._unlabeled.items())]
+        by_domain = {
+            str(self.validated[index]): scorer.compute(True) for index, scorer in sorted(self._unlabeled.items())
+        }
+        found = list(by_domain.values())
         self.target_scores = {
             Metric.SELECT + name: mean_of(scores[name] for scores in found) if len(found) > 1 else found[0][name]
             for name in (found[0] if found else ())
         }
         hits = {layer: {index: sum_of(own) for index, own in of.items()} for layer, of in self._hits.items()}
         self.domain_accuracy = _domain_accuracy(hits, self.domains)
+        if self.guard is not None:
+            shares = {name: counts / counts.sum() for name, counts in self.predicted.items() if counts.sum()}
+            shares |= {name: predicted_shares(scores.confusion) for name, scores in self.latest.items()}
+            self.guard.finish(shares, by_domain)
         self._scorers, self._unlabeled, self._shares, self._hits = {}, {}, {}, {}
 
     def beside(self) -> DomainAdaptationMonitorCallback:
@@ -206,6 +224,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         """Return the metrics of the last validation, by metric name."""
         values = validation_metrics(self.latest, self.baseline, self.class_names)
         values |= self.target_scores | self.domain_accuracy | self.predicted_shares()
+        values |= {} if self.guard is None else self.guard.metrics()
         drop = values.get(Metric.SOURCE_DROP)
         if self.target_scores and drop is not None:
             values[Metric.SOURCE_KEPT] = float(drop <= self.forgetting_threshold)
@@ -224,6 +243,21 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             for name, share in shares.items()
             if not (labeled and name.startswith(f"{Metric.SHARE}target_val/"))
         }
+
+    def _ask_the_guard(self, trainer: pl.Trainer, last: bool) -> None:
+        """Let the guard judge this validation; warn when it speaks for the first time."""
+        if self.guard is None:
+            return
+        if trainer.sanity_checking:
+            self.guard.start()
+        of_source = [true_shares(own.confusion) for name, own in self.latest.items() if name.startswith(DOMAINS[0])]
+        findings = self.guard.judge(np.mean(of_source, 0) if of_source else None, last)
+        if findings and not self.guard.spoken and trainer.state.fn == TrainerFn.FITTING:
+            self.guard.spoken = True
+            text = f"at step {trainer.global_step} {'; '.join(findings)}"
+            log.warning("The guard speaks: %s. %s", text, WAY_OUT)
+            for logger in trainer.loggers:
+                _set_tag(logger, Tag.GUARD, text)
 
     def _warn_of_forgetting(self, loggers: Sequence[Logger]) -> None:
         metrics = self.metrics()

@@ -79,7 +79,7 @@ class SelfTraining(Companion):
             self.teacher.load_state_dict(state["teacher"])
 
     def loss(self, outputs: StepOutputs, progress: Progress) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        """Return the loss, and the share of certain pixels."""
+        """Return the loss, the share of certain pixels, and on how many target pixels network and teacher agree."""
         source, target = outputs.images
         if source.shape[1:] != target.shape[1:]:
             raise InputError(
@@ -103,8 +103,14 @@ class SelfTraining(Companion):
         wanted = torch.where(pasted, own_labels, labels)
         weights = torch.where(pasted, torch.ones_like(share), share)
         logits = outputs.forward(mixed).float()
+        kept = known[:count] & ~pasted
+        # drift: does the network, on the target pixels of the mixed images, still say what its teacher says?
+        same = ((logits.argmax(1) == labels) & kept).sum() / kept.sum().clamp_min(1)
         losses = functional.cross_entropy(logits, wanted, ignore_index=self.ignore_index, reduction="none")
-        return (losses * weights).mean(), {f"{Metric.PART}{self.name}_certain": share}
+        return (losses * weights).mean(), {
+            f"{Metric.PART}{self.name}_certain": share,
+            Metric.GUARD_TEACHER: same.detach(),
+        }
 
     @torch.no_grad()
     def _average(self, averaged: Any, current: Any, updates: Any) -> None:
