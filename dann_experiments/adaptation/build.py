@@ -8,6 +8,7 @@ from typing import Any
 from dann_experiments.adaptation.companions.companion import Companion, WithCompanions
 from dann_experiments.adaptation.companions.entropy import EntropyMinimization, MaximumSquares
 from dann_experiments.adaptation.companions.self_training import SelfTraining
+from dann_experiments.adaptation.companions.weak_labels import WeakLabels
 from dann_experiments.adaptation.dann import DANNMethod, LambdaZero, SourceOnly
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.adaptation.own_class import find_class
@@ -20,8 +21,8 @@ METHODS: dict[str, type[DomainAdaptationMethod]] = {
     "lambda_zero": LambdaZero,
     "source_only": SourceOnly,
 }
-COMPANIONS: dict[str, type[EntropyMinimization | MaximumSquares | SelfTraining]] = {
-    one.name: one for one in (EntropyMinimization, MaximumSquares, SelfTraining)
+COMPANIONS: dict[str, type[EntropyMinimization | MaximumSquares | SelfTraining | WeakLabels]] = {
+    one.name: one for one in (EntropyMinimization, MaximumSquares, SelfTraining, WeakLabels)
 }
 
 
@@ -65,6 +66,8 @@ def build_companion(term: CompanionTerm, seed: int, ignore_index: int) -> Compan
     """Return the companion of a term of the settings; `seed` is that of its random draws."""
     if term.name == "self_training":
         return SelfTraining(term.weight, term.ramp, term.threshold, term.ema_decay, seed, ignore_index)
+    if term.name == "weak_labels":
+        return WeakLabels(term.weight, term.ramp, ignore_index)
     return COMPANIONS[term.name](term.weight, term.ramp)
 
 

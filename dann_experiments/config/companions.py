@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from dann_experiments.config.limits import above, at_least, between, check_options, fraction_below
 
-CompanionName = Literal["entropy", "maximum_squares", "self_training"]
+CompanionName = Literal["entropy", "maximum_squares", "self_training", "weak_labels"]
 OPTIONS = {"threshold": ("self_training",), "ema_decay": ("self_training",)}
 """Options of a companion -> the companions that have it."""
 
@@ -19,7 +19,7 @@ class CompanionTerm:
     name: CompanionName
     """Kind of loss."""
     weight: Annotated[float | None, at_least(0)] = None
-    """Factor of the loss; null = that of its paper."""
+    """Factor of the loss; null = that of its paper (docs/companions.md)."""
     ramp: Annotated[float, between(0, 1)] = 0.0
     """Share of the training in which the weight rises linearly from 0."""
     threshold: Annotated[float | None, between(0, 1)] = None

@@ -11,7 +11,13 @@ from torch import nn
 from dann_experiments.config import Config, replace
 from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs.build import find_data, make_method, make_taps, network_to_adapt, seeded
-from dann_experiments.jobs.checks import checked_sets, refuse_several_processes, refuse_tta, warn_of_idle_adversary
+from dann_experiments.jobs.checks import (
+    checked_sets,
+    refuse_several_processes,
+    refuse_tta,
+    warn_of_idle_adversary,
+    warn_of_unused_weak_labels,
+)
 from dann_experiments.jobs.identity import domain_name, method_name, run_digest, run_name, source_digest
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
@@ -67,6 +73,7 @@ def adapt(
         all_tags = {**_tags(config, store, data, digest, source_run_id), **(tags or {})}
         views = {}
         if tags is None:  # a sweep or a comparison has a view of its own for all its runs
+            warn_of_unused_weak_labels(config)
             views = write_views(store, views_of_adaptation({domain: domain_name(config, domain) for domain in DOMAINS}))
         result = tracked_training(
             Job.ADAPT, config, store, parts, name, all_tags, resumed, callbacks, source_run_id=source_run_id
