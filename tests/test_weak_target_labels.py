@@ -17,9 +17,10 @@ from test_resume import Killed, Noise, assert_same, killed, settings
 
 from dann_experiments import InputError, load_config
 from dann_experiments.__main__ import main
+from dann_experiments.adaptation.build import load_own_method
 from dann_experiments.adaptation.companions.companion import WithCompanions
 from dann_experiments.adaptation.companions.weak_labels import WeakLabels
-from dann_experiments.adaptation.dann import LambdaZero
+from dann_experiments.adaptation.dann import LambdaZero, SourceOnly
 from dann_experiments.adaptation.method import Progress, StepOutputs
 from dann_experiments.comparison.arms import arms_of, cells_of
 from dann_experiments.config import Config, config_to_yaml
@@ -206,8 +207,6 @@ def test_the_largest_batch_size_can_be_tried(squares):
             assert outputs.weak_labels.shape == (2, 8, 8)
             return self.method.loss(outputs, progress)
 
-    from dann_experiments.adaptation.dann import SourceOnly
-
     shape = torch.Size([3, 8, 8])
     method = Direct(SourceOnly(), [WeakLabels()])
     shapes, sizes = {"source": shape, "target": shape}, {"source": 2, "target": 2}
@@ -232,6 +231,17 @@ def test_the_largest_batch_size_can_be_tried(squares):
 def test_what_contradicts_itself_is_told(squares, workplace, changes, told):
     with pytest.raises(InputError, match=told):
         find_data(load_config(None, small_settings(squares) | changes))
+
+
+class NeedsThem(LambdaZero):
+    """A method of a user's own that asks for weak labels."""
+
+    needs = frozenset({"weak_labels"})
+
+
+def test_a_method_of_one_s_own_that_asks_for_them_is_told_that_only_the_companion_gets_them():
+    with pytest.raises(InputError, match=r"NeedsThem', which needs weak_labels; only the companion weak_labels"):
+        load_own_method(f"{__name__}.NeedsThem", {}, {})
 
 
 def test_the_command_ends_with_2_and_writes_nothing(squares, workplace, capsys):

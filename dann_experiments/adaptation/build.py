@@ -89,6 +89,10 @@ def load_own_method(
     arguments = dict(init_args)
     if "channels" in method.__init__.__code__.co_varnames[: method.__init__.__code__.co_argcount]:
         arguments.setdefault("channels", dict(channels))
+    if "weak_labels" in method.needs:
+        raise InputError(
+            f"{where}, which needs weak_labels; only the companion weak_labels of a built-in method gets them."
+        )
     try:
         return method(**arguments)
     except (TypeError, ValueError) as error:

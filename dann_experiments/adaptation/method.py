@@ -15,7 +15,7 @@ from torch import Tensor, nn
 OUTPUT_LAYER = "segmentation_head"  # where features are class logits
 Need = Literal["target_logits", "images", "weak_labels"]
 """What a method may ask for beside features: the network's output for target images; the images themselves and further forward
-passes; the masks in `data.target.weak_labels`, which are not truth."""
+passes; the masks in `data.target.weak_labels`, which are not truth (for companions alone)."""
 
 
 @dataclass(frozen=True)

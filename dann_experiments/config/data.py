@@ -73,7 +73,7 @@ class DomainDataConfig:
     """Images of train_labelled per training step."""
     weak_labels: list[Entry] = field(default_factory=list)
     """Only for the target: images of train with masks that are not truth, such as those of the command weak-labels. Only the
-    companion weak_labels uses them (docs/weak-labels.md)."""
+    companion weak_labels uses them (docs/weak-labels.md). Images of train that are not here are left out of its loss."""
     bands: Annotated[list[int] | None, *BANDS] = None
     """Bands to read, in this order, counted from 1; null = all."""
     scale: Literal["type", "percentiles"] | list[float] = "type"
