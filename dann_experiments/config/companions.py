@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from dann_experiments.config.limits import above, at_least, between, check_options, fraction_below
 
-CompanionName = Literal["entropy", "maximum_squares", "self_training", "weak_labels"]
+CompanionName = Literal["entropy", "maximum_squares", "weak_labels", "self_training"]
 OPTIONS = {"threshold": ("self_training",), "ema_decay": ("self_training",)}
 """Options of a companion -> the companions that have it."""
 
