@@ -385,18 +385,25 @@ def test_the_ladder_has_their_rungs_only_where_there_are_masks(squares, weak):
     assert not any("weak" in note and note.startswith("No ") for note in notes)
 
 
-def test_other_arms_have_the_digests_that_they_have_without_the_masks(squares, weak):
+def test_other_arms_have_the_digests_that_they_have_without_the_masks_and_their_own_depend_on_them(
+    squares, weak, workplace
+):
     oracle = [{"images": "target_val/images", "masks": "target_val/masks"}]
+    shutil.copytree(weak, "others")
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(sorted(Path("others").iterdir())[0])
     of = {}
     for name, config in (
         ("without", load_config(None, small_settings(squares, data__oracle=oracle))),
         ("with", config_of(squares, weak, used=False, data__oracle=oracle)),
+        ("with others", config_of(squares, workplace / "others", used=False, data__oracle=oracle)),
     ):
         arms, _ = arms_of(ladder(), config)
         of[name] = {cell.arm.name: cell.digest for cell in cells_of(arms, [0], config, None)}
     own = {name: digest for name, digest in of["with"].items() if "weak" not in name}
     assert own == of["without"]
     assert len(set(of["with"].values())) == len(of["with"]) == len(own) + 2
+    changed = {name for name, digest in of["with others"].items() if digest != of["with"][name]}
+    assert changed == {"weak labels", "DANN + weak labels"}
 
 
 @pytest.mark.slow
