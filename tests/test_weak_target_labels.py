@@ -277,7 +277,7 @@ def test_unused_weak_labels_change_no_digest_and_no_number(squares, weak, pretra
         assert run_digest(job, plain, digests["plain"], "x") == run_digest(job, unused, digests["unused"], "x")
     assert run_digest("adapt", used, find_data(used).digests, "x") != run_digest("adapt", plain, digests["plain"], "x")
     one, other = adapt(plain), adapt(unused)
-    pd.testing.assert_frame_equal(*(_series(result) for result in (one, other)))
+    pd.testing.assert_frame_equal(_series(one), _series(other))
 
 
 def _series(result) -> pd.DataFrame:
