@@ -6,10 +6,10 @@ Only this module builds and parses names of sets.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 Domain = Literal["source", "target"]
-Split = Literal["train", "val", "test", "train_labelled"]
+Split = Literal["train", "val", "test", "train_labelled", "weak_labels"]
 DOMAINS: tuple[Domain, ...] = ("source", "target")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Tta = Literal["none", "mirror", "d4"]
@@ -105,23 +105,27 @@ class SetName:
     @property
     def training(self) -> bool:
         """True for a set to train on."""
-        return self.split in ("train", "train_labelled")
+        return self.split not in ("val", "test")
 
     @classmethod
     def parse(cls, text: str) -> SetName:
         """Return the set with this name, such as source_train. Raises ValueError for any other text."""
         whole, dot, member = text.partition(".")
         domain, _, split = whole.partition("_")
-        if domain not in DOMAINS or split not in (*SPLITS, "train_labelled") or bool(dot) != bool(member):
+        if domain not in DOMAINS or split not in get_args(Split) or bool(dot) != bool(member):
             raise ValueError(f"{text!r} is no set of images; they are {', '.join(map(str, ALL_SETS))}.")
         return cls(cast(Domain, domain), cast(Split, split), member or None)
 
 
 TARGET_LABELLED = SetName("target", "train_labelled")
 """A few target images with labels, which join the segmentation loss of adaptation."""
-ALL_SETS = (*(SetName(domain, split) for domain in DOMAINS for split in SPLITS), TARGET_LABELLED)
-SOURCE_TRAIN, SOURCE_VAL, SOURCE_TEST, TARGET_TRAIN, TARGET_VAL, TARGET_TEST, _ = ALL_SETS
-PRETRAINING_SETS = tuple(name for name in ALL_SETS if name not in (TARGET_TRAIN, TARGET_LABELLED))
+TARGET_WEAK = SetName("target", "weak_labels")
+"""The images of TARGET_TRAIN with noisy masks, for the companion weak_labels."""
+ALL_SETS = (*(SetName(domain, split) for domain in DOMAINS for split in SPLITS), TARGET_LABELLED, TARGET_WEAK)
+SOURCE_TRAIN, SOURCE_VAL, SOURCE_TEST, TARGET_TRAIN, TARGET_VAL, TARGET_TEST, *_ = ALL_SETS
+TARGET_TRAINING = (TARGET_TRAIN, TARGET_LABELLED, TARGET_WEAK)
+"""The sets of target images to train on, which may hold the same images."""
+PRETRAINING_SETS = tuple(name for name in ALL_SETS if name not in TARGET_TRAINING)
 """The sets that training of the source model uses."""
 SCORED_SETS = tuple(name for name in ALL_SETS if not name.training)
 """The sets that `evaluate` scores."""
@@ -183,6 +187,7 @@ class Tag:
     TARGET_LABELS = "dann.target_labels"
     CLASS_WEIGHTS = "dann.class_weights"
     COMPANIONS = "dann.companions"
+    WEAK_LABELS = "dann.weak_labels"
     TTA = "dann.tta"
     TEST_BATCHNORM = "dann.test_batchnorm"
     MODEL = "dann.model"

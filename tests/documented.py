@@ -184,6 +184,10 @@ ONE_IMAGE = "--data.source.batch_size 1 --data.target.batch_size 1"
 SMALL_UNET = "--model.encoder_name resnet18 --model.encoder_weights null --model.decoder_channels '[32, 16, 16, 8, 8]'"
 SCENES = f"{SHORT} {SMALL_UNET} {ONE_IMAGE} --trainer.limit_train_batches 1"
 FEW_ARMS = "--arms few.yaml"
+WEAK = (
+    "--seeds 1 --data.target.train '[target_val]' --data.target.weak_labels '[target_val]' --data.target.val '[target_test]' "
+    "--data.target.test '[]'"
+)
 TREES = f"{FEW_STEPS} --model.decoder_channels '[16, 8, 8, 8]' --data.source.batch_size 2 --data.target.batch_size 2"
 
 
@@ -456,9 +460,15 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         " -P output=water.tif": Example("squares"),
     },
     ("docs/weak-labels.md", "Train on them"): {
-        "python -m dann_experiments adapt --config mine.yaml"
-        ' --data.target.train_labelled "[{images: photos, masks: weak}]"': Example(
-            "squares", instead={"data.target.train_labelled": "[target_val]"}
+        'python -m dann_experiments adapt --config mine.yaml --data.target.train "[photos]" --data.target.weak_labels '
+        '"[{images: photos, masks: weak}]" --domain_adaptation.companions "[weak_labels]"': Example(
+            "squares",
+            "--data.target.val '[target_test]' --data.target.test '[]'",
+            instead={"data.target.train": "[target_val]", "data.target.weak_labels": "[target_val]"},
+        ),
+        "yaml: # weak_arms.yaml": Example("squares", f"--arms weak_arms.yaml {WEAK}", slow=True),
+        "python -m dann_experiments compare --config mine.yaml --arms weak_arms.yaml": Example(
+            "squares", WEAK, slow=True
         ),
     },
     ("docs/weak-labels.md", "One rule, two sites"): {

@@ -71,7 +71,7 @@ CLONE = [
     "constraints.txt",
 ]
 FEW_ARMS = {"source only": {"kind": "source_only"}, "lambda = 0 control": {"kind": "control"}, "DANN": {}}
-ABLATION = "# ablation.yaml"
+ABLATION, WEAK_ARMS = "# ablation.yaml", "# weak_arms.yaml"
 SEASONS = "# seasons.yaml"
 README_DATA, REGION_DATA = "model: {arch: unet, encoder_name: resnet34", "model: {in_channels: 4"
 
@@ -159,6 +159,7 @@ def squares_place(place: Place) -> None:
     settings = small_settings(folder, trainer__max_epochs=1, data__oracle=["oracle"])
     (folder / "mine.yaml").write_text(config_to_yaml(load_config(None, settings)))
     (folder / "ablation.yaml").write_text(block("docs/compare.md", ABLATION))
+    (folder / "weak_arms.yaml").write_text(block("docs/weak-labels.md", WEAK_ARMS))
     (folder / "space.yaml").write_text(block("docs/sweeps.md", "space:"))
     picture = np.random.default_rng(0).integers(0, 255, (3, 90, 110), np.uint8)
     write_raster(
@@ -676,10 +677,12 @@ def run_settings(place: Place, example: Example) -> None:
 
 def run_arms(place: Place, example: Example) -> None:
     """The arms are compared."""
-    command = shlex.split(f"python -m dann_experiments compare --config mine.yaml --arms ablation.yaml {example.more}")
+    named = "" if "--arms" in example.more else "--arms ablation.yaml "
+    command = shlex.split(f"python -m dann_experiments compare --config mine.yaml {named}{example.more}")
     ran = place.run(command)
     check(command, ran, place)
-    assert all(arm in ran.printed for arm in settings_of(Path("ablation.yaml").read_text())["arms"])
+    file = Path(command[command.index("--arms") + 1])
+    assert all(arm in ran.printed for arm in settings_of(file.read_text())["arms"])
 
 
 def run_space(place: Place, example: Example) -> None:

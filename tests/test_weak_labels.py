@@ -580,7 +580,8 @@ def test_the_run_has_settings_shares_thresholds_and_two_figures_and_the_terminal
     said = " ".join(capsys.readouterr().out.split())
     assert "A rule is not the truth" in said
     assert "even where there is one class only" in said
-    assert f'--data.target.train_labelled "[{{images: {workplace}/images, masks: {workplace}/masks}}]"' in said
+    named = f'--data.target.weak_labels "[{{images: {workplace}/images, masks: {workplace}/masks}}]"'
+    assert f'{named} --domain_adaptation.companions "[weak_labels]"' in said
     assert "data.class_names to [ground, tree]" in said
     found = runs()[0]
     assert found.info.status == "FINISHED"

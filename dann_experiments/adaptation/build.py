@@ -13,6 +13,7 @@ from dann_experiments.adaptation.companions.histogram import HistogramMatching
 from dann_experiments.adaptation.companions.moments import MomentMatching
 from dann_experiments.adaptation.companions.self_training import SelfTraining
 from dann_experiments.adaptation.companions.style import Style
+from dann_experiments.adaptation.companions.weak_labels import WeakLabels
 from dann_experiments.adaptation.dann import DANNMethod, LambdaZero, SourceOnly
 from dann_experiments.adaptation.method import DomainAdaptationMethod
 from dann_experiments.adaptation.own_class import find_class
@@ -30,7 +31,7 @@ LOSSES: dict[str, type[EntropyMinimization | MaximumSquares]] = {
 }
 COMPANIONS: dict[str, type[Part]] = {
     one.name: one
-    for one in (*LOSSES.values(), SelfTraining, Style, MomentMatching, HistogramMatching, FourierAdaptation)
+    for one in (*LOSSES.values(), SelfTraining, WeakLabels, Style, MomentMatching, HistogramMatching, FourierAdaptation)
 }
 
 
@@ -74,6 +75,8 @@ def build_companion(term: CompanionTerm, seed: int, ignore_index: int) -> Part:
     """Return the companion of a term of the settings; `seed` is that of its random draws."""
     if term.name == "self_training":
         return SelfTraining(term.weight, term.ramp, term.threshold, term.ema_decay, seed, ignore_index)
+    if term.name == "weak_labels":
+        return WeakLabels(term.weight, term.ramp, ignore_index)
     if term.name in LOSSES:
         return LOSSES[term.name](term.weight, term.ramp)
     return _appearance(term, seed)
@@ -105,6 +108,10 @@ def load_own_method(
     arguments = dict(init_args)
     if "channels" in method.__init__.__code__.co_varnames[: method.__init__.__code__.co_argcount]:
         arguments.setdefault("channels", dict(channels))
+    if "weak_labels" in method.needs:
+        raise InputError(
+            f"{where}, which needs weak_labels; only the companion weak_labels of a built-in method gets them."
+        )
     try:
         return method(**arguments)
     except (TypeError, ValueError) as error:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 OUTPUT_LAYER = "segmentation_head"  # where features are class logits
-Need = Literal["target_logits", "images", "raw_images"]
+Need = Literal["target_logits", "images", "raw_images", "weak_labels"]
 """What a method may ask for beside features: the network's output for target images; the images themselves and further forward
-passes; the normalization, by which `prepare` gets back to raw images."""
+passes; the normalization, by which `prepare` gets back to raw images; the masks in `data.target.weak_labels`, which are not truth
+(for companions alone)."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,15 @@ class StepOutputs:
     """For a method that needs "images": source (S, B, h, w) and target (T, B, h, w), normalized."""
     given_forward: Callable[[Tensor], Tensor] | None = None
     """For the same: runs the network in training mode on images (N, B, h, w) and returns logits (N, K, h, w)."""
+
+    given_weak_labels: Tensor | None = None
+    """For a method that needs "weak_labels": (T, h, w), class ids and ignore_index, of masks that are not truth."""
+
+    @property
+    def weak_labels(self) -> Tensor:
+        """The weak labels of the target images, for a method that needs "weak_labels"."""
+        assert self.given_weak_labels is not None, 'the method must name "weak_labels" in `needs`'
+        return self.given_weak_labels
 
     @property
     def target_logits(self) -> Tensor:

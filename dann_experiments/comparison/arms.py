@@ -19,7 +19,16 @@ from dann_experiments.jobs.build import find_data, make_method, make_taps, netwo
 from dann_experiments.jobs.checks import checked_sets
 from dann_experiments.jobs.evaluate import STATISTICS_SET
 from dann_experiments.jobs.identity import run_digest
-from dann_experiments.names import ALL_SETS, LAMBDA_ZERO, PRETRAINING_SETS, SCORED_SETS, Job, Key, OneDomain
+from dann_experiments.names import (
+    ALL_SETS,
+    LAMBDA_ZERO,
+    PRETRAINING_SETS,
+    SCORED_SETS,
+    TARGET_WEAK,
+    Job,
+    Key,
+    OneDomain,
+)
 
 log = logging.getLogger(__name__)
 JOBS = {
@@ -75,7 +84,8 @@ def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[st
     if not any(arm.kind == "control" for arm in arms):
         notes.append(NO_CONTROL)
     notes += [*_not_followed(arms), *transductive(arms)]
-    kept = []
+    kept: list[Arm] = []
+    no_weak_labels: list[str] = []
     for arm in arms:
         if arm.kind == "source_only" and arm.overrides:
             raise InputError(
@@ -88,8 +98,17 @@ def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[st
                 raise InputError(f"arms.{arm.name} is an oracle, but data.oracle names no labeled target images.")
             notes.append("No oracle: data.oracle names no labeled training images of the target.")
             continue
+        if settings.arms in NAMED_ARMS.values() and _lacks_weak_labels(arm, config):
+            no_weak_labels.append(arm.name)
+            continue
         kept.append(arm)
+    if no_weak_labels:
+        notes.append(f"No {' and no '.join(no_weak_labels)}: data.target.weak_labels lists no masks.")
     return kept, notes
+
+
+def _lacks_weak_labels(arm: Arm, config: Config) -> bool:
+    return "weak_labels" in arm.overrides.get(COMPANIONS, ()) and not config.data.entries(TARGET_WEAK)
 
 
 def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -171,7 +190,8 @@ def check_arms(cells: Sequence[Cell]) -> None:
         try:
             with torch.random.fork_rng(devices=[]):  # the initial weights are random
                 network = network_to_adapt(config)
-            key = repr((SETS[cell.job], config.data, config.model, config.monitor, config.trainer.accelerator))
+            weak = config.domain_adaptation.uses_weak_labels
+            key = repr((SETS[cell.job], weak, config.data, config.model, config.monitor, config.trainer.accelerator))
             if key not in checked_data:
                 checked_sets(config, find_data(config, SETS[cell.job]), network)
                 checked_data.add(key)
@@ -237,8 +257,8 @@ def _trained_on_the_target(config: Config) -> dict[str, Any]:
     def labelled(one: OneDomain, entries: Sequence[Any]) -> dict[str, Any]:
         return config_to_dict(
             dataclasses.replace(
-                data.domains[one], preset=None, scene=None, train=list(entries), train_labelled=[], labelled_count=None,
-                augmentation=augmentation, **training,
+                data.domains[one], preset=None, scene=None, train=list(entries), train_labelled=[], weak_labels=[],
+                labelled_count=None, augmentation=augmentation, **training,
             )
         )  # fmt: skip
 
@@ -266,7 +286,8 @@ class _Digests:
         self._found: dict[str, dict[str, str]] = {}
 
     def of(self, job: str, config: Config, source: str | None) -> str:
-        key = repr((SETS[job], config.data, config.model.in_channels, config.model.classes))
+        weak = config.domain_adaptation.uses_weak_labels
+        key = repr((SETS[job], weak, config.data, config.model.in_channels, config.model.classes))
         if key not in self._found:
             self._found[key] = find_data(config, SETS[job]).digests
         digests = self._found[key]

@@ -287,6 +287,12 @@ def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
             yield f"{run.arm}, seed {run.seed}: {', '.join(sorted(bad))} of run {run.run_id} is no finite number and is left out."
     if any(run.tags.get(Tag.SELECTED_WITH_TARGET_LABELS) == "true" for run in runs if run.arm in adapted):
         yield "Checkpoints or settings of these runs were chosen by target labels: scores on the same labels are too optimistic."
+    weak = list(dict.fromkeys(run.arm for run in runs if Tag.WEAK_LABELS in run.tags))
+    if weak:
+        yield (
+            f"{' and '.join(weak)} use{'s' * (len(weak) == 1)} weak target labels, masks that are not truth: they learn these, "
+            "right or wrong. Compare them with the masks themselves, and look at the pictures."
+        )
     commits = {run.tags.get("mlflow.source.git.commit", "")[:9] for run in runs} - {""}
     if len(commits) > 1:
         yield f"The runs were made with {len(commits)} versions of the code: {', '.join(sorted(commits))}."

@@ -107,10 +107,15 @@ class DomainAdaptationConfig:
     target images do not update the running statistics; target_stats: like separate, but validation, tests and the saved model
     use the statistics of the target's training images (AdaBN, Li et al. 2018), also in `evaluate`."""
     companions: list[CompanionTerm] = field(default_factory=list)
-    """Losses on target images beside that of the method (entropy, maximum_squares, self_training) and changes of the source
-    images (style, moments, histogram, fda), also in its lambda = 0 control: names, or mappings such as
+    """Losses on target images beside that of the method (entropy, maximum_squares, self_training, weak_labels) and changes of
+    the source images (style, moments, histogram, fda), also in its lambda = 0 control: names, or mappings such as
     {name: self_training, weight: 1} (docs/companions.md)."""
     pretrained_checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def uses_weak_labels(self) -> bool:
+        """True if the companion weak_labels is among the companions."""
+        return any(term.name == "weak_labels" for term in self.companions)
 
     @property
     def layers(self) -> list[str]:

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import above, at_least, between, check_options, fraction_below
 
-CompanionName = Literal["entropy", "maximum_squares", "self_training", "style", "moments", "histogram", "fda"]
+CompanionName = Literal[
+    "entropy", "maximum_squares", "weak_labels", "self_training", "style", "moments", "histogram", "fda"
+]
 APPEARANCES = ("style", "moments", "histogram", "fda")
 """Companions that change the source images and have no loss."""
 OPTIONS = {
@@ -25,7 +27,7 @@ class CompanionTerm:
     name: CompanionName
     """Kind of loss, or of change."""
     weight: Annotated[float | None, at_least(0)] = None
-    """Factor of the loss; null = that of its paper."""
+    """Factor of the loss; null = that of its paper (docs/companions.md)."""
     ramp: Annotated[float, between(0, 1)] = 0.0
     """Share of the training in which the weight rises linearly from 0."""
     threshold: Annotated[float | None, between(0, 1)] = None

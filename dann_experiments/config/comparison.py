@@ -37,6 +37,8 @@ NAMED_ARMS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "moments": {**_CONTROL, "domain_adaptation.companions": ["moments"]},
         "self-training": {**_CONTROL, "domain_adaptation.companions": ["self_training"]},
         "DANN + self-training": {"domain_adaptation.companions": ["self_training"]},
+        "weak labels": {**_CONTROL, "domain_adaptation.companions": ["weak_labels"]},
+        "DANN + weak labels": {"domain_adaptation.companions": ["weak_labels"]},
         ARM_NAMES["oracle"]: {"kind": "oracle"},
     }
 }

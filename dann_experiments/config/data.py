@@ -20,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MOST_IMAGES = 100_000  # upper limit of batch sizes; guards against allocating huge index lists
 BANDS = (not_empty("name bands counted from 1"), replace(at_least(1), way_out="name bands counted from 1"))
 Entry = str | dict[str, Any]
-ENTRIES = ("train", "val", "test", "train_labelled")
+ENTRIES = ("train", "val", "test", "train_labelled", "weak_labels")
 OF_ALL_DOMAINS = (
     "domains", "batch_size", "sampling", "sampling_temperature", "labelled_count", "labelled_batch_size",
 )  # fmt: skip
@@ -71,6 +71,9 @@ class DomainDataConfig:
     """Number of images of train_labelled to use, the first ones (of each domain, if there are several); null = all."""
     labelled_batch_size: Annotated[int, between(1, MOST_IMAGES)] = 4
     """Images of train_labelled per training step."""
+    weak_labels: list[Entry] = field(default_factory=list)
+    """Only for the target: images of train with masks that are not truth, such as those of the command weak-labels. Only the
+    companion weak_labels uses them (docs/weak-labels.md). Images of train that are not here are left out of its loss."""
     bands: Annotated[list[int] | None, *BANDS] = None
     """Bands to read, in this order, counted from 1; null = all."""
     scale: Literal["type", "percentiles"] | list[float] = "type"
@@ -271,10 +274,11 @@ class DataConfig:
         """Raise InputError for settings that contradict each other."""
         self._check_oracle(prefix)
         for one, settings in self.of_role("source").items():
-            if settings.train_labelled:
-                raise InputError(
-                    f"{one.key}.train_labelled is for the target; list labeled source images in {one.key}.train."
-                )
+            for key in ("train_labelled", "weak_labels"):
+                if getattr(settings, key):
+                    raise InputError(
+                        f"{one.key}.{key} is for the target; list labeled source images in {one.key}.train."
+                    )
         if self.target.labelled_count is not None and not self.entries(TARGET_LABELLED):
             raise InputError(
                 f"{prefix}target.labelled_count has no effect, because {prefix}target.train_labelled lists no images."

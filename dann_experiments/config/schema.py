@@ -74,6 +74,15 @@ class Config:
         self._check_bands()
         self._check_weights()
         self._check_optimization()
+        self._check_weak_labels()
+
+    def _check_weak_labels(self) -> None:
+        for one, settings in self.data.of_role("target").items():
+            if self.domain_adaptation.uses_weak_labels and not settings.weak_labels:
+                raise InputError(
+                    f"domain_adaptation.companions has weak_labels, but {one.key}.weak_labels lists no images; name images of "
+                    f"{one.key}.train with their masks there, or leave the companion out."
+                )
 
     def _check_optimization(self) -> None:
         for prefix, optimizer in (("", self.optimizer), ("pretraining.", self.pretraining.optimizer)):

@@ -110,8 +110,8 @@ class SegmentationDataset(Dataset):
 
     @property
     def has_masks(self) -> bool:
-        """True if the items have masks."""
-        return bool(self.samples) and self.samples[0].mask is not None
+        """True if the items have masks; where only some images have one, those of the others are ignored throughout."""
+        return any(sample.mask is not None for sample in self.samples)
 
     @property
     def later_rules(self) -> list[str]:
@@ -147,7 +147,9 @@ class SegmentationDataset(Dataset):
             sample.image, self.in_channels, self.reading, piece.window, self.headers[piece.sample]
         )
         mask = None
-        if sample.mask is not None:
+        if sample.mask is None and self.has_masks:
+            mask = np.full(image.shape[1:], self.labels.ignore_index, np.uint8)
+        elif sample.mask is not None:
             factor = self.reading.factor(self.headers[piece.sample], sample.image)
             mask = read_mask(sample.mask, self.labels, piece.window, factor)
             if piece.counted_rows or piece.counted_columns:

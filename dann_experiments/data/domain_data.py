@@ -31,7 +31,17 @@ from dann_experiments.data.reading import Normalization, Reading, largest_value
 from dann_experiments.data.remarks import Problems
 from dann_experiments.data.samples import Sample, file_digest, find_samples, refuse
 from dann_experiments.data.statistics import measure, normalization_from
-from dann_experiments.names import SOURCE_TRAIN, SOURCE_VAL, TARGET_LABELLED, TARGET_TRAIN, OneDomain, SetName, Split
+from dann_experiments.data.weak_masks import with_masks_of
+from dann_experiments.names import (
+    SOURCE_TRAIN,
+    SOURCE_VAL,
+    TARGET_LABELLED,
+    TARGET_TRAIN,
+    TARGET_WEAK,
+    OneDomain,
+    SetName,
+    Split,
+)
 
 log = logging.getLogger(__name__)
 
@@ -103,13 +113,17 @@ class DataPlan:
                 report(f"{name.key} is empty; name a CSV manifest or a folder with images/ to train on.")
             return None
         # never look for masks of the target's training images
-        needed = (SOURCE_TRAIN, SOURCE_VAL, TARGET_LABELLED)
+        needed = (SOURCE_TRAIN, SOURCE_VAL, TARGET_LABELLED, TARGET_WEAK)
         masks = "no" if name.whole == TARGET_TRAIN else "required" if name.whole in needed else "if present"
 
         def report_with_preset(text: str) -> None:
             report(text if images.preset is None else f"{text} (preset {images.preset})")
 
         found = find_samples(entries, self._root_of(name.one), name.key, masks, report_with_preset)
+        if name.whole == TARGET_WEAK:  # the training set, so that its batches are the same with and without weak labels
+            train = SetName(name.domain, "train", name.member)
+            trained_on = self.find(train, lambda _: None) or []  # its problems are reported with that set
+            return with_masks_of(trained_on, found, name.key, train.key, report) if trained_on else None
         if name.whole != TARGET_LABELLED or images.labelled_count is None:
             return found
         if len(found) < images.labelled_count:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.data.joined import Items, JoinedDataset
-from dann_experiments.names import DOMAINS, TARGET_LABELLED, Domain, OneDomain, SetName
+from dann_experiments.names import DOMAINS, TARGET_LABELLED, TARGET_WEAK, Domain, OneDomain, SetName
 
 log = logging.getLogger(__name__)
 Share = tuple[int, int]  # (rank, number of ranks) in distributed training
@@ -222,12 +222,15 @@ class Loaders:
 
     def training(self) -> dict[str, DataLoader]:
         """Return one loader for the source and one for the target, if they have training images, and `labelled` of the target's
-        labeled ones, if there are any; each has its own order."""
+        labeled ones, if there are any; each has its own order. Where the target has weak labels, its batches have them as
+        "mask"; images and order are the same without."""
         found = {}
         for offset, domain in enumerate(DOMAINS):
             name = SetName(domain, "train")
             dataset = self.sets.get(name)
             if dataset is not None:
+                if domain == "target":
+                    dataset = self.sets.get(TARGET_WEAK) or dataset
                 found[domain] = train_loader(
                     dataset, self.batch_sizes[domain], name.key, self.seed + offset * 2**32, self.share,
                     self.num_workers, self.pin_memory,

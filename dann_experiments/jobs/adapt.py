@@ -17,6 +17,7 @@ from dann_experiments.jobs.checks import (
     refuse_test_batchnorm,
     refuse_tta,
     warn_of_idle_adversary,
+    warn_of_unused_weak_labels,
 )
 from dann_experiments.jobs.identity import domain_name, method_name, run_digest, run_name, source_digest
 from dann_experiments.jobs.result import RunResult
@@ -74,6 +75,7 @@ def adapt(
         all_tags = {**_tags(config, store, data, digest, source_run_id), **(tags or {})}
         views = {}
         if tags is None:  # a sweep or a comparison has a view of its own for all its runs
+            warn_of_unused_weak_labels(config)
             views = write_views(store, views_of_adaptation({domain: domain_name(config, domain) for domain in DOMAINS}))
         result = tracked_training(
             Job.ADAPT, config, store, parts, name, all_tags, resumed, callbacks, source_run_id=source_run_id

@@ -83,14 +83,14 @@ def seeded(config: Config) -> contextlib.AbstractContextManager[None]:
     return random_states.seeded(config.seed, threads)
 
 
-def data_plan(config: Config) -> DataPlan:
-    """Return everything that determines the sets of images."""
+def data_plan(config: Config, unused: bool = False) -> DataPlan:
+    """Return everything that determines the sets of images; with `unused`, also weak labels that no companion uses."""
     data, embedded = config.data, config.data.embedded
     cut = Cut(
         data.window_size, data.windows == "random", data.window_count, data.crop_size, data.pad_to_crop, config.seed
     )
     return DataPlan(
-        {one: _images(config, one) for one in config.data.domains}, config.model.in_channels, cut, tuple(data.mean),
+        {one: _images(config, one, unused) for one in config.data.domains}, config.model.in_channels, cut, tuple(data.mean),
         tuple(data.std), data.normalization == "domain", data.memory_gb, data.root, embedded.name, embedded.seed,
         embedded.folder, config.trainer.enable_progress_bar,
     )  # fmt: skip
@@ -101,7 +101,7 @@ def find_data(config: Config, names: Iterable[SetName] = ALL_SETS) -> DomainData
     return DomainData(data_plan(config), names)
 
 
-def _images(config: Config, one: OneDomain) -> DomainImages:
+def _images(config: Config, one: OneDomain, unused: bool) -> DomainImages:
     settings, preset = config.data.domains[one], config.data.written[one].preset
     reading = Reading(
         None if settings.bands is None else tuple(settings.bands),
@@ -110,6 +110,8 @@ def _images(config: Config, one: OneDomain) -> DomainImages:
         settings=f"{one.key}.",
     )  # fmt: skip
     splits: tuple[Split, ...] = (*SPLITS, "train_labelled")
+    if unused or config.domain_adaptation.uses_weak_labels:
+        splits = (*splits, "weak_labels")
     entries: dict[Split, list[Any]] = {split: getattr(settings, split) for split in splits}
     return DomainImages(
         entries, reading, _labels(config, one), settings.augmentation, settings.root, preset, settings.labelled_count

@@ -87,7 +87,7 @@ def check_data(config: Config) -> DataReport:
     """
     import pandas as pd
 
-    plan, problems = data_plan(config), Problems()
+    plan, problems = data_plan(config, unused=True), Problems()
     samples: dict[str, list[Sample]] = {}
     sets: dict[SetName, _Set] = {}
     for name in (part for whole in ALL_SETS for part in plan.parts(whole)):

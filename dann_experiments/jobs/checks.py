@@ -19,9 +19,10 @@ from dann_experiments.names import (
     DOMAINS,
     SOURCE_TRAIN,
     SOURCE_VAL,
-    TARGET_LABELLED,
     TARGET_TRAIN,
+    TARGET_TRAINING,
     TARGET_VAL,
+    TARGET_WEAK,
     OneDomain,
     SetName,
 )
@@ -82,7 +83,8 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
 
 def may_share(one: str, other: str) -> bool:
     """Return whether two sets, by their names, may hold the same image: labeled target images may be among all of them."""
-    return {SetName.parse(name).whole for name in (one, other)} == {TARGET_TRAIN, TARGET_LABELLED}
+    wholes = {SetName.parse(name).whole for name in (one, other)}
+    return len(wholes) == 2 and wholes <= set(TARGET_TRAINING)
 
 
 def remarks_on_label_maps(config: Config) -> list[str]:
@@ -191,6 +193,15 @@ def warn_of_idle_adversary(config: Config) -> None:
         "lambda is 0 %s (domain_adaptation.method.step_mode is epoch); set step_mode to batch, or train for more epochs.",
         share,
     )
+
+
+def warn_of_unused_weak_labels(config: Config) -> None:
+    """Warn if masks are listed as weak labels, but no companion uses them."""
+    if config.data.entries(TARGET_WEAK) and not config.domain_adaptation.uses_weak_labels:
+        log.warning(
+            "%s is not used, because domain_adaptation.companions has no weak_labels; add it to train on these masks.",
+            TARGET_WEAK.key,
+        )
 
 
 def _warn(text: str | None) -> None:

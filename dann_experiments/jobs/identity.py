@@ -33,7 +33,7 @@ METHOD_WORDS = {
 }
 """Names of the built-in methods in tables and run names, in the order of tables."""
 LONGEST_PART = 70  # of a run's name, so that study, method, target and seed fit into LONGEST_RUN_NAME
-WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test", "train_labelled")
+WHERE_FILES_ARE = ("name", "preset", "scene", "root", "train", "val", "test", "train_labelled", "weak_labels")
 """Settings whose files data digests cover."""
 _OF_OPTIMIZERS = ("power", "factor", "patience", "warmup_steps", "lr_factors", "freeze", "freeze_epochs")
 LATER = (
@@ -116,6 +116,17 @@ def domain_name(config: Config, domain: Domain, member: str | None = None) -> st
 def domain_tags(config: Config) -> dict[str, str]:
     """Return the tags that name both domains."""
     return {f"dann.{domain}": domain_name(config, domain) for domain in DOMAINS}
+
+
+def label_tags(job: str, config: Config, labelled: int) -> dict[str, Any]:
+    """Return the tags that say what a training learns from beside source labels; `labelled`: number of labeled target images."""
+    tags: dict[str, Any] = {Tag.TARGET_LABELS: labelled} if labelled else {}
+    adaptation = config.domain_adaptation
+    if job == Job.ADAPT and adaptation.companions:
+        tags[Tag.COMPANIONS] = ", ".join(term.name for term in adaptation.companions)
+    if job == Job.ADAPT and adaptation.uses_weak_labels:
+        tags[Tag.WEAK_LABELS] = "true"
+    return tags
 
 
 def public_settings(config: Config, experiment: str) -> Config:

@@ -22,7 +22,8 @@ from dann_experiments.tracking.run import TrackedRun
 
 EXAMPLE_SIDE = 32  # pixels of the input example, which is stored as text
 CARD = "README.md"
-TAGS = (Tag.JOB, Tag.METHOD, Tag.SOURCE, Tag.TARGET, Tag.DIGEST, Tag.SELECTED_WITH_TARGET_LABELS, Tag.ARM, Tag.COMPARISON,
+TAGS = (Tag.JOB, Tag.METHOD, Tag.SOURCE, Tag.TARGET, Tag.DIGEST, Tag.SELECTED_WITH_TARGET_LABELS, Tag.TARGET_LABELS,
+        Tag.WEAK_LABELS, Tag.ARM, Tag.COMPARISON,
         Tag.STUDY, "seed")  # fmt: skip
 """Tags of the run that its model gets as well, to be searched by."""
 
@@ -47,7 +48,7 @@ def write_model(
     card = ModelCard(
         title, config.model.arch, config.model.encoder_name, config.class_names, config.model.in_channels, facts["reading"],
         interface.dtype, {name.words: point.value for name, point in points.items() if point is not None}, run.run_id, step,
-        str(tags.get(Tag.SELECTED_WITH_TARGET_LABELS)) == "true",
+        str(tags.get(Tag.SELECTED_WITH_TARGET_LABELS)) == "true", int(tags.get(Tag.TARGET_LABELS, 0)), Tag.WEAK_LABELS in tags,
     )  # fmt: skip
     with writing(folder):
         write_mlmodel(folder, run.run_id, interface)

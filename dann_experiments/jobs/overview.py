@@ -58,17 +58,19 @@ def overview(config: Config) -> Overview:
             arms["source_only"] = source
     rows = {}
     order = [*[name for name in METHOD_WORDS if name in arms], *[name for name in arms if name not in METHOD_WORDS]]
+    weak = {method: " (uses weak target labels)" * (Tag.WEAK_LABELS in arms[method].data.tags) for method in order}
+    called = {method: METHOD_WORDS.get(method, method) + weak[method] for method in order}
     for method in order:
         run = arms[method]
         scores = {name: value for name, value in last_values(run).items() if _is_score(name)}
-        rows[METHOD_WORDS.get(method, method)] = {
+        rows[called[method]] = {
             "run_id": run.info.run_id,
             "seed": run.data.tags.get("seed", ""),
             **scores,
         }
     table = pd.DataFrame.from_dict(rows, orient="index")
     scores_in_order = sorted((name for name in table.columns if _is_score(name)), key=_score_order)
-    folders = {METHOD_WORDS.get(method, method): local_folder(arms[method].info.artifact_uri) for method in order}
+    folders = {called[method]: local_folder(arms[method].info.artifact_uri) for method in order}
     artifacts = {arm: str(folder) for arm, folder in folders.items() if folder is not None and folder.is_dir()}
     columns = ["run_id", "seed", *scores_in_order]
     lone = len(models_without_run(store, experiments))

@@ -25,7 +25,7 @@ from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.data.loaders import Loaders
 from dann_experiments.jobs.build import class_weights_of, make_loaders, make_loop, make_module
-from dann_experiments.jobs.identity import domain_name, domain_tags, public_settings
+from dann_experiments.jobs.identity import domain_name, domain_tags, label_tags, public_settings
 from dann_experiments.jobs.model_files import write_model
 from dann_experiments.jobs.other_ranks import other_ranks
 from dann_experiments.jobs.pictures import KEY, Album, PicturesByStep
@@ -37,7 +37,7 @@ from dann_experiments.reports.plots.confusion import draw_confusion
 from dann_experiments.reports.plots.predictions import draw_predictions
 from dann_experiments.reports.plots.run_curves import draw_curves
 from dann_experiments.scores import predicted_shares, true_shares
-from dann_experiments.tracking.notes import description, iou_changes, link, links_of, run_page
+from dann_experiments.tracking.notes import WEAK_LABELS_WORDS, description, iou_changes, link, links_of, run_page
 from dann_experiments.tracking.pictures import Pictures
 from dann_experiments.tracking.run import PARAM_PREFIX, RunLogger, TrackedRun, tracked_run
 from dann_experiments.tracking.store import Store, local_artifact_folder, remove_artifacts
@@ -103,7 +103,9 @@ def tracked_training(
     model. Raises TrainingFailed if memory runs out, and NotStored if the store does not accept everything."""
     folder = folder_of_runs(store, resumed, config.tracking.folder)
     run_name = config.tracking.run_name if main_job else None
-    tags = {Tag.JOB: job, **domain_tags(config), "seed": config.seed, **tags}
+    labelled = parts.sets.get(TARGET_LABELLED)
+    of_labels = label_tags(job, config, 0 if labelled is None else len(labelled.samples))
+    tags = {Tag.JOB: job, **domain_tags(config), "seed": config.seed, **of_labels, **tags}
     batch_sizes = make_loaders(config, parts.sets).batch_sizes
     links = [*source_links(store, source_run_id), *links_of(tags, store.experiment_id)]
     with (
@@ -114,11 +116,6 @@ def tracked_training(
     ):
         checkpoint = None if resumed is None else checkpoint_to_go_on_from(store, run.run_id, run.folder)
         describe_run(run, config, parts.sets)
-        labelled = parts.sets.get(TARGET_LABELLED)
-        if labelled is not None:
-            run.set_tags({Tag.TARGET_LABELS: len(labelled.samples)})
-        if config.domain_adaptation.companions and job == Job.ADAPT:
-            run.set_tags({Tag.COMPANIONS: ", ".join(term.name for term in config.domain_adaptation.companions)})
         weights = class_weights_of(config, parts.sets)
         if weights is not None:
             shown = ", ".join(f"{name} {one:.4g}" for name, one in zip(config.class_names, weights, strict=True))
@@ -130,7 +127,9 @@ def tracked_training(
         write_model(run, config, parts.network, parts.sets, name, tags, list(outcome.after), outcome.final_step)
         metrics, baseline = outcome.metrics(config.class_names), _metrics(outcome.before, config.class_names)
         links = [*links, link("curves", run_page(store.experiment_id, run.run_id, CURVES_FILE))]
-        run.set_tags({Tag.NOTE: description(name, iou_changes(baseline, metrics), links, outcome.alignment)})
+        weak = WEAK_LABELS_WORDS if Tag.WEAK_LABELS in tags else ""
+        explained = f"{weak} {outcome.alignment}".strip()
+        run.set_tags({Tag.NOTE: description(name, iou_changes(baseline, metrics), links, explained)})
     artifacts = local_artifact_folder(store, run.run_id)
     return RunResult(
         job=job,

@@ -31,6 +31,10 @@ class ModelCard:
     step: int = 0
     used_target_labels: bool = False
     """True if target labels chose the weights."""
+    target_labels: int = 0
+    """Number of labeled target images that it was trained on."""
+    weak_labels: bool = False
+    """True if it was trained on weak target labels."""
 
     def markdown(self) -> str:
         """Return the card's text."""
@@ -38,15 +42,11 @@ class ModelCard:
             "library_name": "segmentation-models-pytorch", "pipeline_tag": "image-segmentation",
             "tags": ["segmentation-models-pytorch", "semantic-segmentation", "domain-adaptation"],
         }  # fmt: skip
-        chosen = (
-            "Target labels chose these weights, so the target's scores are those of a supervised choice."
-            if self.used_target_labels
-            else "No target labels were used to train it or to choose its weights."
-        )
         return "\n".join([
             "---", yaml.safe_dump(header, sort_keys=False).strip(), "---",
             f"# {escaped(self.title)}",
-            f"{self.arch} with the encoder {self.encoder}, trained for {self.step} steps in run `{self.run_id}`. {chosen}",
+            f"{self.arch} with the encoder {self.encoder}, trained for {self.step} steps in run `{self.run_id}`. "
+            + self._labels(),
             "",
             "## Scores",
             *self._scores(),
@@ -72,6 +72,21 @@ class ModelCard:
             "returns logits; `dann.json` has the numbers of the normalization. Nothing in this folder is pickled.",
             "",
         ])  # fmt: skip
+
+    def _labels(self) -> str:
+        """Return sentences on the target labels behind these weights."""
+        said = []
+        if self.target_labels:
+            said.append(f"It was trained on the labels of {self.target_labels} target images.")
+        if self.weak_labels:
+            said.append("It was trained on weak target labels: masks that are not truth, whose errors it learned.")
+        if self.used_target_labels:
+            said.append("Target labels chose these weights, so the target's scores are those of a supervised choice.")
+        elif said:
+            said.append("No target labels were used to choose its weights.")
+        else:
+            said.append("No target labels were used to train it or to choose its weights.")
+        return " ".join(said)
 
     def _scores(self) -> list[str]:
         if not self.scores:

@@ -298,8 +298,8 @@ def print_weak_labels(result: Any, class_names: Sequence[str], by_otsu: bool) ->
     print(f"  run {result.run_id}; {where_to_look(result.tracking_uri)}")
     images, masks = (_named_together(paths) for paths in (result.images, result.outputs))
     print(
-        f"To train on them, set data.class_names to [{', '.join(class_names)}] and name them as labeled target images:\n"
-        f'  --data.target.train_labelled "[{{images: {images}, masks: {masks}}}]"'
+        f"To train on them, set data.class_names to [{', '.join(class_names)}], have the images in data.target.train, and add:\n"
+        f'  --data.target.weak_labels "[{{images: {images}, masks: {masks}}}]" --domain_adaptation.companions "[weak_labels]"'
     )
 
 

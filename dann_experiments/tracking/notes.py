@@ -18,6 +18,7 @@ from dann_experiments.tracking.store import TRAINING_PAGES
 MADE_FOR = {Tag.COMPARISON: "comparison", Tag.SWEEP_RUN_ID: "sweep"}
 """Tag with the id of the run for which a run was made -> words of the link to it."""
 SHOWN: tuple[SetName, ...] = (TARGET_VAL, SOURCE_VAL, TARGET_TEST, SOURCE_TEST)
+WEAK_LABELS_WORDS = "Uses weak target labels: masks that are not truth."
 _MARKUP = re.compile(r"[\\`*_\[\]~|]")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 

@@ -48,6 +48,7 @@ class AdaptationModule(pl.LightningModule):
     """A network, the method that adapts it, and the optimizer for both.
 
     Training batches are {"source": {"image", "mask"}, "target": {"image"}}; methods that do not use the target need no "target".
+    The target part has "mask" if the method needs "weak_labels".
     A part "labelled": {"image", "mask"} of labeled target images joins the segmentation loss: its mean is over all pixels.
     With several domains, every part also has "domain" (N,), the label of each image's domain.
     Validation loaders are those of the domains `validated`; batches of a target need no "mask". A validation step returns
@@ -187,10 +188,12 @@ class AdaptationModule(pl.LightningModule):
             logits, source_features = forward_with_taps(self.network, images, self.taps)
         valid = (labels != self.ignore_index).to(images.dtype)
         target = batch["target"] if self.method.uses_target and "target" in batch else {}
-        given = {}
+        given: dict[str, Any] = {}
         if "images" in self.method.needs:
             both = (images, target["image"].to(memory_format=self.memory_format))
             given = {"given_images": both, "given_forward": self._forward_more}
+        if "weak_labels" in self.method.needs:
+            given["given_weak_labels"] = target["mask"]
         return StepOutputs(
             logits, labels, valid, source_features, target_features, target.get("valid"), batch["source"].get("domain"),
             target.get("domain"), **given,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LINES = ("-", "--", "-.", ":")  # of the domains that the source or target has
 HATCHES = ("", "///", "...", "xxx")  # the same
-SPLIT_SHADES = {"train": 1.0, "train_labelled": 0.8, "val": 0.6, "test": 0.3}
+SPLIT_SHADES = {"train": 1.0, "train_labelled": 0.8, "weak_labels": 0.8, "val": 0.6, "test": 0.3}
 
 
 @drawing()

@@ -1,0 +1,43 @@
+"""Gives images of a training set the masks that weak labels list for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dann_experiments.data.samples import Sample, refuse
+
+
+def with_masks_of(
+    samples: Sequence[Sample], labelled: Sequence[Sample], key: str, of: str, report: Callable[[str], None] = refuse
+) -> list[Sample]:
+    """Return `samples` in their order, each with the mask that `labelled` has for its image, or None.
+
+    A mask is that of a whole image, so it belongs to every region of the image; if `labelled` names a region, it must be one of
+    `samples`. `key`, `of`: the settings of `labelled` and `samples`, for messages. Calls `report` for an image that is not
+    among `samples`, or only in other regions.
+    """
+    regions: dict[Path, list[Any]] = {}
+    for sample in samples:
+        regions.setdefault(sample.image.resolve(), []).append(sample.region)
+    masks: dict[tuple[Path, Any], Path | None] = {}
+    for sample in labelled:
+        there = regions.get(sample.image.resolve())
+        if there is None:
+            report(
+                f"{key}: image {sample.image} is not in {of}, whose images these masks belong to; add it there, or take it out."
+            )
+        elif sample.region is not None and sample.region not in there:
+            report(
+                f"{key}: image {sample.image} has the region {list(sample.region)}, which {of} does not have; leave region out "
+                f"here, as those of {of} count."
+            )
+        else:
+            masks[sample.image.resolve(), sample.region] = sample.mask
+    found = []
+    for sample in samples:
+        image = sample.image.resolve()
+        found.append(dataclasses.replace(sample, mask=masks.get((image, sample.region), masks.get((image, None)))))
+    return found
