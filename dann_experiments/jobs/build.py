@@ -330,7 +330,7 @@ def make_loop(
         every.checkpoints_kept, config.monitor.metric, config.monitor.direction,
         persist,  # so that a killed run has no checkpoint that is ahead of the history
         contextlib.nullcontext if average is None else average.as_average,
-        may_be_best=lambda: last_good is None or not last_good.guard.spoken,
+        may_be_best=lambda: last_good is None or not last_good.guard.findings,
     )  # fmt: skip
     statistics: list[pl.Callback] = []
     target = loaders.sets.get(TARGET_TRAIN)
