@@ -214,7 +214,7 @@ def test_ranges_are_read_from_a_command_line_and_from_a_file(tmp_path):
     assert spoken.monitor.expected_shares == written.monitor.expected_shares == {"tree": [0.1, 0.5]}
 
 
-def test_runs_made_before_the_guard_keep_their_digest_and_stopping_makes_another_run():
+def test_a_run_that_stops_is_another_run_than_one_that_only_warns():
     plain, stops = load_config(), load_config(None, {"monitor.on_guard": "stop"})
     digests = [run_digest(Job.ADAPT, config, {}, None) for config in (plain, stops)]
     assert digests[0] != digests[1]
