@@ -45,8 +45,8 @@ def _count(images: Images) -> Tensor:
 
 
 def matched(source: Tensor, count: Tensor, target: Tensor, target_count: Tensor) -> Tensor:
-    """Return the values of `source` (N, B, pixels) with the distribution of `target`; both in rising order, as the search is
-    then ten times as fast. The counts are those of the values that are not infinite; infinite ones become 0."""
+    """Return the values of `source` (N, B, pixels) with the distribution of `target`; both in rising order, as they are found
+    faster than in any other. The counts are those of the values that are not infinite; infinite ones become 0."""
     rank = torch.searchsorted(source, source, right=True).clamp_max(count)  # source pixels <= the value
     wanted = rank * target_count  # the quantile times both counts, so that comparisons are exact
     place = ((wanted + count - 1) // count - 1).clamp_min(0).clamp_max(target_count - 1)
