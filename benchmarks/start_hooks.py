@@ -18,8 +18,8 @@ WATCHED = {
     "dann_experiments.tracking.store": {"open_store": "store"},
     "dann_experiments.jobs.build": {
         "find_data": "data", "make_network": "network", "make_taps": "network", "make_method": "network",
-        "make_loop": "trainer",
     },
+    "dann_experiments.jobs.build_training": {"make_loop": "trainer"},
     "dann_experiments.jobs.checks": {"checked_sets": "data"},
     "dann_experiments.jobs.identity": {"source_digest": "data", "run_digest": "data"},
     "dann_experiments.jobs.source_model": {"find_or_make_source_model": "network", "load_source_model": "network"},

@@ -8,7 +8,8 @@ import torch
 from dann_experiments import adapt, load_config
 from dann_experiments.comparison.compare import compare
 from dann_experiments.config import InputError
-from dann_experiments.jobs.build import make_method, make_module, make_network, make_taps
+from dann_experiments.jobs.build import make_method, make_network, make_taps
+from dann_experiments.jobs.build_training import make_module
 from dann_experiments.names import DOMAINS, SetName
 from dann_experiments.training.batch_size import domains_of_a_step, largest_factor, step_fits
 from sweeps.driver import run_sweep

@@ -42,6 +42,7 @@ from dann_experiments.tracking.notes import escaped
 from dann_experiments.tracking.processes import live_process, process_name
 from dann_experiments.tracking.sender import SPOOL, Sender
 from dann_experiments.tracking.store import local_artifact_folder, open_store
+from dann_experiments.training.checkpointing import _copied
 
 CHECKPOINT = 51_000_000  # bytes, of the network of these tests
 LIMIT = 20_000_000  # a store and figures are smaller, checkpoints and model are larger
@@ -571,3 +572,14 @@ def test_a_wrong_variable_of_mlflow_is_told_by_its_name(workplace, monkeypatch, 
     monkeypatch.setenv(variable, value)
     assert main(["runs"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_weights_that_wait_for_the_disk_are_copies_nested_states_too():
+    """A companion's teacher is an extra state: a dictionary of tensors and other values."""
+    weight, teacher = torch.zeros(2), {"weights": {"a": torch.zeros(2)}, "steps": 3, "kinds": [torch.zeros(1), "x"]}
+    kept = _copied({"network.a": weight, "method._extra_state": teacher})
+    weight += 1
+    teacher["weights"]["a"] += 1
+    assert kept["network.a"].tolist() == [0, 0]
+    assert kept["method._extra_state"]["weights"]["a"].tolist() == [0, 0]
+    assert (kept["method._extra_state"]["steps"], kept["method._extra_state"]["kinds"][1]) == (3, "x")

@@ -31,12 +31,12 @@ from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.jobs.build import (
     find_data,
     make_loaders,
-    make_loop,
     make_method,
     make_network,
     make_taps,
     seeded,
 )
+from dann_experiments.jobs.build_training import make_loop
 from dann_experiments.names import SetName
 from dann_experiments.training.curves import Curves
 from dann_experiments.training.ranks import Rank, leave

@@ -24,7 +24,8 @@ from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.data.loaders import Loaders
-from dann_experiments.jobs.build import class_weights_of, make_loaders, make_loop, make_module
+from dann_experiments.jobs.build import make_loaders
+from dann_experiments.jobs.build_training import class_weights_of, make_loop, make_module
 from dann_experiments.jobs.identity import domain_name, domain_tags, label_tags, public_settings
 from dann_experiments.jobs.model_files import write_model
 from dann_experiments.jobs.other_ranks import other_ranks

@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dann_experiments.checkpoints import files
@@ -97,7 +98,7 @@ class Checkpoints(Checkpoint):
             self._waiting = None
             with self._as_scored(pl_module):
                 if not self._write(trainer, path, weights_only=True):
-                    state = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()}
+                    state = _copied(pl_module.state_dict())
                     facts = {"pytorch-lightning_version": pl.__version__, "epoch": trainer.current_epoch}
                     self._waiting = path, {**facts, "global_step": trainer.global_step, "state_dict": state}
 
@@ -227,3 +228,12 @@ class Checkpoints(Checkpoint):
         if math.isnan(self._best_value):
             return not math.isnan(value)
         return value < self._best_value if self._lower_is_better else value > self._best_value
+
+
+def _copied(state: Any) -> Any:
+    """Return a copy of a state on the CPU; an extra state, such as that of a companion with a teacher, may be nested."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu().clone()
+    if isinstance(state, Mapping):
+        return {name: _copied(value) for name, value in state.items()}
+    return type(state)(map(_copied, state)) if isinstance(state, list | tuple) else state
