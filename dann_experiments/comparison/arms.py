@@ -108,7 +108,7 @@ def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[st
 
 
 def _lacks_weak_labels(arm: Arm, config: Config) -> bool:
-    return "weak_labels" in arm.overrides.get(COMPANIONS, ()) and not config.data.entries(TARGET_WEAK)
+    return "weak_labels" in str(arm.overrides.get(COMPANIONS, "")) and not config.data.entries(TARGET_WEAK)
 
 
 def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -59,8 +59,8 @@ def step_fits(
                 }
                 for domain, size in sizes.items()
             }
-            for domain, part in batch.items():  # the target's are needed by weak labels alone, and take little
-                part["mask"] = torch.zeros(sizes[domain], *shapes[domain][1:], dtype=torch.int64, device=device)
+            for part in batch.values():  # the target's are needed by weak labels alone, and take little
+                part["mask"] = torch.zeros(part["image"][:, 0].shape, dtype=torch.int64, device=device)
             optimizer = module.make_optimizer(module.param_groups())
             half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
             with torch.autocast(device.type, half, enabled=half is not None):
