@@ -19,6 +19,7 @@ from dann_experiments.config.comparison import NAMED_ARMS, CompareConfig
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.recipes import load_or_default, report_default
+from dann_experiments.config.suggestions import SuggestLabelsConfig
 from dann_experiments.config.weak_labels import WeakLabelsConfig
 from dann_experiments.workers.processes import prepare_workers
 
@@ -181,6 +182,16 @@ def _compare(request: Request) -> int:
     return 0
 
 
+def _suggest_labels(request: Request) -> int:
+    settings = load_settings(SuggestLabelsConfig, None, request.settings)
+    quiet_libraries()
+    from dann_experiments.comparison.suggest_labels import suggest_labels
+    from dann_experiments.reports.choices import print_suggestion
+
+    print_suggestion(suggest_labels(settings))
+    return 0
+
+
 def _runs(request: Request) -> int:
     config = _config(request)
     from dann_experiments.jobs.overview import overview
@@ -284,6 +295,13 @@ COMMANDS = {
             "runs": Option("compare these finished runs, without training anything", "ID", many=True),
         },
         settings={"settings of the comparison (in the file of arms, or as --key value)": CompareConfig, **SETTINGS},
+    ),
+    "suggest-labels": Command(
+        _suggest_labels,
+        "which arm of a comparison to trust without target labels, and which target tiles to label",
+        usage="--comparison ID [--count N] [--output FOLDER] [--KEY VALUE]",
+        settings={"settings (as --key value)": SuggestLabelsConfig},
+        short_names=False,
     ),
     "runs": _command(_runs, "show the newest runs of an experiment side by side"),
     "sync": _command(

@@ -141,6 +141,7 @@ class Job:
     PREDICT = "predict"
     WEAK_LABELS = "weak-labels"
     COMPARE = "compare"
+    SUGGEST_LABELS = "suggest-labels"
     SWEEP = "sweep"
     TRIAL = "trial"
 
@@ -197,6 +198,7 @@ class Tag:
     ARM = "dann.arm"
     KIND = "dann.kind"
     VERDICT = "dann.verdict"
+    CHOICE = "dann.choice"  # the arm that was chosen without target labels, or none
     STUDY = "dann.study"
     OBJECTIVE = "dann.objective"
     SWEEP_RUN_ID = "dann.sweep_run_id"

@@ -42,6 +42,7 @@ JOBS = (
     "predict",
     "weak-labels",
     "compare",
+    "suggest-labels",
     "runs",
     "sync",
     "doctor",

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from dann_experiments.comparison.arms import NO_CONTROL, arms_of, cells_of, check_arms, transductive
+from dann_experiments.comparison.choice import choice_of
 from dann_experiments.comparison.collect import PROBES, arms_of_runs, config_of, read_run, with_probe_of_the_start
 from dann_experiments.comparison.evidence import feature_clouds, panels
 from dann_experiments.comparison.floors import classes_of, floor_notes, floor_of
@@ -242,7 +243,7 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
         ignore_index=config.data.ignore_index, verdicts=verdicts, metric=metric, floor=floor,
         panels=panels(config, store, run_of_arm), panel_seed=pictured, features=features, feature_layer=layer,
         selection=_selection(runs, adapted), domains=len(config.data.domains), notes=notes,
-        parts=parts,
+        parts=parts, choice=choice_of(config, store, arms, runs) if len(adapted) > 1 or not metric else None,
     )  # fmt: skip
 
 
@@ -339,8 +340,12 @@ def _write(run: TrackedRun, comparison: Comparison, table: pd.DataFrame, links: 
     table.to_csv(tables / "scores.csv", index=False, float_format="%.6f")
     if comparison.parts is not None:
         comparison.parts.to_csv(tables / "parts.csv", index=False, float_format="%.6f")
+    kinds = {arm.name: arm.kind for arm in comparison.arms}
+    if comparison.choice is not None:
+        comparison.choice.table.to_csv(tables / "choice.csv", index=False, float_format="%.6f")
+        run.set_tags({Tag.CHOICE: comparison.choice.arm or "none"})
     rows = [
-        {"arm": one.arm, "seed": one.seed, "run_id": one.run_id, "reused": one.reused,
+        {"arm": one.arm, "kind": kinds[one.arm], "seed": one.seed, "run_id": one.run_id, "reused": one.reused,
          **{name: one.metrics[name] for name in (*TABLE_SCORES, *GAPS) if _has(one, name)}}
         for one in comparison.runs
     ]  # fmt: skip

@@ -48,7 +48,7 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
         albums: dict[str, Album] = {}
         for arm, run_id in run_of_arm.items():
             with torch.random.fork_rng(devices=[]):  # a new network draws random weights
-                network, normalizations = _model_of(run_id, list(shown), config, store)
+                network, normalizations = model_of_run(run_id, list(shown), config, store)
             own = {
                 one: dataset.with_normalization(normalizations[one] or dataset.normalization)
                 for one, dataset in shown.items()
@@ -72,7 +72,7 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
     ]
 
 
-def _model_of(
+def model_of_run(
     run_id: str, targets: Sequence[OneDomain], config: Config, store: Store
 ) -> tuple[nn.Module, dict[OneDomain, Normalization | None]]:
     """Return the network of a run and its normalization of the images of each target; None for a model trained only on the

@@ -17,6 +17,7 @@ from dann_experiments.config.comparison import Kind
 if TYPE_CHECKING:
     import pandas as pd
 
+    from dann_experiments.comparison.choice import Choice
     from dann_experiments.comparison.verdict import Verdict
 
 
@@ -95,6 +96,8 @@ class Comparison:
     """The table of `selection_quality.score_quality`: how well label-free scores choose."""
     parts: pd.DataFrame | None = None
     """The table of `parts.part_table`: what the adversary and each companion add; None without two arms to tell."""
+    choice: Choice | None = None
+    """The choice among the arms without target labels; None for one adapted arm whose target has labels."""
     domains: int = 2
     """Number of classes of the domain classifier."""
     notes: Sequence[str] = ()

@@ -144,6 +144,41 @@ def write_confidence(
         _publish(source, path)
 
 
+def write_window(image: Path, region: tuple[int, int, int, int], path: Path) -> None:
+    """Write a part of an image as a GeoTIFF of its own: all bands as stored, with georeference, nodata and colors.
+
+    `region`: left, top, right and bottom, in pixels of the image as displayed. Raises InputError if a file cannot be read or
+    written.
+    """
+    import rasterio
+    from rasterio.errors import RasterioError
+    from rasterio.windows import Window as FileWindow
+
+    left, top, right, bottom = region
+    try:
+        with _gdal(), open_raster(image) as file:
+            turned = orientation_of(file) != 1
+            if turned:  # photographs: small, and without georeference
+                values = TURNS[orientation_of(file)].shown(file.read())[:, top:bottom, left:right]
+            else:
+                window = FileWindow(left, top, right - left, bottom - top)  # pyright: ignore[reportCallIssue]
+                values = file.read(window=window)
+            with rasterio.open(
+                path, "w", driver="GTiff", height=values.shape[1], width=values.shape[2], count=file.count,
+                dtype=values.dtype, nodata=file.nodata, compress="deflate", photometric="MINISBLACK",
+            ) as made:  # fmt: skip
+                if not turned and (file.crs is not None or not file.transform.is_identity):
+                    made.crs, made.transform = file.crs, file.window_transform(window)
+                made.colorinterp, made.descriptions = file.colorinterp, file.descriptions
+                made.scales, made.offsets = file.scales, file.offsets
+                if file.colorinterp[0].name == "palette":
+                    made.write_colormap(1, file.colormap(1))
+                made.write(values)
+    except (OSError, RasterioError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"{path} cannot be written from {image}: {reason}.") from None
+
+
 def _new_tiff(
     path: Path, size: tuple[int, int], grid: Grid, factor: float, layer: Layer, nodata: float = NODATA
 ) -> DatasetWriter:

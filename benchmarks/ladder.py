@@ -1,0 +1,148 @@
+"""Methods by pairs of domains, and the regret of the choice without target labels: docs/ladder.md.
+
+    python -m benchmarks.ladder add "Yellowstone -> Soaproot" RUN_ID [--tracking_uri URI] [--set rule|test]
+    python -m benchmarks.ladder write
+
+`add` reads a finished comparison (`compare --arms ladder`) from its store into docs/ladder.csv, one line per arm and seed; lines
+of the same pair are replaced. `--set rule`: this pair was looked at while the rule of the choice was made; `test`: it was not.
+`write` makes the tables of docs/ladder.md and README.md from that file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.pages import DOCS, put
+from dann_experiments.comparison.choice import COLUMNS, chosen_arm
+from dann_experiments.names import Metric, Tag
+from dann_experiments.tracking.store import Store, open_store
+
+FILE = DOCS / "ladder.csv"
+JUDGED = (Metric.TARGET_TEST_IOU, Metric.TARGET_VAL_IOU)
+BASELINES = ("source_only", "control", "oracle")
+LEAST_GAIN, MOST_LOSS = 0.03, 0.01
+"""The goals: the chosen arm gains 3 points over source only on real pairs, and nowhere loses more than 1."""
+
+
+def read(store: Store, pair: str, run_id: str, role: str) -> pd.DataFrame:
+    """Return the lines of one comparison."""
+    with tempfile.TemporaryDirectory() as folder:
+        tables = Path(store.client.download_artifacts(run_id, "tables", folder))
+        runs, choice = pd.read_csv(tables / "runs.csv"), pd.read_csv(tables / "choice.csv")
+    outcomes = dict(one.rsplit(": ", 1) for one in store.client.get_run(run_id).data.tags[Tag.VERDICT].split("; "))
+    metric = next(name for name in JUDGED if name in runs.columns)
+    lines = []
+    for row in runs.to_dict("records"):
+        run = store.client.get_run(row["run_id"])
+        minutes = (run.info.end_time - run.info.start_time) / 60000
+        floor = run.data.metrics.get(Metric.floor(metric.removeprefix(Metric.IOU)), np.nan)
+        lines.append(
+            {
+                "pair": pair, "set": role, "arm": row["arm"], "seed": row["seed"], "run_id": row["run_id"],
+                "metric": metric, "score": row[metric], "floor": floor, "source": row.get(Metric.SOURCE_VAL_IOU, np.nan),
+                "minutes": minutes, "outcome": outcomes.get(row["arm"], ""), "kind": row["kind"],
+            }
+        )  # fmt: skip
+    return pd.DataFrame(lines).merge(choice.drop(columns="kind"), on="arm", how="left")
+
+
+def add(pair: str, run_id: str, uri: str | None, role: str) -> None:
+    """Put a comparison into the file."""
+    lines = read(open_store(uri, None, for_runs=False), pair, run_id, role)
+    known = pd.read_csv(FILE) if FILE.exists() else lines.iloc[:0]
+    pd.concat([known[known["pair"] != pair], lines]).to_csv(FILE, index=False, float_format="%.5f")
+
+
+def regrets(table: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per pair: the arm that the rule chooses without labels, what it gains and what it loses to the best arm."""
+    rows = []
+    for pair, lines in table.groupby("pair", sort=False):
+        scores = {arm: own.set_index("seed")["score"] for arm, own in lines.groupby("arm", sort=False)}
+        kinds = dict(zip(lines["arm"], lines["kind"], strict=True))
+        of_kind = {kind: scores[arm] for arm, kind in kinds.items() if kind in BASELINES}
+        candidates = lines.drop_duplicates("arm").dropna(subset="consensus").loc[:, list(COLUMNS)]
+        chosen, reason = chosen_arm(candidates)
+        best = max(candidates["arm"], key=lambda arm, of=scores: of[arm].mean())
+        taken = scores[chosen or next(arm for arm, kind in kinds.items() if kind == "source_only")]
+        control = of_kind.get("control")
+        rows.append(
+            {
+                "pair": pair, "set": lines["set"].iloc[0], "chosen": chosen or "none (source only)", "reason": reason,
+                "score": taken.mean(), "gain": (taken - of_kind["source_only"]).mean(),
+                "least gain": (taken - of_kind["source_only"]).min(),
+                "over control": np.nan if control is None else (taken - control).mean(),
+                "least over control": np.nan if control is None else (taken - control).min(),
+                "best": best, "regret": scores[best].mean() - taken.mean(),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def scores_table(table: pd.DataFrame) -> str:
+    """Return the table of arms by pairs: mean and standard deviation over seeds, with the verdict."""
+    pairs, arms = list(dict.fromkeys(table["pair"])), list(dict.fromkeys(table["arm"]))
+    marks = {
+        "helped": " **helped**",
+        "hurt": " hurt",
+        "at the floor": " floor",
+        "at the cost of a class": " class lost",
+    }
+    marks |= {"explained by BatchNorm statistics": " BatchNorm"}
+    lines = [f"| | {' | '.join(pairs)} |", "|" + "---|" * (len(pairs) + 1)]
+    for arm in arms:
+        cells = []
+        for pair in pairs:
+            own = table[(table["pair"] == pair) & (table["arm"] == arm)]
+            mark = marks.get(str(own["outcome"].iloc[0]), "") if len(own) else ""
+            cells.append(f"{100 * own['score'].mean():.1f} ± {100 * own['score'].std():.1f}{mark}" if len(own) else "")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    floors = [f"{100 * table.loc[table['pair'] == pair, 'floor'].mean():.1f}" for pair in pairs]
+    seeds = [str(table.loc[table["pair"] == pair, "seed"].nunique()) for pair in pairs]
+    minutes = [f"{table.loc[table['pair'] == pair, 'minutes'].sum():.0f}" for pair in pairs]
+    for name, cells in (("*floor*", floors), ("*seeds*", seeds), ("*minutes of all runs*", minutes)):
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def choice_text(found: pd.DataFrame) -> str:
+    """Return the table of choices, and how the goals were met."""
+    columns = (
+        "pair", "for the rule", "chosen without labels", "over source only", "least seed", "over control", "least seed",
+        "best arm", "regret",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for row in found.to_dict("records"):
+        numbers = [f"{100 * row[key]:+.1f}" for key in ("gain", "least gain", "over control", "least over control")]
+        seen = "made with it" if row["set"] == "rule" else "not seen"
+        lines.append(
+            f"| {row['pair']} | {seen} | {row['chosen']} | {' | '.join(numbers)} | {row['best']} | {100 * row['regret']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def write() -> None:
+    """Make the tables anew."""
+    table = pd.read_csv(FILE)
+    put("ladder.md", "scores", scores_table(table))
+    put("ladder.md", "choice", choice_text(regrets(table)))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    adding = commands.add_parser("add")
+    adding.add_argument("pair")
+    adding.add_argument("run_id")
+    adding.add_argument("--tracking_uri")
+    adding.add_argument("--set", choices=("rule", "test"), default="test")
+    commands.add_parser("write")
+    given = parser.parse_args()
+    if given.command == "add":
+        add(given.pair, given.run_id, given.tracking_uri, given.set)
+    else:
+        write()

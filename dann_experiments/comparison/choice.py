@@ -1,0 +1,131 @@
+"""Chooses among the arms of a comparison without target labels, from the maps and the metrics of their runs.
+
+The rule, and how well it did on pairs with labels: docs/selection.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dann_experiments.comparison.disagreement import votes_on
+from dann_experiments.comparison.result import Arm, ArmRun
+from dann_experiments.comparison.target_maps import TargetMaps, maps_of
+from dann_experiments.config import Config
+from dann_experiments.config.store_names import labels_in_store
+from dann_experiments.names import SOURCE_VAL, Metric
+from dann_experiments.prediction.rasters import NODATA
+from dann_experiments.scores.agreement import count_agreement, kappa
+from dann_experiments.scores.selection import SCORES
+from dann_experiments.tracking.store import Store
+
+log = logging.getLogger(__name__)
+
+COLUMNS = (
+    "arm", "kind", "seeds", "source_kept", *(name.removeprefix(Metric.SELECT) for name in SCORES), "seed_agreement", "consensus",
+    "share_distance",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the scores without labels say about the arms."""
+
+    table: pd.DataFrame
+    """One row per arm: `COLUMNS`, see `choice_table`."""
+    arm: str | None
+    """The arm to trust; None = no choice without labels."""
+    reason: str
+
+    @property
+    def line(self) -> str:
+        """The choice in one sentence."""
+        return (
+            f"Chosen without labels: {self.arm}. {self.reason}"
+            if self.arm
+            else f"Cannot choose without labels. {self.reason}"
+        )
+
+
+def choice_table(
+    arms: Sequence[Arm], runs: Sequence[ArmRun], maps: TargetMaps, class_names: Sequence[str]
+) -> pd.DataFrame:
+    """Return the scores without labels of each arm that has maps.
+
+    - `source_kept`: share of the seeds whose source is kept (docs/selection.md); NaN if that is not known.
+    - `entropy`, `infomax`, `snd`, `bnm`: means over seeds of the `select/` metrics; NaN where runs do not have them.
+    - `seed_agreement`: mean Cohen's kappa of the maps of two seeds, over all pairs; NaN with one seed.
+    - `consensus`: mean kappa of the maps with the majority of all *other* arms, each with one vote (after
+      EnsV, Hu et al. 2023, which compares with the mean of all candidates' probabilities).
+    - `share_distance`: how far the mean predicted class shares are from the source's true ones, as the share of pixels that would
+      have to change (total variation), 0..1.
+    """
+    count = len(class_names)
+    whole = slice(0, sum(tile.size[0] * tile.size[1] for tile in maps.tiles))
+    votes = {arm: votes_on(maps, whole, count, [arm]) for arm in maps.arms}
+    total = np.sum(list(votes.values()), 0)
+    expected = _source_shares(runs, class_names)
+    rows = []
+    for arm in (one for one in arms if one.name in votes):
+        own, of_seeds = [run for run in runs if run.arm == arm.name], maps.of(arm.name)
+        others = (total - votes[arm.name]).argmax(0).astype(np.uint8)
+        pairs = itertools.combinations(of_seeds.values(), 2)
+        shares = np.mean([_shares(ids, count) for ids in of_seeds.values()], 0)
+        rows.append(
+            {
+                "arm": arm.name, "kind": arm.kind, "seeds": len(of_seeds), "source_kept": _mean(own, Metric.SOURCE_KEPT),
+                **{name.removeprefix(Metric.SELECT): _mean(own, name) for name in SCORES},
+                "seed_agreement": _mean_of(kappa(count_agreement(one, other, count, NODATA)) for one, other in pairs),
+                "consensus": _mean_of(kappa(count_agreement(ids, others, count, NODATA)) for ids in of_seeds.values())
+                if len(votes) > 1 else math.nan,
+                "share_distance": float(np.abs(shares - expected).sum() / 2),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _shares(ids: np.ndarray, count: int) -> np.ndarray:
+    pixels = np.bincount(ids, minlength=256)[:count]
+    return pixels / max(pixels.sum(), 1)
+
+
+def _source_shares(runs: Sequence[ArmRun], class_names: Sequence[str]) -> np.ndarray:
+    """Return the source's true class shares (K,), NaN if no run has them."""
+    names = [f"{Metric.TRUE_SHARE}{SOURCE_VAL}/{name}" for name in labels_in_store(class_names).values()]
+    known = next((run.metrics for run in runs if any(name in run.metrics for name in names)), {})
+    shares = np.array([known.get(name, 0.0) for name in names])
+    return shares if shares.any() else np.full(len(names), np.nan)
+
+
+def _mean(runs: Sequence[ArmRun], metric: str) -> float:
+    return _mean_of(run.metrics[metric] for run in runs if metric in run.metrics)
+
+
+def _mean_of(values) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def choice_of(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[ArmRun]) -> Choice | None:
+    """Predict the target's training images with all models and choose; None, with a warning, if images or models are missing."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            maps = maps_of(config, store, arms, runs, Path(folder))
+            return choose(arms, runs, maps, config.class_names)
+    except (OSError, ValueError) as error:  # ValueError includes InputError
+        log.warning("There is no choice without target labels: %s", error)
+        return None
+
+
+def choose(arms: Sequence[Arm], runs: Sequence[ArmRun], maps: TargetMaps, class_names: Sequence[str]) -> Choice:
+    """Return the choice among the arms that have maps."""
+    table = choice_table(arms, runs, maps, class_names)
+    return Choice(table, None, "")
