@@ -16,7 +16,7 @@ from torch import nn
 
 from dann_experiments.comparison.evidence import model_of_run
 from dann_experiments.comparison.result import Arm, ArmRun
-from dann_experiments.config import Config, InputError
+from dann_experiments.config import Config, InputError, replace
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.reading import Normalization
 from dann_experiments.jobs.build import find_data
@@ -28,6 +28,8 @@ from dann_experiments.tracking.store import Store
 from dann_experiments.training.scoring import predict_images
 
 log = logging.getLogger(__name__)
+LEFT_OUT = ("oracle", "test_statistics")
+"""Kinds of arms without maps: oracles know target labels, and test-time BN would be AdaBN, as the tiles are training images."""
 MOST_TILES = 200
 """Tiles that are compared, per target domain, spread evenly over its training images."""
 
@@ -82,10 +84,12 @@ def maps_of(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
     """Predict tiles of data.target.train, whole and without augmentation, with the model of each run; maps are files in `folder`.
 
     The model of an arm of kind statistics is that of its source run, with BatchNorm statistics of data.target.train; other arms
-    have a model of their own. Oracles, which know target labels, are left out. Raises InputError for missing images or models.
+    have a model of their own. Arms of the kinds in `LEFT_OUT` have no maps. Raises InputError for missing images or models.
     """
     kinds = {arm.name: arm.kind for arm in arms}
-    read = find_data(config, (SOURCE_TRAIN, TARGET_TRAIN)).read(ahead=False)
+    # windows at random places would overlap
+    grid = replace(config, {"data.windows": "grid", "data.window_count": None})
+    read = find_data(grid, (SOURCE_TRAIN, TARGET_TRAIN)).read(ahead=False)
     sets = {name.one: one.as_evaluated(MOST_TILES) for name, one in read.parts(TARGET_TRAIN).items()}
     if not sets:
         raise InputError(
@@ -94,7 +98,7 @@ def maps_of(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
     tiles = list(_tiles(sets))
     nodata = np.concatenate([_nodata(sets[tile.domain], tile) for tile in tiles])
     sources = {run.seed: run.run_id for run in runs if kinds[run.arm] == "source_only"}
-    used = [run for run in runs if kinds[run.arm] != "oracle"]
+    used = [run for run in runs if kinds[run.arm] not in LEFT_OUT]
     ids = {}
     for number, run in enumerate(used):
         with_statistics = kinds[run.arm] == "statistics"
