@@ -17,9 +17,11 @@ from markupsafe import escape
 from PIL import Image
 
 from dann_experiments.comparison import report
+from dann_experiments.comparison.choice import Choice
 from dann_experiments.comparison.report import draw_summary, write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison, FeatureCloud, Panel
 from dann_experiments.comparison.verdict import judge
+from dann_experiments.config.comparison import KIND_WORDS, KINDS
 from dann_experiments.reports.colors import IGNORED_COLOR, TEAL, class_colors, paint
 from dann_experiments.reports.images import tile_iou
 from dann_experiments.reports.plots import features
@@ -229,7 +231,7 @@ def test_the_page_comes_in_the_order_in_which_it_is_read(page):
     headings = re.findall(r"<h[12]>(.*?)</h[12]>", page.source)
     assert [re.sub("<.*?>", "", heading) for heading in headings] == [
         "mnist → mnist-m", "▲ Helped: DANN", "Scores", "During training", "Predictions", "Classes",
-        "Is the domain gap smaller?", "Choosing without target labels", "Runs", "Settings in which the arms differ",
+        "Is the domain gap smaller?", "Choosing an epoch without target labels", "Runs", "Settings in which the arms differ",
     ]  # fmt: skip
 
 
@@ -519,3 +521,19 @@ def test_the_legend_shows_the_colors_of_the_tiles_in_any_theme(tmp_path):
     shown = re.findall(r"background: ([^\"]*)", legend)
     wanted = ["#" + bytes(color).hex() for color in paint(np.arange(8)[None], 8)[0]]
     assert shown == [*wanted, IGNORED_COLOR]
+
+
+def test_every_kind_of_arm_has_its_words_and_color(tmp_path):
+    arms = [Arm(kind, kind) for kind in KINDS]
+    write_page(tmp_path / "report.html", changed(example(seeds=1), arms=arms))
+    page = (tmp_path / "report.html").read_text()
+    assert set(KIND_WORDS) == set(KINDS)
+    assert all(str(escape(words)) in page for words in KIND_WORDS.values())
+    assert set(report.KIND_COLORS) == set(KINDS) - {"adapted"}
+
+
+def test_the_choice_without_labels_is_on_the_page(tmp_path):
+    row = {"arm": "DANN", "source_kept": 1.0, "seed_agreement": 0.5, "consensus": 0.25, "share_distance": 0.1}
+    choice = Choice(pd.DataFrame([row]), "DANN", "It agrees best.")
+    write_page(tmp_path / "report.html", changed(example(seeds=1), choice=choice))
+    assert "Chosen without labels: DANN. It agrees best." in (tmp_path / "report.html").read_text()

@@ -25,6 +25,7 @@ from dann_experiments.comparison.verdict import (
     Verdict,
     paired,
 )
+from dann_experiments.config.comparison import KIND_WORDS
 from dann_experiments.config.store_names import labels_in_store
 from dann_experiments.names import CURVES, DOMAINS, Metric, SetName, Tag
 from dann_experiments.reports import images, pages
@@ -96,6 +97,7 @@ def write_page(path: Path, comparison: Comparison, links: Mapping[str, str] = {}
         path,
         "comparison.html.j2",
         comparison=comparison,
+        kind_words=KIND_WORDS,
         seeds=len({run.seed for run in comparison.runs}),
         colors=arm_colors(comparison.arms),
         outcome_marks=OUTCOME_MARKS,

@@ -23,6 +23,15 @@ ARM_NAMES: Mapping[Kind, str] = {
     "adapted": "DANN",
     "oracle": "oracle",
 }
+KIND_WORDS: Mapping[Kind, str] = {
+    "source_only": "the unadapted source model",
+    "statistics": "the source model with BatchNorm statistics of the target",
+    "test_statistics": "the source model with BatchNorm statistics of the scored images",
+    "control": "target images forwarded, lambda = 0",
+    "adapted": "adapted",
+    "oracle": "trained with target labels",
+}
+"""What an arm of each kind is, for the report."""
 DEFAULT_ARMS: Mapping[str, Mapping[str, Any]] = {
     name: {"kind": kind} for kind, name in ARM_NAMES.items() if kind != "test_statistics"
 }
