@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_SHOWN = 20  # tiles
-SHOWN = ("source_kept", "seed_agreement", "consensus", "share_distance")  # the others are in tables/choice.csv
+SHOWN = {
+    "source_kept": "source kept", "seed_agreement": "seed agreement", "consensus": "consensus", "share_distance": "share distance",
+}  # fmt: skip
+"""Column of the table -> heading; the other columns are in tables/choice.csv."""
 
 
 def print_choice(table: pd.DataFrame, line: str) -> None:
@@ -25,9 +28,7 @@ def print_choice(table: pd.DataFrame, line: str) -> None:
         [str(row["arm"]), *(cell(float(row[name])) for name in scores), str(row["seeds"])]
         for row in table.to_dict("records")
     ]
-    print_table(
-        "Without target labels (docs/selection.md)", ["", *(name.replace("_", " ") for name in scores), "seeds"], rows
-    )
+    print_table("Without target labels (docs/selection.md)", ["", *(SHOWN[name] for name in scores), "seeds"], rows)
     Console().print(f"[bold]{escape(line)}[/bold]")
 
 
