@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 20  # tiles
 SHOWN = {
-    "source_kept": "source kept", "seed_agreement": "seed agreement", "consensus": "consensus", "share_distance": "share distance",
-}  # fmt: skip
+    "source_kept": "source kept",
+    "seed_agreement": "seed agreement",
+    "consensus": "consensus",
+    "share_distance": "share distance",
+}
 """Column of the table -> heading; the other columns are in tables/choice.csv."""
 
 
