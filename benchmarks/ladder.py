@@ -24,6 +24,10 @@ from dann_experiments.tracking.store import Store, open_store
 
 FILE = DOCS / "ladder.csv"
 JUDGED = (Metric.TARGET_TEST_IOU, Metric.TARGET_VAL_IOU)
+OTHERS = {
+    "seed_agreement": 1, "consensus": 1, "share_distance": -1, "entropy": -1, "infomax": 1, "snd": 1, "bnm": 1, "source": 1,
+}  # fmt: skip
+"""Scores without target labels -> 1 if more is better, else -1; source: the IoU of the source's validation images."""
 BASELINES = ("source_only", "control", "oracle")
 LEAST_GAIN, MOST_LOSS = 0.03, 0.01
 """The goals: the chosen arm gains 3 points over source only on real pairs, and nowhere loses more than 1."""
@@ -98,7 +102,7 @@ def scores_table(table: pd.DataFrame) -> str:
         cells = []
         for pair in pairs:
             own = table[(table["pair"] == pair) & (table["arm"] == arm)]
-            mark = marks.get(str(own["outcome"].iloc[0]), "") if len(own) else ""
+            mark = marks.get(str(next(iter(own["outcome"]))), "") if len(own) else ""
             cells.append(f"{100 * own['score'].mean():.1f} ± {100 * own['score'].std():.1f}{mark}" if len(own) else "")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     floors = [f"{100 * table.loc[table['pair'] == pair, 'floor'].mean():.1f}" for pair in pairs]
@@ -125,11 +129,34 @@ def choice_text(found: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def others_text(table: pd.DataFrame) -> str:
+    """Return what other scores would have chosen: gain over source only and regret on each pair, among plausible arms."""
+    pairs = list(dict.fromkeys(table["pair"]))
+    lines = [f"| score | {' | '.join(pairs)} | worst gain | mean regret |", "|" + "---|" * (len(pairs) + 3)]
+    for score, sign in OTHERS.items():
+        cells, gains, lost = [], [], []
+        for pair in pairs:
+            lines_of = table[table["pair"] == pair]
+            means = lines_of.groupby("arm")["score"].mean()
+            source = next(
+                arm for arm, kind in zip(lines_of["arm"], lines_of["kind"], strict=True) if kind == "source_only"
+            )
+            rows = lines_of.drop_duplicates("arm").dropna(subset=["consensus", score]).to_dict("records")
+            kept = [row for row in rows if not row["source_kept"] <= 0.5 and not row["guard"] >= 0.5]
+            taken = max(kept, key=lambda row: sign * row[score])["arm"]
+            gains.append(means[taken] - means[source])
+            lost.append(max(means[row["arm"]] for row in rows) - means[taken])
+            cells.append(f"{taken} {100 * gains[-1]:+.1f}")
+        lines.append(f"| `{score}` | {' | '.join(cells)} | {100 * min(gains):+.1f} | {100 * np.mean(lost):.1f} |")
+    return "\n".join(lines)
+
+
 def write() -> None:
     """Make the tables anew."""
     table = pd.read_csv(FILE)
     put("ladder.md", "scores", scores_table(table))
     put("ladder.md", "choice", choice_text(regrets(table)))
+    put("ladder.md", "others", others_text(table))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import rasterio
 from conftest import small_settings, write_raster
@@ -15,7 +16,8 @@ from sklearn.metrics import cohen_kappa_score
 
 from dann_experiments import load_config
 from dann_experiments.__main__ import main
-from dann_experiments.comparison.choice import choice_table
+from dann_experiments.comparison import choice
+from dann_experiments.comparison.choice import choice_table, chosen_arm
 from dann_experiments.comparison.compare import compare
 from dann_experiments.comparison.disagreement import disagreement_of, most_disputed
 from dann_experiments.comparison.result import Arm, ArmRun
@@ -145,3 +147,38 @@ def test_only_a_comparison_can_be_asked(compared, given, said, capsys, monkeypat
     run_id = given if given == "nothing" else result.comparison.runs[-1].run_id
     assert main(["suggest-labels", "--comparison", run_id, "--tracking.uri", f"sqlite:///{folder}/mlflow.db"]) == 2
     assert said in capsys.readouterr().err
+
+
+def row_of(arm: str, agreement: float, kept: float = 1.0, guard: float = 0.0) -> dict[str, object]:
+    return {"arm": arm, "seed_agreement": agreement, "source_kept": kept, "guard": guard}
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("rows", "arm", "said"),
+    [
+        ([row_of("source", 0.5, guard=NAN), row_of("DANN", 0.7), row_of("BN", 0.6, NAN, NAN)], "DANN", "kappa 0.70"),
+        (
+            [row_of("source", 0.5), row_of("forgot", 0.9, kept=0.5), row_of("wild", 0.8, guard=0.5)],
+            "source",
+            "forgot, wild",
+        ),
+        ([row_of("source", NAN), row_of("DANN", NAN)], None, "two seeds"),
+        ([row_of("source", 0.1), row_of("DANN", 0.15)], None, "at most kappa 0.15"),
+        ([row_of("source", 0.9, kept=0.0)], None, "label some tiles"),
+    ],
+)
+def test_the_rule_takes_the_arm_whose_seeds_agree_most_unless_it_is_implausible(rows, arm, said):
+    chosen, reason = chosen_arm(pd.DataFrame(rows))
+    assert chosen == arm
+    assert said in reason
+
+
+def test_many_pixels_are_counted_in_parts(monkeypatch):
+    found = maps(3, a=[[0, 1, 0, 1] * 3], b=[[0, 1, 1, 1] * 3], c=[[0, 1, 0, 1] * 3])
+    arms = [Arm(name, "adapted") for name in "abc"]
+    whole = choice_table(arms, [], found, ["ground", "tree"])
+    monkeypatch.setattr(choice, "CHUNK", 5)
+    assert choice_table(arms, [], found, ["ground", "tree"]).equals(whole)

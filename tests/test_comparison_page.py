@@ -533,7 +533,14 @@ def test_every_kind_of_arm_has_its_words_and_color(tmp_path):
 
 
 def test_the_choice_without_labels_is_on_the_page(tmp_path):
-    row = {"arm": "DANN", "source_kept": 1.0, "seed_agreement": 0.5, "consensus": 0.25, "share_distance": 0.1}
+    row = {
+        "arm": "DANN",
+        "source_kept": 1.0,
+        "guard": 0.0,
+        "seed_agreement": 0.5,
+        "consensus": 0.25,
+        "share_distance": 0.1,
+    }
     choice = Choice(pd.DataFrame([row]), "DANN", "It agrees best.")
     write_page(tmp_path / "report.html", changed(example(seeds=1), choice=choice))
     assert "Chosen without labels: DANN. It agrees best." in (tmp_path / "report.html").read_text()

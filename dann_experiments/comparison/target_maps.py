@@ -65,6 +65,11 @@ class TargetMaps:
     sets: Mapping[OneDomain, SegmentationDataset] = field(repr=False, default_factory=dict)
 
     @property
+    def pixels(self) -> int:
+        """Number of pixels of all tiles."""
+        return sum(tile.size[0] * tile.size[1] for tile in self.tiles)
+
+    @property
     def arms(self) -> list[str]:
         """The arms with maps, in their order."""
         return list(dict.fromkeys(arm for arm, _ in self.ids))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MOST_SHOWN = 20  # tiles
 SHOWN = {
     "source_kept": "source kept",
+    "guard": "guard warned",
     "seed_agreement": "seed agreement",
     "consensus": "consensus",
     "share_distance": "share distance",
