@@ -11,8 +11,11 @@ of the same pair are replaced. `--set rule`: this pair was looked at while the r
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -131,24 +134,29 @@ def choice_text(found: pd.DataFrame) -> str:
 
 def others_text(table: pd.DataFrame) -> str:
     """Return what other scores would have chosen: gain over source only and regret on each pair, among plausible arms."""
-    pairs = list(dict.fromkeys(table["pair"]))
-    lines = [f"| score | {' | '.join(pairs)} | worst gain | mean regret |", "|" + "---|" * (len(pairs) + 3)]
+    lines_of: dict[str, list[dict[str, Any]]] = {}
+    for line in table.to_dict("records"):
+        lines_of.setdefault(str(line["pair"]), []).append({str(key): value for key, value in line.items()})
+    found = [f"| score | {' | '.join(lines_of)} | worst gain | mean regret |", "|" + "---|" * (len(lines_of) + 3)]
     for score, sign in OTHERS.items():
         cells, gains, lost = [], [], []
-        for pair in pairs:
-            lines_of = table[table["pair"] == pair]
-            means = lines_of.groupby("arm")["score"].mean()
-            source = next(
-                arm for arm, kind in zip(lines_of["arm"], lines_of["kind"], strict=True) if kind == "source_only"
-            )
-            rows = lines_of.drop_duplicates("arm").dropna(subset=["consensus", score]).to_dict("records")
+        for lines in lines_of.values():
+            means = {arm: np.mean([line["score"] for line in lines if line["arm"] == arm]) for arm in arms_in(lines)}
+            source = means[next(line["arm"] for line in lines if line["kind"] == "source_only")]
+            rows = [line for line in {one["arm"]: one for one in lines}.values() if not math.isnan(line["consensus"])]
             kept = [row for row in rows if not row["source_kept"] <= 0.5 and not row["guard"] >= 0.5]
-            taken = max(kept, key=lambda row: sign * row[score])["arm"]
-            gains.append(means[taken] - means[source])
+            known = [row for row in kept if not math.isnan(row[score])]
+            taken = max(known, key=lambda row: sign * row[score])["arm"]
+            gains.append(means[taken] - source)
             lost.append(max(means[row["arm"]] for row in rows) - means[taken])
             cells.append(f"{taken} {100 * gains[-1]:+.1f}")
-        lines.append(f"| `{score}` | {' | '.join(cells)} | {100 * min(gains):+.1f} | {100 * np.mean(lost):.1f} |")
-    return "\n".join(lines)
+        found.append(f"| `{score}` | {' | '.join(cells)} | {100 * min(gains):+.1f} | {100 * np.mean(lost):.1f} |")
+    return "\n".join(found)
+
+
+def arms_in(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the arms, in order."""
+    return list(dict.fromkeys(line["arm"] for line in lines))
 
 
 def write() -> None:
