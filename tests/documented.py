@@ -548,6 +548,7 @@ CLUSTER = "addresses of a cluster; tests/test_sweep_cluster.py runs a real Ray c
 INSTALLED = "a program of the installed package: tests/test_package.py runs it with other words"
 INSTALLS = "installs packages from the network"
 NOT_RUN: Mapping[str, str] = {
+    "python -m dann_experiments suggest-labels --comparison RUN_ID --count 10 --output tiles": "run in tests/test_choice.py",
     "make test": "the suite that this test is part of",
     "make test-browser": "tests of its own, which need a Chromium; CI runs them",
     "make install": INSTALLS,
