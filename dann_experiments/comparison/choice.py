@@ -26,6 +26,7 @@ from dann_experiments.prediction.rasters import NODATA
 from dann_experiments.scores.agreement import count_agreement, kappa
 from dann_experiments.scores.selection import SCORES
 from dann_experiments.tracking.store import Store
+from dann_experiments.training.random_states import torch_threads
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def _mean_of(values) -> float:
 def choice_of(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[ArmRun]) -> Choice | None:
     """Predict the target's training images with all models and choose; None, with a warning, if images or models are missing."""
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, torch_threads(config.threads):
             maps = maps_of(config, store, arms, runs, Path(folder))
             return choose(arms, runs, maps, config.class_names)
     except (OSError, ValueError) as error:  # ValueError includes InputError

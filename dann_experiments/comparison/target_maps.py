@@ -5,6 +5,7 @@ Letters: P pixels of all tiles, one after the other; h x w pixels of a tile.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,17 +22,19 @@ from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.reading import Normalization
 from dann_experiments.jobs.build import find_data
 from dann_experiments.models.batchnorm import statistics_loader, target_statistics
+from dann_experiments.models.networks import logits_of_any_size, predicted_classes
+from dann_experiments.models.taps import evaluating
 from dann_experiments.names import SOURCE_TRAIN, TARGET_TRAIN, OneDomain
 from dann_experiments.prediction.rasters import NODATA
 from dann_experiments.reports.images import display_image
 from dann_experiments.tracking.store import Store
-from dann_experiments.training.scoring import predict_images
 
 log = logging.getLogger(__name__)
 LEFT_OUT = ("oracle", "test_statistics")
 """Kinds of arms without maps: oracles know target labels, and test-time BN would be AdaBN, as the tiles are training images."""
-MOST_TILES = 200
-"""Tiles that are compared, per target domain, spread evenly over its training images."""
+MOST_TILES, MOST_PIXELS = 200, 4_000_000
+"""Tiles that are compared, and their pixels, per target domain, spread evenly over its training images."""
+BATCH = 8  # tiles
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def maps_of(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
     # windows at random places would overlap
     grid = replace(config, {"data.windows": "grid", "data.window_count": None})
     read = find_data(grid, (SOURCE_TRAIN, TARGET_TRAIN)).read(ahead=False)
-    sets = {name.one: one.as_evaluated(MOST_TILES) for name, one in read.parts(TARGET_TRAIN).items()}
+    sets = {name.one: one.as_evaluated(_most(one)) for name, one in read.parts(TARGET_TRAIN).items()}
     if not sets:
         raise InputError(
             "data.target.train lists no images, so there is nothing to compare; add target images (no masks needed)."
@@ -124,6 +127,12 @@ def maps_of(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
         ids[run.arm, run.seed] = np.load(path, mmap_mode="r")
         log.info("Maps of %s, seed %d [%d of %d runs].", run.arm, run.seed, number + 1, len(used))
     return TargetMaps(tiles, ids, sets)
+
+
+def _most(dataset: SegmentationDataset) -> int:
+    """Return how many tiles of a set are compared."""
+    largest = max((piece.window.height * piece.window.width for piece in dataset.pieces), default=1)
+    return max(min(MOST_TILES, MOST_PIXELS // largest), 1)
 
 
 def _tiles(sets: Mapping[OneDomain, SegmentationDataset]):
@@ -155,5 +164,12 @@ def _predicted(
     tiles: Sequence[Tile],
 ) -> np.ndarray:
     read = {one: _normalized(dataset, normalizations[one]) for one, dataset in sets.items()}
-    maps = [predict_images(network, [read[tile.domain][tile.number]["image"]])[0].ravel() for tile in tiles]
-    return np.concatenate(maps).astype(np.uint8)
+    found: list[np.ndarray] = []
+    device = next(network.parameters()).device
+    with evaluating(network):
+        for _, group in itertools.groupby(tiles, key=lambda tile: tile.size):
+            alike = list(group)
+            for some in (alike[start : start + BATCH] for start in range(0, len(alike), BATCH)):
+                images = torch.stack([read[tile.domain][tile.number]["image"] for tile in some]).to(device)
+                found.append(predicted_classes(logits_of_any_size(network, images)).cpu().numpy().ravel())
+    return np.concatenate(found).astype(np.uint8)

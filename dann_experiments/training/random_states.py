@@ -15,6 +15,18 @@ from dann_experiments.training import ranks
 
 
 @contextlib.contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Use `threads` torch threads in the block (None = as before)."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def seeded(seed: int, threads: int | None = None) -> Iterator[None]:
     """Seed all random generators, and use `threads` torch threads in the block (None = as before). The number of threads and the
     determinism settings are restored at its end."""
@@ -22,15 +34,13 @@ def seeded(seed: int, threads: int | None = None) -> Iterator[None]:
     filling = exact.fill_uninitialized_memory
     # it would fill each new tensor before use, only to make reading uninitialized memory visible
     exact.fill_uninitialized_memory = False
-    threads_before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    reseed(seed)
     try:
-        yield
+        with torch_threads(threads):
+            reseed(seed)
+            yield
     finally:
-        torch.set_num_threads(threads_before)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         exact.fill_uninitialized_memory = filling
 
