@@ -90,6 +90,7 @@ def test_the_scores_of_an_arm():
     assert table["seed_agreement"].to_dict() == {"source": 1.0, "dann": 0.0, "other": 1.0}
     # dann's seeds against the majority of source and other, [0, 0, 1, 1]: 1 and 0
     assert table.loc["dann", "consensus"] == pytest.approx(0.5)
+    assert table.loc["dann", "agreement"] == pytest.approx(0.25)
     assert table["share_distance"].tolist() == pytest.approx([0.25] * 3), "half of the pixels are trees, not a quarter"
 
 
@@ -150,7 +151,8 @@ def test_only_a_comparison_can_be_asked(compared, given, said, capsys, monkeypat
 
 
 def row_of(arm: str, agreement: float, kept: float = 1.0, guard: float = 0.0) -> dict[str, object]:
-    return {"arm": arm, "seed_agreement": agreement, "source_kept": kept, "guard": guard}
+    both = {"seed_agreement": agreement + 0.1, "consensus": agreement - 0.1, "agreement": agreement}
+    return {"arm": arm, **both, "source_kept": kept, "guard": guard}
 
 
 NAN = math.nan
@@ -159,7 +161,11 @@ NAN = math.nan
 @pytest.mark.parametrize(
     ("rows", "arm", "said"),
     [
-        ([row_of("source", 0.5, guard=NAN), row_of("DANN", 0.7), row_of("BN", 0.6, NAN, NAN)], "DANN", "kappa 0.70"),
+        (
+            [row_of("source", 0.5, guard=NAN), row_of("DANN", 0.7), row_of("BN", 0.6, NAN, NAN)],
+            "DANN",
+            "kappa 0.80 from seed to seed, 0.60 with",
+        ),
         (
             [row_of("source", 0.5), row_of("forgot", 0.9, kept=0.5), row_of("wild", 0.8, guard=0.5)],
             "source",
@@ -170,7 +176,7 @@ NAN = math.nan
         ([row_of("source", 0.9, kept=0.0)], None, "label some tiles"),
     ],
 )
-def test_the_rule_takes_the_arm_whose_seeds_agree_most_unless_it_is_implausible(rows, arm, said):
+def test_the_rule_takes_the_arm_whose_maps_agree_most_unless_it_is_implausible(rows, arm, said):
     chosen, reason = chosen_arm(pd.DataFrame(rows))
     assert chosen == arm
     assert said in reason

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 
@@ -18,8 +19,9 @@ MOST_SHOWN = 20  # tiles
 SHOWN = {
     "source_kept": "source kept",
     "guard": "guard warned",
-    "seed_agreement": "seed agreement",
-    "consensus": "consensus",
+    "seed_agreement": "of seeds",
+    "consensus": "of arms",
+    "agreement": "agreement",
     "share_distance": "share distance",
 }
 """Column of the table -> heading; the other columns are in tables/choice.csv."""
@@ -32,7 +34,8 @@ def print_choice(table: pd.DataFrame, line: str) -> None:
         [str(row["arm"]), *(cell(float(row[name])) for name in scores), str(row["seeds"])]
         for row in table.to_dict("records")
     ]
-    print_table("Without target labels (docs/selection.md)", ["", *(SHOWN[name] for name in scores), "seeds"], rows)
+    heads = ["", *(SHOWN[name] for name in scores), "seeds"]
+    print_table("Without target labels (docs/selection.md)", heads, rows, SIMPLE)
     Console().print(f"[bold]{escape(line)}[/bold]")
 
 
