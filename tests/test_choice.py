@@ -172,7 +172,7 @@ NAN = math.nan
             "forgot, wild",
         ),
         ([row_of("source", NAN), row_of("DANN", NAN)], None, "two seeds"),
-        ([row_of("source", 0.1), row_of("DANN", 0.15)], None, "at most kappa 0.15"),
+        ([row_of("source", 0.1), row_of("DANN", 0.15)], None, "kappa at most 0.15"),
         ([row_of("source", 0.9, kept=0.0)], None, "label some tiles"),
     ],
 )

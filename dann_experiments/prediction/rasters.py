@@ -158,10 +158,10 @@ def write_window(image: Path, region: tuple[int, int, int, int], path: Path) -> 
     try:
         with _gdal(), open_raster(image) as file:
             turned = orientation_of(file) != 1
+            window = FileWindow(left, top, right - left, bottom - top)  # pyright: ignore[reportCallIssue]
             if turned:  # photographs: small, and without georeference
                 values = TURNS[orientation_of(file)].shown(file.read())[:, top:bottom, left:right]
             else:
-                window = FileWindow(left, top, right - left, bottom - top)  # pyright: ignore[reportCallIssue]
                 values = file.read(window=window)
             with rasterio.open(
                 path, "w", driver="GTiff", height=values.shape[1], width=values.shape[2], count=file.count,
