@@ -426,6 +426,9 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python -m sweeps run --space sweeps/wide.yaml --config mine.yaml --n_trials 40": Example(
             "squares", "--workers 1", {"n_trials": "3"}, slow=True
         ),
+        "python -m sweeps run --space sweeps/ladder.yaml --config mine.yaml --n_trials 40": Example(
+            "squares", "--workers 1", {"n_trials": "3"}, slow=True
+        ),
         "python -m sweeps status --study dann-digits": Example("digits", after="dann_digits", slow=True),
         "python -m sweeps resume --study dann-digits": Example("digits", after="dann_digits", slow=True),
         "python -m sweeps report --study dann-digits": Example("digits", after="dann_digits", slow=True),
@@ -535,6 +538,11 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
         "python -m sweeps run --space sweeps/dann.yaml --config recipes/digits.yaml --n_trials 20": digits(
             instead={"n_trials": "2"}
+        ),
+    },
+    ("sweeps/ladder.yaml", "header"): {
+        "python -m sweeps run --space sweeps/ladder.yaml --config mine.yaml --n_trials 40 --objective select/bnm": Example(
+            "squares", "--workers 1", {"n_trials": "2"}, slow=True
         ),
     },
     ("sweeps/wide.yaml", "header"): {

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import rasterio
 from conftest import small_settings, write_raster
+from PIL import Image
 from rasterio.transform import from_origin
 from sklearn.metrics import cohen_kappa_score
 
@@ -105,6 +106,19 @@ def test_a_tile_is_written_as_it_is_stored(tmp_path):
         assert file.transform * (0, 0) == (500100, 3999950)
 
 
+def test_a_tile_keeps_the_mask_of_its_image(tmp_path):
+    values = np.full((3, 20, 20), 9, np.uint8)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="YES"):
+        image = write_raster(tmp_path / "scene.tif", values)
+        hidden = np.full((20, 20), 255, np.uint8)
+        hidden[:, :12] = 0
+        with rasterio.open(image, "r+") as file:
+            file.write_mask(hidden)
+    write_window(image, (10, 0, 20, 20), tmp_path / "tile.tif")
+    with rasterio.open(tmp_path / "tile.tif") as file:
+        assert np.array_equal(file.dataset_mask(), hidden[:, 10:])
+
+
 @pytest.fixture(scope="module")
 def compared(squares, tmp_path_factory):
     """Folder, and id of a comparison of two seeds."""
@@ -112,7 +126,12 @@ def compared(squares, tmp_path_factory):
     settings = small_settings(
         squares, tracking__uri=f"sqlite:///{folder}/mlflow.db", tracking__folder=str(folder / "outputs")
     )
-    arms = {"control": {"kind": "control"}, "DANN": None, "statistics": {"kind": "statistics"}}
+    arms = {
+        "control": {"kind": "control"},
+        "DANN": None,
+        "NA": {"domain_adaptation.companions": ["style"]},
+        "statistics": {"kind": "statistics"},
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         result = compare(load_config(None, settings), CompareConfig(arms=arms, seeds=2, workers=1))
@@ -128,7 +147,7 @@ def test_the_tiles_to_label_are_written_as_files(compared, capsys, monkeypatch):
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "Tiles to label" in printed
-    assert "consensus" in printed
+    assert "agreement" in printed
     (table,) = (folder / "mlruns").rglob("tiles.csv")
     rows = list(csv.DictReader(table.open()))
     assert [float(row["disagreement"]) for row in rows] == sorted(
@@ -136,6 +155,8 @@ def test_the_tiles_to_label_are_written_as_files(compared, capsys, monkeypatch):
     )
     assert sorted(path.name for path in (folder / "labels").iterdir()) == [Path(row["file"]).name for row in rows]
     assert list((folder / "mlruns").rglob("figures/tiles.png"))
+    with Image.open(rows[0]["file"]) as opened:  # with which tools for labels open them
+        assert opened.mode == "RGB"
     assert main(words) == 2, "the folder is not empty any more"
     assert "labels" in capsys.readouterr().err
 
@@ -150,9 +171,9 @@ def test_only_a_comparison_can_be_asked(compared, given, said, capsys, monkeypat
     assert said in capsys.readouterr().err
 
 
-def row_of(arm: str, agreement: float, kept: float = 1.0, guard: float = 0.0) -> dict[str, object]:
+def row_of(arm: str, agreement: float, kept: float = 1.0, guard: float = 0.0, seeds: int = 3) -> dict[str, object]:
     both = {"seed_agreement": agreement + 0.1, "consensus": agreement - 0.1, "agreement": agreement}
-    return {"arm": arm, **both, "source_kept": kept, "guard": guard}
+    return {"arm": arm, "seeds": seeds, **both, "source_kept": kept, "guard": guard}
 
 
 NAN = math.nan
@@ -171,8 +192,10 @@ NAN = math.nan
             "source",
             "forgot, wild",
         ),
-        ([row_of("source", NAN), row_of("DANN", NAN)], None, "two seeds"),
+        ([row_of("source", NAN, seeds=1), row_of("DANN", NAN, seeds=1)], None, "two seeds"),
         ([row_of("source", 0.1), row_of("DANN", 0.15)], None, "kappa at most 0.15"),
+        ([row_of("source", NAN), row_of("DANN", 0.9, guard=1.0)], None, "one class"),
+        ([row_of("source", 0.6), row_of("flat", NAN, guard=1.0)], "source", "flat"),
         ([row_of("source", 0.9, kept=0.0)], None, "label some tiles"),
     ],
 )

@@ -187,6 +187,15 @@ def test_without_data_or_a_source_nothing_is_said_and_nothing_is_nan():
     assert guard.metrics() == {Metric.GUARD_IMPLAUSIBLE: 0.0}
 
 
+def test_a_set_whose_masks_ignore_every_pixel_has_no_shares_to_compare_with_the_stated_ones():
+    guard = TargetGuard(NAMES, {"tree": [0.1, 0.2]})
+    guard.update("target", map_with(0.2), None)
+    guard.finish({"target": np.full(2, math.nan)}, {"target": {"entropy": 0.1, "infomax": 0.5}})
+    guard.start()
+    assert guard.judge(SOURCE, last=True) == []
+    assert guard.metrics()[Metric.GUARD_OUTSIDE] == 0.0
+
+
 @pytest.mark.parametrize(
     ("expected", "message"),
     [
@@ -300,6 +309,12 @@ def test_a_guard_that_stops_ends_the_run_with_the_last_plausible_weights(more, s
         assert torch.equal(found[name], value), name
     assert result.metrics["share/target_val/square"] > 0.01
     assert "square covers 0." in tags_of(result)[Tag.GUARD]
+
+
+def test_the_warm_start_of_a_run_of_one_epoch_is_not_its_last_validation(squares, place):
+    never = {"monitor__expected_shares": {"square": [0.99, 1.0]}, "monitor__on_guard": "stop"}
+    result = adapted(squares, monitor__probe=False, trainer__max_epochs=1, **never)
+    assert len(series(result, Metric.SEGMENTATION_LOSS)) > 0
 
 
 def test_the_same_run_that_only_warns_trains_to_its_end(squares, place):

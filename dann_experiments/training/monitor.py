@@ -165,7 +165,7 @@ class DomainAdaptationMonitorCallback(pl.Callback):
         self.finish()
         if trainer.sanity_checking:
             self.baseline, self._forgetting = dict(self.latest), False
-        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        last_epoch = not trainer.sanity_checking and trainer.current_epoch + 1 == trainer.max_epochs
         self._ask_the_guard(trainer, last_epoch)
         metrics = self.metrics()
         due = (trainer.current_epoch + 1) % self.log_every_n_epochs == 0
