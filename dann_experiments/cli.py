@@ -165,7 +165,7 @@ def _compare(request: Request) -> int:
     from dann_experiments.comparison.compare import ComparisonFailed, compare
     from dann_experiments.comparison.label_curve import compare_labels
     from dann_experiments.reports import terminal
-    from dann_experiments.reports.choices import print_choice
+    from dann_experiments.reports.choices import print_choice, print_way_to_labels
 
     try:
         if settings.labelled:
@@ -178,6 +178,7 @@ def _compare(request: Request) -> int:
     terminal.print_comparison(result.comparison, result.table)
     if result.comparison.choice is not None:
         print_choice(result.comparison.choice.table, result.comparison.choice.line)
+        print_way_to_labels(result.run_id)
     if result.artifacts:
         print(f"Report: {Path(result.artifacts) / 'report.html'}")
     print(f"Run {result.run_id}; {terminal.where_to_look(result.tracking_uri)}")

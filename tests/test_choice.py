@@ -157,6 +157,8 @@ def test_the_tiles_to_label_are_written_as_files(compared, capsys, monkeypatch):
     assert list((folder / "mlruns").rglob("figures/tiles.png"))
     with Image.open(rows[0]["file"]) as opened:  # with which tools for labels open them
         assert opened.mode == "RGB"
+    (folder / "file").touch()
+    assert main([*words[:-3], "file/tiles", *words[-2:]]) == 2, "before any model is asked"
     assert main(words) == 2, "the folder is not empty any more"
     assert "labels" in capsys.readouterr().err
 

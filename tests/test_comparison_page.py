@@ -544,4 +544,12 @@ def test_the_choice_without_labels_is_on_the_page(tmp_path):
     }
     choice = Choice(pd.DataFrame([row]), "DANN", "It agrees best.")
     write_page(tmp_path / "report.html", changed(example(seeds=1), choice=choice))
-    assert "Chosen without labels: DANN. It agrees best." in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert page.index("Chosen without labels: DANN") < page.index("It agrees best.") < page.index("<h2>Scores")
+
+
+def test_without_target_labels_the_page_does_not_speak_of_a_judged_score(tmp_path):
+    write_page(tmp_path / "report.html", changed(example(seeds=1), metric="", verdicts=[]))
+    page = (tmp_path / "report.html").read_text()
+    assert "No target labels, no verdict" in page
+    assert "Judged by" not in page

@@ -303,12 +303,26 @@ def test_a_guard_that_stops_ends_the_run_with_the_last_plausible_weights(more, s
     seen = WeightsAfter()
     result = adapt(load_config(None, small_settings(squares, **STOPPING, **more)), [seen])
     assert "Training ends after epoch 4: the guard has spoken (monitor.on_guard)." in caplog.text
+    assert "kept: after step 8." in caplog.text
     assert list(seen.of) == [0, 4, 8, 12, 16]
     found = load_file(model_folder(result.artifacts) / "model.safetensors")
     for name, value in seen.of[8].items():
         assert torch.equal(found[name], value), name
     assert result.metrics["share/target_val/square"] > 0.01
     assert "square covers 0." in tags_of(result)[Tag.GUARD]
+
+
+def test_a_run_that_ends_by_patience_is_judged_by_its_last_validation(squares, place, caplog):
+    early = {
+        "monitor__metric": "select/entropy",
+        "monitor__patience": 1,
+        "trainer__max_epochs": 20,
+        "optimizer__lr": 1e-7,
+    }
+    guard = {"monitor__expected_shares": {"square": [0.99, 1.0]}, "monitor__on_guard": "stop", "monitor__probe": False}
+    result = adapted(squares, domain_adaptation__method__name="lambda_zero", **early, **guard)
+    assert len(series(result, Metric.GUARD_IMPLAUSIBLE)) < 21, "it ended early"
+    assert Tag.GUARD in tags_of(result)
 
 
 def test_the_warm_start_of_a_run_of_one_epoch_is_not_its_last_validation(squares, place):

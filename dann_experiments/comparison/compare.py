@@ -226,7 +226,7 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
         ]  # fmt: skip
         notes = [*notes, *floor_notes(arms, scores, metric, floor)]
     else:
-        notes = [*notes, "No target labels: nothing can be judged; only the probe and the select/ scores are known."]
+        notes = [*notes, "No target labels: nothing can be judged."]
     notes = [*notes, *_doubts(runs, adapted), *_not_judged(config, metric, runs)]
     parts = part_table(arms, runs, scores) if metric else None
     if parts is not None and len(set(parts["part"])) < 2:  # one part is what the verdicts speak of
@@ -298,9 +298,12 @@ def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
     if len(commits) > 1:
         yield f"The runs were made with {len(commits)} versions of the code: {', '.join(sorted(commits))}."
     if any(run.tags.get(Tag.FORGOT_SOURCE) == "true" for run in runs if run.arm in adapted):
-        yield "Some adapted runs forgot the source (iou/source_val dropped by more than monitor.forgetting_threshold)."
+        names = dict.fromkeys(
+            run.arm for run in runs if run.tags.get(Tag.FORGOT_SOURCE) == "true" and run.arm in adapted
+        )
+        yield f"Runs of {', '.join(names)} forgot the source (iou/source_val dropped by more than monitor.forgetting_threshold)."
     for run in runs:
-        if Tag.GUARD in run.tags and run.arm in adapted:
+        if Tag.GUARD in run.tags:
             yield f"The guard spoke in {run.arm}, seed {run.seed}: {run.tags[Tag.GUARD]} (docs/guards.md)."
 
 

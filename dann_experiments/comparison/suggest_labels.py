@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from dataclasses import replace as replaced
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,11 @@ def comparison_of(store: Store, run_id: str) -> tuple[list[Arm], list[ArmRun], C
             f"comparison is {run_id!r}, made by an earlier version; run compare again: it reuses finished runs."
         )
     arms = {row["arm"]: Arm(row["arm"], row["kind"]) for row in table.to_dict("records")}
-    runs = [read_run(store, row["run_id"], arms[row["arm"]], True) for row in table.to_dict("records")]
+    runs = [
+        # with the seed of the table: one source model may be the start of runs of several seeds
+        replaced(read_run(store, row["run_id"], arms[row["arm"]], True), seed=int(row["seed"]))
+        for row in table.to_dict("records")
+    ]
     return list(arms.values()), runs, config
 
 
@@ -111,6 +116,12 @@ def _new_folder(output: str) -> Path | None:
     folder = Path(output).expanduser()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(f"output is {output!r}, which is not an empty folder; give a new one.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"output is {output!r}, which cannot be made ({error.strerror}); choose another folder."
+        ) from None
     return folder
 
 

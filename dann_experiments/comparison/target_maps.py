@@ -112,6 +112,7 @@ def maps_of(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
         with_statistics = kinds[run.arm] == "statistics"
         run_id = sources.get(run.seed) if with_statistics else run.run_id
         if run_id is None:
+            log.warning("%s, seed %d, has no maps: the comparison has no source model of that seed.", run.arm, run.seed)
             continue
         with torch.random.fork_rng(devices=[]):  # a new network draws random weights
             network, normalizations = model_of_run(run_id, list(sets), config, store)

@@ -39,6 +39,11 @@ def print_choice(table: pd.DataFrame, line: str) -> None:
     Console().print(f"[bold]{escape(line)}[/bold]")
 
 
+def print_way_to_labels(run_id: str) -> None:
+    """Print how to find the tiles to label after a comparison."""
+    print(f"Target tiles on which the arms disagree most: suggest-labels --comparison {run_id}")
+
+
 def print_suggestion(result: Any) -> None:
     """Print the result of `suggest-labels`."""
     print_choice(result.choice.table, result.choice.line)

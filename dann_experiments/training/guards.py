@@ -26,10 +26,12 @@ from dann_experiments.training.ranks import gathered, world
 log = logging.getLogger(__name__)
 IN_A_ROW = 2
 """Implausible validations in a row after which the guard speaks: adversarial training swings from epoch to epoch."""
+MOST_GROWTH = 1.25
+"""Growth of the factor between the odds of a share and of the source's, on one side, that is no change."""
 WAY_OUT = (
     "The map may be destroyed: look at the pictures of the run. If it is right, state the shares that you expect in "
     "monitor.expected_shares; if not, leave out the weak labels or the companion, or lower its weight, lambda_da or "
-    "optimizer.lr (docs/guards.md). With monitor.on_guard stop a run ends with the last weights that were plausible."
+    "optimizer.lr (docs/guards.md)."
 )
 
 
@@ -187,7 +189,8 @@ class TargetGuard:
     def _unstated(self, now: View, before: View, source: np.ndarray, where: str) -> float:
         factors, factors_before = (plausibility.share_odds(one.shares, source) for one in (now, before))
         as_before = (now.shares > source) == (before.shares > source)  # on the same side of the source
-        wrong = (factors > plausibility.MOST_ODDS) & ~(as_before & (factors <= factors_before))
+        as_far = factors <= MOST_GROWTH * factors_before
+        wrong = (factors > plausibility.MOST_ODDS) & ~(as_before & as_far)
         if wrong.any():  # one class is named: the others follow from it
             index = int(np.argmax(np.where(wrong, factors, 0) * (1 + 1e-9 * (source < 0.5))))
             self.findings.append(
@@ -208,12 +211,14 @@ class KeepsLastGood(pl.Callback):
         self.guard = guard
         self.weights: dict[str, Tensor] = {}
         """The weights of network and method, on the CPU; empty before the first validation."""
+        self.step = 0
+        """The number of steps after which they were scored."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": dict(self.weights)}
+        return {"weights": dict(self.weights), "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.weights = state_dict["weights"]
+        self.weights, self.step = state_dict["weights"], state_dict["step"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.guard.spoken:  # the run was killed after that
@@ -225,11 +230,14 @@ class KeepsLastGood(pl.Callback):
         if self.guard.spoken:
             trainer.should_stop = True
             log.info(
-                "Training ends after epoch %d: the guard has spoken (monitor.on_guard).", trainer.current_epoch + 1
-            )
+                "Training ends after epoch %d: the guard has spoken (monitor.on_guard). The weights of the last plausible "
+                "validation are kept: %s.", trainer.current_epoch + 1,
+                f"after step {self.step}" if self.step else "those of before adaptation",
+            )  # fmt: skip
             return
         if self.guard.findings:
             return
+        self.step = trainer.global_step
         # without extra states, such as a companion's teacher, which has no use after training
         self.weights = {
             name: value.detach().cpu().clone()

@@ -252,7 +252,17 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             self.guard.start()
         of_source = [true_shares(own.confusion) for name, own in self.latest.items() if name.startswith(DOMAINS[0])]
         findings = self.guard.judge(np.mean(of_source, 0) if of_source else None, last)
-        if findings and not self.guard.spoken and trainer.state.fn == TrainerFn.FITTING:
+        if findings and trainer.state.fn == TrainerFn.FITTING:
+            self._let_speak(trainer, findings)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # the last validation counts alone; early stopping (monitor.patience) tells only afterwards which one it was
+        if self.guard is not None and self.guard.findings and trainer.current_epoch > 0:
+            self._let_speak(trainer, self.guard.findings)
+
+    def _let_speak(self, trainer: pl.Trainer, findings: Sequence[str]) -> None:
+        assert self.guard is not None
+        if not self.guard.spoken:
             self.guard.spoken = True
             text = f"at step {trainer.global_step} {'; '.join(findings)}"
             log.warning("The guard speaks: %s. %s", text, WAY_OUT)
