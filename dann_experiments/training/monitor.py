@@ -250,15 +250,20 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             return
         if trainer.sanity_checking:
             self.guard.start()
-        of_source = [true_shares(own.confusion) for name, own in self.latest.items() if name.startswith(DOMAINS[0])]
-        findings = self.guard.judge(np.mean(of_source, 0) if of_source else None, last)
+        findings = self.guard.judge(self._source_shares(), last)
         if findings and trainer.state.fn == TrainerFn.FITTING:
             self._let_speak(trainer, findings)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # the last validation counts alone; early stopping (monitor.patience) tells only afterwards which one it was
-        if self.guard is not None and self.guard.findings and trainer.current_epoch > 0:
-            self._let_speak(trainer, self.guard.findings)
+        if self.guard is not None and not self.guard.spoken and trainer.current_epoch > 0:
+            findings = self.guard.judge(self._source_shares(), last=True)
+            if findings:
+                self._let_speak(trainer, findings)
+
+    def _source_shares(self) -> np.ndarray | None:
+        found = [true_shares(own.confusion) for name, own in self.latest.items() if name.startswith(DOMAINS[0])]
+        return np.mean(found, 0) if found else None
 
     def _let_speak(self, trainer: pl.Trainer, findings: Sequence[str]) -> None:
         assert self.guard is not None
