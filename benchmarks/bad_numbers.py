@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from dann_experiments import Config, load_config
 from dann_experiments.adaptation.dann import DANNMethod
-from dann_experiments.jobs import build
+from dann_experiments.jobs import build, build_training
 from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.module import AdaptationModule
 
@@ -58,7 +58,7 @@ def row(name: str, config: Config, side: int, count: int, steps: int) -> str:
     method = build.make_method(config, taps)
     assert isinstance(method, DANNMethod)
     module = AdaptationModule(
-        network, method, taps, build.optimizer_maker(config.optimizer, "32-true"),
+        network, method, taps, build_training.optimizer_maker(config.optimizer, "32-true"),
         batchnorm=config.domain_adaptation.batchnorm,
     )  # fmt: skip
     item = {

@@ -24,7 +24,7 @@ from pages import circumstances, put
 
 from dann_experiments import load_config
 from dann_experiments.config import Config, config_to_yaml
-from dann_experiments.jobs import build
+from dann_experiments.jobs import build, build_training
 from dann_experiments.jobs.checks import checked_sets
 from dann_experiments.training.loop import together
 from dann_experiments.training.losses import segmentation_loss
@@ -44,7 +44,7 @@ def rates(config: Config) -> tuple[float, float]:
         sets = checked_sets(config, data, network)
         taps = build.make_taps(config, network)
         method = build.make_method(config, taps)
-        make_optimizer = build.optimizer_maker(config.optimizer, config.trainer.precision)
+        make_optimizer = build_training.optimizer_maker(config.optimizer, config.trainer.precision)
         module = AdaptationModule(
             network, method, taps, make_optimizer, None, config.data.ignore_index,
             config.domain_adaptation.batchnorm,

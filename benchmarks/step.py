@@ -33,7 +33,7 @@ from torch.nn import functional
 from dann_experiments import Config, adapt, load_config
 from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.command_line import quiet_libraries
-from dann_experiments.jobs import build
+from dann_experiments.jobs import build, build_training
 from dann_experiments.models.networks import keeps_channels_last
 from dann_experiments.models.passes import forward_to_taps
 from dann_experiments.models.taps import Tap, resolve_taps
@@ -90,7 +90,7 @@ def plain_steps(config: Config, device: torch.device, tap: str) -> dict[str, Cal
         order = torch.channels_last if channels_last else torch.contiguous_format
         network = network.to(memory_format=order)  # pyright: ignore[reportCallIssue]
         taps: list[Tap] = resolve_taps(network, [tap], 3)
-        optimizer = build.optimizer_maker(config.optimizer, config.trainer.precision)(
+        optimizer = build_training.optimizer_maker(config.optimizer, config.trainer.precision)(
             [{"params": list(network.parameters()), "name": "network"}]
         )
         labels = torch.randint(0, classes, (source, side, side), device=device)
