@@ -28,9 +28,10 @@ from dann_experiments.tracking.store import Store, open_store
 FILE = DOCS / "ladder.csv"
 JUDGED = (Metric.TARGET_TEST_IOU, Metric.TARGET_VAL_IOU)
 OTHERS = {
-    "agreement": 1, "seed_agreement": 1, "consensus": 1, "share_distance": -1, "entropy": -1, "infomax": 1, "snd": 1, "bnm": 1,
+    "seed_agreement": 1, "seed and arms": 1, "consensus": 1, "share_distance": -1,
+    "entropy": -1, "infomax": 1, "snd": 1, "bnm": 1,
 }  # fmt: skip
-"""Scores without target labels -> 1 if more is better, else -1."""
+"""Scores without target labels -> 1 if more is better, else -1; seed and arms: mean of seed_agreement and consensus."""
 BASELINES = ("source_only", "control", "oracle")
 LEAST_GAIN, MOST_LOSS = 0.03, 0.01
 """The goals: the chosen arm gains 3 points over source only on real pairs, and nowhere loses more than 1."""
@@ -55,7 +56,8 @@ def read(store: Store, pair: str, run_id: str, role: str) -> pd.DataFrame:
                 "minutes": minutes, "outcome": outcomes.get(row["arm"], ""), "kind": row["kind"],
             }
         )  # fmt: skip
-    return pd.DataFrame(lines).merge(choice.drop(columns="kind"), on="arm", how="left")
+    known = choice.drop(columns=["kind", *set(choice.columns).difference(COLUMNS)])
+    return pd.DataFrame(lines).merge(known, on="arm", how="left")
 
 
 def add(pair: str, run_id: str, uri: str | None, role: str) -> None:
@@ -143,6 +145,8 @@ def others_text(table: pd.DataFrame) -> str:
         for lines in lines_of.values():
             means = {arm: np.mean([line["score"] for line in lines if line["arm"] == arm]) for arm in arms_in(lines)}
             source = means[next(line["arm"] for line in lines if line["kind"] == "source_only")]
+            for line in lines:
+                line["seed and arms"] = (line["seed_agreement"] + line["consensus"]) / 2
             rows = [line for line in {one["arm"]: one for one in lines}.values() if not math.isnan(line["consensus"])]
             kept = [row for row in rows if not row["source_kept"] <= 0.5 and not row["guard"] >= 0.5]
             known = [row for row in kept if not math.isnan(row[score])]

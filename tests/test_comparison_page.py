@@ -539,7 +539,6 @@ def test_the_choice_without_labels_is_on_the_page(tmp_path):
         "guard": 0.0,
         "seed_agreement": 0.5,
         "consensus": 0.25,
-        "agreement": 0.375,
         "share_distance": 0.1,
     }
     choice = Choice(pd.DataFrame([row]), "DANN", "It agrees best.")

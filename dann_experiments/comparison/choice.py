@@ -34,7 +34,7 @@ LEAST_AGREEMENT = 0.2
 """Kappa below which no arm is chosen: up to here agreement is slight (Landis & Koch 1977)."""
 COLUMNS = (
     "arm", "kind", "seeds", "source_kept", "guard", *(name.removeprefix(Metric.SELECT) for name in SCORES),
-    "seed_agreement", "consensus", "agreement", "share_distance",
+    "seed_agreement", "consensus", "share_distance",
 )  # fmt: skip
 
 
@@ -69,7 +69,6 @@ def choice_table(
     - `seed_agreement`: mean Cohen's kappa of the maps of two seeds, over all pairs; NaN with one seed.
     - `consensus`: mean kappa of the maps with the majority of all *other* arms, each with one vote (after
       EnsV, Hu et al. 2023, which compares with the mean of all candidates' probabilities).
-    - `agreement`: mean of `seed_agreement` and `consensus`, by which `chosen_arm` chooses.
     - `share_distance`: how far the mean predicted class shares are from the source's true ones, as the share of pixels that would
       have to change (total variation), 0..1.
     """
@@ -89,7 +88,6 @@ def choice_table(
                 "guard": _mean_of(float(Tag.GUARD in run.tags) for run in own) if trained else math.nan,
                 **{name.removeprefix(Metric.SELECT): _mean(own, name) for name in SCORES},
                 "seed_agreement": among_seeds, "consensus": consensus[arm.name],
-                "agreement": (among_seeds + consensus[arm.name]) / 2,
                 "share_distance": float(np.abs(shares - expected).sum() / 2),
             }
         )  # fmt: skip
@@ -155,9 +153,8 @@ def chosen_arm(table: pd.DataFrame) -> tuple[str | None, str]:
     """Return the arm that the rule chooses, None if it cannot choose, and the reason.
 
     Among the arms whose source is kept, and in which the guard did not warn, in more than half of the seeds: the one whose maps
-    agree most, from seed to seed and with those of the other arms. Networks that differ in nothing but chance and disagree cannot
-    all be right (Jiang et al. 2022 estimate the error by it); an arm that stands alone is rarely the right one (Hu et al. 2023).
-    None with fewer than two seeds, or if the best agreement is below `LEAST_AGREEMENT`.
+    agree most from seed to seed. Networks that differ in nothing but chance and disagree cannot all be right (Jiang et al. 2022
+    estimate the error by it). None with fewer than two seeds, or if the best agreement is below `LEAST_AGREEMENT`.
     """
     rows = table.to_dict("records")
     if all(row["seeds"] < 2 for row in rows):
@@ -165,18 +162,13 @@ def chosen_arm(table: pd.DataFrame) -> tuple[str | None, str]:
     kept = [row for row in rows if not row["source_kept"] <= 0.5 and not row["guard"] >= 0.5]
     if not kept:
         return None, "In every arm the source was forgotten, or the guard warned; label some tiles."
-    known = [row for row in kept if not math.isnan(row["agreement"])]
+    known = [row for row in kept if not math.isnan(row["seed_agreement"])]
     if not known:
         return None, "The maps of every arm are one class each, whose agreement says nothing; label some tiles."
-    best = max(known, key=lambda row: row["agreement"])
-    if best["agreement"] < LEAST_AGREEMENT:
-        return (
-            None,
-            f"The maps differ from seed to seed and arm to arm (kappa at most {best['agreement']:.2f}); label some tiles.",
-        )
+    best = max(known, key=lambda row: row["seed_agreement"])
+    kappa_of_best = f"kappa {best['seed_agreement']:.2f}"
+    if best["seed_agreement"] < LEAST_AGREEMENT:
+        return None, f"In every arm the maps differ from seed to seed (at most {kappa_of_best}); label some tiles."
     dropped = [str(row["arm"]) for row in rows if row not in kept]
     left_out = f" Left out, as the source was forgotten or the guard warned: {', '.join(dropped)}." if dropped else ""
-    return str(best["arm"]), (
-        f"Its maps agree most: kappa {best['seed_agreement']:.2f} from seed to seed, {best['consensus']:.2f} with the other "
-        f"arms.{left_out}"
-    )
+    return str(best["arm"]), f"Its maps agree most from seed to seed ({kappa_of_best}).{left_out}"

@@ -19,9 +19,8 @@ MOST_SHOWN = 20  # tiles
 SHOWN = {
     "source_kept": "source kept",
     "guard": "guard warned",
-    "seed_agreement": "of seeds",
-    "consensus": "of arms",
-    "agreement": "agreement",
+    "seed_agreement": "seed agreement",
+    "consensus": "consensus",
     "share_distance": "share distance",
 }
 """Column of the table -> heading; the other columns are in tables/choice.csv."""
