@@ -166,7 +166,8 @@ def arms_in(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 def write() -> None:
     """Make the tables anew."""
     table = pd.read_csv(FILE)
-    put("ladder.md", "scores", scores_table(table))
+    for page, name in (("ladder.md", "scores"), ("../README.md", "ladder")):
+        put(page, name, scores_table(table))
     put("ladder.md", "choice", choice_text(regrets(table)))
     put("ladder.md", "others", others_text(table))
 
