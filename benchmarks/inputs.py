@@ -31,6 +31,7 @@ from dann_experiments.config.description import type_name
 from dann_experiments.config.limits import settings_of
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.config.suggestions import SuggestLabelsConfig
 from dann_experiments.config.weak_labels import WeakLabelsConfig
 from sweeps.__main__ import PROGRAM as SWEEPS
 from sweeps.settings import SweepConfig
@@ -43,10 +44,12 @@ KINDS: Mapping[str, type] = {
     "compare": CompareConfig,
     "predict": PredictConfig,
     "weak-labels": WeakLabelsConfig,
+    "suggest-labels": SuggestLabelsConfig,
     "sweep": SweepConfig,
 }
 NEEDED = {
     PredictConfig: {"model": "m", "input": "i.png", "output": "o.png"},
+    SuggestLabelsConfig: {"comparison": "c"},
     WeakLabelsConfig: {"rule": "band", "bands": [1], "input": "i.png", "output": "o.png"},
 }
 WRONG: Mapping[str, Any] = {

@@ -15,6 +15,7 @@ from dann_experiments.config import Config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.description import Group, describe
 from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.config.suggestions import SuggestLabelsConfig
 from dann_experiments.config.weak_labels import WeakLabelsConfig
 from sweeps.settings import SweepConfig
 
@@ -38,6 +39,7 @@ CHAPTERS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "Sweeps": (SweepConfig, ("",)),
     "Class maps (`predict`)": (PredictConfig, ("",)),
     "Weak labels (`weak-labels`)": (WeakLabelsConfig, ("",)),
+    "Label suggestions (`suggest-labels`)": (SuggestLabelsConfig, ("",)),
 }
 """Title -> the class of its settings, and what the groups in it begin with; an empty text is the group of the class itself."""
 

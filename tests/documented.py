@@ -542,7 +542,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     },
     ("sweeps/ladder.yaml", "header"): {
         "python -m sweeps run --space sweeps/ladder.yaml --config mine.yaml --n_trials 40 --objective select/bnm": Example(
-            "squares", "--workers 1", {"n_trials": "2"}, slow=True
+            "squares", "--workers 1 --study without-labels", {"n_trials": "2"}, slow=True
         ),
     },
     ("sweeps/wide.yaml", "header"): {

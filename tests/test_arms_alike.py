@@ -25,6 +25,8 @@ OTHER = {
     "monitor.metric": "loss/val_source",
     "monitor.mode": "max",
     "monitor.final_model": "best",
+    "monitor.expected_shares": {"class_0": [0.1, 0.9]},
+    "monitor.on_guard": "stop",
     "optimizer.name": "sgd",
     "optimizer.schedule": "cosine",
     "optimizer.betas": [0.5, 0.9],

@@ -108,7 +108,7 @@ def test_an_installed_package_adapts_in_an_empty_folder(programs, empty_place):
 
 
 def test_an_installed_package_searches_a_space_of_its_own(programs, squares_here):
-    assert "dann, wide" in run(programs / "dann-sweep", "run", "--space", "x", cwd=squares_here, code=2).stderr
+    assert "dann, ladder, wide" in run(programs / "dann-sweep", "run", "--space", "x", cwd=squares_here, code=2).stderr
     words = ("run", "--config", "mine.yaml", "--n_trials", "1", "--workers", "1", "--trainer.max_epochs", "1")
     run(programs / "dann-sweep", *words, cwd=squares_here)
     assert (squares_here / "studies" / "dann-mine").is_dir()

@@ -63,7 +63,7 @@ def test_what_is_neither_file_nor_recipe_is_refused_with_the_list_of_recipes(nam
         in capsys.readouterr().err
     )
     assert sweeps_main(["run", "--space", name]) == 2
-    assert "one of these names: dann, wide." in capsys.readouterr().err
+    assert "one of these names: dann, ladder, wide." in capsys.readouterr().err
 
 
 def test_the_default_recipe_is_named_and_only_where_it_is_used(empty_place, capsys):

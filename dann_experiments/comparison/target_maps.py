@@ -123,9 +123,9 @@ def maps_of(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
                 )
         found = _predicted(network, sets, normalizations, tiles)
         found[nodata] = NODATA
-        path = folder / f"{number}.npy"
-        np.save(path, found)
-        ids[run.arm, run.seed] = np.load(path, mmap_mode="r")
+        path = folder / str(number)
+        found.tofile(path)
+        ids[run.arm, run.seed] = np.memmap(path, np.uint8, "r")
         log.info("Maps of %s, seed %d [%d of %d runs].", run.arm, run.seed, number + 1, len(used))
     return TargetMaps(tiles, ids, sets)
 
