@@ -117,10 +117,10 @@ def maps_of(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
         with torch.random.fork_rng(devices=[]):  # a new network draws random weights
             network, normalizations = model_of_run(run_id, list(sets), config, store)
         if with_statistics:
-            for one, dataset in sets.items():
-                target_statistics(
-                    network, statistics_loader(_normalized(dataset, normalizations[one]), config.data.target.batch_size)
-                )
+            # of several target domains together, as `evaluate` has them
+            images = read.joined({one: _normalized(dataset, normalizations[one]) for one, dataset in sets.items()})
+            assert images is not None
+            target_statistics(network, statistics_loader(images, config.data.target.batch_size))
         found = _predicted(network, sets, normalizations, tiles)
         found[nodata] = NODATA
         path = folder / str(number)
