@@ -253,6 +253,8 @@ class Metric:
     BAD_STEPS = "bad_steps"
     PART = "da_part/"
     WEAK_LABELS = "weak_labels/"
+    RULE_OPEN = "weak_labels/open"
+    PASSES = "time/passes_per_step"
 
     @staticmethod
     def iou(name: SetName | str) -> str:
@@ -336,7 +338,10 @@ METRICS = (
     ),
     (("da_part/NAME",), "the loss of each [companion](docs/companions.md) before its weight"),
     (("loss/val_source", "loss/val_target"), "mean cross-entropy on the validation sets"),
-    (("lr/*", "time/*"), "learning rates; seconds per epoch"),
+    (
+        ("lr/*", "time/*"),
+        "learning rates; seconds per epoch; batches that the encoder takes per step (1: the source's alone)",
+    ),
     (
         (Metric.BAD_STEPS,),
         "number of skipped steps whose loss or gradient was not finite, if there were any (`trainer.skip_bad_steps`)",

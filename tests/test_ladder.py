@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 from conftest import small_settings
 
-from dann_experiments import load_config
+from dann_experiments import adapt, load_config
 from dann_experiments.__main__ import main
 from dann_experiments.comparison.arms import arms_of
 from dann_experiments.comparison.parts import part_table
@@ -50,7 +51,7 @@ def test_each_part_is_an_arm_against_the_same_arm_without_it():
 def test_the_ladder_s_arms_differ_from_the_control_in_parts_alone_and_the_oracle_may_be_missing(squares):
     config = load_config(None, small_settings(squares))
     arms, notes = arms_of(CompareConfig(arms={name: dict(arm) for name, arm in NAMED_ARMS["ladder"].items()}), config)
-    missing = {"oracle", "weak labels", "DANN + weak labels"}
+    missing = {"oracle", "rule alone", "weak labels", "DANN + weak labels"}
     assert [arm.name for arm in arms] == [name for name in NAMED_ARMS["ladder"] if name not in missing]
     assert any(note.startswith("No oracle") for note in notes)
     for arm in arms:
@@ -73,3 +74,37 @@ def test_the_ladder_is_one_command(squares, workplace, capsys):
         "style",
         "moments",
     }
+
+
+@pytest.mark.parametrize(
+    ("method", "companions", "passes"),
+    [("dann", [], 2), ("lambda_zero", ["style"], 2), ("lambda_zero", ["self_training"], 4), ("source_only", [], 1)],
+)
+def test_the_logged_passes_are_those_that_encoders_take(
+    squares, workplace, pretrained_place, method, companions, passes
+):
+    """Counted at the encoders of the network and of the teacher, during the first training step."""
+    counted: list[int] = []
+
+    class Counts(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            counted.clear()
+            networks = [pl_module.network]
+            for part in getattr(pl_module.method, "companions", ()):
+                networks += [part.teacher.module] if hasattr(part, "teacher") else []
+            for network in networks:
+                network.encoder.register_forward_pre_hook(lambda _, given: counted.append(len(given[0])))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            counted.append(-1)
+            trainer.should_stop = True
+
+    given = {"domain_adaptation.method.name": method, "domain_adaptation.companions": companions}
+    config = load_config(
+        None,
+        small_settings(squares, trainer__max_epochs=1, data__source__batch_size=4, data__target__batch_size=4) | given,
+    )
+    result = adapt(config, [Counts()])
+    taken = sum(counted[: counted.index(-1)]) / config.data.source.batch_size
+    logged = result.history().query("metric == 'time/passes_per_step'")
+    assert (taken, list(logged["value"]), list(logged["step"])) == (passes, [passes], [0])

@@ -379,7 +379,7 @@ def test_the_ladder_has_their_rungs_only_where_there_are_masks(squares, weak):
     rungs = ["weak labels", "DANN + weak labels"]
     arms, notes = arms_of(ladder(), load_config(None, small_settings(squares)))
     assert not {arm.name for arm in arms} & set(rungs)
-    assert "No weak labels and no DANN + weak labels: data.target.weak_labels lists no masks." in notes
+    assert "Left out: rule alone, weak labels, DANN + weak labels, as data.target.weak_labels lists no masks." in notes
     arms, notes = arms_of(ladder(), config_of(squares, weak, used=False))
     assert [arm.name for arm in arms if "weak" in arm.name] == rungs
     assert not any("weak" in note and note.startswith("No ") for note in notes)

@@ -18,6 +18,7 @@ from dann_experiments.config.parsing import known_keys
 from dann_experiments.jobs.build import find_data, make_method, make_taps, network_to_adapt
 from dann_experiments.jobs.checks import checked_sets
 from dann_experiments.jobs.evaluate import STATISTICS_SET
+from dann_experiments.jobs.evaluate_weak_labels import digests_of_weak_labels, find_weak_labels
 from dann_experiments.jobs.identity import run_digest
 from dann_experiments.names import (
     ALL_SETS,
@@ -32,8 +33,8 @@ from dann_experiments.names import (
 
 log = logging.getLogger(__name__)
 JOBS = {
-    "source_only": Job.PRETRAIN, "statistics": Job.EVALUATE, "test_statistics": Job.EVALUATE, "control": Job.ADAPT,
-    "adapted": Job.ADAPT, "oracle": Job.PRETRAIN,
+    "source_only": Job.PRETRAIN, "statistics": Job.EVALUATE, "test_statistics": Job.EVALUATE, "masks": Job.EVALUATE,
+    "control": Job.ADAPT, "adapted": Job.ADAPT, "oracle": Job.PRETRAIN,
 }  # fmt: skip
 SOURCE_ONLY = ARM_NAMES["source_only"]
 NO_CONTROL = "There is no lambda = 0 control, without which a gain cannot be attributed to adaptation."
@@ -101,14 +102,23 @@ def arms_of(settings: CompareConfig, config: Config) -> tuple[list[Arm], list[st
         if settings.arms in NAMED_ARMS.values() and _lacks_weak_labels(arm, config):
             no_weak_labels.append(arm.name)
             continue
+        if arm.kind == "masks" and not find_weak_labels(replace(config, arm.overrides)):
+            why = (
+                "data.target.weak_labels does not have a mask for every image of data.target.val or of data.target.test"
+            )
+            if settings.arms not in NAMED_ARMS.values():
+                raise InputError(f"arms.{arm.name} scores weak labels, but {why}; add them there.")
+            notes.append(f"Left out: {arm.name}, as {why}.")
+            continue
         kept.append(arm)
     if no_weak_labels:
-        notes.append(f"No {' and no '.join(no_weak_labels)}: data.target.weak_labels lists no masks.")
+        notes.append(f"Left out: {', '.join(no_weak_labels)}, as data.target.weak_labels lists no masks.")
     return kept, notes
 
 
 def _lacks_weak_labels(arm: Arm, config: Config) -> bool:
-    return "weak_labels" in str(arm.overrides.get(COMPANIONS, "")) and not config.data.entries(TARGET_WEAK)
+    needed = arm.kind == "masks" or "weak_labels" in str(arm.overrides.get(COMPANIONS, ""))
+    return needed and not config.data.entries(TARGET_WEAK)
 
 
 def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -219,9 +229,12 @@ def cells_of(arms: Sequence[Arm], seeds: Sequence[int], config: Config, source_d
         for arm in sorted(arms, key=lambda arm: arm.kind != "source_only"):
             job = Job.EVALUATE if arm.kind == "source_only" and given is not None else JOBS[arm.kind]
             own = _settings(arm, config, seed)
-            from_source = job != Job.PRETRAIN
+            from_source = job != Job.PRETRAIN and arm.kind != "masks"
             try:
-                digest = digests.of(job, own, source if from_source else None)
+                if arm.kind == "masks":
+                    digest = run_digest(job, own, digests_of_weak_labels(own))
+                else:
+                    digest = digests.of(job, own, source if from_source else None)
             except InputError as error:
                 raise _of_arm(arm, error) from None
             cells.append(Cell(arm, seed, job, own, digest, from_source and given is None))

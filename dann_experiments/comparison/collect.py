@@ -230,6 +230,8 @@ def _settings(store: Store, run: Any, kind: Kind) -> dict[str, str]:
     """Return the settings that distinguish arms; none for an arm that is not trained."""
     if kind in ("statistics", "test_statistics"):
         return {}
+    if kind == "masks":
+        return {key: value for key, value in run.data.params.items() if "weak_labels" in key}
     unused = (*NOT_THE_ARM, "pretraining.") if run.data.tags[Tag.JOB] != Job.PRETRAIN else NOT_THE_ARM
     params = {
         key.removeprefix(PARAM_PREFIX): value for key, value in run.data.params.items() if key.startswith(PARAM_PREFIX)

@@ -19,7 +19,7 @@ from dann_experiments.comparison.choice import choice_of
 from dann_experiments.comparison.collect import PROBES, arms_of_runs, config_of, read_run, with_probe_of_the_start
 from dann_experiments.comparison.evidence import feature_clouds, panels
 from dann_experiments.comparison.floors import classes_of, floor_notes, floor_of
-from dann_experiments.comparison.parts import part_table
+from dann_experiments.comparison.parts import part_table, rule_notes
 from dann_experiments.comparison.report import draw_summary, write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison
 from dann_experiments.comparison.runner import Done, find_cells, run_cells, run_task
@@ -224,7 +224,7 @@ def _judged(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
             )
             for name in adapted
         ]  # fmt: skip
-        notes = [*notes, *floor_notes(arms, scores, metric, floor)]
+        notes = [*notes, *floor_notes(arms, scores, metric, floor), *rule_notes(arms, runs, scores)]
     else:
         notes = [*notes, "No target labels: nothing can be judged."]
     notes = [*notes, *_doubts(runs, adapted), *_not_judged(config, metric, runs)]

@@ -58,6 +58,7 @@ KIND_COLORS = {
     "source_only": GRAY,
     "statistics": YELLOW,
     "test_statistics": COLORS[12],
+    "masks": COLORS[11],
     "control": ORANGE,
     "oracle": NAVY,
 }
@@ -117,6 +118,7 @@ def write_page(path: Path, comparison: Comparison, links: Mapping[str, str] = {}
             dict(enumerate(class_scores(comparison, arm, name, kind))), confidence
         ),
         class_tables=_class_tables(comparison),
+        passes=_passes(comparison),
         difference=lambda arm, other: paired(scores[arm], scores[other], confidence),
         figures=_figures(comparison, confidence),
         **_tiles(comparison),
@@ -166,6 +168,12 @@ def seed_scores(comparison: Comparison, arm: str, metric: str) -> dict[int, floa
     """Return seed -> last value of the metric, for the runs that have one."""
     found = {run.seed: run.metrics.get(metric, np.nan) for run in comparison.runs_of(arm)}
     return {seed: float(value) for seed, value in found.items() if np.isfinite(value)}
+
+
+def _passes(comparison: Comparison) -> dict[str, float]:
+    """Return arm -> batches that networks take per training step; without arms that train nothing, and old runs."""
+    found = {arm.name: seed_scores(comparison, arm.name, Metric.PASSES) for arm in comparison.arms}
+    return {arm: max(of_seeds.values()) for arm, of_seeds in found.items() if of_seeds}
 
 
 def class_scores(comparison: Comparison, arm: str, class_name: str, kind: str = Metric.CLASS_IOU) -> np.ndarray:

@@ -17,6 +17,7 @@ from dann_experiments.config.parsing import config_from_dict
 from dann_experiments.data.shared_cache import share
 from dann_experiments.jobs.adapt import adapt
 from dann_experiments.jobs.evaluate import evaluate
+from dann_experiments.jobs.evaluate_weak_labels import evaluate_weak_labels
 from dann_experiments.jobs.identity import run_name
 from dann_experiments.jobs.pretrain import pretrain
 from dann_experiments.jobs.source_model import keep_source_models
@@ -179,7 +180,9 @@ def run_task(task: Task) -> str:
     _prepare(task.decoded)
     config: Config = config_from_dict(task.settings)
     print(f"{task.job}: {task.tags['dann.arm']}, seed {config.seed}", flush=True)
-    return {Job.ADAPT: adapt, Job.EVALUATE: evaluate, Job.PRETRAIN: pretrain}[task.job](config, tags=task.tags).run_id
+    jobs = {Job.ADAPT: adapt, Job.EVALUATE: evaluate, Job.PRETRAIN: pretrain}
+    job = evaluate_weak_labels if task.tags[Tag.KIND] == "masks" else jobs[task.job]
+    return job(config, tags=task.tags).run_id
 
 
 @functools.cache  # once per worker

@@ -30,7 +30,7 @@ from dann_experiments.reports.images import display_image
 from dann_experiments.tracking.store import Store
 
 log = logging.getLogger(__name__)
-LEFT_OUT = ("oracle", "test_statistics")
+LEFT_OUT = ("oracle", "test_statistics", "masks")
 """Kinds of arms without maps: oracles know target labels, and test-time BN would be AdaBN, as the tiles are training images."""
 MOST_TILES, MOST_PIXELS = 200, 4_000_000
 """Tiles that are compared, and their pixels, per target domain, spread evenly over its training images."""

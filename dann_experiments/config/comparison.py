@@ -10,15 +10,16 @@ from dann_experiments.config import limits
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.workers import PoolSettings
 
-Kind = Literal["source_only", "statistics", "test_statistics", "control", "adapted", "oracle"]
+Kind = Literal["source_only", "statistics", "test_statistics", "masks", "control", "adapted", "oracle"]
 """source_only: the unadapted source model; statistics: that model with BatchNorm statistics of the target (AdaBN);
-test_statistics: with those of the scored images (test-time BN); control: lambda = 0; adapted: judged by the verdict; oracle:
-trained on target labels."""
+test_statistics: with those of the scored images (test-time BN); masks: no network, but the masks of data.target.weak_labels;
+control: lambda = 0; adapted: judged by the verdict; oracle: trained on target labels."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ARM_NAMES: Mapping[Kind, str] = {
     "source_only": "source only",
     "statistics": "AdaBN",
     "test_statistics": "test-time BN",
+    "masks": "rule alone",
     "control": "lambda = 0 control",
     "adapted": "DANN",
     "oracle": "oracle",
@@ -27,25 +28,27 @@ KIND_WORDS: Mapping[Kind, str] = {
     "source_only": "the unadapted source model",
     "statistics": "the source model with BatchNorm statistics of the target",
     "test_statistics": "the source model with BatchNorm statistics of the scored images",
+    "masks": "the weak labels themselves, no network",
     "control": "target images forwarded, lambda = 0",
     "adapted": "adapted",
     "oracle": "trained with target labels",
 }
 """What an arm of each kind is, for the report."""
 DEFAULT_ARMS: Mapping[str, Mapping[str, Any]] = {
-    name: {"kind": kind} for kind, name in ARM_NAMES.items() if kind != "test_statistics"
+    name: {"kind": kind} for kind, name in ARM_NAMES.items() if kind not in ("test_statistics", "masks")
 }
 
 _CONTROL = {"domain_adaptation.method.name": "lambda_zero"}
 NAMED_ARMS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "ladder": {
-        **{ARM_NAMES[kind]: {"kind": kind} for kind in KINDS if kind != "oracle"},
+        **{ARM_NAMES[kind]: {"kind": kind} for kind in KINDS if kind not in ("masks", "oracle")},
         "entropy": {**_CONTROL, "domain_adaptation.companions": ["entropy"]},
         "maximum squares": {**_CONTROL, "domain_adaptation.companions": ["maximum_squares"]},
         "style": {**_CONTROL, "domain_adaptation.companions": ["style"]},
         "moments": {**_CONTROL, "domain_adaptation.companions": ["moments"]},
         "self-training": {**_CONTROL, "domain_adaptation.companions": ["self_training"]},
         "DANN + self-training": {"domain_adaptation.companions": ["self_training"]},
+        ARM_NAMES["masks"]: {"kind": "masks"},
         "weak labels": {**_CONTROL, "domain_adaptation.companions": ["weak_labels"]},
         "DANN + weak labels": {"domain_adaptation.companions": ["weak_labels"]},
         ARM_NAMES["oracle"]: {"kind": "oracle"},
@@ -64,8 +67,8 @@ class CompareConfig(PoolSettings):
     """Arms to compare, in a YAML file, which the flag --arms names (or `--arms ladder`, docs/companions.md): name -> dotted
     settings in which the arm differs, and `kind`: adapted (the default; it is judged), source_only (the source model as it
     is), statistics (that model with BatchNorm statistics of the target, AdaBN), test_statistics (with those of the scored
-    images), control (lambda = 0), oracle (trained on data.oracle). {} = source only, AdaBN, lambda = 0 control, DANN, and the
-    oracle if data.oracle lists images."""
+    images), masks (those of data.target.weak_labels, no network), control (lambda = 0), oracle (trained on data.oracle). {} =
+    source only, AdaBN, lambda = 0 control, DANN, and the oracle if data.oracle lists images."""
     seeds: int | list[int] = 5
     """Number of seeds, counted from `seed` (1 to 1000), or a list of seeds. A verdict needs at least 3; 5 are better."""
     labelled: list[int] = field(default_factory=list)

@@ -73,7 +73,8 @@ class DomainDataConfig:
     """Images of train_labelled per training step."""
     weak_labels: list[Entry] = field(default_factory=list)
     """Only for the target: images of train with masks that are not truth, such as those of the command weak-labels. Only the
-    companion weak_labels uses them (docs/weak-labels.md). Images of train that are not here are left out of its loss."""
+    companion weak_labels uses them (docs/weak-labels.md). Images of train that are not here are left out of its loss. Masks for
+    the images of val and test may be here, too: an arm of `compare` scores them, which tells what the rule alone is worth."""
     bands: Annotated[list[int] | None, *BANDS] = None
     """Bands to read, in this order, counted from 1; null = all."""
     scale: Literal["type", "percentiles"] | list[float] = "type"

@@ -63,6 +63,10 @@ class DomainImages:
     """Number of images of the split train_labelled to use; None = all."""
 
 
+SCORED: tuple[Split, ...] = ("val", "test")
+"""The sets that runs are scored on."""
+
+
 @dataclass(frozen=True)
 class Cut:
     """How images become items (see `SegmentationDataset` and `windows`)."""
@@ -97,6 +101,8 @@ class DataPlan:
     embedded_seed: int = 0
     embedded_folder: str | None = None
     show_progress: bool = False
+    masks_of_rule: bool = False
+    """Read the weak labels of the target's validation and test images in place of their masks."""
 
     def parts(self, name: SetName) -> list[SetName]:
         """Return the set `name`, or one set per domain if the settings name several domains for it."""
@@ -122,13 +128,25 @@ class DataPlan:
         found = find_samples(entries, self._root_of(name.one), name.key, masks, report_with_preset)
         if name.whole == TARGET_WEAK:  # the training set, so that its batches are the same with and without weak labels
             train = SetName(name.domain, "train", name.member)
-            trained_on = self.find(train, lambda _: None) or []  # its problems are reported with that set
-            return with_masks_of(trained_on, found, name.key, train.key, report) if trained_on else None
+            trained_on = self._as_listed(train)
+            scored = [sample for one in SCORED for sample in self._as_listed(SetName(name.domain, one, name.member))]
+            return with_masks_of(trained_on, found, name.key, train.key, report, scored) if trained_on else None
+        if self.masks_of_rule and name.domain == "target" and name.split in SCORED:
+            weak = SetName(name.domain, "weak_labels", name.member)
+            masks_of = find_samples(
+                images.entries.get("weak_labels", ()), self._root_of(name.one), weak.key, "required", report
+            )
+            found = with_masks_of(found, masks_of, weak.key, name.key, lambda _: None)
+            return found if all(sample.mask is not None for sample in found) else None
         if name.whole != TARGET_LABELLED or images.labelled_count is None:
             return found
         if len(found) < images.labelled_count:
             report(f"data.target.labelled_count is {images.labelled_count}, but {name.key} has {len(found)} images.")
         return found[: images.labelled_count] or None
+
+    def _as_listed(self, name: SetName) -> list[Sample]:
+        """Return the samples of a set as its entries name them; its problems are reported where the set itself is found."""
+        return dataclasses.replace(self, masks_of_rule=False).find(name, lambda _: None) or []
 
     def dataset(
         self,

@@ -11,25 +11,37 @@ from dann_experiments.data.samples import Sample, refuse
 
 
 def with_masks_of(
-    samples: Sequence[Sample], labelled: Sequence[Sample], key: str, of: str, report: Callable[[str], None] = refuse
+    samples: Sequence[Sample],
+    labelled: Sequence[Sample],
+    key: str,
+    of: str,
+    report: Callable[[str], None] = refuse,
+    others: Sequence[Sample] = (),
 ) -> list[Sample]:
     """Return `samples` in their order, each with the mask that `labelled` has for its image, or None.
 
     A mask is that of a whole image, so it belongs to every region of the image; if `labelled` names a region, it must be one of
     `samples`. `key`, `of`: the settings of `labelled` and `samples`, for messages. Calls `report` for an image that is not
-    among `samples`, or only in other regions.
+    among `samples`, or only in other regions; not for one of `others`, which may have masks but get none here, as long as any
+    of `samples` has one.
     """
     regions: dict[Path, list[Any]] = {}
     for sample in samples:
         regions.setdefault(sample.image.resolve(), []).append(sample.region)
     masks: dict[tuple[Path, Any], Path | None] = {}
+    elsewhere = {(sample.image.resolve(), region) for sample in others for region in (sample.region, None)}
+    none_here = not any(sample.image.resolve() in regions for sample in labelled)
     for sample in labelled:
         there = regions.get(sample.image.resolve())
+        if (sample.image.resolve(), sample.region) in elsewhere and not none_here and there is None:
+            continue
         if there is None:
             report(
                 f"{key}: image {sample.image} is not in {of}, whose images these masks belong to; add it there, or take it out."
             )
         elif sample.region is not None and sample.region not in there:
+            if (sample.image.resolve(), sample.region) in elsewhere:
+                continue
             report(
                 f"{key}: image {sample.image} has the region {list(sample.region)}, which {of} does not have; leave region out "
                 f"here, as those of {of} count."

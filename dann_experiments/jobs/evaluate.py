@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
@@ -23,6 +22,7 @@ from dann_experiments.jobs.build import find_data, make_loaders, make_network, s
 from dann_experiments.jobs.identity import domain_tags, evaluation_name
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.run_training import describe_run, source_links
+from dann_experiments.jobs.score_files import write_scores
 from dann_experiments.jobs.source_model import chosen_by_target_labels, load_weights
 from dann_experiments.models.batchnorm import (
     NO_BATCHNORM,
@@ -33,8 +33,6 @@ from dann_experiments.models.batchnorm import (
     target_statistics,
 )
 from dann_experiments.names import SCORED_SETS, TARGET_TRAIN, Job, OneDomain, SetName, Tag
-from dann_experiments.reports.plots.confusion import draw_confusion
-from dann_experiments.scores import macro_mean, row_shares
 from dann_experiments.tracking.fetch_model import fetched
 from dann_experiments.tracking.notes import description, iou_changes, links_of
 from dann_experiments.tracking.run import tracked_run
@@ -124,7 +122,7 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
             metrics = metrics_of_sets(scores, names, complete=True)
             run.log_metrics(metrics, step=0)
             run.set_tags({Tag.NOTE: description(title, iou_changes({}, metrics), links)})
-            _write_results(run.folder, scores, names)
+            write_scores(run.folder, scores, names)
     folder = local_artifact_folder(store, run.run_id)
     return RunResult(
         job=Job.EVALUATE, run_id=run.run_id, experiment_id=store.experiment_id, tracking_uri=store.uri,
@@ -335,33 +333,3 @@ def _read(config: Config, notes: ModelNotes | None) -> ImageSets:
                 f"(data.ignore_index {config.data.ignore_index}, ignore_values, or names in the label map that are not classes)."
             )
     return sets
-
-
-def _write_results(folder: Path, scores: Mapping[SetName, Scores], class_names: Sequence[str]) -> None:
-    """Write tables and figures to the run's folder."""
-    tables = folder / "tables"
-    tables.mkdir(parents=True, exist_ok=True)
-    whole = [_score_table(str(name), found, class_names) for name, found in scores.items()]
-    pd.concat(whole).to_csv(tables / "scores.csv", index=False, float_format="%.6f")
-    for name, found in scores.items():
-        counts = pd.DataFrame(found.confusion, index=pd.Index(class_names, name="truth"), columns=list(class_names))
-        counts.to_csv(tables / f"confusion_{name}.csv")
-        shares = pd.DataFrame(row_shares(found.confusion), index=counts.index, columns=counts.columns)
-        shares.to_csv(tables / f"confusion_{name}_normalised.csv", float_format="%.6f")
-        title = f"{name.words}: mean IoU {found.iou:.3f}"
-        draw_confusion(folder / "figures" / f"confusion_{name}.png", found.confusion, class_names, title)
-
-
-def _score_table(name: str, scores: Scores, class_names: Sequence[str]) -> pd.DataFrame:
-    """Return one row per class, then `mean` and `floor`; a score that is not defined is an empty field."""
-    columns = {
-        "iou": scores.class_iou, "precision": scores.class_precision, "recall": scores.class_recall, "f1": scores.class_f1,
-        "average_precision": np.full(len(class_names), np.nan) if scores.class_ap is None else scores.class_ap,
-    }  # fmt: skip
-    pixels = {"truth_pixels": scores.truth_pixels, "predicted_pixels": scores.predicted_pixels}
-    table = pd.DataFrame({"set": name, "class": list(class_names), **columns, **pixels})
-    mean = pd.DataFrame(
-        {"set": [name], "class": ["mean"], **{key: [macro_mean(value)] for key, value in columns.items()}}
-    )
-    floor = pd.DataFrame({"set": [name], "class": ["floor"], "iou": [scores.floor]})
-    return pd.concat([table, mean, floor]).astype(dict.fromkeys(pixels, "Int64"))

@@ -32,6 +32,8 @@ class Part(nn.Module):
     """What `prepare` and `loss` need beside features."""
     uses_target: bool = True
     """False if it needs nothing of the target."""
+    further_passes: int = 0
+    """Batches that networks take for it per step, beside that of the source and that of the target."""
 
     def prepare(self, batch: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """Return the training batch as it shall be forwarded, without changing the given one; see that of the method."""
@@ -74,6 +76,7 @@ class WithCompanions(DomainAdaptationMethod):
         self.companions = nn.ModuleList(companions)
         self.needs = method.needs.union(*(one.needs for one in companions))
         self.uses_target = method.uses_target or any(one.uses_target for one in companions)
+        self.further_passes = method.further_passes + sum(one.further_passes for one in companions)
         more = (OUTPUT_LAYER,) if "target_logits" in self.needs else ()
         self.feature_layers = tuple(dict.fromkeys((*method.feature_layers, *more)))
 

@@ -38,6 +38,7 @@ class SelfTraining(Companion):
 
     name = "self_training"
     needs: frozenset[Need] = frozenset({"images"})
+    further_passes = 2  # the teacher's, and that of the mixed images
 
     def __init__(
         self,
