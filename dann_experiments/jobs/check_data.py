@@ -25,6 +25,7 @@ from dann_experiments.data.reading import chosen_bands
 from dann_experiments.data.remarks import Problems
 from dann_experiments.data.samples import Sample, file_digest, shared_images
 from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
+from dann_experiments.data.virtual import files_behind
 from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs.build import data_plan
 from dann_experiments.jobs.checks import may_share, remarks_on_label_maps
@@ -239,7 +240,8 @@ def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> Non
                     for path in (sample.image, sample.mask):
                         if path is not None and path not in begun:
                             begun.add(path)
-                            check_deflated(path)
+                            for file in files_behind(path):
+                                check_deflated(file)
                     values, mask, valid = dataset.read(index)
                 except InputError as error:
                     broken.add(piece.sample)
