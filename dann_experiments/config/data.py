@@ -46,7 +46,8 @@ class DomainDataConfig:
     name: str | None = None
     """Name of this domain in the run; null = from its preset or its first training entry."""
     preset: str | None = None
-    """A known data set: loveda, potsdam, vaihingen, openearthmap, inria, landcoverai, cityscapes, gta5."""
+    """A known data set: loveda, potsdam, vaihingen, openearthmap, inria, landcoverai, cityscapes, gta5; or the scenes of a
+    satellite: landsat_c2, sentinel2_l2a, sentinel2_l2a_before_0400."""
     scene: str | None = None
     """Part of the preset's data set (LoveDA: Urban or Rural; Inria: a city; OpenEarthMap: a region); null = its default."""
     root: str | None = None

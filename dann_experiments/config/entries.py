@@ -20,7 +20,7 @@ def check_entry(key: str, entry: dict[str, Any]) -> None:
         )
     for part in ("images", "masks", "names"):
         value = entry.get(part)
-        texts = value if isinstance(value, list) else [value]
+        texts: list[Any] = value if isinstance(value, list) else [value]
         if part == "images" and texts and all(isinstance(text, list) and text for text in texts):
             texts = [text for one in texts for text in one]
         if value is not None and not (texts and all(isinstance(text, (str, int)) for text in texts)):

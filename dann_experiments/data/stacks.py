@@ -171,7 +171,7 @@ def _covered(first: Place, layer: Place, other_crs: bool) -> tuple[bool, bool]:
         from rasterio.warp import transform
 
         try:
-            xs, ys = transform(first.crs, layer.crs, [x for x, _ in points], [y for _, y in points])
+            xs, ys = transform(first.crs, layer.crs, [x for x, _ in points], [y for _, y in points])[:2]
         except Exception:  # PROJ knows no transform between them: opening the raster reports it
             return True, False
         points = list(zip(xs, ys, strict=True))

@@ -81,8 +81,18 @@ def files_behind(path: Path) -> list[Path]:
         file = waiting.pop(0)
         if os.path.realpath(file) not in found:
             found[os.path.realpath(file)] = file
-            waiting += [source for _, source in _sources(file) if source.is_file()]
+            waiting = [source for _, source in _sources(file) if source.is_file()] + waiting  # in the order of the bands
     return list(found.values())
+
+
+def is_ours(path: Path) -> bool:
+    """Return True for a virtual raster that this program wrote."""
+    return path.is_relative_to(cache_folder())
+
+
+def origins(path: Path) -> list[Path]:
+    """Return the user's files behind an image: itself if it is one."""
+    return [file for file in files_behind(path) if not is_ours(file)]
 
 
 def place_of_origin(path: Path) -> Path:
@@ -90,7 +100,7 @@ def place_of_origin(path: Path) -> Path:
 
     Outputs are named by it. Other images are where their path says.
     """
-    if not path.is_relative_to(cache_folder()):
+    if not is_ours(path):
         return path
     first = next((source for _, source in _sources(path)), path)
     return first.parent / f"{path.stem}.tif"

@@ -25,7 +25,7 @@ from dann_experiments.data.reading import chosen_bands
 from dann_experiments.data.remarks import Problems
 from dann_experiments.data.samples import Sample, file_digest, shared_images
 from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
-from dann_experiments.data.virtual import files_behind
+from dann_experiments.data.virtual import files_behind, is_ours, origins
 from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs.build import data_plan
 from dann_experiments.jobs.checks import may_share, remarks_on_label_maps
@@ -102,6 +102,7 @@ def check_data(config: Config) -> DataReport:
         images = plan.images[name.one]
         good, headers = read_headers(found, images.reading, plan.in_channels, images.labels, problems)
         samples[str(name)] = good
+        _note_stacks(name, good, problems)
         for sample in found:
             if sample not in good:
                 _check_mask(sample, images.labels, problems)
@@ -224,6 +225,15 @@ def _cut(
             problems.append(str(error))
     dataset = plan.dataset(name, *files, cut=everything)
     return _Set(dataset, len(as_trained), BandSums(plan.in_channels), np.zeros(256, np.int64))
+
+
+def _note_stacks(name: SetName, samples: Sequence[Sample], problems: Problems) -> None:
+    """Say how many images of a set are made of several files, and which those of the first are."""
+    stacks = [origins(sample.image) for sample in samples if is_ours(sample.image)]
+    if stacks:
+        files = ", ".join(file.name for file in stacks[0])
+        text = f"{name.key}: {len(stacks)} of {len(samples)} images are made of several files; the first of {files}."
+        problems.remarks.add(f"stacks of {name}", text)
 
 
 def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> None:

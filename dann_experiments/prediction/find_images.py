@@ -36,8 +36,8 @@ def find_work(inputs: Sequence[Input], output: str, beside: Sequence[str], overw
     """Return pairs of image and map.
 
     `inputs`: files, folders, patterns, and mappings whose files are stacked (`stacked_inputs`); `output`: a file, or a folder for
-    several images; `beside`: what is written next to each map, PROBABILITIES or CONFIDENCE; `overwrite`: True if existing maps may
-    be replaced. Raises InputError for inputs that are missing and outputs that exist or cannot be written.
+    several images; `beside`: what is written next to each map, PROBABILITIES or CONFIDENCE; `overwrite`: True if existing maps
+    may be replaced. Raises InputError for inputs that are missing and outputs that exist or cannot be written.
     """
     target = local_path(output, "output")
     found = _find(inputs, target)
