@@ -99,8 +99,8 @@ def _of_lines(path: Path, state: object, named: Path | None, its_state: object, 
             )
         if len(corners) < LEAST_NUMBERS or len(corners) % 2 or not ((corners >= 0) & (corners <= 1)).all():
             raise InputError(
-                f"{path}, line {number} has {len(corners)} numbers after the class id, from {corners.min(initial=0):g} to "
-                f"{corners.max(initial=0):g}; give an x and a y from 0 to 1 for each of three corners or more."
+                f"{path}, line {number} has {len(corners)} numbers after the class id, from {min(corners, default=0):g} to "
+                f"{max(corners, default=0):g}; give an x and a y from 0 to 1 for each of three corners or more."
             )
         if names and index not in names:
             raise InputError(f"{path}, line {number} has class id {index}, which {named} does not name; add it there.")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.label_keys import text_of
 from dann_experiments.data.pixels import StoredLabels, colors_of, read_labels
 from dann_experiments.data.rasters import Window, changes_values, open_raster
 
@@ -107,7 +108,7 @@ def vector_rules(
         )
     return VectorRules(
         tuple(class_names), attribute,
-        None if names is None else {text: index.get(name, ignore_index) for text, name in names.items()},
+        None if names is None else {text_of(key): index.get(name, ignore_index) for key, name in names.items()},
         None if background is None else index[background], all_touched,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,10 +81,11 @@ def needed(path: Path) -> Any:
     return pyogrio
 
 
-def some(ids: Sequence[Any]) -> str:
+def some(ids: Iterable[Any]) -> str:
     """Return the first ids for a message."""
-    shown = ", ".join(str(one) for one in list(ids)[:SHOWN])
-    return shown + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+    listed = list(ids)
+    shown = ", ".join(str(one) for one in listed[:SHOWN])
+    return shown + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
 
 
 def state_of(path: Path) -> tuple[int, int]:
@@ -243,6 +244,7 @@ def split_up(path: Path, ids: np.ndarray, geometry: np.ndarray, move: Any = None
             raise InputError(
                 f"{path} has a geometry that cannot be read ({error}); curves, for example, must be converted to polygons."
             ) from None
+        geometry[block] = None  # read; its memory serves the polygons made of it
         kinds = shapely.get_type_id(shapes)
         void = (kinds < 0) | shapely.is_empty(shapes)
         wrong = ~void & ~np.isin(kinds, (GeometryType.POLYGON, GeometryType.MULTIPOLYGON))
@@ -252,7 +254,6 @@ def split_up(path: Path, ids: np.ndarray, geometry: np.ndarray, move: Any = None
         if move is not None:
             shapes[~void] = shapely.transform(shapes[~void], move)
         bad = ~void & ~wrong & ~shapely.is_valid(shapes)
-        mended += ids[block][bad].tolist()
         shapes[bad] = shapely.make_valid(shapes[bad], method="structure", keep_collapsed=False)
         single, owner = shapely.get_parts(shapes[~void & ~wrong], return_index=True)
         owner = np.flatnonzero(~void & ~wrong)[owner]
@@ -266,6 +267,7 @@ def split_up(path: Path, ids: np.ndarray, geometry: np.ndarray, move: Any = None
             raise InputError(f"{path}: feature {first} has coordinates that cannot be transformed to the image's CRS.")
         flat = np.setdiff1d(np.flatnonzero(~wrong), owner)
         empty += ids[block][flat].tolist()
+        mended += ids[block][np.intersect1d(np.flatnonzero(bad), owner)].tolist()
         parts.append((shapely.to_wkb(nested), bounds, owner + start))
     if others:
         counted = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in sorted(others.items()))
