@@ -52,7 +52,6 @@ def with_masks_of(
     for sample in samples:
         image = sample.image.resolve()
         own = masks.get((image, sample.region), masks.get((image, None)))
-        if own is not None:
-            sample = dataclasses.replace(sample, mask=own.mask, layer=own.layer, area=own.area)
-        found.append(sample)
+        parts = (None, None, None) if own is None else (own.mask, own.layer, own.area)
+        found.append(dataclasses.replace(sample, mask=parts[0], layer=parts[1], area=parts[2]))
     return found
