@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -508,6 +510,18 @@ def test_check_data_counts_features_and_names_those_outside_every_image(workplac
     assert both.startswith("data.source.train: 24 pixels are in polygons of several classes; the later one")
 
 
+def test_settings_of_polygons_without_polygons_are_pointed_out(workplace):
+    settings = settings_of(workplace)
+    masks = workplace / "masks"
+    masks.mkdir()
+    for image in (workplace / "source").iterdir():
+        Image.fromarray(np.tile(np.uint8([0, 1]), (32, 16))).save(masks / f"{image.stem}.png")
+    settings["data.source.train"] = [{"images": "source", "masks": "masks"}]
+    settings["data.source.val"] = settings["data.target.val"] = []
+    wanted = "data.source: label_background has no effect, because no mask is a file of polygons."
+    assert wanted in check_data(load_config(None, settings)).remarks
+
+
 # errors
 
 
@@ -673,7 +687,7 @@ def test_wrong_yolo_lines_are_named(tmp_path, line, wanted):
 
 
 def test_a_missing_package_is_named_with_its_command(fields, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyogrio", None)
+    monkeypatch.setitem(sys.modules, "pyogrio", None)
     fields.mask.touch()
     vector_masks.read_polygons.__globals__["_read"].cache_clear()
     assert "install them with: pip install 'dann-experiments[vector]'" in error_of(fields, rules())
@@ -734,3 +748,50 @@ def test_a_training_on_polygons_has_the_numbers_of_one_on_masks(workplace):
     by_masks = adapt(load_config(None, drawn_before))
     assert by_polygons.metrics == by_masks.metrics
     assert by_polygons.run_id != by_masks.run_id
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.labels import LabelMap, VectorRules
+from dann_experiments.data.reading import Normalization
+from dann_experiments.data.samples import Sample
+labels = LabelMap(3, vector=VectorRules(("ground", "maize", "grass"), "crop", None, 0))
+mask = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+data = SegmentationDataset([Sample(Path(sys.argv[1]), mask)], labels, Normalization(*[(0.0,), (1.0,)] * 2))
+masks = (data.read(index)[1] for index in range(len(data)))
+found = sum(int((one > 0).sum()) for one in masks if one is not None)
+print(len(data), found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_scene_with_100000_polygons_needs_less_memory_than_its_mask(tmp_path):
+    side, rng = 12_000, np.random.default_rng(0)
+    profile = {
+        "driver": "GTiff",
+        "count": 1,
+        "height": side,
+        "width": side,
+        "dtype": "uint8",
+        "tiled": True,
+        "sparse_ok": True,
+    }
+    with rasterio.open(tmp_path / "scene.tif", "w", crs=UTM, transform=PLACE, **profile):
+        pass
+    shapes = shapely.buffer(
+        shapely.points(rng.uniform(0, side, (100_000, 2))), rng.uniform(5, 40, 100_000), quad_segs=4
+    )
+    write_polygons(tmp_path / "fields.gpkg", on_ground(shapes), rng.choice(["maize", "grass"], len(shapes)).tolist())
+
+    def measured(*words: str) -> list[int]:
+        files = [str(tmp_path / word) for word in words]
+        ran = subprocess.run([sys.executable, "-c", MEASURE, *files], capture_output=True, text=True, check=True)
+        return [int(word) for word in ran.stdout.split()]
+
+    windows, found, with_mask = measured("scene.tif", "fields.gpkg")
+    assert windows == 144
+    assert found > 100_000_000
+    without = measured("scene.tif")[2]
+    assert with_mask - without < side * side / 2**20, (with_mask, without)

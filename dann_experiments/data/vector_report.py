@@ -65,7 +65,27 @@ def vector_report(sets: Mapping[SetName, SegmentationDataset]) -> tuple[list[str
                 overlap = contested(sample, dataset.labels, dataset.reading, header, piece.window)
                 overlaps += int(overlap[piece.counted_rows :, piece.counted_columns :].sum())
         remarks += _remarks(name, bare, overlaps)
-    return list(_lines(files)), remarks
+    return list(_lines(files)), [*remarks, *_unused(sets)]
+
+
+def _unused(sets: Mapping[SetName, SegmentationDataset]) -> Iterator[str]:
+    """Yield a remark for each domain whose settings for polygons have no effect, because all of its masks are images."""
+    by_domain: dict[str, list[SegmentationDataset]] = {}
+    for name, dataset in sets.items():
+        by_domain.setdefault(name.one.key, []).append(dataset)
+    for key, datasets in by_domain.items():
+        rules = datasets[0].labels.vector
+        masks = [sample.mask for dataset in datasets for sample in dataset.samples if sample.mask is not None]
+        given = {
+            "label_attribute": rules.attribute is not None,
+            "label_map": rules.texts is not None,
+            "label_background": rules.background is not None,
+            "label_all_touched": rules.all_touched,
+        }
+        if masks and any(given.values()) and not any(map(is_vector, masks)):
+            named = " and ".join(name for name, is_set in given.items() if is_set)
+            has = "has" if sum(given.values()) == 1 else "have"
+            yield f"{key}: {named} {has} no effect, because no mask is a file of polygons."
 
 
 def _name_of(index: int, dataset: SegmentationDataset) -> str:
