@@ -22,6 +22,9 @@ from dann_experiments.data.vector_files import Polygons, Value, is_vector, read_
 # Corners are rounded to this part of a pixel. Differences of such numbers are exact, so that a window is drawn exactly like
 # the same part of the whole image.
 FINEST = 1 / 1024
+# What GDAL draws with all_touched depends, where a corner of a pixel is just touched, on the edges of what it draws. Blocks at
+# fixed places of the image, drawn with some pixels around, make all windows agree.
+BLOCK, MARGIN = 512, 2
 SHOWN_VALUES = 5  # in a message
 
 
@@ -207,17 +210,45 @@ def _drawn(
     all_touched: bool, first_on_top: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Return a window (h, w) uint8 with the values (F,) of the features, later ones on top, and `outside` elsewhere."""
+    if not all_touched:
+        return _burnt(polygons, values, place, header, window, factor, outside, False, first_on_top)
+    found = np.empty((window.height, window.width), np.uint8)
+    bottom, right = window.top + window.height, window.left + window.width
+    for top in range(window.top // BLOCK * BLOCK, bottom, BLOCK):
+        for left in range(window.left // BLOCK * BLOCK, right, BLOCK):
+            block = _burnt(
+                polygons, values, place, header, Window(top, left, BLOCK, BLOCK), factor, outside, True, first_on_top
+            )
+            rows = slice(max(top, window.top), min(top + BLOCK, bottom))
+            columns = slice(max(left, window.left), min(left + BLOCK, right))
+            found[
+                rows.start - window.top : rows.stop - window.top,
+                columns.start - window.left : columns.stop - window.left,
+            ] = block[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    return found
+
+
+def _burnt(
+    polygons: Polygons, values: np.ndarray, place: Place | None, header: Header, window: Window, factor: float, outside: int,
+    all_touched: bool, first_on_top: bool,
+) -> np.ndarray:  # fmt: skip
+    """Do the same for one window in one piece; with `all_touched` it may reach beyond the image."""
     import shapely
     from rasterio.features import rasterize
 
     shape = (window.height, window.width)
     top, left, height, width = span_of(window, factor, header)
-    around = (top - 1, left - 1, height + 2, width + 2)  # a corner may move by half of FINEST
+    if all_touched:
+        height, width = window.height * factor, window.width * factor
+    step = np.array([width / shape[1], height / shape[0]])
+    margin = MARGIN * step.max() + 1  # and a corner may move by half of FINEST
+    around = (top - margin, left - margin, height + 2 * margin, width + 2 * margin)
     chosen = polygons.within(*box_around(around, place))[:: -1 if first_on_top else 1]
     if not len(chosen):
         return np.full(shape, outside, np.uint8)
     shapes = to_pixels(shapely.from_wkb(polygons.wkb[chosen]), place)
-    step = np.array([width / shape[1], height / shape[0]])
-    shapes = shapely.transform(shapes, lambda points: (points - (left, top)) / step)
+    shapes = shapely.transform(shapes, lambda points: (points - (left, top)) / step + MARGIN)
     pairs = zip(shapes, values[polygons.feature[chosen]].tolist(), strict=True)
-    return rasterize(pairs, shape, fill=outside, all_touched=all_touched, dtype="uint8")
+    larger = (shape[0] + 2 * MARGIN, shape[1] + 2 * MARGIN)
+    found = rasterize(pairs, larger, fill=outside, all_touched=all_touched, dtype="uint8")
+    return found[MARGIN:-MARGIN, MARGIN:-MARGIN].copy()
