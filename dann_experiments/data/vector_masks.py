@@ -251,4 +251,4 @@ def _burnt(
     pairs = zip(shapes, values[polygons.feature[chosen]].tolist(), strict=True)
     larger = (shape[0] + 2 * MARGIN, shape[1] + 2 * MARGIN)
     found = rasterize(pairs, larger, fill=outside, all_touched=all_touched, dtype="uint8")
-    return found[MARGIN:-MARGIN, MARGIN:-MARGIN].copy()
+    return found[MARGIN:-MARGIN, MARGIN:-MARGIN].copy()  # pyright: ignore[reportOptionalSubscript]
