@@ -426,6 +426,7 @@ def test_the_digest_covers_the_side_files_the_layer_and_the_area(tmp_path):
     assert {file.suffix for file in files_of([sample])} == {".tif", ".shp", ".shx", ".dbf", ".prj", ".cpg"}
     digests = {content_digest([sample]), content_digest([Sample(sample.image, path, layer="f")])}
     digests.add(content_digest([Sample(sample.image, path, area=path)]))
+    assert (mask_in(sample, rules()) == 2).any()
     write_polygons(tmp_path / "f.shp", on_ground(SHAPES), ["maize", "maize", "maize"])  # only the .dbf differs
     digests.add(content_digest([sample]))
     assert len(digests) == 4
