@@ -453,6 +453,13 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python -m dann_experiments doctor": Example("squares"),
         "python -m dann_experiments sync": Example("squares"),
     },
+    ("docs/vector-labels.md", "Vector labels: polygons as masks"): {
+        "yaml: # fields.yaml": Example("fields", SCENES),
+    },
+    ("docs/vector-labels.md", "How they are drawn"): {"python: import zipfile": Example("pairs")},
+    ("docs/vector-labels.md", "check-data"): {
+        "python -m dann_experiments check-data --config fields.yaml": Example("fields"),
+    },
     ("docs/weak-labels.md", "Weak labels: masks from a rule"): {
         "python -m dann_experiments weak-labels --rule excess_green --red 1 --green 2 --blue 3 --input photos/ --output weak/"
         ' --class_names "[ground, tree]"': Example("squares"),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyogrio
+import shapely
 from PIL import Image
 from rasterio.io import MemoryFile
 from rasterio.transform import from_origin
+from rasterio.warp import transform_geom
 
 from dann_experiments.data.landsat_raleigh import PLACE
 from dann_experiments.data.nuclei import ASSAY, TIMES
@@ -33,6 +39,33 @@ def landsat_package(path: Path, size: tuple[int, int]) -> None:
                 ) as file:  # fmt: skip
                     file.write(bands)
                 package.writestr(f"{PLACE}/{name}.tif", memory.read())
+        squares = [shapely.box(x, 220_000, x + 500, 220_500) for x in (634_000, 638_000)]
+        with tempfile.TemporaryDirectory() as folder:
+            write_polygons(Path(folder) / "landsat96_polygons.shp", squares, ["forest", "water"], "EPSG:3358", "label")
+            for part in Path(folder).iterdir():
+                package.write(part, f"{PLACE}/{part.name}")
+
+
+def write_polygons(
+    path: Path, shapes: Sequence[Any], values: Sequence[Any], crs: str = "EPSG:32632", field: str = "crop", **more: Any
+) -> None:
+    """Write polygons with the values of one attribute; GeoJSON in WGS 84."""
+    if path.suffix == ".geojson":
+        pairs = [transform_geom(crs, "EPSG:4326", shapely.geometry.mapping(shape)) for shape in shapes]
+        shapes, crs = [shapely.geometry.shape(pair) for pair in pairs], "EPSG:4326"
+    column = np.array(values, None if isinstance(values[0], int) else object)
+    driver = {".shp": "ESRI Shapefile", ".gpkg": "GPKG", ".geojson": "GeoJSON"}[path.suffix]
+    geometry = np.array([shapely.to_wkb(shape) for shape in shapes], object)
+    pyogrio.raw.write(
+        path,
+        geometry=geometry,
+        field_data=[column],
+        fields=[field],
+        crs=crs,
+        driver=driver,
+        geometry_type="Polygon",
+        **more,
+    )
 
 
 def nuclei_packages(stardist: Path, ndev: Path) -> None:

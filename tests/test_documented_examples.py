@@ -30,6 +30,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import rasterio
+import shapely
 import yaml
 from conftest import model_folder, small_settings, squares_in, write_raster
 from documented import (
@@ -45,9 +46,12 @@ from documented import (
     settings_of,
     write_files,
 )
-from drawn_packages import landsat_package, nuclei_packages
+from drawn_packages import landsat_package, nuclei_packages, write_polygons
 from mlflow.entities import Run
 from PIL import Image
+from rasterio.features import rasterize
+from rasterio.transform import from_origin
+from shapely.affinity import affine_transform
 
 from benchmarks.squares import write_domain
 from dann_experiments import __main__ as program
@@ -72,7 +76,7 @@ CLONE = [
 ]
 FEW_ARMS = {"source only": {"kind": "source_only"}, "lambda = 0 control": {"kind": "control"}, "DANN": {}}
 ABLATION, WEAK_ARMS = "# ablation.yaml", "# weak_arms.yaml"
-SEASONS = "# seasons.yaml"
+SEASONS, FIELDS = "# seasons.yaml", "# fields.yaml"
 README_DATA, REGION_DATA = "model: {arch: unet, encoder_name: resnet34", "model: {in_channels: 4"
 
 
@@ -248,6 +252,35 @@ def seasons_place(place: Place) -> None:
         Image.fromarray(np.asarray(Image.open(path)) * 7).save(path)
 
 
+def fields_place(place: Place) -> None:
+    """The scenes and polygons of the block of docs/vector-labels.md; the later scenes are darker."""
+    text = block("docs/vector-labels.md", FIELDS)
+    for name in ("mine.yaml", "fields.yaml"):
+        (place.folder / name).write_text(text)
+    rng, root = np.random.default_rng(0), place.folder
+    crops: dict[str, list[Any]] = {
+        "scenes_2018/a": ["maize", "meadow"],
+        "scenes_2018/b": ["wheat", "unknown"],
+        "scene_val": ["maize", "meadow"],
+    }
+    crops |= {"region_b": [], "region_b/a": [311, 24], "region_b/b": [24, 311]}
+    shapes: dict[str, tuple[list[Any], list[Any]]] = {}
+    for number, (name, values) in enumerate(crops.items()):
+        corner = from_origin(600_000 + 2000 * number, 5_400_000, 10, 10)
+        squares = [shapely.box(5 + 50 * one, 10, 45 + 50 * one, 90) for one in range(2)]
+        bands = 60 + 15 * number + rng.integers(0, 20, (4, 128, 128)) + 50 * rasterize(squares, (128, 128))
+        write_raster(root / f"{name}.tif", bands.astype(np.uint8), crs="EPSG:32632", transform=corner)
+        ground = [affine_transform(square, [10, 0, 0, -10, corner.c, corner.f]) for square in squares]
+        shapes[name] = (ground[: len(values)], values)
+    write_polygons(root / "region_b" / "a.shp", *shapes["region_b/a"], field="CODE")
+    write_polygons(root / "region_b" / "b.shp", *shapes["region_b/b"], field="CODE")
+    write_polygons(root / "fields.gpkg", *shapes["scene_val"], layer="checked")
+    write_polygons(root / "fields.gpkg", *shapes["scene_val"], layer="draft", append=True)
+    write_polygons(root / "surveyed.geojson", [shapes["scene_val"][0][0].buffer(300)], ["all"])
+    both = [[*shapes["scenes_2018/a"][part], *shapes["scenes_2018/b"][part]] for part in (0, 1)]
+    write_polygons(root / "fields_2018.geojson", *both)
+
+
 PLACES: dict[str, Callable[[Place], None]] = {
     "squares": squares_place,
     "digits": digits_place,
@@ -256,6 +289,7 @@ PLACES: dict[str, Callable[[Place], None]] = {
     "trees": trees_place,
     "pairs": pairs_place,
     "seasons": seasons_place,
+    "fields": fields_place,
 }
 
 

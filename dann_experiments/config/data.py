@@ -61,8 +61,9 @@ class DomainDataConfig:
     image, mask, split; paths relative to it), a folder with images/ and masks/ with equal file stems, a glob pattern, a list
     file (.txt, one path per line), an image file, or a mapping {images: ..., masks: ...} of folders, patterns, list files or
     files; patterns are paired by the parts that their wildcards match. The mapping also takes names (a list, or a file of names,
-    to keep) and region ([left, top, right, bottom] in pixels of the file). A list of patterns or folders in images stacks them:
-    their files are the bands of one image; quality, nodata and warp say how (docs/bands-in-files.md)."""
+    to keep), region ([left, top, right, bottom] in pixels of the file) and, for masks that are polygons (docs/vector-labels.md),
+    layer and area. A list of patterns or folders in images stacks them: their files are the bands of one image; quality, nodata
+    and warp say how (docs/bands-in-files.md)."""
     val: list[Entry] = field(default_factory=list)
     """Validation images; those with masks are scored after each epoch."""
     test: list[Entry] = field(default_factory=list)
@@ -95,6 +96,18 @@ class DomainDataConfig:
     """Mask value -> class name; null = the values are class ids. A name that is not in data.class_names counts nowhere."""
     color_map: dict[str, str] | None = None
     """"RED,GREEN,BLUE" -> class name, for masks in colors."""
+    label_attribute: Annotated[str | None, not_empty("name an attribute, or null")] = None
+    """Attribute that holds the class of polygons, where masks are GeoJSON, GeoPackage or Shapefile (docs/vector-labels.md); null
+    = all are of one class, the only one besides label_background. COCO and YOLO files name their classes themselves."""
+    label_map: Annotated[dict[str, str] | None, not_empty("name the values, or null to take them as class names")] = (
+        None
+    )
+    """Value of label_attribute, or category of COCO and YOLO -> class name; null = texts are class names, numbers are those of
+    masks (value_map, else class ids). A name that is not in data.class_names counts nowhere; "": features without a value."""
+    label_background: str | None = None
+    """Class of the pixels outside every polygon; null = they count nowhere."""
+    label_all_touched: bool = False
+    """Draw polygons onto every pixel that they touch; false: onto those whose center is in them."""
     pixel_size: Annotated[float | None, above(0)] = None
     """Resample images to pixels of this size, in the unit of the files' CRS (meter, degree), so that two sensors agree; null =
     keep the files' pixels."""
@@ -113,11 +126,16 @@ class DomainDataConfig:
 
     @property
     def class_names(self) -> list[str] | None:
-        """The distinct class names in the label map, in the order of ids; None without a map."""
+        """The distinct class names in the label maps, in the order of ids; None without a map.
+
+        The background of polygons comes first, unless a map for masks names it."""
         named = self.value_map if self.value_map is not None else self.color_map
-        if named is None:
+        if named is None and self.label_map is None:
             return None
-        ordered = [name for _, name in sorted(named.items())] if named is self.value_map else list(named.values())
+        ordered = [name for _, name in sorted((self.value_map or {}).items())] or list((self.color_map or {}).values())
+        if self.label_background is not None and self.label_background not in ordered:
+            ordered = [self.label_background, *ordered]
+        ordered += list((self.label_map or {}).values())
         return [name for name in dict.fromkeys(ordered) if name != IGNORED]
 
     @property

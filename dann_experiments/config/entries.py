@@ -6,7 +6,7 @@ from typing import Any
 
 from dann_experiments.config.errors import InputError
 
-KEYS = ("images", "masks", "names", "region", "quality", "nodata", "warp")
+KEYS = ("images", "masks", "names", "region", "layer", "area", "quality", "nodata", "warp")
 QUALITY_KEYS = ("images", "bits", "values")
 
 
@@ -26,6 +26,16 @@ def check_entry(key: str, entry: dict[str, Any]) -> None:
         if value is not None and not (texts and all(isinstance(text, (str, int)) for text in texts)):
             raise InputError(
                 f"{key} has the entry {entry}, whose {part} is {value!r}; give a path, a pattern or a list."
+            )
+    for part in ("layer", "area"):
+        if part in entry and (not isinstance(entry[part], str) or not entry[part] or entry.get("masks") is None):
+            names = (
+                "the layer of their file"
+                if part == "layer"
+                else "a file of polygons outside of which nothing is labeled"
+            )
+            raise InputError(
+                f"{key} has the entry {entry}, whose {part} is {entry[part]!r}; give a text, beside masks, that names {names}."
             )
     region = entry.get("region")
     if region is not None:

@@ -1,4 +1,4 @@
-"""Checks the keys of value maps and color maps as they were given: two spellings of one key would silently become one."""
+"""Checks the keys of value maps and label maps as they were given: two spellings of one key would silently become one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ MOST_DIGITS = 40  # far more than a mask's value has; Python refuses to read tho
 
 
 def check_label_keys(settings: Mapping[str, Any]) -> None:
-    """Raise InputError for a key of a `value_map` that is no whole number, or that stands twice in another spelling (1 and "1").
+    """Raise InputError for a key of a `value_map` that is no whole number, or of either map that stands twice (1 and "1").
+
 
     `settings`: nested settings as read, before they get their types. Other mistakes are left to the types."""
     data = settings.get("data")
@@ -28,6 +29,9 @@ def check_label_keys(settings: Mapping[str, Any]) -> None:
             labels = one.get("value_map") if isinstance(one, Mapping) else None
             if isinstance(labels, Mapping):
                 _check(f"{key}.value_map", labels)
+            texts = one.get("label_map") if isinstance(one, Mapping) else None
+            if isinstance(texts, Mapping):
+                _check_texts(f"{key}.label_map", texts)
 
 
 def _check(name: str, labels: Mapping[Any, Any]) -> None:
@@ -43,3 +47,18 @@ def _check(name: str, labels: Mapping[Any, Any]) -> None:
         if value in seen:
             raise InputError(f"{name} has the keys {seen[value]!r} and {key!r}, which are one value; keep one.")
         seen[value] = key
+
+
+def text_of(key: Any) -> str:
+    """Return a key of a `label_map` as text; YAML reads 311 as a number and true as a truth value."""
+    return str(key).lower() if isinstance(key, bool) else str(key)
+
+
+def _check_texts(name: str, labels: Mapping[Any, Any]) -> None:
+    seen: dict[str, Any] = {}
+    for key in labels:
+        if key is None or isinstance(key, (list, tuple)):
+            raise InputError(f'{name} has the key {key!r}; give a text in quotes ("" for features without a value).')
+        if text_of(key) in seen:
+            raise InputError(f"{name} has the keys {seen[text_of(key)]!r} and {key!r}, which are one value; keep one.")
+        seen[text_of(key)] = key

@@ -69,7 +69,8 @@ def absent_classes(
         raise InputError(
             f"data.source.train: the masks hold the ids {found}, of which {ignore_index} is ignored (data.ignore_index); that "
             f"leaves {len(classes)} class to learn. Write the classes as 0 to {len(class_names) - 1}, or name the masks' values "
-            "in data.source.value_map." + "".join(f" {text}" for text in map_remarks)
+            "in data.source.value_map (of polygons: what is outside them in data.source.label_background)."
+            + "".join(f" {text}" for text in map_remarks)
         )
     absent = [name for index, name in enumerate(class_names) if index not in classes]
     return f"data.source.train: no mask holds the classes {absent}." if absent else None

@@ -14,12 +14,13 @@ from torch.utils.data import Dataset
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.augmentation import Strength, augmented
 from dann_experiments.data.headers import checked_header
-from dann_experiments.data.labels import LabelMap, read_mask
+from dann_experiments.data.labels import LabelMap
 from dann_experiments.data.nodata import default_nodata_bands
 from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.rasters import Header, Window
 from dann_experiments.data.reading import TYPE_RANGES, Normalization, Reading, for_file, largest_value
 from dann_experiments.data.samples import Sample
+from dann_experiments.data.vector_masks import mask_of
 from dann_experiments.data.windows import Piece, at_random, default_size, grid
 
 MOST_PADDED = 8  # largest crop size as a multiple of the image's shorter side; larger crops would be mostly padding
@@ -150,8 +151,7 @@ class SegmentationDataset(Dataset):
         if sample.mask is None and self.has_masks:
             mask = np.full(image.shape[1:], self.labels.ignore_index, np.uint8)
         elif sample.mask is not None:
-            factor = self.reading.factor(self.headers[piece.sample], sample.image)
-            mask = read_mask(sample.mask, self.labels, piece.window, factor)
+            mask = mask_of(sample, self.labels, self.reading, self.headers[piece.sample], piece.window)
             if piece.counted_rows or piece.counted_columns:
                 mask[: piece.counted_rows] = self.labels.ignore_index
                 mask[:, : piece.counted_columns] = self.labels.ignore_index

@@ -11,6 +11,8 @@ from dann_experiments.data.rasters import Header, many_files, open_raster, verif
 from dann_experiments.data.reading import Reading, check_type, chosen_bands
 from dann_experiments.data.remarks import Problems, Remarks, image_remarks, mask_remarks
 from dann_experiments.data.samples import Sample
+from dann_experiments.data.vector_files import is_vector
+from dann_experiments.data.vector_masks import check_vectors
 
 
 def checked_header(
@@ -32,6 +34,9 @@ def checked_header(
         if remarks is not None:
             remarks.take(sample.image, image_remarks(file, sample.image, header, reading, in_channels))
     if sample.mask is None:
+        return header
+    check_vectors(sample, labels, header)
+    if is_vector(sample.mask):
         return header
     with open_raster(sample.mask) as file:
         of_mask = verified_header(file, sample.mask)

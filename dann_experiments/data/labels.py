@@ -10,10 +10,27 @@ from pathlib import Path
 import numpy as np
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.label_keys import text_of
 from dann_experiments.data.pixels import StoredLabels, colors_of, read_labels
 from dann_experiments.data.rasters import Window, changes_values, open_raster
 
 Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class VectorRules:
+    """How polygons become class ids (see `vector_masks`)."""
+
+    class_names: tuple[str, ...] = ()
+    """Names of all classes of the network."""
+    attribute: str | None = None
+    """Attribute of the features that holds their class; None = all are of one class."""
+    texts: Mapping[str, int] | None = None
+    """Value of the attribute -> class id (or ignore_index); None = the values are class names, or ids as in masks."""
+    background: int | None = None
+    """Class id of pixels outside every polygon; None = they are ignored."""
+    all_touched: bool = False
+    """Count every pixel that a polygon touches, not only those whose center is in it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,8 @@ class LabelMap:
     """Further mask values that are ignored."""
     settings: str = field(default="", compare=False, repr=False)
     """Prefix of the settings' names in messages: `data.source.` or `data.target.`."""
+    vector: VectorRules = VectorRules()
+    """For masks that are polygons."""
 
     def network_id(self, value: int) -> int | None:
         """Return the class id for a mask value, None if the value is unknown."""
@@ -66,6 +85,32 @@ def label_map(
         frozenset(ignore_values),
         settings,
     )
+
+
+def vector_rules(
+    class_names: Sequence[str],
+    ignore_index: int,
+    attribute: str | None,
+    names: Mapping[str, str] | None,
+    background: str | None,
+    all_touched: bool,
+    settings: str = "",
+) -> VectorRules:
+    """Build a domain's rules for polygons. `names`: value of the attribute -> class name; other names are ignored.
+
+    Raises InputError if `background` is no class.
+    """
+    index = {name: position for position, name in enumerate(class_names)}
+    if background is not None and background not in index:
+        raise InputError(
+            f"{settings}label_background is {background!r}, which is not among the classes {list(class_names)}; give one of "
+            "them, or null to ignore pixels outside every polygon."
+        )
+    return VectorRules(
+        tuple(class_names), attribute,
+        None if names is None else {text_of(key): index.get(name, ignore_index) for key, name in names.items()},
+        None if background is None else index[background], all_touched,
+    )  # fmt: skip
 
 
 def read_mask(path: Path, labels: LabelMap, window: Window | None = None, factor: float = 1.0) -> np.ndarray:

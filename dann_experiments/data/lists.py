@@ -150,3 +150,20 @@ def beside(folder: Path, name: str, root: Path, place: str) -> Path:
     texts = dict.fromkeys((name, slashed, slashed.lstrip("/")))
     places = [Path(base, text) for text in texts for base in (folder, root)]  # an absolute path stays as it is
     return next((place for place in places if is_file(place)), places[0])
+
+
+def expression_of(pattern: str) -> str:
+    """Return the regular expression of a glob pattern, with one group per wildcard."""
+    parts = []
+    for part in re.split(r"(\*\*/|\*|\?|\[[^\]]+\])", pattern.replace("\\", "/")):
+        if part == "**/":
+            parts.append("((?:.*/)?)")
+        elif part == "*":
+            parts.append("([^/]*)")
+        elif part == "?":
+            parts.append("([^/])")
+        elif part.startswith("[") and part.endswith("]"):
+            parts.append(f"({part.replace('[!', '[^', 1)})")
+        else:
+            parts.append(re.escape(part))
+    return "".join(parts)

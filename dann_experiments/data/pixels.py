@@ -122,7 +122,7 @@ def _read(
     if smooth and not header.palette:
         way = Resampling.average if factor > 1 else Resampling.bilinear
     shape = (window.height, window.width)
-    box = header.turn.stored(_span(window, factor, header), header.height, header.width)
+    box = header.turn.stored(span_of(window, factor, header), header.height, header.width)
     # Overviews (and wavelets of JPEG 2000) need not be averages of the file's pixels, and those of a mask can contain ids that
     # the mask does not. A VRT may use its sources' overviews even if it reports none.
     own_sizes = factor > 1 and (file.driver == "VRT" or bool(file.overviews(bands[0])))
@@ -137,7 +137,7 @@ def _read(
     return header.turn.shown(values)
 
 
-def _span(window: Window, factor: float, header: Header) -> tuple[float, float, float, float]:
+def span_of(window: Window, factor: float, header: Header) -> tuple[float, float, float, float]:
     """Return (top, left, height, width) of a window in file pixels; the working grid's last row and column end with the file."""
     top, left = window.top * factor, window.left * factor
     return (
@@ -158,7 +158,7 @@ def _masked(file: DatasetReader, header: Header, window: Window, factor: float) 
     The alpha band is read directly, since GDAL ignores it in files that also have a nodata value.
     """
     if factor != 1.0:
-        box = _span(window, factor, header)
+        box = span_of(window, factor, header)
         rows, columns = (
             np.minimum((box[side] + (np.arange(count) + 0.5) * box[side + 2] / count).astype(int), size - 1)
             for side, count, size in ((0, window.height, header.height), (1, window.width, header.width))
@@ -230,7 +230,7 @@ def _valid(
     top, left = max(int(window.top * factor) - 1, 0), max(int(window.left * factor) - 1, 0)
     bottom = min(int(np.ceil((window.top + window.height) * factor)) + 1, header.height)
     right = min(int(np.ceil((window.left + window.width) * factor)) + 1, header.width)
-    box = _span(window, factor, header)
+    box = span_of(window, factor, header)
     begins, ends = pixels_behind(box[0], box[2], window.height, top, bottom)
     columns = pixels_behind(box[1], box[3], window.width, left, right)
     columns = columns[0] - left, columns[1] - left

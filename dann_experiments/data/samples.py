@@ -16,8 +16,10 @@ from typing import Any
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.paths import local_text
-from dann_experiments.data.lists import beside, is_file, lines_of, manifest_pairs, pairs_of, under
+from dann_experiments.data.annotations import side_files
+from dann_experiments.data.lists import beside, expression_of, is_file, lines_of, manifest_pairs, pairs_of, under
 from dann_experiments.data.stacked_entries import is_stacked, stacked
+from dann_experiments.data.vector_files import GEO_SUFFIXES, LABEL_SUFFIXES, is_vector
 from dann_experiments.data.virtual import digest_with_sources, is_virtual
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,16 @@ class Sample:
     mask: Path | None
     region: tuple[int, int, int, int] | None = None
     """(left, top, right, bottom) in file pixels: the part of the image that belongs to the set; None = all."""
+    layer: str | None = None
+    """Layer of `mask`, a file of polygons; None = its only one."""
+    area: Path | None = None
+    """File of polygons outside of which nothing is labeled; None = no limit."""
+
+    @property
+    def label_files(self) -> list[Path]:
+        """The mask with its side files, and the area with its own; none without a mask."""
+        found = [path for path in (self.mask, self.area) if path is not None and self.mask is not None]
+        return [one for path in found for one in (path, *(side_files(path) if is_vector(path) else ()))]
 
 
 def refuse(message: str) -> None:
@@ -65,16 +77,18 @@ def find_samples(
             report(f"{key} names {_shown(entry, root)}, which holds no images{_kinds_there(entry, root)}.")
         samples += found
     good: list[Sample] = []
-    masks_of: dict[tuple[Path, Any], Path | None] = {}
+    first: dict[tuple[Path, Any], Sample] = {}
     for sample in samples:
-        other = masks_of.setdefault((sample.image, sample.region), sample.mask)
-        if other != sample.mask:
-            report(f"{key}: image {sample.image} has two masks, {other} and {sample.mask}; keep one.")
+        other = first.setdefault((sample.image, sample.region), sample)
+        if (other.mask, other.layer, other.area) != (sample.mask, sample.layer, sample.area):
+            report(f"{key}: image {sample.image} has two masks, {_labels(other)} and {_labels(sample)}; keep one.")
             continue
         if not is_file(sample.image):
             report(f"{key}: image {sample.image} {_lacking(sample.image)}.")
         elif sample.mask is not None and not is_file(sample.mask):
             report(f"{key}: mask {sample.mask} of image {sample.image} {_lacking(sample.mask)}.")
+        elif sample.area is not None and not is_file(sample.area):
+            report(f"{key}: area {sample.area} of image {sample.image} {_lacking(sample.area)}.")
         elif sample.mask is None and masks == "required":
             report(f"{key}: image {sample.image} has no mask, but this set needs one per image.")
         else:
@@ -90,6 +104,10 @@ def find_samples(
     return labelled
 
 
+def _labels(sample: Sample) -> str:
+    return f"{sample.mask}" + "".join(f" ({part})" for part in (sample.layer, sample.area) if part is not None)
+
+
 def _on_disk(entry: Any, key: str) -> Any:
     """Return an entry without `file://`. Raises InputError if it contains a remote address."""
     if isinstance(entry, Mapping):
@@ -100,8 +118,8 @@ def _on_disk(entry: Any, key: str) -> Any:
 
 
 def files_of(samples: Sequence[Sample]) -> list[Path]:
-    """Return the paths of images and masks, in order."""
-    return [path for sample in samples for path in (sample.image, sample.mask) if path is not None]
+    """Return the paths of images and label files, in order."""
+    return [path for sample in samples for path in (sample.image, *sample.label_files)]
 
 
 def content_digest(samples: Sequence[Sample], digest_of: Callable[[Path], bytes] | None = None) -> str:
@@ -109,10 +127,12 @@ def content_digest(samples: Sequence[Sample], digest_of: Callable[[Path], bytes]
     digest_of = digest_of or file_digest
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
-        for path in (sample.image, sample.mask):
-            if path is not None:
-                digest.update(digest_of(path))
-            digest.update(b"|")
+        digest.update(digest_of(sample.image) + b"|")
+        for path in sample.label_files:
+            digest.update(digest_of(path))
+        digest.update(b"|")
+        if sample.layer is not None:
+            digest.update(sample.layer.encode())
         if sample.region is not None:
             digest.update(repr(sample.region).encode())
     return digest.hexdigest()
@@ -188,21 +208,37 @@ def _from_mapping(
     region = None if entry.get("region") is None else tuple(entry["region"])
     pairs: Iterable[tuple[Path, Path | None]] = [(image, None) for image in images.values()]
     if where is not None:
-        pairs = _paired(images, _located(where, root, key, report), entry, key, report, all_masks=not named)
-    return [Sample(image, mask, region) for image, mask in pairs]  # pyright: ignore[reportArgumentType]
+        of_all = _file_of_polygons(where, root)
+        if of_all is not None:
+            pairs = [(image, of_all) for image in images.values()]
+        else:
+            located = _located(where, root, key, report, LABEL_SUFFIXES)
+            pairs = _paired(images, located, entry, key, report, all_masks=not named)
+    layer, area = (entry.get(part) if where is not None else None for part in ("layer", "area"))
+    area = None if area is None else under(root, str(area))
+    return [Sample(image, mask, region, layer, area) for image, mask in pairs]  # pyright: ignore[reportArgumentType]
 
 
-def _located(where: Any, root: Path, key: str, report: Callable[[str], None]) -> dict[Key, Path]:
+def _file_of_polygons(where: Any, root: Path) -> Path | None:
+    """Return the one file of polygons that an entry names for all of its images; None if it names something else."""
+    path = None if isinstance(where, list) else under(root, str(where))
+    return path if path is not None and path.suffix.lower() in GEO_SUFFIXES and is_file(path) else None
+
+
+def _located(
+    where: Any, root: Path, key: str, report: Callable[[str], None], also: Sequence[str] = ()
+) -> dict[Key, Path]:
     """Return the files that `where` (a folder, a pattern, a list file, a file, or a list of files) names, by pairing key.
 
-    The key is the text matched by a pattern's wildcards, the position in a list, or the stem.
+    `also`: suffixes of files in a folder or of a pattern, besides those of images. The key is the text matched by a pattern's
+    wildcards, the position in a list, or the stem.
     """
     if isinstance(where, list):
         return {("#", str(number)): under(root, str(name)) for number, name in enumerate(where)}
     text = str(where)
     path = under(root, text)
     if os.path.isdir(path):
-        return {(stem,): file for stem, file in _by_stem(path, key, report).items()}
+        return {(stem,): file for stem, file in _by_stem(path, key, report, also).items()}
     if is_file(path):
         if path.suffix.lower() == ".txt":
             return {
@@ -211,7 +247,7 @@ def _located(where: Any, root: Path, key: str, report: Callable[[str], None]) ->
             }
         return {("#", "0"): path}
     if glob.has_magic(text):
-        return {wildcards: file for file, wildcards in _globbed(text, root, key).items()}
+        return {wildcards: file for file, wildcards in _globbed(text, root, key, also).items()}
     raise InputError(f"{key} names {path}, which does not exist; give a folder, a pattern, a list (.txt) or a file.")
 
 
@@ -276,10 +312,10 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _globbed(pattern: str, root: Path, key: str) -> dict[Path, Key]:
-    """Return the image files that match, each with the texts its wildcards matched."""
+def _globbed(pattern: str, root: Path, key: str, also: Sequence[str] = ()) -> dict[Path, Key]:
+    """Return the image files (or those with a suffix in `also`) that match, each with the texts its wildcards matched."""
     try:
-        expression = re.compile(_expression(pattern))
+        expression = re.compile(expression_of(pattern))
         found = sorted(glob.glob(pattern, root_dir=root, recursive=True))
     except (OSError, ValueError, re.error) as error:
         raise InputError(f"{key} names the pattern {pattern}, which cannot be searched for: {error}") from None
@@ -287,28 +323,11 @@ def _globbed(pattern: str, root: Path, key: str) -> dict[Path, Key]:
     for name in found:
         path = under(root, name)
         match = expression.fullmatch(name.replace("\\", "/"))
-        if is_file(path) and path.suffix.lower() in IMAGE_SUFFIXES and match:
+        if is_file(path) and path.suffix.lower() in (*IMAGE_SUFFIXES, *also) and match:
             files[path] = tuple(text or "" for text in match.groups())
     if not files:
         raise InputError(f"{key} names the pattern {root / pattern}, which matches no image.")
     return files
-
-
-def _expression(pattern: str) -> str:
-    """Return the regular expression of a glob pattern, with one group per wildcard."""
-    parts = []
-    for part in re.split(r"(\*\*/|\*|\?|\[[^\]]+\])", pattern.replace("\\", "/")):
-        if part == "**/":
-            parts.append("((?:.*/)?)")
-        elif part == "*":
-            parts.append("([^/]*)")
-        elif part == "?":
-            parts.append("([^/])")
-        elif part.startswith("[") and part.endswith("]"):
-            parts.append(f"({part.replace('[!', '[^', 1)})")
-        else:
-            parts.append(re.escape(part))
-    return "".join(parts)
 
 
 def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Sample]:
@@ -319,7 +338,7 @@ def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str],
     images = _by_stem(path / "images", key, report)
     if not images or not with_masks or not (path / "masks").is_dir():
         return [Sample(image, None) for _, image in sorted(images.items())]
-    masks = _by_stem(path / "masks", key, report)
+    masks = _by_stem(path / "masks", key, report, LABEL_SUFFIXES)
     others = {file.stem: file for file in sorted((path / "masks").iterdir()) if file.stem not in masks}
     for stem in images:
         if stem not in masks:
@@ -334,7 +353,8 @@ def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str],
     return [Sample(image, masks[stem]) for stem, image in sorted(images.items()) if stem in masks]
 
 
-def _by_stem(folder: Path, key: str, report: Callable[[str], None]) -> dict[str, Path]:
+def _by_stem(folder: Path, key: str, report: Callable[[str], None], also: Sequence[str] = ()) -> dict[str, Path]:
+    """Return the images of a folder by stem or, if it holds none, its files with a suffix in `also`."""
     if not os.path.isdir(folder):
         raise InputError(f"{key}: folder {folder} does not exist; put the images into {folder}.")
     files: dict[str, Path] = {}
@@ -342,8 +362,9 @@ def _by_stem(folder: Path, key: str, report: Callable[[str], None]) -> dict[str,
         found = sorted(folder.iterdir())
     except OSError as error:
         raise InputError(f"{key}: folder {folder} cannot be read: {error}") from None
+    images = any(file.suffix.lower() in IMAGE_SUFFIXES for file in found)
     for file in found:
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
+        if file.suffix.lower() in (IMAGE_SUFFIXES if images else also) and not file.name.startswith("."):
             if file.stem in files:
                 report(f"{key}: {files[file.stem]} and {file} have the same stem; keep one.")
             files.setdefault(file.stem, file)

@@ -81,7 +81,9 @@ def files_behind(path: Path) -> list[Path]:
         file = waiting.pop(0)
         if os.path.realpath(file) not in found:
             found[os.path.realpath(file)] = file
-            waiting = [source for _, source in _sources(file) if source.is_file()] + waiting  # in the order of the bands
+            waiting = [
+                source for _, source in _sources(file) if source.is_file()
+            ] + waiting  # in the order of the bands
     return list(found.values())
 
 

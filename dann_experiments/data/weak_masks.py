@@ -28,7 +28,7 @@ def with_masks_of(
     regions: dict[Path, list[Any]] = {}
     for sample in samples:
         regions.setdefault(sample.image.resolve(), []).append(sample.region)
-    masks: dict[tuple[Path, Any], Path | None] = {}
+    masks: dict[tuple[Path, Any], Sample] = {}
     elsewhere = {(sample.image.resolve(), region) for sample in others for region in (sample.region, None)}
     none_here = not any(sample.image.resolve() in regions for sample in labelled)
     for sample in labelled:
@@ -47,9 +47,11 @@ def with_masks_of(
                 f"here, as those of {of} count."
             )
         else:
-            masks[sample.image.resolve(), sample.region] = sample.mask
+            masks[sample.image.resolve(), sample.region] = sample
     found = []
     for sample in samples:
         image = sample.image.resolve()
-        found.append(dataclasses.replace(sample, mask=masks.get((image, sample.region), masks.get((image, None)))))
+        own = masks.get((image, sample.region), masks.get((image, None)))
+        parts = (None, None, None) if own is None else (own.mask, own.layer, own.area)
+        found.append(dataclasses.replace(sample, mask=parts[0], layer=parts[1], area=parts[2]))
     return found

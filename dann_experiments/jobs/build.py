@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ from dann_experiments.data.checks import labelled_pixels
 from dann_experiments.data.domain_data import Cut, DataPlan, DomainData, DomainImages
 from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.data.joined import Items
-from dann_experiments.data.labels import LabelMap, label_map
+from dann_experiments.data.labels import LabelMap, label_map, vector_rules
 from dann_experiments.data.loaders import ClassSampling, Loaders, class_sampling
 from dann_experiments.data.reading import Reading, reading_facts
 from dann_experiments.models.batchnorm import has_batchnorm
@@ -94,10 +95,13 @@ def _images(config: Config, one: OneDomain, unused: bool) -> DomainImages:
 
 def _labels(config: Config, one: OneDomain) -> LabelMap:
     settings = config.data.domains[one]
-    return label_map(
-        config.class_names, config.data.ignore_index, settings.value_map, settings.colors, settings.ignore_values,
-        f"{one.key}.",
+    names, ignored, prefix = config.class_names, config.data.ignore_index, f"{one.key}."
+    of_masks = label_map(names, ignored, settings.value_map, settings.colors, settings.ignore_values, prefix)
+    of_polygons = vector_rules(
+        names, ignored, settings.label_attribute, settings.label_map, settings.label_background, settings.label_all_touched,
+        prefix,
     )  # fmt: skip
+    return dataclasses.replace(of_masks, vector=of_polygons)
 
 
 def make_loaders(config: Config, sets: ImageSets, rank: Rank | None = None) -> Loaders:

@@ -25,6 +25,8 @@ from dann_experiments.data.reading import chosen_bands
 from dann_experiments.data.remarks import Problems
 from dann_experiments.data.samples import Sample, file_digest, shared_images
 from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
+from dann_experiments.data.vector_files import is_vector
+from dann_experiments.data.vector_report import vector_report
 from dann_experiments.data.virtual import files_behind, is_ours, origins
 from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs.build import data_plan
@@ -51,6 +53,8 @@ class DataReport:
     """One sentence per property of the data that is unusual but allowed, with what to do about it."""
     grids: list[str]
     """One line per domain: the pixel size of its files with its unit, and what it is resampled to."""
+    polygons: list[str]
+    """One line per file of polygons: its features per class, and those that are not used."""
     counts: pd.DataFrame
     """Index: set; columns: images, windows, pixels, and shares (0..1): of pixels without data, of pixels with data in some bands
     only, and of each class."""
@@ -151,9 +155,12 @@ def check_data(config: Config) -> DataReport:
         text = _partly_remark(domain, {name: found for name, found in sets.items() if name.one == domain})
         if text is not None:
             problems.remarks.add(f"partly {domain}", text)
+    polygons, vector_remarks = vector_report({name: found.dataset for name, found in sets.items()})
+    for text in vector_remarks:
+        problems.remarks.add(text, text)
     run_id = None if problems.texts else _log(config, counts, bands, statistics, shares)
     grids = [line for domain, mine in by_domain.items() if (line := _grid_line(domain, mine)) is not None]
-    return DataReport(problems.texts, problems.remarks.lines(), grids, counts, bands, run_id)
+    return DataReport(problems.texts, problems.remarks.lines(), grids, polygons, counts, bands, run_id)
 
 
 def _partly_remark(domain: OneDomain, sets: dict[SetName, _Set]) -> str | None:
@@ -248,7 +255,7 @@ def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> Non
                 try:
                     sample = dataset.samples[piece.sample]
                     for path in (sample.image, sample.mask):
-                        if path is not None and path not in begun:
+                        if path is not None and path not in begun and not is_vector(path):
                             begun.add(path)
                             for file in files_behind(path):
                                 check_deflated(file)
@@ -291,7 +298,7 @@ def _partly(dataset: SegmentationDataset, index: int, own: tuple[slice, slice]) 
 
 def _check_mask(sample: Sample, labels: LabelMap, problems: Problems) -> None:
     """Add the problems of a mask whose image cannot be used."""
-    if sample.mask is None:
+    if sample.mask is None or is_vector(sample.mask):  # polygons are checked by the image that they lie on
         return
     try:
         header = read_header(sample.mask)

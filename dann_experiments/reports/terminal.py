@@ -251,7 +251,7 @@ def print_data_report(report: Any) -> int:
                 for label, row in zip(frame.index, frame.to_numpy(), strict=True)
             ]
             print_table(title, ["", *(str(name).replace("_", " ") for name in frame.columns)], rows)
-    for line in report.grids:
+    for line in (*report.grids, *report.polygons):
         print(line)
     for remark in report.remarks:
         print(f"Look at this: {remark}")
