@@ -4,7 +4,8 @@
     python -m benchmarks.ladder write
 
 `add` reads a finished comparison (`compare --arms ladder`) from its store into docs/ladder.csv, one line per arm and seed; lines
-of the same pair are replaced. `--set rule`: this pair was looked at while the rule of the choice was made; `test`: it was not.
+of the same pair are replaced. `--set rule`: this pair was looked at while the rule of the choice was made; `test`: it was not;
+`digits`: nor this one, which is made of digits and no real pair; `changes`: nor this one, whose changes are inserted.
 `write` makes the tables of docs/ladder.md and README.md from that file alone.
 """
 
@@ -127,7 +128,7 @@ def choice_text(found: pd.DataFrame) -> str:
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in found.to_dict("records"):
         numbers = [f"{100 * row[key]:+.1f}" for key in ("gain", "least gain", "over control", "least over control")]
-        seen = "made with it" if row["set"] == "rule" else "not seen"
+        seen = {"rule": "made with it", "test": "not seen"}.get(row["set"], "not seen, not real")
         lines.append(
             f"| {row['pair']} | {seen} | {row['chosen']} | {' | '.join(numbers)} | {row['best']} | {100 * row['regret']:.1f} |"
         )
@@ -179,7 +180,7 @@ if __name__ == "__main__":
     adding.add_argument("pair")
     adding.add_argument("run_id")
     adding.add_argument("--tracking_uri")
-    adding.add_argument("--set", choices=("rule", "test"), default="test")
+    adding.add_argument("--set", choices=("rule", "test", "digits", "changes"), default="test")
     commands.add_parser("write")
     given = parser.parse_args()
     if given.command == "add":
