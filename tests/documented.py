@@ -397,7 +397,9 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python: import torch": Example("squares", fill=ONE_RUN, instead={"512": "64"}),
     },
     ("docs/export.md", "How equal it is"): {
-        "python -m benchmarks.export --trees FOLDER": Example("squares", "--networks unet/tu-test_resnet", fill={"FOLDER": "."}),
+        "python -m benchmarks.export --trees neon_trees": Example(
+            "trees", "--networks unet/tu-test_resnet", after="neon_trees"
+        ),
     },
     ("docs/predict.md", "Test-time augmentation"): {
         "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif --tta d4"
