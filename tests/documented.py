@@ -396,11 +396,6 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python: import json": Example("squares", fill=ONE_RUN, instead={"512": "64"}),
         "python: import torch": Example("squares", fill=ONE_RUN, instead={"512": "64"}),
     },
-    ("docs/export.md", "How equal it is"): {
-        "python -m benchmarks.export --trees neon_trees": Example(
-            "trees", "--networks unet/tu-test_resnet", after="neon_trees"
-        ),
-    },
     ("docs/predict.md", "Test-time augmentation"): {
         "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif --tta d4"
         " --confidence entropy": Example("squares", "--overwrite true", fill=ONE_RUN),
