@@ -106,7 +106,9 @@ def _row(name: str, model: Model, suffix: str, trees: Path | None, tile: int | N
 
 def _tiles(model: Model, trees: Path | None, tile: int | None) -> Iterator[np.ndarray]:
     yield from files.drawn_images(model, SIZES if tile is None else [(2, tile, tile)], 16)
-    for height, width in () if trees is None else REAL_SIZES if tile is None else ((tile, tile),):
+    if trees is None:
+        return
+    for height, width in REAL_SIZES if tile is None else ((tile, tile),):
         tiles = []
         for path in sorted(trees.glob("*/images/*.png")):
             with rasterio.open(path) as file:
