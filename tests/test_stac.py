@@ -10,16 +10,20 @@ import numpy as np
 import pystac
 import pytest
 import rasterio
-from conftest import write_raster
+from conftest import small_settings, write_raster
 from pystac.extensions.classification import ClassificationExtension
 from pystac.extensions.projection import ProjectionExtension
 from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine, from_origin
 from rasterio.warp import transform
 
-from dann_experiments.config import InputError
+from dann_experiments.config import InputError, load_config
 from dann_experiments.config.prediction import PredictConfig
+from dann_experiments.data.samples import Sample, find_samples
 from dann_experiments.jobs import predict
+from dann_experiments.jobs.build import data_plan
+from dann_experiments.jobs.identity import domain_name
+from dann_experiments.names import SOURCE_TRAIN
 from dann_experiments.prediction.stac import times_of, times_of_text
 
 TAKEN = "2026:06:30 10:15:00"
@@ -177,6 +181,93 @@ def test_times_are_in_utc_and_a_date_is_a_day(text, expected):
 def test_wrong_times_are_refused(text):
     with pytest.raises(InputError, match="stac_datetime is"):
         times_of_text(text, "stac_datetime")
+
+
+def collection(folder: Path, names: str, items: str = "items.json") -> Path:
+    """A file of STAC items of the images and masks of a folder; hrefs relative to it."""
+    features = [
+        {
+            "type": "Feature", "stac_version": "1.1.0", "id": name, "geometry": None, "links": [],
+            "properties": {"datetime": "2026-06-30T00:00:00Z"},
+            "assets": {
+                "visual": {"href": f"./images/{name}", "roles": ["data"]},
+                "labels": {"href": f"masks/{name}", "roles": ["labels"]},
+                "thumbnail": {"href": "https://nowhere.example/small.png", "roles": ["thumbnail"]},
+            },
+        }
+        for name in names.split()
+    ]  # fmt: skip
+    path = folder / items
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def test_a_file_of_items_is_an_entry_of_images_and_masks(squares, tmp_path):
+    folder = tmp_path / "site"
+    folder.mkdir()
+    for kind in ("images", "masks"):
+        (folder / kind).symlink_to(squares / "source" / kind)
+    names = sorted(path.name for path in (folder / "images").iterdir())[:4]
+    collection(folder, " ".join(names))
+    entry = {"items": "site/items.json", "assets": ["visual"], "mask": "labels"}
+    found = find_samples([entry], tmp_path, "data.source.train", "required")
+    assert [(one.image, one.mask) for one in found] == [
+        (folder / "images" / name, folder / "masks" / name) for name in names
+    ]
+    assert find_samples([entry], tmp_path, "data.target.train", "no") == [
+        Sample(folder / "images" / name, None) for name in names
+    ]
+    assert [one.image.name for one in find_samples(["site/items.json"], tmp_path, "data.target.train")] == names
+
+    config = load_config(None, {**small_settings(squares), "data.root": str(tmp_path), "data.source.train": [entry]})
+    problems: list[str] = []
+    assert len(data_plan(config).find(SOURCE_TRAIN, problems.append) or ()) == 4
+    assert not problems
+    assert domain_name(config, "source") == "site/items.json"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"items": "items.json", "assets": ["nir"]},
+            r"item 'a\.png' of .*items\.json has no asset 'nir'; it has visual, labels",
+        ),
+        ({"items": "items.json", "assets": ["thumbnail"]}, "the href of item .* is .*, which is an address"),
+        ({"items": "items.json", "mask": "clouds"}, "has no asset 'clouds'"),
+        ({"items": "none.json"}, "cannot be read as JSON"),
+        ("catalog.json", "should hold STAC items .* but is a catalog or collection"),
+        ("two.json", "has 2 assets with the role 'data'; choose the image by"),
+    ],
+)
+def test_wrong_items_are_named(entry, message, tmp_path):
+    collection(tmp_path, "a.png")
+    Path(tmp_path / "catalog.json").write_text(json.dumps({"type": "Catalog", "links": []}))
+    bands = {name: {"href": f"{name}.tif", "roles": ["data"]} for name in ("red", "nir")}
+    Path(tmp_path / "two.json").write_text(
+        json.dumps({"type": "Feature", "id": "x", "properties": {}, "assets": bands})
+    )
+    with pytest.raises(InputError, match=message):
+        find_samples([entry], tmp_path, "data.target.train")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"items": "i.json", "assets": ["red", "nir"]}, {"items": "i.json", "assets": "red"}, {"items": ["i.json"]},
+        {"items": "i.json", "masks": "m"}, {"items": "i.json", "images": "i"},
+    ],
+)  # fmt: skip
+def test_wrong_parts_of_an_entry_of_items_are_refused(entry, squares):
+    with pytest.raises(InputError, match="a mapping of STAC items takes items"):
+        load_config(None, {**small_settings(squares), "data.target.train": [entry]})
+
+
+def test_a_blank_in_an_address_is_decoded(tmp_path):
+    image = scene(tmp_path / "two words.tif")
+    item = {"type": "Feature", "id": "x", "properties": {}, "assets": {"image": {"href": "./two%20words.tif"}}}
+    (tmp_path / "item.json").write_text(json.dumps(item))
+    assert [one.image for one in find_samples(["item.json"], tmp_path, "data.target.train")] == [image]
 
 
 @pytest.mark.parametrize("taken", ["0000:00:00 00:00:00", "yesterday"])

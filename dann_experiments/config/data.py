@@ -59,7 +59,8 @@ class DomainDataConfig:
     image, mask, split; paths relative to it), a folder with images/ and masks/ with equal file stems, a glob pattern, a list
     file (.txt, one path per line), an image file, or a mapping {images: ..., masks: ...} of folders, patterns, list files or
     files; patterns are paired by the parts that their wildcards match. The mapping also takes names (a list, or a file of names,
-    to keep) and region ([left, top, right, bottom] in pixels of the file)."""
+    to keep) and region ([left, top, right, bottom] in pixels of the file). A file of STAC items (.json) or a mapping
+    {items: FILE, assets: [ASSET], mask: ASSET} stands for the images that are assets of its items."""
     val: list[Entry] = field(default_factory=list)
     """Validation images; those with masks are scored after each epoch."""
     test: list[Entry] = field(default_factory=list)
@@ -345,7 +346,22 @@ def _check_entries(key: str, entries: list[Entry]) -> None:
             _check_entry(key, entry)
 
 
+def _check_items(key: str, entry: dict[str, Any]) -> None:
+    """Raise InputError for a mapping of STAC items with wrong parts."""
+    assets = entry.get("assets")
+    one = assets is None or (isinstance(assets, list) and len(assets) == 1 and isinstance(assets[0], str))
+    texts = all(isinstance(entry.get(part, ""), str) for part in ("items", "mask"))
+    if not one or not texts or set(entry) - {"items", "assets", "mask"}:
+        raise InputError(
+            f"{key} has the entry {entry}; a mapping of STAC items takes items (their file), assets (a list of one asset, which "
+            "holds all bands) and mask (an asset), and nothing else."
+        )
+
+
 def _check_entry(key: str, entry: dict[str, Any]) -> None:
+    if "items" in entry:
+        _check_items(key, entry)
+        return
     unknown = sorted(set(entry) - {"images", "masks", "names", "region"}, key=str)
     if unknown or "images" not in entry:
         raise InputError(

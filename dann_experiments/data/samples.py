@@ -17,6 +17,8 @@ from typing import Any
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.paths import local_text
 from dann_experiments.data.lists import beside, is_file, lines_of, manifest_pairs, pairs_of, under
+from dann_experiments.data.stac_items import SUFFIXES as ITEM_SUFFIXES
+from dann_experiments.data.stac_items import item_pairs
 
 log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".vrt")
@@ -158,6 +160,8 @@ def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[s
         if path.suffix.lower() == ".txt":
             pairs = pairs_of(path, root, key)
             return [Sample(image, mask if masks != "no" else None) for image, mask in pairs]
+        if path.suffix.lower() in ITEM_SUFFIXES:
+            return [Sample(*pair) for pair in item_pairs(path, None, None, key, report)]
         return [Sample(*pair) for pair in manifest_pairs(path, root, key, masks != "no", report)]
     if glob.has_magic(entry):
         return [Sample(image, None) for image in _globbed(entry, root, key)]
@@ -170,6 +174,9 @@ def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[s
 def _from_mapping(
     entry: Mapping[str, Any], root: Path, key: str, masks: str, report: Callable[[str], None]
 ) -> list[Sample]:
+    if "items" in entry:
+        path, mask = under(root, str(entry["items"])), entry.get("mask") if masks != "no" else None
+        return [Sample(*pair) for pair in item_pairs(path, entry.get("assets"), mask, key, report)]
     images = _located(entry["images"], root, key, report)
     named = entry.get("names") is not None
     if named:
