@@ -69,14 +69,14 @@ def row(name: str, model: Model, suffix: str, trees: Path | None) -> str:
 
 def _row(name: str, model: Model, suffix: str, trees: Path | None, tile: int | None) -> str:
     start = time.perf_counter()
-    program = files.traced(Logits(model, tile is None), 3, tile, stride_of(model))
+    graph = files.traced(Logits(model, tile is None), 3, tile, stride_of(model))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model{suffix}"
         if suffix == ".onnx":
-            files.write_onnx(program, path, {}, {})
+            files.write_onnx(graph, path, {}, {})
             run = files.opened_onnx(path)
         else:
-            files.write_pt2(program, path, {})
+            files.write_pt2(graph, path, {})
             run = files.opened_pt2(path)
         seconds = time.perf_counter() - start
         farthest = largest = 0.0

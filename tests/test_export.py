@@ -64,11 +64,11 @@ def a_model(arch: str = "unet", encoder: str = "tu-test_resnet", reading: Readin
 
 def written(model: Model, path: Path, tile_size: int | None = None) -> standalone_files.Run:
     """The function of a file of the model."""
-    program = standalone_files.traced(Standalone(model, tile_size is None), 3, tile_size, stride_of(model))
+    graph = standalone_files.traced(Standalone(model, tile_size is None), 3, tile_size, stride_of(model))
     if path.suffix == ".onnx":
-        standalone_files.write_onnx(program, path, {}, {})
+        standalone_files.write_onnx(graph, path, {}, {})
         return standalone_files.opened_onnx(path)
-    standalone_files.write_pt2(program, path, {})
+    standalone_files.write_pt2(graph, path, {})
     return standalone_files.opened_pt2(path)
 
 
@@ -126,6 +126,9 @@ def test_onnxruntime_finds_the_same_classes_at_several_sizes(arch, encoder, tmp_
         sure = best[:, -1] - best[:, -2] > 1e-5  # else both classes are equally right
         assert (found.argmax(1) == expected.argmax(1))[sure].all()
         assert sure.mean() > 0.99
+    stride = stride_of(model)
+    shape = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_inputs()[0].shape
+    assert shape == ["batch", 3, f"{stride}*rows", f"{stride}*columns"]
     assert len(np.unique(np.concatenate([run(images).argmax(1).ravel() for images in drawn]))) > 1
 
 

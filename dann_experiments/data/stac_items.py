@@ -41,13 +41,13 @@ def item_pairs(
     return pairs
 
 
-def _items(path: Path, key: str) -> list[Mapping[str, Any]]:
+def _items(path: Path, key: str) -> Sequence[Mapping[str, Any]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{key} names {path}, which cannot be read as JSON ({error}).") from None
     kind = found.get("type") if isinstance(found, dict) else None
-    items = [found] if kind == "Feature" else found.get("features") if kind == "FeatureCollection" else None
+    items: Any = [found] if kind == "Feature" else found.get("features") if kind == "FeatureCollection" else None
     whole = isinstance(items, list) and all(
         isinstance(item, dict) and isinstance(item.get("assets"), dict) for item in items
     )

@@ -56,16 +56,16 @@ def export(settings: ExportConfig, config: Config | None = None) -> ExportResult
     if tile is not None and tile % stride:
         nearest = math.ceil(tile / stride) * stride
         raise InputError(f"tile_size is {tile}, but this network needs a multiple of {stride}, such as {nearest}.")
-    program = files.traced(Standalone(model, tile is None), model.in_channels, tile, stride)
+    graph = files.traced(Standalone(model, tile is None), model.in_channels, tile, stride)
     facts = facts_of(model, settings.domain, tile, f"dann_experiments {__version__}")
     part = output.with_name(f"{output.stem}.partial{output.suffix}")
     output.parent.mkdir(parents=True, exist_ok=True)
     with writing(output, part):
         if settings.suffix == ONNX:
             more = deepness_facts(facts, settings.resolution or centimeters(model))
-            files.write_onnx(program, part, facts | {"opset": files.OPSET}, more)
+            files.write_onnx(graph, part, facts | {"opset": files.OPSET}, more)
         else:
-            files.write_pt2(program, part, facts)
+            files.write_pt2(graph, part, facts)
         found = _compared(part, model, tile, stride)
         part.replace(output)
     return ExportResult(output, tile, stride, found)

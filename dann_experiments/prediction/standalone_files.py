@@ -46,23 +46,32 @@ class Difference(NamedTuple):
     """Number of pixels compared."""
 
 
-def traced(standalone: Standalone, bands: int, tile_size: int | None, stride: int) -> torch.export.ExportedProgram:
+class Traced(NamedTuple):
+    """The graph of a model."""
+
+    program: torch.export.ExportedProgram
+    shapes: Any
+    """Which sides of the images are free, as `torch.export.export` takes it."""
+
+
+def traced(standalone: Standalone, bands: int, tile_size: int | None, stride: int) -> Traced:
     """Return the graph of a model, for any number of images of `tile_size` pixels; None = of all multiples of `stride`.
 
     Raises InputError if the network cannot be traced so.
     """
     from torch.export import Dim
 
-    shapes: dict[int, Any] = {0: Dim("batch", min=1, max=4096)}
+    sides: dict[int, Any] = {0: Dim("batch", min=1, max=4096)}
     if tile_size is None:
         for axis, name in ((2, "rows"), (3, "columns")):
             # 1 is left out: torch would make a separate graph for maps of one position
-            shapes[axis] = stride * Dim(name, min=2, max=MOST_POSITIONS)
+            sides[axis] = stride * Dim(name, min=2, max=MOST_POSITIONS)
+    shapes = {INPUT: sides}
     height, width = (tile_size, tile_size) if tile_size is not None else (4 * stride, 6 * stride)
     example = torch.zeros(2, bands, height, width)  # a batch of 1 would be taken for a constant
     try:
         with torch.no_grad(), evaluating(standalone), _quiet():
-            return torch.export.export(standalone, (example,), dynamic_shapes={INPUT: shapes})
+            return Traced(torch.export.export(standalone, (example,), dynamic_shapes=shapes), shapes)
     except Exception as error:  # of many types, by what torch could not trace
         kept = "; set tile_size, such as 512, for images of one size" if tile_size is None else ""
         what = "images of any size" if tile_size is None else f"images of {tile_size} pixels"
@@ -71,9 +80,7 @@ def traced(standalone: Standalone, bands: int, tile_size: int | None, stride: in
         ) from error
 
 
-def write_onnx(
-    program: torch.export.ExportedProgram, path: Path, facts: Mapping[str, Any], more: Mapping[str, Any]
-) -> None:
+def write_onnx(graph: Traced, path: Path, facts: Mapping[str, Any], more: Mapping[str, Any]) -> None:
     """Write an ONNX file with `facts`, and `more` metadata, each value of which is written as JSON.
 
     Raises InputError if an operator of the network has no equivalent in ONNX.
@@ -83,7 +90,8 @@ def write_onnx(
     try:
         with _quiet():
             made = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
+                graph.program, dynamo=True, opset_version=OPSET, dynamic_shapes=graph.shapes,
+                input_names=[INPUT], output_names=[OUTPUT],
                 external_data=False, verbose=False,
             )  # fmt: skip
     except Exception as error:  # of many types, by what torch could not translate
@@ -97,9 +105,9 @@ def write_onnx(
     onnx.save(model, path)
 
 
-def write_pt2(program: torch.export.ExportedProgram, path: Path, facts: Mapping[str, Any]) -> None:
+def write_pt2(graph: Traced, path: Path, facts: Mapping[str, Any]) -> None:
     """Write a torch.export file with `facts` in it."""
-    torch.export.save(program, path, extra_files={f"{FACTS}.json": json.dumps(facts)})
+    torch.export.save(graph.program, path, extra_files={f"{FACTS}.json": json.dumps(facts)})
 
 
 def opened_onnx(path: Path) -> Run:

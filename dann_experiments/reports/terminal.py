@@ -285,7 +285,7 @@ def print_export(
     print(
         f"It takes batches of images, bands first, whose sides are {side}: float32, the values as an image file stores them."
     )
-    print("It returns the probabilities of the classes. What else is to know is in the file's metadata.")
+    print("It returns the probabilities of the classes. The file's metadata say the rest.")
     print(
         f"Compared with predict on {seen} pixels of drawn images: probabilities differ by up to {difference:.1g}, "
         f"{pixels} pixels have another class."
