@@ -60,7 +60,8 @@ def write_raster(path: Path, values: np.ndarray, **profile: object) -> Path:
     settings = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": values.dtype, **profile}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with rasterio.open(path, "w", photometric="MINISBLACK", **settings) as file:
+        options = {"photometric": "MINISBLACK"} if settings["driver"] == "GTiff" else {}
+        with rasterio.open(path, "w", **options, **settings) as file:
             file.write(values)
     return path
 

@@ -32,6 +32,11 @@ from dann_experiments.names import SOURCE_TRAIN, SOURCE_VAL, TARGET_VAL
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # torchgeo's
 
 NAMES = ("cityscapes", "gta5", "inria", "landcoverai", "loveda", "openearthmap", "potsdam", "vaihingen")
+SCENES = (
+    "landsat_c2",
+    "sentinel2_l2a",
+    "sentinel2_l2a_before_0400",
+)  # of satellites; tests/test_bands_in_files.py has theirs
 SIZE = 16
 IGNORE = 255
 SIX = [(side, split) for side in ("source", "target") for split in ("train", "val", "test")]
@@ -293,7 +298,7 @@ def class_names_in(mask: Path, settings: DomainDataConfig) -> np.ndarray:
 
 
 def test_there_is_a_preset_for_each_data_set_we_name():
-    assert preset_names() == sorted(NAMES)
+    assert preset_names() == sorted((*NAMES, *SCENES))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -288,7 +288,7 @@ def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
             yield f"{run.arm}, seed {run.seed}: {', '.join(sorted(bad))} of run {run.run_id} is no finite number and is left out."
     if any(run.tags.get(Tag.SELECTED_WITH_TARGET_LABELS) == "true" for run in runs if run.arm in adapted):
         yield "Checkpoints or settings of these runs were chosen by target labels: scores on the same labels are too optimistic."
-    weak = list(dict.fromkeys(run.arm for run in runs if Tag.WEAK_LABELS in run.tags))
+    weak = list(dict.fromkeys(run.arm for run in runs if Tag.WEAK_LABELS in run.tags and run.arm in adapted))
     if weak:
         yield (
             f"{' and '.join(weak)} use{'s' * (len(weak) == 1)} weak target labels, masks that are not truth: they learn these, "
@@ -302,9 +302,11 @@ def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
             run.arm for run in runs if run.tags.get(Tag.FORGOT_SOURCE) == "true" and run.arm in adapted
         )
         yield f"Runs of {', '.join(names)} forgot the source (iou/source_val dropped by more than monitor.forgetting_threshold)."
-    for run in runs:
-        if Tag.GUARD in run.tags:
-            yield f"The guard spoke in {run.arm}, seed {run.seed}: {run.tags[Tag.GUARD]} (docs/guards.md)."
+    warned = {arm: [run for run in runs if run.arm == arm and Tag.GUARD in run.tags] for arm in adapted}
+    for arm, of_arm in warned.items():
+        if of_arm:
+            seeds, text = ", ".join(map(str, sorted(run.seed for run in of_arm))), of_arm[0].tags[Tag.GUARD]
+            yield f"The guard spoke in {arm}, seed{'s' * (len(of_arm) > 1)} {seeds}: {text} (docs/guards.md)."
 
 
 def _table(comparison: Comparison) -> pd.DataFrame:

@@ -62,7 +62,7 @@ KIND_COLORS = {
     "control": ORANGE,
     "oracle": NAVY,
 }
-ADAPTED_COLORS = (TEAL, PURPLE, COLORS[9], RED, COLORS[10], "#5b6ee1")
+ADAPTED_COLORS = (TEAL, PURPLE, COLORS[9], RED, COLORS[10], "#5b6ee1", COLORS[16], COLORS[17], COLORS[15], COLORS[14])
 OUTCOME_COLORS = {
     "helped": TEAL,
     "hurt": "#c0392b",
@@ -138,7 +138,7 @@ def write_page(path: Path, comparison: Comparison, links: Mapping[str, str] = {}
 
 
 def draw_summary(path: Path, comparison: Comparison) -> None:
-    """Draw a PNG of 1600 x 1000 pixels: verdicts, scores per arm and seed, curves, and up to five rows of tiles."""
+    """Draw a PNG, 1600 pixels wide: verdicts, scores per arm and seed, curves, and up to five rows of tiles."""
     confidence, colors = confidence_of(comparison.verdicts), arm_colors(comparison.arms)
     seeds = len({run.seed for run in comparison.runs})
     panels = comparison.panels[:5]

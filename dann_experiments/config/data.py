@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from dann_experiments.config import limits
+from dann_experiments.config.entries import check_entry
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import above, at_least, between, not_empty
 from dann_experiments.config.presets import IGNORED, filled
@@ -45,7 +46,8 @@ class DomainDataConfig:
     name: str | None = None
     """Name of this domain in the run; null = from its preset or its first training entry."""
     preset: str | None = None
-    """A known data set: loveda, potsdam, vaihingen, openearthmap, inria, landcoverai, cityscapes, gta5."""
+    """A known data set: loveda, potsdam, vaihingen, openearthmap, inria, landcoverai, cityscapes, gta5; or the scenes of a
+    satellite: landsat_c2, sentinel2_l2a, sentinel2_l2a_before_0400."""
     scene: str | None = None
     """Part of the preset's data set (LoveDA: Urban or Rural; Inria: a city; OpenEarthMap: a region); null = its default."""
     root: str | None = None
@@ -59,8 +61,10 @@ class DomainDataConfig:
     image, mask, split; paths relative to it), a folder with images/ and masks/ with equal file stems, a glob pattern, a list
     file (.txt, one path per line), an image file, or a mapping {images: ..., masks: ...} of folders, patterns, list files or
     files; patterns are paired by the parts that their wildcards match. The mapping also takes names (a list, or a file of names,
-    to keep) and region ([left, top, right, bottom] in pixels of the file). A file of STAC items (.json) or a mapping
-    {items: FILE, assets: [ASSET], mask: ASSET} stands for the images that are assets of its items."""
+    to keep) and region ([left, top, right, bottom] in pixels of the file). A list of patterns or folders in images stacks them:
+    their files are the bands of one image; quality, nodata and warp say how (docs/bands-in-files.md). A
+    file of STAC items (.json) or a mapping {items: FILE, assets: [ASSET], mask: ASSET} stands for the images that are assets of
+    its items."""
     val: list[Entry] = field(default_factory=list)
     """Validation images; those with masks are scored after each epoch."""
     test: list[Entry] = field(default_factory=list)
@@ -343,42 +347,4 @@ def _check_entries(key: str, entries: list[Entry]) -> None:
     """Raise InputError for an entry that is a mapping with wrong parts."""
     for entry in entries:
         if not isinstance(entry, str):
-            _check_entry(key, entry)
-
-
-def _check_items(key: str, entry: dict[str, Any]) -> None:
-    """Raise InputError for a mapping of STAC items with wrong parts."""
-    assets = entry.get("assets")
-    one = assets is None or (isinstance(assets, list) and len(assets) == 1 and isinstance(assets[0], str))
-    texts = all(isinstance(entry.get(part, ""), str) for part in ("items", "mask"))
-    if not one or not texts or set(entry) - {"items", "assets", "mask"}:
-        raise InputError(
-            f"{key} has the entry {entry}; a mapping of STAC items takes items (their file), assets (a list of one asset, which "
-            "holds all bands) and mask (an asset), and nothing else."
-        )
-
-
-def _check_entry(key: str, entry: dict[str, Any]) -> None:
-    if "items" in entry:
-        _check_items(key, entry)
-        return
-    unknown = sorted(set(entry) - {"images", "masks", "names", "region"}, key=str)
-    if unknown or "images" not in entry:
-        raise InputError(
-            f"{key} has the entry {entry}; a mapping takes images (needed), masks, names and region"
-            + (f", not {unknown[0]}." if unknown else ".")
-        )
-    for part in ("images", "masks", "names"):
-        value = entry.get(part)
-        texts = value if isinstance(value, list) else [value]
-        if value is not None and not (texts and all(isinstance(text, (str, int)) for text in texts)):
-            raise InputError(
-                f"{key} has the entry {entry}, whose {part} is {value!r}; give a path, a pattern or a list."
-            )
-    region = entry.get("region")
-    if region is not None:
-        whole = isinstance(region, list) and len(region) == 4 and all(type(side) is int for side in region)
-        if not whole or not (0 <= region[0] < region[2] and 0 <= region[1] < region[3]):
-            raise InputError(
-                f"{key} has the entry {entry}, whose region is {region!r}; give [left, top, right, bottom] in pixels."
-            )
+            check_entry(key, entry)

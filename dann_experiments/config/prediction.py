@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dann_experiments.config import limits
-from dann_experiments.config.data import BANDS, MOST_IMAGES, values_of_nodata
+from dann_experiments.config.data import BANDS, MOST_IMAGES, Entry, values_of_nodata
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import above, between, matching
 from dann_experiments.config.run import TrackingConfig
@@ -25,9 +25,10 @@ class PredictConfig:
     source_prefix: str | None = None
     """Prefix of the network's parameter names, such as model or ema_model, in a checkpoint that holds several networks; a full
     stop means names without a prefix. null: take the only network, refuse a file with several."""
-    input: str | list[str] = ""
+    input: str | list[Entry] = ""
     """An image file, a folder (with its subfolders), a pattern such as 'scenes/*.tif', or a list of these. A single text may also
-    be a list, separated by commas or blanks, if there is no file of that name."""
+    be a list, separated by commas or blanks, if there is no file of that name. An item {images: [PATTERN, PATTERN]} stacks files
+    to the bands of one image, {preset: NAME, root: FOLDER} names all scenes of a preset (docs/bands-in-files.md)."""
     output: str = ""
     """Path of the map: a .tif or .png file. For several images or an input folder: a folder, in which the maps are arranged like
     the images in their common folder."""
@@ -76,7 +77,7 @@ class PredictConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
-    def inputs(self) -> list[str]:
+    def inputs(self) -> list[Entry]:
         """`input` as a list."""
         return [self.input] if isinstance(self.input, str) else list(self.input)
 

@@ -62,4 +62,6 @@ def filled(domain: Domain, prefix: str = "") -> Domain:
 def _in_scene(entry: Any, scene: str) -> Any:
     if isinstance(entry, dict):
         return {key: _in_scene(value, scene) for key, value in entry.items()}
+    if isinstance(entry, list):
+        return [_in_scene(value, scene) for value in entry]
     return entry.replace("{scene}", scene) if isinstance(entry, str) else entry

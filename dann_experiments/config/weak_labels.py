@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dann_experiments.config import limits
-from dann_experiments.config.data import BANDS, values_of_nodata
+from dann_experiments.config.data import BANDS, Entry, values_of_nodata
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import at_least, between, not_empty
 from dann_experiments.config.run import TrackingConfig
@@ -30,13 +30,13 @@ class WeakLabelsConfig:
     """Masks from a rule: an index of the bands and a threshold, for one image or many. A rule is not the truth: look at the
     pictures of the run before you train on the masks."""
 
-    input: str | list[str] = ""
+    input: str | list[Entry] = ""
     """An image file, a folder (with its subfolders), a pattern such as 'scenes/*.tif', or a list of these. A single text may also
     be a list, separated by commas or blanks, if there is no file of that name."""
     output: str = ""
     """Path of the mask: a .tif or .png file. For several images or an input folder: a folder, in which the masks are arranged and
     named like the images in their common folder."""
-    before: str | list[str] | None = None
+    before: str | list[Entry] | None = None
     """Images of the earlier date, for change_vector: given like input, paired with it by equal stems (file names without suffix);
     one image on each side is a pair whatever the names."""
     rule: IndexName | None = None
@@ -85,12 +85,12 @@ class WeakLabelsConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
-    def inputs(self) -> list[str]:
+    def inputs(self) -> list[Entry]:
         """`input` as a list."""
         return [self.input] if isinstance(self.input, str) else list(self.input)
 
     @property
-    def befores(self) -> list[str]:
+    def befores(self) -> list[Entry]:
         """`before` as a list; empty = none."""
         return [self.before] if isinstance(self.before, str) else list(self.before or ())
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from dann_experiments.data.reading import Normalization, Reading, largest_value
 from dann_experiments.data.remarks import Problems
 from dann_experiments.data.samples import Sample, file_digest, find_samples, refuse
 from dann_experiments.data.statistics import measure, normalization_from
+from dann_experiments.data.virtual import user_cache
 from dann_experiments.data.weak_masks import with_masks_of
 from dann_experiments.names import (
     SOURCE_TRAIN,
@@ -231,7 +231,7 @@ class DomainData:
     def digest_of(self, path: Path) -> bytes:
         """Return the digest of a file's bytes; read them only once."""
         if path not in self._file_digests:
-            self._file_digests[path] = file_digest(path)
+            self._file_digests[path] = file_digest(path, self.digest_of)
         return self._file_digests[path]
 
     def read(
@@ -344,8 +344,7 @@ class DomainData:
 
 def embedded_folder(folder: str | None) -> Path:
     """Return the folder to build embedded data in: `folder` if set, else one in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dann_experiments"
-    return under(Path(), folder, "data.embedded.folder") if folder is not None else cache
+    return under(Path(), folder, "data.embedded.folder") if folder is not None else user_cache()
 
 
 def followed(steps: Iterable[Any], count: int, what: str, shown: bool) -> list[Any]:

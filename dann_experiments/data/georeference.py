@@ -49,7 +49,7 @@ def pixels_apart(image: Place, mask: Place) -> float | None:
     None if their CRS cannot be compared. A shift, another pixel size and rows stored from south to north all show up.
     """
     corners = [(0, 0), (mask.width, 0), (0, mask.height), (mask.width, mask.height)]
-    points = [_at(mask.transform, *corner) for corner in corners]
+    points = [point_at(mask.transform, *corner) for corner in corners]
     if image.crs is not None and mask.crs is not None and image.crs != mask.crs:
         from rasterio.warp import transform
 
@@ -59,18 +59,19 @@ def pixels_apart(image: Place, mask: Place) -> float | None:
             return None
         points = list(zip(found[0], found[1], strict=True))
     back = ~image.transform
-    found = [_at(back, *point) for point in points]
+    found = [point_at(back, *point) for point in points]
     return max(max(abs(x - column), abs(y - row)) for (x, y), (column, row) in zip(found, corners, strict=True))
 
 
 def described(place: Place) -> str:
     """Describe a place for messages: upper left corner, pixel size, CRS."""
-    x, y = _at(place.transform, 0, 0)
+    x, y = point_at(place.transform, 0, 0)
     name = "no CRS" if place.crs is None else place.crs.to_string()
     name = name if len(name) <= 60 else f"{name[:60]}..."
     return f"upper left corner {x:.10g}, {y:.10g}, pixels of {place.transform.a:.6g} x {place.transform.e:.6g}, {name}"
 
 
-def _at(transform: Any, column: float, row: float) -> tuple[float, float]:
+def point_at(transform: Any, column: float, row: float) -> tuple[float, float]:
+    """Return the coordinates (x, y) of a place in pixels."""
     a, b, c, d, e, f = transform[:6]
     return a * column + b * row + c, d * column + e * row + f

@@ -7,13 +7,15 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.paths import local_path, local_text, user_path
+from dann_experiments.data.stacks import stack
 
+STACKED = "image_"  # start of the names of columns whose files are the bands of one image
 Pair = tuple[Path, Path | None]  # an image and its mask, if any
 
 
@@ -65,9 +67,12 @@ def manifest_pairs(path: Path, root: Path, key: str, with_masks: bool, report: C
         twice = [name for number, name in enumerate(header) if name and name in header[:number]]
         if twice:
             raise InputError(f"{key}: manifest {path} has two columns called {twice[0]!r}; keep one.")
-        if "image" not in header:
-            raise InputError(f"{key}: manifest {path} has columns {header}; it needs one called image.")
-        if with_masks and set(header) - {"image", "split", ""} and "mask" not in header:
+        columns = ["image"] if "image" in header else [name for name in header if name.startswith(STACKED)]
+        if not columns:
+            raise InputError(
+                f"{key}: manifest {path} has columns {header}; it needs one called image, or several called image_NAME."
+            )
+        if with_masks and set(header) - {*columns, "split", ""} and "mask" not in header:
             raise InputError(
                 f"{key}: manifest {path} has columns {header}; the one with the masks must be called mask."
             )
@@ -79,8 +84,9 @@ def manifest_pairs(path: Path, root: Path, key: str, with_masks: bool, report: C
                 continue
             if not any((text or "").strip() for name, text in row.items() if isinstance(name, str)):
                 continue  # spreadsheets append rows that hold only separators
-            if not (row["image"] or "").strip():
-                report(f"{key}: manifest {path}, line {reader.line_num}: the image is empty.")
+            empty = [name for name in columns if not (row[name] or "").strip()]
+            if empty:
+                report(f"{key}: manifest {path}, line {reader.line_num}: the {empty[0]} is empty.")
                 continue
             if "split" in header:
                 splits.add((row["split"] or "").strip())
@@ -89,10 +95,11 @@ def manifest_pairs(path: Path, root: Path, key: str, with_masks: bool, report: C
             mask = (row.get("mask") or "").strip() if with_masks else ""
             line = f"{key}: manifest {path}, line {reader.line_num}"
             try:
-                image = beside(folder, row["image"], root, line)
+                images = [beside(folder, row[name], root, line) for name in columns]
+                image = images[0] if columns == ["image"] else stack(images)
                 pairs.append((image, beside(folder, mask, root, line) if mask else None))
             except InputError as error:
-                report(str(error))
+                report(str(error) if columns == ["image"] else f"{line}: {error}")
         if splits and not pairs:
             raise InputError(f"{key}: manifest {path} has no rows with split {split}; it has {sorted(splits)}.")
         return pairs
@@ -113,8 +120,12 @@ def _manifest_reader(text: str) -> csv.DictReader[str]:
         text = text[len(first) :]
         first = lines.readline()
     columns = {separator: [name.strip(' \t\r\n"').lower() for name in first.split(separator)] for separator in ",;\t|"}
-    separator = next((one for one, names in columns.items() if "image" in names and len(names) > 1), ",")
+    separator = next((one for one, names in columns.items() if len(names) > 1 and _has_images(names)), ",")
     return csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+
+
+def _has_images(names: Sequence[str]) -> bool:
+    return any(name == "image" or name.startswith(STACKED) for name in names)
 
 
 def is_file(path: Path) -> bool:

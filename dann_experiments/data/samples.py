@@ -19,6 +19,8 @@ from dann_experiments.config.paths import local_text
 from dann_experiments.data.lists import beside, is_file, lines_of, manifest_pairs, pairs_of, under
 from dann_experiments.data.stac_items import SUFFIXES as ITEM_SUFFIXES
 from dann_experiments.data.stac_items import item_pairs
+from dann_experiments.data.stacked_entries import is_stacked, stacked
+from dann_experiments.data.virtual import digest_with_sources, is_virtual
 
 log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".vrt")
@@ -118,8 +120,10 @@ def content_digest(samples: Sequence[Sample], digest_of: Callable[[Path], bytes]
     return digest.hexdigest()
 
 
-def file_digest(path: Path) -> bytes:
-    """Return the BLAKE2b digest of a file's bytes."""
+def file_digest(path: Path, digest_of: Callable[[Path], bytes] | None = None) -> bytes:
+    """Return the BLAKE2b digest of a file's bytes; of a virtual raster, also of the files that it shows."""
+    if is_virtual(path):
+        return digest_with_sources(path, digest_of or file_digest)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").digest()
 
@@ -177,10 +181,16 @@ def _from_mapping(
     if "items" in entry:
         path, mask = under(root, str(entry["items"])), entry.get("mask") if masks != "no" else None
         return [Sample(*pair) for pair in item_pairs(path, entry.get("assets"), mask, key, report)]
-    images = _located(entry["images"], root, key, report)
     named = entry.get("names") is not None
-    if named:
-        images = _named(images, entry["names"], root, key)
+
+    def locate(part: Any) -> dict[Key, Path]:
+        return _located(part, root, key, report)
+
+    def kept(images: dict[Key, Path]) -> dict[Key, Path]:
+        return _named(images, entry["names"], root, key) if named else images
+
+    several = is_stacked(entry, root)
+    images = stacked(entry, root, key, report, locate, kept) if several else kept(locate(entry["images"]))
     where = entry.get("masks") if masks != "no" else None
     region = None if entry.get("region") is None else tuple(entry["region"])
     pairs: Iterable[tuple[Path, Path | None]] = [(image, None) for image in images.values()]

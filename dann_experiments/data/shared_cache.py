@@ -25,6 +25,7 @@ import numpy as np
 from dann_experiments.data.dataset import Arrays, SegmentationDataset
 from dann_experiments.data.rasters import Header, Window
 from dann_experiments.data.samples import Sample, files_of
+from dann_experiments.data.virtual import files_behind
 from dann_experiments.data.windows import Piece
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class SharedCache:
         """Return the key of a set: a digest of its files' current state and of `facts`, which say how they are read and cut."""
         files = []
         for sample in samples:
-            paths = files_of([sample])
+            paths = [path for file in files_of([sample]) for path in files_behind(file)]
             found = [os.stat(path) for path in paths]
             files.append(([f"{p}" for p in paths], [(s.st_size, s.st_mtime_ns) for s in found], sample.region))
         text = repr((files, sorted(facts.items())))

@@ -25,6 +25,7 @@ from dann_experiments.data.reading import chosen_bands
 from dann_experiments.data.remarks import Problems
 from dann_experiments.data.samples import Sample, file_digest, shared_images
 from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
+from dann_experiments.data.virtual import files_behind, is_ours, origins
 from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs.build import data_plan
 from dann_experiments.jobs.checks import may_share, remarks_on_label_maps
@@ -101,6 +102,7 @@ def check_data(config: Config) -> DataReport:
         images = plan.images[name.one]
         good, headers = read_headers(found, images.reading, plan.in_channels, images.labels, problems)
         samples[str(name)] = good
+        _note_stacks(name, good, problems)
         for sample in found:
             if sample not in good:
                 _check_mask(sample, images.labels, problems)
@@ -225,6 +227,15 @@ def _cut(
     return _Set(dataset, len(as_trained), BandSums(plan.in_channels), np.zeros(256, np.int64))
 
 
+def _note_stacks(name: SetName, samples: Sequence[Sample], problems: Problems) -> None:
+    """Say how many images of a set are made of several files, and which those of the first are."""
+    stacks = [origins(sample.image) for sample in samples if is_ours(sample.image)]
+    if stacks:
+        files = ", ".join(file.name for file in stacks[0])
+        text = f"{name.key}: {len(stacks)} of {len(samples)} images are made of several files; the first of {files}."
+        problems.remarks.add(f"stacks of {name}", text)
+
+
 def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> None:
     """Read and count every pixel of a set once; stop reading an image at its first problem."""
     dataset = found.dataset
@@ -239,7 +250,8 @@ def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> Non
                     for path in (sample.image, sample.mask):
                         if path is not None and path not in begun:
                             begun.add(path)
-                            check_deflated(path)
+                            for file in files_behind(path):
+                                check_deflated(file)
                     values, mask, valid = dataset.read(index)
                 except InputError as error:
                     broken.add(piece.sample)

@@ -15,6 +15,8 @@ from dann_experiments.config import InputError
 from dann_experiments.config.paths import local_path, local_text, user_path
 from dann_experiments.data.rasters import many_files
 from dann_experiments.data.samples import IMAGE_SUFFIXES
+from dann_experiments.data.virtual import files_behind, place_of_origin
+from dann_experiments.prediction.inputs import Input, as_mapping, stacked_inputs
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import MAP_SUFFIXES, SIGNATURE_TAG, TIFF_SUFFIXES, read_tags
 
@@ -30,12 +32,12 @@ class _Found(NamedTuple):
     is_folder: bool = False
 
 
-def find_work(inputs: Sequence[str], output: str, beside: Sequence[str], overwrite: bool) -> list[tuple[Path, Path]]:
+def find_work(inputs: Sequence[Input], output: str, beside: Sequence[str], overwrite: bool) -> list[tuple[Path, Path]]:
     """Return pairs of image and map.
 
-    `inputs`: files, folders and patterns; `output`: a file, or a folder for several images; `beside`: what is written next to
-    each map, PROBABILITIES, CONFIDENCE or STAC; `overwrite`: True if existing maps may be replaced. Raises InputError for inputs
-    that are missing and outputs that exist or cannot be written.
+    `inputs`: files, folders, patterns, and mappings whose files are stacked (`stacked_inputs`); `output`: a file, or a folder for
+    several images; `beside`: what is written next to each map, PROBABILITIES, CONFIDENCE or STAC; `overwrite`: True if
+    existing maps may be replaced. Raises InputError for inputs that are missing and outputs that exist or cannot be written.
     """
     target = local_path(output, "output")
     found = _find(inputs, target)
@@ -56,7 +58,7 @@ def find_work(inputs: Sequence[str], output: str, beside: Sequence[str], overwri
     return pairs
 
 
-def find_partners(images: Sequence[Path], others: Sequence[str], output: str, key: str) -> dict[Path, Path]:
+def find_partners(images: Sequence[Path], others: Sequence[Input], output: str, key: str) -> dict[Path, Path]:
     """Return image -> its partner among the images that `others` name: the one of equal stem; one image and one partner are a
     pair in any case.
 
@@ -105,7 +107,7 @@ def _one(source: Path, target: Path, beside: Sequence[str], overwrite: bool) -> 
         raise InputError(
             f"output is {target}; a class map is written as {', '.join(MAP_SUFFIXES)} (JPEG would change the classes)."
         )
-    if target.exists() and source.samefile(target):
+    if target.exists() and any(file.samefile(target) for file in files_behind(source)):
         raise InputError(f"output is {target}, which is the input; name another file.")
     for path in (target, *(path_beside(target, what) for what in beside)):
         if path.exists() and not overwrite:
@@ -114,11 +116,11 @@ def _one(source: Path, target: Path, beside: Sequence[str], overwrite: bool) -> 
     return source, target
 
 
-def _find(inputs: Sequence[str], target: Path, key: str = "input") -> list[_Found]:
+def _find(inputs: Sequence[Input], target: Path, key: str = "input") -> list[_Found]:
     """Return the images of each input, in order. Raises one InputError for all inputs without images; `key`: their setting."""
-    texts = [local_text(text, key) for text in inputs]
-    if len(texts) == 1 and not _names_something(texts[0]):
-        texts = _listed(texts[0], key)
+    texts: list[Input] = [local_text(text, key) if isinstance(text, str) else text for text in map(as_mapping, inputs)]
+    if len(texts) == 1 and isinstance(texts[0], str) and not _names_something(texts[0]):
+        texts = list(_listed(texts[0], key))
     found, problems = [], []
     with many_files():
         for text in texts:
@@ -131,7 +133,10 @@ def _find(inputs: Sequence[str], target: Path, key: str = "input") -> list[_Foun
     return found
 
 
-def _named(text: str, target: Path, key: str) -> _Found:
+def _named(text: Input, target: Path, key: str) -> _Found:
+    if not isinstance(text, str):
+        images = stacked_inputs(text, key)
+        return _Found(images, Path(os.path.commonpath([place_of_origin(image).parent.absolute() for image in images])))
     path = user_path(text)
     if os.path.isdir(path):  # these never raise, for any name
         if target.exists() and path.samefile(target):
@@ -245,8 +250,9 @@ def _common_root(found: Sequence[_Found]) -> Path:
 def _mirrored(images: Sequence[Path], root: Path, target: Path) -> list[tuple[Path, Path]]:
     pairs: dict[Path, tuple[Path, Path]] = {}
     for path in images:
-        suffix = path.suffix if path.suffix.lower() in TIFF_SUFFIXES else ".png"
-        output = (target / os.path.relpath(os.path.abspath(path), root)).with_suffix(suffix)
+        shown = place_of_origin(path)
+        suffix = shown.suffix if shown.suffix.lower() in TIFF_SUFFIXES else ".png"
+        output = (target / os.path.relpath(os.path.abspath(shown), root)).with_suffix(suffix)
         name = output.with_suffix("")
         if name in pairs:
             raise InputError(
@@ -260,7 +266,7 @@ def _check_apart(pairs: Sequence[tuple[Path, Path]], output: str, beside: Sequen
     """Raise InputError if a map would replace an image, or the probabilities or confidence of another map."""
     outputs = {os.path.realpath(path): path for _, path in pairs}
     for source, _ in pairs:
-        if os.path.realpath(source) in outputs:
+        if any(os.path.realpath(file) in outputs for file in files_behind(source)):
             raise InputError(f"output is {output}, where the map of {source} would be the image itself; name another.")
     for what in beside:
         taken = set(outputs.values()) & {path_beside(path, what) for path in outputs.values()}

@@ -28,6 +28,7 @@ from dann_experiments.data.reading import (
     plain_reading,
 )
 from dann_experiments.data.statistics import BandSums, range_remark
+from dann_experiments.data.virtual import files_behind
 from dann_experiments.names import Confidence, TestBatchnorm, Tta
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import Grid, read_grid
@@ -109,6 +110,8 @@ class Scene:
             "normalisation": dataclasses.asdict(model.normalisation), "tile_size": options.tile_size,
             "overlap": options.overlap, "batch_size": options.batch_size, "probabilities": options.probabilities,
         }  # fmt: skip
+        behind = [(path, path.stat()) for path in files_behind(source)[1:]]
+        facts |= {"behind": [[str(path), one.st_size, one.st_mtime_ns] for path, one in behind]} if behind else {}
         # left out at their defaults, so that maps of older versions still count as finished
         facts |= {"tta": options.tta} if options.tta != "none" else {}
         facts |= {"test_batchnorm": options.test_batchnorm} if options.test_batchnorm != "running" else {}

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 SIZES = {"font.size": 11, "axes.labelsize": 11, "axes.titlesize": 12, "xtick.labelsize": 10.5, "ytick.labelsize": 10.5,
          "legend.fontsize": 10.5}  # fmt: skip
-WIDTH, HEIGHT = 16.0, 10.0
+WIDTH, HEIGHT = 16.0, 10.0  # inches
+FEW_ARMS = 8  # each further one makes the picture higher
+ROW = 0.36  # inches per further arm
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,30 @@ def draw_summary(
     class_names: Sequence[str],
     not_labeled: bool,
 ) -> None:
-    """Draw a PNG of 1600 x 1000 pixels: verdicts, scores per arm and seed, curves, and up to five rows of tiles.
+    """Draw a PNG, 1600 pixels wide: verdicts, scores per arm and seed, curves, and up to five rows of tiles. Up to eight arms fit
+    into 1000 pixels of height.
 
     Arguments:
         curves: arm -> color and histories.
         tiles: columns of pictures (H, W, 3) with their titles; may be empty.
         not_labeled: True if some pixels of the tiles have no label.
     """
-    figure = Figure(figsize=(WIDTH, HEIGHT))
+    more = max(len(rows) - FEW_ARMS, 0)
+    height = HEIGHT + 2 * ROW * more
+    figure = Figure(figsize=(WIDTH, height))
     axis = canvas(figure)
     top = _write_header(axis, title, subtitle, verdicts)
-    high = 1 - top / HEIGHT
+    high = 1 - top / height
+    lines = -(-sum(1 for _, found in curves.values() if found) // 3)  # of the legend of the curves
+    bottom = (0.5 + 0.25 * max(lines, 3)) / height
     if tiles:
-        left = figure.add_gridspec(2, 1, left=0.13, right=0.43, top=high - 0.035, bottom=0.125, hspace=0.38)
-        _draw_tiles(axis, tiles, class_names, not_labeled, top)
+        left = figure.add_gridspec(
+            2, 1, left=0.13, right=0.43, top=high - 0.35 / height, bottom=bottom, hspace=0.38 * HEIGHT / height,
+            height_ratios=(1 + 0.15 * more, 1),
+        )  # fmt: skip
+        _draw_tiles(axis, tiles, class_names, not_labeled, top, height)
     else:
-        left = figure.add_gridspec(1, 2, left=0.14, right=0.97, top=high - 0.04, bottom=0.125, wspace=0.2)
+        left = figure.add_gridspec(1, 2, left=0.14, right=0.97, top=high - 0.4 / height, bottom=bottom, wspace=0.2)
     dots = figure.add_subplot(left[0])
     draw_rows(dots, rows, rows_label, size=1.35)
     dots.set_yticks(dots.get_yticks(), [textwrap.fill(short(row.name, 36), 18) for row in rows])
@@ -103,11 +113,12 @@ def _draw_tiles(
     class_names: Sequence[str],
     not_labeled: bool,
     top: float,
+    height: float,
 ) -> None:
     """Draw as many rows of tiles as fit into the right part of the picture, with the legend of the classes below."""
     handles = class_handles(class_names, range(min(len(class_names), 20)), not_labeled)
     left, right, top = 7.44, WIDTH - 0.24, top + 0.45
-    space = HEIGHT - 0.3 - 0.28 * -(-len(handles) // 5) - top
+    space = height - 0.3 - 0.28 * -(-len(handles) // 5) - top
     rows = len(columns[0][1])
     side = min((right - left) / len(columns), space / min(rows, 3))
     rows = min(rows, max(int(space / side + 1e-6), 1))
