@@ -131,6 +131,22 @@ def test_a_period_or_the_item_beside_the_image_says_when(place):
         assert (found["start_datetime"], found["end_datetime"]) == ("2026-05-01T00:00:00Z", "2026-09-30T23:59:59Z")
 
 
+def test_the_item_of_an_image_in_several_files_links_to_all_of_them(place):
+    folder, model = place
+    for name in ("red", "green", "blue"):
+        with rasterio.open(scene(f"{name}_all.tif")) as file:
+            written = write_raster(Path(f"in/s_{name}.tif"), file.read([1]), crs=file.crs, transform=file.transform)
+        with rasterio.open(written, "r+") as file:
+            file.update_tags(TIFFTAG_DATETIME=TAKEN)
+    given = {"images": ["in/*_red.tif", "in/*_green.tif", "in/*_blue.tif"]}
+    predict(PredictConfig(model, input=[given], output="maps/", stac=True))
+    [written] = Path("maps").glob("*.stac.json")
+    item = item_of(str(written))
+    assert item.properties["datetime"] == "2026-06-30T10:15:00Z"
+    links = [(folder / "maps" / link.href).resolve() for link in item.links if link.rel == "derived_from"]
+    assert sorted(links) == sorted((folder / "in").iterdir())
+
+
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_maps_without_georeference_or_across_the_antimeridian_or_with_control_points_have_items(place):
     _, model = place

@@ -20,6 +20,7 @@ import numpy as np
 from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.rasters import open_raster
+from dann_experiments.data.virtual import origins
 from dann_experiments.names import Confidence
 from dann_experiments.prediction.confidence import MEANINGS
 from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, STAC, path_beside
@@ -65,18 +66,20 @@ def times_of_text(text: str, key: str) -> Times:
 
 
 def times_of(image: Path, given: str | None) -> Times:
-    """Return the times of an image: `given` (`times_of_text`), those of the STAC item beside it, or of its own metadata.
+    """Return the times of an image: `given` (`times_of_text`), those of the STAC item beside it, or of its own metadata; of
+    an image in several files, those of the first.
 
     Raises InputError if none of these is known.
     """
     if given is not None:
         return times_of_text(given, "stac_datetime")
-    item = item_beside(image)
+    first = origins(image)[0]  # of an image in several files, whose own file is a small one in the cache
+    item = item_beside(first)
     if item is not None:
         own = {key: item[1].get(key) for key in ("datetime", "start_datetime", "end_datetime") if key in item[1]}
         if own.get("datetime") or (own.get("start_datetime") and own.get("end_datetime")):
             return own
-    with open_raster(image) as file:
+    with open_raster(first) as file:
         for domain, name in TIME_TAGS:
             tags = file.tags(ns=domain) if domain else file.tags()
             found = _tag_time(tags.get(name, ""))
@@ -113,7 +116,8 @@ def write_item(
     those of the map's metadata.
     """
     path = path_beside(output, STAC)
-    source, tags = item_beside(image), read_tags(output)
+    tags = read_tags(output)
+    sources = [item[0] if (item := item_beside(file)) else file for file in origins(image)]
     name, _, version = tags.get("software", "").partition(" ")
     properties = {
         **times,
@@ -128,7 +132,7 @@ def write_item(
     item = {
         "type": "Feature", "stac_version": VERSION, "stac_extensions": used, "id": output.stem, **footprint,
         "properties": properties,
-        "links": [{"rel": "derived_from", "href": _href(source[0] if source else image, path)}],
+        "links": [{"rel": "derived_from", "href": _href(file, path)} for file in dict.fromkeys(sources)],
         "assets": assets,
     }  # fmt: skip
     part = path.with_name(f"{path.name}.partial")
