@@ -28,6 +28,7 @@ from dann_experiments.command_line import SHORT_NAMES, Command
 from dann_experiments.config import Config, InputError, load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.description import type_name
+from dann_experiments.config.export import ExportConfig
 from dann_experiments.config.limits import settings_of
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
@@ -43,12 +44,14 @@ KINDS: Mapping[str, type] = {
     "settings": Config,
     "compare": CompareConfig,
     "predict": PredictConfig,
+    "export": ExportConfig,
     "weak-labels": WeakLabelsConfig,
     "suggest-labels": SuggestLabelsConfig,
     "sweep": SweepConfig,
 }
 NEEDED = {
     PredictConfig: {"model": "m", "input": "i.png", "output": "o.png"},
+    ExportConfig: {"model": "m", "output": "o.onnx"},
     SuggestLabelsConfig: {"comparison": "c"},
     WeakLabelsConfig: {"rule": "band", "bands": [1], "input": "i.png", "output": "o.png"},
 }

@@ -14,6 +14,7 @@ from dann_experiments.command_line import SHORT_NAMES
 from dann_experiments.config import Config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.description import Group, describe
+from dann_experiments.config.export import ExportConfig
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.suggestions import SuggestLabelsConfig
 from dann_experiments.config.weak_labels import WeakLabelsConfig
@@ -38,6 +39,7 @@ CHAPTERS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "Comparisons (`compare`)": (CompareConfig, ("",)),
     "Sweeps": (SweepConfig, ("",)),
     "Class maps (`predict`)": (PredictConfig, ("",)),
+    "Model files for other programs (`export`)": (ExportConfig, ("",)),
     "Weak labels (`weak-labels`)": (WeakLabelsConfig, ("",)),
     "Label suggestions (`suggest-labels`)": (SuggestLabelsConfig, ("",)),
 }

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from dann_experiments.comparison.verdict import Verdict
     from dann_experiments.config import Config, InputError, TrainingFailed, load_config
     from dann_experiments.config.comparison import CompareConfig
+    from dann_experiments.config.export import ExportConfig
     from dann_experiments.config.prediction import PredictConfig
     from dann_experiments.config.weak_labels import WeakLabelsConfig
     from dann_experiments.jobs.adapt import adapt
     from dann_experiments.jobs.check_data import DataReport, check_data
     from dann_experiments.jobs.evaluate import evaluate
+    from dann_experiments.jobs.export import ExportResult, export
     from dann_experiments.jobs.predict import PredictResult, predict
     from dann_experiments.jobs.pretrain import pretrain
     from dann_experiments.jobs.result import RunResult
@@ -53,6 +55,8 @@ _HOMES = {
     "TrainingFailed": "config",
     "load_config": "config",
     "DataReport": "jobs.check_data",
+    "ExportConfig": "config.export",
+    "ExportResult": "jobs.export",
     "PredictConfig": "config.prediction",
     "PredictResult": "jobs.predict",
     "RunResult": "jobs.result",
@@ -60,7 +64,7 @@ _HOMES = {
     "WeakLabelsResult": "jobs.weak_labels",
     "DomainAdaptationMonitorCallback": "training.monitor",
 }
-_JOBS = ("adapt", "check_data", "evaluate", "predict", "pretrain", "weak_labels")
+_JOBS = ("adapt", "check_data", "evaluate", "export", "predict", "pretrain", "weak_labels")
 
 __all__ = [
     "CompareConfig",
@@ -73,6 +77,8 @@ __all__ = [
     "DomainAdaptationMethod",
     "DomainAdaptationMonitorCallback",
     "DomainClassifier",
+    "ExportConfig",
+    "ExportResult",
     "GradientReversal",
     "InputError",
     "LambdaScheduler",
@@ -93,6 +99,7 @@ __all__ = [
     "check_data",
     "compare",
     "evaluate",
+    "export",
     "load_config",
     "predict",
     "pretrain",

@@ -16,6 +16,7 @@ from typing import Any
 from dann_experiments.command_line import Command, Option, Program, Request, quiet_libraries
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, load_config
 from dann_experiments.config.comparison import NAMED_ARMS, CompareConfig
+from dann_experiments.config.export import ExportConfig
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.recipes import load_or_default, report_default
@@ -122,6 +123,18 @@ def _predict(request: Request) -> int:
     for name, pixels in result.class_pixels.items():
         print(f"  {name}: {pixels / max(total, 1):.1%} of the pixels with data")
     print(f"Preview and class shares: run {result.run_id}; {terminal.where_to_look(result.tracking_uri)}")
+    return 0
+
+
+def _export(request: Request) -> int:
+    settings = load_settings(ExportConfig, None, request.settings)
+    config = load_config(request.options["config"]) if "config" in request.options else None
+    quiet_libraries()
+    from dann_experiments import jobs
+    from dann_experiments.reports import terminal
+
+    result = jobs.export(settings, config)
+    terminal.print_export(result.output, result.tile_size, result.multiple_of, *result.difference)
     return 0
 
 
@@ -277,6 +290,14 @@ COMMANDS = {
             "config": Option("settings of the network, for a checkpoint without them", "FILE"),
         },
         settings={"settings (as --key value)": PredictConfig},
+        short_names=False,
+    ),
+    "export": Command(
+        _export,
+        "write a model as an ONNX or torch.export file, which runs without this program, and compare it with predict",
+        usage="--model MODEL --output FILE.onnx|FILE.pt2 [--KEY VALUE]",
+        options={"config": Option("settings of the network, for a checkpoint without them", "FILE")},
+        settings={"settings (as --key value)": ExportConfig},
         short_names=False,
     ),
     "weak-labels": Command(

@@ -40,6 +40,7 @@ JOBS = (
     "adapt",
     "evaluate",
     "predict",
+    "export",
     "weak-labels",
     "compare",
     "suggest-labels",
@@ -379,9 +380,29 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
             "squares", instead={"map.tif": "by_python.tif"}, fill=ONE_RUN
         ),
     },
+    ("docs/export.md", "Export: a model as a file for other programs"): {
+        "python -m dann_experiments export --model runs:/RUN_ID --output model.onnx": Example("squares", fill=ONE_RUN),
+        "python -m dann_experiments export --model models:/NAME@champion --output model.pt2": Example(
+            "squares", fill=ONE_RUN
+        ),
+        "python -m dann_experiments export --model runs:/RUN_ID --output qgis.onnx --tile_size 512 --resolution 20": Example(
+            "squares", fill=ONE_RUN, instead={"tile_size": "64"}
+        ),
+        "mlflow run . -e export --env-manager local -P model=models:/NAME@champion -P output=model.onnx": Example(
+            "squares", "-P overwrite=true", fill=ONE_RUN
+        ),
+    },
+    ("docs/export.md", "How to run the file"): {
+        "python: import json": Example("squares", fill=ONE_RUN, instead={"512": "64"}),
+        "python: import torch": Example("squares", fill=ONE_RUN, instead={"512": "64"}),
+    },
     ("docs/predict.md", "Test-time augmentation"): {
         "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif --tta d4"
         " --confidence entropy": Example("squares", "--overwrite true", fill=ONE_RUN),
+    },
+    ("docs/predict.md", "STAC items"): {
+        "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif --stac true"
+        " --stac_datetime 2026-06-30": Example("squares", "--overwrite true", fill=ONE_RUN),
     },
     ("docs/results.md", "Tree crowns, Yellowstone to Florida"): {
         "python -m dann_experiments adapt --config recipes/neon_trees.yaml --data.root FOLDER --threads 1": Example(
@@ -591,6 +612,7 @@ NOT_RUN: Mapping[str, str] = {
     "mlflow run . -e adapt --env-manager virtualenv": "makes an environment from the network",
     "mlflow run . -e adapt": "needs conda; that MLflow asks for it without is asserted",
     "pip install '.[dashboard]'": INSTALLS,
+    "pip install '.[export]'": INSTALLS,
     "pip install '.[postgresql]'": INSTALLS,
     "pip install '.[ray,postgresql]'": INSTALLS,
     "pip download deepforest==2.1.0 --no-deps": "downloads from the network; the test draws such a package",

@@ -586,6 +586,7 @@ CHECKS: dict[str, Callable[[Place, dict[str, str], str], None]] = {
     "adapt": lambda *of: scored(*of, "adapt"),
     "evaluate": lambda *of: scored(*of, "evaluate"),
     "predict": mapped,
+    "export": says("Written:", "0 pixels have another class"),
     "weak-labels": labeled,
     "compare": compared,
     "layers": says("encoder", "decoder"),

@@ -63,7 +63,8 @@ class DomainDataConfig:
     files; patterns are paired by the parts that their wildcards match. The mapping also takes names (a list, or a file of names,
     to keep), region ([left, top, right, bottom] in pixels of the file) and, for masks that are polygons (docs/vector-labels.md),
     layer and area. A list of patterns or folders in images stacks them: their files are the bands of one image; quality, nodata
-    and warp say how (docs/bands-in-files.md)."""
+    and warp say how (docs/bands-in-files.md). A file of STAC items (.json) or a mapping {items: FILE, assets: [ASSET, ...],
+    mask: ASSET} stands for the images that are assets of its items (docs/data.md)."""
     val: list[Entry] = field(default_factory=list)
     """Validation images; those with masks are scored after each epoch."""
     test: list[Entry] = field(default_factory=list)

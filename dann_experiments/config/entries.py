@@ -10,8 +10,23 @@ KEYS = ("images", "masks", "names", "region", "layer", "area", "quality", "nodat
 QUALITY_KEYS = ("images", "bits", "values")
 
 
+def _check_items(key: str, entry: dict[str, Any]) -> None:
+    """Raise InputError for a mapping of STAC items with wrong parts."""
+    assets = entry.get("assets")
+    named = assets is None or (isinstance(assets, list) and assets and all(isinstance(one, str) for one in assets))
+    texts = all(isinstance(entry.get(part, ""), str) for part in ("items", "mask"))
+    if not named or not texts or set(entry) - {"items", "assets", "mask"}:
+        raise InputError(
+            f"{key} has the entry {entry}; a mapping of STAC items takes items (their file), assets (a list of those "
+            "with the image's bands) and mask (an asset), and nothing else."
+        )
+
+
 def check_entry(key: str, entry: dict[str, Any]) -> None:
     """Raise InputError for a mapping with wrong parts; `key`: the setting, for messages."""
+    if "items" in entry:
+        _check_items(key, entry)
+        return
     unknown = sorted(set(entry) - set(KEYS), key=str)
     if unknown or "images" not in entry:
         raise InputError(

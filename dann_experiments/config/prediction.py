@@ -62,6 +62,12 @@ class PredictConfig:
     """Also write OUTPUT_confidence.tif, one band of floating-point numbers from 0 to 1. max_probability: the probability of the
     mapped class, 1 = certain; entropy: of the probabilities, divided by its largest value, 0 = certain, 1 = all classes equally
     likely. null: no such file."""
+    stac: bool = False
+    """Also write OUTPUT.stac.json, a STAC item (version 1.1): place and time of the map, its files, its classes with their
+    colors, and a link to the image."""
+    stac_datetime: str | None = None
+    """When the images were taken, for the STAC items: a date, a time (UTC) or a period (2026-05-01/2026-09-30). null: as the STAC
+    item beside an image or its metadata say; an image without a time is refused."""
     overwrite: bool = False
     """Replace an output that exists."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -95,6 +101,8 @@ class PredictConfig:
             if not value or (isinstance(value, list) and not all(value)):
                 raise InputError(f"{key} is not set; {way_out}.")
         limits.check(self)
+        if self.stac_datetime is not None and not self.stac:
+            raise InputError("stac_datetime has no effect without stac; set stac to true, or leave it out.")
         if not 0 <= self.shared <= self.tile_size // 2:
             raise InputError(
                 f"overlap is {self.overlap}; give 0 to {self.tile_size // 2}, half of tile_size ({self.tile_size})."

@@ -18,6 +18,8 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.config.paths import local_text
 from dann_experiments.data.annotations import side_files
 from dann_experiments.data.lists import beside, expression_of, is_file, lines_of, manifest_pairs, pairs_of, under
+from dann_experiments.data.stac_items import SUFFIXES as ITEM_SUFFIXES
+from dann_experiments.data.stac_items import item_pairs
 from dann_experiments.data.stacked_entries import is_stacked, stacked
 from dann_experiments.data.vector_files import GEO_SUFFIXES, LABEL_SUFFIXES, is_vector
 from dann_experiments.data.virtual import digest_with_sources, is_virtual
@@ -146,32 +148,6 @@ def file_digest(path: Path, digest_of: Callable[[Path], bytes] | None = None) ->
         return hashlib.file_digest(file, "blake2b").digest()
 
 
-def shared_images(
-    sets: Mapping[str, Sequence[Sample]], digest_of: Callable[[Path], bytes]
-) -> list[tuple[str, Path, str, Path]]:
-    """Return (set, image, other set, its image) for each image with equal bytes in two of `sets`, which must not share images.
-
-    Regions of one image that do not overlap may be in different sets.
-    """
-    found: list[tuple[str, Path, str, Path]] = []
-    seen: dict[bytes, list[tuple[str, Sample]]] = {}
-    for name, samples in sets.items():
-        for sample in samples:
-            same = seen.setdefault(digest_of(sample.image), [])
-            other = next(((its, one) for its, one in same if its != name and _overlap(one, sample)), None)
-            if other is not None:
-                found.append((name, sample.image, other[0], other[1].image))
-            same.append((name, sample))
-    return found
-
-
-def _overlap(one: Sample, other: Sample) -> bool:
-    if one.region is None or other.region is None:
-        return True
-    a, b = one.region, other.region
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
 def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[str], None]) -> list[Sample]:
     path = under(root, entry)
     if os.path.isdir(path):
@@ -182,6 +158,8 @@ def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[s
         if path.suffix.lower() == ".txt":
             pairs = pairs_of(path, root, key)
             return [Sample(image, mask if masks != "no" else None) for image, mask in pairs]
+        if path.suffix.lower() in ITEM_SUFFIXES:
+            return [Sample(*pair) for pair in item_pairs(path, None, None, key, report)]
         return [Sample(*pair) for pair in manifest_pairs(path, root, key, masks != "no", report)]
     if glob.has_magic(entry):
         return [Sample(image, None) for image in _globbed(entry, root, key)]
@@ -194,6 +172,9 @@ def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[s
 def _from_mapping(
     entry: Mapping[str, Any], root: Path, key: str, masks: str, report: Callable[[str], None]
 ) -> list[Sample]:
+    if "items" in entry:
+        path, mask = under(root, str(entry["items"])), entry.get("mask") if masks != "no" else None
+        return [Sample(*pair) for pair in item_pairs(path, entry.get("assets"), mask, key, report)]
     named = entry.get("names") is not None
 
     def locate(part: Any) -> dict[Key, Path]:

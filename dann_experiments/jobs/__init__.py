@@ -3,6 +3,7 @@
 from dann_experiments.jobs.adapt import adapt, prepare
 from dann_experiments.jobs.check_data import DataReport, check_data
 from dann_experiments.jobs.evaluate import evaluate
+from dann_experiments.jobs.export import ExportResult, export
 from dann_experiments.jobs.predict import PredictResult, predict
 from dann_experiments.jobs.pretrain import pretrain
 from dann_experiments.jobs.result import RunResult
@@ -11,6 +12,7 @@ from dann_experiments.jobs.weak_labels import WeakLabelsResult, weak_labels
 
 __all__ = [
     "DataReport",
+    "ExportResult",
     "Health",
     "PredictResult",
     "RunResult",
@@ -19,6 +21,7 @@ __all__ = [
     "check_data",
     "doctor",
     "evaluate",
+    "export",
     "predict",
     "prepare",
     "pretrain",

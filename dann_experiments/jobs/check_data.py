@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dann_experiments.config import Config, InputError, config_to_yaml, flatten
-from dann_experiments.data.checks import absent_classes, check_sizes, labelled_pixels, unit_problems
+from dann_experiments.data.checks import absent_classes, check_sizes, labelled_pixels, shared_images, unit_problems
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import DataPlan, followed
 from dann_experiments.data.headers import read_headers
@@ -23,7 +23,7 @@ from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.rasters import Header, Window, check_deflated, read_header
 from dann_experiments.data.reading import chosen_bands
 from dann_experiments.data.remarks import Problems
-from dann_experiments.data.samples import Sample, file_digest, shared_images
+from dann_experiments.data.samples import Sample, file_digest
 from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
 from dann_experiments.data.vector_files import is_vector
 from dann_experiments.data.vector_report import vector_report

@@ -110,7 +110,7 @@ def domain_name(config: Config, domain: Domain, member: str | None = None) -> st
     if settings.name or settings.preset:
         return settings.name or " ".join(filter(None, (settings.preset, settings.scene)))
     first = settings.train[0] if settings.train else domain
-    return first if isinstance(first, str) else str(first["images"])
+    return first if isinstance(first, str) else str(first.get("images") or first["items"])
 
 
 def domain_tags(config: Config) -> dict[str, str]:

@@ -20,12 +20,13 @@ from dann_experiments.jobs.load_model import load_model
 from dann_experiments.jobs.many_images import log_settings, show_progress
 from dann_experiments.models.batchnorm import NO_BATCHNORM, has_batchnorm
 from dann_experiments.names import Job, Tag
-from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, find_work
+from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, STAC, find_work
 from dann_experiments.prediction.mapping import MapMaker, Outcome
 from dann_experiments.prediction.rasters import (
     read_decimated,
 )
 from dann_experiments.prediction.scene import Options, Scene
+from dann_experiments.prediction.stac import times_of, times_of_text
 from dann_experiments.reports.colors import class_colors
 from dann_experiments.reports.images import display_image
 from dann_experiments.reports.plots.preview import draw_preview
@@ -67,6 +68,9 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
 
     beside = [PROBABILITIES] if settings.probabilities else []
     beside += [CONFIDENCE] if settings.confidence is not None else []
+    beside += [STAC] if settings.stac else []
+    if settings.stac_datetime is not None:
+        times_of_text(settings.stac_datetime, "stac_datetime")  # before anything is read
     work = find_work(settings.inputs, settings.output, beside, settings.overwrite)
     device = _device(settings.accelerator)
     store = open_store(settings.tracking.uri, settings.tracking.experiment)
@@ -74,12 +78,15 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
     model = _with_own_reading(model, settings)
     options = Options(
         settings.tile_size, settings.shared, settings.batch_size, settings.probabilities, settings.overwrite,
-        settings.tta, settings.test_batchnorm, settings.confidence, own_bands=settings.bands is not None,
+        settings.tta, settings.test_batchnorm, settings.confidence, settings.stac, settings.stac_datetime,
+        own_bands=settings.bands is not None,
     )  # fmt: skip
     if settings.test_batchnorm == "images" and not has_batchnorm(model.network):
         raise InputError(NO_BATCHNORM)
     if len(work) == 1:
         Scene.open(*work[0], model, options)  # so that a bad file is reported before a run is opened
+        if settings.stac:
+            times_of(work[0][0], settings.stac_datetime)
     model.network.to(device)
     for folder in {output.parent for _, output in work}:
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from dann_experiments.prediction.inputs import Input, as_mapping, stacked_inputs
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import MAP_SUFFIXES, SIGNATURE_TAG, TIFF_SUFFIXES, read_tags
 
-PROBABILITIES, CONFIDENCE = "probabilities", "confidence"
+PROBABILITIES, CONFIDENCE, STAC = "probabilities", "confidence", "stac"
 
 
 class _Found(NamedTuple):
@@ -36,8 +36,8 @@ def find_work(inputs: Sequence[Input], output: str, beside: Sequence[str], overw
     """Return pairs of image and map.
 
     `inputs`: files, folders, patterns, and mappings whose files are stacked (`stacked_inputs`); `output`: a file, or a folder for
-    several images; `beside`: what is written next to each map, PROBABILITIES or CONFIDENCE; `overwrite`: True if existing maps
-    may be replaced. Raises InputError for inputs that are missing and outputs that exist or cannot be written.
+    several images; `beside`: what is written next to each map, PROBABILITIES, CONFIDENCE or STAC; `overwrite`: True if
+    existing maps may be replaced. Raises InputError for inputs that are missing and outputs that exist or cannot be written.
     """
     target = local_path(output, "output")
     found = _find(inputs, target)
@@ -90,7 +90,9 @@ def _by_stem(paths: Sequence[Path], what: str, key: str) -> dict[str, Path]:
 
 
 def path_beside(output: Path, what: str) -> Path:
-    """Return the file next to a map for its probabilities or confidence (`what`)."""
+    """Return the file next to a map for its probabilities, confidence or STAC item (`what`)."""
+    if what == STAC:
+        return output.with_name(f"{output.stem}.stac.json")
     return output.with_name(f"{output.stem}_{what}.tif")
 
 

@@ -15,7 +15,7 @@ import torch
 
 from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config.errors import InputError
-from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, path_beside
+from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, STAC, path_beside
 from dann_experiments.prediction.own_statistics import statistics_of_image
 from dann_experiments.prediction.partial_map import CONFIDENCE as CONFIDENCE_LAYER
 from dann_experiments.prediction.partial_map import PartialMap, probabilities_layer
@@ -29,6 +29,7 @@ from dann_experiments.prediction.rasters import (
     write_probabilities,
 )
 from dann_experiments.prediction.scene import Options, Scene, Strips, UnreadableImage
+from dann_experiments.prediction.stac import Times, times_of, write_item
 from dann_experiments.prediction.tiling import Tiler
 from dann_experiments.tracking.run import RunKilled
 from dann_experiments.training.memory import explain_out_of_memory
@@ -80,13 +81,17 @@ class MapMaker:
         for number, (source, output) in enumerate(work):
             try:
                 scene = Scene.open(source, output, self.model, self.options)
-                if self._is_finished(scene):
+                times = times_of(source, self.options.stac_datetime) if self.options.stac else None
+                finished = self._is_finished(scene)
+                if finished:
                     log.info("%s is already finished.", output)
                 else:
                     with explain_out_of_memory(InputError, functools.partial(self._smaller, scene)):
                         for share in self._map_one(scene, outcome):
                             show(number + share, source.name)
                     outcome.written.append(scene)
+                if times is not None:
+                    self._write_item(scene, times, replace=not finished)
             except InputError as error:
                 if len(work) == 1:
                     raise
@@ -106,6 +111,15 @@ class MapMaker:
                 f"{scene.output} exists, but was made with other settings; remove it, or set overwrite to true."
             )
         return True
+
+    def _write_item(self, scene: Scene, times: Times, replace: bool) -> None:
+        """Write the STAC item of a finished map; `replace`: also if there is one."""
+        if replace or not path_beside(scene.output, STAC).exists():
+            options = self.options
+            write_item(
+                scene.output, scene.input, times, self.model.class_names, self._colors, options.probabilities,
+                options.confidence,
+            )  # fmt: skip
 
     def _smaller(self, scene: Scene) -> str:
         """Return advice for when memory runs out."""

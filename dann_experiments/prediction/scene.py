@@ -63,6 +63,10 @@ class Options:
     """BatchNorm statistics: the model's, or those of each image."""
     confidence: Confidence | None = None
     """Kind of confidence to write as well; None = none."""
+    stac: bool = False
+    """Also write a STAC item."""
+    stac_datetime: str | None = None
+    """When the images were taken; None = as their STAC items or metadata say."""
     own_bands: bool = False
     """True if the user, not the model, chose the bands to read."""
 

@@ -271,6 +271,27 @@ def print_data_report(report: Any) -> int:
     return 0
 
 
+def print_export(
+    output: Path, tile_size: int | None, multiple_of: int, difference: float, pixels: int, seen: int
+) -> None:
+    """Print an exported file, the images that it takes, and how far it is from predict: the largest difference of a probability,
+    the number of pixels of another class, and that of all pixels compared."""
+    print(f"Written: {output}")
+    side = (
+        f"{tile_size} pixels"
+        if tile_size is not None
+        else f"any multiple of {multiple_of} pixels, at least {2 * multiple_of}"
+    )
+    print(
+        f"It takes batches of images, bands first, whose sides are {side}: float32, the values as an image file stores them."
+    )
+    print("It returns the probabilities of the classes. The file's metadata say the rest.")
+    print(
+        f"Compared with predict on {seen} pixels of drawn images: probabilities differ by up to {difference:.1g}, "
+        f"{pixels} pixels have another class."
+    )
+
+
 def print_weak_labels(result: Any, class_names: Sequence[str], by_otsu: bool) -> None:
     """Print the masks that a rule made, their shares, where to look at them, and how to train on them.
 
