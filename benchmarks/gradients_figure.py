@@ -59,7 +59,9 @@ def _head(name: str, color: str) -> str:
 def _boxes(colors: Colors) -> Iterator[str]:
     yield from _box(colors, LEFT, 10, 200, ["source images", "with labels"])
     yield from _box(colors, RIGHT, 10, 200, ["target images", "without labels"])
-    yield from _box(colors, (LEFT + RIGHT) // 2, 120, 470, ["network up to the tap", "weights θf, shared by both domains"])
+    yield from _box(
+        colors, (LEFT + RIGHT) // 2, 120, 470, ["network up to the tap", "weights θf, shared by both domains"]
+    )
     yield from _box(colors, LEFT, 265, 200, ["rest of the network", "weights θy"])
     yield from _box(colors, RIGHT, 265, 200, ["gradient reversal", "forward: changes nothing"], dashed=True)
     yield from _box(colors, LEFT, 385, 200, ["segmentation loss Ly", "of the source"])
@@ -83,9 +85,7 @@ def _text(text: str, x: int, y: int, color: str, more: str = "") -> str:
 
 
 def _arrow(x: int, start: int, end: int, color: str, head: str, width: float = 1.5) -> str:
-    return (
-        f'<line x1="{x}" y1="{start}" x2="{x}" y2="{end}" stroke="{color}" stroke-width="{width}" marker-end="url(#{head})"/>'
-    )
+    return f'<line x1="{x}" y1="{start}" x2="{x}" y2="{end}" stroke="{color}" stroke-width="{width}" marker-end="url(#{head})"/>'
 
 
 def _forward(colors: Colors) -> Iterator[str]:
@@ -107,7 +107,7 @@ def _backward(colors: Colors) -> Iterator[str]:
         (LEFT, 263, 178, colors.segmentation, "seg", "∂Ly/∂θf"),
         (RIGHT, 493, 443, colors.domain, "dom", "∂Ld/∂θd"),
         (RIGHT, 383, 323, colors.domain, "dom", "∂Ld"),
-        (RIGHT, 263, 178, colors.reversed, "rev", "−λ ∂Ld/∂θf"),
+        (RIGHT, 263, 178, colors.reversed, "rev", "\N{MINUS SIGN}λ ∂Ld/∂θf"),
     ):
         yield _arrow(x, start, end, color, head, 4)
         yield _text(text, x + 12, (start + end) // 2 + 5, color, ' font-weight="600"')

@@ -18,41 +18,123 @@ import sweeps
 from benchmarks.pages import DOCS
 from benchmarks.settings import CHAPTERS
 from dann_experiments import cli, names
-from dann_experiments.command_line import SHORT_NAMES, Command, Program, long_name
+from dann_experiments.command_line import SHORT_NAMES, Command, long_name
 from dann_experiments.config import Config
+from dann_experiments.names import Job
 from sweeps.__main__ import PROGRAM as SWEEPS
 
 GENERATED = "This page is generated from the code by `python -m benchmarks.reference`."
 METRICS_HEAD = f"""# Metrics of a run
 {GENERATED}
 
-The x axis is the number of optimizer steps done. `loss/train_*`, `da/*`, `da_part/*` and `lr/*` are logged each step, the rest each epoch;
-step 0 is the model before adaptation. `loss/train_total` is `loss/train_seg` + lambda times `loss/train_da`. SET is `source_val`,
-`target_val`, `source_test` or `target_test`, with `.NAME` behind it if there are [several domains](several-domains.md); CLASS is one of
-`data.class_names`. [Reading a run](reading-a-run.md) says what to look at first.
+The x axis is the number of optimizer steps done; step 0 is the model before adaptation. `loss/train_*`, `da/*`, `da_part/*` and
+`lr/*` are logged each step, the rest each epoch. `loss/train_total` is `loss/train_seg` + lambda times `loss/train_da`. SET is
+`source_val`, `target_val`, `source_test` or `target_test`; with [several domains](several-domains.md) also `target_val.NAME` and
+the like. CLASS is one of `data.class_names`. [Reading a run](reading-a-run.md) says what to look at first.
 """
 TAGS_HEAD = f"""# Tags of a run
 {GENERATED}
 
-Search runs by them in MLflow: `` tags.`dann.job` = 'adapt' ``. A tag that does not apply to a run is missing. The seed is the tag `seed`.
+Search runs by them in MLflow: `` tags.`dann.job` = 'adapt' ``. A tag that does not apply to a run is missing.
+The seed is the tag `seed`.
 """
 COMMANDS_HEAD = f"""# Commands
-{GENERATED} `COMMAND --help` shows the same and every setting.
+{GENERATED} The option `--help` of a command shows the same and every setting.
 
-`dann` is short for `python -m dann_experiments`, `dann-sweep` for `python -m sweeps`. Each setting can be given as
-`--dotted.key value` ([all settings](settings.md)); words in capitals stand for values of yours. A command ends with exit code 0 if all went well,
-1 if the job failed, 2 if there is something for you to correct (one message says what), 130 after Ctrl-C.
+The program `dann` runs the module `dann_experiments`, `dann-sweep` the module `sweeps`. Each [setting](settings.md) can be
+given as `--dotted.key value`; words in capitals stand for values of yours. The exit code is 0 if all went well, 1 if the job
+failed, 2 if there is something for you to correct (one message says what), 130 after Ctrl-C.
 """
 FILES_HEAD = f"""# Files of a run
 {GENERATED}
 
-The artifacts of a run, as its page in MLflow shows them under *Artifacts*. With a local store they are in `mlruns/EXPERIMENT/RUN_ID/artifacts/`;
-a model is in `mlruns/EXPERIMENT/models/MODEL_ID/artifacts/` ([models.md](models.md)). Words in capitals vary.
+The artifacts of a run, as its page in MLflow shows them under *Artifacts*. With a local store they are in
+`mlruns/EXPERIMENT/RUN_ID/artifacts/`; a model is in `mlruns/EXPERIMENT/models/MODEL_ID/artifacts/` ([models.md](models.md)).
+Words in capitals vary. A run that failed also has `traceback.txt`.
 """
-FILES: Mapping[str, Mapping[str, str]] = {}
-"""Job -> pattern of a file -> its meaning."""
-OTHER_FILES: Mapping[str, str] = {}
-"""Places outside of the run's artifacts -> their meaning."""
+_SETTINGS = {"config.yaml": "the settings, complete; `--config` reads it"}
+_LOGS = {"logs/worker-PID.log": "what a worker process printed"}
+_OF_TRAINING = {
+    **_SETTINGS,
+    "checkpoints/last.ckpt": "weights and optimizer after the last step, to resume ([resume.md](resume.md))",
+    "checkpoints/best.ckpt": "weights of the best epoch by `monitor.metric`",
+    "figures/curves.png": "IoU of both domains, domain accuracy and lambda over the steps",
+    "figures/predictions_DOMAIN.png": "images with truth and prediction, before and after",
+    "figures/confusion_SET.png": "confusion matrix of the final weights",
+    "tables/class_iou.csv": "IoU of each class and set, before and after",
+    "images/...": "pictures that MLflow shows with a slider over the steps ([tracking.md](tracking.md))",
+}
+_OF_ADAPTATION = {
+    **_OF_TRAINING,
+    "features.safetensors": "features of both domains before and after, which the probe read; comparisons draw them",
+}
+FILES: Mapping[str, Mapping[str, str]] = {
+    Job.CHECK_DATA: {
+        **_SETTINGS,
+        "figures/domains.png": "class shares and band values of both domains",
+        "tables/counts.csv": "images and pixels of each class, by set",
+        "tables/bands.csv": "statistics of each band, by domain",
+    },
+    Job.PRETRAIN: _OF_TRAINING,
+    Job.ADAPT: _OF_ADAPTATION,
+    Job.EVALUATE: {
+        **_SETTINGS,
+        "tables/scores.csv": "IoU, precision, recall, F1 and average precision of each class and set",
+        "tables/confusion_SET.csv": "numbers of pixels; rows are the truth",
+        "tables/confusion_SET_normalised.csv": "the same as shares of each row",
+        "figures/confusion_SET.png": "the shares as a picture",
+    },
+    Job.PREDICT: {
+        **_SETTINGS,
+        "figures/preview.png": "image and map, made small",
+        "tables/class_shares.csv": "pixels of each class",
+    },
+    Job.WEAK_LABELS: {
+        **_SETTINGS,
+        "figures/masks.png": "images with their index and mask",
+        "figures/histogram.png": "values of the index, with the threshold",
+        "tables/class_shares.csv": "threshold and pixels of each class, by image",
+    },
+    Job.COMPARE: {
+        **_SETTINGS,
+        **_LOGS,
+        "report.html": "the whole report in one file",
+        "summary.png": "scores of all arms as a picture",
+        "verdict.txt": "the verdicts in words",
+        "tables/scores.csv": "mean, spread and paired differences of each arm and score",
+        "tables/runs.csv": "the runs: arm, seed, id, scores",
+        "tables/selection.csv": "how well scores without target labels choose among the epochs",
+        "tables/choice.csv": "the arm to trust without target labels (from two seeds on)",
+        "tables/parts.csv": "what the adversary and each companion add (with companions)",
+        "tables/labels.csv": "scores by number of labeled target images (with `labelled`)",
+        "figures/labels.png": "the same as a picture",
+    },
+    Job.SUGGEST_LABELS: {
+        "figures/tiles.png": "the suggested tiles with the map of every arm",
+        "tables/tiles.csv": "the suggested tiles: image, region, disagreement",
+        "tables/choice.csv": "the arm to trust without target labels",
+    },
+    Job.SWEEP: {
+        **_LOGS,
+        "report.md": "the report",
+        "trials.csv": "every trial with its settings and scores",
+        "best_config.yaml": "the settings of the best trial; `--config` reads it",
+        "confirm.csv": "the best trials over new seeds (after `confirm`)",
+        "journal.log": "the Optuna study (unless it is in a database)",
+        "figures/...": "history, importances and settings of the trials as pictures; `study.html` to explore",
+    },
+    Job.TRIAL: _OF_ADAPTATION,
+}
+"""Job -> files among the artifacts of its runs -> their meaning. The words in `VARIES` stand for any text."""
+VARIES = ("DOMAIN", "SET", "PID", "...")
+OTHER_FILES = {
+    "mlflow.db": "the tracking store, if no other is set (`tracking.uri`, `MLFLOW_TRACKING_URI`)",
+    "outputs/RUN_ID/": "what a run has not sent yet: checkpoints while it trains, metrics while the store is away "
+    "(`tracking.folder`); `sync` sends what a killed run left",
+    "studies/NAME/": "a sweep's study, report and logs ([sweeps.md](sweeps.md))",
+    "the file or folder of `--output`": "maps of `predict`, masks of `weak-labels`, tiles of `suggest-labels`",
+}
+"""Other places -> what they hold."""
 
 
 def pages() -> dict[str, str]:
@@ -90,34 +172,37 @@ def tag_meanings() -> Iterator[tuple[str, str]]:
 def commands_page() -> str:
     """Return the commands of both programs with their options."""
     lines = [COMMANDS_HEAD]
-    for called, module, program in (("dann", "dann_experiments", cli.PROGRAM), ("dann-sweep", "sweeps", SWEEPS)):
-        lines += [f"## {called}", "", f"{program.purpose} Or: `python -m {module}`.", ""]
+    for called, program in (("dann", cli.PROGRAM), ("dann-sweep", SWEEPS)):
+        lines += [f"## {called}", "", program.purpose, ""]
         for name, command in program.commands.items():
-            lines += _command(called, name, command, program)
-    return "\n".join(lines)
+            lines += _command(called, name, command)
+    lines += [
+        "## Short names",
+        "",
+        *_table(("option", "short for"), [(f"`--{one}`", f"`--{key}`") for one, key in SHORT_NAMES.items()]),
+    ]
+    return "\n".join(
+        [*lines, "", f"In `pretrain`, `--max_epochs` is short for `--{long_name('max_epochs', 'pretrain')}`.", ""]
+    )
 
 
-def _command(called: str, name: str, command: Command, program: Program) -> Iterator[str]:
+def _command(called: str, name: str, command: Command) -> Iterator[str]:
     yield from (f"### {called} {name}", "", f"{command.purpose[0].upper()}{command.purpose[1:]}.", "")
-    yield from ("```text", f"{called} {name} {command.usage}", "```", "")
-    options = [(f"`--{key} {one.metavar}`".replace(" `", "`"), one.help) for key, one in command.options.items()]
-    if command.short_names:
-        short = [one for one in SHORT_NAMES if one != "seed"]
-        options += [(f"`--{one}`", f"short for `--{long_name(one, name)}`") for one in short]
+    yield from ("```", f"{called} {name} {command.usage}", "```", "")
+    options = [(f"`{f'--{key} {one.metavar}'.rstrip()}`", one.help) for key, one in command.options.items()]
     if options:
         yield from (*_table(("option", "meaning"), options), "")
-    titles = [title for kind in command.settings.values() for title, (cls, _) in CHAPTERS.items() if cls is kind]
-    if Config in command.settings.values():
-        titles = [title for title in titles if CHAPTERS[title][0] is not Config]
-        titles = [*titles, "of a run"]
-    if titles:
-        yield from (f"Settings: {', '.join(map(_link, titles))}.", "")
+    kinds = command.settings.values()
+    links = [_link(title) for title, (cls, _) in CHAPTERS.items() if cls in kinds and cls is not Config]
+    links += ["[settings of a run](settings.md)"] * (Config in kinds) + [
+        "[short names](#short-names)"
+    ] * command.short_names
+    if links:
+        yield from (f"It also takes: {', '.join(links)}.", "")
 
 
 def _link(title: str) -> str:
     """Return a link to a chapter of the page of settings."""
-    if title == "of a run":
-        return "[of a run](settings.md)"
     anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
     return f"[{title}](settings.md#{anchor})"
 
@@ -126,9 +211,15 @@ def files_page() -> str:
     """Return the files of each job's runs."""
     lines = [FILES_HEAD]
     for job, files in FILES.items():
-        lines += [f"## {job}", "", *_table(("file", "holds"), [(f"`{file}`", text) for file, text in files.items()]), ""]
-    lines += ["## Outside of the run", ""]
-    return "\n".join([*lines, *_table(("path", "holds"), [(f"`{at}`", text) for at, text in OTHER_FILES.items()]), ""])
+        lines += [
+            f"## {job}",
+            "",
+            *_table(("file", "holds"), [(f"`{file}`", text) for file, text in files.items()]),
+            "",
+        ]
+    lines += ["## Other places", ""]
+    other = [(at if "`" in at else f"`{at}`", text) for at, text in OTHER_FILES.items()]
+    return "\n".join([*lines, *_table(("path", "holds"), other), ""])
 
 
 def api_page() -> str:
