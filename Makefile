@@ -51,7 +51,7 @@ lint: .venv/installed-dev  ## lint, format and types
 	$(BIN)/pyright
 
 docs: .venv/installed-dev  ## build the site from docs/ into site/; fails at dead links, anchors and pages that are out of date
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 check: lint docs test  ## lint, types, the site, fast tests
 

@@ -98,13 +98,13 @@ def as_page(path: str) -> str:
         return text
     if path.endswith(".ipynb"):
         return f"{notebook_page(text)}\n\nThe file: `{path}`\n"
-    return f"# {path}\n\n{_fenced(text, LANGUAGES.get(Path(path).suffix, 'text'))}\n"
+    return f"# {path}\n\n{fenced(text, LANGUAGES.get(Path(path).suffix, 'text'))}\n"
 
 
 def notebook_page(text: str) -> str:
     """Return the cells of a notebook as Markdown."""
     cells = nbformat.reads(text, as_version=4).cells
-    return "\n\n".join(_fenced(cell.source, "python") if cell.cell_type == "code" else cell.source for cell in cells)
+    return "\n\n".join(fenced(cell.source, "python") if cell.cell_type == "code" else cell.source for cell in cells)
 
 
 def with_gaps(markdown: str) -> str:
@@ -137,7 +137,7 @@ def _lines(markdown: str) -> Iterator[tuple[str, bool]]:
             yield line, False
 
 
-def _fenced(text: str, language: str) -> str:
+def fenced(text: str, language: str) -> str:
     """Return a block of code. Its fence is longer than any in the text."""
     longest = max(map(len, re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)

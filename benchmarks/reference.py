@@ -107,7 +107,7 @@ FILES: Mapping[str, Mapping[str, str]] = {
         "tables/choice.csv": "the arm to trust without target labels (from two seeds on)",
         "tables/parts.csv": "what the adversary and each companion add (with companions)",
         "tables/labels.csv": "scores by number of labeled target images (with `labelled`)",
-        "figures/labels.png": "the same as a picture",
+        "figures/labels.png": "the same as a picture (with `labelled`)",
     },
     Job.SUGGEST_LABELS: {
         "figures/tiles.png": "the suggested tiles with the map of every arm",

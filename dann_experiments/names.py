@@ -176,7 +176,7 @@ class Tag:
     SOURCE_DIGEST = "dann.source_digest"  # digest of all that the source model depends on, by which `adapt` finds it
     ENCODER_DIGEST = "dann.encoder_digest"  # digest of the bytes of the file in `model.encoder_weights`
     SOURCE_RUN_ID = "dann.source_run_id"  # run of the model that this run started from or used
-    RESUMED_RUN_ID = "dann.resumed_run_id"  # run that was resumed instead of this empty one, which `mlflow run` had made
+    RESUMED_RUN_ID = "dann.resumed_run_id"  # run that was resumed instead of this empty one
     PROCESS = "dann.process"  # machine and process that write the run
     CLOSED_BY = "dann.closed_by"  # what closed the run after its process was gone: doctor, a comparison, a sweep
     KILLED_BY = "dann.killed_by"  # signal that ended the run: SIGTERM or SIGINT

@@ -1,4 +1,4 @@
-"""The site of the documentation: generated pages are those of the code, lists and tables look as on GitHub, bad pages are refused."""
+"""The site: generated pages are those of the code, lists and tables look as on GitHub, bad pages are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from markdown import Markdown
 from markdown_it import MarkdownIt
 
 from benchmarks import gradients_figure, reference
-from benchmarks.docs_site import BESIDE, PROJECT, as_page, notebook_page, repository_path, site_path, with_gaps
+from benchmarks.docs_site import BESIDE, PROJECT, as_page, fenced, repository_path, site_path, with_gaps
 from benchmarks.pages import DOCS
 from dann_experiments import CompareConfig, PredictConfig, WeakLabelsConfig, load_config
 from dann_experiments.cli import COMMANDS
@@ -36,7 +36,9 @@ def test_a_generated_page_is_that_of_the_code(name):
 @pytest.mark.parametrize("variant", sorted(gradients_figure.VARIANTS))
 def test_the_figure_of_gradients_is_that_of_its_program(variant):
     shown = (DOCS / "images" / f"dann_{variant}.svg").read_text()
-    assert shown == gradients_figure.figure(gradients_figure.VARIANTS[variant]), "run python -m benchmarks.gradients_figure"
+    assert shown == gradients_figure.figure(gradients_figure.VARIANTS[variant]), (
+        "run python -m benchmarks.gradients_figure"
+    )
 
 
 def test_each_tag_has_a_meaning_and_each_command_its_options():
@@ -67,13 +69,16 @@ def test_pages_of_the_site_and_files_of_the_repository_name_each_other():
         assert repository_path(site_path(path)) == path
 
 
-def test_code_that_holds_a_fence_stays_one_block_and_a_notebook_has_its_cells():
-    assert '"""' in as_page("dann_experiments/cli.py")
-    assert as_page("docs/../Makefile").startswith("# docs/../Makefile\n\n```text\n")
-    text = (PROJECT / "notebooks" / "01_first_run.ipynb").read_text()
-    assert "\n\n```python\nsource = pretrain(config)\n" in notebook_page(text)
-    html = Markdown(extensions=["pymdownx.superfences"]).convert(as_page("CONTRIBUTING.md"))
-    assert "<pre" not in html
+def test_code_that_holds_a_fence_stays_one_block():
+    html = Markdown(extensions=["pymdownx.superfences"]).convert(fenced("a\n```\n````yaml\nb", "text"))
+    assert html.count("<pre") == 1
+    assert "````yaml" in html
+
+
+def test_a_notebook_has_its_cells_on_the_site():
+    page = as_page("notebooks/01_first_run.ipynb")
+    assert page.startswith("# Your first run\n")
+    assert "\n\n```python\nsource = pretrain(config)\n" in page
 
 
 def unlisted(job: str, store_uri: str) -> set[str]:
@@ -137,14 +142,16 @@ def test_a_dead_link_a_dead_anchor_a_lost_page_and_a_stale_page_end_the_build(tm
             shutil.copy(source, tmp_path / name)
 
     def build() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
         environ = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(tmp_path)}
         return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
 
     built = build()
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "site" / "repository" / "CHANGELOG.html").is_file()
-    (tmp_path / "docs" / "lost.md").write_text("[dead](none.md), [dead](data.md#nowhere), [dead](../recipes/none.yaml)\n")
+    (tmp_path / "docs" / "lost.md").write_text(
+        "[dead](none.md), [dead](data.md#nowhere), [dead](../recipes/none.yaml)\n"
+    )
     with (tmp_path / "docs" / "tags.md").open("a") as page:
         page.write("stale\n")
     built = build()
