@@ -57,16 +57,16 @@ def _head(name: str, color: str) -> str:
 
 
 def _boxes(colors: Colors) -> Iterator[str]:
-    yield from _box(colors, LEFT, 10, 200, ["source images", "with labels"])
-    yield from _box(colors, RIGHT, 10, 200, ["target images", "without labels"])
+    yield from _box(colors, LEFT, 10, 216, ["source images", "with labels"])
+    yield from _box(colors, RIGHT, 10, 216, ["target images", "without labels"])
     yield from _box(
         colors, (LEFT + RIGHT) // 2, 120, 470, ["network up to the tap", "weights θf, shared by both domains"]
     )
-    yield from _box(colors, LEFT, 265, 200, ["rest of the network", "weights θy"])
-    yield from _box(colors, RIGHT, 265, 200, ["gradient reversal", "forward: changes nothing"], dashed=True)
-    yield from _box(colors, LEFT, 385, 200, ["segmentation loss Ly", "of the source"])
-    yield from _box(colors, RIGHT, 385, 200, ["domain classifier", "weights θd"])
-    yield from _box(colors, RIGHT, 495, 200, ["domain loss Ld", "source or target?"])
+    yield from _box(colors, LEFT, 265, 216, ["rest of the network", "weights θy"])
+    yield from _box(colors, RIGHT, 265, 216, ["gradient reversal", "forward: changes nothing"], dashed=True)
+    yield from _box(colors, LEFT, 385, 216, ["segmentation loss Ly", "of the source"])
+    yield from _box(colors, RIGHT, 385, 216, ["domain classifier", "weights θd"])
+    yield from _box(colors, RIGHT, 495, 216, ["domain loss Ld", "source or target?"])
 
 
 def _box(colors: Colors, middle: int, top: int, width: int, lines: list[str], dashed: bool = False) -> Iterator[str]:

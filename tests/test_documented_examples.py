@@ -706,7 +706,10 @@ def run_settings(place: Place, example: Example) -> None:
         check(command, place.run(command), place)
     settings = settings_of(Path("mine.yaml").read_text())
     target = settings["data"]["target"]
-    root, first = str(target.get("root", settings["data"].get("root", "."))).lstrip("/"), next(iter(target.get("domains", {}).values()), target)
+    root, first = (
+        str(target.get("root", settings["data"].get("root", "."))).lstrip("/"),
+        next(iter(target.get("domains", {}).values()), target),
+    )
     scene = f"{root}/{first['train'][0]}"
     if Path(scene).is_dir():
         scene = str(next(Path(scene).glob("images/*")))

@@ -130,6 +130,16 @@ def test_the_page_of_files_has_those_of_every_other_job(shared_runs, squares, wo
             assert unlisted(job, f"sqlite:///{workplace}/mlflow.db") == set()
 
 
+def dead_addresses(site: Path) -> set[tuple[str, str]]:
+    """Pages of the site with the addresses on them that name no file of it; those that begin with a scheme are left out."""
+    return {
+        (str(page.relative_to(site)), address)
+        for page in site.rglob("*.html")
+        for address in re.findall(r'(?:href|src)="(?![a-z]+:|#)([^"#?]+)', page.read_text())
+        if not (site / address.lstrip("/") if address.startswith("/") else page.parent / address).is_file()
+    }
+
+
 @pytest.mark.slow
 def test_a_dead_link_a_dead_anchor_a_lost_page_and_a_stale_page_end_the_build(tmp_path):
     kept = {"mkdocs.yml", "docs", "benchmarks", "notebooks", "findings", "recipes", "dann_experiments", "sweeps",
@@ -148,7 +158,7 @@ def test_a_dead_link_a_dead_anchor_a_lost_page_and_a_stale_page_end_the_build(tm
 
     built = build()
     assert built.returncode == 0, built.stderr
-    assert (tmp_path / "site" / "repository" / "CHANGELOG.html").is_file()
+    assert dead_addresses(tmp_path / "site") == set()
     (tmp_path / "docs" / "lost.md").write_text(
         "[dead](none.md), [dead](data.md#nowhere), [dead](../recipes/none.yaml)\n"
     )
