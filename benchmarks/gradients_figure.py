@@ -60,7 +60,7 @@ def _boxes(colors: Colors) -> Iterator[str]:
     yield from _box(colors, LEFT, 10, 216, ["source images", "with labels"])
     yield from _box(colors, RIGHT, 10, 216, ["target images", "without labels"])
     yield from _box(
-        colors, (LEFT + RIGHT) // 2, 120, 470, ["network up to the tap", "weights θf, shared by both domains"]
+        colors, (LEFT + RIGHT) // 2, 120, 486, ["network up to the tap", "weights θf, shared by both domains"]
     )
     yield from _box(colors, LEFT, 265, 216, ["rest of the network", "weights θy"])
     yield from _box(colors, RIGHT, 265, 216, ["gradient reversal", "forward: changes nothing"], dashed=True)
