@@ -6,7 +6,7 @@ BIN := .venv/bin
 export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
 PROJECT_RUN := PATH="$$PWD/$(BIN):$$PATH" mlflow run . --env-manager local --experiment-name digits
 
-.PHONY: help install demo test test-slow test-browser lint check chaos ui clean
+.PHONY: help install demo test test-slow test-browser lint docs check chaos ui clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -50,7 +50,10 @@ lint: .venv/installed-dev  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-check: lint test  ## lint, types, fast tests
+docs: .venv/installed-dev  ## build the site from docs/ into site/; fails at dead links, anchors and pages that are out of date
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+check: lint docs test  ## lint, types, the site, fast tests
 
 chaos: .venv/installed-dev  ## kill runs, servers and inputs for minutes, and write what was lost into docs/reliability.md
 	$(BIN)/python -m benchmarks.chaos --write
@@ -59,5 +62,5 @@ ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_BACKEND_STORE_URI="$$MLFLOW_TRACKING_URI" $(BIN)/mlflow ui --host 127.0.0.1 --port 5000
 
 clean:  ## remove the environment, caches and everything runs left behind, the MLflow store included
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis mlruns mlartifacts outputs studies lightning_logs mlflow.db*
+	rm -rf .venv build site *.egg-info .pytest_cache .ruff_cache .hypothesis mlruns mlartifacts outputs studies lightning_logs mlflow.db*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

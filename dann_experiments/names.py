@@ -164,49 +164,49 @@ LAMBDA_ZERO = {Key.METHOD: "lambda_zero", Key.CLASS_PATH: None, Key.INIT_ARGS: {
 
 
 class Tag:
-    """Tags of runs in MLflow."""
+    """Tags of runs in MLflow. docs/tags.md shows the comments as their meanings."""
 
-    NOTE = "mlflow.note.content"  # the description of a run or an experiment, in Markdown
-    NOTE_DIGEST = "dann.note_digest"  # of the description that this program gave to an experiment
-    JOB = "dann.job"
-    METHOD = "dann.method"
-    SOURCE = "dann.source"
-    TARGET = "dann.target"
-    DIGEST = "dann.digest"
-    SOURCE_DIGEST = "dann.source_digest"
-    ENCODER_DIGEST = "dann.encoder_digest"  # of the bytes of the file in model.encoder_weights
-    SOURCE_RUN_ID = "dann.source_run_id"
-    RESUMED_RUN_ID = "dann.resumed_run_id"
-    PROCESS = "dann.process"
-    CLOSED_BY = "dann.closed_by"
-    KILLED_BY = "dann.killed_by"
-    SELECTED_WITH_TARGET_LABELS = "dann.selected_with_target_labels"
-    FORGOT_SOURCE = "dann.forgot_source"
-    GUARD = "dann.guard"  # what the guard of the target warned of
-    ALIGNMENT = "dann.alignment"
-    BATCHNORM = "dann.batchnorm"
-    TARGET_LABELS = "dann.target_labels"
-    CLASS_WEIGHTS = "dann.class_weights"
-    COMPANIONS = "dann.companions"
-    WEAK_LABELS = "dann.weak_labels"
-    TTA = "dann.tta"
-    TEST_BATCHNORM = "dann.test_batchnorm"
-    MODEL = "dann.model"
-    NETWORK_FROM = "dann.network_from"
-    NORMALIZATION_FROM = "dann.normalisation_from"  # this spelling is in the stores of users
-    COMPARISON = "dann.comparison"
-    ARM = "dann.arm"
-    KIND = "dann.kind"
-    VERDICT = "dann.verdict"
-    CHOICE = "dann.choice"  # the arm that was chosen without target labels, or none
-    STUDY = "dann.study"
-    OBJECTIVE = "dann.objective"
-    SWEEP_RUN_ID = "dann.sweep_run_id"
-    TRIAL = "dann.trial"
-    ROLE = "dann.role"
-    RETRY_OF = "dann.retry_of"
-    PRUNED = "dann.pruned"
-    PRUNED_AFTER_EPOCHS = "dann.pruned_after_epochs"
+    NOTE = "mlflow.note.content"  # description of the run or experiment, in Markdown
+    NOTE_DIGEST = "dann.note_digest"  # digest of the experiment's description that this program wrote
+    JOB = "dann.job"  # kind of run: the command that made it, or trial
+    METHOD = "dann.method"  # method of a training: dann, lambda_zero, source_only, or the class of an own method
+    SOURCE = "dann.source"  # name of the source domain
+    TARGET = "dann.target"  # name of the target domain
+    DIGEST = "dann.digest"  # digest of settings and data, by which an equal finished run is found again
+    SOURCE_DIGEST = "dann.source_digest"  # digest of all that the source model depends on, by which `adapt` finds it
+    ENCODER_DIGEST = "dann.encoder_digest"  # digest of the bytes of the file in `model.encoder_weights`
+    SOURCE_RUN_ID = "dann.source_run_id"  # run of the model that this run started from or used
+    RESUMED_RUN_ID = "dann.resumed_run_id"  # run that was resumed instead of this empty one
+    PROCESS = "dann.process"  # machine and process that write the run
+    CLOSED_BY = "dann.closed_by"  # what closed the run after its process was gone: doctor, a comparison, a sweep
+    KILLED_BY = "dann.killed_by"  # signal that ended the run: SIGTERM or SIGINT
+    SELECTED_WITH_TARGET_LABELS = "dann.selected_with_target_labels"  # true if target labels chose the model
+    FORGOT_SOURCE = "dann.forgot_source"  # true if the source score fell by more than `monitor.forgetting_threshold`
+    GUARD = "dann.guard"  # text of the warning that the target's map looks wrong
+    ALIGNMENT = "dann.alignment"  # text that says what domain accuracy and probe mean together
+    BATCHNORM = "dann.batchnorm"  # target_stats if an evaluation used BatchNorm statistics of the target
+    TARGET_LABELS = "dann.target_labels"  # number of labeled target images in training
+    CLASS_WEIGHTS = "dann.class_weights"  # weights of the classes in the losses
+    COMPANIONS = "dann.companions"  # companions of the method
+    WEAK_LABELS = "dann.weak_labels"  # true if training or scores used weak target labels
+    TTA = "dann.tta"  # copies of each image that an evaluation averaged (setting `tta`)
+    TEST_BATCHNORM = "dann.test_batchnorm"  # BatchNorm statistics that an evaluation used (setting `test_batchnorm`)
+    MODEL = "dann.model"  # address of the evaluated model
+    NETWORK_FROM = "dann.network_from"  # source of the network of an evaluated model: settings or model
+    NORMALIZATION_FROM = "dann.normalisation_from"  # source of each domain's normalization; spelled as in users' stores
+    COMPARISON = "dann.comparison"  # run of the comparison that made this run
+    ARM = "dann.arm"  # arm of a comparison
+    KIND = "dann.kind"  # kind of the arm: source_only, statistics, test_statistics, masks, control, adapted or oracle
+    VERDICT = "dann.verdict"  # outcomes of a comparison, by arm; of a registered model, its own
+    CHOICE = "dann.choice"  # arm that was chosen without target labels, or none
+    STUDY = "dann.study"  # name of the Optuna study
+    OBJECTIVE = "dann.objective"  # objective of a sweep
+    SWEEP_RUN_ID = "dann.sweep_run_id"  # run of the sweep that made this trial
+    TRIAL = "dann.trial"  # number of the trial in its study
+    ROLE = "dann.role"  # why a trial ran: recipe, control, search or confirm
+    RETRY_OF = "dann.retry_of"  # number of the trial that this one repeats after its worker died
+    PRUNED = "dann.pruned"  # true if the trial was ended early
+    PRUNED_AFTER_EPOCHS = "dann.pruned_after_epochs"  # number of epochs after which it was
 
 
 class Metric:

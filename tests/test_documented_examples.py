@@ -281,7 +281,17 @@ def fields_place(place: Place) -> None:
     write_polygons(root / "fields_2018.geojson", *both)
 
 
+def folders_place(place: Place) -> None:
+    """The folders of docs/your-data.md."""
+    (place.folder / "mine.yaml").write_text(block("docs/your-data.md", "# mine.yaml"))
+    for seed, name in enumerate(("source", "source_val", "target", "target_val")):
+        write_domain(
+            place.folder / "mydata" / name, 4, seed, inverted=name.startswith("t"), size=64, masks=name != "target"
+        )
+
+
 PLACES: dict[str, Callable[[Place], None]] = {
+    "folders": folders_place,
     "squares": squares_place,
     "digits": digits_place,
     "cities": cities_place,
@@ -716,7 +726,10 @@ def run_settings(place: Place, example: Example) -> None:
         check(command, place.run(command), place)
     settings = settings_of(Path("mine.yaml").read_text())
     target = settings["data"]["target"]
-    root, first = str(target.get("root", ".")).lstrip("/"), next(iter(target.get("domains", {}).values()), target)
+    root, first = (
+        str(target.get("root", settings["data"].get("root", "."))).lstrip("/"),
+        next(iter(target.get("domains", {}).values()), target),
+    )
     scene = f"{root}/{first['train'][0]}"
     if Path(scene).is_dir():
         scene = str(next(Path(scene).glob("images/*")))

@@ -270,7 +270,8 @@ def test_wrong_items_are_named(entry, message, tmp_path):
 @pytest.mark.parametrize(
     "entry",
     [
-        {"items": "i.json", "assets": []}, {"items": "i.json", "assets": ["red", 2]}, {"items": "i.json", "assets": "red"}, {"items": ["i.json"]},
+        {"items": "i.json", "assets": []}, {"items": "i.json", "assets": ["red", 2]}, {"items": "i.json", "assets": "red"},
+        {"items": ["i.json"]},
         {"items": "i.json", "masks": "m"}, {"items": "i.json", "images": "i"},
     ],
 )  # fmt: skip
