@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from dann_experiments.config import limits
 from dann_experiments.config.data import BANDS, MOST_IMAGES, Entry, values_of_nodata
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.limits import above, between, matching
+from dann_experiments.config.limits import above, at_least, between, matching
 from dann_experiments.config.run import TrackingConfig
-from dann_experiments.names import Confidence, TestBatchnorm, Tta
+from dann_experiments.names import VECTOR_SUFFIXES, Confidence, TestBatchnorm, Tta
 
 DOMAIN = matching(r"(source|target)(\.[A-Za-z0-9][A-Za-z0-9_-]{0,49})?", "source, target, source.NAME or target.NAME")
 
@@ -62,6 +63,16 @@ class PredictConfig:
     """Also write OUTPUT_confidence.tif, one band of floating-point numbers from 0 to 1. max_probability: the probability of the
     mapped class, 1 = certain; entropy: of the probabilities, divided by its largest value, 0 = certain, 1 = all classes equally
     likely. null: no such file."""
+    vector: str | None = None
+    """Also write the map as polygons, with class, area and mean confidence (docs/predict.md). gpkg or geojson: a GeoPackage, or
+    GeoJSON in WGS 84, beside each map under its name; for one image also the path of a .gpkg or .geojson file. null: none. Needs
+    the extra vector."""
+    min_area: Annotated[float, at_least(0)] = 0.0
+    """Leave out smaller polygons. In the unit of their column area: the squared unit of the CRS, such as square metres, or
+    pixels without georeference. 0 = keep all."""
+    simplify: Annotated[float, at_least(0)] = 0.0
+    """Simplify outlines of polygons, without gaps and overlaps between neighbors: remove vertices whose triangle with the next
+    vertices is smaller than this number of pixels, squared. 1 removes the steps of the pixels; 0 = outlines follow the pixels."""
     overwrite: bool = False
     """Replace an output that exists."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -95,6 +106,18 @@ class PredictConfig:
             if not value or (isinstance(value, list) and not all(value)):
                 raise InputError(f"{key} is not set; {way_out}.")
         limits.check(self)
+        formats = [suffix[1:] for suffix in VECTOR_SUFFIXES]
+        if (
+            self.vector is not None
+            and PurePath(self.vector.lower()).suffix[1:] not in formats
+            and self.vector.lower() not in formats
+        ):
+            raise InputError(
+                f"vector is {self.vector!r}; give gpkg, geojson, or the path of a {' or '.join(VECTOR_SUFFIXES)} file."
+            )
+        for key in ("min_area", "simplify"):
+            if getattr(self, key) and self.vector is None:
+                raise InputError(f"{key} has no effect without vector; remove it, or set vector: gpkg.")
         if not 0 <= self.shared <= self.tile_size // 2:
             raise InputError(
                 f"overlap is {self.overlap}; give 0 to {self.tile_size // 2}, half of tile_size ({self.tile_size})."

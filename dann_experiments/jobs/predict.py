@@ -26,6 +26,7 @@ from dann_experiments.prediction.rasters import (
     read_decimated,
 )
 from dann_experiments.prediction.scene import Options, Scene
+from dann_experiments.prediction.vector_file import VectorOptions, check_packages
 from dann_experiments.reports.colors import class_colors
 from dann_experiments.reports.images import display_image
 from dann_experiments.reports.plots.preview import draw_preview
@@ -67,14 +68,17 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
 
     beside = [PROBABILITIES] if settings.probabilities else []
     beside += [CONFIDENCE] if settings.confidence is not None else []
-    work = find_work(settings.inputs, settings.output, beside, settings.overwrite)
+    work = find_work(settings.inputs, settings.output, beside, settings.overwrite, settings.vector)
+    if settings.vector is not None:
+        check_packages()
     device = _device(settings.accelerator)
     store = open_store(settings.tracking.uri, settings.tracking.experiment)
     model = load_model(settings.model, settings.domain, config, store, settings.source_prefix)
     model = _with_own_reading(model, settings)
     options = Options(
         settings.tile_size, settings.shared, settings.batch_size, settings.probabilities, settings.overwrite,
-        settings.tta, settings.test_batchnorm, settings.confidence, own_bands=settings.bands is not None,
+        settings.tta, settings.test_batchnorm, settings.confidence, settings.vector,
+        VectorOptions(settings.min_area, settings.simplify), own_bands=settings.bands is not None,
     )  # fmt: skip
     if settings.test_batchnorm == "images" and not has_batchnorm(model.network):
         raise InputError(NO_BATCHNORM)
@@ -98,6 +102,8 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
             outcome = maker.map_all(work, show)
         _write_results(run, model, outcome)
         metrics = {"predict/maps": float(len(outcome.written)), "predict/pixels": float(outcome.pixels)}
+        if settings.vector is not None:
+            metrics["predict/polygons"] = float(outcome.polygons)
         if outcome.pixels:
             metrics["predict/pixels_per_second"] = outcome.pixels / outcome.seconds
         run.log_metrics(metrics, step=0)

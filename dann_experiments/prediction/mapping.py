@@ -15,10 +15,11 @@ import torch
 
 from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config.errors import InputError
-from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, path_beside
+from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, path_beside, vector_path
 from dann_experiments.prediction.own_statistics import statistics_of_image
 from dann_experiments.prediction.partial_map import CONFIDENCE as CONFIDENCE_LAYER
 from dann_experiments.prediction.partial_map import PartialMap, probabilities_layer
+from dann_experiments.prediction.qgis_style import write_style
 from dann_experiments.prediction.rasters import (
     SIGNATURE_TAG,
     TIFF_SUFFIXES,
@@ -30,6 +31,7 @@ from dann_experiments.prediction.rasters import (
 )
 from dann_experiments.prediction.scene import Options, Scene, Strips, UnreadableImage
 from dann_experiments.prediction.tiling import Tiler
+from dann_experiments.prediction.vector_file import is_placed, read_signature, write_polygons
 from dann_experiments.tracking.run import RunKilled
 from dann_experiments.training.memory import explain_out_of_memory
 
@@ -48,6 +50,10 @@ class Outcome:
     """Images without data."""
     dark: list[Path] = field(default_factory=list)
     """16 bit images that use only a small part of their range."""
+    unplaced: list[Path] = field(default_factory=list)
+    """Images without a transform to a CRS, whose polygons are in pixel coordinates."""
+    polygons: int = 0
+    """Polygons that this process wrote."""
     pixels: int = 0
     """Pixels of the working grids that this process predicted."""
     seconds: float = 0.0
@@ -80,6 +86,7 @@ class MapMaker:
         for number, (source, output) in enumerate(work):
             try:
                 scene = Scene.open(source, output, self.model, self.options)
+                polygons = self._missing_polygons(scene)
                 if self._is_finished(scene):
                     log.info("%s is already finished.", output)
                 else:
@@ -87,6 +94,8 @@ class MapMaker:
                         for share in self._map_one(scene, outcome):
                             show(number + share, source.name)
                     outcome.written.append(scene)
+                if polygons is not None:
+                    self._write_polygons(scene, polygons, outcome)
             except InputError as error:
                 if len(work) == 1:
                     raise
@@ -106,6 +115,26 @@ class MapMaker:
                 f"{scene.output} exists, but was made with other settings; remove it, or set overwrite to true."
             )
         return True
+
+    def _missing_polygons(self, scene: Scene) -> Path | None:
+        """Return the file of polygons to write; None if it exists, or none is wanted. Raises InputError if it was made with other
+        settings."""
+        if self.options.vector is None:
+            return None
+        path = vector_path(scene.output, self.options.vector)
+        if self.options.overwrite or not path.exists():
+            return path
+        if read_signature(path) != self.options.polygons.signature(scene.signature):
+            raise InputError(f"{path} exists, but was made with other settings; remove it, or set overwrite to true.")
+        return None
+
+    def _write_polygons(self, scene: Scene, path: Path, outcome: Outcome) -> None:
+        """Write the polygons of a finished map."""
+        options = self.options.polygons
+        sure = path_beside(scene.output, CONFIDENCE) if self.options.confidence is not None else None
+        outcome.polygons += write_polygons(path, scene.output, sure, scene.grid, self._legend(scene), options)
+        if not is_placed(scene.grid):
+            outcome.unplaced.append(scene.input)
 
     def _smaller(self, scene: Scene) -> str:
         """Return advice for when memory runs out."""
@@ -165,7 +194,7 @@ class MapMaker:
 
     def _write(self, scene: Scene, partial: PartialMap) -> np.ndarray:
         """Write the finished map; return pixels per class, (K + 1,)."""
-        legend = Legend(self.model.class_names, self._colors, {**self._tags, SIGNATURE_TAG: scene.signature})
+        legend = self._legend(scene)
         windows = list(scene.plan.pieces())
         if self.options.probabilities:  # the class map is written last: if it exists, everything does
             path = path_beside(scene.output, PROBABILITIES)
@@ -173,9 +202,14 @@ class MapMaker:
         if (kind := self.options.confidence) is not None:
             path = path_beside(scene.output, CONFIDENCE)
             write_confidence(path, partial, windows, scene.size, scene.grid, scene.factor, legend, kind)
-        if scene.grid.crs is not None and scene.output.suffix.lower() not in TIFF_SUFFIXES:
+        if scene.output.suffix.lower() in TIFF_SUFFIXES:
+            write_style(scene.output, legend.class_names, legend.colors)
+        elif scene.grid.crs is not None:
             log.warning("%s is no GeoTIFF, so it does not have the georeference of the image.", scene.output)
         return write_map(scene.output, partial, windows, scene.size, scene.grid, scene.factor, legend)
+
+    def _legend(self, scene: Scene) -> Legend:
+        return Legend(self.model.class_names, self._colors, {**self._tags, SIGNATURE_TAG: scene.signature})
 
 
 def _warn(outcome: Outcome) -> None:
@@ -186,6 +220,10 @@ def _warn(outcome: Outcome) -> None:
             outcome.dark,
             "uses little of the range of 16 bit and is darker than the training images: the model sees it nearly black. Convert "
             "it to the range of the training images.",
+        ),
+        (
+            outcome.unplaced,
+            "has no transform to a CRS (control points do not count), so its polygons are in pixels of the map, y down.",
         ),
     ):
         if images:

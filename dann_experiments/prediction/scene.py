@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from dann_experiments.names import Confidence, TestBatchnorm, Tta
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import Grid, read_grid
 from dann_experiments.prediction.tiling import Axis, Plan, grid_stride, plan_tiles
+from dann_experiments.prediction.vector_file import VectorOptions
 
 STRIP_BYTES = 32 * 2**20
 """Size of the parts that are read at a time, on the grid of the prediction."""
@@ -63,6 +64,9 @@ class Options:
     """BatchNorm statistics: the model's, or those of each image."""
     confidence: Confidence | None = None
     """Kind of confidence to write as well; None = none."""
+    vector: str | None = None
+    """Also write polygons: gpkg, geojson or a path; None = none."""
+    polygons: VectorOptions = field(default_factory=VectorOptions)
     own_bands: bool = False
     """True if the user, not the model, chose the bands to read."""
 
