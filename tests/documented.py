@@ -385,7 +385,9 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     },
     ("docs/predict.md", "Polygons"): {
         "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif --vector map.gpkg"
-        " --min_area 20 --simplify 1 --confidence max_probability": Example("squares", "--overwrite true", fill=ONE_RUN),
+        " --min_area 20 --simplify 1 --confidence max_probability": Example(
+            "squares", "--overwrite true", fill=ONE_RUN
+        ),
         "python -m dann_experiments predict --model runs:/RUN_ID --input scenes/ --output maps/ --vector geojson": Example(
             "squares", "--overwrite true", fill=ONE_RUN
         ),

@@ -10,7 +10,8 @@ from dann_experiments.config import limits
 from dann_experiments.config.data import BANDS, MOST_IMAGES, Entry, values_of_nodata
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.limits import above, at_least, between, matching
-from dann_experiments.config.run import TrackingConfig
+from dann_experiments.config.run import MOST_PROCESSES, TrackingConfig
+from dann_experiments.config.workers import MOST_GPUS, PoolSettings
 from dann_experiments.names import VECTOR_SUFFIXES, Confidence, TestBatchnorm, Tta
 
 DOMAIN = matching(r"(source|target)(\.[A-Za-z0-9][A-Za-z0-9_-]{0,49})?", "source, target, source.NAME or target.NAME")
@@ -77,6 +78,18 @@ class PredictConfig:
     """Replace an output that exists."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Hardware to compute on; auto: a GPU if there is one."""
+    workers: Annotated[int | None, between(1, MOST_PROCESSES)] = None
+    """Images mapped at a time, by as many processes, which share the cores; each needs the memory of a prediction. null = one, in
+    this process; with launcher ray, as many as fit on the cluster."""
+    launcher: Literal["processes", "ray"] = "processes"
+    """Where images are mapped. processes: on this machine; ray: on an existing Ray cluster, whose machines share the folders of
+    images, maps and model."""
+    ray_address: str = "auto"
+    """Address of the Ray cluster; auto = the one that this machine belongs to."""
+    cpus_per_trial: Annotated[float, above(0)] = 1.0
+    """Cores of the Ray cluster per image."""
+    gpus_per_trial: Annotated[float | None, between(0, MOST_GPUS)] = None
+    """GPUs per image that is mapped; 0.5 = two images share one. null = 1; with launcher ray 0, and no GPU is seen."""
     progress: bool = True
     """Show progress: a bar on a terminal, else a line every 10 %."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -96,6 +109,11 @@ class PredictConfig:
         """Pixels that neighboring tiles share: `overlap`, or a quarter of a tile if it is null."""
         return self.tile_size // 4 if self.overlap is None else self.overlap
 
+    @property
+    def pool(self) -> PoolSettings:
+        """The settings of the worker pool."""
+        return PoolSettings(self.workers, self.launcher, self.ray_address, self.cpus_per_trial, self.gpus_per_trial)
+
     def __post_init__(self) -> None:
         for key, way_out in (
             ("model", "give a folder, a file, runs:/ID or models:/NAME@ALIAS"),
@@ -106,6 +124,7 @@ class PredictConfig:
             if not value or (isinstance(value, list) and not all(value)):
                 raise InputError(f"{key} is not set; {way_out}.")
         limits.check(self)
+        self.pool.check_pool()
         formats = [suffix[1:] for suffix in VECTOR_SUFFIXES]
         if (
             self.vector is not None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,12 +41,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Outcome:
-    """The results of all images together."""
+    """The results of one image, or of several together."""
 
     counts: np.ndarray
     """Pixels per class (K + 1,), those without data last."""
     written: list[Scene] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
     empty: list[Path] = field(default_factory=list)
     """Images without data."""
     dark: list[Path] = field(default_factory=list)
@@ -53,10 +53,49 @@ class Outcome:
     unplaced: list[Path] = field(default_factory=list)
     """Images without a transform to a CRS, whose polygons are in pixel coordinates."""
     polygons: int = 0
-    """Polygons that this process wrote."""
+    """Polygons that were written."""
     pixels: int = 0
-    """Pixels of the working grids that this process predicted."""
+    """Pixels of the working grids that were predicted."""
+
+    def add(self, other: Outcome) -> None:
+        """Add the results of other images."""
+        self.counts += other.counts
+        self.written += other.written
+        self.empty += other.empty
+        self.dark += other.dark
+        self.unplaced += other.unplaced
+        self.polygons += other.polygons
+        self.pixels += other.pixels
+
+    def warn(self) -> None:
+        """Warn about finished maps that may be wrong."""
+        for images, what in (
+            (self.empty, "holds no data: every pixel is nodata, and so is every pixel of its map."),
+            (
+                self.dark,
+                "uses little of the range of 16 bit and is darker than the training images: the model sees it nearly black. "
+                "Convert it to the range of the training images.",
+            ),
+            (
+                self.unplaced,
+                "has no transform to a CRS (control points do not count), so its polygons are in pixels of the map, y down.",
+            ),
+        ):
+            if images:
+                more = f" The same holds for {len(images) - 1} more." if len(images) > 1 else ""
+                log.warning("%s %s%s", images[0], what, more)
+
+
+class Ended(NamedTuple):
+    """An image that was mapped, was found mapped, or could not be."""
+
+    number: int
+    """Its place in the work."""
+    outcome: Outcome | None = None
+    """None = it could not be mapped."""
     seconds: float = 0.0
+    problem: str = ""
+    """Why it could not be mapped."""
 
 
 class MapMaker:
@@ -76,34 +115,39 @@ class MapMaker:
         self.model, self.options, self.device = model, options, device
         self._colors, self._tags = colors, tags
 
-    def map_all(self, work: Sequence[tuple[Path, Path]], show: Callable[[float, str], None]) -> Outcome:
+    def map_all(self, work: Sequence[tuple[Path, Path]], show: Callable[[float, str], None]) -> Iterator[Ended]:
         """Map each pair of image and map path; `show` gets the number of images done, with a fraction, and the current file name.
 
-        Raises InputError if the only image cannot be mapped; with several images, `problems` lists those that cannot.
+        Raises InputError if the only image cannot be mapped; with several images, `problem` says why one cannot.
         """
-        outcome = Outcome(np.zeros(len(self.model.class_names) + 1, np.int64))
-        start = time.perf_counter()
         for number, (source, output) in enumerate(work):
+            start = time.perf_counter()
             try:
-                scene = Scene.open(source, output, self.model, self.options)
-                polygons = self._missing_polygons(scene)
-                if self._is_finished(scene):
-                    log.info("%s is already finished.", output)
-                else:
-                    with explain_out_of_memory(InputError, functools.partial(self._smaller, scene)):
-                        for share in self._map_one(scene, outcome):
-                            show(number + share, source.name)
-                    outcome.written.append(scene)
-                if polygons is not None:
-                    self._write_polygons(scene, polygons, outcome)
+                outcome = self.map_one(
+                    source, output, lambda share, number=number: show(number + share, work[number][0].name)
+                )
             except InputError as error:
                 if len(work) == 1:
                     raise
-                log.error("%s", error)
-                outcome.problems.append(str(error))
+                yield Ended(number, None, time.perf_counter() - start, str(error))
+            else:
+                yield Ended(number, outcome, time.perf_counter() - start)
             show(number + 1, source.name)
-        outcome.seconds = time.perf_counter() - start
-        _warn(outcome)
+
+    def map_one(self, source: Path, output: Path, show: Callable[[float], None] = lambda share: None) -> Outcome:
+        """Write the map of an image, and what belongs to it, as far as it is missing; `show` gets the finished share, 0..1."""
+        outcome = Outcome(np.zeros(len(self.model.class_names) + 1, np.int64))
+        scene = Scene.open(source, output, self.model, self.options)
+        polygons = self._missing_polygons(scene)
+        if self._is_finished(scene):
+            log.info("%s is already finished.", output)
+        else:
+            with explain_out_of_memory(InputError, functools.partial(self._smaller, scene)):
+                for share in self._predicted(scene, outcome):
+                    show(share)
+            outcome.written.append(scene)
+        if polygons is not None:
+            self._write_polygons(scene, polygons, outcome)
         return outcome
 
     def _is_finished(self, scene: Scene) -> bool:
@@ -143,7 +187,7 @@ class MapMaker:
             "Use a smaller batch_size, then a smaller tile_size, or accelerator cpu if this was a GPU."
         )
 
-    def _map_one(self, scene: Scene, outcome: Outcome) -> Iterator[float]:
+    def _predicted(self, scene: Scene, outcome: Outcome) -> Iterator[float]:
         """Predict the rest of an image, then write its map; yield the finished share of the image, 0..1."""
         name, rows, options = scene.input.name, len(scene.plan.rows.starts), self.options
         tiler = Tiler(
@@ -210,22 +254,3 @@ class MapMaker:
 
     def _legend(self, scene: Scene) -> Legend:
         return Legend(self.model.class_names, self._colors, {**self._tags, SIGNATURE_TAG: scene.signature})
-
-
-def _warn(outcome: Outcome) -> None:
-    """Warn about finished maps that may be wrong."""
-    for images, what in (
-        (outcome.empty, "holds no data: every pixel is nodata, and so is every pixel of its map."),
-        (
-            outcome.dark,
-            "uses little of the range of 16 bit and is darker than the training images: the model sees it nearly black. Convert "
-            "it to the range of the training images.",
-        ),
-        (
-            outcome.unplaced,
-            "has no transform to a CRS (control points do not count), so its polygons are in pixels of the map, y down.",
-        ),
-    ):
-        if images:
-            more = f" The same holds for {len(images) - 1} more." if len(images) > 1 else ""
-            log.warning("%s %s%s", images[0], what, more)
