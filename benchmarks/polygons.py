@@ -56,10 +56,9 @@ def draw_map(size: int) -> None:
     ):
         for top in range(0, size, STRIP):
             rows = np.arange(top, min(top + STRIP, size))
-            heights = sum(
-                weight * _between(grid, rows / scale, np.arange(size) / scale)
-                for grid, (scale, weight) in zip(coarse, SCALES, strict=True)
-            )
+            heights = np.zeros((CLASSES + 1, len(rows), size), "f4")
+            for grid, (scale, weight) in zip(coarse, SCALES, strict=True):
+                heights += weight * _between(grid, rows / scale, np.arange(size) / scale)
             values = heights[:CLASSES].argmax(0).astype(np.uint8)
             values[heights[CLASSES] > 1.3] = NODATA
             window = Window(0, top, size, len(rows))  # pyright: ignore[reportCallIssue]

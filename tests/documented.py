@@ -392,6 +392,11 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
             "squares", "--overwrite true", fill=ONE_RUN
         ),
     },
+    ("docs/predict.md", "Many scenes"): {
+        "python -m dann_experiments predict --model runs:/RUN_ID --input scenes/ --output maps/ --workers 2": Example(
+            "squares", "--overwrite true", fill=ONE_RUN
+        ),
+    },
     ("docs/results.md", "Tree crowns, Yellowstone to Florida"): {
         "python -m dann_experiments adapt --config recipes/neon_trees.yaml --data.root FOLDER --threads 1": Example(
             "trees", TREES.replace("--threads 1 ", ""), fill={"FOLDER": "neon_trees"}, after="neon_trees", slow=True

@@ -15,9 +15,12 @@ from dann_experiments.config import Config, InputError
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.jobs.prediction_model import device_of, options_of, prediction_model
 from dann_experiments.prediction.mapping import Ended, MapMaker, Outcome
+from dann_experiments.prediction.partial_map import wait_for
+from dann_experiments.prediction.scene import partial_folder
 from dann_experiments.reports.colors import class_colors
 from dann_experiments.tracking.store import open_store
 from dann_experiments.workers.pool import ATTEMPTS, Pool
+from dann_experiments.workers.processes import STOP_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ class Task:
     """Written into the metadata of the map."""
     digest: str
     """Digest of the model that the driver loaded."""
+    is_resumed: bool = False
+    """True if a worker died while it mapped the image."""
     threads: int | None = None
     """torch threads of the worker; None = as they are."""
 
@@ -44,12 +49,12 @@ def map_in_pool(pool: Pool, tasks: Sequence[Task], show: Callable[[float, str], 
     An image whose worker died is given to another, which resumes from its finished rows of tiles; after the second death it
     counts as one that cannot be mapped.
     """
-    waiting = deque(range(len(tasks)))
+    waiting, resumed = deque(range(len(tasks))), set[int]()
 
     def ready() -> Iterator[tuple[int, Task]]:
         while waiting:
             number = waiting.popleft()
-            yield number, replace(tasks[number], threads=pool.threads)
+            yield number, replace(tasks[number], threads=pool.threads, is_resumed=number in resumed)
 
     done = 0
     for one in pool.run(ready):
@@ -58,6 +63,7 @@ def map_in_pool(pool: Pool, tasks: Sequence[Task], show: Callable[[float, str], 
         if one.death is not None and one.deaths < ATTEMPTS:
             log.warning("The worker that mapped %s %s; another one resumes it.", source, one.death)
             waiting.appendleft(number)
+            resumed.add(number)
             continue
         if one.death is not None:
             yield Ended(number, problem=f"{source}: the worker that mapped it {one.death}, {one.deaths} times.")
@@ -81,6 +87,8 @@ def map_scene(task: Task) -> tuple[Outcome, float]:
     maker = _maker(task)
     if maker.model.digest != task.digest:
         raise InputError(f"model {task.settings.model} was replaced while images were mapped; start again.")
+    if task.is_resumed:  # processes of a Ray machine that is gone may live on for some seconds
+        wait_for(partial_folder(task.output), STOP_SECONDS)
     return maker.map_one(task.source, task.output), time.perf_counter() - start
 
 

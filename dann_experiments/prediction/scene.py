@@ -129,7 +129,12 @@ class Scene:
     @property
     def partial_folder(self) -> Path:
         """Folder of the finished pieces until the map is complete."""
-        return self.output.with_name(self.output.name + PARTIAL_SUFFIX)
+        return partial_folder(self.output)
+
+
+def partial_folder(output: Path) -> Path:
+    """Return the folder of the finished pieces of a map."""
+    return output.with_name(output.name + PARTIAL_SUFFIX)
 
 
 def _as_signed(reading: Reading) -> dict[str, Any]:
