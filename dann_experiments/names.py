@@ -18,6 +18,8 @@ TestBatchnorm = Literal["running", "images"]
 """Values of the setting `test_batchnorm`: whose BatchNorm statistics normalize predictions."""
 Confidence = Literal["max_probability", "entropy"]
 """Values of the setting `confidence`; `prediction.confidence` has their formulas."""
+VECTOR_SUFFIXES = (".gpkg", ".geojson")
+"""Files of polygons that the setting `vector` of `predict` names."""
 IndexName = Literal["excess_green", "ndvi", "ndwi", "band", "change_vector"]
 """Values of the setting `rule` of weak labels; `data.indices` has their formulas."""
 

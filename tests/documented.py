@@ -430,6 +430,20 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif --stac true"
         " --stac_datetime 2026-06-30": Example("squares", "--overwrite true", fill=ONE_RUN),
     },
+    ("docs/predict.md", "Polygons"): {
+        "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif --vector map.gpkg"
+        " --min_area 20 --simplify 1 --confidence max_probability": Example(
+            "squares", "--overwrite true", fill=ONE_RUN
+        ),
+        "python -m dann_experiments predict --model runs:/RUN_ID --input scenes/ --output maps/ --vector geojson": Example(
+            "squares", "--overwrite true", fill=ONE_RUN
+        ),
+    },
+    ("docs/predict.md", "Many scenes"): {
+        "python -m dann_experiments predict --model runs:/RUN_ID --input scenes/ --output maps/ --workers 2": Example(
+            "squares", "--overwrite true", fill=ONE_RUN
+        ),
+    },
     ("docs/results.md", "Tree crowns, Yellowstone to Florida"): {
         "python -m dann_experiments adapt --config recipes/neon_trees.yaml --data.root FOLDER --threads 1": Example(
             "trees", TREES.replace("--threads 1 ", ""), fill={"FOLDER": "neon_trees"}, after="neon_trees", slow=True

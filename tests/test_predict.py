@@ -200,7 +200,7 @@ def test_a_map_is_a_cloud_optimized_geotiff_on_the_grid_of_its_image_and_the_unt
     data = stored[:, ids != 255].astype(int)
     assert abs(data.sum(0) - 254).max() <= 2  # rounded
     assert (data[ids[ids != 255], np.arange(data.shape[1])] >= data.max(0) - 1).all()
-    assert sorted(path.name for path in Path("maps").iterdir()) == ["scene.tif", "scene_probabilities.tif"]
+    assert sorted(path.name for path in Path("maps").iterdir()) == ["scene.qml", "scene.tif", "scene_probabilities.tif"]
 
 
 def test_the_run_shows_settings_shares_and_a_preview(model):
@@ -450,7 +450,7 @@ def test_a_folder_gives_a_map_an_image_and_names_the_bad_one_at_the_end(model):
     with pytest.raises(InputError, match=r"(?s)2 of 5 images.*c\.tif has 2 bands.*d\.png"):
         run(model=model, input="images", output="image_maps", **{"tracking.run_name": "folder"})
     assert [found.info.status for found in runs() if found.info.run_name == "folder"] == ["FAILED"]
-    assert sorted(path.name for path in Path("image_maps").iterdir()) == ["a.tif", "b.png", "e.png"]
+    assert sorted(path.name for path in Path("image_maps").iterdir()) == ["a.qml", "a.tif", "b.png", "e.png"]
     written = {path.name: path.stat().st_mtime_ns for path in Path("image_maps").iterdir()}
     (folder / "c.tif").unlink()
     (folder / "d.png").unlink()

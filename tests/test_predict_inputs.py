@@ -46,8 +46,12 @@ def scene(path: str, seed: int = 0) -> Path:
 
 
 def below(folder: str) -> list[str]:
-    """The files of a folder and its subfolders."""
-    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+    """The files of a folder and its subfolders, without the styles beside maps."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in Path(folder).rglob("*")
+        if path.is_file() and path.suffix != ".qml"
+    )
 
 
 def command(*arguments: str) -> int:

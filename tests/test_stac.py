@@ -105,6 +105,16 @@ def test_an_item_says_where_when_and_what(place):
         assert tuple(bytes.fromhex(one.color_hint)) == colors[one.value][:3]
 
 
+def test_polygons_are_an_asset_and_a_later_one_joins_the_item(place):
+    _, model = place
+    scene("scene.tif")
+    predict(PredictConfig(model, input="scene.tif", output="map.tif", stac=True))
+    assert set(item_of("map.stac.json").assets) == {"map"}
+    predict(PredictConfig(model, input="scene.tif", output="map.tif", stac=True, vector="shapes.gpkg"))
+    asset = item_of("map.stac.json").assets["polygons"]
+    assert (asset.href, asset.media_type) == ("shapes.gpkg", pystac.MediaType.GEOPACKAGE)
+
+
 def test_a_period_or_the_item_beside_the_image_says_when(place):
     folder, model = place
     scene("in/a.tif", taken=None)

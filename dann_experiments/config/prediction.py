@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from dann_experiments.config import limits
 from dann_experiments.config.data import BANDS, MOST_IMAGES, Entry, values_of_nodata
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.limits import above, between, matching
-from dann_experiments.config.run import TrackingConfig
-from dann_experiments.names import Confidence, TestBatchnorm, Tta
+from dann_experiments.config.limits import above, at_least, between, matching
+from dann_experiments.config.run import MOST_PROCESSES, TrackingConfig
+from dann_experiments.config.workers import MOST_GPUS, PoolSettings
+from dann_experiments.names import VECTOR_SUFFIXES, Confidence, TestBatchnorm, Tta
 
 DOMAIN = matching(r"(source|target)(\.[A-Za-z0-9][A-Za-z0-9_-]{0,49})?", "source, target, source.NAME or target.NAME")
 
@@ -68,10 +70,32 @@ class PredictConfig:
     stac_datetime: str | None = None
     """When the images were taken, for the STAC items: a date, a time (UTC) or a period (2026-05-01/2026-09-30). null: as the STAC
     item beside an image or its metadata say; an image without a time is refused."""
+    vector: str | None = None
+    """Also write the map as polygons, with class, area and mean confidence (docs/predict.md). gpkg or geojson: a GeoPackage, or
+    GeoJSON in WGS 84, beside each map under its name; for one image also the path of a .gpkg or .geojson file. null: none. Needs
+    the extra vector."""
+    min_area: Annotated[float, at_least(0)] = 0.0
+    """Leave out smaller polygons. In the unit of their column area: the squared unit of the CRS, such as square metres, or
+    pixels without georeference. 0 = keep all."""
+    simplify: Annotated[float, at_least(0)] = 0.0
+    """Simplify outlines of polygons, without gaps and overlaps between neighbors: remove vertices whose triangle with the next
+    vertices is smaller than this number of pixels, squared. 1 removes the steps of the pixels; 0 = outlines follow the pixels."""
     overwrite: bool = False
     """Replace an output that exists."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Hardware to compute on; auto: a GPU if there is one."""
+    workers: Annotated[int | None, between(1, MOST_PROCESSES)] = None
+    """Images mapped at a time, by as many processes, which share the cores; each needs the memory of a prediction. null = one, in
+    this process; with launcher ray, as many as fit on the cluster."""
+    launcher: Literal["processes", "ray"] = "processes"
+    """Where images are mapped. processes: on this machine; ray: on an existing Ray cluster, whose machines share the folders of
+    images, maps and model."""
+    ray_address: str = "auto"
+    """Address of the Ray cluster; auto = the one that this machine belongs to."""
+    cpus_per_trial: Annotated[float, above(0)] = 1.0
+    """Cores of the Ray cluster per image."""
+    gpus_per_trial: Annotated[float | None, between(0, MOST_GPUS)] = None
+    """GPUs per image that is mapped; 0.5 = two images share one. null = 1; with launcher ray 0, and no GPU is seen."""
     progress: bool = True
     """Show progress: a bar on a terminal, else a line every 10 %."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -91,6 +115,11 @@ class PredictConfig:
         """Pixels that neighboring tiles share: `overlap`, or a quarter of a tile if it is null."""
         return self.tile_size // 4 if self.overlap is None else self.overlap
 
+    @property
+    def pool(self) -> PoolSettings:
+        """The settings of the worker pool."""
+        return PoolSettings(self.workers, self.launcher, self.ray_address, self.cpus_per_trial, self.gpus_per_trial)
+
     def __post_init__(self) -> None:
         for key, way_out in (
             ("model", "give a folder, a file, runs:/ID or models:/NAME@ALIAS"),
@@ -103,6 +132,19 @@ class PredictConfig:
         limits.check(self)
         if self.stac_datetime is not None and not self.stac:
             raise InputError("stac_datetime has no effect without stac; set stac to true, or leave it out.")
+        self.pool.check_pool()
+        formats = [suffix[1:] for suffix in VECTOR_SUFFIXES]
+        if (
+            self.vector is not None
+            and PurePath(self.vector.lower()).suffix[1:] not in formats
+            and self.vector.lower() not in formats
+        ):
+            raise InputError(
+                f"vector is {self.vector!r}; give gpkg, geojson, or the path of a {' or '.join(VECTOR_SUFFIXES)} file."
+            )
+        for key in ("min_area", "simplify"):
+            if getattr(self, key) and self.vector is None:
+                raise InputError(f"{key} has no effect without vector; remove it, or set vector: gpkg.")
         if not 0 <= self.shared <= self.tile_size // 2:
             raise InputError(
                 f"overlap is {self.overlap}; give 0 to {self.tile_size // 2}, half of tile_size ({self.tile_size})."

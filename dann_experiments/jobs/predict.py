@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.prediction import PredictConfig
-from dann_experiments.jobs.load_model import load_model
 from dann_experiments.jobs.many_images import log_settings, show_progress
+from dann_experiments.jobs.predict_workers import Task, map_in_pool, map_scene
+from dann_experiments.jobs.prediction_model import device_of, options_of, prediction_model
 from dann_experiments.models.batchnorm import NO_BATCHNORM, has_batchnorm
 from dann_experiments.names import Job, Tag
 from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, STAC, find_work
+from dann_experiments.prediction.manifest import Manifest
 from dann_experiments.prediction.mapping import MapMaker, Outcome
 from dann_experiments.prediction.rasters import (
     read_decimated,
 )
-from dann_experiments.prediction.scene import Options, Scene
+from dann_experiments.prediction.scene import Scene
 from dann_experiments.prediction.stac import times_of, times_of_text
+from dann_experiments.prediction.vector_file import check_packages
 from dann_experiments.reports.colors import class_colors
 from dann_experiments.reports.images import display_image
 from dann_experiments.reports.plots.preview import draw_preview
 from dann_experiments.tracking.run import TrackedRun, tracked_run
-from dann_experiments.tracking.store import local_artifact_folder, open_store
+from dann_experiments.tracking.store import Store, local_artifact_folder, open_store
+from dann_experiments.workers.pool import Pool, open_pool, refuse_unshared
 
 log = logging.getLogger(__name__)
 PREVIEW_SIDE = 1000  # pixels
@@ -71,48 +75,70 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
     beside += [STAC] if settings.stac else []
     if settings.stac_datetime is not None:
         times_of_text(settings.stac_datetime, "stac_datetime")  # before anything is read
-    work = find_work(settings.inputs, settings.output, beside, settings.overwrite)
-    device = _device(settings.accelerator)
+    work = find_work(settings.inputs, settings.output, beside, settings.overwrite, settings.vector)
+    if settings.vector is not None:
+        check_packages()
+    device = device_of(settings.accelerator)
     store = open_store(settings.tracking.uri, settings.tracking.experiment)
-    model = load_model(settings.model, settings.domain, config, store, settings.source_prefix)
-    model = _with_own_reading(model, settings)
-    options = Options(
-        settings.tile_size, settings.shared, settings.batch_size, settings.probabilities, settings.overwrite,
-        settings.tta, settings.test_batchnorm, settings.confidence, settings.stac, settings.stac_datetime,
-        own_bands=settings.bands is not None,
-    )  # fmt: skip
+    model = prediction_model(settings, config, store)
+    options = options_of(settings)
     if settings.test_batchnorm == "images" and not has_batchnorm(model.network):
         raise InputError(NO_BATCHNORM)
     if len(work) == 1:
         Scene.open(*work[0], model, options)  # so that a bad file is reported before a run is opened
         if settings.stac:
             times_of(work[0][0], settings.stac_datetime)
-    model.network.to(device)
     for folder in {output.parent for _, output in work}:
         folder.mkdir(parents=True, exist_ok=True)
     tags = {Tag.JOB: Job.PREDICT, **({} if model.run_id is None else {Tag.SOURCE_RUN_ID: model.run_id})}
     folder = Path(settings.tracking.folder)
-    with tracked_run(
-        store, settings.tracking.run_name, "predict", tags, folder, use_claimed=True,
-        system_metrics=settings.tracking.system_metrics,
-    ) as run:  # fmt: skip
+    with (
+        _pool_of(settings, store, len(work)) as pool,
+        tracked_run(
+            store, settings.tracking.run_name, "predict", tags, folder, use_claimed=True,
+            system_metrics=settings.tracking.system_metrics,
+        ) as run,
+    ):  # fmt: skip
         log_settings(run, settings)
         written = {"model": settings.model, "software": f"dann_experiments {__version__}", "dann_run_id": run.run_id}
-        maker = MapMaker(
-            model, options, device, class_colors(len(model.class_names)), written,
-        )  # fmt: skip
+        outcome, problems = Outcome(np.zeros(len(model.class_names) + 1, np.int64)), []
+        manifest = Manifest(run.folder / "tables" / "scenes.csv", work)
+        start = time.perf_counter()
         with show_progress(len(work), settings.progress) as show:
-            outcome = maker.map_all(work, show)
+            if pool is None:
+                model.network.to(device)
+                ends = MapMaker(model, options, device, class_colors(len(model.class_names)), written).map_all(
+                    work, show
+                )
+            else:
+                pool.logs = run.folder / "logs" if settings.launcher == "processes" else None
+                log.info(
+                    "%d at a time, %d threads each; output: %s", pool.count, pool.threads, pool.logs or "Ray's logs"
+                )
+                ends = map_in_pool(pool, _tasks(work, settings, config, store, written, model.digest), show)
+            try:
+                for end in ends:
+                    manifest.add(end)
+                    if end.outcome is None:
+                        log.error("%s", end.problem)
+                        problems.append(end.problem)
+                    else:
+                        outcome.add(end.outcome)
+            finally:
+                manifest.write()
+        seconds = time.perf_counter() - start
+        outcome.warn()
         _write_results(run, model, outcome)
         metrics = {"predict/maps": float(len(outcome.written)), "predict/pixels": float(outcome.pixels)}
+        if settings.vector is not None:
+            metrics["predict/polygons"] = float(outcome.polygons)
         if outcome.pixels:
-            metrics["predict/pixels_per_second"] = outcome.pixels / outcome.seconds
+            metrics["predict/pixels_per_second"] = outcome.pixels / seconds
         run.log_metrics(metrics, step=0)
-        if outcome.problems:
-            shown = "\n".join(outcome.problems[:20])
+        if problems:
+            shown = "\n".join(problems[:20])
             raise InputError(
-                f"{len(outcome.problems)} of {len(work)} images have no map; the others are done. Fix these and start "
-                f"again:\n{shown}"
+                f"{len(problems)} of {len(work)} images have no map; the others are done. Fix these and start again:\n{shown}"
             )
     artifacts = local_artifact_folder(store, run.run_id)
     return PredictResult(
@@ -122,29 +148,24 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
     )  # fmt: skip
 
 
-def _device(accelerator: str) -> torch.device:
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise InputError("accelerator is 'gpu', but torch finds no GPU on this machine; use auto or cpu.")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+def _pool_of(settings: PredictConfig, store: Store, images: int) -> contextlib.AbstractContextManager[Pool | None]:
+    """Open the pool of the settings; None where this process maps the images itself."""
+    pool = settings.pool
+    if pool.launcher == "processes" and (images == 1 or pool.workers in (None, 1)):
+        if pool.workers is not None and pool.workers > 1:
+            log.warning("workers has no effect: there is one image.")
+        return contextlib.nullcontext()
+    refuse_unshared(pool, "tracking.uri", store.uri)
+    return open_pool(map_scene, pool, settings.accelerator, images)
 
 
-def _with_own_reading(model: Model, settings: PredictConfig) -> Model:
-    """Return the model with the reading options that the settings override."""
-    changes: dict[str, Any] = {}
-    if settings.bands is not None:
-        if len(settings.bands) != model.in_channels:
-            raise InputError(f"bands is {settings.bands}, but the model needs {model.in_channels}; name as many.")
-        changes["bands"] = tuple(settings.bands)
-    if settings.nodata_values is not None:
-        changes["nodata"] = settings.nodata_values
-    if settings.file_pixel_size is not None:
-        if model.reading.pixel_size is None:
-            raise InputError(
-                f"file_pixel_size is {settings.file_pixel_size:g}, but the model was trained on pixels of any size, so it has no "
-                "effect; leave it out."
-            )
-        changes["file_pixel_size"] = settings.file_pixel_size
-    return dataclasses.replace(model, reading=dataclasses.replace(model.reading, **changes))
+def _tasks(
+    work: Sequence[tuple[Path, Path]], settings: PredictConfig, config: Config | None, store: Store, written: dict[str, str],
+    digest: str,
+) -> list[Task]:  # fmt: skip
+    tracking = dataclasses.replace(settings.tracking, uri=store.uri, experiment=store.experiment)
+    settings = dataclasses.replace(settings, tracking=tracking)
+    return [Task(*pair, settings, config, written, digest) for pair in work]
 
 
 def _write_results(run: TrackedRun, model: Model, outcome: Outcome) -> None:

@@ -16,6 +16,7 @@ from dann_experiments.config.paths import local_path, local_text, user_path
 from dann_experiments.data.rasters import many_files
 from dann_experiments.data.samples import IMAGE_SUFFIXES
 from dann_experiments.data.virtual import files_behind, place_of_origin
+from dann_experiments.names import VECTOR_SUFFIXES
 from dann_experiments.prediction.inputs import Input, as_mapping, stacked_inputs
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import MAP_SUFFIXES, SIGNATURE_TAG, TIFF_SUFFIXES, read_tags
@@ -32,18 +33,21 @@ class _Found(NamedTuple):
     is_folder: bool = False
 
 
-def find_work(inputs: Sequence[Input], output: str, beside: Sequence[str], overwrite: bool) -> list[tuple[Path, Path]]:
+def find_work(
+    inputs: Sequence[Input], output: str, beside: Sequence[str], overwrite: bool, vector: str | None = None
+) -> list[tuple[Path, Path]]:
     """Return pairs of image and map.
 
     `inputs`: files, folders, patterns, and mappings whose files are stacked (`stacked_inputs`); `output`: a file, or a folder for
-    several images; `beside`: what is written next to each map, PROBABILITIES, CONFIDENCE or STAC; `overwrite`: True if
-    existing maps may be replaced. Raises InputError for inputs that are missing and outputs that exist or cannot be written.
+    several images; `beside`: what is written next to each map, PROBABILITIES, CONFIDENCE or STAC; `overwrite`: True if existing
+    maps may be replaced; `vector`: the setting. The only image may have a map whose polygons are missing. Raises InputError for
+    inputs that are missing and outputs that exist or cannot be written.
     """
     target = local_path(output, "output")
     found = _find(inputs, target)
     images = _each_once(image for one in found for image in one.images)
     if len(images) == 1 and not any(one.is_folder for one in found) and not _is_folder(output):
-        return [_one(images[0], target, beside, overwrite)]
+        return [_one(images[0], target, beside, overwrite, vector)]
     if target.is_file() or target.suffix.lower() in MAP_SUFFIXES:
         what = (
             f"input {found[0].root} is a folder"
@@ -51,6 +55,11 @@ def find_work(inputs: Sequence[Input], output: str, beside: Sequence[str], overw
             else f"input names {len(images)} images"
         )
         raise InputError(f"{what}, but output is {target}; name a folder, for a map of each image.")
+    if vector is not None and not _is_format(vector):
+        raise InputError(
+            f"vector is {vector}, but there may be several images; give {user_path(vector).suffix[1:].lower()} alone, for a file "
+            "beside each map."
+        )
     pairs = _mirrored(images, _common_root(found), target)
     _check_apart(pairs, output, beside)
     for folder in sorted({path.parent for _, path in pairs}):
@@ -96,23 +105,36 @@ def path_beside(output: Path, what: str) -> Path:
     return output.with_name(f"{output.stem}_{what}.tif")
 
 
+def vector_path(output: Path, vector: str) -> Path:
+    """Return the file for the polygons of a map; `vector`: the setting, gpkg, geojson or a path."""
+    return output.with_suffix(f".{vector.lower()}") if _is_format(vector) else local_path(vector, "vector")
+
+
+def _is_format(vector: str) -> bool:
+    return f".{vector.lower()}" in VECTOR_SUFFIXES
+
+
 def _is_folder(text: str) -> bool:
     """Return whether an output means a folder: it exists as one, ends with a slash, or has no suffix."""
     path = user_path(text)
     return path.is_dir() or text.endswith(("/", os.sep)) or not path.suffix
 
 
-def _one(source: Path, target: Path, beside: Sequence[str], overwrite: bool) -> tuple[Path, Path]:
+def _one(source: Path, target: Path, beside: Sequence[str], overwrite: bool, vector: str | None) -> tuple[Path, Path]:
     if target.suffix.lower() not in MAP_SUFFIXES:
         raise InputError(
             f"output is {target}; a class map is written as {', '.join(MAP_SUFFIXES)} (JPEG would change the classes)."
         )
     if target.exists() and any(file.samefile(target) for file in files_behind(source)):
         raise InputError(f"output is {target}, which is the input; name another file.")
-    for path in (target, *(path_beside(target, what) for what in beside)):
+    maps = (target, *(path_beside(target, what) for what in beside))
+    polygons = None if vector is None else vector_path(target, vector)
+    lacks_polygons = target.exists() and polygons is not None and not polygons.exists()  # made of the existing map
+    for path in () if lacks_polygons else (*maps, *([polygons] if polygons else [])):
         if path.exists() and not overwrite:
             raise InputError(f"output {path} exists; name another, or set overwrite to true.")
-    _check_writable(target.parent)
+    for folder in {target.parent} | ({polygons.parent} if polygons else set()):
+        _check_writable(folder)
     return source, target
 
 

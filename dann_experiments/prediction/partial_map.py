@@ -188,6 +188,15 @@ class PartialMap:
             ) from None
 
 
+def wait_for(folder: Path, seconds: float) -> None:
+    """Wait at most that long while another process makes the map of this folder."""
+    from filelock import FileLock, Timeout
+
+    if folder.exists():
+        with contextlib.suppress(OSError, Timeout), FileLock(folder / "lock", timeout=seconds):
+            pass
+
+
 def _write_atomically(path: Path, text: str) -> None:
     new = path.with_suffix(".new")
     with open(new, "w", encoding="utf-8") as file:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from dann_experiments.names import Confidence, TestBatchnorm, Tta
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import Grid, read_grid
 from dann_experiments.prediction.tiling import Axis, Plan, grid_stride, plan_tiles
+from dann_experiments.prediction.vector_file import VectorOptions
 
 STRIP_BYTES = 32 * 2**20
 """Size of the parts that are read at a time, on the grid of the prediction."""
@@ -67,6 +68,9 @@ class Options:
     """Also write a STAC item."""
     stac_datetime: str | None = None
     """When the images were taken; None = as their STAC items or metadata say."""
+    vector: str | None = None
+    """Also write polygons: gpkg, geojson or a path; None = none."""
+    polygons: VectorOptions = field(default_factory=VectorOptions)
     own_bands: bool = False
     """True if the user, not the model, chose the bands to read."""
 
@@ -129,7 +133,12 @@ class Scene:
     @property
     def partial_folder(self) -> Path:
         """Folder of the finished pieces until the map is complete."""
-        return self.output.with_name(self.output.name + PARTIAL_SUFFIX)
+        return partial_folder(self.output)
+
+
+def partial_folder(output: Path) -> Path:
+    """Return the folder of the finished pieces of a map."""
+    return output.with_name(output.name + PARTIAL_SUFFIX)
 
 
 def _as_signed(reading: Reading) -> dict[str, Any]:

@@ -35,6 +35,7 @@ EXTENSIONS = {
     )
 }  # fmt: skip
 """Prefix of an extension's fields -> its schema."""
+GEOPACKAGE, GEOJSON = "application/geopackage+sqlite3", "application/geo+json"
 GEOTIFF = "image/tiff; application=geotiff; profile=cloud-optimized"
 DENSE = 21
 """Points per edge of a footprint: straight lines of one CRS are curves in another."""
@@ -108,12 +109,12 @@ def item_beside(image: Path) -> tuple[Path, Mapping[str, Any]] | None:
 
 def write_item(
     output: Path, image: Path, times: Times, class_names: Sequence[str], colors: np.ndarray, probabilities: bool,
-    confidence: Confidence | None,
+    confidence: Confidence | None, polygons: Path | None = None,
 ) -> Path:  # fmt: skip
     """Write the item of the finished map `output` of `image` and return its path.
 
-    `colors`: (K, 3) in 0..1; `probabilities`, `confidence`: the files that were written with it. Model, software and run are
-    those of the map's metadata.
+    `colors`: (K, 3) in 0..1; `probabilities`, `confidence`, `polygons`: the files that were written with it. Model, software and
+    run are those of the map's metadata.
     """
     path = path_beside(output, STAC)
     tags = read_tags(output)
@@ -128,6 +129,9 @@ def write_item(
     footprint, projection = _place(output)
     properties |= projection
     assets = _assets(output, class_names, colors, probabilities, confidence)
+    if polygons is not None:
+        kind = GEOPACKAGE if polygons.suffix.lower() == ".gpkg" else GEOJSON
+        assets["polygons"] = {"href": _href(polygons, path), "title": "Polygons", "type": kind, "roles": ["data"]}
     used = [schema for prefix, schema in EXTENSIONS.items() if f'"{prefix}' in json.dumps([properties, assets])]
     item = {
         "type": "Feature", "stac_version": VERSION, "stac_extensions": used, "id": output.stem, **footprint,

@@ -1,1 +1,1 @@
-"""The worker pool of comparisons and sweeps: processes on this machine, or tasks of a Ray cluster."""
+"""The worker pool of comparisons, sweeps and predictions: processes on this machine, or tasks of a Ray cluster."""
