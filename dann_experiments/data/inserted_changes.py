@@ -73,7 +73,9 @@ def _cleared(
             box = (slice(top, top + height), slice(left, left + width))
             if of[box].mean() >= share:
                 return box
-        raise InputError(f"the scene has no {height} x {width} pixels of which {share:.0%} are forest, or open land, to paste.")
+        raise InputError(
+            f"the scene has no {height} x {width} pixels of which {share:.0%} are forest, or open land, to paste."
+        )
 
     while changed.sum() < CLEARED * forest.sum():
         height, width = draws.integers(SMALLEST, LARGEST + 1, 2)
