@@ -60,9 +60,8 @@ def _pair(folder: Path, line: str, root: Path, place: str) -> Pair:
         (beside(folder, image, root, place, image=True), beside(folder, mask, root, place)) for image, mask in halves
     ]
     there = [pair for pair in paths if is_file(pair[0]) and is_file(pair[1])]
-    return next(
-        iter(there or paths), (beside(folder, line, root, place), None)
-    )  # if no file exists, report one as missing
+    found = there or paths  # if no file exists, report one as missing
+    return found[0] if found else (beside(folder, line, root, place), None)
 
 
 def manifest_pairs(path: Path, root: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Pair]:
