@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from dann_experiments.config import InputError, load_config
-from dann_experiments.data.samples import Sample, find_samples, shared_images
+from dann_experiments.data.overlaps import shared_images
+from dann_experiments.data.samples import Sample, find_samples
 
 
 def touch(root: Path, *names: str) -> None:

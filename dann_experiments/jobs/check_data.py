@@ -19,11 +19,12 @@ from dann_experiments.data.domain_data import DataPlan, followed
 from dann_experiments.data.headers import read_headers
 from dann_experiments.data.labels import LabelMap, read_mask
 from dann_experiments.data.nodata import NodataBands, default_nodata_bands
+from dann_experiments.data.overlaps import shared_images
 from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.rasters import Header, Window, check_deflated, read_header
 from dann_experiments.data.reading import chosen_bands
 from dann_experiments.data.remarks import Problems
-from dann_experiments.data.samples import Sample, file_digest, shared_images
+from dann_experiments.data.samples import Sample, file_digest
 from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
 from dann_experiments.data.vector_files import is_vector
 from dann_experiments.data.vector_report import vector_report
