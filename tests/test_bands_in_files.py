@@ -451,8 +451,8 @@ def test_the_documented_training_and_maps_of_satellite_scenes(workplace, capsys)
             for number, folder in enumerate(("B02", "B03", "B04", "B08")):
                 band(f"{place}/{folder}/{name}.tif", values[number])
             band(f"{place}/fields/{name}.tif", (values[3] > 1500).astype(np.uint8))
-    text = block("docs/bands-in-files.md", "# fields.yaml")
-    Path("fields.yaml").write_text(text.replace("/data/country_a", "a").replace("/data/country_b", "b"))
+    text = block("docs/bands-in-files.md", "# satellite.yaml")
+    Path("satellite.yaml").write_text(text.replace("/data/country_a", "a").replace("/data/country_b", "b"))
     left_out = ("data.", "model.classes", "monitor.")
     small = {key: value for key, value in small_settings(Path()).items() if not key.startswith(left_out)}
     options = [
@@ -461,14 +461,14 @@ def test_the_documented_training_and_maps_of_satellite_scenes(workplace, capsys)
         for word in (f"--{key}", yaml.safe_dump(value, default_flow_style=True).split("\n")[0])
     ]
     shorter = ["--data.window_size", "64", "--data.source.batch_size", "2", "--data.target.batch_size", "2"]
-    report = check_data(load_config("fields.yaml", {"model.encoder_weights": None, "data.window_size": 64}))
+    report = check_data(load_config("satellite.yaml", {"model.encoder_weights": None, "data.window_size": 64}))
     assert [text for text in report.remarks if "made of several files" in text] == [
         "data.source.train: 2 of 2 images are made of several files; the first of x.tif, x.tif, x.tif, x.tif.",
         "data.source.val: 2 of 2 images are made of several files; the first of x.tif, x.tif, x.tif, x.tif.",
         "data.target.train: 1 of 1 images are made of several files; the first of "
         + ", ".join(f"T33UUP_20230601T100031_{name}_{10 if name in TENS else 20}m.jp2" for name in (*S2_ORDER, "SCL")) + ".",
     ]  # fmt: skip
-    assert main(["adapt", "--config", "fields.yaml", *options, *shorter]) == 0
+    assert main(["adapt", "--config", "satellite.yaml", *options, *shorter]) == 0
     run = re.findall(r"\b[0-9a-f]{32}\b", capsys.readouterr().out)[0]
     scene = "{preset: sentinel2_l2a, root: b}"
     assert (

@@ -483,7 +483,7 @@ def manifest_cases() -> Iterator[Case]:
         "devices": table("image,mask", "/dev/null,/dev/zero"),
         "no such place": table("image,mask", "/nonsense/of/a/path.png,/nonsense/m.png"),
         "another system": table("image,mask", "C:\\data\\a.png,C:\\data\\b.png"),
-        "the web": table("image,mask", "https://example.org/a.png,https://example.org/b.png"),
+        "the web": table("image,mask", "gs://bucket/a.png,gs://bucket/b.png"),
         "GDAL's own paths": table("image,mask", "/vsimem/a.tif,/vsicurl/http://127.0.0.1:9/a.tif"),
         "password file": table("image,mask", "/etc/passwd,/etc/passwd"),
         "climbing": table("image,mask", "../" * 40 + "a.png,b.png"),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dann_experiments.config import InputError, load_config
-from dann_experiments.data.checks import shared_images
+from dann_experiments.data.overlaps import shared_images
 from dann_experiments.data.samples import Sample, find_samples
 
 

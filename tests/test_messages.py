@@ -353,6 +353,7 @@ ADDRESSES = {
     "/vsicurl/https://user:hunter2@host.org/a.tif": "curl",
     "/vsicurl?header.Authorization=hunter2&url=https%3A%2F%2Fhost": "curl",
     "/vsis3/bucket/a.tif": "aws s3 cp",
+    "/vsigs/bucket/a.tif": "gcloud storage cp",
     "/vsizip/scenes.zip/a.tif": "unpack",
     "https:/host.org/a.tif": "curl",
     "s3:/bucket/a.tif": "aws s3 cp",
@@ -374,7 +375,7 @@ def test_an_address_is_no_path_and_is_shown_without_its_passwords(address):
     check_told(str(error.value), address)
 
 
-@pytest.mark.parametrize("address", ["https://user:hunter2@host.org/a.tif", "/vsis3/bucket/a.tif"])
+@pytest.mark.parametrize("address", ["https://user:hunter2@host.org/a.tif", "/vsigs/bucket/a.tif"])
 def test_an_address_is_told_as_one_without_its_passwords_wherever_a_path_is_taken(address, workplace, capsys):
     shutil.copytree(save("model", make_network()), "kept")
     write_raster(Path("a.tif"), np.zeros((3, 32, 32), np.uint8))
@@ -407,7 +408,7 @@ def test_an_address_is_told_as_one_without_its_passwords_wherever_a_path_is_take
     assert not {name for name in left if ":" in name or "vsi" in name}, left
 
 
-@pytest.mark.parametrize("address", ["https://host.org/a.tif", "s3://KEY:hunter2@bucket/a.tif"])
+@pytest.mark.parametrize("address", ["gs://bucket/a.tif", "s3://KEY:hunter2@bucket/a.tif"])
 def test_an_address_in_a_manifest_or_a_list_is_told_by_its_line(address, tmp_path):
     write_raster(tmp_path / "b.tif", np.zeros((3, 8, 8), np.uint8))
     (tmp_path / "m.csv").write_text(f"image,mask\nb.tif,\n{address},\n")

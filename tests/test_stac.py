@@ -259,7 +259,7 @@ def test_a_file_of_items_is_an_entry_of_images_and_masks(squares, tmp_path):
             {"items": "items.json", "assets": ["nir"]},
             r"item 'a\.png' of .*items\.json has no asset 'nir'; it has visual, labels",
         ),
-        ({"items": "items.json", "assets": ["thumbnail"]}, "the href of item .* is .*, which is an address"),
+        ({"items": "items.json", "mask": "thumbnail"}, "the href of item .* is .*, which is an address"),
         ({"items": "items.json", "mask": "clouds"}, "has no asset 'clouds'"),
         ({"items": "none.json"}, "cannot be read as JSON"),
         ("catalog.json", "should hold STAC items .* but is a catalog or collection"),

@@ -157,7 +157,7 @@ def test_conda_yaml_and_the_installed_versions_are_those_of_constraints_txt():
     assert in_conda == {one.name: pinned[one.name] for one in wanted}
     needed = {
         one.name
-        for lines in ("dev", "docs", "ray", "postgresql")
+        for lines in ("dev", "docs", "export", "ray", "postgresql", "s3", "vector")
         for one in map(Requirement, project["optional-dependencies"][lines])
     }
     for name in ({one.name for one in wanted} | needed) - {project["name"]}:

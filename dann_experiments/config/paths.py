@@ -1,4 +1,7 @@
-"""Reads paths as users write them. Addresses (https://, s3://, ...) are refused with a hint: files are read from the disk."""
+"""Reads paths as users write them. Addresses (https://, s3://, ...) are refused with a hint: files are read from the disk.
+
+Images alone may be at an address (`remote_address`).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ ONE_SLASH = {
     "http", "https", "ftp", "ftps", "sftp", "s3", "s3a", "s3n", "gs", "gcs", "az", "abfs", "abfss", "wasb", "wasbs", "adl",
     "hdfs", "dbfs", "file", "runs", "models", "mlflow-artifacts", "oss", "swift", "r2", "zip",
 }  # fmt: skip
+REMOTE = ("http://", "https://", "s3://")  # of images
+# names of parameters that carry a key or a signature, in the query of an address
+SECRET = re.compile(r"[?&;][^=&;]*(sig|token|key|secret|passw|auth|cred|amz|goog|session)[^=&;]*=", re.IGNORECASE)
 WRITTEN = ("output", "tracking.folder", "data.embedded.folder")  # settings for files that are written
 WAYS_OUT = {
     "copy it with `aws s3 cp` first": ("s3", "s3a", "s3n", "s3_streaming"),
@@ -64,6 +70,30 @@ def local_text(text: str, key: str) -> str:
         f"{key} is {_shown(text)}, which is an address, but files are read only from the disk: {way_out}, and give the path "
         "of the copy."
     )
+
+
+def remote_address(text: str, key: str) -> str | None:
+    """Return the address of an image or pattern as http://, https:// or s3://BUCKET/KEY; None for all other texts.
+
+    GDAL's names (/vsicurl/https://..., /vsis3/BUCKET/KEY) are understood. Raises InputError for an address with a user, a
+    password or a signature in it: it would get into params, reports and cached files.
+    """
+    address = re.sub(r"^/vsicurl/(?=https?:)", "", re.sub(r"^/vsis3/", "s3://", text.strip(), flags=re.IGNORECASE))
+    found = re.match(r"(https?|s3):/+(?=[^/])", address, re.IGNORECASE)
+    if found is None:
+        return None
+    rest = address[found.end() :]
+    if "@" in rest.partition("/")[0] or SECRET.search(rest):
+        raise InputError(
+            f"{key} is {_shown(text)} with a user, a password or a signature in the address, which would be kept with the run; "
+            "leave it out and set it in the environment (docs/remote-images.md)."
+        )
+    return f"{found[1].lower()}://{rest}"
+
+
+def is_remote(text: str) -> bool:
+    """Return True for an address as `remote_address` returns it."""
+    return text.startswith(REMOTE)
 
 
 def _scheme(text: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.presets import IGNORED
 from dann_experiments.data.dataset import MOST_PADDED, SegmentationDataset
-from dann_experiments.data.samples import Sample
 from dann_experiments.data.statistics import BandSums, range_remark
 from dann_experiments.names import OneDomain, SetName
 
@@ -138,29 +137,3 @@ def unit_problems(sets: Mapping[SetName, SegmentationDataset]) -> list[str]:
                 break
         first.setdefault((name.one, size), (name, unit, path))
     return problems
-
-
-def shared_images(
-    sets: Mapping[str, Sequence[Sample]], digest_of: Callable[[Path], bytes]
-) -> list[tuple[str, Path, str, Path]]:
-    """Return (set, image, other set, its image) for each image with equal bytes in two of `sets`, which must not share images.
-
-    Regions of one image that do not overlap may be in different sets.
-    """
-    found: list[tuple[str, Path, str, Path]] = []
-    seen: dict[bytes, list[tuple[str, Sample]]] = {}
-    for name, samples in sets.items():
-        for sample in samples:
-            same = seen.setdefault(digest_of(sample.image), [])
-            other = next(((its, one) for its, one in same if its != name and _overlap(one, sample)), None)
-            if other is not None:
-                found.append((name, sample.image, other[0], other[1].image))
-            same.append((name, sample))
-    return found
-
-
-def _overlap(one: Sample, other: Sample) -> bool:
-    if one.region is None or other.region is None:
-        return True
-    a, b = one.region, other.region
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

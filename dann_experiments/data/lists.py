@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.paths import local_path, local_text, user_path
+from dann_experiments.config.paths import local_path, local_text, remote_address, user_path
+from dann_experiments.data import remote
 from dann_experiments.data.stacks import stack
 
 STACKED = "image_"  # start of the names of columns whose files are the bands of one image
@@ -43,18 +44,24 @@ def pairs_of(path: Path, root: Path, key: str) -> list[Pair]:
 
 
 def _pair(folder: Path, line: str, root: Path, place: str) -> Pair:
-    whole = beside(folder, line, root, place)
-    if is_file(whole):  # names may contain spaces and commas
-        return whole, None
+    if remote_address(line.split()[0], place) is None:
+        whole = beside(folder, line, root, place)
+        if is_file(whole):  # names may contain spaces and commas
+            return whole, None
+    elif not re.search(r"[\s;,]", line):
+        return beside(folder, line, root, place, image=True), None
     line = line.rstrip(" \t;,")
     for separator in "\t;,":
         image, found, mask = line.partition(separator)
         if found and mask.strip() and separator not in mask:
-            return beside(folder, image, root, place), beside(folder, mask, root, place)
+            return beside(folder, image, root, place, image=True), beside(folder, mask, root, place)
     halves = [(line[: blank.start()], line[blank.end() :]) for blank in re.finditer(r"\s+", line)]
-    paths = [(beside(folder, image, root, place), beside(folder, mask, root, place)) for image, mask in halves]
+    paths = [
+        (beside(folder, image, root, place, image=True), beside(folder, mask, root, place)) for image, mask in halves
+    ]
     there = [pair for pair in paths if is_file(pair[0]) and is_file(pair[1])]
-    return next(iter(there or paths), (whole, None))  # if no file exists, report one as missing
+    found = there or paths  # if no file exists, report one as missing
+    return found[0] if found else (beside(folder, line, root, place), None)
 
 
 def manifest_pairs(path: Path, root: Path, key: str, with_masks: bool, report: Callable[[str], None]) -> list[Pair]:
@@ -95,7 +102,7 @@ def manifest_pairs(path: Path, root: Path, key: str, with_masks: bool, report: C
             mask = (row.get("mask") or "").strip() if with_masks else ""
             line = f"{key}: manifest {path}, line {reader.line_num}"
             try:
-                images = [beside(folder, row[name], root, line) for name in columns]
+                images = [beside(folder, row[name], root, line, image=True) for name in columns]
                 image = images[0] if columns == ["image"] else stack(images)
                 pairs.append((image, beside(folder, mask, root, line) if mask else None))
             except InputError as error:
@@ -139,31 +146,18 @@ def under(root: Path, name: str, key: str | None = None) -> Path:
     return path if path.is_absolute() else root / path
 
 
-def beside(folder: Path, name: str, root: Path, place: str) -> Path:
+def beside(folder: Path, name: str, root: Path, place: str, image: bool = False) -> Path:
     """Return a path from a list or manifest in `folder`, relative to that folder or else to the domain's `root`.
 
-    If no such file exists, backslashes are tried as separators, and then without a leading slash. `place` names the line in
-    messages. Raises InputError for a remote address.
+    An `image` may be at a remote address. If no such file exists, backslashes are tried as separators, and then without a leading
+    slash. `place` names the line in messages. Raises InputError for any other remote address.
     """
-    name = local_text(name.strip().strip("\"'"), place)
+    name = name.strip().strip("\"'")
+    address = remote_address(name, place) if image else None
+    if address is not None:
+        return remote.view(address, place)
+    name = local_text(name, place)
     slashed = name.replace("\\", "/")
     texts = dict.fromkeys((name, slashed, slashed.lstrip("/")))
     places = [Path(base, text) for text in texts for base in (folder, root)]  # an absolute path stays as it is
     return next((place for place in places if is_file(place)), places[0])
-
-
-def expression_of(pattern: str) -> str:
-    """Return the regular expression of a glob pattern, with one group per wildcard."""
-    parts = []
-    for part in re.split(r"(\*\*/|\*|\?|\[[^\]]+\])", pattern.replace("\\", "/")):
-        if part == "**/":
-            parts.append("((?:.*/)?)")
-        elif part == "*":
-            parts.append("([^/]*)")
-        elif part == "?":
-            parts.append("([^/])")
-        elif part.startswith("[") and part.endswith("]"):
-            parts.append(f"({part.replace('[!', '[^', 1)})")
-        else:
-            parts.append(re.escape(part))
-    return "".join(parts)

@@ -13,11 +13,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.data.endpoints import s3_endpoint
 from dann_experiments.data.georeference import unit_of
 from dann_experiments.data.orientation import TURNS, Turn, orientation_of
 
@@ -31,6 +32,12 @@ Image.MAX_IMAGE_PIXELS = None  # aerial mosaics are larger than Pillow's guard a
 GDAL_OPTIONS = {
     "GDAL_CACHEMAX": CACHE_MB,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a truncated JPEG is an error, not a gray area
+    # of remote files; times in seconds
+    "GDAL_HTTP_MAX_RETRY": 3,
+    "GDAL_HTTP_RETRY_DELAY": 0.5,  # the first; then longer ones
+    "GDAL_HTTP_RETRY_CODES": "429,500,502,503,504",
+    "GDAL_HTTP_CONNECTTIMEOUT": 10,
+    "GDAL_HTTP_TIMEOUT": 120,
     "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",  # look for side files by name; listing large folders is slow
 }
 
@@ -153,7 +160,8 @@ def many_files() -> Iterator[None]:
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
-    with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS):
+    options: dict[str, Any] = {**GDAL_OPTIONS, **s3_endpoint()}
+    with warnings.catch_warnings(), rasterio.Env(**options):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         _held.options = True
         try:
@@ -163,8 +171,11 @@ def many_files() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_raster(path: Path) -> Iterator[DatasetReader]:
-    """Open a raster for reading; turn errors in the block into an InputError that names the file."""
+def open_raster(path: Path | str) -> Iterator[DatasetReader]:
+    """Open a raster for reading; turn errors in the block into an InputError that names the file.
+
+    `path`: a text is the name of a remote file for GDAL.
+    """
     from rasterio._err import CPLE_BaseError
     from rasterio.errors import RasterioError
     from rasterio.io import DatasetReader as Reader  # `rasterio.open` sets GDAL's options on each call

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.paths import local_text
+from dann_experiments.config.paths import is_remote, local_text, remote_address
+from dann_experiments.data import remote
 from dann_experiments.data.annotations import side_files
-from dann_experiments.data.lists import beside, expression_of, is_file, lines_of, manifest_pairs, pairs_of, under
+from dann_experiments.data.lists import beside, is_file, lines_of, manifest_pairs, pairs_of, under
+from dann_experiments.data.patterns import IMAGE_SUFFIXES, expression_of
 from dann_experiments.data.stac_items import SUFFIXES as ITEM_SUFFIXES
 from dann_experiments.data.stac_items import item_pairs
 from dann_experiments.data.stacked_entries import is_stacked, stacked
@@ -25,7 +27,6 @@ from dann_experiments.data.vector_files import GEO_SUFFIXES, LABEL_SUFFIXES, is_
 from dann_experiments.data.virtual import digest_with_sources, is_virtual
 
 log = logging.getLogger(__name__)
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".vrt")
 Key = tuple[str, ...]  # pairs an image with its mask
 
 
@@ -110,13 +111,15 @@ def _labels(sample: Sample) -> str:
     return f"{sample.mask}" + "".join(f" ({part})" for part in (sample.layer, sample.area) if part is not None)
 
 
-def _on_disk(entry: Any, key: str) -> Any:
-    """Return an entry without `file://`. Raises InputError if it contains a remote address."""
+def _on_disk(entry: Any, key: str, images: bool = True) -> Any:
+    """Return an entry without `file://`. Raises InputError if anything but images is at a remote address."""
     if isinstance(entry, Mapping):
-        return {name: _on_disk(value, key) for name, value in entry.items()}
+        return {name: _on_disk(value, key, images and name in ("images", "quality")) for name, value in entry.items()}
     if isinstance(entry, list):
-        return [_on_disk(value, key) for value in entry]
-    return local_text(entry, key) if isinstance(entry, str) else entry
+        return [_on_disk(value, key, images) for value in entry]
+    if not isinstance(entry, str):
+        return entry
+    return (remote_address(entry, key) if images else None) or local_text(entry, key)
 
 
 def files_of(samples: Sequence[Sample]) -> list[Path]:
@@ -149,6 +152,8 @@ def file_digest(path: Path, digest_of: Callable[[Path], bytes] | None = None) ->
 
 
 def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[str], None]) -> list[Sample]:
+    if is_remote(entry):
+        return [Sample(image, None) for image in remote.images(entry, key).values()]
     path = under(root, entry)
     if os.path.isdir(path):
         return _from_folder(path, key, masks != "no", report)
@@ -213,17 +218,23 @@ def _located(
 
     `also`: suffixes of files in a folder or of a pattern, besides those of images. The key is the text matched by a pattern's
     wildcards, the position in a list, or the stem.
+    Lines of a list of images may be remote addresses.
     """
     if isinstance(where, list):
-        return {("#", str(number)): under(root, str(name)) for number, name in enumerate(where)}
+        return {
+            ("#", str(number)): remote.view(str(name), key) if is_remote(str(name)) else under(root, str(name))
+            for number, name in enumerate(where)
+        }
     text = str(where)
+    if is_remote(text):
+        return remote.images(text, key)
     path = under(root, text)
     if os.path.isdir(path):
         return {(stem,): file for stem, file in _by_stem(path, key, report, also).items()}
     if is_file(path):
         if path.suffix.lower() == ".txt":
             return {
-                ("#", str(number)): beside(path.parent, line, root, f"{key}: a line of {path}")
+                ("#", str(number)): beside(path.parent, line, root, f"{key}: a line of {path}", image=not also)
                 for number, line in enumerate(lines_of(path, key))
             }
         return {("#", "0"): path}
@@ -357,7 +368,7 @@ _READ = f"{', '.join(IMAGE_SUFFIXES)} are read"
 
 def _kinds_there(entry: Any, root: Path) -> str:
     """Describe, for a message, the file suffixes in a folder without images, and the suffixes that are read."""
-    if isinstance(entry, Mapping):
+    if isinstance(entry, Mapping) or is_remote(str(entry)):
         return ""
     folder = under(root, str(entry))
     folder = folder / "images" if os.path.isdir(folder / "images") else folder
@@ -373,4 +384,6 @@ def _lacking(path: Path) -> str:
 
 
 def _shown(entry: Any, root: Path) -> str:
-    return str(dict(entry)) if isinstance(entry, Mapping) else str(under(root, str(entry)))
+    if isinstance(entry, Mapping):
+        return str(dict(entry))
+    return str(entry) if is_remote(str(entry)) else str(under(root, str(entry)))

@@ -13,7 +13,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.paths import local_text
+from dann_experiments.config.paths import is_remote, local_text, remote_address
+from dann_experiments.data import remote
 from dann_experiments.data.lists import is_file, under
 from dann_experiments.data.stacks import stack
 
@@ -37,7 +38,7 @@ def item_pairs(
         try:
             found = [_asset(item, one, name, key) for one in assets or [None]]
             other = None if mask is None else _asset(item, mask, name, key)
-            files = [_file(asset, path, name, key) for asset in found]
+            files = [_file(asset, path, name, key, may_be_remote=True) for asset in found]
             missing = next((file for file in files if not is_file(file)), None)
             if len(files) > 1 and missing is not None:
                 raise InputError(f"{key}: image {missing} of {name} does not exist.")
@@ -84,10 +85,15 @@ def _asset(item: Mapping[str, Any], wanted: str | None, name: str, key: str) -> 
     )
 
 
-def _file(asset: Mapping[str, Any], path: Path, name: str, key: str) -> Path:
+def _file(asset: Mapping[str, Any], path: Path, name: str, key: str, may_be_remote: bool = False) -> Path:
+    """Return the file of an asset; for an image at an address, a virtual raster that shows it (`remote`)."""
     href = asset.get("href")
     if not isinstance(href, str) or not href:
         raise InputError(f"{key}: {name} has an asset without href.")
+    if may_be_remote and is_remote(href):
+        address = remote_address(href, f"{key}: the href of {name}")
+        assert address is not None
+        return remote.view(address, key)
     text = local_text(href, f"{key}: the href of {name}")
     found = under(path.parent, text)
     decoded = under(path.parent, unquote(text))  # an href is an address, in which a blank is %20

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.paths import is_remote
+from dann_experiments.data import remote
 from dann_experiments.data.lists import is_file, under
 from dann_experiments.data.stacks import Quality, stack
 
@@ -99,6 +101,8 @@ def _shown_parts(entry: Mapping[str, Any], count: int) -> list[Any]:
 
 def _names_many(text: str, root: Path) -> bool:
     """Return whether a part names a group of files: a folder, a list file or a pattern."""
+    if is_remote(text):
+        return remote.names_many(text)
     path = under(root, text)
     if is_file(path):
         return path.suffix.lower() == ".txt"

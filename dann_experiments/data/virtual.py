@@ -92,6 +92,17 @@ def is_ours(path: Path) -> bool:
     return path.is_relative_to(cache_folder())
 
 
+def state_of(path: Path) -> tuple[int, int]:
+    """Return (size, modification time in ns) of a file; zeros for a virtual raster of ours, whose path changes with its content.
+
+    It may have been deleted and written again.
+    """
+    if is_ours(path):
+        return 0, 0
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 def origins(path: Path) -> list[Path]:
     """Return the user's files behind an image: itself if it is one."""
     return [file for file in files_behind(path) if not is_ours(file)]

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dann_experiments.config import Config, InputError, config_to_yaml, flatten
-from dann_experiments.data.checks import absent_classes, check_sizes, labelled_pixels, shared_images, unit_problems
+from dann_experiments.data.checks import absent_classes, check_sizes, labelled_pixels, unit_problems
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import DataPlan, followed
 from dann_experiments.data.headers import read_headers
 from dann_experiments.data.labels import LabelMap, read_mask
 from dann_experiments.data.nodata import NodataBands, default_nodata_bands
+from dann_experiments.data.overlaps import shared_images
 from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.rasters import Header, Window, check_deflated, read_header
 from dann_experiments.data.reading import chosen_bands
@@ -234,6 +235,16 @@ def _cut(
     return _Set(dataset, len(as_trained), BandSums(plan.in_channels), np.zeros(256, np.int64))
 
 
+def _check_deflated(path: Path) -> None:
+    """Raise InputError if an image, or a file that a virtual raster shows, has damaged data."""
+    check_deflated(path)
+    for file in files_behind(path)[1:]:
+        try:
+            check_deflated(file)
+        except InputError as error:
+            raise InputError(f"{path} shows a file that cannot be read: {error}") from None
+
+
 def _note_stacks(name: SetName, samples: Sequence[Sample], problems: Problems) -> None:
     """Say how many images of a set are made of several files, and which those of the first are."""
     stacks = [origins(sample.image) for sample in samples if is_ours(sample.image)]
@@ -257,8 +268,7 @@ def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> Non
                     for path in (sample.image, sample.mask):
                         if path is not None and path not in begun and not is_vector(path):
                             begun.add(path)
-                            for file in files_behind(path):
-                                check_deflated(file)
+                            _check_deflated(path)
                     values, mask, valid = dataset.read(index)
                 except InputError as error:
                     broken.add(piece.sample)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from dann_experiments.config import Config, InputError
-from dann_experiments.data.checks import absent_classes, label_map_remarks, range_of_some, shared_images
+from dann_experiments.data.checks import absent_classes, label_map_remarks, range_of_some
 from dann_experiments.data.domain_data import DomainData
 from dann_experiments.data.image_sets import ImageSets
+from dann_experiments.data.overlaps import shared_images
 from dann_experiments.models.networks import output_stride
 from dann_experiments.names import (
     DOMAINS,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dann_experiments.config import InputError
-from dann_experiments.config.paths import local_path, local_text, user_path
+from dann_experiments.config.paths import is_remote, local_path, local_text, remote_address, user_path
+from dann_experiments.data import remote
 from dann_experiments.data.rasters import many_files
 from dann_experiments.data.samples import IMAGE_SUFFIXES
 from dann_experiments.data.virtual import files_behind, place_of_origin
@@ -140,8 +141,11 @@ def _one(source: Path, target: Path, beside: Sequence[str], overwrite: bool, vec
 
 def _find(inputs: Sequence[Input], target: Path, key: str = "input") -> list[_Found]:
     """Return the images of each input, in order. Raises one InputError for all inputs without images; `key`: their setting."""
-    texts: list[Input] = [local_text(text, key) if isinstance(text, str) else text for text in map(as_mapping, inputs)]
-    if len(texts) == 1 and isinstance(texts[0], str) and not _names_something(texts[0]):
+    texts: list[Input] = [
+        (remote_address(text, key) or local_text(text, key)) if isinstance(text, str) else text
+        for text in map(as_mapping, inputs)
+    ]
+    if len(texts) == 1 and isinstance(texts[0], str) and not (is_remote(texts[0]) or _names_something(texts[0])):
         texts = list(_listed(texts[0], key))
     found, problems = [], []
     with many_files():
@@ -156,8 +160,8 @@ def _find(inputs: Sequence[Input], target: Path, key: str = "input") -> list[_Fo
 
 
 def _named(text: Input, target: Path, key: str) -> _Found:
-    if not isinstance(text, str):
-        images = stacked_inputs(text, key)
+    if not isinstance(text, str) or is_remote(text):
+        images = list(remote.images(text, key).values()) if isinstance(text, str) else stacked_inputs(text, key)
         return _Found(images, Path(os.path.commonpath([place_of_origin(image).parent.absolute() for image in images])))
     path = user_path(text)
     if os.path.isdir(path):  # these never raise, for any name

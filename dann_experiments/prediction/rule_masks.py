@@ -22,7 +22,7 @@ from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.rasters import Header, Window, open_raster, verified_header
 from dann_experiments.data.reading import Reading, check_type
 from dann_experiments.data.thresholds import ABOVE, AT_EDGE, AT_THRESHOLD, BELOW, NO_VALUE, Histogram, Range, sides
-from dann_experiments.data.virtual import files_behind
+from dann_experiments.data.virtual import files_behind, state_of
 from dann_experiments.names import IndexName
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX, PartialMap
 from dann_experiments.prediction.rasters import NODATA, SIGNATURE_TAG, Grid, Legend, read_grid, read_tags, write_map
@@ -260,9 +260,9 @@ def _refuse(problems: Sequence[str], count: int) -> None:
 
 def signature(subject: Subject, threshold: float, cut: Cut, names: Sequence[str]) -> str:
     """Return a digest of everything that a mask depends on, 32 hex digits."""
-    states = [(file, file.stat()) for path, _, _ in subject.readings for file in files_behind(path)]
+    files = [file for path, _, _ in subject.readings for file in files_behind(path)]
     facts: dict[str, Any] = {
-        "files": [[str(path.resolve()), state.st_size, state.st_mtime_ns] for path, state in states],
+        "files": [[str(path.resolve()), *state_of(path)] for path in files],
         "rule": dataclasses.asdict(subject.rule), "threshold": threshold, "cut": dataclasses.asdict(cut),
         "class_names": list(names),
     }  # fmt: skip

@@ -28,7 +28,7 @@ from dann_experiments.data.reading import (
     plain_reading,
 )
 from dann_experiments.data.statistics import BandSums, range_remark
-from dann_experiments.data.virtual import files_behind
+from dann_experiments.data.virtual import files_behind, state_of
 from dann_experiments.names import Confidence, TestBatchnorm, Tta
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import Grid, read_grid
@@ -106,16 +106,16 @@ class Scene:
         check_type(source, header, reading)
         height, width = reading.grid_size(header, source)
         plan = plan_tiles(height, width, options.tile_size, options.overlap, grid_stride(model.network))
-        status = source.stat()
+        size, changed = state_of(source)
         # without the device: an interrupted map may be finished on another one
         facts = {
-            "model": model.digest, "input": str(source.resolve()), "input size": status.st_size,
-            "input time": status.st_mtime_ns, "reading": _as_signed(reading),
+            "model": model.digest, "input": str(source.resolve()), "input size": size,
+            "input time": changed, "reading": _as_signed(reading),
             "normalisation": dataclasses.asdict(model.normalisation), "tile_size": options.tile_size,
             "overlap": options.overlap, "batch_size": options.batch_size, "probabilities": options.probabilities,
         }  # fmt: skip
-        behind = [(path, path.stat()) for path in files_behind(source)[1:]]
-        facts |= {"behind": [[str(path), one.st_size, one.st_mtime_ns] for path, one in behind]} if behind else {}
+        behind = [[str(path), *state_of(path)] for path in files_behind(source)[1:]]
+        facts |= {"behind": behind} if behind else {}
         # left out at their defaults, so that maps of older versions still count as finished
         facts |= {"tta": options.tta} if options.tta != "none" else {}
         facts |= {"test_batchnorm": options.test_batchnorm} if options.test_batchnorm != "running" else {}
