@@ -639,6 +639,13 @@ STACKED = "run in tests/test_bands_in_files.py, on a generated tree of a satelli
 INSTALLS = "installs packages from the network"
 NOT_RUN: Mapping[str, str] = {
     "yaml: # satellite.yaml": STACKED,
+    "yaml: # crops.yaml": STACKED,
+    "python -m dann_experiments check-data --config crops.yaml": STACKED,
+    "python -m dann_experiments adapt --config crops.yaml": STACKED,
+    "python -m dann_experiments predict --model runs:/RUN_ID --output maps/ --vector gpkg --stac true --input '{ima"
+    'ges: ["country_b/*/GRANULE/*/IMG_DATA/R10m/*_B04_10m.jp2", "country_b/*/GRANULE/*/IMG_DATA/R10m/*_B08_10m.jp2"'
+    ', "country_b/*/GRANULE/*/IMG_DATA/R20m/*_B11_20m.jp2", "country_b/*/GRANULE/*/IMG_DATA/R60m/*_B01_60m.jp2"]}\' '
+    "--stac_datetime 2023-06-01": STACKED,
     "python -m dann_experiments adapt --config satellite.yaml": STACKED,
     "python -m dann_experiments predict --model runs:/RUN_ID --input '{preset: sentinel2_l2a, root: /data/country_b}'"
     " --output maps/": STACKED,

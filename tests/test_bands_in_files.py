@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyogrio
 import pytest
 import rasterio
+import shapely
 import yaml
 from conftest import small_settings, write_raster
 from documented import block
+from drawn_packages import write_polygons
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 from rasterio.shutil import copy
@@ -480,3 +485,44 @@ def test_the_documented_training_and_maps_of_satellite_scenes(workplace, capsys)
         assert (file.res, file.shape, file.crs) == ((10, 10), (120, 120), CRS.from_string(UTM33))
         nodata = file.read(1) == file.nodata
     assert np.argwhere(nodata).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]], "the cloud of SCL, of 20 m"
+
+
+def test_scenes_of_three_resolutions_and_polygons_go_in_and_polygons_come_out(workplace, capsys):
+    """The documented example: fields as GeoJSON in another CRS, a cloud, maps as GeoPackage with a STAC item."""
+    sentinel(Path("country_a"), "N0509", side=120, scl=9)
+    sentinel(Path("country_b"), "N0509", side=120, scl=9, seed=1)
+    boxes = [shapely.box(EAST + left, NORTH - 900, EAST + left + 300, NORTH - 300) for left in (100, 500, 900)]
+    write_polygons(Path("country_a/fields.geojson"), boxes, ["maize", "winter wheat", "unknown"], UTM33)
+    Path("crops.yaml").write_text(block("docs/bands-in-files.md", "# crops.yaml"))
+    left_out = ("data.", "model.classes", "model.in_channels", "monitor.")
+    small = {key: value for key, value in small_settings(Path()).items() if not key.startswith(left_out)}
+    small |= {"trainer.max_epochs": 1, "pretraining.max_epochs": 1, "data.window_size": 64, "data.crop_size": 32}
+    small |= {"data.source.batch_size": 2, "data.target.batch_size": 2, "monitor.metric": None}
+    options = [
+        word
+        for key, value in small.items()
+        for word in (f"--{key}", yaml.safe_dump(value, default_flow_style=True).split("\n")[0])
+    ]
+    assert main(["check-data", "--config", "crops.yaml", *options]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "country_a/fields.geojson: 3 features (1 maize, 1 wheat, 1 ignored)" in told
+    assert main(["adapt", "--config", "crops.yaml", *options]) == 0
+    run = re.findall(r"\b[0-9a-f]{32}\b", capsys.readouterr().out)[0]
+    command = next(
+        line
+        for line in (Path(__file__).parents[1] / "docs" / "bands-in-files.md").read_text().splitlines()
+        if "--vector gpkg" in line
+    )
+    words = shlex.split(command.replace("RUN_ID", run))[3:]
+    assert main([*words, "--accelerator", "cpu", "--tile_size", "64"]) == 0
+    (path,) = Path("maps").rglob("*.gpkg")
+    with rasterio.open(path.with_suffix(".tif")) as file:
+        classes, counts = np.unique(file.read(1), return_counts=True)
+        assert file.shape == (120, 120)
+    meta, _, shapes, (ids, names, areas, _) = pyogrio.raw.read(path)
+    assert (meta["crs"], set(names)) == (UTM33, {["other", "maize", "wheat"][one] for one in ids})
+    assert areas.sum() == pytest.approx(100 * counts[classes != 255].sum())  # square meters, none twice
+    assert shapely.area(shapely.from_wkb(shapes)).sum() == pytest.approx(areas.sum())
+    item = json.loads(path.with_suffix(".stac.json").read_text())
+    assert set(item["assets"]) == {"map", "polygons"}
+    assert len([link for link in item["links"] if link["rel"] == "derived_from"]) == 4
