@@ -159,6 +159,24 @@ def others_text(table: pd.DataFrame) -> str:
     return "\n".join(found)
 
 
+def which_text(table: pd.DataFrame) -> str:
+    """Return one row per pair: what DANN and the best rung gain, and what the rung chosen without labels gains."""
+    lines = [
+        "| pair | source only | oracle | DANN, over source only (over control) | best rung | chosen without labels |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row, (pair, own) in zip(regrets(table).to_dict("records"), table.groupby("pair", sort=False), strict=True):
+        means = own.groupby("arm", sort=False)["score"].mean()
+        arm_of = {kind: arm for arm, kind in zip(own["arm"], own["kind"], strict=True)}
+        source, control = means[arm_of["source_only"]], means[arm_of["control"]]
+        best = f"{row['best']} {100 * (means[row['best']] - source):+.1f}"
+        lines.append(
+            f"| {pair} | {100 * source:.1f} | {100 * means[arm_of['oracle']]:.1f} | {100 * (means['DANN'] - source):+.1f} "
+            f"({100 * (means['DANN'] - control):+.1f}) | {best} | {row['chosen']} {100 * row['gain']:+.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def arms_in(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the arms, in order."""
     return list(dict.fromkeys(line["arm"] for line in lines))
@@ -169,6 +187,7 @@ def write() -> None:
     table = pd.read_csv(FILE)
     for page, name in (("ladder.md", "scores"), ("../README.md", "ladder")):
         put(page, name, scores_table(table))
+    put("which-method.md", "which", which_text(table))
     put("ladder.md", "choice", choice_text(regrets(table)))
     put("ladder.md", "others", others_text(table))
 

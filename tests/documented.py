@@ -330,6 +330,11 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         'python -m dann_experiments adapt --config mine.yaml --domain_adaptation.companions "[{name: moments, space: lab}, '
         '{name: style, probability: 0.5}]"': Example("squares"),
     },
+    ("docs/which-method.md", "In one command"): {
+        "python -m dann_experiments compare --config mine.yaml --arms ladder --seeds 3": Example(
+            "squares", "--arms few.yaml --seeds 1", slow=True
+        ),
+    },
     ("docs/companions.md", "The ladder: which rung helps on your pair?"): {
         "python -m dann_experiments compare --config mine.yaml --arms ladder --seeds 5": Example(
             "squares", instead={"seeds": "1"}, slow=True
