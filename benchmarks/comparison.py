@@ -6,7 +6,7 @@ Reads runs of `compare` from the tracking store. Results: mean and standard devi
 to the control with its confidence interval, the arm's runs, the verdict. Time: what a comparison took before its first
 training started (checks, digests, worker processes) and after its last one ended (tables, pictures, report), against the time
 between, in which the trainings ran; goal: at most 10 %. Only runs that had to be made count there. `--write` puts results into
-README.md and docs/selection.md and the time into docs/performance.md.
+docs/results.md and docs/selection.md and the time into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def main() -> None:
     )
     pages = [("performance.md", "comparison", time_table)]
     for one in compared:
-        pages.append(("../README.md", f"compare {one.name}", results(one)))
+        pages.append(("results.md", f"compare {one.name}", results(one)))
         if one.selection is not None:
             pages.append(("selection.md", f"compare {one.name}", ranking(one)))
     for page, name, text in pages:

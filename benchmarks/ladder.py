@@ -6,7 +6,7 @@
 `add` reads a finished comparison (`compare --arms ladder`) from its store into docs/ladder.csv, one line per arm and seed; lines
 of the same pair are replaced. `--set rule`: this pair was looked at while the rule of the choice was made; `test`: it was not;
 `digits`: nor this one, which is made of digits and no real pair; `changes`: nor this one, whose changes are inserted.
-`write` makes the tables of docs/ladder.md and README.md from that file alone.
+`write` makes the tables of docs/ladder.md, and a short one in README.md, from that file alone.
 """
 
 from __future__ import annotations
@@ -119,6 +119,30 @@ def scores_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def short_table(table: pd.DataFrame) -> str:
+    """Return the README's table: baselines, DANN, the arm chosen without labels and the oracle, with verdicts, by pairs."""
+    found = {row["pair"]: row for row in regrets(table).to_dict("records")}
+    rows: dict[str, list[str]] = {
+        name: [] for name in ("source only", "lambda = 0 control", "DANN", "chosen without labels", "oracle", "*floor*")
+    }
+    for pair, choice in found.items():
+        lines = table[table["pair"] == pair]
+        for name in ("source only", "lambda = 0 control", "DANN", "oracle"):
+            rows[name].append(_score(lines[lines["arm"] == name]))
+        own = lines[lines["arm"] == choice["chosen"]]
+        rows["chosen without labels"].append(f"{choice['chosen']} {_score(own)}" if len(own) else choice["chosen"])
+        rows["*floor*"].append(f"{100 * lines['floor'].mean():.1f}")
+    head = [f"| | {' | '.join(found)} |", "|" + "---|" * (len(found) + 1)]
+    return "\n".join([*head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
+
+
+def _score(lines: pd.DataFrame) -> str:
+    """Return mean, standard deviation and the verdict, if there is one, of an arm on a pair."""
+    outcome = str(lines["outcome"].fillna("").iloc[0])
+    word = f" **{outcome}**" if outcome == "helped" else f" {outcome}"
+    return f"{100 * lines['score'].mean():.1f} ± {100 * lines['score'].std():.1f}{word}".rstrip()
+
+
 def choice_text(found: pd.DataFrame) -> str:
     """Return the table of choices, and how the goals were met."""
     columns = (
@@ -185,8 +209,8 @@ def arms_in(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 def write() -> None:
     """Make the tables anew."""
     table = pd.read_csv(FILE)
-    for page, name in (("ladder.md", "scores"), ("../README.md", "ladder")):
-        put(page, name, scores_table(table))
+    put("ladder.md", "scores", scores_table(table))
+    put("../README.md", "ladder", short_table(table))
     put("which-method.md", "which", which_text(table))
     put("ladder.md", "choice", choice_text(regrets(table)))
     put("ladder.md", "others", others_text(table))

@@ -149,7 +149,7 @@ def pages() -> dict[str, str]:
 
 def metrics_page() -> str:
     """Return the table of metrics."""
-    return f"{METRICS_HEAD}\n{names.metric_table().replace('](docs/', '](').replace('[docs/', '[')}\n"
+    return f"{METRICS_HEAD}\n{names.metric_table()}\n"
 
 
 def tags_page() -> str:

@@ -291,14 +291,14 @@ METRICS = (
     (
         (Metric.SOURCE_VAL_IOU, Metric.TARGET_VAL_IOU),
         "mean IoU over the classes present, from one confusion matrix of the whole set, without ignored pixels; step 0 = before "
-        "adaptation. With [several domains](docs/several-domains.md), the mean of `iou/target_val.NAME`",
+        "adaptation. With [several domains](several-domains.md), the mean of `iou/target_val.NAME`",
     ),
     ((Metric.SOURCE_TEST_IOU, Metric.TARGET_TEST_IOU), "the same for the test sets, once, with the final weights"),
     (("class_iou/SET/CLASS",), "IoU of one class"),
     (
         ("floor/SET",),
         "the floor of `iou/SET`: the mean IoU of the best map that is one class everywhere. A score near it says nothing "
-        "([docs/scores.md](docs/scores.md#the-floor))",
+        "([scores.md](scores.md#the-floor))",
     ),
     (
         ("map/SET", "ap/SET/CLASS"),
@@ -323,22 +323,22 @@ METRICS = (
     (
         (Metric.PROBE_ACCURACY, Metric.A_DISTANCE),
         "a new classifier on the features, before (step 0) and after adaptation: can it distinguish the domains? "
-        "[docs/alignment.md](docs/alignment.md)",
+        "[alignment.md](alignment.md)",
     ),
     (
         ("select/*",),
-        "label-free scores of the target, for choosing epochs and trials: [docs/selection.md](docs/selection.md)",
+        "label-free scores of the target, for choosing epochs and trials: [selection.md](selection.md)",
     ),
     (
         ("guard/*",),
-        "has adaptation destroyed the target's map? Needs no target labels: [docs/guards.md](docs/guards.md)",
+        "has adaptation destroyed the target's map? Needs no target labels: [guards.md](guards.md)",
     ),
     ((Metric.LAMBDA,), "weight of the reversed gradient"),
     (
         (Metric.SEGMENTATION_LOSS, Metric.ADAPTATION_LOSS, Metric.TOTAL_LOSS),
-        "training losses per step: of the [segmentation](docs/losses.md), the method's own, and their weighted sum",
+        "training losses per step: of the [segmentation](losses.md), the method's own, and their weighted sum",
     ),
-    (("da_part/NAME",), "the loss of each [companion](docs/companions.md) before its weight"),
+    (("da_part/NAME",), "the loss of each [companion](companions.md) before its weight"),
     (("loss/val_source", "loss/val_target"), "mean cross-entropy on the validation sets"),
     (
         ("lr/*", "time/*"),
@@ -349,7 +349,7 @@ METRICS = (
         "number of skipped steps whose loss or gradient was not finite, if there were any (`trainer.skip_bad_steps`)",
     ),
 )
-"""The metrics of a run: names and meaning. The table in the README is generated from it."""
+"""The metrics of a run: names and meaning. docs/metrics.md is generated from it; its links are those of that page."""
 
 
 def metric_table() -> str:

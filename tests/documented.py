@@ -170,6 +170,8 @@ class Example:
                 value = fact(value.strip("{}"))
             text = re.sub(rf"(?<![A-Za-z_]){re.escape(name)}(?![A-Za-z_])", lambda _, value=value: value, text)
         words = [*shlex.split(text), *shlex.split(self.more)]
+        if words[0] == "dann":  # the installed program of this module
+            words[:1] = ["python", "-m", "dann_experiments"]
         for name, value in self.instead.items():
             for at, word in enumerate(words):
                 if word == f"--{name}":
@@ -222,54 +224,20 @@ SAME = {"ID ID ID ...": "{runs}"}
 
 EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     ("README.md", "Two commands"): {"make demo": digits_by_mlflow(), "make ui": Example("squares", slow=True)},
-    ("README.md", "`mlflow run`"): {
-        "mlflow run . -e adapt --env-manager local": digits_by_mlflow(),
-        "mlflow run . -e adapt --env-manager local -P gamma=2.5 -P domain_adaptation.method.classifier=pooled"
-        " -P optimizer.lr=3e-4": digits_by_mlflow(),
-    },
-    ("README.md", "Did adaptation help?"): {
-        "mlflow run . -e compare --env-manager local -P config=mine.yaml -P seeds=5": Example(
-            "squares", instead={"seeds": "1"}, slow=True, apart=True
+    ("README.md", "Your own images"): {
+        "dann adapt --config mine.yaml": Example("folders", SCENES),
+        "dann compare --config mine.yaml --seeds 3": Example(
+            "folders", f"{FEW_ARMS} {SCENES}", {"seeds": "1"}, slow=True
         ),
-        "python -m dann_experiments compare --config mine.yaml": Example("squares", "--seeds 1", slow=True),
-        "python -m dann_experiments compare --runs ID ID ID ...": Example("squares", fill=SAME),
-        "python -m dann_experiments compare --config recipes/digits.yaml --seeds 5": Example(
-            "digits", f"{FEW_ARMS} {DIGITS}", {"seeds": "1"}, slow=True
-        ),
-        "python -m dann_experiments compare --config recipes/neon_trees.yaml --seeds 3": Example(
-            "trees", f"{FEW_ARMS} {TREES}", {"seeds": "1"}, after="neon_trees", slow=True
-        ),
-    },
-    ("README.md", "Sweeps"): {
-        "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
-        "python -m sweeps run --space sweeps/wide.yaml --config mine.yaml --n_trials 40 --confirm_top 3": Example(
-            "squares", "--workers 1 --confirm_seeds 1", {"n_trials": "3", "confirm_top": "1"}, slow=True
-        ),
-        "python -m sweeps resume --study wide-mine": Example("squares", after="wide_mine", slow=True),
-    },
-    ("README.md", "Your own data"): {
-        "yaml: model: {arch: unet, encoder_name: resnet34, encoder_weights: imagenet, classes: 3}   "
-        "# any network of segmentation-models-pytorch": Example("cities", SCENES),
-        "python -m dann_experiments layers --config mine.yaml": Example("cities"),
-        "python -m dann_experiments check-data --config mine.yaml": Example("cities", "--model.encoder_weights null"),
-        "python -m dann_experiments adapt --config mine.yaml": Example("cities", SCENES),
-        "python -m dann_experiments compare --config mine.yaml --seeds 3": Example(
-            "cities", f"{FEW_ARMS} {SCENES}", {"seeds": "1"}, slow=True
-        ),
-        "python -m dann_experiments predict --model runs:/RUN_ID --input region_b.tif --output map.tif": Example(
-            "cities", fill=ONE_RUN
-        ),
-        "python -m dann_experiments predict --model runs:/RUN_ID --input scenes/ --output maps/ --bands 1,2,3": Example(
-            "cities", fill=ONE_RUN
-        ),
-        "python -m dann_experiments adapt --help": Example("squares"),
     },
     ("docs/batchnorm.md", "AdaBN of any model, without training"): {
         "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint runs:/ID"
         " --domain_adaptation.batchnorm target_stats": Example("squares", fill=ONE_RUN),
     },
     ("docs/compare.md", "Did adaptation help? `compare`"): {
-        "mlflow run . -e compare --env-manager local -P config=mine.yaml": Example("squares", "-P seeds=1", slow=True),
+        "mlflow run . -e compare --env-manager local -P config=mine.yaml": Example(
+            "squares", "-P seeds=1", slow=True, apart=True
+        ),
         "python -m dann_experiments compare --config mine.yaml --seeds 3 --workers 2": Example(
             "squares", instead={"seeds": "1"}, slow=True
         ),
@@ -287,12 +255,19 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         ),
         "python -m dann_experiments adapt --config recipes/digits.yaml": Example("digits", DIGITS),
         "python -m dann_experiments runs": Example("squares", after="run"),
+        "python -m dann_experiments adapt --help": Example("squares"),
+    },
+    ("docs/first-run.md", "The same by `mlflow run`"): {
+        "mlflow run . -e adapt --env-manager local": digits_by_mlflow(),
+        "mlflow run . -e adapt --env-manager local -P gamma=2.5 -P domain_adaptation.method.classifier=pooled"
+        " -P optimizer.lr=3e-4": digits_by_mlflow(),
     },
     ("docs/your-data.md", "2. Describe them"): {"yaml: # mine.yaml": Example("folders", SCENES)},
     ("docs/your-data.md", "3. Check them"): {
         "python -m dann_experiments check-data --config mine.yaml": Example("folders", "--model.encoder_weights null"),
     },
     ("docs/your-data.md", "4. Adapt"): {
+        "python -m dann_experiments layers --config mine.yaml": Example("folders"),
         "python -m dann_experiments adapt --config mine.yaml": Example("folders", SCENES),
     },
     ("docs/your-data.md", "5. Did it help?"): {
@@ -449,7 +424,17 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
             "squares", "--overwrite true", fill=ONE_RUN
         ),
     },
+    ("docs/results.md", "All arms, and the verdict"): {
+        "python -m dann_experiments compare --config recipes/digits.yaml --seeds 5": Example(
+            "digits", f"{FEW_ARMS} {DIGITS}", {"seeds": "1"}, slow=True
+        ),
+    },
     ("docs/results.md", "Tree crowns, Yellowstone to Florida"): {
+        "python -m dann_experiments compare --config recipes/neon_trees.yaml --seeds 3": Example(
+            "trees", f"{FEW_ARMS} {TREES}", {"seeds": "1"}, after="neon_trees", slow=True
+        ),
+    },
+    ("docs/results.md", "The first trial"): {
         "python -m dann_experiments adapt --config recipes/neon_trees.yaml --data.root FOLDER --threads 1": Example(
             "trees", TREES.replace("--threads 1 ", ""), fill={"FOLDER": "neon_trees"}, after="neon_trees", slow=True
         ),
@@ -489,8 +474,8 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     },
     ("docs/sweeps.md", "Sweeps"): {
         "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
-        "python -m sweeps run --space sweeps/wide.yaml --config mine.yaml --n_trials 40": Example(
-            "squares", "--workers 1", {"n_trials": "3"}, slow=True
+        "python -m sweeps run --space sweeps/wide.yaml --config mine.yaml --n_trials 40 --confirm_top 3": Example(
+            "squares", "--workers 1 --confirm_seeds 1", {"n_trials": "3", "confirm_top": "1"}, slow=True
         ),
         "python -m sweeps run --space sweeps/ladder.yaml --config mine.yaml --n_trials 40": Example(
             "squares", "--workers 1", {"n_trials": "3"}, slow=True

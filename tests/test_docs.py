@@ -8,11 +8,13 @@ from pathlib import Path
 
 import mlflow
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from conftest import small_settings
 from documented import few_digits
 
+from benchmarks import ladder
 from dann_experiments import DomainAdaptationMethod, InputError, adapt, load_config
 from dann_experiments.names import metric_table
 
@@ -129,5 +131,49 @@ def test_the_page_of_reliability_holds_counts_that_are_all_as_promised():
     assert "--seed" in found.group(1)
 
 
-def test_the_readme_s_table_of_metrics_is_the_vocabulary_s():
-    assert metric_table() in (PROJECT / "README.md").read_text()
+def test_the_page_of_metrics_has_the_table_of_the_vocabulary():
+    assert metric_table() in (PROJECT / "docs" / "metrics.md").read_text()
+
+
+def test_the_tables_of_methods_by_pairs_are_those_of_their_file():
+    table = pd.read_csv(ladder.FILE)
+    for page, name, expected in (
+        ("docs/ladder.md", "scores", ladder.scores_table(table)),
+        ("README.md", "ladder", ladder.short_table(table)),
+    ):
+        marked = f"<!-- {name}: start -->\n{expected}\n<!-- {name}: end -->"
+        assert marked in (PROJECT / page).read_text(), f"{page}: run python -m benchmarks.ladder write"
+
+
+def test_the_short_table_has_the_arm_that_is_chosen_and_every_verdict():
+    arms = {
+        "source only": (0.5, 0.9),
+        "lambda = 0 control": (0.4, 0.8),
+        "DANN": (0.6, 0.7),
+        "style": (0.55, 0.95),
+        "oracle": (0.9, None),
+    }
+    kinds = {"source only": "source_only", "lambda = 0 control": "control", "oracle": "oracle"}
+    lines = [
+        {
+            "pair": "a → b", "set": "test", "arm": arm, "seed": seed, "score": score + 0.1 * seed, "floor": 0.3,
+            "kind": kinds.get(arm, "adapted"), "outcome": {"DANN": "no evidence", "style": "helped"}.get(arm),
+            "seeds": 2, "source_kept": 1.0, "guard": 0.0, "seed_agreement": agreement, "consensus": agreement,
+            **dict.fromkeys(("entropy", "infomax", "snd", "bnm", "share_distance"), 0.0),
+        }
+        for arm, (score, agreement) in arms.items() for seed in (0, 1)
+    ]  # fmt: skip
+    found = ladder.short_table(pd.DataFrame(lines))
+    assert found.splitlines()[2:] == [
+        "| source only | 55.0 ± 7.1 |",
+        "| lambda = 0 control | 45.0 ± 7.1 |",
+        "| DANN | 65.0 ± 7.1 no evidence |",
+        "| chosen without labels | style 60.0 ± 7.1 **helped** |",
+        "| oracle | 95.0 ± 7.1 |",
+        "| *floor* | 30.0 |",
+    ]
+
+
+def test_the_readme_has_at_most_900_words():
+    words = [word for word in (PROJECT / "README.md").read_text().split() if any(map(str.isalnum, word))]
+    assert len(words) <= 900

@@ -77,7 +77,7 @@ CLONE = [
 FEW_ARMS = {"source only": {"kind": "source_only"}, "lambda = 0 control": {"kind": "control"}, "DANN": {}}
 ABLATION, WEAK_ARMS = "# ablation.yaml", "# weak_arms.yaml"
 SEASONS, FIELDS = "# seasons.yaml", "# fields.yaml"
-README_DATA, REGION_DATA = "model: {arch: unet, encoder_name: resnet34", "model: {in_channels: 4"
+REGION_DATA = "model: {in_channels: 4"
 
 
 @dataclass(frozen=True)
@@ -197,15 +197,6 @@ def digits_place(place: Place) -> None:
     (place.folder / "switches.yaml").write_text(yaml.safe_dump({"arms": arms}, sort_keys=False))
 
 
-def cities_place(place: Place) -> None:
-    """The files of the README's block."""
-    text = block("README.md", README_DATA)
-    (place.folder / "mine.yaml").write_text(text)
-    write_files(settings_of(text), place.folder)
-    (place.folder / "scenes").mkdir()
-    shutil.copy(place.folder / "region_b.tif", place.folder / "scenes" / "one.tif")
-
-
 def region_place(place: Place) -> None:
     """The files of the block of docs/data.md."""
     text = block("docs/data.md", REGION_DATA)
@@ -294,7 +285,6 @@ PLACES: dict[str, Callable[[Place], None]] = {
     "folders": folders_place,
     "squares": squares_place,
     "digits": digits_place,
-    "cities": cities_place,
     "region": region_place,
     "trees": trees_place,
     "pairs": pairs_place,
@@ -411,7 +401,6 @@ FACTS: dict[str, Callable[[Place], str]] = {
     "two_dates": two_dates,
     "weak_dates": weak_dates,
     "nuclei": unpacked("nuclei", "nuclei"),
-    "wide_mine": study("README.md", "Sweeps", "python -m sweeps run --space sweeps/wide.yaml"),
     "dann_digits": study("docs/sweeps.md", "Sweeps", "mlflow run . -e sweep"),
 }
 
