@@ -136,8 +136,8 @@ def short_table(table: pd.DataFrame) -> str:
     return "\n".join([*head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 
-def _score(lines: pd.DataFrame) -> str:
-    """Return mean, standard deviation and the verdict, if there is one, of an arm on a pair."""
+def _score(lines: Any) -> str:
+    """Return mean, standard deviation and the verdict, if there is one, of the lines of an arm on a pair."""
     outcome = str(lines["outcome"].fillna("").iloc[0])
     word = f" **{outcome}**" if outcome == "helped" else f" {outcome}"
     return f"{100 * lines['score'].mean():.1f} ± {100 * lines['score'].std():.1f}{word}".rstrip()
