@@ -140,6 +140,7 @@ def test_the_tables_of_methods_by_pairs_are_those_of_their_file():
     for page, name, expected in (
         ("docs/ladder.md", "scores", ladder.scores_table(table)),
         ("README.md", "ladder", ladder.short_table(table)),
+        ("docs/which-method.md", "which", ladder.which_text(table)),
     ):
         marked = f"<!-- {name}: start -->\n{expected}\n<!-- {name}: end -->"
         assert marked in (PROJECT / page).read_text(), f"{page}: run python -m benchmarks.ladder write"
