@@ -190,7 +190,7 @@ def which_text(table: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row, (pair, own) in zip(regrets(table).to_dict("records"), table.groupby("pair", sort=False), strict=True):
-        means = own.groupby("arm", sort=False)["score"].mean()
+        means: Any = own.groupby("arm", sort=False)["score"].mean()
         arm_of = {kind: arm for arm, kind in zip(own["arm"], own["kind"], strict=True)}
         source, control = means[arm_of["source_only"]], means[arm_of["control"]]
         best = f"{row['best']} {100 * (means[row['best']] - source):+.1f}"
