@@ -69,7 +69,7 @@ def _cleared(
 
     def window_with(share: float, of: np.ndarray, height: int, width: int) -> tuple[slice, slice]:
         for _ in range(MOST_DRAWS):
-            top, left = draws.integers(0, np.array(of.shape) - (height, width) + 1)
+            top, left = draws.integers(0, [of.shape[0] - height + 1, of.shape[1] - width + 1])
             box = (slice(top, top + height), slice(left, left + width))
             if of[box].mean() >= share:
                 return box
