@@ -25,8 +25,9 @@ from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.rasters import Window, read_header
 from dann_experiments.data.reading import Reading
 from dann_experiments.data.samples import file_digest, find_samples
-from dann_experiments.data.virtual import cache_folder
+from dann_experiments.data.virtual import addresses, cache_folder, shown
 from dann_experiments.prediction.find_images import find_work
+from dann_experiments.prediction.stac import times_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 PLACE: dict[str, Any] = {"crs": "EPSG:32633", "transform": from_origin(500_000, 5_400_000, 10, 10)}
@@ -287,3 +288,17 @@ def test_what_a_bucket_lacks_is_said(bucket, monkeypatch):
     with pytest.raises(InputError, match=r"http://127\.0\.0\.1:9 does not answer .*tried 3 times") as error:
         remote.images("s3://scenes/a.tif", "x")
     assert SECRET not in str(error.value)
+
+
+def test_remote_images_and_stacks_are_shown_by_their_addresses(bucket, tmp_path):
+    put(bucket, "x/a.tif", picture(1, 1))
+    put(bucket, "x/b.tif", picture(2, 1))
+    [one] = find_samples(["s3://scenes/x/a.tif"], tmp_path, "data.target.train")
+    assert addresses(one.image) == ["s3://scenes/x/a.tif"]
+    assert shown(one.image) == "s3://scenes/x/a.tif"
+    entry = {"images": [["s3://scenes/x/a.tif", "s3://scenes/x/b.tif"]]}
+    [both] = find_samples([entry], tmp_path, "data.target.train")
+    assert addresses(both.image) == ["s3://scenes/x/a.tif", "s3://scenes/x/b.tif"]
+    assert shown(both.image) == "s3://scenes/x/a.tif and 1 more"
+    with pytest.raises(InputError, match="does not say when it was taken"):
+        times_of(one.image, None)

@@ -20,6 +20,7 @@ from dann_experiments.comparison.result import Arm, ArmRun
 from dann_experiments.comparison.target_maps import TargetMaps, Tile, maps_of
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.suggestions import SuggestLabelsConfig
+from dann_experiments.data.virtual import shown
 from dann_experiments.jobs.build import seeded
 from dann_experiments.names import Job, Tag
 from dann_experiments.prediction.rasters import write_window
@@ -142,7 +143,7 @@ def _write_tables(folder: Path, choice: Choice, tiles: Sequence[tuple[Tile, floa
         writer = csv.writer(file)
         writer.writerow(["image", "left", "top", "right", "bottom", "disagreement", "file"])
         for number, (tile, value) in enumerate(tiles):
-            writer.writerow([tile.image, *tile.region, f"{value:.6f}", files[number] if files else ""])
+            writer.writerow([shown(tile.image), *tile.region, f"{value:.6f}", files[number] if files else ""])
 
 
 def _draw(path: Path, maps: TargetMaps, tiles: Sequence[tuple[Tile, float]], config: Config) -> None:

@@ -108,6 +108,27 @@ def origins(path: Path) -> list[Path]:
     return [file for file in files_behind(path) if not is_ours(file)]
 
 
+def addresses(path: Path) -> list[str]:
+    """Return what an image is read from, as its user names it: itself or, for a virtual raster of ours, paths of files and
+    addresses (https://, s3://)."""
+    if not is_ours(path):
+        return [str(path)]
+    found: dict[str, None] = {}
+    for element, source in _sources(path):
+        text = (element.text or "").strip()
+        if text.startswith("/vsi"):
+            found[text.removeprefix("/vsicurl/").replace("/vsis3/", "s3://", 1)] = None
+        else:
+            found |= dict.fromkeys(addresses(source))
+    return list(found) or [str(path)]
+
+
+def shown(path: Path) -> str:
+    """Return an image as its user names it, for tables: the first of `addresses`, and how many there are besides."""
+    first, *others = addresses(path)
+    return f"{first} and {len(others)} more" if others else first
+
+
 def place_of_origin(path: Path) -> Path:
     """Return where an image seems to be for its user: for a virtual raster of ours, the folder of its first file, with the stem.
 

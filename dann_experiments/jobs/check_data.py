@@ -28,7 +28,7 @@ from dann_experiments.data.samples import Sample, file_digest
 from dann_experiments.data.statistics import BandStatistics, BandSums, range_remark
 from dann_experiments.data.vector_files import is_vector
 from dann_experiments.data.vector_report import vector_report
-from dann_experiments.data.virtual import files_behind, is_ours, origins
+from dann_experiments.data.virtual import addresses, files_behind, is_ours
 from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs.build import data_plan
 from dann_experiments.jobs.checks import may_share, remarks_on_label_maps
@@ -247,9 +247,10 @@ def _check_deflated(path: Path) -> None:
 
 def _note_stacks(name: SetName, samples: Sequence[Sample], problems: Problems) -> None:
     """Say how many images of a set are made of several files, and which those of the first are."""
-    stacks = [origins(sample.image) for sample in samples if is_ours(sample.image)]
+    stacks = [found for sample in samples if is_ours(sample.image) and len(found := addresses(sample.image)) > 1]
     if stacks:
-        files = ", ".join(file.name for file in stacks[0])
+        names = [file.rpartition("/")[2] for file in stacks[0]]
+        files = ", ".join(names if len(set(names)) == len(names) else stacks[0])
         text = f"{name.key}: {len(stacks)} of {len(samples)} images are made of several files; the first of {files}."
         problems.remarks.add(f"stacks of {name}", text)
 

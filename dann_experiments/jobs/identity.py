@@ -48,6 +48,13 @@ LATER = (
 """Settings that came after the first version and change results only if they do not have their defaults."""
 
 
+LATER_OF_DOMAINS = (
+    "nodata_bands", "sampling", "sampling_temperature", "labelled_count", "labelled_batch_size",
+    "label_attribute", "label_map", "label_background", "label_all_touched",
+)  # fmt: skip
+"""The same of a domain."""
+
+
 def method_name(config: Config) -> str:
     """Return the method's name in tags: dann, lambda_zero, source_only, or the class name of a user's own method."""
     method = config.domain_adaptation.method
@@ -109,8 +116,12 @@ def domain_name(config: Config, domain: Domain, member: str | None = None) -> st
         return " + ".join(settings.named(one).name or one for one in names)
     if settings.name or settings.preset:
         return settings.name or " ".join(filter(None, (settings.preset, settings.scene)))
-    first = settings.train[0] if settings.train else domain
-    return first if isinstance(first, str) else str(first.get("images") or first["items"])
+    first: Any = settings.train[0] if settings.train else domain
+    if isinstance(first, Mapping):
+        first = first.get("images") or first["items"]
+    while isinstance(first, list):  # of several files, the first one
+        first = first[0]
+    return str(first)
 
 
 def domain_tags(config: Config) -> dict[str, str]:
@@ -245,13 +256,7 @@ def _plain_reading(config: Config, of_domain: DomainDataConfig) -> dict[str, Any
     defaults = dataclasses.asdict(DomainDataConfig())
     if not config.data.entries(TARGET_LABELLED):
         settings |= {key: defaults[key] for key in ("labelled_count", "labelled_batch_size")}
-    for key in (
-        "nodata_bands",
-        "sampling",
-        "sampling_temperature",
-        "labelled_count",
-        "labelled_batch_size",
-    ):  # older runs were made without them
+    for key in LATER_OF_DOMAINS:
         if settings[key] == defaults[key]:
             del settings[key]
     return settings

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dann_experiments.data.virtual import shown
 from dann_experiments.prediction.mapping import Ended
 
 COLUMNS = ("input", "output", "status", "seconds", "message")
@@ -22,7 +23,7 @@ class Manifest:
     def __init__(self, path: Path, work: Sequence[tuple[Path, Path]]) -> None:
         """Write the table to `path`, with every pair of image and map as waiting."""
         self.path = path
-        self._rows = [[str(source), str(output), WAITING, "", ""] for source, output in work]
+        self._rows = [[shown(source), str(output), WAITING, "", ""] for source, output in work]
         self.write()
 
     def add(self, end: Ended) -> None:

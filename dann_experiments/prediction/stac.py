@@ -19,8 +19,9 @@ import numpy as np
 
 from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.paths import is_remote
 from dann_experiments.data.rasters import open_raster
-from dann_experiments.data.virtual import origins
+from dann_experiments.data.virtual import addresses, origins
 from dann_experiments.names import Confidence
 from dann_experiments.prediction.confidence import MEANINGS
 from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, STAC, path_beside
@@ -74,7 +75,9 @@ def times_of(image: Path, given: str | None) -> Times:
     """
     if given is not None:
         return times_of_text(given, "stac_datetime")
-    first = origins(image)[0]  # of an image in several files, whose own file is a small one in the cache
+    first = next(
+        iter(origins(image)), image
+    )  # of an image in several files, whose own file is a small one in the cache
     item = item_beside(first)
     if item is not None:
         own = {key: item[1].get(key) for key in ("datetime", "start_datetime", "end_datetime") if key in item[1]}
@@ -118,7 +121,10 @@ def write_item(
     """
     path = path_beside(output, STAC)
     tags = read_tags(output)
-    sources = [item[0] if (item := item_beside(file)) else file for file in origins(image)]
+    sources = [
+        source if is_remote(source) else _href(item[0] if (item := item_beside(Path(source))) else Path(source), path)
+        for source in addresses(image)
+    ]
     name, _, version = tags.get("software", "").partition(" ")
     properties = {
         **times,
@@ -136,7 +142,7 @@ def write_item(
     item = {
         "type": "Feature", "stac_version": VERSION, "stac_extensions": used, "id": output.stem, **footprint,
         "properties": properties,
-        "links": [{"rel": "derived_from", "href": _href(file, path)} for file in dict.fromkeys(sources)],
+        "links": [{"rel": "derived_from", "href": source} for source in dict.fromkeys(sources)],
         "assets": assets,
     }  # fmt: skip
     part = path.with_name(f"{path.name}.partial")
