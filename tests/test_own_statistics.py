@@ -255,7 +255,7 @@ def test_a_map_that_was_begun_resumes_to_the_same_and_with_other_statistics_star
     before = state_of(given.network)
     maker = MapMaker(given, Options(**size, test_batchnorm="images"), CPU, np.zeros((3, 3)), {})
     with pytest.raises(KeyboardInterrupt):
-        maker.map_all([(Path("long.tif"), Path("map.tif"))], stop)
+        list(maker.map_all([(Path("long.tif"), Path("map.tif"))], stop))
     assert same(before, state_of(given.network))
     shutil.copytree("map.tif.partial", "other.tif.partial")
     with caplog.at_level("INFO"):

@@ -21,6 +21,7 @@ ELSEWHERE = {
     "landsat_bands": "needs images and an encoder of the user's: tests/test_documented_examples.py",
     "landsat_regions": "needs images and an encoder of the user's: tests/test_documented_examples.py",
     "nuclei": "needs images and an encoder of the user's: tests/test_documented_examples.py",
+    "vega": "needs images of the user's: tests/test_documented_examples.py",
     "classic": "runs on few images of the same data in tests/test_documented_examples.py",
     "target_dialect": "runs on few images of the same data in tests/test_documented_examples.py",
 }

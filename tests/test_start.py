@@ -73,7 +73,7 @@ def test_each_file_is_opened_for_its_header_and_for_its_pixels_and_its_bytes_are
     opened, reader = [], rasterio.io.DatasetReader
     monkeypatch.setattr(rasterio.io, "DatasetReader", lambda path: opened.append(path) or reader(path))
     hashed, file_digest = [], domain_data.file_digest
-    monkeypatch.setattr(domain_data, "file_digest", lambda path: hashed.append(path) or file_digest(path))
+    monkeypatch.setattr(domain_data, "file_digest", lambda path, *more: hashed.append(path) or file_digest(path, *more))
     sets = read_sets(config)
     assert sets.digests
     files = [path for one in sets.sets.values() for path in files_of(one.samples)]

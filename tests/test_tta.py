@@ -289,7 +289,7 @@ def test_a_map_that_was_begun_with_it_resumes_and_with_another_setting_starts_an
     given = load_model(model, "target", None, None)  # pyright: ignore[reportArgumentType]
     maker = MapMaker(given, Options(**same, tta="mirror", confidence="entropy"), CPU, np.zeros((3, 3)), {})
     with pytest.raises(KeyboardInterrupt):
-        maker.map_all([(Path("long.tif"), Path("map.tif"))], stop)
+        list(maker.map_all([(Path("long.tif"), Path("map.tif"))], stop))
     for name in ("plain", "other"):
         shutil.copytree("map.tif.partial", f"{name}.tif.partial")
     with caplog.at_level("INFO"):

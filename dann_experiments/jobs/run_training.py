@@ -209,6 +209,8 @@ def train(
             album.add("before", network)
         if alignment is not None:
             alignment.measure("before", network, loop.device)
+        if checkpoint is None:
+            run.log_metrics({Metric.PASSES: float(loop.module.passes_per_step)}, step=0)
         with closing(loop.checkpoints):  # however training ends, rename its files to last and best
             ranks.wait()
             loop.run(checkpoint)

@@ -258,9 +258,6 @@ class AdaptationModule(pl.LightningModule):
             self.method.on_train_start(self.network)
             self._started = True
 
-        for logger in self.loggers if self.trainer.global_step == 0 else ():
-            logger.log_metrics({Metric.PASSES: float(self.passes_per_step)}, step=0)
-
     @property
     def passes_per_step(self) -> int:
         """Number of batches that networks take per step: the source's, the target's (up to the last tap), and those that the
