@@ -22,6 +22,8 @@ from torch.nn import functional
 from dann_experiments import InputError, load_config
 from dann_experiments.adaptation.companions.self_training import SelfTraining
 from dann_experiments.adaptation.method import Progress, StepOutputs
+from dann_experiments.comparison.compare import _doubts
+from dann_experiments.comparison.result import ArmRun
 from dann_experiments.jobs import RunResult, adapt, pretrain
 from dann_experiments.jobs.identity import run_digest
 from dann_experiments.names import Job, Metric, Tag
@@ -384,3 +386,15 @@ def test_the_agreement_with_the_teacher_is_1_while_it_is_the_network_itself_and_
     assert (
         companion.loss(outputs, first)[1][Metric.GUARD_TEACHER] == 0.0
     )  # in the same step: the teacher has not followed
+
+
+def test_a_comparison_has_one_note_per_arm_in_which_it_spoke_the_control_included():
+    spoken = {("control", 1), ("DANN", 2), ("DANN", 0)}
+    runs = [
+        ArmRun(arm, seed, f"{arm}{seed}", {}, {}, {Tag.GUARD: f"{arm} {seed}"} if (arm, seed) in spoken else {}, False)
+        for arm in ("control", "DANN", "style") for seed in (2, 1, 0)
+    ]  # fmt: skip
+    assert list(_doubts(runs, ["DANN", "style"])) == [
+        "The guard spoke in control, seed 1: control 1 (docs/guards.md).",
+        "The guard spoke in DANN, seeds 0, 2: DANN 0 (docs/guards.md).",
+    ]

@@ -302,11 +302,11 @@ def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
             run.arm for run in runs if run.tags.get(Tag.FORGOT_SOURCE) == "true" and run.arm in adapted
         )
         yield f"Runs of {', '.join(names)} forgot the source (iou/source_val dropped by more than monitor.forgetting_threshold)."
-    warned = {arm: [run for run in runs if run.arm == arm and Tag.GUARD in run.tags] for arm in adapted}
-    for arm, of_arm in warned.items():
-        if of_arm:
-            seeds, text = ", ".join(map(str, sorted(run.seed for run in of_arm))), of_arm[0].tags[Tag.GUARD]
-            yield f"The guard spoke in {arm}, seed{'s' * (len(of_arm) > 1)} {seeds}: {text} (docs/guards.md)."
+    warned = [run for run in runs if Tag.GUARD in run.tags]
+    for arm in dict.fromkeys(run.arm for run in warned):  # the control's as well
+        texts = {run.seed: run.tags[Tag.GUARD] for run in sorted(warned, key=lambda run: run.seed) if run.arm == arm}
+        seeds, text = ", ".join(map(str, texts)), next(iter(texts.values()))
+        yield f"The guard spoke in {arm}, seed{'s' * (len(texts) > 1)} {seeds}: {text} (docs/guards.md)."
 
 
 def _table(comparison: Comparison) -> pd.DataFrame:
