@@ -231,10 +231,7 @@ def cells_of(arms: Sequence[Arm], seeds: Sequence[int], config: Config, source_d
             own = _settings(arm, config, seed)
             from_source = job != Job.PRETRAIN and arm.kind != "masks"
             try:
-                if arm.kind == "masks":
-                    digest = run_digest(job, own, digests_of_weak_labels(own))
-                else:
-                    digest = digests.of(job, own, source if from_source else None)
+                digest = digests.of(job, own, source if from_source else None, arm.kind == "masks")
             except InputError as error:
                 raise _of_arm(arm, error) from None
             cells.append(Cell(arm, seed, job, own, digest, from_source and given is None))
@@ -298,10 +295,11 @@ class _Digests:
     def __init__(self) -> None:
         self._found: dict[str, dict[str, str]] = {}
 
-    def of(self, job: str, config: Config, source: str | None) -> str:
+    def of(self, job: str, config: Config, source: str | None, masks_alone: bool = False) -> str:
+        """Return the digest of a run that starts from `source`; `masks_alone`: it scores weak labels, without a network."""
         weak = config.domain_adaptation.uses_weak_labels
-        key = repr((SETS[job], weak, config.data, config.model.in_channels, config.model.classes))
+        key = repr((SETS[job], weak, masks_alone, config.data, config.model.in_channels, config.model.classes))
         if key not in self._found:
-            self._found[key] = find_data(config, SETS[job]).digests
-        digests = self._found[key]
-        return run_digest(job, config, digests, source)
+            found = digests_of_weak_labels(config) if masks_alone else find_data(config, SETS[job]).digests
+            self._found[key] = found
+        return run_digest(job, config, self._found[key], source)

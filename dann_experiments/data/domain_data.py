@@ -36,7 +36,9 @@ from dann_experiments.names import (
     SOURCE_TRAIN,
     SOURCE_VAL,
     TARGET_LABELLED,
+    TARGET_TEST,
     TARGET_TRAIN,
+    TARGET_VAL,
     TARGET_WEAK,
     OneDomain,
     SetName,
@@ -61,10 +63,6 @@ class DomainImages:
     """Name of the preset that the entries come from, for messages."""
     labelled_count: int | None = None
     """Number of images of the split train_labelled to use; None = all."""
-
-
-SCORED: tuple[Split, ...] = ("val", "test")
-"""The sets that runs are scored on."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +127,10 @@ class DataPlan:
         if name.whole == TARGET_WEAK:  # the training set, so that its batches are the same with and without weak labels
             train = SetName(name.domain, "train", name.member)
             trained_on = self._as_listed(train)
-            scored = [sample for one in SCORED for sample in self._as_listed(SetName(name.domain, one, name.member))]
-            return with_masks_of(trained_on, found, name.key, train.key, report, scored) if trained_on else None
-        if self.masks_of_rule and name.domain == "target" and name.split in SCORED:
+            scored = [SetName(name.domain, one.split, name.member) for one in (TARGET_VAL, TARGET_TEST)]
+            others = [sample for one in scored for sample in self._as_listed(one)]
+            return with_masks_of(trained_on, found, name.key, train.key, report, others) if trained_on else None
+        if self.masks_of_rule and name.whole in (TARGET_VAL, TARGET_TEST):
             weak = SetName(name.domain, "weak_labels", name.member)
             masks_of = find_samples(
                 images.entries.get("weak_labels", ()), self._root_of(name.one), weak.key, "required", report

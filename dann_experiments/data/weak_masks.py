@@ -32,22 +32,21 @@ def with_masks_of(
     elsewhere = {(sample.image.resolve(), region) for sample in others for region in (sample.region, None)}
     none_here = not any(sample.image.resolve() in regions for sample in labelled)
     for sample in labelled:
-        there = regions.get(sample.image.resolve())
-        if (sample.image.resolve(), sample.region) in elsewhere and not none_here and there is None:
-            continue
+        image = sample.image.resolve()
+        there, is_elsewhere = regions.get(image), (image, sample.region) in elsewhere
         if there is None:
-            report(
-                f"{key}: image {sample.image} is not in {of}, whose images these masks belong to; add it there, or take it out."
-            )
-        elif sample.region is not None and sample.region not in there:
-            if (sample.image.resolve(), sample.region) in elsewhere:
-                continue
+            if none_here or not is_elsewhere:
+                report(
+                    f"{key}: image {sample.image} is not in {of}, whose images these masks belong to; add it there, or take it "
+                    "out."
+                )
+        elif sample.region is None or sample.region in there:
+            masks[image, sample.region] = sample
+        elif not is_elsewhere:
             report(
                 f"{key}: image {sample.image} has the region {list(sample.region)}, which {of} does not have; leave region out "
                 f"here, as those of {of} count."
             )
-        else:
-            masks[sample.image.resolve(), sample.region] = sample
     found = []
     for sample in samples:
         image = sample.image.resolve()

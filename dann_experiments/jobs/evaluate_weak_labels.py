@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from dann_experiments.config import Config, InputError
+from dann_experiments.config.comparison import ARM_NAMES
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs.build import data_plan, seeded
@@ -24,9 +24,7 @@ from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import local_artifact_folder, open_store
 from dann_experiments.training.scoring import Scores, metrics_of_sets
 
-log = logging.getLogger(__name__)
 SETS = (TARGET_VAL, TARGET_TEST)
-NAME = "rule alone"
 
 
 def find_weak_labels(config: Config) -> list[SetName]:
@@ -63,7 +61,7 @@ def evaluate_weak_labels(config: Config, tags: Mapping[str, str] | None = None) 
             "seed": config.seed,
             **(tags or {}),
         }
-        title, folder = run_name(Job.EVALUATE, config, NAME), Path(config.tracking.folder)
+        title, folder = run_name(Job.EVALUATE, config, ARM_NAMES["masks"]), Path(config.tracking.folder)
         with tracked_run(store, config.tracking.run_name, title, all_tags, folder, use_claimed=True) as run:
             describe_run(run, config, truth)
             found = {name: _scored(truth.sets[name], dataset, config) for name, dataset in weak.sets.items()}
