@@ -340,8 +340,8 @@ METRICS = (
     ),
     (
         (Metric.RULE_OPEN,),
-        "share of the labeled pixels that the masks of the arm [rule alone](weak-labels.md) leave open, so that its scores do not "
-        "count them",
+        "share of the labeled pixels that the masks of the arm [rule alone](weak-labels.md) leave open, so that its scores "
+        "do not count them",
     ),
     (("da_part/NAME",), "the loss of each [companion](companions.md) before its weight"),
     (("loss/val_source", "loss/val_target"), "mean cross-entropy on the validation sets"),
