@@ -88,6 +88,7 @@ FILES: Mapping[str, Mapping[str, str]] = {
         **_SETTINGS,
         "figures/preview.png": "image and map, made small",
         "tables/class_shares.csv": "pixels of each class",
+        "tables/scenes.csv": "each image, its map, and whether it is mapped; if not, why",
     },
     Job.WEAK_LABELS: {
         **_SETTINGS,

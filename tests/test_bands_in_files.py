@@ -468,8 +468,8 @@ def test_the_documented_training_and_maps_of_satellite_scenes(workplace, capsys)
     shorter = ["--data.window_size", "64", "--data.source.batch_size", "2", "--data.target.batch_size", "2"]
     report = check_data(load_config("satellite.yaml", {"model.encoder_weights": None, "data.window_size": 64}))
     assert [text for text in report.remarks if "made of several files" in text] == [
-        "data.source.train: 2 of 2 images are made of several files; the first of x.tif, x.tif, x.tif, x.tif.",
-        "data.source.val: 2 of 2 images are made of several files; the first of x.tif, x.tif, x.tif, x.tif.",
+        "data.source.train: 2 of 2 images are made of several files; the first of B02/x.tif, B03/x.tif, B04/x.tif, B08/x.tif.",
+        "data.source.val: 2 of 2 images are made of several files; the first of B02/x.tif, B03/x.tif, B04/x.tif, B08/x.tif.",
         "data.target.train: 1 of 1 images are made of several files; the first of "
         + ", ".join(f"T33UUP_20230601T100031_{name}_{10 if name in TENS else 20}m.jp2" for name in (*S2_ORDER, "SCL")) + ".",
     ]  # fmt: skip

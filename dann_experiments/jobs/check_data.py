@@ -249,8 +249,14 @@ def _note_stacks(name: SetName, samples: Sequence[Sample], problems: Problems) -
     """Say how many images of a set are made of several files, and which those of the first are."""
     stacks = [found for sample in samples if is_ours(sample.image) and len(found := addresses(sample.image)) > 1]
     if stacks:
-        names = [file.rpartition("/")[2] for file in stacks[0]]
-        files = ", ".join(names if len(set(names)) == len(names) else stacks[0])
+        parts = [file.split("/") for file in stacks[0]]
+        unlike = len({names[-1] for names in parts}) == len(parts)
+        first = (
+            -1
+            if unlike
+            else next(place for place, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1)
+        )
+        files = ", ".join("/".join(names[first:]) for names in parts)
         text = f"{name.key}: {len(stacks)} of {len(samples)} images are made of several files; the first of {files}."
         problems.remarks.add(f"stacks of {name}", text)
 
