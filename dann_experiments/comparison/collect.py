@@ -20,7 +20,7 @@ from dann_experiments.config.store_names import LONGEST_PARAM
 from dann_experiments.config.untrusted import without_code
 from dann_experiments.names import CURVES, Job, Metric, Tag
 from dann_experiments.tracking.run import PARAM_PREFIX
-from dann_experiments.tracking.store import Store, known_run, without_secrets
+from dann_experiments.tracking.store import Store, known_run, whole_run_id, without_secrets
 from dann_experiments.tracking.values import context_of, last_values, logged_points
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def arms_of_runs(store: Store, run_ids: Sequence[str]) -> tuple[list[Arm], list[
     evaluate, and for runs that cannot be compared: two with the same arm and seed, runs from different source models, or runs
     scored on different images.
     """
-    runs = {run_id: _finished(store, run_id) for run_id in run_ids}
+    runs = {run.info.run_id: run for run in (_finished(store, run_id) for run_id in run_ids)}
     kinds: dict[str, Kind] = {run_id: _kind(run) for run_id, run in runs.items()}
     if "adapted" not in kinds.values():
         raise InputError("runs names no adaptation run, so there is nothing to judge; add one (`runs` lists some).")
@@ -124,7 +124,7 @@ def config_of(store: Store, run_id: str) -> Config | None:
 
 def _finished(store: Store, run_id: str, what: str = "") -> Any:
     where = f"runs needs {run_id}, {what}" if what else f"runs names {run_id}"
-    run = known_run(store, run_id)
+    run = known_run(store, whole_run_id(store, run_id))
     if run is None:
         raise InputError(f"{where}, which the tracking store does not have; see tracking.uri.")
     job = run.data.tags.get(Tag.JOB)

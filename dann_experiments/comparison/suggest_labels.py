@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from dann_experiments.prediction.rasters import write_window
 from dann_experiments.reports.plots.suggestions import Disputed, draw_disputed
 from dann_experiments.tracking.notes import description, link, run_page
 from dann_experiments.tracking.run import tracked_run
-from dann_experiments.tracking.store import Store, known_run, local_artifact_folder, open_store
+from dann_experiments.tracking.store import Store, known_run, local_artifact_folder, open_store, whole_run_id
 
 log = logging.getLogger(__name__)
 RUNS_TABLE = "tables/runs.csv"
@@ -56,6 +57,7 @@ def suggest_labels(settings: SuggestLabelsConfig) -> Suggestion:
     Raises InputError for an id that is no finished comparison, and for images or models that are missing.
     """
     store = open_store(settings.tracking.uri, settings.tracking.experiment)
+    settings = dataclasses.replace(settings, comparison=whole_run_id(store, settings.comparison))
     arms, runs, config = comparison_of(store, settings.comparison)
     folder = _new_folder(settings.output)
     tags = {Tag.JOB: Job.SUGGEST_LABELS, Tag.COMPARISON: settings.comparison}

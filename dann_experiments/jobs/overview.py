@@ -46,9 +46,11 @@ def overview(config: Config) -> Overview:
     experiments = [store.experiment_id] if store.experiment_id else []
     newest = next(found_runs(store, experiments, ADAPTED, page=1), None) if experiments else None
     if newest is None:
+        names = _with_adaptations(store)
+        elsewhere = f" ({', '.join(names)} {'has' if len(names) == 1 else 'have'} some)" if names else ""
         raise InputError(
             f"experiment {store.experiment!r} has no finished adaptation run; make one (`adapt`), or set "
-            "--tracking.experiment."
+            f"--tracking.experiment{elsewhere}."
         )
     arms = _newest_of_each_method(store, newest)
     source_run_id = newest.data.tags.get(Tag.SOURCE_RUN_ID)
@@ -75,6 +77,12 @@ def overview(config: Config) -> Overview:
     columns = ["run_id", "seed", *scores_in_order]
     lone = len(models_without_run(store, experiments))
     return Overview(table.reindex(columns=columns), artifacts, store.experiment_id, store.experiment, lone)
+
+
+def _with_adaptations(store: Store) -> list[str]:
+    """Return the experiments that have finished adaptation runs; `mlflow run` without --experiment-name uses `Default`."""
+    known = store.client.search_experiments()
+    return [one.name for one in known if any(True for _ in found_runs(store, [one.experiment_id], ADAPTED, page=1))]
 
 
 def _newest_of_each_method(store: Store, newest: Any) -> dict[str, Any]:

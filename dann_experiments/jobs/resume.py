@@ -20,7 +20,15 @@ from dann_experiments.names import Job, Key, Tag
 from dann_experiments.tracking.deleted import is_deleted
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.run import PARAM_PREFIX
-from dann_experiments.tracking.store import Store, check_room, in_one_line, known_run, open_store, without_secrets
+from dann_experiments.tracking.store import (
+    Store,
+    check_room,
+    in_one_line,
+    known_run,
+    open_store,
+    whole_run_id,
+    without_secrets,
+)
 
 log = logging.getLogger(__name__)
 AUTO = "auto"
@@ -82,7 +90,7 @@ def run_to_go_on(store: Store, job: str, resume: str | None, digest: str, config
                 f"resume is {resume}, but its data or source model have changed since: its dann.digest is "
                 f"{run.data.tags.get('dann.digest')}, now it is {digest}. Restore the files, or start a new run without resume."
             )
-        return resume
+        return run.info.run_id
     run = _newest_unfinished(store, job, digest)
     if run is None:
         log.info("resume=auto: there is no unfinished %s run with these settings; a new run is started.", job)
@@ -122,6 +130,7 @@ def checkpoint_to_go_on_from(store: Store, run_id: str, folder: Path) -> Path | 
 
 def _unfinished(store: Store, run_id: str, job: str) -> Any:
     """Return the run, or raise InputError if it cannot be resumed."""
+    run_id = whole_run_id(store, run_id)
     run = known_run(store, run_id)
     if run is None:
         raise InputError(

@@ -16,7 +16,7 @@ from dann_experiments.config.paths import local_path
 from dann_experiments.jobs.identity import source_digest
 from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.names import Job, Key, Tag
-from dann_experiments.tracking.fetch_model import digest_of_model, fetched, registered
+from dann_experiments.tracking.fetch_model import digest_of_model, fetched, registered, with_whole_run_id
 from dann_experiments.tracking.run import PARAM_PREFIX
 from dann_experiments.tracking.store import Store, newest_finished
 
@@ -32,7 +32,7 @@ def find_or_make_source_model(
     with the same network settings and source data (`digests` of the sets, by name), else that of a new pretraining run. With
     `resume` auto an unfinished pretraining run is resumed instead of a new one."""
     if config.domain_adaptation.pretrained_checkpoint.path is not None:
-        return config.domain_adaptation.pretrained_checkpoint.path
+        return with_whole_run_id(config.domain_adaptation.pretrained_checkpoint.path, store)
     run_id = newest_finished(store, {Tag.JOB: Job.PRETRAIN, Tag.SOURCE_DIGEST: source_digest(config, digests)})
     if run_id is None:
         log.info("No finished pretraining run has this network and source data: pretraining first, in a separate run.")

@@ -221,7 +221,10 @@ def print_overview(
     }
     rows += [[*one, ""] for one in _floor_rows({name: floor_beside(known, name) for name in scores})]
     print_table(f"experiment {experiment}", ["", *scores, "run"], rows)
-    print("One seed each: differences of a few points can be chance; the README shows several seeds.")
+    print("One seed each: differences of a few points can be chance; `compare` trains every arm with several seeds.")
+    seeds = sorted({str(seed) for seed in table["seed"] if seed})
+    if len(seeds) > 1:
+        print(f"The seeds differ ({', '.join(seeds)}), so part of a difference may be the seed's.")
     for arm, folder in folders.items():
         print(f"Pictures, {arm}: {Path(folder) / 'figures'}")
     if lone_models:

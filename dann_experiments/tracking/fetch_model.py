@@ -16,7 +16,7 @@ from dann_experiments.config.paths import local_path
 from dann_experiments.data.samples import file_digest
 from dann_experiments.names import Key, Tag
 from dann_experiments.tracking.logged_model import MODEL, logged_model
-from dann_experiments.tracking.store import Store, check_room, in_one_line, local_folder
+from dann_experiments.tracking.store import Store, check_room, in_one_line, local_folder, whole_run_id
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def fetch(path: str, folder: Path, store: Store, key: str = Key.SOURCE_MODEL) ->
     given, place, model = path, "", None
     try:
         if path.startswith("runs:/"):
-            run_id, _, inside = path.removeprefix("runs:/").partition("/")
+            run_id, _, inside = with_whole_run_id(path, store).removeprefix("runs:/").partition("/")
             path = f"runs:/{run_id}/{inside or MODEL}"
             run = store.client.get_run(run_id)
             if inside.rstrip("/") in ("", MODEL):
@@ -107,6 +107,14 @@ def registered(path: str, store: Store) -> tuple[str, str | None]:
     return store.client.get_model_version_download_uri(found.name, found.version), found.run_id or None
 
 
+def with_whole_run_id(path: str, store: Store) -> str:
+    """Return the address of a model, with the whole id if it is `runs:/` and the first letters of a run's id."""
+    if not path.startswith("runs:/"):
+        return path
+    given, slash, inside = path.removeprefix("runs:/").partition("/")
+    return f"runs:/{whole_run_id(store, given)}{slash}{inside}"
+
+
 def digest_of_model(store: Store, path: str, local: Path, run_id: str | None) -> str:
     """Return a text that identifies the model at `path`, which was fetched to `local`.
 
@@ -119,7 +127,7 @@ def digest_of_model(store: Store, path: str, local: Path, run_id: str | None) ->
         if known is not None:
             return known
     if path.startswith("runs:/"):
-        return path
+        return with_whole_run_id(path, store)
     digest = hashlib.blake2b(digest_size=16)  # of the bytes: a file may be rewritten, an alias moved
     for file in sorted(file for file in local.rglob("*") if file.is_file()) if local.is_dir() else [local]:
         digest.update(file.relative_to(local).as_posix().encode() + file_digest(file))

@@ -190,6 +190,23 @@ def known_run(store: Store, run_id: str) -> Any | None:
         return None
 
 
+def whole_run_id(store: Store, given: str) -> str:
+    """Return the id of the run whose id begins with `given`, as tables show only the first letters; `given` itself if there is no
+    such run. Raises InputError if there are several."""
+    if not re.fullmatch("[0-9a-f]{4,31}", given) or known_run(store, given) is not None:
+        return given
+    from mlflow.entities import ViewType
+
+    experiments = store.client.search_experiments(view_type=ViewType.ALL)
+    found = store.client.search_runs(
+        [one.experiment_id for one in experiments], f"attributes.run_id LIKE '{given}%'", ViewType.ALL, 3
+    )
+    if len(found) > 1:
+        ids = ", ".join(run.info.run_id for run in found)
+        raise InputError(f"several runs have an id that begins with {given} ({ids}, ...); give more of it.")
+    return found[0].info.run_id if found else given
+
+
 def experiment_ids(store: Store) -> list[str]:
     """Return the ids of all experiments of the store."""
     return [experiment.experiment_id for experiment in store.client.search_experiments()]
