@@ -22,6 +22,7 @@ from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.recipes import load_or_default, report_default
 from dann_experiments.config.suggestions import SuggestLabelsConfig
 from dann_experiments.config.weak_labels import WeakLabelsConfig
+from dann_experiments.names import Job
 from dann_experiments.workers.processes import prepare_workers
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def _config(request: Request, without_effect: Sequence[str] = (), but: Sequence[
     """Read the settings of a command and set up logging. `without_effect`: short names that cause a warning."""
     config = load_or_default(request.options.get("config"), request.overrides(but))
     quiet_libraries()
-    if request.command not in ("runs", "sync", "doctor"):  # these need only the tracking store
+    if request.command not in ("runs", "sync", "doctor") and "runs" not in request.options:  # these need only the store
         report_default(log.info)
     _warn_of_idle(request, without_effect)
     return config
@@ -103,6 +104,11 @@ def _print_run(result: Any) -> int:
         print(f"Pictures, model, checkpoints: {result.artifacts}")
     print(f"Look at it: {terminal.where_to_look(result.tracking_uri)}")
     terminal.print_views(result.tracking_uri, result.views)
+    if result.job == Job.ADAPT:
+        print(
+            f"Map images: python -m dann_experiments predict --model runs:/{result.run_id} --input IMAGES --output MAPS"
+        )
+        print("Did it help? `compare`, with the same settings: several seeds, a lambda = 0 control and a verdict.")
     return 0
 
 

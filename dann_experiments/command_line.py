@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
 import shutil
@@ -194,7 +195,9 @@ class Program:
 
     def _command(self, name: str) -> Command:
         if name not in self.commands:
-            raise InputError(f"unknown command {name!r}; give one of {', '.join(self.commands)}.")
+            near = difflib.get_close_matches(name, self.commands, n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"unknown command {name!r}; {meant}give one of {', '.join(self.commands)}.")
         return self.commands[name]
 
 

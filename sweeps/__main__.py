@@ -180,7 +180,7 @@ PROGRAM = Program(
     "Search hyperparameters of domain adaptation with Optuna, every trial a run in MLflow.",
     COMMANDS,
     failures={SweepFailed: "The sweep was stopped"},
-    interrupted="Stopped; `python -m sweeps resume --study NAME` runs what is missing.\n",
+    interrupted="Stopped. If trials had begun, `python -m sweeps resume --study NAME` runs those that are missing.\n",
 )
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dann_experiments.config import InputError, load_config
+from dann_experiments.config.paths import near_name
 from dann_experiments.data.overlaps import shared_images
 from dann_experiments.data.samples import Sample, find_samples
 
@@ -137,3 +138,14 @@ def test_the_label_map_of_the_source_names_the_classes_and_their_number_must_agr
     with pytest.raises(InputError, match=r"the label map of data\.source has 2 names, but model\.classes is 3"):
         load_config(None, {**named, "model.classes": 3})
     assert load_config(None, {**named, "data.class_names": ["water", "land"]}).class_names == ["water", "land"]
+
+
+def test_a_misspelt_folder_is_told_the_name_beside_it(tree):
+    (tree / "target_val").mkdir()
+    assert near_name(tree / "target_vall") == f" (did you mean {tree / 'target_val'}?)"
+    assert near_name(tree / "target_vall" / "images" / "a.png") == f" (did you mean {tree / 'target_val'}?)"
+    assert near_name(tree / "elsewhere") == near_name("\0") == ""
+    with pytest.raises(
+        InputError, match=r"target_vall, which does not exist \(did you mean .*/target_val\?\); give a CSV"
+    ):
+        find_samples(["target_vall"], tree, "data.target.val")

@@ -45,7 +45,5 @@ def test_a_comparison_and_an_evaluation_take_them(run_id, squares):
 
 
 def test_runs_names_the_experiments_that_have_adaptations(run_id):
-    with pytest.raises(
-        InputError, match=r"experiment 'none' .* set --tracking\.experiment \(dann has some\)\."
-    ):
+    with pytest.raises(InputError, match=r"experiment 'none' of .* set --tracking\.experiment \(dann has some\)\."):
         overview(load_config(None, {"tracking.experiment": "none"}))

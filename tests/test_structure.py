@@ -270,7 +270,7 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         (["adapt", "--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
         (["adapt", "--trainer.max_epochs"], "has no value"),
         (["adapt", "stray"], "unexpected argument 'stray'"),
-        (["adpt"], "unknown command 'adpt'; give one of check-data"),
+        (["adpt"], "unknown command 'adpt'; did you mean 'adapt'? give one of check-data"),
         (["adapt", "--gamma", "--seed", "3"], "--gamma has no value"),
         (["layers", "--all=3"], "--all takes no value"),
         (["adapt", "--config", "none.yaml"], "none.yaml does not exist"),

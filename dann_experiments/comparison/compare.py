@@ -24,7 +24,7 @@ from dann_experiments.comparison.report import draw_summary, write_page
 from dann_experiments.comparison.result import Arm, ArmRun, Comparison
 from dann_experiments.comparison.runner import Done, find_cells, run_cells, run_task
 from dann_experiments.comparison.selection_quality import per_epoch_choices, score_quality
-from dann_experiments.comparison.verdict import Verdict, difference_table, judge
+from dann_experiments.comparison.verdict import MIN_SEEDS, Verdict, difference_table, judge
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.store_names import labels_in_store
@@ -96,6 +96,10 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         config = _config_of_runs(config, store, found, arms)
     else:
         refuse_unshared(settings, "tracking.uri", store.uri)
+        if len(settings.seed_list(config.seed)) < MIN_SEEDS:
+            log.warning(
+                "The verdict needs at least %d seeds; finished runs are reused when you ask for more.", MIN_SEEDS
+            )
         cells = cells_of(arms, settings.seed_list(config.seed), config, _given_source(config, store))
         for cell in cells:
             checks.refuse_auto_batch_size(cell.config, "the runs of a comparison")

@@ -19,7 +19,7 @@ from dann_experiments.config.description import plain_values, type_name
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.label_keys import check_label_keys
 from dann_experiments.config.limits import settings_of
-from dann_experiments.config.paths import local_path
+from dann_experiments.config.paths import local_path, near_name
 from dann_experiments.config.recipes import settings_file
 from dann_experiments.config.schema import Config
 from dann_experiments.config.target_dialect import translate
@@ -179,7 +179,7 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
         with open(path, encoding="utf-8") as opened:
             text = opened.read(MOST_LETTERS + 1)
     except FileNotFoundError:
-        raise InputError(f"config file {path} does not exist.") from None
+        raise InputError(f"config file {path} does not exist{near_name(path)}.") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         raise InputError(f"config file {path} cannot be read: {error}") from None
     if len(text) > MOST_LETTERS:

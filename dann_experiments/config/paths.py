@@ -5,6 +5,8 @@ Images alone may be at an address (`remote_address`).
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import os
 import re
 from pathlib import Path
@@ -43,6 +45,18 @@ def user_path(text: str | Path) -> Path:
 def local_path(text: str | Path, key: str) -> Path:
     """Return the path in setting `key`, also for `file:///...`. Raises InputError for any other address."""
     return user_path(local_text(str(text), key))
+
+
+def near_name(path: str | Path) -> str:
+    """Return a hint for a path that does not exist: the most alike name in the last folder of it that does; empty if none is."""
+    missing = Path(path)
+    while missing.parent != missing and not os.path.isdir(missing.parent):
+        missing = missing.parent
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the path
+        near = difflib.get_close_matches(missing.name, sorted(os.listdir(missing.parent)), n=1)
+        if near:
+            return f" (did you mean {missing.parent / near[0]}?)"
+    return ""
 
 
 def local_text(text: str, key: str) -> str:

@@ -66,11 +66,14 @@ def absent_classes(
     found = np.flatnonzero(class_pixels).tolist()
     classes = [value for value in found if value != ignore_index]
     if len(classes) < 2:
+        ignored = f", of which {ignore_index} is ignored (data.ignore_index)" if len(classes) < len(found) else ""
+        fits = len(found) == len(class_names) > 1
+        example = ", ".join(f"{value}: {name}" for value, name in zip(found, class_names, strict=True)) if fits else ""
         raise InputError(
-            f"data.source.train: the masks hold the ids {found}, of which {ignore_index} is ignored (data.ignore_index); that "
-            f"leaves {len(classes)} class to learn. Write the classes as 0 to {len(class_names) - 1}, or name the masks' values "
-            "in data.source.value_map (of polygons: what is outside them in data.source.label_background)."
-            + "".join(f" {text}" for text in map_remarks)
+            f"data.source.train: the masks hold the ids {found}{ignored}; that leaves {len(classes)} "
+            f"class{'es' * (not classes)} to learn. Write the classes as 0 to {len(class_names) - 1}, or name the masks' values "
+            f"in data.source.value_map{f' ({{{example}}})' * fits} (of polygons: what is outside them in "
+            "data.source.label_background)." + "".join(f" {text}" for text in map_remarks)
         )
     absent = [name for index, name in enumerate(class_names) if index not in classes]
     return f"data.source.train: no mask holds the classes {absent}." if absent else None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dann_experiments.config.errors import InputError
-from dann_experiments.config.paths import is_remote, local_text, remote_address
+from dann_experiments.config.paths import is_remote, local_text, near_name, remote_address
 from dann_experiments.data import remote
 from dann_experiments.data.annotations import side_files
 from dann_experiments.data.lists import beside, is_file, lines_of, manifest_pairs, pairs_of, under
@@ -169,8 +169,8 @@ def _from_text(entry: str, root: Path, key: str, masks: str, report: Callable[[s
     if glob.has_magic(entry):
         return [Sample(image, None) for image in _globbed(entry, root, key)]
     raise InputError(
-        f"{key} names {path}, which does not exist; give a CSV manifest, a folder with images/, a pattern, a list (.txt) "
-        "or a mapping of images and masks."
+        f"{key} names {path}, which does not exist{near_name(path)}; give a CSV manifest, a folder with images/, a pattern, a "
+        "list (.txt) or a mapping of images and masks."
     )
 
 
@@ -240,7 +240,9 @@ def _located(
         return {("#", "0"): path}
     if glob.has_magic(text):
         return {wildcards: file for file, wildcards in _globbed(text, root, key, also).items()}
-    raise InputError(f"{key} names {path}, which does not exist; give a folder, a pattern, a list (.txt) or a file.")
+    raise InputError(
+        f"{key} names {path}, which does not exist{near_name(path)}; give a folder, a pattern, a list (.txt) or a file."
+    )
 
 
 def _paired(
@@ -348,7 +350,7 @@ def _from_folder(path: Path, key: str, with_masks: bool, report: Callable[[str],
 def _by_stem(folder: Path, key: str, report: Callable[[str], None], also: Sequence[str] = ()) -> dict[str, Path]:
     """Return the images of a folder by stem or, if it holds none, its files with a suffix in `also`."""
     if not os.path.isdir(folder):
-        raise InputError(f"{key}: folder {folder} does not exist; put the images into {folder}.")
+        raise InputError(f"{key}: folder {folder} does not exist{near_name(folder)}; put the images into {folder}.")
     files: dict[str, Path] = {}
     try:
         found = sorted(folder.iterdir())

@@ -181,7 +181,7 @@ def make_method(config: Config, taps: Sequence[Tap]) -> DomainAdaptationMethod:
             )
         return own
     if method.name == "lambda_zero":
-        log.info("lambda_zero: lambda is 0 throughout; lambda_da and lambda_schedule have no effect.")
+        log.info("lambda_zero, the control: lambda is 0 throughout; lambda_da and lambda_schedule have no effect.")
     return build_method(
         method.name,
         method.layers,

@@ -10,7 +10,7 @@ from dann_experiments.jobs.identity import METHOD_WORDS
 from dann_experiments.names import Job, Key, Metric, Tag
 from dann_experiments.tracking.logged_model import models_without_run
 from dann_experiments.tracking.run import PARAM_PREFIX
-from dann_experiments.tracking.store import Store, found_runs, local_folder, open_store, quoted
+from dann_experiments.tracking.store import Store, found_runs, local_folder, open_store, quoted, without_secrets
 from dann_experiments.tracking.values import context_of, last_values
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def overview(config: Config) -> Overview:
         names = _with_adaptations(store)
         elsewhere = f" ({', '.join(names)} {'has' if len(names) == 1 else 'have'} some)" if names else ""
         raise InputError(
-            f"experiment {store.experiment!r} has no finished adaptation run; make one (`adapt`), or set "
-            f"--tracking.experiment{elsewhere}."
+            f"experiment {store.experiment!r} of {without_secrets(store.uri)} has no finished adaptation run; make one "
+            f"(`adapt`), or set --tracking.experiment{elsewhere}."
         )
     arms = _newest_of_each_method(store, newest)
     source_run_id = newest.data.tags.get(Tag.SOURCE_RUN_ID)

@@ -25,8 +25,12 @@ def explained_in_run(error: BaseException, run_id: str, job: str | None) -> Inpu
     found = explained(error)
     if found is None:
         return None
-    again = f"resume: python -m dann_experiments {job} --resume {run_id}" if job in _RESUMABLE else f"run {job} again"
-    return type(found)(f"{found} When that is fixed (free some space, make it writable), {again}")
+    return type(found)(f"{found} When that is fixed (free some space, make it writable), {way_on(run_id, job)}")
+
+
+def way_on(run_id: str, job: str | None) -> str:
+    """Return how to go on with a job whose run `run_id` was ended."""
+    return f"resume: python -m dann_experiments {job} --resume {run_id}" if job in _RESUMABLE else f"run {job} again"
 
 
 def of_the_store(error: BaseException) -> bool:

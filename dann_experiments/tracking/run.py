@@ -33,7 +33,7 @@ from dann_experiments.config.store_names import (
 from dann_experiments.names import Tag
 from dann_experiments.tracking.clock import Clock
 from dann_experiments.tracking.deleted import restored
-from dann_experiments.tracking.failures import explained_in_run
+from dann_experiments.tracking.failures import explained_in_run, way_on
 from dann_experiments.tracking.generated_names import is_generated
 from dann_experiments.tracking.logged_model import FACTS, MODEL
 from dann_experiments.tracking.notes import link, run_page
@@ -242,7 +242,9 @@ def tracked_run(
         except BaseException as error:
             arrived = signals.hold()
             if arrived is not None:  # for any `error`: C code that a signal interrupts may raise its own instead
-                log.warning("%s: the run is being closed as KILLED.", arrived.name)
+                job = tags.get(Tag.JOB)
+                on = way_on(run_id, job) if job else f"its id is {run_id}"
+                log.warning("%s: the run is being closed as KILLED. To go on, %s", arrived.name, on)
                 # the status may read FAILED: `mlflow run` (3.17) ends the run once more if a command's exit code is not 0
                 run.set_tags({Tag.KILLED_BY: arrived.name})
                 _close(run, "KILLED")
