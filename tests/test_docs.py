@@ -15,6 +15,7 @@ from conftest import small_settings
 from documented import few_digits
 
 from benchmarks import ladder
+from benchmarks.pages import RUNS_COLUMNS
 from dann_experiments import DomainAdaptationMethod, InputError, adapt, load_config
 from dann_experiments.names import metric_table
 
@@ -73,6 +74,28 @@ def test_files_and_links_that_the_documentation_names_exist():
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text) + re.findall(r'src="([^"]+)"', text):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+RUN_ID = re.compile(r"\b(?=[0-9]*[a-f])(?=[a-f]*[0-9])(?:[0-9a-f]{8}|[0-9a-f]{32})\b")
+"""A whole id, or the eight characters that name a run for short; numbers of eight digits are none."""
+
+
+@pytest.mark.parametrize("text", ["run c901edc9 of", "| 6df97cc0 2c877e23 |", "`5bded97e392c4396b2264b74211d0456`"])
+def test_a_run_id_is_recognized(text):
+    assert RUN_ID.search(text)
+
+
+def test_run_ids_are_in_tables_of_their_own_and_not_in_prose():
+    for document in [PROJECT / "README.md", *PROJECT.glob("docs/**/*.md")]:
+        assert RUN_ID.findall(document.read_text()) == [], f"{document.name}: move it to docs/results_runs.csv"
+
+
+def test_each_row_of_run_ids_names_a_page_that_links_to_it_and_a_run():
+    table = pd.read_csv(PROJECT / "docs" / "results_runs.csv", dtype=str)
+    assert list(table.columns) == list(RUNS_COLUMNS)
+    assert table["run_id"].str.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{32}").all()
+    for page in table["page"].unique():
+        assert "(results_runs.csv)" in (PROJECT / "docs" / page).read_text(), page
 
 
 def small_digits_recipe(folder: Path) -> None:
