@@ -4,7 +4,7 @@
 
 Every arm is an ordinary run (pretrain, adapt, evaluate) in the MLflow store, last checkpoint, nothing chosen by target
 labels. `target test`: other digits and other areas of the photographs that adaptation saw. `unseen`: photographs used
-nowhere else. Writes the table between the markers of docs/results.md with --write, and all numbers with their run ids as CSV beside it.
+nowhere else. Writes the table between the markers of docs/results.md with --write, and all numbers with run ids as CSV beside it.
 """
 
 from __future__ import annotations
