@@ -3,7 +3,8 @@
     python -m benchmarks.notebooks
 
 They are kept in build/notebooks/KEY/, where KEY is a digest of the notebooks and of the code that they run. While nothing of
-that changes, nothing is run again: CI runs them before it builds the site, and its slow tests find what it kept.
+that changes, nothing is run again: CI runs them before it builds the site, and its slow tests find what it kept. After an interruption the
+same command runs the notebooks that are left.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -53,14 +53,17 @@ def execute() -> Path:
     with FileLock(KEPT / ".lock"):
         if folder.is_dir():
             return folder
-        with tempfile.TemporaryDirectory() as place:
-            done = Path(place) / "done"
-            done.mkdir()
-            for file in NOTEBOOKS:
-                (done / file.name).write_text(nbformat.writes(_run(file, Path(place) / "project")))
-            for older in KEPT.glob("[0-9a-f]*"):
-                shutil.rmtree(older)
-            shutil.copytree(done, folder)
+        place = KEPT / f"{folder.name}.running"
+        for older in set(KEPT.glob("[0-9a-f]*")) - {place}:
+            shutil.rmtree(older)
+        done = place / "done"
+        done.mkdir(parents=True, exist_ok=True)
+        for file in NOTEBOOKS:
+            if not (done / file.name).exists():  # else it was run before something stopped this
+                text = nbformat.writes(_run(file, place / "project"))
+                (done / file.name).write_text(text)
+        done.rename(folder)
+        shutil.rmtree(place)
     return folder
 
 

@@ -119,7 +119,7 @@ def test_the_notebooks_run_and_show_what_they_promise():
     assert "lambda = 0 control" in output(first, "run.metrics for name")["text/html"]
     assert "image/png" in output(first, "predictions_target.png")
     assert "image/png" in output(first, "def curve")
-    assert output(sweep, "mlflow.search_runs")["text/html"].count("FINISHED") == 6
+    assert output(sweep, "mlflow.search_runs")["text/html"].count("FINISHED") == 5
     assert "against the control" in output(sweep, "study.best()")["text"]
     assert "DANN: helped" in output(verdict, "verdict.line")["text"]
     assert "image/png" in output(verdict, "summary.png")
