@@ -3,8 +3,8 @@
     python -m benchmarks.notebooks
 
 They are kept in build/notebooks/KEY/, where KEY is a digest of the notebooks and of the code that they run. While nothing of
-that changes, nothing is run again: CI runs them before it builds the site, and its slow tests find what it kept. After an interruption the
-same command runs the notebooks that are left.
+that changes, nothing is run again: CI runs them before it builds the site, and its slow tests find what it kept. After an
+interruption the same command runs the notebooks that are left.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
             elif "text/html" in content:
                 parts.append(f'<div class="output">\n{_table(content["text/html"])}\n</div>')
             elif output.get("name") != "stderr":
-                parts.append(fenced(output.get("text") or content.get("text/plain", ""), "text"))
+                parts.append(fenced(output.get("text") or content.get("text/plain", ""), "{ .text .output }"))
     if notebook is None:
         parts.insert(1, MISSING)
     return "\n\n".join(parts), pictures

@@ -114,7 +114,7 @@ def test_a_notebook_that_was_run_has_its_tables_pictures_and_prints_on_the_site(
     page, pictures = notebooks.page(notebook)
     assert pictures == {"a_1.png": b"hello"}
     assert page.endswith(
-        "```text\nprinted\n```\n\n![Picture made by the cell above](a_1.png)\n\n"
+        "```{ .text .output }\nprinted\n```\n\n![Picture made by the cell above](a_1.png)\n\n"
         '<div class="output">\n<table><tr><td>7</td></tr></table>\n</div>'
     )
     assert "a warning" not in page
