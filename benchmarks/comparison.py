@@ -88,7 +88,7 @@ def run_rows(compared: Compared) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = [
         {"what": run["arm"], "seed": run["seed"], "metric": name, "value": f"{100 * run[name]:.1f}", "value_of": "run",
          "run_id": run["run_id"]}
-        for run in compared.runs.to_dict("records") for name in scores if pd.notna(run.get(name))
+        for run in compared.runs.to_dict("records") for name in scores if name in run and run[name] == run[name]
     ]  # fmt: skip
     judged = table.loc[(table["metric"] == scores[-1]) & table["minus_control"].notna()]
     rows += [

@@ -14,7 +14,7 @@ import numpy as np
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RUNS = DOCS / "results_runs.csv"
-RUNS_COLUMNS = ("page", "group", "what", "seed", "metric", "value", "value_of", "run_id")
+RUNS_COLUMNS: list[str] = ["page", "group", "what", "seed", "metric", "value", "value_of", "run_id"]
 
 
 def put(page: str, name: str, text: str) -> None:

@@ -90,7 +90,7 @@ def test_run_ids_are_in_tables_of_their_own_and_not_in_prose():
 
 def test_each_row_of_run_ids_names_a_page_that_links_to_it_and_a_run():
     table = pd.read_csv(PROJECT / "docs" / "results_runs.csv", dtype=str)
-    assert list(table.columns) == list(RUNS_COLUMNS)
+    assert list(table.columns) == RUNS_COLUMNS
     assert table["run_id"].str.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{32}").all()
     for page in table["page"].unique():
         assert "(results_runs.csv)" in (PROJECT / "docs" / page).read_text(), page
