@@ -6,7 +6,7 @@ BIN := .venv/bin
 export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
 PROJECT_RUN := PATH="$$PWD/$(BIN):$$PATH" mlflow run . --env-manager local --experiment-name digits
 
-.PHONY: help install demo test test-slow test-browser lint docs check chaos ui clean
+.PHONY: help install demo test test-slow test-browser lint notebooks docs check chaos ui clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -49,6 +49,9 @@ lint: .venv/installed-dev  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+notebooks: .venv/installed-dev  ## run the notebooks, whose outputs `make docs` then shows (minutes; only if something has changed)
+	$(BIN)/python -m benchmarks.notebooks
 
 docs: .venv/installed-dev  ## build the site from docs/ into site/; fails at dead links, anchors and pages that are out of date
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -3,10 +3,10 @@
     python benchmarks/comparison.py NAME=RUN_ID [NAME=RUN_ID ...] [--tracking_uri URI] [--write]
 
 Reads runs of `compare` from the tracking store. Results: mean and standard deviation of an arm over seeds, paired difference
-to the control with its confidence interval, the arm's runs, the verdict. Time: what a comparison took before its first
+to the control with its confidence interval, the verdict. Time: what a comparison took before its first
 training started (checks, digests, worker processes) and after its last one ended (tables, pictures, report), against the time
 between, in which the trainings ran; goal: at most 10 %. Only runs that had to be made count there. `--write` puts results into
-docs/results.md and docs/selection.md and the time into docs/performance.md.
+docs/results.md and docs/selection.md, the runs into docs/results_runs.csv and the time into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pages import circumstances, put
+from pages import circumstances, put, put_runs
 
 from dann_experiments.tracking.store import Store, open_store
 
@@ -49,12 +49,12 @@ def read(store: Store, name: str, run_id: str) -> Compared:
 
 def results(compared: Compared) -> str:
     """The table of arms, and the verdict."""
-    table, runs = compared.scores, compared.runs
+    table = compared.scores
     scores = [name for name in SCORES if name in set(table["metric"])]
     judged = scores[-1]
     lines = [
-        f"| | {' | '.join(f'`{name}`' for name in scores)} | over the control, 95 % interval | runs, by seed |",
-        "|" + "---|" * (len(scores) + 3),
+        f"| | {' | '.join(f'`{name}`' for name in scores)} | over the control, 95 % interval |",
+        "|" + "---|" * (len(scores) + 2),
     ]
     for arm, rows in table.groupby("arm", sort=False):
         by_metric = rows.set_index("metric")
@@ -69,17 +69,35 @@ def results(compared: Compared) -> str:
         if judged in by_metric.index and by_metric.loc[judged, columns].notna().all():
             mean, low, high = (100 * by_metric.at[judged, column] for column in columns)
             difference = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
-        ids = " ".join(f"{run_id[:8]}" for run_id in runs.loc[runs["arm"] == arm].sort_values("seed")["run_id"])
-        lines.append(f"| {arm} | {' | '.join(cells)} | {difference} | {ids} |")
-    seeds = runs["seed"].nunique()
+        lines.append(f"| {arm} | {' | '.join(cells)} | {difference} |")
+    seeds = compared.runs["seed"].nunique()
     lines += [
         "",
         f"{seeds} seeds, IoU points, mean ± standard deviation; the interval is of `{judged}`, paired by seed, for this one "
-        f"difference. Run of the comparison: `{compared.run.info.run_id}`.",
+        f"difference.",
         "",
         *(f"> **Verdict.** {line}" for line in compared.verdict.splitlines()),
     ]
     return "\n".join(lines)
+
+
+def run_rows(compared: Compared) -> list[dict[str, object]]:
+    """The scores of each run and the judged differences, in IoU points, as rows of docs/results_runs.csv."""
+    table = compared.scores
+    scores = [name for name in SCORES if name in set(table["metric"])]
+    rows: list[dict[str, object]] = [
+        {"what": run["arm"], "seed": run["seed"], "metric": name, "value": f"{100 * run[name]:.1f}", "value_of": "run",
+         "run_id": run["run_id"]}
+        for run in compared.runs.to_dict("records") for name in scores if name in run and run[name] == run[name]
+    ]  # fmt: skip
+    judged = table.loc[(table["metric"] == scores[-1]) & table["minus_control"].notna()]
+    rows += [
+        {"what": f"{row['arm']} minus lambda = 0 control", "seed": "", "metric": scores[-1],
+         "value": f"{100 * row['minus_control']:+.1f}", "value_of": f"mean of {compared.runs['seed'].nunique()} seeds",
+         "run_id": compared.run.info.run_id}
+        for row in judged.to_dict("records")
+    ]  # fmt: skip
+    return rows
 
 
 def ranking(compared: Compared) -> str:
@@ -134,6 +152,9 @@ def main() -> None:
         print(f"{page}, {name}:\n{text}\n")
         if given.write:
             put(page, name, text)
+    if given.write:
+        for one in compared:
+            put_runs("results.md", f"compare {one.name}", run_rows(one))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Every arm is an ordinary run (pretrain, adapt, evaluate) in the MLflow store, last checkpoint, nothing chosen by target
 labels. `target test`: other digits and other areas of the photographs that adaptation saw. `unseen`: photographs used
-nowhere else. Writes the table between the markers of docs/results.md with --write, and all numbers as CSV beside it.
+nowhere else. Writes the table between the markers of docs/results.md with --write, and all numbers with run ids as CSV beside it.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def table(rows: list[dict], recipe: str) -> str:
     """A Markdown table a case, then medians, ranges and how often DANN gained."""
     lines = [
         "| data seed | seed | source only | control | DANN | gain over source only | over control | source val before → after "
-        "| unseen photographs: source only / control / DANN | DANN run |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| unseen photographs: source only / control / DANN |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     gains: dict[str, list[float]] = {"source only": [], "control": []}
     unseen: dict[str, list[float]] = {"source only": [], "control": []}
@@ -69,7 +69,7 @@ def table(rows: list[dict], recipe: str) -> str:
             f"| {row['data_seed']} | {row['seed']} | {row['source only test']:.1f} | {row['control test']:.1f} | "
             f"{row['DANN test']:.1f} | {gains['source only'][-1]:+.1f} | {gains['control'][-1]:+.1f} | "
             f"{row['source only source']:.1f} → {row['DANN source']:.1f} | "
-            f"{row['source only unseen']:.1f} / {row['control unseen']:.1f} / {row['DANN unseen']:.1f} | {row['DANN run'][:8]} |"
+            f"{row['source only unseen']:.1f} / {row['control unseen']:.1f} / {row['DANN unseen']:.1f} |"
         )
     lines.append("")
     for arm in gains:

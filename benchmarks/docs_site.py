@@ -2,6 +2,7 @@
 
 - The README is the first page. Files of the repository that a page links to (recipes, code, notebooks) become pages too, so
   that every link works on the site and in the repository alike.
+- Notebooks are shown with the tables and pictures that `make notebooks` kept, or say that these are missing.
 - The pages of docs/decisions/ get their places in the nav.
 - GitHub's Markdown needs no empty line before a list or a table; Python-Markdown does.
 """
@@ -20,12 +21,12 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))  # `mkdocs` alone does not look into the current folder
 
-import nbformat  # noqa: E402
 from mkdocs.config.defaults import MkDocsConfig  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 from mkdocs.structure.pages import Page  # noqa: E402
 
-from benchmarks import reference  # noqa: E402
+from benchmarks import notebooks, reference  # noqa: E402
+from benchmarks.notebooks import fenced  # noqa: E402
 
 log = logging.getLogger("mkdocs.hooks.docs_site")
 BESIDE = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "findings/README.md",
@@ -63,6 +64,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, uri, content=text))
         if path.endswith(".md"):
             waiting += _linked(text, path)
+        if path.endswith(".ipynb"):
+            for name, picture in notebooks.page(PROJECT / path)[1].items():
+                files.append(File.generated(config, f"repository/{posixpath.dirname(path)}/{name}", content=picture))
     return files
 
 
@@ -92,19 +96,13 @@ def site_path(path: str) -> str:
 
 
 def as_page(path: str) -> str:
-    """Return the Markdown of a file of the repository: itself, the cells of a notebook, or one block of code."""
+    """Return the Markdown of a file of the repository: itself, a notebook's cells and outputs, or one block of code."""
+    if path.endswith(".ipynb"):
+        return f"{notebooks.page(PROJECT / path)[0]}\n\nThe file: `{path}`\n"
     text = (PROJECT / path).read_text()
     if path.endswith(".md"):
         return text
-    if path.endswith(".ipynb"):
-        return f"{notebook_page(text)}\n\nThe file: `{path}`\n"
     return f"# {path}\n\n{fenced(text, LANGUAGES.get(Path(path).suffix, 'text'))}\n"
-
-
-def notebook_page(text: str) -> str:
-    """Return the cells of a notebook as Markdown."""
-    cells = nbformat.reads(text, as_version=4).cells
-    return "\n\n".join(fenced(cell.source, "python") if cell.cell_type == "code" else cell.source for cell in cells)
 
 
 def with_gaps(markdown: str) -> str:
@@ -135,13 +133,6 @@ def _lines(markdown: str) -> Iterator[tuple[str, bool]]:
             fence = "" if line.strip() == fence else fence
         else:
             yield line, False
-
-
-def fenced(text: str, language: str) -> str:
-    """Return a block of code. Its fence is longer than any in the text."""
-    longest = max(map(len, re.findall(r"`{3,}", text)), default=2)
-    fence = "`" * (longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def _linked(markdown: str, path: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import importlib.metadata
 import os
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+RUNS = DOCS / "results_runs.csv"
+RUNS_COLUMNS: list[str] = ["page", "group", "what", "seed", "metric", "value", "value_of", "run_id"]
 
 
 def put(page: str, name: str, text: str) -> None:
@@ -22,6 +25,16 @@ def put(page: str, name: str, text: str) -> None:
     _, closed, after = rest.partition(end)
     assert found and closed, f"{file} has no markers {start} ... {end}"  # noqa: PT018
     file.write_text(f"{before}{start}\n{text}\n{end}{after}")
+
+
+def put_runs(page: str, group: str, rows: list[dict[str, object]]) -> None:
+    """Replace the rows of one table of docs/PAGE in docs/results_runs.csv, which keeps run ids out of the prose."""
+    with RUNS.open(newline="") as file:
+        kept = [row for row in csv.DictReader(file) if (row["page"], row["group"]) != (page, group)]
+    with RUNS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, RUNS_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *({"page": page, "group": group, **row} for row in rows)])
 
 
 def spread(values: Any, form: str = ".3f") -> str:

@@ -10,11 +10,10 @@ import mlflow
 import nbformat
 import pandas as pd
 import pytest
-import yaml
 from conftest import small_settings
-from documented import few_digits
 
-from benchmarks import ladder
+from benchmarks import ladder, notebooks
+from benchmarks.pages import RUNS_COLUMNS
 from dann_experiments import DomainAdaptationMethod, InputError, adapt, load_config
 from dann_experiments.names import metric_table
 
@@ -75,45 +74,56 @@ def test_files_and_links_that_the_documentation_names_exist():
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def small_digits_recipe(folder: Path) -> None:
-    """recipes/digits.yaml as it is, on few of its images and one thread."""
-    few_digits(folder)
-    recipe = yaml.safe_load((PROJECT / "recipes" / "digits.yaml").read_text())
-    recipe["data"]["root"], recipe["threads"] = "few_digits", 1
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "digits.yaml").write_text(yaml.safe_dump(recipe))
+RUN_ID = re.compile(r"\b(?=[0-9]*[a-f])(?=[a-f]*[0-9])(?:[0-9a-f]{8}|[0-9a-f]{32})\b")
+"""A whole id, or the eight characters that name a run for short; numbers of eight digits are none."""
+
+
+@pytest.mark.parametrize("text", ["run c901edc9 of", "| 6df97cc0 2c877e23 |", "`5bded97e392c4396b2264b74211d0456`"])
+def test_a_run_id_is_recognized(text):
+    assert RUN_ID.search(text)
+
+
+def test_run_ids_are_in_tables_of_their_own_and_not_in_prose():
+    for document in [PROJECT / "README.md", *PROJECT.glob("docs/**/*.md")]:
+        assert RUN_ID.findall(document.read_text()) == [], f"{document.name}: move it to docs/results_runs.csv"
+
+
+def test_each_row_of_run_ids_names_a_page_that_links_to_it_and_a_run():
+    table = pd.read_csv(PROJECT / "docs" / "results_runs.csv", dtype=str)
+    assert list(table.columns) == RUNS_COLUMNS
+    assert table["run_id"].str.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{32}").all()
+    for page in table["page"].unique():
+        assert "(results_runs.csv)" in (PROJECT / "docs" / page).read_text(), page
+
+
+def shown_by(folder: Path, name: str) -> dict[str, dict[str, str]]:
+    """Source of each cell that ended with an output -> that output: `text` if it was printed, else by type."""
+    cells = nbformat.read(folder / f"{name}.ipynb", as_version=4).cells
+    return {
+        cell.source: cell.outputs[-1].get("data") or {"text": cell.outputs[-1].text}
+        for cell in cells
+        if cell.cell_type == "code" and cell.outputs
+    }
+
+
+def output(shown: dict[str, dict[str, str]], words: str) -> dict[str, str]:
+    (found,) = [content for source, content in shown.items() if words in source]
+    return found
 
 
 @pytest.mark.slow
-def test_the_notebooks_run_on_a_tiny_setting(workplace, monkeypatch):
-    """In one kernel, whose names are all deleted before each notebook."""
-    from nbclient import NotebookClient
-
-    small_digits_recipe(workplace)
-    monkeypatch.setenv("DANN_NOTEBOOK_TINY", "1")
-    first, sweep, verdict = (
-        nbformat.read(PROJECT / "notebooks" / f"{name}.ipynb", as_version=4).cells
-        for name in ("01_first_run", "02_sweep", "03_did_it_help")
-    )
-    # multiprocessing asks for __spec__, which is forgotten too
-    forget = [nbformat.v4.new_code_cell("%reset -f\n__spec__ = None") for _ in range(2)]
-    cells = [*first, forget[0], *sweep, forget[1], *verdict]
-    for number, cell in enumerate(cells):
-        cell["id"] = f"cell-{number}"  # each notebook counts its own
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    resources = {"metadata": {"path": str(workplace)}}
-    NotebookClient(notebook, kernel_name="python3", timeout=600, resources=resources).execute()
-
-    table = next(cell for cell in first if "pd.DataFrame" in cell.source)
-    assert "lambda = 0 control" in table.outputs[0]["data"]["text/plain"]
-
-    both = next(cell for cell in sweep if "trials.join" in cell.source)
-    assert "FINISHED" in both.outputs[-1]["data"]["text/plain"]
-    assert "against the control" in sweep[-1].outputs[0]["text"]
-
-    ran = next(cell for cell in verdict if "compare(config" in cell.source)
-    assert "DANN: " in ran.outputs[-1]["data"]["text/plain"]
-    assert "report.html" in verdict[-1].outputs[-1]["text"]
+def test_the_notebooks_run_and_show_what_they_promise():
+    """With the settings that a reader has; `make notebooks` before it leaves nothing to run here."""
+    folder = notebooks.execute()
+    first, sweep, verdict = (shown_by(folder, name) for name in ("01_first_run", "02_sweep", "03_did_it_help"))
+    assert "lambda = 0 control" in output(first, "run.metrics for name")["text/html"]
+    assert "image/png" in output(first, "predictions_target.png")
+    assert "image/png" in output(first, "def curve")
+    assert output(sweep, "mlflow.search_runs")["text/html"].count("FINISHED") == 5
+    assert "over the control" in output(sweep, "study.best()")["text"]
+    assert output(verdict, "verdict.line")["text"].startswith("DANN: ")
+    assert "image/png" in output(verdict, "summary.png")
+    assert "report.html" in output(verdict, "report.html")["text"]
 
 
 def test_no_placeholder_is_left_in_what_people_read():

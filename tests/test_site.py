@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 import mlflow
+import nbformat
 import pytest
 from conftest import SharedRuns, copy_store, small_settings
 from markdown import Markdown
 from markdown_it import MarkdownIt
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from benchmarks import gradients_figure, reference
-from benchmarks.docs_site import BESIDE, PROJECT, as_page, fenced, repository_path, site_path, with_gaps
+from benchmarks import gradients_figure, notebooks, reference
+from benchmarks.docs_site import BESIDE, PROJECT, fenced, repository_path, site_path, with_gaps
 from benchmarks.pages import DOCS
 from dann_experiments import CompareConfig, PredictConfig, WeakLabelsConfig, load_config
 from dann_experiments.cli import COMMANDS
@@ -75,10 +77,69 @@ def test_code_that_holds_a_fence_stays_one_block():
     assert "````yaml" in html
 
 
-def test_a_notebook_has_its_cells_on_the_site():
-    page = as_page("notebooks/01_first_run.ipynb")
-    assert page.startswith("# Your first run\n")
-    assert "\n\n```python\nsource = pretrain(config)\n" in page
+@pytest.fixture
+def notebook(tmp_path, monkeypatch) -> Path:
+    """A notebook whose outputs are kept nowhere yet."""
+    file = tmp_path / "notebooks" / "a.ipynb"
+    file.parent.mkdir()
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# Title"), new_code_cell("table()\n")]), file)
+    monkeypatch.setattr(notebooks, "PROJECT", tmp_path)
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", (file,))
+    monkeypatch.setattr(notebooks, "KEPT", tmp_path / "build")
+    (tmp_path / "constraints.txt").touch()
+    return file
+
+
+def test_a_notebook_that_was_not_run_says_so_on_the_site(notebook):
+    page, pictures = notebooks.page(notebook)
+    assert page.startswith("# Title\n")
+    assert "without running the notebooks" in page
+    assert "`make notebooks`" in page
+    assert page.endswith("\n\n```python\ntable()\n```")
+    assert pictures == {}
+
+
+def test_a_notebook_that_was_run_has_its_tables_pictures_and_prints_on_the_site(notebook):
+    ran = nbformat.read(notebook, as_version=4)
+    html = '<div><style scoped>th {}</style><table border="1" class="dataframe"><tr><td>7</td></tr></table></div>'
+    ran.cells[1].outputs = [
+        new_output("stream", name="stderr", text="a warning"),
+        new_output("stream", name="stdout", text="printed\n"),
+        new_output("display_data", {"image/png": "aGVsbG8=", "text/plain": "<Figure>"}),
+        new_output("execute_result", {"text/html": html, "text/plain": "7"}),
+    ]
+    kept = notebooks.folder_of_outputs()
+    kept.mkdir(parents=True)
+    nbformat.write(ran, kept / notebook.name)
+    page, pictures = notebooks.page(notebook)
+    assert pictures == {"a_1.png": b"hello"}
+    assert page.endswith(
+        "```{ .text .output }\nprinted\n```\n\n![Picture made by the cell above](a_1.png)\n\n"
+        '<div class="output">\n<table><tr><td>7</td></tr></table>\n</div>'
+    )
+    assert "a warning" not in page
+    assert "make notebooks" not in page
+
+
+def test_what_a_notebook_showed_is_dropped_when_it_or_the_code_changes(notebook):
+    before = notebooks.folder_of_outputs()
+    assert notebooks.folder_of_outputs() == before
+    (notebooks.PROJECT / "sweeps").mkdir()
+    (notebooks.PROJECT / "sweeps" / "a.py").write_text("x = 1\n")
+    with_code = notebooks.folder_of_outputs()
+    notebook.write_text(notebook.read_text().replace("Title", "Other"))
+    assert len({before, with_code, notebooks.folder_of_outputs()}) == 3
+
+
+def test_notebooks_are_run_once_for_the_same_code(notebook):
+    notebook.write_text(notebook.read_text().replace("table()", "print(1 + 1)"))
+    folder = notebooks.execute()
+    (cell,) = [cell for cell in nbformat.read(folder / "a.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    assert cell.outputs[0].text == "2\n"
+    (folder / "a.ipynb").touch()
+    changed = (folder / "a.ipynb").stat().st_mtime_ns
+    assert notebooks.execute() == folder
+    assert (folder / "a.ipynb").stat().st_mtime_ns == changed
 
 
 def unlisted(job: str, store_uri: str) -> set[str]:

@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks import notebooks
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Route
 
 pytestmark = pytest.mark.browser
 PROJECT = Path(__file__).parents[2]
 PAGES = ("index", "dann", "first-run", "settings", "commands", "api", "ladder", "verdict", "decisions/0007-trials-are-slots",
-         "repository/notebooks/01_first_run.ipynb")  # fmt: skip
+         "repository/notebooks/01_first_run.ipynb", "repository/notebooks/02_sweep.ipynb",
+         "repository/notebooks/03_did_it_help.ipynb")  # fmt: skip
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -96,6 +99,24 @@ def test_one_variant_of_the_figure_is_seen_and_it_loads(browser, address, scheme
     assert source is not None
     assert f"dann_{scheme}.svg" in source
     assert seen[0].evaluate("image => image.naturalWidth") > 0
+    visit.context.close()
+
+
+@pytest.mark.parametrize("name", [file.name for file in notebooks.NOTEBOOKS])
+def test_a_notebook_shows_tables_and_pictures_or_says_that_they_are_missing(browser, address, name):
+    """CI runs the notebooks before this test."""
+    visit = Visit(browser, address)
+    visit.page.goto(f"{address}/repository/notebooks/{name}.html")
+    visit.page.wait_for_load_state("networkidle")
+    pictures, tables = visit.page.locator("article img").all(), visit.page.locator("article table").count()
+    if notebooks.executed(name) is None:
+        assert visit.page.get_by_text("make notebooks").is_visible()
+        assert (len(pictures), tables) == (0, 0)
+    else:
+        assert visit.page.get_by_text("make notebooks").count() == 0
+        assert tables > 0
+        assert pictures
+        assert all(picture.evaluate("image => image.naturalWidth") > 200 for picture in pictures)
     visit.context.close()
 
 
