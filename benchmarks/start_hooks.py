@@ -1,9 +1,11 @@
-"""Keeps the time of a process up to its first training step; `benchmarks/start.py` lays it as `sitecustomize.py` where every
-Python process that it starts reads it. Seconds of a part are its own: what a part within it takes is that one's.
+"""Keeps the time of a process up to its first training step, or with START_UNTIL=end up to its end; `benchmarks/start.py` and
+`benchmarks/waits.py` lay it as `sitecustomize.py` where every Python process that they start reads it. Seconds of a part are its
+own: what a part within it takes is that one's.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib.machinery
 import json
@@ -23,7 +25,7 @@ WATCHED = {
     "dann_experiments.jobs.checks": {"checked_sets": "data"},
     "dann_experiments.jobs.identity": {"source_digest": "data", "run_digest": "data"},
     "dann_experiments.jobs.source_model": {"find_or_make_source_model": "network", "load_source_model": "network"},
-    "dann_experiments.tracking.run": {"TrackedRun.log_params": "run", "TrackedRun.log_input": "run"},
+    "dann_experiments.tracking.run": {"TrackedRun.log_params": "run", "TrackedRun.log_inputs": "run"},
     "dann_experiments.tracking.sender": {"Sender.__init__": "run"},
     "dann_experiments.jobs.run_training": {"describe_run": "run"},
     "dann_experiments.jobs.pictures": {"Album.__init__": "before", "Album.add": "before"},
@@ -35,6 +37,7 @@ _parts: dict[str, float] = {}
 _open: list[list[Any]] = []  # [part, when it began, seconds of parts within it]
 _main = threading.main_thread()
 _began = time.perf_counter()
+_until_end = os.environ.get("START_UNTIL") == "end"
 
 
 def _enter(part: str) -> None:
@@ -63,17 +66,17 @@ def mark() -> None:
 def _timed(function: Any, part: str) -> Any:
     @functools.wraps(function)
     def timed(*arguments: Any, **named: Any) -> Any:
-        if part == "step" and "step" not in _parts:
+        if part == "step" and "step" not in _parts and not _until_end:
             mark()
             _parts["step"] = 0.0
-        if threading.current_thread() is not _main or "step" in _parts:
+        if threading.current_thread() is not _main or ("step" in _parts and not _until_end):
             return function(*arguments, **named)
         _enter(part)
         try:
             return function(*arguments, **named)
         finally:
             _leave()
-            if part == "baseline":
+            if part == "baseline" and not _until_end:
                 _enter("first batch")
 
     return timed
@@ -85,6 +88,8 @@ def _watch(name: str, module: Any) -> None:
         holder = module
         for one in classes:
             holder = getattr(holder, one)
+        if not hasattr(holder, last):  # an earlier version
+            continue
         setattr(holder, last, _timed(getattr(holder, last), part))
 
 
@@ -108,3 +113,5 @@ def _with_time(loader: Any) -> None:
 
 if "START_MARKS" in os.environ and __name__ == "sitecustomize":
     _with_time(importlib.machinery.SourceFileLoader)
+    if _until_end:
+        atexit.register(mark)

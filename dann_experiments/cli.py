@@ -17,6 +17,7 @@ from dann_experiments.command_line import Command, Option, Program, Request, qui
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, load_config
 from dann_experiments.config.comparison import NAMED_ARMS, CompareConfig
 from dann_experiments.config.export import ExportConfig
+from dann_experiments.config.imports import uncollected
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.recipes import load_or_default, report_default
@@ -47,6 +48,14 @@ def _config(request: Request, without_effect: Sequence[str] = (), but: Sequence[
     return config
 
 
+def _imported() -> tuple[Any, Any]:
+    """Import the jobs and what prints their results."""
+    with uncollected():
+        from dann_experiments import jobs
+        from dann_experiments.reports import terminal
+    return jobs, terminal
+
+
 def _warn_of_idle(request: Request, without_effect: Sequence[str]) -> None:
     for short in without_effect:
         if short in request.settings:
@@ -55,23 +64,19 @@ def _warn_of_idle(request: Request, without_effect: Sequence[str]) -> None:
 
 def _check_data(request: Request) -> int:
     config = _config(request, (*OF_ADAPTATION, "max_epochs"))
-    from dann_experiments import jobs
-    from dann_experiments.reports import terminal
-
+    jobs, terminal = _imported()
     return terminal.print_data_report(jobs.check_data(config))
 
 
 def _pretrain(request: Request) -> int:
     config = _training_config(request, OF_ADAPTATION)
-    from dann_experiments import jobs
-
+    jobs, _ = _imported()
     return _print_run(jobs.pretrain(config, resume=request.options.get("resume")))
 
 
 def _adapt(request: Request) -> int:
     config = _training_config(request)
-    from dann_experiments import jobs
-
+    jobs, _ = _imported()
     return _print_run(jobs.adapt(config, resume=request.options.get("resume")))
 
 
@@ -90,8 +95,7 @@ def _training_config(request: Request, without_effect: Sequence[str] = ()) -> Co
 
 def _evaluate(request: Request) -> int:
     config = _config(request, (*OF_ADAPTATION[1:], "max_epochs"))
-    from dann_experiments import jobs
-
+    jobs, _ = _imported()
     return _print_run(jobs.evaluate(config))
 
 
@@ -119,9 +123,7 @@ def _predict(request: Request) -> int:
         settings = dataclasses.replace(settings, input=inputs[0])
     config = load_config(request.options["config"]) if "config" in request.options else None
     quiet_libraries()
-    from dann_experiments import jobs
-    from dann_experiments.reports import terminal
-
+    jobs, terminal = _imported()
     result = jobs.predict(settings, config)
     for output in result.outputs:
         print(f"Written: {output}")
@@ -136,9 +138,7 @@ def _export(request: Request) -> int:
     settings = load_settings(ExportConfig, None, request.settings)
     config = load_config(request.options["config"]) if "config" in request.options else None
     quiet_libraries()
-    from dann_experiments import jobs
-    from dann_experiments.reports import terminal
-
+    jobs, terminal = _imported()
     result = jobs.export(settings, config)
     terminal.print_export(result.output, result.tile_size, result.multiple_of, *result.difference)
     return 0
@@ -152,9 +152,7 @@ def _weak_labels(request: Request) -> int:
     }  # unchanged: a file name may look like a list
     settings = dataclasses.replace(settings, **single)
     quiet_libraries()
-    from dann_experiments import jobs
-    from dann_experiments.reports import terminal
-
+    jobs, terminal = _imported()
     terminal.print_weak_labels(jobs.weak_labels(settings), settings.class_names, settings.threshold == "otsu")
     return 0
 
@@ -181,10 +179,11 @@ def _compare(request: Request) -> int:
         prepare_workers(
             "dann_experiments.comparison.runner"
         )  # imported once for all workers, in parallel to this process
-    from dann_experiments.comparison.compare import ComparisonFailed, compare
-    from dann_experiments.comparison.label_curve import compare_labels
-    from dann_experiments.reports import terminal
-    from dann_experiments.reports.choices import print_choice, print_way_to_labels
+    with uncollected():
+        from dann_experiments.comparison.compare import ComparisonFailed, compare
+        from dann_experiments.comparison.label_curve import compare_labels
+        from dann_experiments.reports import terminal
+        from dann_experiments.reports.choices import print_choice, print_way_to_labels
 
     try:
         if settings.labelled:
@@ -229,17 +228,13 @@ def _runs(request: Request) -> int:
 
 def _sync(request: Request) -> int:
     config = _config(request)
-    from dann_experiments import jobs
-    from dann_experiments.reports import terminal
-
+    jobs, terminal = _imported()
     return terminal.print_sync(jobs.sync_runs(config))
 
 
 def _doctor(request: Request) -> int:
     config = _config(request)
-    from dann_experiments import jobs
-    from dann_experiments.reports import terminal
-
+    jobs, terminal = _imported()
     health = jobs.doctor(config)
     terminal.print_health(health.closed, health.running, health.elsewhere, health.leftovers, health.models_without_run)
     return 0

@@ -22,6 +22,7 @@ from dann_experiments.command_line import (
     quiet_libraries,
 )
 from dann_experiments.config import InputError
+from dann_experiments.config.imports import uncollected
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.recipes import DEFAULT, load_or_default, report_default, settings_file
 from dann_experiments.workers.processes import prepare_workers
@@ -66,7 +67,8 @@ def _run(request: Request) -> int:
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
     if sweep.launcher == "processes":
         prepare_workers(WORKER)
-    from sweeps.driver import run_sweep
+    with uncollected():
+        from sweeps.driver import run_sweep
 
     return _finish(run_sweep(sweep, config))
 
@@ -89,7 +91,8 @@ def _study(request: Request) -> tuple[str, str | None, dict[str, Any], dict[str,
 def _resume(request: Request) -> int:
     name, storage, sweep_flags, settings = _study(request)
     prepare_workers(WORKER)
-    from sweeps.driver import resume_sweep
+    with uncollected():
+        from sweeps.driver import resume_sweep
 
     if "space" in sweep_flags:
         space = settings_file(sweep_flags["space"], "--space", SPACES)

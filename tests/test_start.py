@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,9 @@ import torch
 from conftest import read_sets, small_settings, write_raster
 from PIL import Image, PngImagePlugin
 
+from dann_experiments import cli
 from dann_experiments.config import InputError, load_config
+from dann_experiments.config.imports import uncollected
 from dann_experiments.data import domain_data, pixels, rasters
 from dann_experiments.data.samples import files_of
 from dann_experiments.jobs.build import find_data, make_network
@@ -46,6 +50,35 @@ def test_help_and_settings_of_the_jobs_import_nothing_heavy(arguments):
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]], ids=" ".join)
 def test_help_of_the_sweeps_imports_nothing_heavy(arguments):
     assert not imported_by("sweeps", *arguments) & set(HEAVY)
+
+
+def test_what_is_imported_without_collections_is_left_out_of_later_ones():
+    generations: list[int] = []
+    count = lambda phase, info: generations.append(info["generation"])  # noqa: E731
+    frozen = gc.get_freeze_count()
+    gc.callbacks.append(count)
+    try:
+        with uncollected():
+            made = [[number] for number in range(100_000)]
+        assert not generations
+    finally:
+        gc.callbacks.remove(count)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() - frozen >= len(made)
+
+
+def test_the_commands_import_the_jobs_without_collections(monkeypatch):
+    inside: list[bool] = []
+
+    @contextlib.contextmanager
+    def watched():
+        inside.append(True)
+        yield
+
+    monkeypatch.setattr(cli, "uncollected", watched)
+    jobs, _ = cli._imported()
+    assert inside == [True]
+    assert jobs.adapt
 
 
 def test_a_network_whose_weights_all_come_from_a_checkpoint_is_built_without_drawing_any(squares):

@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import small_settings
+from matplotlib.figure import Figure
 from mlflow.entities import Metric
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils import environment, requirements_utils
 from sqlalchemy import Engine, event
 
-from dann_experiments import load_config
+from dann_experiments import adapt, load_config
 from dann_experiments.comparison.arms import Cell
 from dann_experiments.comparison.result import Arm
 from dann_experiments.comparison.runner import find_cells
@@ -182,3 +186,23 @@ def test_sqlite_looks_for_a_run_s_history_among_its_own_points(workplace):
 @pytest.mark.parametrize(("text", "said"), [("a b", "'a b'"), ("it's", '"it\'s"'), ('"it\'s"', None), ("C:\\", None)])
 def test_texts_are_quoted_as_filters_take_them(text, said):
     assert quoted(text) == said
+
+
+def test_a_small_run_asks_its_store_for_little_and_draws_each_figure_once(squares, pretrained_place, monkeypatch):
+    """Two epochs with all artifacts. More requests, or a look at the whole environment, would be seconds of every run."""
+    asked: Counter[str] = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **named: asked.update([name]) or real(*args, **named))
+
+    for name in ("get_run", "log_inputs", "log_batch", "create_run"):
+        counted(SqlAlchemyStore, name)
+    counted(Figure, "savefig")
+    counted(requirements_utils, "_init_modules_to_packages_map")
+    check = environment.warn_dependency_requirement_mismatches
+    adapt(load_config(None, small_settings(squares)))
+    assert asked.pop("log_batch") <= 12  # how often metrics are sent depends on the time
+    # the source model's run for its digest, address, settings and choice; the own one for the sender, the model and the result
+    assert asked == {"create_run": 1, "get_run": 7, "log_inputs": 1, "savefig": 6}
+    assert environment.warn_dependency_requirement_mismatches is check

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import pytorch_lightning as pl
 from torch import nn
 
-from dann_experiments.config import Config, replace
+from dann_experiments.config import Config
 from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs.build import find_data, make_method, make_taps, network_to_adapt, seeded
 from dann_experiments.jobs.checks import (
@@ -28,7 +28,7 @@ from dann_experiments.jobs.source_model import (
     find_or_make_source_model,
     load_source_model,
 )
-from dann_experiments.names import DOMAINS, Job, Key, Tag
+from dann_experiments.names import DOMAINS, Job, Tag
 from dann_experiments.reports.mlflow_views import views_of_adaptation
 from dann_experiments.tracking.notes import escaped
 from dann_experiments.tracking.registry import register
@@ -108,7 +108,18 @@ def _prepared(
     taps = make_taps(config, network)
     parts = Parts(network, make_method(config, taps), taps, sets)  # refuses a wrong method before hours of pretraining
     source_model = find_or_make_source_model(config, store, data.digests, resume_pretraining)
-    return replace(config, {Key.SOURCE_MODEL: source_model}), parts
+    if source_model == config.domain_adaptation.pretrained_checkpoint.path:
+        return config, parts
+    return _starting_from(config, source_model), parts
+
+
+def _starting_from(config: Config, source_model: str) -> Config:
+    """Return the settings with a source model, checked again. `replace` would parse all of them: a tenth of a second."""
+    adaptation = config.domain_adaptation
+    checkpoint = dataclasses.replace(adaptation.pretrained_checkpoint, path=source_model)
+    return dataclasses.replace(
+        config, domain_adaptation=dataclasses.replace(adaptation, pretrained_checkpoint=checkpoint)
+    )
 
 
 def _source_model(config: Config) -> str:

@@ -160,16 +160,18 @@ def describe_run(run: TrackedRun, config: Config, sets: ImageSets) -> None:
         with writing(run.folder / SETTINGS, part):
             part.write_text(config_to_yaml(config))
             os.replace(part, run.folder / SETTINGS)
-    known = run.store.client.get_run(run.run_id).data.params
+    known = run.store.client.get_run(run.run_id).data.params if run.resumed else {}
     run.log_params({key: value for key, value in flatten(config).items() if PARAM_PREFIX + key not in known})
+    data_sets = []
     for name, dataset in sets.sets.items():
         entries = getattr(config.data.written[name.one], name.split)
         masks = "with masks" if dataset.has_masks else "no masks"
-        run.log_input(
+        data_sets.append((
             f"{domain_name(config, name.domain, name.member)} {name.split}", sets.digests[str(name)], name.words,
             ", ".join(str(entry) for entry in entries) or "of the preset",
             f'{{"images": {len(dataset.samples)}, "windows": {len(dataset)}, "masks": "{masks}"}}',
-        )  # fmt: skip
+        ))  # fmt: skip
+    run.log_inputs(data_sets)
 
 
 def train(

@@ -30,6 +30,7 @@ FACTS = "logged_model.json"
 """What the store has to know of the model, in the run's folder until it is sent."""
 MODEL_TYPE = "segmentation"
 RUNS_ASKED = 100  # per request
+CHECK = "warn_dependency_requirement_mismatches"
 REQUIREMENTS = (
     "numpy",
     "pyyaml",
@@ -92,14 +93,21 @@ def write_mlmodel(folder: Path, run_id: str, interface: Interface) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Let MLflow say nothing in the block of steps that mean nothing to a user."""
+    """Let MLflow say nothing in the block of steps that mean nothing to a user, and not check the requirements against what is
+    installed: they are what is installed, and MLflow would look at every file of the environment for that."""
+    from mlflow.utils import environment
+
     logger = logging.getLogger("mlflow.pyfunc")
-    before = logger.level
+    before, check = logger.level, getattr(environment, CHECK, None)
     logger.setLevel(logging.WARNING)
+    if check is not None:  # else another version of MLflow, which may do without
+        setattr(environment, CHECK, lambda requirements: None)
     try:
         yield
     finally:
         logger.setLevel(before)
+        if check is not None:
+            setattr(environment, CHECK, check)
 
 
 def write_facts(

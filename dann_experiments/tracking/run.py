@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -114,17 +114,26 @@ class TrackedRun:
 
     def log_input(self, name: str, digest: str, context: str, source: str, profile: str) -> None:
         """Log a data set that the run read: MLflow shows name, digest and context (such as `source train`)."""
+        self.log_inputs([(name, digest, context, source, profile)])
+
+    def log_inputs(self, data_sets: Sequence[tuple[str, str, str, str, str]]) -> None:
+        """Log data sets in one request, each with the arguments of `log_input`."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
         from mlflow.exceptions import MlflowException
 
-        dataset = Dataset(
-            name=shortened(name, LONGEST_DATA_SET), digest=digest[:36], source_type="local",
-            source=json.dumps({"uri": shortened(source, LONGEST_SOURCE)}), profile=profile,
-        )  # fmt: skip
-        entry = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+        entries = [
+            DatasetInput(
+                Dataset(
+                    name=shortened(name, LONGEST_DATA_SET), digest=digest[:36], source_type="local",
+                    source=json.dumps({"uri": shortened(source, LONGEST_SOURCE)}), profile=profile,
+                ),
+                [InputTag("mlflow.data.context", context)],
+            )
+            for name, digest, context, source, profile in data_sets
+        ]  # fmt: skip
         for attempts_left in (2, 1, 0):
             try:
-                self._asked(lambda: self.store.client.log_inputs(self.run_id, entry))
+                self._asked(lambda: self.store.client.log_inputs(self.run_id, entries))
                 return
             except MlflowException:
                 # if two runs log the same new data set at once, MLflow refuses the second, but accepts it on a further attempt
@@ -211,17 +220,18 @@ def tracked_run(
         if resume is None and (run_name is not None or claimed is None or _name_is_generated(store, claimed)):
             tags = {**tags, RUN_NAME: run_name or default_name}
         tags = {**_provenance(), **({} if claimed else {"mlflow.source.type": "LOCAL"}), **tags}
-        already = None
+        already, new = None, None
         if resume is not None:
             check_run_id(resume)
             run_id, already = resume, _reopen(store, resume, claimed, folder / resume)
         elif claimed is None:  # created with its tags, so that a search for killed runs finds it at once
-            run_id = store.client.create_run(store.experiment_id, tags=_texts(tags)).info.run_id
+            new = store.client.create_run(store.experiment_id, tags=_texts(tags)).info
+            run_id = new.run_id
         else:
             run_id = claimed
         check_run_id(run_id)
         run_folder = folder / run_id
-        clock = Clock(store.client.get_run(run_id).info.start_time)
+        clock = Clock((new or store.client.get_run(run_id).info).start_time)
         sender = Sender(store.client, run_id, run_folder, already, clock)
         run = TrackedRun(store, run_id, run_folder, sender, resume is not None)
         try:

@@ -8,6 +8,8 @@ import os
 import sys
 import warnings
 
+from dann_experiments.config.imports import uncollected
+
 MODULES = (
     "torch",
     "pytorch_lightning",
@@ -22,7 +24,7 @@ with contextlib.suppress(
     here = os.getcwd()
     sys.path[:] = [entry or here for entry in sys.path]
     os.chdir("/")
-with warnings.catch_warnings():  # the parent process shows them
+with warnings.catch_warnings(), uncollected():  # the parent process shows the warnings
     warnings.simplefilter("ignore")
     for name in MODULES:
         with contextlib.suppress(Exception):  # the worker imports it again and logs the error

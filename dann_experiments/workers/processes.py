@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -82,6 +83,7 @@ def become_worker(log_folder: str | None, environment: Mapping[str, str]) -> Non
     Its output goes to `worker-PID.log` in `log_folder` (None = where the parent prints), and it gets the `environment` of the
     parent without its MLflow run. SIGTERM ends it cleanly, SIGINT is left to the parent, and it ends when the parent does.
     """
+    gc.freeze()  # the modules that the fork server imported: no garbage, and their memory stays shared
     os.environ.clear()  # a forked process has the environment at the time of `prepare_workers`
     os.environ.update(environment)
     os.environ.pop("MLFLOW_RUN_ID", None)
