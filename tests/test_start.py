@@ -7,6 +7,7 @@ import gc
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_help_of_the_sweeps_imports_nothing_heavy(arguments):
     assert not imported_by("sweeps", *arguments) & set(HEAVY)
 
 
-def test_what_is_imported_without_collections_is_left_out_of_later_ones():
+def test_what_is_imported_without_collections_is_left_out_of_later_ones(monkeypatch):
     generations: list[int] = []
     count = lambda phase, info: generations.append(info["generation"])  # noqa: E731
     frozen = gc.get_freeze_count()
@@ -60,11 +61,17 @@ def test_what_is_imported_without_collections_is_left_out_of_later_ones():
     try:
         with uncollected():
             made = [[number] for number in range(100_000)]
+            monkeypatch.setitem(sys.modules, "imported_here", types.ModuleType("imported_here"))
         assert not generations
+        frozen_now = gc.get_freeze_count()
+        with uncollected():  # nothing is imported: a job's own objects stay within reach of later collections
+            more = [[number] for number in range(1000)]
+        assert gc.get_freeze_count() <= frozen_now
     finally:
         gc.callbacks.remove(count)
     assert gc.isenabled()
-    assert gc.get_freeze_count() - frozen >= len(made)
+    assert frozen_now - frozen >= len(made)
+    assert len(more) == 1000
 
 
 def test_the_commands_import_the_jobs_without_collections(monkeypatch):
