@@ -14,6 +14,10 @@ from dann_experiments.config.run import MOST_PROCESSES, TrackingConfig
 from dann_experiments.config.workers import MOST_GPUS, PoolSettings
 from dann_experiments.names import VECTOR_SUFFIXES, Confidence, TestBatchnorm, Tta
 
+TILE_SIZE, MOST_TILES = 512, 4
+"""Side of a tile that need not be fitted, and how many of them one forward pass takes."""
+MOST_PIXELS = MOST_TILES * TILE_SIZE**2
+"""Pixels of all tiles of a forward pass, by default."""
 DOMAIN = matching(r"(source|target)(\.[A-Za-z0-9][A-Za-z0-9_-]{0,49})?", "source, target, source.NAME or target.NAME")
 
 
@@ -45,12 +49,16 @@ class PredictConfig:
     file count as well; []: no values; null = as in training."""
     file_pixel_size: Annotated[float | None, above(0)] = None
     """Pixel size of images that are not georeferenced, for a model trained on pixels of one size; null = as in training."""
-    tile_size: Annotated[int, between(16, 16384)] = 512
-    """Side of the square, in pixels, that the network sees at a time; rounded up to a size that the network takes."""
+    tile_size: Annotated[int | None, between(16, 16384)] = None
+    """Side of the square, in pixels, that the network sees at a time; rounded up to a size that the network takes. null = tiles
+    fitted to each image, so that the network sees as few pixels as possible twice: about 1024 x 1024 pixels, an image of no more
+    than that at once (512 with test_batchnorm images)."""
     overlap: int | None = None
-    """Pixels that neighboring tiles share, at most half a tile; null = a quarter of a tile. 0 = no blending."""
-    batch_size: Annotated[int, between(1, MOST_IMAGES)] = 4
-    """Tiles per forward pass."""
+    """Pixels that neighboring tiles share, at most half a tile; null = a quarter of a tile, 128 of fitted tiles. 0 = no
+    blending."""
+    batch_size: Annotated[int | None, between(1, MOST_IMAGES)] = None
+    """Tiles per forward pass; fitted tiles get smaller with more of them, down to 512 x 512 pixels. null = as many as have 1024 x
+    1024 pixels together, at most 4; 1 fitted tile."""
     probabilities: bool = False
     """Also write OUTPUT_probabilities.tif, with one band per class: value / 254 = probability."""
     tta: Tta = "none"
@@ -111,9 +119,27 @@ class PredictConfig:
         return None if self.nodata is None else values_of_nodata(self.nodata)
 
     @property
+    def side(self) -> int | None:
+        """Side of a tile; None = fitted to each image."""
+        # statistics of an image are taken over batches of several tiles, so fitted ones would be too large
+        return TILE_SIZE if self.tile_size is None and self.test_batchnorm == "images" else self.tile_size
+
+    @property
     def shared(self) -> int:
         """Pixels that neighboring tiles share: `overlap`, or a quarter of a tile if it is null."""
-        return self.tile_size // 4 if self.overlap is None else self.overlap
+        return (self.side or TILE_SIZE) // 4 if self.overlap is None else self.overlap
+
+    @property
+    def tiles_at_a_time(self) -> int:
+        """`batch_size`, or the number of tiles that its default means."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return 1 if self.side is None else min(max(MOST_PIXELS // self.side**2, 1), MOST_TILES)
+
+    @property
+    def most_pixels(self) -> int:
+        """Pixels of a fitted tile, at most."""
+        return max(MOST_PIXELS // self.tiles_at_a_time, TILE_SIZE**2)
 
     @property
     def pool(self) -> PoolSettings:
@@ -145,7 +171,7 @@ class PredictConfig:
         for key in ("min_area", "simplify"):
             if getattr(self, key) and self.vector is None:
                 raise InputError(f"{key} has no effect without vector; remove it, or set vector: gpkg.")
-        if not 0 <= self.shared <= self.tile_size // 2:
-            raise InputError(
-                f"overlap is {self.overlap}; give 0 to {self.tile_size // 2}, half of tile_size ({self.tile_size})."
-            )
+        side = self.side or TILE_SIZE
+        if not 0 <= self.shared <= side // 2:
+            whose = f"tile_size ({side})" if self.side else f"the smallest fitted tile ({side}); or set a larger tile_size"
+            raise InputError(f"overlap is {self.overlap}; give 0 to {side // 2}, half of {whose}.")

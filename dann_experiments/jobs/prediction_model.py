@@ -25,9 +25,10 @@ def prediction_model(settings: PredictConfig, config: Config | None, store: Stor
 def options_of(settings: PredictConfig) -> Options:
     """Return the options for making maps."""
     return Options(
-        settings.tile_size, settings.shared, settings.batch_size, settings.probabilities, settings.overwrite,
+        settings.side, settings.shared, settings.tiles_at_a_time, settings.probabilities, settings.overwrite,
         settings.tta, settings.test_batchnorm, settings.confidence, settings.stac, settings.stac_datetime, settings.vector,
         VectorOptions(settings.min_area, settings.simplify), own_bands=settings.bands is not None,
+        most_pixels=settings.most_pixels,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 
 from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config.errors import InputError
+from dann_experiments.models.folding import Pair, foldable, folded
 from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, STAC, path_beside, vector_path
 from dann_experiments.prediction.own_statistics import statistics_of_image
 from dann_experiments.prediction.partial_map import CONFIDENCE as CONFIDENCE_LAYER
@@ -198,7 +199,8 @@ class MapMaker:
         """Return advice for when memory runs out."""
         return (
             f"batch_size is {self.options.batch_size}, with tiles of {scene.plan.rows.tile} x {scene.plan.columns.tile} pixels. "
-            "Use a smaller batch_size, then a smaller tile_size, or accelerator cpu if this was a GPU."
+            f"Use a smaller {'batch_size, then a smaller ' if self.options.batch_size > 1 else ''}tile_size, or accelerator cpu "
+            "if this was a GPU."
         )
 
     def _predicted(self, scene: Scene, outcome: Outcome) -> Iterator[float]:
@@ -210,7 +212,11 @@ class MapMaker:
         )  # fmt: skip
         layers = [probabilities_layer(tiler.classes)] if options.probabilities else []
         layers += [CONFIDENCE_LAYER] if options.confidence is not None else []
-        with self._statistics(scene), PartialMap(scene.partial_folder, scene.facts, layers) as partial:
+        with (
+            self._statistics(scene),
+            folded(self._foldable),
+            PartialMap(scene.partial_folder, scene.facts, layers) as partial,
+        ):
             done, carry, reason = partial.start()
             if reason is not None:
                 log.info("%s: starting anew, as %s: %s.", name, partial.folder, reason)
@@ -238,6 +244,11 @@ class MapMaker:
             outcome.empty.append(scene.input)
         elif read.is_dark():
             outcome.dark.append(scene.input)
+
+    @functools.cached_property
+    def _foldable(self) -> list[Pair]:
+        """What to fold while an image is mapped: only on a CPU, where it was measured."""
+        return foldable(self.model.network, self.model.in_channels) if self.device.type == "cpu" else []
 
     def _statistics(self, scene: Scene) -> contextlib.AbstractContextManager[None]:
         """Let the network have the BatchNorm statistics of the options in the block."""

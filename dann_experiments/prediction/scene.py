@@ -32,7 +32,7 @@ from dann_experiments.data.virtual import files_behind, state_of
 from dann_experiments.names import Confidence, TestBatchnorm, Tta
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX
 from dann_experiments.prediction.rasters import Grid, read_grid
-from dann_experiments.prediction.tiling import Axis, Plan, grid_stride, plan_tiles
+from dann_experiments.prediction.tiling import Axis, Plan, fitted_tiles, grid_stride, plan_tiles
 from dann_experiments.prediction.vector_file import VectorOptions
 
 STRIP_BYTES = 32 * 2**20
@@ -48,8 +48,8 @@ class UnreadableImage(InputError):
 class Options:
     """Options for making maps."""
 
-    tile_size: int = 512
-    """Side of a tile, which the network sees at a time, in pixels."""
+    tile_size: int | None = 512
+    """Side of a tile, which the network sees at a time, in pixels; None = fitted to each image."""
     overlap: int = 128
     """Pixels that neighboring tiles share."""
     batch_size: int = 4
@@ -73,6 +73,8 @@ class Options:
     polygons: VectorOptions = field(default_factory=VectorOptions)
     own_bands: bool = False
     """True if the user, not the model, chose the bands to read."""
+    most_pixels: int = 2**20
+    """Pixels of a fitted tile, at most."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,18 @@ class Scene:
         bands = chosen_bands(source, header, reading, model.in_channels)
         check_type(source, header, reading)
         height, width = reading.grid_size(header, source)
-        plan = plan_tiles(height, width, options.tile_size, options.overlap, grid_stride(model.network))
+        stride = grid_stride(model.network)
+        if options.tile_size is None:
+            plan = fitted_tiles(height, width, options.most_pixels, options.overlap, stride)
+            tile_size = [plan.rows.tile, plan.columns.tile]
+        else:
+            plan, tile_size = plan_tiles(height, width, options.tile_size, options.overlap, stride), options.tile_size
         size, changed = state_of(source)
         # without the device: an interrupted map may be finished on another one
         facts = {
             "model": model.digest, "input": str(source.resolve()), "input size": size,
             "input time": changed, "reading": _as_signed(reading),
-            "normalisation": dataclasses.asdict(model.normalisation), "tile_size": options.tile_size,
+            "normalisation": dataclasses.asdict(model.normalisation), "tile_size": tile_size,
             "overlap": options.overlap, "batch_size": options.batch_size, "probabilities": options.probabilities,
         }  # fmt: skip
         behind = [[str(path), *state_of(path)] for path in files_behind(source)[1:]]

@@ -9,6 +9,7 @@ a later tile has to be blended with are kept; all others become class ids at onc
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -85,6 +86,11 @@ class Plan:
     rows: Axis
     columns: Axis
 
+    @property
+    def seen(self) -> int:
+        """Pixels that the network sees, shared ones as often as it sees them."""
+        return len(self.rows.starts) * self.rows.tile * len(self.columns.starts) * self.columns.tile
+
     def tile(self, row: int, column: int) -> Window:
         """Return the window that is read for a tile."""
         (top, bottom), (left, right) = self.rows.inside(row), self.columns.inside(column)
@@ -129,15 +135,54 @@ def plan_tiles(height: int, width: int, tile_size: int, overlap: int, stride: in
     return Plan(*(plan_axis(length, tile_size, overlap, stride) for length in (height, width)))
 
 
+def fitted_tiles(height: int, width: int, most_pixels: int, overlap: int, stride: int) -> Plan:
+    """Plan tiles as `plan_tiles` does, but of the size, up to `most_pixels` pixels, with which the network sees the fewest pixels.
+
+    With tiles of one size for all rasters, the last of a row mostly repeats what the one before has seen. Here, tiles share
+    `overlap` pixels and hardly more, need not be square, and all rasters of up to `most_pixels` pixels are one tile.
+    """
+    best: tuple[int, tuple[int, int], tuple[int, int]] | None = None
+    across = list(_fitted_sizes(width, overlap, stride))
+    for gaps, tile in _fitted_sizes(height, overlap, stride):
+        # the first that fits has the largest tiles; more of them only share more
+        fitting = next(((more, side) for more, side in across if tile * side * stride**2 <= most_pixels), None)
+        if fitting is not None:
+            seen = (gaps + 1) * tile * (fitting[0] + 1) * fitting[1]
+            if best is None or seen < best[0]:
+                best = seen, (gaps, tile), fitting
+    if best is None:  # the stride or the overlap allows no tiles of that few pixels
+        return plan_tiles(height, width, math.isqrt(most_pixels), overlap, stride)
+    shared = _divide_up(overlap, stride)
+    return Plan(_even_axis(height, *best[1], shared, stride), _even_axis(width, *best[2], shared, stride))
+
+
 def plan_axis(length: int, tile_size: int, overlap: int, stride: int) -> Axis:
     """Place the smallest possible number of evenly spaced tiles; see `plan_tiles`."""
     # in units of the stride; the tile is even, so that half of it can be the overlap
     whole, tile, shared = _divide_up(length, stride), 2 * _divide_up(tile_size, 2 * stride), _divide_up(overlap, stride)
     assert shared <= tile // 2
-    if whole <= tile:
+    gaps = 0 if whole <= tile else _divide_up(whole - tile, tile - shared)
+    return _even_axis(length, gaps, tile, shared, stride)
+
+
+def _fitted_sizes(length: int, overlap: int, stride: int) -> Iterator[tuple[int, int]]:
+    """Yield (gaps, side) of one tile, then of two, three, ... as small as they can be, while no more than half of each is shared
+    with the next; sides in units of the stride."""
+    whole, shared = _divide_up(length, stride), _divide_up(overlap, stride)
+    yield 0, whole
+    for gaps in range(1, whole):
+        tile = _divide_up(whole + gaps * shared, gaps + 1)
+        if tile >= whole or tile < 2 * shared:
+            return
+        yield gaps, tile
+
+
+def _even_axis(length: int, gaps: int, tile: int, shared: int, stride: int) -> Axis:
+    """Space `gaps` + 1 tiles evenly; `tile` and `shared` in units of the stride."""
+    if gaps == 0:
         return Axis(length, length, (0,), 0)
-    gaps = _divide_up(whole - tile, tile - shared)
-    starts = tuple((2 * index * (whole - tile) + gaps) // (2 * gaps) * stride for index in range(gaps + 1))
+    room = _divide_up(length, stride) - tile
+    starts = tuple((2 * index * room + gaps) // (2 * gaps) * stride for index in range(gaps + 1))
     return Axis(length, tile * stride, starts, shared * stride // 4)
 
 
