@@ -7,7 +7,7 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
-from dann_experiments.models.folding import foldable, folded
+from dann_experiments.models.folding import channels_last, foldable, folded
 
 
 def with_statistics(network: nn.Module, bands: int = 3) -> nn.Module:
@@ -108,3 +108,24 @@ def test_statistics_that_change_between_blocks_are_those_of_the_block():
         with folded(pairs):
             torch.testing.assert_close(network(image), expected)
     assert not network[0].state_dict().keys() - {"weight"}
+
+
+def test_channels_last_in_the_block_and_the_weights_themselves_afterwards():
+    network = with_statistics(smp.create_model("unet", "resnet18", encoder_weights=None, classes=3))
+    weights, image = [*network.parameters()], torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(image)
+        with channels_last(network):
+            found = network(image)
+            assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert all(one is other for one, other in zip(network.parameters(), weights, strict=True))
+
+
+def test_a_network_that_takes_no_image_of_the_size_looked_at_is_left_as_it_is():
+    class Fixed(nn.Sequential):
+        def forward(self, input):
+            assert input.shape[-1] == 96
+            return super().forward(input)
+
+    assert foldable(Fixed(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval(), 3) == []

@@ -173,5 +173,7 @@ class PredictConfig:
                 raise InputError(f"{key} has no effect without vector; remove it, or set vector: gpkg.")
         side = self.side or TILE_SIZE
         if not 0 <= self.shared <= side // 2:
-            whose = f"tile_size ({side})" if self.side else f"the smallest fitted tile ({side}); or set a larger tile_size"
+            whose = (
+                f"tile_size ({side})" if self.side else f"the smallest fitted tile ({side}); or set a larger tile_size"
+            )
             raise InputError(f"overlap is {self.overlap}; give 0 to {side // 2}, half of {whose}.")

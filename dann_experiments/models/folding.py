@@ -1,7 +1,7 @@
-"""Folds BatchNorm into the convolutions before it, so that a prediction passes over its maps once less per layer.
+"""Makes predictions quicker: BatchNorm folded into the convolutions before it, and maps with the channels last.
 
-In eval mode, BatchNorm multiplies each channel by a number and adds another one. Both can be part of the weights of the convolution
-before it (Jacob et al. 2018, arXiv:1712.05877, section 3.2). The logits are the same up to rounding.
+In eval mode, BatchNorm multiplies each channel by a number and adds another one. Both can be part of the weights of the
+convolution before it (Jacob et al. 2018, arXiv:1712.05877, section 3.2). The logits are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def foldable(network: nn.Module, in_channels: int) -> list[Pair]:
     with evaluating(network):
         try:
             expected = logits_of_any_size(network, noise)
+        except (RuntimeError, ValueError, AssertionError):  # a network of images of another size
+            return []
         finally:
             for handle in handles:
                 handle.remove()
@@ -77,7 +79,13 @@ def folded(pairs: Sequence[Pair]) -> Iterator[None]:
             assert norm.running_mean is not None
             assert norm.running_var is not None
             convolution.weight, convolution.bias = fuse_conv_bn_weights(
-                convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                convolution.weight,
+                convolution.bias,
+                norm.running_mean,
+                norm.running_var,
+                norm.eps,
+                norm.weight,
+                norm.bias,
             )
             vars(norm)["forward"] = _unchanged  # in front of the method of its class
         yield
@@ -85,6 +93,21 @@ def folded(pairs: Sequence[Pair]) -> Iterator[None]:
         for (convolution, norm), (weight, bias) in zip(pairs, before, strict=True):
             convolution.weight, convolution.bias = weight, bias
             vars(norm).pop("forward", None)
+
+
+@contextmanager
+def channels_last(network: nn.Module) -> Iterator[None]:
+    """Let convolutions have their weights, and so their maps, in memory with the channels last in the block."""
+    layers = [layer for layer in network.modules() if type(layer) is nn.Conv2d]
+    before = [layer.weight for layer in layers]
+    try:
+        for layer in layers:
+            weight = layer.weight.detach().contiguous(memory_format=torch.channels_last)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        yield
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.weight = weight
 
 
 def _unchanged(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config.errors import InputError
-from dann_experiments.models.folding import Pair, foldable, folded
+from dann_experiments.models.folding import Pair, channels_last, foldable, folded
 from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, STAC, path_beside, vector_path
 from dann_experiments.prediction.own_statistics import statistics_of_image
 from dann_experiments.prediction.partial_map import CONFIDENCE as CONFIDENCE_LAYER
@@ -214,7 +214,7 @@ class MapMaker:
         layers += [CONFIDENCE_LAYER] if options.confidence is not None else []
         with (
             self._statistics(scene),
-            folded(self._foldable),
+            self._quicker(),
             PartialMap(scene.partial_folder, scene.facts, layers) as partial,
         ):
             done, carry, reason = partial.start()
@@ -247,8 +247,16 @@ class MapMaker:
 
     @functools.cached_property
     def _foldable(self) -> list[Pair]:
-        """What to fold while an image is mapped: only on a CPU, where it was measured."""
-        return foldable(self.model.network, self.model.in_channels) if self.device.type == "cpu" else []
+        return foldable(self.model.network, self.model.in_channels)
+
+    @contextlib.contextmanager
+    def _quicker(self) -> Iterator[None]:
+        """Let the network predict quicker in the block, only on a CPU, where this was measured (docs/performance.md)."""
+        if self.device.type != "cpu":
+            yield
+            return
+        with folded(self._foldable), channels_last(self.model.network):
+            yield
 
     def _statistics(self, scene: Scene) -> contextlib.AbstractContextManager[None]:
         """Let the network have the BatchNorm statistics of the options in the block."""

@@ -136,7 +136,7 @@ def plan_tiles(height: int, width: int, tile_size: int, overlap: int, stride: in
 
 
 def fitted_tiles(height: int, width: int, most_pixels: int, overlap: int, stride: int) -> Plan:
-    """Plan tiles as `plan_tiles` does, but of the size, up to `most_pixels` pixels, with which the network sees the fewest pixels.
+    """Plan tiles as `plan_tiles` does, of the size up to `most_pixels` pixels with which the network sees the fewest pixels.
 
     With tiles of one size for all rasters, the last of a row mostly repeats what the one before has seen. Here, tiles share
     `overlap` pixels and hardly more, need not be square, and all rasters of up to `most_pixels` pixels are one tile.
@@ -261,7 +261,7 @@ class Tiler:
         return result
 
     def _logits(self, images: Tensor) -> Tensor:
-        logits = logits_of_any_size(self.network, images)
+        logits = logits_of_any_size(self.network, images).contiguous()  # also of networks with the channels last
         wanted = (len(images), self.classes, *images.shape[2:])
         if tuple(logits.shape) != wanted:
             raise InputError(f"the model returns logits of shape {tuple(logits.shape)}; its settings imply {wanted}.")
