@@ -15,7 +15,16 @@ from torch import nn
 from dann_experiments.config import InputError
 from dann_experiments.data.rasters import Window
 from dann_experiments.models.networks import logits_of_any_size
-from dann_experiments.prediction.tiling import Axis, Plan, Tiler, grid_stride, plan_axis, plan_tiles, ramp_weights
+from dann_experiments.prediction.tiling import (
+    Axis,
+    Plan,
+    Tiler,
+    fitted_tiles,
+    grid_stride,
+    plan_axis,
+    plan_tiles,
+    ramp_weights,
+)
 
 CPU = torch.device("cpu")
 
@@ -212,9 +221,13 @@ def test_a_real_network_shows_no_seams():
         network.segmentation_head[0].bias.data -= network(image[None]).mean((0, 2, 3))
     wanted = untiled(network, image)[0]
     assert np.bincount(wanted.ravel(), minlength=3).min() > 0.1 * wanted.size
-    rates = {}
-    for overlap in (0, 128):
-        plan = plan_tiles(640, 640, 256, overlap, grid_stride(network))
+    rates: dict[int | str, tuple[float, float]] = {}
+    stride = grid_stride(network)
+    for overlap, plan in {
+        0: plan_tiles(640, 640, 256, 0, stride),
+        128: plan_tiles(640, 640, 256, 128, stride),
+        "fitted": fitted_tiles(640, 640, 300**2, 128, stride),
+    }.items():
         different = tiled(network, image, plan, 3, with_probabilities=False)[0] != wanted
         near = np.zeros(640, bool)
         for index in range(plan.rows.last):
@@ -223,8 +236,9 @@ def test_a_real_network_shows_no_seams():
         along = near[:, None] | near[None, :]
         rates[overlap] = (different[along].mean(), different[~along].mean())
     assert rates[0][0] > 0.03  # cut hard, the seams show
-    assert rates[128][0] < 0.05 * rates[0][0]
-    assert rates[128][0] < 1.5 * rates[128][1] + 0.002
+    for name in (128, "fitted"):
+        assert rates[name][0] < 0.05 * rates[0][0]
+        assert rates[name][0] < 1.5 * rates[name][1] + 0.002
 
 
 def test_pixels_without_data_are_nodata_and_tiles_without_any_are_not_forwarded():
@@ -282,3 +296,35 @@ def test_modes_are_given_back_and_a_network_of_other_classes_is_refused():
     assert not network.layers[0].training
     with pytest.raises(InputError, match="logits of shape"):
         tiled(network, image, plan_tiles(40, 40, 32, 16, 1), 4)
+
+
+@given(st.integers(1, 6000), st.integers(1, 6000), st.sampled_from([1, 8, 32]), st.integers(0, 200))
+@settings(deadline=None, max_examples=200)
+def test_fitted_tiles_share_what_they_have_to_and_no_pixel_belongs_to_more_than_two(height, width, stride, overlap):
+    plan = fitted_tiles(height, width, 2**18, overlap, stride)
+    assert plan.rows.tile * plan.columns.tile <= 2**18
+    for axis in (plan.rows, plan.columns):
+        assert axis.starts[0] == 0
+        assert axis.length <= axis.starts[-1] + axis.tile < axis.length + stride
+        assert all(start % stride == 0 for start in axis.starts)
+        for index in range(axis.last):
+            assert axis.starts[index] + axis.tile - axis.starts[index + 1] >= overlap
+        found = weights(axis)
+        np.testing.assert_allclose(found.sum(0), 1, atol=1e-6)
+        assert (found > 0).sum(0).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "before"), [(1000, 1.0, 2.35), (2000, 1.26, 1.63), (4000, 1.3, 1.98), (12_000, 1.3, 1.74)]
+)
+def test_the_network_sees_few_pixels_of_a_raster_more_than_once(size, most, before):
+    assert fitted_tiles(size, size, 2**20, 128, 32).seen <= most * size**2
+    assert plan_tiles(size, size, 512, 128, 32).seen > before * size**2
+
+
+def test_fitted_tiles_show_no_seams_where_the_overlap_covers_what_the_network_sees():
+    network = Strided(2, 3)
+    image = torch.randn(2, 203, 158, generator=torch.Generator().manual_seed(0))
+    plan = fitted_tiles(203, 158, 70 * 70, 32, grid_stride(network))
+    assert len(plan.rows.starts) * len(plan.columns.starts) > 6
+    np.testing.assert_array_equal(tiled(network, image, plan, 3)[0], untiled(network, image)[0])
