@@ -257,6 +257,17 @@ def test_two_to_255_classes(classes):
     assert ids.max() < 255
 
 
+def test_a_cpu_takes_few_pixels_at_a_time_and_no_tile_twice():
+    sizes: list[torch.Size] = []
+    network = Local(3, 2)
+    network.register_forward_pre_hook(lambda layer, inputs: sizes.append(inputs[0].shape))
+    for side, most in ((512, 1), (256, 4), (64, 5)):
+        sizes.clear()
+        tiled(network, torch.rand(3, side, 5 * side), plan_tiles(side, 5 * side, side, 0, 1), 2, batch_size=5)
+        assert max(len(size) and size[0] for size in sizes) == most
+        assert sum(size.numel() for size in sizes) == 3 * 5 * side**2
+
+
 def test_going_on_from_the_carried_rows_gives_the_same():
     network = Local(3, 3)
     image = torch.randn(3, 150, 100, generator=torch.Generator().manual_seed(0))

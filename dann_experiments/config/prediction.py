@@ -50,7 +50,7 @@ class PredictConfig:
     overlap: int | None = None
     """Pixels that neighboring tiles share, at most half a tile; null = a quarter of a tile. 0 = no blending."""
     batch_size: Annotated[int, between(1, MOST_IMAGES)] = 4
-    """Tiles per forward pass."""
+    """Tiles per forward pass; a CPU, which is quicker with few, takes no more than have 512 x 512 pixels together."""
     probabilities: bool = False
     """Also write OUTPUT_probabilities.tif, with one band per class: value / 254 = probability."""
     tta: Tta = "none"

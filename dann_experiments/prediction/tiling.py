@@ -29,6 +29,9 @@ from dann_experiments.prediction.rasters import NODATA, PROBABILITY_STEPS
 Read = Callable[[Window], tuple[Tensor, np.ndarray | None]]
 """Reads the normalized image (B, h, w) float32 of a window, and where it has data (h, w) bool; None = everywhere."""
 
+CPU_PIXELS = 512**2
+"""Pixels of the tiles of one forward pass on a CPU, at most, unless one tile has more."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -199,6 +202,13 @@ class Tiler:
             for number, column in enumerate(batch):
                 yield self._blend(index, column, probabilities[number], valids[number])
 
+    @property
+    def _at_a_time(self) -> int:
+        """Tiles per forward pass. A CPU is quicker with few pixels at a time (docs/performance.md)."""
+        if self.device.type != "cpu":
+            return self.batch_size
+        return min(self.batch_size, max(CPU_PIXELS // (self.plan.rows.tile * self.plan.columns.tile), 1))
+
     @torch.inference_mode()
     def _forward(self, images: tuple[Tensor, ...], valids: tuple[np.ndarray | None, ...]) -> Tensor:
         """Return class probabilities (N, K, h, w) of tiles; 0 for tiles without any data, which skip the network."""
@@ -208,7 +218,9 @@ class Tiler:
             return torch.zeros(len(images), self.classes, rows, columns, device=self.device)
         stack = torch.stack([filled_up(images[number], rows, columns) for number in seen])
         with evaluating(self.network):
-            probabilities = mean_probabilities(self._logits, stack.to(self.device, non_blocking=True), self.tta)
+            stack = stack.to(self.device, non_blocking=True)
+            parts = [mean_probabilities(self._logits, part, self.tta) for part in stack.split(self._at_a_time)]
+            probabilities = torch.cat(parts) if len(parts) > 1 else parts[0]
         if len(seen) == len(images):
             return probabilities
         result = torch.zeros(len(images), self.classes, rows, columns, device=self.device)
@@ -216,7 +228,7 @@ class Tiler:
         return result
 
     def _logits(self, images: Tensor) -> Tensor:
-        logits = logits_of_any_size(self.network, images)
+        logits = logits_of_any_size(self.network, images).contiguous()  # a network may have the channels last
         wanted = (len(images), self.classes, *images.shape[2:])
         if tuple(logits.shape) != wanted:
             raise InputError(f"the model returns logits of shape {tuple(logits.shape)}; its settings imply {wanted}.")
