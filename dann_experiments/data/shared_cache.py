@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from dann_experiments.data.dataset import Arrays, SegmentationDataset
-from dann_experiments.data.rasters import Header, Window
+from dann_experiments.data.rasters import Header, Window, header_from
 from dann_experiments.data.samples import Sample, files_of
 from dann_experiments.data.virtual import files_behind
 from dann_experiments.data.windows import Piece
@@ -76,7 +76,7 @@ class SharedCache:
 
     def headers(self, index: Mapping[str, Any]) -> list[Header]:
         """Return the headers of the set's images."""
-        kinds = [Header(**{**header, "nodata": tuple(header["nodata"])}) for header in index["headers"]]
+        kinds = [header_from(header) for header in index["headers"]]
         return [kinds[kind] for kind in index["header_of"]]
 
     def digests(self, index: Mapping[str, Any], samples: Sequence[Sample]) -> dict[Path, bytes]:
