@@ -20,7 +20,7 @@ from conftest import small_settings, write_raster
 
 from dann_experiments.config import Config, load_config
 from dann_experiments.data import digests, headers, remembered
-from dann_experiments.data.remembered import FILE, Facts, States, key_of
+from dann_experiments.data.remembered import FILE, Facts, States, key_of, key_of_samples
 from dann_experiments.data.samples import Sample, file_digest
 from dann_experiments.jobs.build import find_data
 from dann_experiments.names import OneDomain
@@ -147,12 +147,12 @@ def test_a_file_beside_an_image_counts_as_part_of_it(tmp_path, work, beside):
     for name in ("0", "0.b", "1"):
         write_raster(tmp_path / f"{name}.tif", np.ones((3, 8, 8), np.uint8))
     of_image = Sample(tmp_path / "0.tif", None), Sample(tmp_path / "1.tif", None)
-    before = [key_of("x", States().of_samples([one]) or (), {}) for one in of_image]
+    before = [key_of("x", States().of_samples([one]) or ()) for one in of_image]
     (tmp_path / beside).write_text("0.1\n0\n0\n-0.1\n0\n0\n")
-    after = [key_of("x", States().of_samples([one]) or (), {}) for one in of_image]
+    after = [key_of("x", States().of_samples([one]) or ()) for one in of_image]
     assert (before[0] != after[0], before[1] == after[1]) == (True, True)
     (tmp_path / beside).write_text("0.2\n0\n0\n-0.2\n0\n0\n")
-    assert key_of("x", States().of_samples([of_image[0]]) or (), {}) != after[0]
+    assert key_of("x", States().of_samples([of_image[0]]) or ()) != after[0]
 
 
 def test_what_a_virtual_raster_shows_counts_and_one_that_names_an_address_is_never_remembered(tmp_path, work):
@@ -171,6 +171,14 @@ def test_what_a_virtual_raster_shows_counts_and_one_that_names_an_address_is_nev
         assert digests.Digests(facts, States()).of(local.image) == file_digest(local.image)
         facts.flush()
     assert work.hashed.count(tmp_path / "0.tif") == 2
+
+
+def test_a_mask_beside_its_image_is_not_taken_for_a_side_file(tmp_path, work):
+    image, mask = (write_raster(tmp_path / f"0.{kind}", np.ones((3, 8, 8), np.uint8)) for kind in ("tif", "vrt.tif"))
+    alone, labelled = Sample(image, None), Sample(image, mask)
+    states = [States().of_samples([one]) or [] for one in (alone, labelled)]
+    assert {*states[0]} == {*states[1]}
+    assert key_of_samples("x", states[0], [alone], {}) != key_of_samples("x", states[0], [labelled], {})
 
 
 def test_remarks_on_headers_are_repeated(root, work, caplog):

@@ -19,12 +19,13 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.data import shared_cache
 from dann_experiments.data.augmentation import Strength
 from dann_experiments.data.checks import check_sizes, unit_problems
-from dann_experiments.data.dataset import Memory, SegmentationDataset
+from dann_experiments.data.dataset import Arrays, Memory, SegmentationDataset
 from dann_experiments.data.digests import Digests
 from dann_experiments.data.digits import EmbeddedName, build_digits
 from dann_experiments.data.headers import read_headers
 from dann_experiments.data.image_sets import ImageSets, digests_of
 from dann_experiments.data.labels import LabelMap
+from dann_experiments.data.lasting_cache import LastingCache
 from dann_experiments.data.lists import under
 from dann_experiments.data.rasters import Header, many_files
 from dann_experiments.data.reading import Normalization, Reading, largest_value
@@ -34,6 +35,7 @@ from dann_experiments.data.samples import Sample, files_of, find_samples, refuse
 from dann_experiments.data.statistics import measure, normalization_from
 from dann_experiments.data.virtual import user_cache
 from dann_experiments.data.weak_masks import with_masks_of
+from dann_experiments.data.windows import Piece
 from dann_experiments.names import (
     SOURCE_TRAIN,
     SOURCE_VAL,
@@ -95,6 +97,8 @@ class DataPlan:
     """Measure each domain's mean and standard deviation and use them in place of `mean` and `std`."""
     memory_gb: float = 0.0
     """Memory limit for decoded images, for all sets together."""
+    disk_cache_gb: float = 0.0
+    """Limit for decoded images in the user's cache, of all jobs together; 0 = keep none there."""
     root: str | None = None
     """Folder that the entries are relative to; None = the embedded data if set, else the current folder."""
     embedded: EmbeddedName | None = None
@@ -253,8 +257,11 @@ class DomainData:
         """
         wanted = set(self._sets if names is None else names)
         chosen = [name for name in self._sets if name in wanted or name.whole in wanted]
-        for name in chosen if ahead else ():
+        for name in chosen:
             dataset = self._sets[name]
+            if not ahead:
+                self._on_disk(name, dataset, write=False)
+                continue
             self._fill(name, dataset)
             if stride is not None and dataset.training:
                 check_sizes(dataset, name.key, stride)
@@ -295,10 +302,8 @@ class DomainData:
             *_, sums = followed(measure(measured), len(measured), what, self.plan.show_progress)
             return dataclasses.asdict(normalization_from(sums.result(), fixed, scale, ends.pop(), own))
 
-        regions = [sample.region for sample in measured.samples]
-        rules = {**self._decided_by(name), "fixed": fixed, "scale": scale, "own": own, "regions": regions}
-        files = self._states.of_samples(measured.samples) if self._facts.kept else None
-        found = self._facts.known_or("normalization", files, rules, measure_all, self._states)
+        rules = {**self._decided_by(name), "fixed": fixed, "scale": scale, "own": own}
+        found = self._facts.known_or("normalization", measured.samples, rules, measure_all, self._states)
         return Normalization(**{side: tuple(values) for side, values in found.items()})
 
     def _unread(self, train: SetName) -> SegmentationDataset | None:
@@ -353,8 +358,23 @@ class DomainData:
         }
 
     def _fill(self, name: SetName, dataset: SegmentationDataset) -> None:
+        if not self._on_disk(name, dataset):
+            self._decode(name, dataset)
+
+    def _decode(
+        self, name: SetName, dataset: SegmentationDataset, keep: Callable[[Piece, Arrays], None] | None = None
+    ) -> None:
         with many_files():
-            followed(dataset.fill(), len(dataset), f"reading {name.key}", self.plan.show_progress)
+            followed(dataset.fill(keep), len(dataset), f"reading {name.key}", self.plan.show_progress)
+
+    def _on_disk(self, name: SetName, dataset: SegmentationDataset, write: bool = True) -> bool:
+        """Map a large set from the user's cache, where it is written if it is not there. Return False if it is not kept there."""
+        folder = place()
+        if dataset.is_filled or folder is None or self.plan.disk_cache_gb <= 0:
+            return False
+        decode = functools.partial(self._decode, name, dataset) if write else None
+        cache = LastingCache(folder, self.plan.disk_cache_gb * 1e9)
+        return cache.use(dataset, self._states, self._decided_by(name), decode)
 
 
 def embedded_folder(folder: str | None) -> Path:

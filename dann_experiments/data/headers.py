@@ -11,7 +11,7 @@ from dann_experiments.data.labels import LabelMap
 from dann_experiments.data.rasters import Header, header_from, many_files, open_raster, verified_header
 from dann_experiments.data.reading import Reading, check_type, chosen_bands
 from dann_experiments.data.remarks import AllRemarks, Problems, Remarks, image_remarks, mask_remarks
-from dann_experiments.data.remembered import Facts, States, key_of
+from dann_experiments.data.remembered import Facts, States, key_of_samples
 from dann_experiments.data.samples import Sample
 from dann_experiments.data.vector_files import is_vector
 from dann_experiments.data.vector_masks import check_vectors
@@ -72,7 +72,7 @@ def read_headers(
     rules = {"reading": (reading, reading.settings), "bands": in_channels, "labels": labels}
     files = [states.of_samples([sample]) if facts.kept else None for sample in samples]
     keys = [
-        None if own is None else key_of("header", own, {**rules, "layer": sample.layer})
+        None if own is None else key_of_samples("header", own, [sample], rules)
         for sample, own in zip(samples, files, strict=True)
     ]
     known = facts.get([key for key in keys if key is not None])

@@ -135,17 +135,13 @@ class Facts:
         return found
 
     def known_or(
-        self,
-        kind: str,
-        files: Sequence[State] | None,
-        rules: Mapping[str, Any],
-        make: Callable[[], Any],
-        states: States,
+        self, kind: str, samples: Sequence[Sample], rules: Mapping[str, Any], make: Callable[[], Any], states: States
     ) -> Any:
-        """Return a fact on `files` (None = not known which), or make it now and keep it."""
+        """Return a fact on samples, or make it now and keep it; `rules`: how they are read."""
+        files = states.of_samples(samples) if self.kept else None
         if files is None:
             return make()
-        key = key_of(kind, files, rules)
+        key = key_of_samples(kind, files, samples, rules)
         known = self.get([key])
         if key in known:
             return known[key]
@@ -200,10 +196,16 @@ class Facts:
             log.debug("%s: %s", self._file, error)
 
 
-def key_of(kind: str, states: Sequence[State], facts: Mapping[str, Any] | None = None) -> bytes:
-    """Return the key of a fact of this kind on these files; `facts`: all else that it depends on, besides this program."""
-    text = repr((kind, states, sorted((facts or {}).items()), code() if facts is not None else ""))
+def key_of(kind: str, states: Sequence[State], *facts: Any) -> bytes:
+    """Return the key of a fact of this kind on the bytes of these files; `facts`: what else it depends on."""
+    text = repr((kind, states, facts))
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
+
+
+def key_of_samples(kind: str, states: Sequence[State], samples: Sequence[Sample], rules: Mapping[str, Any]) -> bytes:
+    """Return the key of a fact of this kind on samples, read by `rules` and this version of the program."""
+    parts = [(str(one.image), str(one.mask), one.region, one.layer, str(one.area)) for one in samples]
+    return key_of(kind, states, parts, sorted(rules.items()), code())
 
 
 @functools.cache
