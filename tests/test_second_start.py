@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import rasterio.io
 from conftest import small_settings, write_raster
 
 from dann_experiments.config import Config, load_config

@@ -16,6 +16,7 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.data.augmentation import Strength, augmented
 from dann_experiments.data.headers import checked_header
 from dann_experiments.data.labels import LabelMap
+from dann_experiments.data.memory import Arrays, Memory
 from dann_experiments.data.nodata import default_nodata_bands
 from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.rasters import Header, Window
@@ -28,25 +29,6 @@ if TYPE_CHECKING:
     from dann_experiments.data.lasting_cache import MappedWindows
 
 MOST_PADDED = 8  # largest crop size as a multiple of the image's shorter side; larger crops would be mostly padding
-Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]  # stored image (B, h, w), mask (h, w), valid (h, w)
-
-
-class Memory:
-    """A memory budget for decoded images, shared by the sets of a job."""
-
-    def __init__(self, gigabytes: float) -> None:
-        self.bytes_left = gigabytes * 1e9
-        self.full = gigabytes <= 0
-        """True once something did not fit; reading ahead is then useless."""
-
-    def take(self, arrays: Arrays) -> bool:
-        """Reserve memory for these arrays; return False if they do not fit."""
-        size = sum(array.nbytes for array in arrays if array is not None)
-        if size > self.bytes_left:
-            self.full = True
-            return False
-        self.bytes_left -= size
-        return True
 
 
 class SegmentationDataset(Dataset):

@@ -19,7 +19,7 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.data import shared_cache
 from dann_experiments.data.augmentation import Strength
 from dann_experiments.data.checks import check_sizes, unit_problems
-from dann_experiments.data.dataset import Arrays, Memory, SegmentationDataset
+from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.digests import Digests
 from dann_experiments.data.digits import EmbeddedName, build_digits
 from dann_experiments.data.headers import read_headers
@@ -27,6 +27,7 @@ from dann_experiments.data.image_sets import ImageSets, digests_of
 from dann_experiments.data.labels import LabelMap
 from dann_experiments.data.lasting_cache import LastingCache
 from dann_experiments.data.lists import under
+from dann_experiments.data.memory import Arrays, Memory
 from dann_experiments.data.rasters import Header, many_files
 from dann_experiments.data.reading import Normalization, Reading, largest_value
 from dann_experiments.data.remarks import Problems

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from dann_experiments.data.dataset import Arrays, SegmentationDataset
+from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.memory import Arrays
 from dann_experiments.data.rasters import Window
 from dann_experiments.data.remembered import State, States, key_of_samples
 from dann_experiments.data.shared_cache import SharedCache, view_of, write_array

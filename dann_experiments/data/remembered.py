@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,8 @@ State = tuple[Any, ...]
 
 
 def place() -> Path | None:
-    """Return the folder of the facts; None = remember nothing."""
-    return user_cache()
+    """Return the folder of what is kept; None = keep nothing, as on Windows, where files have no time of change."""
+    return None if sys.platform == "win32" else user_cache()
 
 
 class States:

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from dann_experiments.data.dataset import Arrays, SegmentationDataset
+from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.memory import Arrays
 from dann_experiments.data.rasters import Header, Window, header_from
 from dann_experiments.data.samples import Sample, files_of
 from dann_experiments.data.virtual import files_behind
