@@ -182,6 +182,16 @@ def test_the_set_used_longest_ago_makes_room(tmp_path, cache):
     assert sum(path.stat().st_size for path in cache.iterdir()) < 2.4 * one
 
 
+def test_sets_of_one_job_do_not_drive_each_other_out(root, cache, reads):
+    config = settings(root, data__disk_cache_gb=1.2e-4, data__memory_gb=0)  # room for some of the sets
+    read_sets(config)
+    kept = {path.name for path in cache.glob("*.bin")}
+    reads.clear()
+    epoch(read_sets(config))
+    assert 0 < len(reads) < IMAGES
+    assert {path.name for path in cache.glob("*.bin")} == kept
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "index", "gone"])
 def test_a_damaged_set_is_ignored_and_written_again(root, cache, damage, reads):
     config = settings(root)

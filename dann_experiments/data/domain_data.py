@@ -204,7 +204,9 @@ class DomainData:
     def __init__(self, plan: DataPlan, names: Iterable[SetName]) -> None:
         self.plan = plan
         self._memory = Memory(plan.memory_gb)
-        self._facts, self._states = Facts(place()), States()
+        folder = place()
+        self._facts, self._states = Facts(folder), States()
+        self._lasting = LastingCache(folder, plan.disk_cache_gb * 1e9) if folder and plan.disk_cache_gb > 0 else None
         self._file_digests = Digests(self._facts, self._states)
         self._sets: dict[SetName, SegmentationDataset] = {}
         problems = Problems()
@@ -370,12 +372,10 @@ class DomainData:
 
     def _on_disk(self, name: SetName, dataset: SegmentationDataset, write: bool = True) -> bool:
         """Map a large set from the user's cache, where it is written if it is not there. Return False if it is not kept there."""
-        folder = place()
-        if dataset.is_filled or folder is None or self.plan.disk_cache_gb <= 0:
+        if dataset.is_filled or self._lasting is None:
             return False
         decode = functools.partial(self._decode, name, dataset) if write else None
-        cache = LastingCache(folder, self.plan.disk_cache_gb * 1e9)
-        return cache.use(dataset, self._states, self._decided_by(name), decode)
+        return self._lasting.use(dataset, self._states, self._decided_by(name), decode)
 
 
 def embedded_folder(folder: str | None) -> Path:

@@ -40,6 +40,7 @@ class LastingCache(SharedCache):
     def __init__(self, folder: Path, most_bytes: float) -> None:
         super().__init__(folder / FOLDER)
         self.most_bytes = most_bytes
+        self._own: set[str] = set()  # keys of sets that this job uses: sets of one job do not make room for each other
 
     def use(
         self,
@@ -55,7 +56,11 @@ class LastingCache(SharedCache):
         None = do not write.
         """
         size = dataset.decoded_bytes
-        if not LARGE <= size <= self.most_bytes:
+        if size < LARGE:
+            return False
+        if size > self.most_bytes:
+            text = "A set takes %.1f GB decoded, more than data.disk_cache_gb (%g): what does not fit into memory is read again."
+            log.info(text, size / 1e9, self.most_bytes / 1e9)
             return False
         files = states.of_samples(dataset.samples)
         if files is None:
@@ -139,6 +144,7 @@ class LastingCache(SharedCache):
         with contextlib.suppress(OSError):
             os.utime(self.folder / f"{key}.json")  # used now
         dataset.map(mapped, of_all, (pixels, holds))
+        self._own.add(key)
         return True
 
     def _make_room(self, key: str, size: int) -> bool:
@@ -149,7 +155,7 @@ class LastingCache(SharedCache):
                 if alone:
                     _remove([part])  # its writer was killed
         sets = sorted(self.folder.glob("*.json"), key=_last_used)
-        sets = [path for path in sets if not self._removed_if_stale(path)]
+        sets = [path for path in sets if not self._removed_if_stale(path) and path.stem not in self._own]
         while self._taken() + size > self.most_bytes or shutil.disk_usage(self.folder).free < 2 * size:
             if not sets:
                 return False
