@@ -67,7 +67,7 @@ ENVIRONMENT = {
     "MLFLOW_RUN_ID": "the run that `mlflow run` made for this process; one that has ended or has a job is left alone",
     "MLFLOW_EXPERIMENT_NAME": "the experiment, where tracking.experiment is null",
     "MLFLOW_EXPERIMENT_ID": "the experiment, where tracking.experiment and MLFLOW_EXPERIMENT_NAME are not given",
-    "XDG_CACHE_HOME": "where embedded data are built, where data.embedded.folder is null; empty = ~/.cache",
+    "XDG_CACHE_HOME": "where embedded data (data.embedded.folder null) and what is kept of files are; empty = ~/.cache",
     "CUDA_VISIBLE_DEVICES": "which GPUs there are, for torch and for sharing them among workers; none = the CPU",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "MLflow's, for a server; 5 where you give none",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "MLflow's, for a server; 1 where you give none",

@@ -49,9 +49,9 @@ LONGEST_SECONDS = 300.0
 Mark = Mapping[str, Any]
 
 
-def environment(marks: Path) -> dict[str, str]:
+def environment(marks: Path, project: Path = PROJECT) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    paths = [str(marks), str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(marks), str(project), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**kept, "START_MARKS": str(marks), "PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -66,17 +66,20 @@ def place_words(place: Path) -> list[str]:
     return ["--data.embedded.folder", str(place / "data"), "--trainer.enable_progress_bar", "false"]
 
 
-def until_first_step(command: Sequence[str], place: Path) -> tuple[float, Mark]:
+def until_first_step(
+    command: Sequence[str], place: Path, project: Path = PROJECT, more: Mapping[str, str] | None = None
+) -> tuple[float, Mark]:
     """Seconds from the start of `command` to the first training step of it or of one of its workers, and what its process
-    noted."""
+    noted. `project`: the version to run; `more`: variables of its environment."""
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
-        (folder / "mlflow.db").write_bytes((place / "mlflow.db").read_bytes())
+        if (place / "mlflow.db").exists():
+            (folder / "mlflow.db").write_bytes((place / "mlflow.db").read_bytes())
         (folder / "sitecustomize.py").write_bytes(HOOKS.read_bytes())
         began = time.time()
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True, start_new_session=True,
+            [sys.executable, *command], cwd=folder, env={**environment(folder, project), **(more or {})},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         try:
             mark = json.loads(_first_mark(folder, process).read_text())

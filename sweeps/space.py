@@ -32,6 +32,7 @@ NOT_SEARCHED = {
     "seed": "the best seed is only luck; `confirm` runs the best trials over several",
     "data.num_workers": "it changes no result",
     "data.memory_gb": "it changes no result",
+    "data.disk_cache_gb": "it changes no result",
     "threads": "it changes only the last digits",
     "trainer.devices": "trials run in one process",
     "trainer.enable_progress_bar": "it changes no result",

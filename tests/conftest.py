@@ -31,6 +31,7 @@ from benchmarks.squares import model_folder as model_folder
 from benchmarks.squares import small_settings as squares_settings
 from benchmarks.squares import write_domain
 from dann_experiments.config import Config
+from dann_experiments.data import domain_data, remembered
 from dann_experiments.data.image_sets import ImageSets
 from dann_experiments.jobs.build import find_data, make_network
 from dann_experiments.jobs.checks import checked_sets
@@ -180,6 +181,21 @@ def shared_runs(
                 copy_store(folder / "mlflow.db", folder / f"after_{result.job}")
 
     return SharedRuns(made_once(tmp_path_factory, "shared_runs", make))
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of this process know nothing of files from earlier ones; tests of what is remembered ask for `remembering`."""
+    if "remembering" not in request.fixturenames:
+        monkeypatch.setattr(domain_data, "place", lambda: None)
+
+
+@pytest.fixture
+def remembering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache of a test, in which facts on files are kept at once, however new the files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "DOUBT_NS", 0)
+    return tmp_path / "cache" / "dann_experiments"
 
 
 @pytest.fixture

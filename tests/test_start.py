@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 from dann_experiments import cli
 from dann_experiments.config import InputError, load_config
 from dann_experiments.config.imports import uncollected
-from dann_experiments.data import domain_data, pixels, rasters
+from dann_experiments.data import digests, pixels, rasters
 from dann_experiments.data.samples import files_of
 from dann_experiments.jobs.build import find_data, make_network
 from dann_experiments.names import SOURCE_TRAIN, SOURCE_VAL
@@ -112,8 +112,8 @@ def test_each_file_is_opened_for_its_header_and_for_its_pixels_and_its_bytes_are
     config = load_config(None, small_settings(squares))
     opened, reader = [], rasterio.io.DatasetReader
     monkeypatch.setattr(rasterio.io, "DatasetReader", lambda path: opened.append(path) or reader(path))
-    hashed, file_digest = [], domain_data.file_digest
-    monkeypatch.setattr(domain_data, "file_digest", lambda path, *more: hashed.append(path) or file_digest(path, *more))
+    hashed, file_digest = [], digests.file_digest
+    monkeypatch.setattr(digests, "file_digest", lambda path, *more: hashed.append(path) or file_digest(path, *more))
     sets = read_sets(config)
     assert sets.digests
     files = [path for one in sets.sets.values() for path in files_of(one.samples)]

@@ -31,7 +31,7 @@ PROBES = (
 METHOD = "domain_adaptation.method."  # config_of leaves out classes of the user
 NOT_THE_ARM = (
     "seed", "threads", "tracking.", "domain_adaptation.pretrained_checkpoint.", "trainer.enable_progress_bar",
-    "data.memory_gb", "data.num_workers", "data.root", "data.embedded.", "data.oracle", "monitor.probe",
+    "data.memory_gb", "data.disk_cache_gb", "data.num_workers", "data.root", "data.embedded.", "data.oracle", "monitor.probe",
 )  # fmt: skip
 """Settings in which runs of one arm may differ: they change no result, or (the source model) are compared separately."""
 

@@ -265,6 +265,10 @@ class DataConfig:
     cores; with a GPU up to 4, depending on the cores. Changes no result."""
     memory_gb: Annotated[float, between(0, 10**9)] = 4.0
     """Gigabytes of decoded images to keep in memory, all sets together, so that they are decoded once; 0 = keep none."""
+    disk_cache_gb: Annotated[float, between(0, 10**9)] = 10.0
+    """Gigabytes of decoded images to keep in the user's cache folder, of all runs together, so that sets above 0.25 GB are
+    decoded once per machine and take no memory. At least as much space as a set takes stays free; 0 = keep none. Changes no
+    result."""
 
     @functools.cached_property
     def written(self) -> Mapping[OneDomain, DomainDataConfig]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.data.augmentation import Strength, augmented
 from dann_experiments.data.headers import checked_header
 from dann_experiments.data.labels import LabelMap
+from dann_experiments.data.memory import Arrays, Memory
 from dann_experiments.data.nodata import default_nodata_bands
 from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.rasters import Header, Window
@@ -23,26 +25,10 @@ from dann_experiments.data.samples import Sample
 from dann_experiments.data.vector_masks import mask_of
 from dann_experiments.data.windows import Piece, at_random, default_size, grid
 
+if TYPE_CHECKING:
+    from dann_experiments.data.lasting_cache import MappedWindows
+
 MOST_PADDED = 8  # largest crop size as a multiple of the image's shorter side; larger crops would be mostly padding
-Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]  # stored image (B, h, w), mask (h, w), valid (h, w)
-
-
-class Memory:
-    """A memory budget for decoded images, shared by the sets of a job."""
-
-    def __init__(self, gigabytes: float) -> None:
-        self.bytes_left = gigabytes * 1e9
-        self.full = gigabytes <= 0
-        """True once something did not fit; reading ahead is then useless."""
-
-    def take(self, arrays: Arrays) -> bool:
-        """Reserve memory for these arrays; return False if they do not fit."""
-        size = sum(array.nbytes for array in arrays if array is not None)
-        if size > self.bytes_left:
-            self.full = True
-            return False
-        self.bytes_left -= size
-        return True
 
 
 class SegmentationDataset(Dataset):
@@ -96,6 +82,7 @@ class SegmentationDataset(Dataset):
             pad_to_crop and any(self._is_smaller_than_crop(piece.window) for piece in self.pieces)
         )
         self._kept: dict[Piece, Arrays] = {}
+        self._mapped: MappedWindows | None = None
         self._filled = False
         self._counted: tuple[np.ndarray, np.ndarray] | None = None  # the result of `count_classes`
         self.class_pixels: np.ndarray | None = None
@@ -143,6 +130,16 @@ class SegmentationDataset(Dataset):
         piece = self.pieces[index]
         if piece in self._kept:
             return self._kept[piece]
+        if self._mapped is not None and (mapped := self._mapped.get(piece)) is not None:
+            return mapped
+        arrays = self.decode(index)
+        if self.memory.take(arrays):
+            self._kept[piece] = arrays
+        return arrays
+
+    def decode(self, index: int) -> Arrays:
+        """Return what `read` returns, from the files themselves."""
+        piece = self.pieces[index]
         sample = self.samples[piece.sample]
         image, valid = read_pixels(
             sample.image, self.in_channels, self.reading, piece.window, self.headers[piece.sample]
@@ -157,15 +154,30 @@ class SegmentationDataset(Dataset):
                 mask[:, : piece.counted_columns] = self.labels.ignore_index
             if valid is not None:
                 mask[~valid] = self.labels.ignore_index
-        arrays = (image, mask, valid)
-        if self.memory.take(arrays):
-            self._kept[piece] = arrays
-        return arrays
+        return image, mask, valid
 
-    def fill(self) -> Iterator[int]:
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes that all items take once decoded, with their masks and validity."""
+        total = 0
+        for piece in self.pieces:
+            header = self.headers[piece.sample]
+            each = (
+                self.in_channels * np.dtype(header.dtype).itemsize + self.has_masks + self.reading.may_lack_data(header)
+            )
+            total += piece.window.height * piece.window.width * each
+        return total
+
+    @property
+    def is_filled(self) -> bool:
+        """True after `fill`, or once its result came from elsewhere."""
+        return self._filled
+
+    def fill(self, keep: Callable[[Piece, Arrays], None] | None = None) -> Iterator[int]:
         """Read the set, keep what fits into memory, count class pixels, and drop training windows without any data.
 
-        Yield the number of items done after each item; yield nothing on a second call. Raises InputError for a bad file.
+        Yield the number of items done after each item; yield nothing on a second call. Raises InputError for a bad file. `keep`:
+        called with each item in place of keeping it in memory; the set counts as filled by `map` only.
         """
         if self._filled:
             return
@@ -173,12 +185,15 @@ class SegmentationDataset(Dataset):
         complete, kept = True, []
         for index, piece in enumerate(self.pieces):
             lacking = self.reading.may_lack_data(self.headers[piece.sample])
-            if not self.memory.full or (self.training and lacking):
-                _, mask, valid = self.read(index)
+            if keep is not None or not self.memory.full or (self.training and lacking):
+                arrays = self.read(index) if keep is None else self.decode(index)
+                _, mask, valid = arrays
                 if mask is not None:
                     pixels += np.bincount(mask.ravel(), minlength=256)
                 if not self.training or valid is None or valid.any():
                     kept.append(piece)
+                    if keep is not None:
+                        keep(piece, arrays)
                 else:
                     self._kept.pop(piece, None)
             else:
@@ -190,9 +205,9 @@ class SegmentationDataset(Dataset):
                 f"image {self.samples[0].image} and the others of its set hold no data: every pixel is nodata, by its value or "
                 f"by the file's mask or alpha band ({self.reading.settings}nodata is {self.reading.nodata})."
             )
-        self.pieces = kept
         self.class_pixels = pixels if complete and self.has_masks else None
-        self._filled = True
+        if keep is None:
+            self.pieces, self._filled = kept, True
 
     def count_classes(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the number of mask pixels per class id (256,), and which item holds which id (N, 256), bool.
@@ -234,6 +249,14 @@ class SegmentationDataset(Dataset):
             self.memory.bytes_left -= size
         self._kept, self.pieces, self.class_pixels, self._filled = dict(kept), list(kept), class_pixels, True
         return True
+
+    def map(
+        self, mapped: MappedWindows, class_pixels: np.ndarray | None, counted: tuple[np.ndarray, np.ndarray]
+    ) -> None:
+        """Read all items from a file of decoded windows from now on; the other arguments are the counts of `fill` and of
+        `count_classes`."""
+        self._mapped, self.pieces, self.class_pixels, self._counted = mapped, mapped.pieces, class_pixels, counted
+        self._kept, self._filled = {}, True
 
     def __getitem__(self, index: int | tuple[int, int] | tuple[int, int, int]) -> dict[str, Tensor]:
         if isinstance(index, tuple):

@@ -19,19 +19,24 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.data import shared_cache
 from dann_experiments.data.augmentation import Strength
 from dann_experiments.data.checks import check_sizes, unit_problems
-from dann_experiments.data.dataset import Memory, SegmentationDataset
+from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.digests import Digests
 from dann_experiments.data.digits import EmbeddedName, build_digits
 from dann_experiments.data.headers import read_headers
 from dann_experiments.data.image_sets import ImageSets, digests_of
 from dann_experiments.data.labels import LabelMap
+from dann_experiments.data.lasting_cache import LastingCache
 from dann_experiments.data.lists import under
+from dann_experiments.data.memory import Arrays, Memory
 from dann_experiments.data.rasters import Header, many_files
 from dann_experiments.data.reading import Normalization, Reading, largest_value
 from dann_experiments.data.remarks import Problems
-from dann_experiments.data.samples import Sample, file_digest, find_samples, refuse
+from dann_experiments.data.remembered import Facts, States, place
+from dann_experiments.data.samples import Sample, files_of, find_samples, refuse
 from dann_experiments.data.statistics import measure, normalization_from
 from dann_experiments.data.virtual import user_cache
 from dann_experiments.data.weak_masks import with_masks_of
+from dann_experiments.data.windows import Piece
 from dann_experiments.names import (
     SOURCE_TRAIN,
     SOURCE_VAL,
@@ -93,6 +98,8 @@ class DataPlan:
     """Measure each domain's mean and standard deviation and use them in place of `mean` and `std`."""
     memory_gb: float = 0.0
     """Memory limit for decoded images, for all sets together."""
+    disk_cache_gb: float = 0.0
+    """Limit for decoded images in the user's cache, of all jobs together; 0 = keep none there."""
     root: str | None = None
     """Folder that the entries are relative to; None = the embedded data if set, else the current folder."""
     embedded: EmbeddedName | None = None
@@ -197,7 +204,10 @@ class DomainData:
     def __init__(self, plan: DataPlan, names: Iterable[SetName]) -> None:
         self.plan = plan
         self._memory = Memory(plan.memory_gb)
-        self._file_digests: dict[Path, bytes] = {}
+        folder = place()
+        self._facts, self._states = Facts(folder), States()
+        self._lasting = LastingCache(folder, plan.disk_cache_gb * 1e9) if folder and plan.disk_cache_gb > 0 else None
+        self._file_digests = Digests(self._facts, self._states)
         self._sets: dict[SetName, SegmentationDataset] = {}
         problems = Problems()
         for name in (part for whole in names for part in plan.parts(whole)):
@@ -210,6 +220,8 @@ class DomainData:
         problems.refuse()
         for line in problems.remarks.lines():
             log.warning("%s", line)
+        self._file_digests.recall(path for dataset in self._sets.values() for path in files_of(dataset.samples))
+        self._facts.flush()
 
     @property
     def labelled(self) -> frozenset[SetName]:
@@ -225,13 +237,13 @@ class DomainData:
     @functools.cached_property
     def digests(self) -> dict[str, str]:
         """Digest of each set, by its name as a string; equal for files with equal bytes that are read by equal rules."""
-        return digests_of(self._sets, self.digest_of)
+        found = digests_of(self._sets, self.digest_of)
+        self._facts.flush()
+        return found
 
     def digest_of(self, path: Path) -> bytes:
-        """Return the digest of a file's bytes; read them only once."""
-        if path not in self._file_digests:
-            self._file_digests[path] = file_digest(path, self.digest_of)
-        return self._file_digests[path]
+        """Return the digest of a file's bytes; read them only once, and not if it is known from an earlier job."""
+        return self._file_digests.of(path)
 
     def read(
         self,
@@ -248,8 +260,11 @@ class DomainData:
         """
         wanted = set(self._sets if names is None else names)
         chosen = [name for name in self._sets if name in wanted or name.whole in wanted]
-        for name in chosen if ahead else ():
+        for name in chosen:
             dataset = self._sets[name]
+            if not ahead:
+                self._on_disk(name, dataset, write=False)
+                continue
             self._fill(name, dataset)
             if stride is not None and dataset.training:
                 check_sizes(dataset, name.key, stride)
@@ -272,10 +287,11 @@ class DomainData:
         fixed = self.plan.fixed_normalization(domain)
         if not (own or scale == "percentiles"):
             return fixed
-        train = SetName(domain.role, "train", domain.name)
-        measured = self._sets.get(train) or self._unread(train)
+        name = SetName(domain.role, "train", domain.name)
+        measured = self._sets.get(name) or self._unread(name)
         if measured is None:
-            measured = next(self._sets[name] for name in names or self._sets if name.one == domain)
+            name = next(name for name in names or self._sets if name.one == domain)
+            measured = self._sets[name]
         ends = {largest_value(header) if scale == "type" else 0.0 for header in measured.headers}
         types = sorted({header.dtype for header in measured.headers})
         if len(types) > 1 or len(ends) > 1:  # sums over different types are meaningless
@@ -283,9 +299,15 @@ class DomainData:
                 f"{domain.key} has images of {' and '.join(types)}, whose bands cannot be measured together; convert "
                 "them to one type, or set data.normalization to fixed and scale to type or a range."
             )
-        what = f"measuring the bands of {domain.key}"
-        *_, sums = followed(measure(measured), len(measured), what, self.plan.show_progress)
-        return normalization_from(sums.result(), fixed, scale, ends.pop(), own)
+
+        def measure_all() -> dict[str, Any]:
+            what = f"measuring the bands of {domain.key}"
+            *_, sums = followed(measure(measured), len(measured), what, self.plan.show_progress)
+            return dataclasses.asdict(normalization_from(sums.result(), fixed, scale, ends.pop(), own))
+
+        rules = {**self._decided_by(name), "fixed": fixed, "scale": scale, "own": own}
+        found = self._facts.known_or("normalization", measured.samples, rules, measure_all, self._states)
+        return Normalization(**{side: tuple(values) for side, values in found.items()})
 
     def _unread(self, train: SetName) -> SegmentationDataset | None:
         """Return a training set that the job does not use otherwise, to measure it; None if it has no entries."""
@@ -317,7 +339,9 @@ class DomainData:
 
     def _from_files(self, name: SetName, found: Sequence[Sample], problems: Problems) -> SegmentationDataset | None:
         images = self.plan.images[name.one]
-        samples, headers = read_headers(found, images.reading, self.plan.in_channels, images.labels, problems)
+        samples, headers = read_headers(
+            found, images.reading, self.plan.in_channels, images.labels, problems, self._facts, self._states
+        )
         if samples:
             try:
                 return self.plan.dataset(name, samples, headers, self._memory)
@@ -337,8 +361,21 @@ class DomainData:
         }
 
     def _fill(self, name: SetName, dataset: SegmentationDataset) -> None:
+        if not self._on_disk(name, dataset):
+            self._decode(name, dataset)
+
+    def _decode(
+        self, name: SetName, dataset: SegmentationDataset, keep: Callable[[Piece, Arrays], None] | None = None
+    ) -> None:
         with many_files():
-            followed(dataset.fill(), len(dataset), f"reading {name.key}", self.plan.show_progress)
+            followed(dataset.fill(keep), len(dataset), f"reading {name.key}", self.plan.show_progress)
+
+    def _on_disk(self, name: SetName, dataset: SegmentationDataset, write: bool = True) -> bool:
+        """Map a large set from the user's cache, where it is written if it is not there. Return False if it is not kept there."""
+        if dataset.is_filled or self._lasting is None:
+            return False
+        decode = functools.partial(self._decode, name, dataset) if write else None
+        return self._lasting.use(dataset, self._states, self._decided_by(name), decode)
 
 
 def embedded_folder(folder: str | None) -> Path:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.georeference import FARTHEST, Place, described, pixels_apart, place_of
 from dann_experiments.data.labels import LabelMap
-from dann_experiments.data.rasters import Header, many_files, open_raster, verified_header
+from dann_experiments.data.rasters import Header, header_from, many_files, open_raster, verified_header
 from dann_experiments.data.reading import Reading, check_type, chosen_bands
-from dann_experiments.data.remarks import Problems, Remarks, image_remarks, mask_remarks
+from dann_experiments.data.remarks import AllRemarks, Problems, Remarks, image_remarks, mask_remarks
+from dann_experiments.data.remembered import Facts, States, key_of_samples
 from dann_experiments.data.samples import Sample
 from dann_experiments.data.vector_files import is_vector
 from dann_experiments.data.vector_masks import check_vectors
@@ -52,18 +54,43 @@ def checked_header(
 
 
 def read_headers(
-    samples: Sequence[Sample], reading: Reading, in_channels: int, labels: LabelMap, problems: Problems
+    samples: Sequence[Sample],
+    reading: Reading,
+    in_channels: int,
+    labels: LabelMap,
+    problems: Problems,
+    facts: Facts | None = None,
+    states: States | None = None,
 ) -> tuple[list[Sample], list[Header]]:
-    """Return the samples with valid headers, and those headers; add what is wrong with the others to `problems`."""
+    """Return the samples with valid headers, and those headers; add what is wrong with the others to `problems`.
+
+    `facts`: knows the headers of files that have not changed since an earlier run; `states`: how they are now.
+    """
     kept, headers = [], []
     equal: dict[Header, Header] = {}  # share one object between equal headers, as most are
+    facts, states = facts or Facts(None), states or States()
+    rules = {"reading": (reading, reading.settings), "bands": in_channels, "labels": labels}
+    files = [states.of_samples([sample]) if facts.kept else None for sample in samples]
+    keys = [
+        None if own is None else key_of_samples("header", own, [sample], rules)
+        for sample, own in zip(samples, files, strict=True)
+    ]
+    known = facts.get([key for key in keys if key is not None])
     with many_files():
-        for sample in samples:
-            try:
-                header = checked_header(sample, reading, in_channels, labels, problems.remarks)
-            except InputError as error:
-                problems.append(str(error))
-                continue
+        for sample, own, key in zip(samples, files, keys, strict=True):
+            remarks = AllRemarks()
+            if key in known:
+                header, remarks.found = header_from(known[key]["header"]), known[key]["remarks"]
+            else:
+                try:
+                    header = checked_header(sample, reading, in_channels, labels, remarks)
+                except InputError as error:
+                    problems.append(str(error))
+                    problems.remarks.extend(remarks.found)
+                    continue
+                if key is not None and own is not None and states.certain(own):
+                    facts.put(key, {"header": dataclasses.asdict(header), "remarks": remarks.found})
+            problems.remarks.extend(remarks.found)
             kept.append(sample)
             headers.append(equal.setdefault(header, header))
     return kept, headers

@@ -10,7 +10,7 @@ import itertools
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -91,6 +91,11 @@ class Header:
     def turn(self) -> Turn:
         """The transform from stored to displayed pixels."""
         return TURNS[self.orientation]
+
+
+def header_from(facts: Mapping[str, Any]) -> Header:
+    """Rebuild a header from the plain values of `dataclasses.asdict`, as JSON gives them back."""
+    return Header(**{**facts, "nodata": tuple(facts["nodata"])})
 
 
 def read_header(path: Path) -> Header:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,11 +41,28 @@ class Remarks:
         for kind, text in found:
             self.add(kind, f"{path} {text}")
 
+    def extend(self, found: Iterable[Sequence[str]]) -> None:
+        """Add (kind, text) remarks."""
+        for kind, text in found:
+            self.add(kind, text)
+
     def lines(self) -> list[str]:
         """Return one line per kind."""
         return [
             text if count == 1 else f"{text} (This applies to {count} files.)" for count, text in self._kinds.values()
         ]
+
+
+class AllRemarks(Remarks):
+    """Remarks on one file, all of them, to be remembered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Sequence[str]] = []
+
+    def add(self, kind: str, text: str) -> None:
+        """Add a remark."""
+        self.found.append((kind, text))
 
 
 class Problems:

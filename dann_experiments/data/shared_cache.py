@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from dann_experiments.data.dataset import Arrays, SegmentationDataset
-from dann_experiments.data.rasters import Header, Window
+from dann_experiments.data.dataset import SegmentationDataset
+from dann_experiments.data.memory import Arrays
+from dann_experiments.data.rasters import Header, Window, header_from
 from dann_experiments.data.samples import Sample, files_of
 from dann_experiments.data.virtual import files_behind
 from dann_experiments.data.windows import Piece
@@ -50,19 +51,19 @@ class SharedCache:
         return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
     @contextlib.contextmanager
-    def alone(self, key: str) -> Iterator[None]:
-        """Lock a key, so that one process reads the files while the others wait for the result."""
+    def alone(self, key: str, wait: bool = True) -> Iterator[bool]:
+        """Lock a key, so that one process reads the files while the others wait for the result; yield True if it is locked."""
         from filelock import FileLock
 
         lock = FileLock(self.folder / f"{key}.lock")
         held = False
         with contextlib.suppress(
             OSError, NotImplementedError
-        ):  # no locks on this disk: several processes may read, harmlessly
-            lock.acquire()
+        ):  # no locks on this disk: several processes may read, harmlessly; or another has it (a TimeoutError)
+            lock.acquire(timeout=-1 if wait else 0)
             held = True
         try:
-            yield
+            yield held
         finally:
             if held:
                 lock.release()
@@ -76,7 +77,7 @@ class SharedCache:
 
     def headers(self, index: Mapping[str, Any]) -> list[Header]:
         """Return the headers of the set's images."""
-        kinds = [Header(**{**header, "nodata": tuple(header["nodata"])}) for header in index["headers"]]
+        kinds = [header_from(header) for header in index["headers"]]
         return [kinds[kind] for kind in index["header_of"]]
 
     def digests(self, index: Mapping[str, Any], samples: Sequence[Sample]) -> dict[Path, bytes]:
@@ -102,7 +103,7 @@ class SharedCache:
                 )
                 return
             with open(parts[0], "wb") as file:
-                places = [[_write(file, array) for array in arrays] for arrays in kept.values()]
+                places = [[write_array(file, array) for array in arrays] for arrays in kept.values()]
             pixels = None if dataset.class_pixels is None else dataset.class_pixels.tolist()
             kinds = {header: kind for kind, header in enumerate(dict.fromkeys(dataset.headers))}
             facts = {
@@ -140,7 +141,7 @@ class SharedCache:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         kept = {}
         for (sample, *window, rows, columns), places in zip(index["pieces"], index["places"], strict=True):
-            image, mask, valid = (_view(content, place) for place in places)
+            image, mask, valid = (view_of(content, place) for place in places)
             kept[Piece(sample, Window(*window), rows, columns)] = (image, mask, valid)
         pixels = index["class_pixels"]
         return kept, None if pixels is None else np.array(pixels, np.int64)
@@ -157,7 +158,7 @@ def share(folder: Path | None) -> None:
     _in_use = None if folder is None else SharedCache(folder)
 
 
-def _write(file: Any, array: np.ndarray | None) -> list[Any] | None:
+def write_array(file: Any, array: np.ndarray | None) -> list[Any] | None:
     """Write an array; return its offset, type and shape."""
     if array is None:
         return None
@@ -167,8 +168,9 @@ def _write(file: Any, array: np.ndarray | None) -> list[Any] | None:
     return [begins, array.dtype.str, list(array.shape)]
 
 
-def _view(content: mmap.mmap, place: Sequence[Any] | None) -> Any:
+def view_of(content: mmap.mmap, place: Sequence[Any] | None, start: int = 0) -> Any:
+    """Return the array at a place of a file; `content` is the file from byte `start` on."""
     if place is None:
         return None
     begins, dtype, shape = place
-    return np.frombuffer(content, dtype, math.prod(shape), begins).reshape(shape)
+    return np.frombuffer(content, dtype, math.prod(shape), begins - start).reshape(shape)

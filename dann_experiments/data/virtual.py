@@ -87,6 +87,15 @@ def files_behind(path: Path) -> list[Path]:
     return list(found.values())
 
 
+def all_local(path: Path) -> bool:
+    """Return True if an image is read from local files alone: it is one, or a virtual raster that names nothing else, such as an
+    address or a missing file."""
+    if not is_virtual(path):
+        return True
+    trees = [(file, _parsed(file)) for file in files_behind(path) if is_virtual(file)]
+    return all(tree is not None and all(source.is_file() for _, source in _sources(file, tree)) for file, tree in trees)
+
+
 def is_ours(path: Path) -> bool:
     """Return True for a virtual raster that this program wrote."""
     return path.is_relative_to(cache_folder())

@@ -66,8 +66,8 @@ def data_plan(config: Config, unused: bool = False) -> DataPlan:
     )
     return DataPlan(
         {one: _images(config, one, unused) for one in config.data.domains}, config.model.in_channels, cut, tuple(data.mean),
-        tuple(data.std), data.normalization == "domain", data.memory_gb, data.root, embedded.name, embedded.seed,
-        embedded.folder, config.trainer.enable_progress_bar,
+        tuple(data.std), data.normalization == "domain", data.memory_gb, data.disk_cache_gb, data.root,
+        embedded.name, embedded.seed, embedded.folder, config.trainer.enable_progress_bar,
     )  # fmt: skip
 
 

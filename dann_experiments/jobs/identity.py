@@ -199,7 +199,7 @@ def run_digest(job: str, config: Config, digests: Mapping[str, str], source_mode
         bytes_ = digest_of_file(config.model.encoder_file) if job == Job.PRETRAIN else None
         settings["model"]["encoder_weights"] = bytes_
     del settings["trainer"]["enable_progress_bar"], settings["data"]["memory_gb"], settings["data"]["num_workers"]
-    del settings["data"]["oracle"]
+    del settings["data"]["oracle"], settings["data"]["disk_cache_gb"]
     _leave_out_later_settings(settings)
     if settings["data"]["pad_to_crop"]:  # data that it changes were refused before this setting existed
         del settings["data"]["pad_to_crop"]

@@ -39,8 +39,8 @@ FOLDER_PARAM = f"{PARAM_PREFIX}tracking.folder"
 MAY_DIFFER = (
     "tracking.uri", "tracking.experiment", "tracking.folder", "tracking.images", "tracking.system_metrics",
     "trainer.enable_progress_bar", "trainer.checkpoint_every_n_steps",
-    "trainer.checkpoint_every_minutes", "trainer.checkpoints_kept", "data.num_workers", "data.memory_gb", "data.root",
-    "data.embedded.folder",
+    "trainer.checkpoint_every_minutes", "trainer.checkpoints_kept", "data.num_workers", "data.memory_gb", "data.disk_cache_gb",
+    "data.root", "data.embedded.folder",
 )  # fmt: skip
 """Settings that change no result: a resumed run uses their current values."""
 
