@@ -44,13 +44,11 @@ from dann_experiments import Config, adapt
 from dann_experiments.config import replace
 
 Result = dict[str, Any]
-Part = Callable[[argparse.Namespace], Mapping[str, Callable[[], Result]]]
+Measures = Mapping[str, Callable[[], Result]]
+Part = Callable[[argparse.Namespace], Measures]
 HALF = {"precision": "bf16-mixed"}
-KINDS: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "bf16": HALF,
-    "bf16, channels last, compiled": {**HALF, "channels_last": "yes", "compile": True},
-}
+COMPILED = {**HALF, "channels_last": "yes", "compile": True}
+KINDS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": HALF, "bf16, channels last, compiled": COMPILED}
 TAP = step.TAPS["deepest"]
 SKIPPED, PROFILED = 4, 6  # steps
 KILLED_AT, RESUMED_STEPS = 5, 8
@@ -59,7 +57,7 @@ WAITING = ("cudaStreamSynchronize", "cudaEventSynchronize", "aten::item", "aten:
 GOALS = {"share_of_bare": 0.95, "waits_per_step": 0}
 
 
-def steps(options: argparse.Namespace) -> Mapping[str, Callable[[], Result]]:
+def steps(options: argparse.Namespace) -> Measures:
     """Training steps of `adapt` against the bare loop of the same network, precision, memory format and compilation, in turn."""
 
     def measured(encoder: str, kind: dict[str, Any]) -> Result:
@@ -125,7 +123,7 @@ class Profiled(pl.Callback):
             torch.cuda.synchronize()
 
 
-def waits(options: argparse.Namespace) -> Mapping[str, Callable[[], Result]]:
+def waits(options: argparse.Namespace) -> Measures:
     """Waits of the host in a step, and the share of time in which the device computes, loaders included."""
 
     def measured() -> Result:
@@ -137,7 +135,7 @@ def waits(options: argparse.Namespace) -> Mapping[str, Callable[[], Result]]:
     return {f"{options.encoders[0]}, bf16": measured}
 
 
-def loaders(options: argparse.Namespace) -> Mapping[str, Callable[[], Result]]:
+def loaders(options: argparse.Namespace) -> Measures:
     """Images per second that the loaders give and that a step takes."""
 
     def measured() -> Result:
@@ -148,7 +146,7 @@ def loaders(options: argparse.Namespace) -> Mapping[str, Callable[[], Result]]:
     return {f"{options.encoders[0]}, bf16": measured}
 
 
-def memory(options: argparse.Namespace) -> Mapping[str, Callable[[], Result]]:
+def memory(options: argparse.Namespace) -> Measures:
     """Peak memory of the device (of the process, on a CPU), megabytes: of the bare loop, then of `adapt`."""
 
     def measured(kind: dict[str, Any]) -> Result:
@@ -181,7 +179,7 @@ class Losses(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def resume(options: argparse.Namespace) -> Mapping[str, Callable[[], Result]]:
+def resume(options: argparse.Namespace) -> Measures:
     """Losses of a run that was killed and resumed against those of a run that was not, and those of two such runs."""
 
     def measured() -> Result:
@@ -208,7 +206,7 @@ def resume(options: argparse.Namespace) -> Mapping[str, Callable[[], Result]]:
     return {"killed and resumed": measured}
 
 
-def trials(options: argparse.Namespace) -> Mapping[str, Callable[[], Result]]:
+def trials(options: argparse.Namespace) -> Measures:
     """Seconds of a sweep of two trials: one after the other, and both at once, each with half of the GPU."""
 
     def measured() -> Result:
@@ -229,7 +227,7 @@ def trials(options: argparse.Namespace) -> Mapping[str, Callable[[], Result]]:
     return {"two trials": measured}
 
 
-def maps(options: argparse.Namespace) -> Mapping[str, Callable[[], Result]]:
+def maps(options: argparse.Namespace) -> Measures:
     """Output pixels per second of `predict` with its default settings, and the bare forwards of as many tiles."""
 
     def measured() -> Result:
@@ -287,7 +285,7 @@ def _peak(device: str) -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def _run_part(part: Mapping[str, Callable[[], Result]], out: Connection) -> None:
+def _run_part(part: Measures, out: Connection) -> None:
     """In a process of its own: measure, and send each name with its result, or the reason why there is none."""
     os.setsid()  # whatever the part starts can be ended with it
     for name, measure in part.items():
@@ -299,9 +297,7 @@ def _run_part(part: Mapping[str, Callable[[], Result]], out: Connection) -> None
             out.send((name, None, " ".join(text.split())[:500]))
 
 
-def measured(
-    part: Mapping[str, Callable[[], Result]], seconds: float
-) -> Iterator[tuple[str, Result | None, str | None]]:
+def measured(part: Measures, seconds: float) -> Iterator[tuple[str, Result | None, str | None]]:
     """Yield each name of a part with its result, or with the reason why there is none; it has `seconds` for all."""
     until, waiting = time.monotonic() + seconds, list(part)
     context = multiprocessing.get_context("fork")  # imports are not made again

@@ -7,8 +7,8 @@ steps the same is done in plain torch: the *floor* (full network on the source, 
 two passes, backward, optimizer) and a *source-only* step. Everything is timed in turn in one process, so that other work on the
 machine meets all alike. Ratios are of one turn; medians over turns. The floor is measured in torch's own memory format and
 channels last. `--device cuda` measures blocks of steps, the device waited for at their ends; `--precision bf16-mixed` gives floor
-and source-only the same autocast, `--compile` the same compilation. `--write` puts the table into docs/performance.md; `--keep FILE`
-adds the rows to those that earlier commands left in FILE, so that a long table can be measured in parts.
+and source-only the same autocast, `--compile` the same compilation. `--write` puts the table into docs/performance.md; `--keep`
+adds the rows to those that earlier commands left in that file, so that a long table can be measured in parts.
 """
 
 from __future__ import annotations
