@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from pages import circumstances, put
+from pytorch_lightning.utilities import move_data_to_device
 
 from dann_experiments import load_config
 from dann_experiments.config import Config, config_to_yaml
@@ -36,7 +37,7 @@ STEPS = 12
 SIDES = (2500, 10000)
 
 
-def rates(config: Config) -> tuple[float, float]:
+def rates(config: Config, device: str = "cpu") -> tuple[float, float]:
     """Images a second: of the loaders, and of the training step (median of some rounds, loaders and steps in turn)."""
     with build.seeded(config):
         data = build.find_data(config)
@@ -48,7 +49,7 @@ def rates(config: Config) -> tuple[float, float]:
         module = AdaptationModule(
             network, method, taps, make_optimizer, None, config.data.ignore_index,
             config.domain_adaptation.batchnorm,
-        )  # fmt: skip
+        ).to(device)  # fmt: skip
         groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "name": "network"}]
         optimizer = make_optimizer(groups + method.param_groups())
         loader = together(build.make_loaders(config, sets).training())
@@ -61,7 +62,9 @@ def rates(config: Config) -> tuple[float, float]:
             loading.append(images * STEPS / (time.perf_counter() - start))
             start = time.perf_counter()
             for batch in kept:
-                step(module, optimizer, batch)
+                step(module, optimizer, batch, device, config.trainer.precision == "bf16-mixed")
+            if device == "cuda":
+                torch.cuda.synchronize()
             training.append(images * STEPS / (time.perf_counter() - start))
     return float(np.median(loading)), float(np.median(training))
 
@@ -73,13 +76,15 @@ def endless(loader: Any):
             yield batch
 
 
-def step(module: AdaptationModule, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+def step(module: AdaptationModule, optimizer: torch.optim.Optimizer, batch: Any, device: str, half: bool) -> None:
     """What a training step computes, without Lightning around it."""
     from dann_experiments.adaptation.method import Progress
 
-    outputs = module.step_outputs(batch)
-    loss = segmentation_loss(outputs.source_logits, outputs.source_labels, module.ignore_index)
-    share = module.method.loss(outputs, Progress(0, 1, 5, 10)).differentiated
+    batch = move_data_to_device(batch, torch.device(device))
+    with torch.autocast(device, torch.bfloat16, enabled=half):
+        outputs = module.step_outputs(batch)
+        loss = segmentation_loss(outputs.source_logits, outputs.source_labels, module.ignore_index)
+        share = module.method.loss(outputs, Progress(0, 1, 5, 10)).differentiated
     optimizer.zero_grad()
     (loss if share is None else loss + share).backward()
     optimizer.step()

@@ -5,9 +5,10 @@
 `adapt` as users run it (its loaders, tracking, watch and checkpoints, on a real store) trains a network, and after each of its
 steps the same is done in plain torch: the *floor* (full network on the source, encoder up to the tapped layer on the target, in
 two passes, backward, optimizer) and a *source-only* step. Everything is timed in turn in one process, so that other work on the
-machine meets all alike. Ratios are of one turn; medians over turns. Where ours keeps its maps channels last, the floor is
-measured in torch's own order and in that one. `--device cuda` measures blocks of steps, the device waited for at their ends;
-`--precision bf16-mixed` gives floor and source-only the same autocast. `--write` puts the table into docs/performance.md.
+machine meets all alike. Ratios are of one turn; medians over turns. The floor is measured in torch's own memory format and
+channels last. `--device cuda` measures blocks of steps, the device waited for at their ends; `--precision bf16-mixed` gives floor
+and source-only the same autocast, `--compile` the same compilation. `--write` puts the table into docs/performance.md; `--keep`
+adds the rows to those that earlier commands left in that file, so that a long table can be measured in parts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from dann_experiments import Config, adapt, load_config
 from dann_experiments.checkpoints.saved_model import save_model
 from dann_experiments.command_line import quiet_libraries
 from dann_experiments.jobs import build, build_training
+from dann_experiments.models.compiling import compile_parts
 from dann_experiments.models.networks import keeps_channels_last
 from dann_experiments.models.passes import forward_to_taps
 from dann_experiments.models.taps import Tap, resolve_taps
@@ -90,6 +92,8 @@ def plain_steps(config: Config, device: torch.device, tap: str) -> dict[str, Cal
         order = torch.channels_last if channels_last else torch.contiguous_format
         network = network.to(memory_format=order)  # pyright: ignore[reportCallIssue]
         taps: list[Tap] = resolve_taps(network, [tap], 3)
+        if config.trainer.compile:
+            compile_parts(network, {one.module for one in taps})
         optimizer = build_training.optimizer_maker(config.optimizer, config.trainer.precision)(
             [{"params": list(network.parameters()), "name": "network"}]
         )
@@ -109,11 +113,11 @@ def plain_steps(config: Config, device: torch.device, tap: str) -> dict[str, Cal
 
         return step
 
-    chosen = keeps_channels_last(config.trainer.channels_last, build.make_network(config, with_weights=False), device)
-    steps: dict[str, Callable[[], Callable[[], object]]] = {
-        "floor": lambda: make(True), "source only": lambda: make(False)
-    }  # fmt: skip
-    return steps | ({"floor, channels last": lambda: make(True, True)} if chosen else {})
+    return {
+        "floor": lambda: make(True),
+        "floor, channels last": lambda: make(True, True),
+        "source only": lambda: make(False),
+    }
 
 
 def config_of(
@@ -165,13 +169,17 @@ def write_images(root: Path, side: int, count: int, held_out: int = 4) -> None:
             folder = root / split / kind
             folder.mkdir(parents=True)
             for index in range(number):
-                Image.fromarray(rng.integers(0, high, shape).astype(np.uint8)).save(folder / f"{index}.png")
+                image = Image.fromarray(rng.integers(0, high, shape).astype(np.uint8))
+                image.save(folder / f"{index}.png", compress_level=0)
 
 
-def measured(config: Config, tap: str, options: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Seconds a step of every kind, one value a turn."""
+def measured(
+    config: Config, tap: str, options: argparse.Namespace, kinds: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Seconds a step of ours and of every kind of `plain_steps` (None: of all), one value a turn."""
     device = torch.device(options.device)
-    turns = Turns(plain_steps(config, device, tap), options.block, device)
+    others = plain_steps(config, device, tap)
+    turns = Turns({kind: others[kind] for kind in kinds or others}, options.block, device)
     adapt(config, callbacks=[turns])
     return {name: np.array(values[WARM_UP:]) / options.block for name, values in turns.seconds.items()}
 
@@ -186,30 +194,31 @@ def quiet() -> Iterator[None]:
         yield
 
 
+HEAD = (
+    "| encoder of the Unet | tap | source only, ms | floor, ms | floor channels last, ms | ours, ms | kept channels last by ours "
+    "| ours / floor, median (quartiles) | ours / floor channels last | ours / source only |\n|" + "---|" * 10
+)
+
+
 def rows(options: argparse.Namespace) -> Iterator[str]:
     """Lines of the table, while they are measured."""
-    names = (
-        "encoder of the Unet",
-        "tap",
-        "source only, ms",
-        "floor, ms",
-        "ours, ms",
-        "ours / floor, median (quartiles)",
-        "ours / floor in ours' memory format",
-    )
-    yield f"| {' | '.join([*names, 'ours / source only'])} |"
-    yield "|---|---|---|---|---|---|---|---|"
     for encoder in options.encoders:
         for place in options.taps:
             with tempfile.TemporaryDirectory() as folder, quiet():
                 root = Path(folder)
                 write_images(root, options.size, options.batch * options.block * (options.turns + WARM_UP))
-                found = measured(config_of(encoder, TAPS[place], root, options, options.size), TAPS[place], options)
-            floors = {name: spread(found["ours"] / values) for name, values in found.items() if "floor" in name}
-            times = " | ".join(f"{1e3 * np.median(found[name]):.1f}" for name in ("source only", "floor", "ours"))
+                config = config_of(encoder, TAPS[place], root, options, options.size)
+                found = measured(config, TAPS[place], options)
+                kept = keeps_channels_last(
+                    config.trainer.channels_last,
+                    build.make_network(config, with_weights=False),
+                    torch.device(options.device),
+                )
+            kinds = ("source only", "floor", "floor, channels last", "ours")
+            times = " | ".join(f"{1e3 * np.median(found[name]):.1f}" for name in kinds)
+            ratios = " | ".join(spread(found["ours"] / found[name]) for name in kinds[1:3])
             over = np.median(found["ours"] / found["source only"])
-            same = floors.get("floor, channels last", "the same")
-            yield f"| {encoder} | {place} | {times} | {floors['floor']} | {same} | {over:.3f} |"
+            yield f"| {encoder} | {place} | {times} | {'yes' if kept else 'no'} | {ratios} | {over:.3f} |"
 
 
 def main() -> None:
@@ -228,13 +237,17 @@ def main() -> None:
     parser.add_argument("--batchnorm", default="separate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="data.num_workers")
+    parser.add_argument("--keep", type=Path, help="file to which the rows are added, below those of earlier commands")
     parser.add_argument("--write", action="store_true", help="write the table into docs/performance.md")
     options = parser.parse_args()
     options.block = options.block or (10 if options.device == "cuda" else 1)
-    lines = []
+    lines = options.keep.read_text().splitlines() if options.keep is not None and options.keep.exists() else []
+    print("\n".join([HEAD, *lines]), flush=True)
     for line in rows(options):
         print(line, flush=True)
         lines.append(line)
+        if options.keep is not None:
+            options.keep.write_text("\n".join(lines))
     place = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} thread(s)"
     lines += ["", f"{options.batch} + {options.batch} images of {options.size} x {options.size}, {options.precision}, batchnorm "
               f"{options.batchnorm}, {place}, {options.turns} turns of {options.block}. "
@@ -242,7 +255,8 @@ def main() -> None:
     print("\n".join(lines[-2:]))
     if options.write:
         size = "" if options.size == SIZE else f"_{options.size}"
-        put("performance.md", f"step_{options.device}{size}", "\n".join(lines))
+        half = "" if options.precision == "32-true" else "_half"
+        put("performance.md", f"step_{options.device}{size}{half}", "\n".join([HEAD, *lines]))
 
 
 if __name__ == "__main__":

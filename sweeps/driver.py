@@ -23,6 +23,7 @@ from dann_experiments.config.untrusted import refuse_stored_code
 from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs import checks, prepare
 from dann_experiments.jobs.build import find_data
+from dann_experiments.jobs.precision import with_precision
 from dann_experiments.jobs.shared_data import shared_data
 from dann_experiments.names import SOURCE_TEST, SOURCE_VAL, TARGET_TEST, Job, Tag
 from dann_experiments.reports.mlflow_views import view_of_sweep
@@ -104,6 +105,7 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     checks.refuse_auto_batch_size(config, "the trials of a sweep")
     checks.refuse_tta(config, "the trials of a sweep")
     checks.refuse_test_batchnorm(config, "the trials of a sweep")
+    config = with_precision(config)  # all trials alike
     space = read_space(sweep.space, config)
     address = storage_address(sweep.storage, sweep.study)
     with sharing(sweep, config) as decoded:

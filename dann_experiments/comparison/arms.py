@@ -20,6 +20,7 @@ from dann_experiments.jobs.checks import checked_sets
 from dann_experiments.jobs.evaluate import STATISTICS_SET
 from dann_experiments.jobs.evaluate_weak_labels import digests_of_weak_labels, find_weak_labels
 from dann_experiments.jobs.identity import run_digest
+from dann_experiments.jobs.precision import with_precision
 from dann_experiments.names import (
     ALL_SETS,
     LAMBDA_ZERO,
@@ -221,7 +222,7 @@ def cells_of(arms: Sequence[Arm], seeds: Sequence[int], config: Config, source_d
 
     `source_digest`: digest of the source model that the settings name; None if one is trained per seed.
     """
-    digests = _Digests()
+    config, digests = with_precision(config), _Digests()
     given = config.domain_adaptation.pretrained_checkpoint.path
     cells: list[Cell] = []
     for seed in seeds:
@@ -249,7 +250,7 @@ def _settings(arm: Arm, config: Config, seed: int) -> Config:
     elif arm.kind == "oracle":
         changes |= _trained_on_the_target(config)
     try:
-        return replace(config, changes | dict(arm.overrides))
+        return with_precision(replace(config, changes | dict(arm.overrides)))
     except InputError as error:
         raise _of_arm(arm, error) from None
 

@@ -85,8 +85,10 @@ class TrainerConfig:
     devices: Annotated[int, between(1, MOST_PROCESSES)] = 1
     """Processes that train together on this machine, each on its own GPU or its share of the cores. Batch sizes are per process
     (docs/several-processes.md)."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Floating point precision, as Lightning names it."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "auto"] = "32-true"
+    """Floating point precision, as Lightning names it. auto: bf16-mixed where it is quicker (a GPU that computes in bfloat16, a
+    processor with AMX or AVX-512 BF16), else 32-true; the run records which. Changes results within what a seed does
+    (docs/performance.md)."""
     channels_last: bool | None = None
     """Store images and feature maps with the channels last. null: on a CPU, for networks with depthwise convolutions, where a
     step then takes 0.9 of the time (docs/performance.md); on a GPU, try true with bf16-mixed. Changes the last digits of

@@ -20,6 +20,7 @@ from dann_experiments.jobs.checks import (
     warn_of_unused_weak_labels,
 )
 from dann_experiments.jobs.identity import domain_name, method_name, run_digest, run_name, source_digest
+from dann_experiments.jobs.precision import with_precision
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
 from dann_experiments.jobs.run_training import Parts, tracked_training, with_batch_sizes
@@ -60,6 +61,7 @@ def adapt(
     if resume not in (None, AUTO):
         store = open_store(config.tracking.uri, config.tracking.experiment)
         config = as_the_run(store, resume, Job.ADAPT, config)
+    config = with_precision(config)
     with seeded(config):
         data, network = _found(config)  # before a store is created: settings that are refused leave nothing behind
         store = store or open_store(config.tracking.uri, config.tracking.experiment)

@@ -12,6 +12,7 @@ from dann_experiments.config import Config
 from dann_experiments.jobs.build import find_data, make_network, seeded
 from dann_experiments.jobs.checks import checked_sets, refuse_several_processes, refuse_test_batchnorm, refuse_tta
 from dann_experiments.jobs.identity import as_pretrained, encoder_tags, run_digest, run_name, source_digest
+from dann_experiments.jobs.precision import with_precision
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
 from dann_experiments.jobs.run_training import Parts, tracked_training
@@ -36,6 +37,7 @@ def pretrain(
     if resume not in (None, AUTO):
         store = open_store(config.tracking.uri, config.tracking.experiment)
         config = as_the_run(store, resume, Job.PRETRAIN, config)
+    config = with_precision(config)
     return pretrain_with(config, store, main_job=True, callbacks=callbacks, more_tags=tags, resume=resume)
 
 
