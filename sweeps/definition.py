@@ -12,12 +12,14 @@ from dann_experiments.config import Config, InputError, config_to_dict, flatten
 from dann_experiments.config.parsing import config_from_dict, load_settings
 from dann_experiments.config.workers import RAY_ONLY
 from dann_experiments.names import LAMBDA_ZERO, Key
+from sweeps.sampling import PARTS
 from sweeps.settings import QUESTION, SweepConfig
 from sweeps.space import Space
 from sweeps.study import DEFINITION, SETTINGS, Slot, Sweep
 
 log = logging.getLogger(__name__)
 DEFAULT_TRIALS = 20
+PARTS_OF_RUN = "parts"
 # not stored with the settings of a sweep
 NOT_STORED = ("space", "study", "storage", "objective", "direction", "n_trials", "timeout", "allow_class_path")
 
@@ -63,6 +65,7 @@ def describe(study: Sweep, sweep: SweepConfig, space: Space, config: Config, n_t
             "objective": sweep.objective,
             "direction": "maximize" if sweep.maximizes else "minimize",
             "config": settings,
+            PARTS_OF_RUN: PARTS,
         },
     )
 
@@ -91,6 +94,11 @@ def stored_settings(study: Sweep, overrides: Mapping[str, Any]) -> SweepConfig:
     }
     question = {"space": plain, "objective": definition["objective"], "direction": definition["direction"]}
     return load_settings(SweepConfig, None, {**stored, **question, "study": study.name, **overrides})
+
+
+def parts_of_run(study: Sweep) -> int | None:
+    """Return the parts of a run by which `halving` counts in a study; None in one of an earlier version, which counts epochs."""
+    return study.attribute(DEFINITION).get(PARTS_OF_RUN)
 
 
 def refuse_changes(study: Sweep, sweep: SweepConfig, space: Space, config: Config) -> None:

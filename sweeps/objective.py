@@ -23,8 +23,9 @@ from dann_experiments.names import Job, Metric, SetName, Tag
 from dann_experiments.scores.selection import choice_value
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.training.monitor import metrics_to_choose_by
+from sweeps.definition import parts_of_run
 from sweeps.pruning import Pruned, PruningCallback, RunCallback
-from sweeps.sampling import build_pruner, build_sampler
+from sweeps.sampling import build_pruner, build_sampler, judges_by_parts
 from sweeps.seeds import Training, attributes, constrain, mean_value
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, settings_of
@@ -95,9 +96,8 @@ def run_trial(
     """
     started = time.monotonic()
     sampler = build_sampler(sweep, space.conditional, slot.number, sweep.n_trials or 1)
-    optuna_study = study.for_sampling(
-        sampler, build_pruner(sweep.pruner_used, base.trainer.max_epochs, sweep.report_every_n_steps)
-    )
+    rule = (sweep.pruner_used, base.trainer.max_epochs, sweep.report_every_n_steps, parts_of_run(study))
+    optuna_study = study.for_sampling(sampler, build_pruner(*rule))
     trial = optuna.Trial(optuna_study, slot._trial_id)
     reference = bool(slot.user_attrs["reference"])
     state, value = TrialState.FAIL, None
@@ -108,7 +108,7 @@ def run_trial(
         refuse_stored_code(named, sweep.allowed_classes, f"trial {slot.number} of study {study.name!r}")
         study.note(slot, seed=config.seed, sampler_seed=sweep.sampler_seed, point=settings_of(point))
         tags = run_tags(sweep, study.name, slot, sweep_run_id)
-        value = mean_value(_trained(study, sweep, config, slot, trial, tags))
+        value = mean_value(_trained(study, sweep, config, slot, trial, tags, judges_by_parts(*rule)))
         state = TrialState.COMPLETE
     except Pruned:
         state = TrialState.PRUNED
@@ -123,7 +123,13 @@ def run_trial(
 
 
 def _trained(
-    study: Sweep, sweep: SweepConfig, config: Config, slot: FrozenTrial, trial: optuna.Trial, tags: Mapping[str, str]
+    study: Sweep,
+    sweep: SweepConfig,
+    config: Config,
+    slot: FrozenTrial,
+    trial: optuna.Trial,
+    tags: Mapping[str, str],
+    by_parts: bool,
 ) -> list[Training]:
     """Train with each seed and store the scores with the trial. Raises Pruned if the pruner ends it."""
     may_prune = slot.user_attrs["role"] == "search" and sweep.pruner_used != "none"
@@ -133,7 +139,8 @@ def _trained(
         name = trial_name(study.name, slot.number, seeded)
         seeded = replace(seeded, {"tracking.run_name": name, "tracking.registered_model_name": None})
         if sweep.seeds_per_trial == 1:
-            callback = PruningCallback(trial, sweep.objective, may_prune, threshold, sweep.report_every_n_steps)
+            every = sweep.report_every_n_steps
+            callback = PruningCallback(trial, sweep.objective, may_prune, threshold, every, by_parts)
         else:
             callback = RunCallback(trial, sweep.objective, index * config.trainer.max_epochs)
         result = adapt(seeded, [callback], tags)

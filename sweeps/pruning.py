@@ -15,6 +15,7 @@ from dann_experiments.tracking.run import EndedEarly, RunLogger
 from dann_experiments.training.side_validation import score_now
 from sweeps.dashboard import add_to_note, run_line
 from sweeps.ranking import set_forgetting
+from sweeps.sampling import PARTS, RUNGS
 
 
 class Pruned(EndedEarly):
@@ -64,9 +65,11 @@ class PruningCallback(RunCallback):
     """Also reports `metric` to `trial` after each validation, at step = epochs done.
 
     With `every_n_steps`, the network is also scored every so many optimizer steps within an epoch, and all reports are at step =
-    optimizer steps done. Raises Pruned if the pruner decides so and `may_prune` is set. The run of a pruned trial gets the tags
-    `dann.pruned` and `dann.pruned_after_epochs`, the number of whole epochs. Whether its network had forgotten the source by
-    then, by more than `forgetting_threshold` (0..1), is stored with the trial.
+    optimizer steps done. With `by_parts`, reports are at step = parts of the run done, of `PARTS`, and the network is also scored
+    within an epoch where `halving` judges. Raises Pruned if the pruner decides so and `may_prune` is set; a trial that may not be
+    pruned is one of those with which others are compared. The run of a pruned trial gets the tags `dann.pruned` and
+    `dann.pruned_after_epochs`, the number of whole epochs. Whether its network had forgotten the source by then, by more than
+    `forgetting_threshold` (0..1), is stored with the trial.
     """
 
     def __init__(
@@ -76,43 +79,63 @@ class PruningCallback(RunCallback):
         may_prune: bool = True,
         forgetting_threshold: float = 0.05,
         every_n_steps: int | None = None,
+        by_parts: bool = False,
     ) -> None:
         super().__init__(trial, metric)
         self.may_prune = may_prune
         self.forgetting_threshold = forgetting_threshold
         self.every_n_steps = every_n_steps
-        self._reported = 0  # optimizer steps of the last report: a skipped step does not count
+        self.by_parts = by_parts
+        self._within = every_n_steps is not None or by_parts  # whether it is scored within an epoch
+        self._seen = 0  # optimizer steps when the last batch ended: a skipped step does not count
+        self._reported = 0  # step of the last report
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if self.every_n_steps is None or step % self.every_n_steps or step == self._reported:
+        if not self._within or trainer.global_step == self._seen:
             return
+        self._seen = trainer.global_step
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # validation comes next
+            return
+        if not self._due(trainer):
             return
         values = score_now(trainer, pl_module)
         if self.metric not in values:  # validation does not score it
-            self.every_n_steps = None
+            self._within = False
         elif math.isfinite(values[self.metric]):  # a loss that is not finite may recover until validation
-            self._report(trainer, step, trainer.current_epoch, values)
+            self._report(trainer, trainer.current_epoch, values)
 
     def validated(self, trainer: pl.Trainer, epochs: int, values: Mapping[str, float]) -> None:
         """Report the objective, and prune."""
         if self.metric in values:
-            self._report(trainer, epochs if self.every_n_steps is None else trainer.global_step, epochs, values)
+            self._report(trainer, epochs, values)
 
-    def _report(self, trainer: pl.Trainer, step: int, epochs: int, values: Mapping[str, float]) -> None:
+    def _due(self, trainer: pl.Trainer) -> bool:
+        if self.every_n_steps is not None:
+            return trainer.global_step % self.every_n_steps == 0
+        part = self._parts(trainer)
+        return part > self._reported and part in RUNGS
+
+    def _parts(self, trainer: pl.Trainer) -> int:
+        return trainer.global_step * PARTS // max(int(trainer.estimated_stepping_batches), 1)
+
+    def _report(self, trainer: pl.Trainer, epochs: int, values: Mapping[str, float]) -> None:
+        step = trainer.global_step if self.every_n_steps else self._parts(trainer) if self.by_parts else epochs
+        if step <= self._reported:  # the same part of the run
+            return
         self.trial.report(values[self.metric], step=step)
-        self._reported = trainer.global_step
-        if self.may_prune and epochs < (trainer.max_epochs or 0) and self.trial.should_prune():
-            logger = trainer.logger
-            assert isinstance(logger, RunLogger)
-            logger.run.set_tags({Tag.PRUNED: "true", Tag.PRUNED_AFTER_EPOCHS: epochs})
-            drop = values.get(Metric.SOURCE_DROP)
-            if drop is not None:
-                self.trial.set_user_attr("scores", {Metric.SOURCE_DROP: drop})
-            set_forgetting(self.trial, drop, self.forgetting_threshold)
-            if self.every_n_steps is not None:
-                self.trial.set_user_attr("steps", step)
-            raise Pruned(f"pruned after {step} steps" if self.every_n_steps else f"pruned after {epochs} epochs")
+        self._reported = step
+        if epochs >= (trainer.max_epochs or 0) or not self.trial.should_prune() or not self.may_prune:
+            return
+        logger = trainer.logger
+        assert isinstance(logger, RunLogger)
+        logger.run.set_tags({Tag.PRUNED: "true", Tag.PRUNED_AFTER_EPOCHS: epochs})
+        drop = values.get(Metric.SOURCE_DROP)
+        if drop is not None:
+            self.trial.set_user_attr("scores", {Metric.SOURCE_DROP: drop})
+        set_forgetting(self.trial, drop, self.forgetting_threshold)
+        self.trial.set_user_attr("share", trainer.global_step / trainer.estimated_stepping_batches)
+        if self._within:
+            self.trial.set_user_attr("steps", trainer.global_step)
+        raise Pruned(f"pruned after {trainer.global_step} steps" if self._within else f"pruned after {epochs} epochs")

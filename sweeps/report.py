@@ -256,13 +256,14 @@ def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> dict[str,
 
 
 def _epochs_share(study: Sweep, definition: Mapping[str, Any]) -> float:
-    trained = whole = 0
+    trained = whole = 0.0
     for trial in study.counted():
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
-            trained += trial.user_attrs.get("epochs", 0)
             settings = trial.user_attrs.get("point") or {}
             epochs = settings.get("trainer.max_epochs", definition["config"]["trainer"]["max_epochs"])
             whole += epochs * seeds_per_trial(study)
+            share = trial.user_attrs.get("share")  # of a trial that was pruned, perhaps within an epoch
+            trained += trial.user_attrs.get("epochs", 0) if share is None else share * epochs
     return trained / whole if whole else 0.0
 
 

@@ -15,12 +15,18 @@ from sweeps.ranking import FORGETTING, ranked
 from sweeps.settings import SweepConfig
 
 P_OF_SEEDS = 0.1  # Optuna's own default; four seeds that are all worse have p = 1/16, three 1/8
+PARTS = 6
+"""Parts of a run by which `halving` counts."""
+FACTOR = 3  # one of three goes on
+RUNGS = (1, FACTOR)
+"""Parts after which it judges: a sixth of the run, and half of it."""
 
 
 class SearchView:
-    """A storage that hides the references, which would mislead a sampler.
+    """A storage that hides the references, which would mislead a sampler, and failed trials, which would mislead a pruner.
 
-    They have the same values as a trial of the search but another method, or none of the searched values. The best trial is that
+    References have the same values as a trial of the search but another method, or none of the searched values. A trial that was
+    cut off is run again, and would compete with its own scores. The best trial is that
     of `sweeps.ranking`, whatever the storage does about ties.
     """
 
@@ -34,7 +40,8 @@ class SearchView:
         self, study_id: int, deepcopy: bool = True, states: Sequence[TrialState] | None = None
     ) -> list[FrozenTrial]:
         found = self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=cast(Any, states))
-        return _all_constrained([trial for trial in found if not trial.user_attrs.get("reference")])
+        hidden = (trial.user_attrs.get("reference") or trial.state == TrialState.FAIL for trial in found)
+        return _all_constrained([trial for trial, is_hidden in zip(found, hidden, strict=True) if not is_hidden])
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
         found = self.get_all_trials(study_id, deepcopy=False, states=[TrialState.COMPLETE])
@@ -96,14 +103,22 @@ class _QMCSampler(optuna.samplers.QMCSampler):
         return self._trial_number
 
 
-def build_pruner(name: str, max_epochs: int, every_n_steps: int | None = None) -> optuna.pruners.BasePruner:
-    """Return the pruner. Its steps are epochs, 1 to `max_epochs`; optimizer steps if it judges every `every_n_steps` of them; or
-    for `wilcoxon` the numbers of seeds, from 0."""
+def judges_by_parts(name: str, max_epochs: int, every_n_steps: int | None = None, parts: int | None = PARTS) -> bool:
+    """Return whether the steps of the pruner are parts of a run, 1 to `parts`: `halving`, where the run has fewer epochs."""
+    return name == "halving" and every_n_steps is None and parts is not None and max_epochs < parts
+
+
+def build_pruner(
+    name: str, max_epochs: int, every_n_steps: int | None = None, parts: int | None = PARTS
+) -> optuna.pruners.BasePruner:
+    """Return the pruner. Its steps are epochs, 1 to `max_epochs`, or parts of a run (`judges_by_parts`); optimizer steps if it
+    judges every `every_n_steps` of them; or for `wilcoxon` the numbers of seeds, from 0."""
     first = every_n_steps or 1
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=4, n_min_trials=3)
     if name == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=3)
+        first = every_n_steps or max(1, max_epochs // (parts or max_epochs))
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=FACTOR)
     if name == "hyperband":
         # "auto": the steps of the first complete trial; it is not known here how many an epoch has
         last = max_epochs if every_n_steps is None else "auto"

@@ -20,14 +20,22 @@ from dann_experiments.tracking.store import open_store
 from dann_experiments.workers.pool import Ended, Key, Pool, refuse_unshared
 from sweeps.cleanup import close_runs
 from sweeps.confirm import _Contest
-from sweeps.definition import describe, missing_slots, refuse_changes, slots_of, stored_settings
+from sweeps.definition import (
+    describe,
+    missing_slots,
+    parts_of_run,
+    refuse_changes,
+    slots_of,
+    stored_settings,
+)
 from sweeps.driver import only_driver
 from sweeps.errors import SweepFailed
 from sweeps.objective import _reason
+from sweeps.sampling import PARTS
 from sweeps.scheduler import run_trials
 from sweeps.settings import SweepConfig
 from sweeps.space import read_space
-from sweeps.study import SOURCE_ONLY, SWEEP_RUNS, Slot, Sweep, open_storage, superseded
+from sweeps.study import DEFINITION, SOURCE_ONLY, SWEEP_RUNS, Slot, Sweep, open_storage, superseded
 from sweeps.worker import Task, work
 
 METHOD = "domain_adaptation.method"
@@ -65,6 +73,15 @@ def test_a_study_stored_and_read_back_asks_the_same(workplace):
     other = stored_settings(study, {"sampler_seed": 3})
     with pytest.raises(InputError, match="sampler_seed: 0 in the study, now 3"):
         refuse_changes(study, other, read_space(other.space, BASE), BASE)
+
+
+def test_a_study_of_an_earlier_version_keeps_judging_by_epochs(workplace):
+    study, _ = new_study(pruner="halving")
+    assert parts_of_run(study) == PARTS
+    definition = study.attribute(DEFINITION)
+    del definition["parts"]
+    study.set_attribute(DEFINITION, definition)
+    assert parts_of_run(study) is None
 
 
 def test_the_control_of_a_method_of_ones_own_is_the_lambda_zero_control():

@@ -21,7 +21,7 @@ from dann_experiments.training.side_validation import score_now
 from sweeps import pruning
 from sweeps.progress import describe_end
 from sweeps.pruning import Pruned, PruningCallback
-from sweeps.sampling import build_pruner
+from sweeps.sampling import build_pruner, judges_by_parts
 from sweeps.settings import SweepConfig
 
 
@@ -118,6 +118,17 @@ class After(optuna.pruners.BasePruner):
         return trial.last_step == self.step
 
 
+class Counted(optuna.pruners.BasePruner):
+    """Would end every trial, and notes the steps at which it was asked."""
+
+    def __init__(self) -> None:
+        self.steps: list[int | None] = []
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        self.steps.append(trial.last_step)
+        return True
+
+
 @pytest.mark.usefixtures("pretrained_place")
 def test_a_trial_is_pruned_within_its_first_epoch(squares):
     trial = new_trial(After(3))
@@ -147,6 +158,52 @@ def test_reports_come_at_multiples_of_the_steps_and_after_each_epoch(squares, mo
     adapt(load_config(None, small_settings(squares)), [callback], {})
     assert sorted(trial.study.trials[0].intermediate_values) == [2, 4, 6, 8]
     assert at == [2, 6]  # the validation of each epoch gives the others
+
+
+@pytest.mark.usefixtures("pretrained_place")
+def test_in_a_run_of_few_epochs_halving_judges_after_a_sixth_and_a_half(squares, monkeypatch):
+    trial, at = new_trial(build_pruner("halving", 2)), list[int]()
+
+    def counted(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        at.append(trainer.global_step)
+        return score_now(trainer, module)
+
+    monkeypatch.setattr(pruning, "score_now", counted)
+    callback = PruningCallback(trial, Metric.TARGET_VAL_IOU, by_parts=True)
+    adapt(load_config(None, small_settings(squares)), [callback], {})
+    found = trial.study.trials[0]
+    assert at == [2]  # of eight steps; half of the run is the end of the first epoch
+    assert sorted(found.intermediate_values) == [1, 3, 6]
+    assert {"completed_rung_0", "completed_rung_1"} <= set(found.system_attrs)
+
+
+@pytest.mark.usefixtures("pretrained_place")
+@pytest.mark.parametrize("may_prune", [True, False], ids=["search", "recipe"])
+def test_a_trial_that_is_never_pruned_competes_too(squares, may_prune):
+    asked = Counted()
+    callback = PruningCallback(new_trial(asked), Metric.TARGET_VAL_IOU, may_prune)
+    if may_prune:
+        with pytest.raises(Pruned, match="after 1 epochs"):
+            adapt(load_config(None, small_settings(squares)), [callback], {})
+        assert callback.trial.study.trials[0].user_attrs["share"] == 0.5
+    else:
+        adapt(load_config(None, small_settings(squares)), [callback], {})
+    assert asked.steps == [1]  # the last epoch is nobody's to judge
+
+
+@pytest.mark.parametrize(("epochs", "parts", "by_parts", "first"), [
+    (3, 6, True, 1), (5, 6, True, 1), (6, 6, False, 1), (11, 6, False, 1), (12, 6, False, 2), (30, 6, False, 5),
+    (3, None, False, 1), (30, None, False, 1),  # a study of an earlier version
+])  # fmt: skip
+def test_halving_first_judges_after_a_sixth_of_a_run(epochs, parts, by_parts, first):
+    assert judges_by_parts("halving", epochs, None, parts) == by_parts
+    study = optuna.create_study(direction="maximize", pruner=build_pruner("halving", epochs, None, parts))
+    study.add_trial(optuna.create_trial(value=1.0, system_attrs={"completed_rung_0": 1.0}))
+    trial, ended = study.ask(), []
+    for step in range(1, first + 1):
+        trial.report(0.0, step)
+        ended.append(trial.should_prune())
+    assert ended == [False] * (first - 1) + [True]
 
 
 @pytest.mark.parametrize("name", ["median", "halving", "hyperband"])

@@ -160,6 +160,18 @@ def test_samplers_never_see_a_reference(workplace):
     assert best.number != 0  # though its value is the highest
 
 
+def test_a_trial_that_runs_again_does_not_compete_with_itself(workplace):
+    study = new_study("s.log", [Slot("recipe", {}), Slot("search", {})])
+    finish(study, sampler_for("random", 0))
+    slot = study.claim("host:1:0", "t")
+    assert slot is not None
+    assert study.give_back(slot, "killed")
+    study.put_in_again()
+    assert study.claim("host:1:0", "t") is not None
+    seen = study.for_sampling(sampler_for("random", 2), build_pruner("halving", 6))
+    assert [trial.number for trial in seen.trials] == [0, 2]
+
+
 @pytest.mark.parametrize("name", ["median", "halving", "hyperband", "none"])
 def test_pruners_judge_by_epochs(name, workplace):
     study = new_study("s.log", [Slot("search", {}) for _ in range(30)])
