@@ -160,8 +160,10 @@ def tables(rows: Sequence[Row]) -> str:
             f"| {count} | {row['normalization']} | {shown(before)} | {shown(ours)} | {ratio:.2f} | {first['before']:.1f} "
             f"| {first['ours']:.1f} |"
         )
-    lines += ["", "| tiles | loaders before, images/s | ours, images/s | ours / before |", "|---|---|---|---|"]
-    for count, before, ours, _ in found("epochs"):
+    epochs = list(found("epochs"))
+    if epochs:
+        lines += ["", "| tiles | loaders before, images/s | ours, images/s | ours / before |", "|---|---|---|---|"]
+    for count, before, ours, _ in epochs:
         ratio = statistics.median(ours) / statistics.median(before)
         lines.append(f"| {count} | {shown(before)} | {shown(ours)} | {ratio:.1f} |")
     load = f"load of the machine {os.getloadavg()[1]:.1f}"
