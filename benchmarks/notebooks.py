@@ -3,8 +3,8 @@
     python -m benchmarks.notebooks
 
 They are kept in build/notebooks/KEY/, where KEY is a digest of the notebooks and of the code that they run. While nothing of
-that changes, nothing is run again: a slow test of CI runs them, and the site that CI builds afterwards shows what it kept. After an
-interruption the same command runs the notebooks that are left.
+that changes, nothing is run again: a slow test of CI runs them, and the site that CI builds afterwards shows what it kept. After
+an interruption the same command runs the notebooks that are left.
 """
 
 from __future__ import annotations
