@@ -5,11 +5,12 @@ import pytest
 import torch
 from conftest import small_settings
 
-from dann_experiments import adapt, load_config
+from dann_experiments import InputError, adapt, load_config
 from dann_experiments.comparison.arms import arms_of, cells_of
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.jobs import precision
 from dann_experiments.jobs.precision import with_precision
+from dann_experiments.jobs.resume import _agreed
 from sweeps import driver, run_sweep
 from sweeps.settings import SweepConfig
 
@@ -81,3 +82,12 @@ def test_a_sweep_decides_for_all_its_trials(on, squares, monkeypatch):
     with pytest.raises(KeyError):
         run_sweep(SweepConfig(study="one"), load_config(None, small_settings(squares, trainer__precision="auto")))
     assert seen == ["bf16-mixed"]
+
+
+def test_a_run_that_chose_its_precision_resumes_with_the_same_settings():
+    asked = load_config(None, {"trainer.precision": "auto"})
+    for chosen in ("bf16-mixed", "32-true"):
+        recorded = load_config(None, {"trainer.precision": chosen})
+        assert _agreed("adapt", recorded, asked).trainer.precision == chosen
+    with pytest.raises(InputError, match=r"trainer\.precision is '16-mixed', but '32-true'"):
+        _agreed("adapt", recorded, load_config(None, {"trainer.precision": "16-mixed"}))

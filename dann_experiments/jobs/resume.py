@@ -215,6 +215,8 @@ def _agreed(job: str, recorded: Config, wanted: Config) -> Config:
     """Return `wanted`; raise InputError if it differs from the run's own settings in one that changes results."""
     if job == Job.PRETRAIN:  # as in the settings that the run recorded
         wanted = as_pretrained(wanted)
+    if wanted.trainer.precision == "auto":  # the run recorded what that was
+        wanted = replace(wanted, {"trainer.precision": recorded.trainer.precision})
     before, now = flatten(recorded), flatten(wanted)
     for key in [*before, *(key for key in now if key not in before)]:
         if key not in MAY_DIFFER and before.get(key) != now.get(key):
