@@ -167,7 +167,7 @@ def test_wrong_words_end_with_code_2_and_nothing_started(arguments, message, emp
     assert not list(empty_place.glob("studies/*/journal.log"))
 
 
-def test_a_metric_that_no_run_logs_is_no_objective(squares):
+def test_a_metric_that_no_run_logs_is_no_objective(squares, tmp_path):
     config = load_config(None, small_settings(squares, data__class_names=["ground (any)", "square"]))
     good = ("iou/target_val", "class_iou/target_val/ground _any_", "loss/val_source", "da/domain_acc")
     for name in good:
@@ -177,9 +177,9 @@ def test_a_metric_that_no_run_logs_is_no_objective(squares):
             check_objective(
                 load_settings(SweepConfig, None, {"objective": name}), config, build.find_data(config).labelled
             )
-    (squares / "bare").mkdir()
-    (squares / "bare" / "images").symlink_to(squares / "target_val" / "images")
-    unlabelled = replace(config, {"data.target.val": ["bare"]})
+    (tmp_path / "bare").mkdir()  # not in `squares`, which other tests count
+    (tmp_path / "bare" / "images").symlink_to(squares / "target_val" / "images")
+    unlabelled = replace(config, {"data.target.val": [str(tmp_path / "bare")]})
     for name in ("iou/target_val", "iou/gap_source_minus_target"):
         with pytest.raises(InputError, match=r"labeled images in data\.target\.val"):
             check_objective(
