@@ -103,8 +103,6 @@ class Program:
     commands: Mapping[str, Command]
     failures: Mapping[type[Exception], str]
     """Errors that end a command with exit code 1 -> text before their message."""
-    interrupted: str = ""
-    """Text printed after Ctrl-C."""
 
     @property
     def called(self) -> str:
@@ -133,7 +131,6 @@ class Program:
         except InputError as error:
             return report_input(error)
         except KeyboardInterrupt:
-            print(self.interrupted, end="", file=sys.stderr)
             return 130
         except Exception as error:
             for kind, heading in self.failures.items():
@@ -157,6 +154,8 @@ class Program:
                 raise InputError(f"{token!r} names no setting; give settings as --dotted.key value.")
             option = known.get(key, Option("", "VALUE"))
             values = [value] if equals else option.take(tokens)
+            if key not in known and not values and self._is_switch(words[0], key):
+                values = ["true"]
             if values and not option.metavar:
                 raise InputError(f"--{key} takes no value; leave {value!r} out.")
             if option.metavar and not values:
@@ -192,6 +191,16 @@ class Program:
         for heading, kind in command.settings.items():
             lines += ["", f"{heading}:", "", help_text(kind)]
         return "\n".join([*lines, ""])
+
+    def _is_switch(self, command: str, key: str) -> bool:
+        """Return whether a setting is true or false, so that its flag alone means true."""
+        from dann_experiments.config import Config
+        from dann_experiments.config.limits import settings_of
+
+        kinds = (*self.commands[command].settings.values(), Config)
+        return any(
+            field.name == key and field.type in (bool, bool | None) for kind in kinds for field in settings_of(kind)
+        )
 
     def _command(self, name: str) -> Command:
         if name not in self.commands:

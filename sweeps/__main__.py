@@ -6,10 +6,11 @@ other settings of `adapt` have dotted names (`--optimizer.lr 1e-3`).
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,8 @@ def _run(request: Request) -> int:
     with uncollected():
         from sweeps.driver import run_sweep
 
-    return _finish(run_sweep(sweep, config))
+    with _how_to_go_on(sweep.study, sweep.storage):
+        return _finish(run_sweep(sweep, config))
 
 
 def _study(request: Request) -> tuple[str, str | None, dict[str, Any], dict[str, Any]]:
@@ -97,7 +99,22 @@ def _resume(request: Request) -> int:
     if "space" in sweep_flags:
         space = settings_file(sweep_flags["space"], "--space", SPACES)
         sweep_flags["space"] = load_settings(SweepConfig, space, {}).space
-    return _finish(resume_sweep(name, storage, sweep_flags, settings))
+    with _how_to_go_on(name, storage):
+        return _finish(resume_sweep(name, storage, sweep_flags, settings))
+
+
+@contextlib.contextmanager
+def _how_to_go_on(study: str | None, storage: str | None) -> Iterator[None]:
+    """Print after Ctrl-C which command runs the trials that are missing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        place = " and the same --storage" if storage else ""  # whose address may hold a password
+        print(
+            f"Stopped. If trials had begun, `{PROGRAM.called} resume --study {study}`{place} runs those that are missing.",
+            file=sys.stderr,
+        )
+        raise
 
 
 def _finish(result: SweepResult) -> int:
@@ -183,7 +200,6 @@ PROGRAM = Program(
     "Search hyperparameters of domain adaptation with Optuna, every trial a run in MLflow.",
     COMMANDS,
     failures={SweepFailed: "The sweep was stopped"},
-    interrupted="Stopped. If trials had begun, `python -m sweeps resume --study NAME` runs those that are missing.\n",
 )
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.reading import Normalization, Reading, reading_facts
 from dann_experiments.jobs.predict import PredictResult, predict
+from dann_experiments.prediction import scene
 from dann_experiments.reports.colors import class_colors
 
 PROJECT = Path(__file__).parents[1]
@@ -436,6 +437,21 @@ def test_tiles_are_cut_out_of_parts_whatever_the_parts_are(model, monkeypatch):
         maps.append(read(f"parts_{number}.tif"))
     for other in maps[1:]:
         np.testing.assert_array_equal(other, maps[0])
+
+
+def test_pixels_are_read_once_but_for_the_rows_that_two_parts_share(model, monkeypatch):
+    write_tiff("parts.tif", picture(420, 500))
+    monkeypatch.setattr(scene, "STRIP_BYTES", 3 * 500 * 260)  # three rows of tiles
+    sizes, unchanged = [], scene.read_pixels
+
+    def counted(*given: Any) -> Any:
+        sizes.append((given[-1].height, given[-1].width))
+        return unchanged(*given)
+
+    monkeypatch.setattr(scene, "read_pixels", counted)
+    run(model=model, input="parts.tif", output="map.tif", tile_size=128, overlap=64)
+    assert [width for _, width in sizes] == [500, 500]
+    assert 420 + 64 <= sum(height for height, _ in sizes) < 420 + 128  # less than a tile
 
 
 def test_a_folder_gives_a_map_an_image_and_names_the_bad_one_at_the_end(model):

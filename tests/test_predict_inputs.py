@@ -58,6 +58,14 @@ def command(*arguments: str) -> int:
     return main(["predict", "--accelerator", "cpu", "--tile_size", "64", "--progress", "false", *arguments])
 
 
+def test_every_file_that_was_written_is_named(model, capsys):
+    write_tiff("image.tif", picture(60, 60))
+    more = ("--confidence", "entropy", "--vector", "gpkg", "--stac", "--stac_datetime", "2024-05-01T00:00:00Z")
+    assert command("--model", model, "--input", "image.tif", "--output", "map.tif", *more) == 0
+    written = "Written: map.tif, map_confidence.tif, map.stac.json, map.gpkg, map.qml\n"
+    assert written in capsys.readouterr().out
+
+
 # Which bands, which values are no data, how large a pixel is
 
 

@@ -79,7 +79,9 @@ def test_workers_make_the_maps_of_one_process_in_one_run(model):
             assert content(Path("alone") / name) == content(Path("together") / name)
     Path("scenes/3.tif").unlink()
     result = run(**more, output="together", vector="gpkg", workers=2)
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{Path('mlflow.db').resolve()}")  # MLflow keeps a store per address
+    client = mlflow.MlflowClient(
+        tracking_uri=f"sqlite:///{Path('mlflow.db').resolve()}"
+    )  # MLflow keeps a store per address
     found = client.search_runs([result.experiment_id], order_by=["attributes.start_time"])
     assert len(found) == 3  # none of a worker's own
     alone, together = (one.data.metrics for one in found[:2])

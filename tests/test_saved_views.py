@@ -151,7 +151,7 @@ def test_a_comparison_is_grouped_by_arm_only_if_each_run_has_its_arm_as_a_tag(ta
 
 def test_a_name_that_no_filter_can_quote_is_left_out_of_it():
     (view, _) = views_of_adaptation({"source": """a'b"c""", "target": "d"})
-    assert view.wanted == "tags.`dann.job` = 'adapt' and tags.`dann.target` = 'd'"
+    assert view.wanted == "tags.`dann.job` = 'adapt' and tags.`dann.target` = 'd' and attributes.status = 'FINISHED'"
 
 
 @pytest.mark.usefixtures("pretrained_place")

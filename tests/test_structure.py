@@ -296,6 +296,8 @@ def test_wrong_words_on_the_command_line_end_with_code_2_and_one_message(argumen
          {"data.root": "", "model.encoder_weights": "None"}),
         (["adapt", "--tracking.run_name=--x", "--seed=1=2"], {}, {"tracking.run_name": "--x", "seed": "1=2"}),
         (["layers", "--all"], {"all": True}, {}),
+        (["predict", "--overwrite", "--output", "a"], {}, {"overwrite": "true", "output": "a"}),
+        (["adapt", "--trainer.channels_last"], {}, {"trainer.channels_last": "true"}),
         (["predict", "--input", "a", "", "b", "--output", "c", "--input=d"], {"input": ["a", "b", "d"]}, {"output": "c"}),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -114,6 +115,30 @@ def test_a_sweep_that_is_stopped_twice_and_killed_leaves_no_worker_and_no_open_r
     check_ended(place, 4)
     assert not worker.is_running()
     assert sorted(run.info.status for run in runs_of(place, "sweep")) == ["FINISHED", "KILLED", "KILLED", "KILLED"]
+
+
+def imported_by_the_fork_server(pid: int) -> str:
+    """Names of the files that the fork server of a process has mapped."""
+    with contextlib.suppress(psutil.Error):  # it ended meanwhile
+        for child in psutil.Process(pid).children():
+            if "forkserver" in " ".join(child.cmdline()):
+                return " ".join(mapped.path for mapped in child.memory_maps())
+    return ""
+
+
+def test_ctrl_c_while_the_libraries_are_imported_says_how_to_go_on_without_a_traceback(tmp_path):
+    place = make_place(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sweeps", *run_words(place)], cwd=place, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
+    until(lambda: "torch" in imported_by_the_fork_server(process.pid), process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, printed = process.communicate()
+    assert process.returncode == 130
+    assert "Stopped. If trials had begun, `python -m sweeps resume --study s` runs those that are missing.\n" in printed
+    assert "Traceback" not in printed  # of any process; half imported libraries may say what they leaked
 
 
 @pytest.mark.slow

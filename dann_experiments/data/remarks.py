@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
 NODATA_TAG = 42113  # TIFF tag GDAL_NODATA
-PROBLEMS_SHOWN = 20
+PROBLEMS_SHOWN, ALIKE_SHOWN = 20, 3
+PATH = re.compile(r"\S*[/\\]\S+")  # two problems are of one kind if they differ in the paths alone
 NOT_SQUARE = 0.01  # tolerated relative difference of a pixel's sides
 
 
@@ -83,12 +84,26 @@ class Problems:
         if len(self.texts) == 1:
             raise InputError(self.texts[0])
         if self.texts:
-            shown = "".join(f"\n  - {text}" for text in self.texts[:PROBLEMS_SHOWN])
-            more = len(self.texts) - PROBLEMS_SHOWN
+            lines = self._shown()
+            more = len(self.texts) - sum(count for _, count in lines)
+            shown = "".join(f"\n  - {line}" for line, _ in lines)
             raise InputError(
                 f"{len(self.texts)} problems with the data:{shown}"
                 + (f"\n  and {more} more; `check-data` lists all." if more > 0 else "")
             )
+
+    def _shown(self) -> list[tuple[str, int]]:
+        """Return the lines to show, and the number of problems that each stands for: a few of each kind, in the order found."""
+        kinds: dict[str, list[str]] = {}
+        for text in self.texts:
+            kinds.setdefault(PATH.sub("", text), []).append(text)
+        lines = []
+        for texts in kinds.values():
+            few = texts if len(texts) <= ALIKE_SHOWN + 1 else texts[:ALIKE_SHOWN]
+            lines += [(text, 1) for text in few]
+            left = len(texts) - len(few)
+            lines += [(f"... and {left} more files like these; `check-data` lists all.", left)] if left else []
+        return lines[:PROBLEMS_SHOWN]
 
 
 def image_remarks(

@@ -111,6 +111,14 @@ def vector_path(output: Path, vector: str) -> Path:
     return output.with_suffix(f".{vector.lower()}") if _is_format(vector) else local_path(vector, "vector")
 
 
+def files_of_map(output: Path, vector: str | None = None) -> list[Path]:
+    """Return a map and those files beside it that exist: probabilities, confidence, STAC item, polygons, and the style that QGIS
+    reads. `vector`: the setting."""
+    beside = [path_beside(output, what) for what in (PROBABILITIES, CONFIDENCE, STAC)]
+    beside += [] if vector is None else [vector_path(output, vector)]
+    return [output, *(path for path in (*beside, output.with_suffix(".qml")) if path.exists())]
+
+
 def _is_format(vector: str) -> bool:
     return f".{vector.lower()}" in VECTOR_SUFFIXES
 

@@ -11,6 +11,9 @@ from dann_experiments.tracking.store import quoted
 
 ADAPTATION, TRAINING = "Did adaptation help?", "Is DANN working?"
 ADAPTED = f"tags.`{Tag.JOB}` = '{Job.ADAPT}'"
+FINISHED = (
+    "attributes.status = 'FINISHED'"  # a killed run has scores of some epoch, which would move the mean of its method
+)
 TARGET_FIRST = (Metric.TARGET_VAL_IOU, Metric.TARGET_TEST_IOU, Metric.SOURCE_VAL_IOU, Metric.SOURCE_TEST_IOU)
 SCORES = (
     (
@@ -52,7 +55,7 @@ def views_of_adaptation(domains: Mapping[Domain, str]) -> list[View]:
             name=f"{ADAPTATION} {pair}",
             sections=[*SCORES, OF_GAME],
             group_by=[Tag.METHOD],
-            wanted=" and ".join(wanted),
+            wanted=" and ".join([*wanted, FINISHED]),
             metric_columns=TARGET_FIRST,
         ),
         View(

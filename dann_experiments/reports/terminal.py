@@ -184,8 +184,15 @@ def print_comparison(comparison: Any, table: pd.DataFrame) -> None:
     if comparison.parts is not None:
         print_parts(comparison.parts, comparison.metric)
     if comparison.selection is not None:
-        print("\nTarget-free choice of an epoch, against iou/target_val (docs/selection.md):")
-        print(comparison.selection.round(3).to_string(index=False))
+        print_table(
+            "If the epoch were chosen by ... (docs/selection.md): points of iou/target_val below the best epoch, mean",
+            ["", "below the best", "if the source is kept", "rank correlation", "runs"],
+            [
+                [str(row["score"]), *(cell(row[name], ".1f", 100) for name in ("regret", "regret_kept")),
+                 cell(row["spearman"], ".2f"), str(row["groups"])]
+                for row in comparison.selection.to_dict("records")
+            ],
+        )  # fmt: skip
     for note in comparison.notes:
         print(f"Note: {note}")
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -69,7 +69,22 @@ def prepare_workers(module: str) -> None:
         from multiprocessing import forkserver
 
         multiprocessing.set_forkserver_preload([PRELOADED, module])
-        forkserver.ensure_running()
+        with _ignored_by_children():
+            forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _ignored_by_children() -> Iterator[None]:
+    """Let processes that start meanwhile ignore Ctrl-C, which reaches the whole group: this process ends them itself. One that is
+    still importing would print a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say so
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def worker_context() -> BaseContext:
