@@ -26,6 +26,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from dann_experiments.config import InputError
+from dann_experiments.config.extras import install_command
 from dann_experiments.config.paths import user_path
 from dann_experiments.tracking.store import remember_secrets, without_secrets
 from dann_experiments.workers.pool import ATTEMPTS
@@ -134,7 +135,7 @@ def open_storage(address: str) -> BaseStorage:
     except Exception as error:  # SQLAlchemy's, the driver's, or an ImportError when the driver is not installed
         reason = without_secrets((str(error).splitlines() or [type(error).__name__])[0])
         if isinstance(error, ImportError):
-            reason = f"its driver is not installed ({reason}); for PostgreSQL: pip install '.[postgresql]'"
+            reason = f"its driver is not installed ({reason}); for PostgreSQL: {install_command('postgresql')}"
         raise InputError(f"storage is {shown!r}, which cannot be used: {reason}") from None
     return optuna.storages.get_storage(backend)
 

@@ -301,7 +301,7 @@ def test_what_can_be_mended_is_told_before_anything_is_mapped(model, more, messa
 def test_missing_packages_are_named_with_the_command_that_brings_them(model, monkeypatch):
     write_tiff("scene.tif", picture(40, 50))
     monkeypatch.setattr(vector_file.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'dann-experiments\[vector\]'"):
+    with pytest.raises(InputError, match=r"pip install --editable \S*\[vector\]"):
         run(model=model, input="scene.tif", output="map.tif", vector="gpkg")
     assert not Path("map.tif").exists()
 

@@ -1,7 +1,7 @@
 """Runs all of it, prints the table of what was lost, and writes it into docs/reliability.md.
 
 python -m benchmarks.chaos [--seed N] [--write]    # 6 to 12 minutes on two cores; exit code 1 if anything is not as promised
-python -m benchmarks.chaos --share 1/3             # what CI runs: a third of the counts and of the time; it writes nothing
+python -m benchmarks.chaos --share 1/6             # what CI runs: a sixth of the counts and of the time; it writes nothing
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 from xml.sax.saxutils import escape
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.extras import install_command
 from dann_experiments.data.endpoints import s3_address
 from dann_experiments.data.patterns import IMAGE_SUFFIXES, expression_of
 from dann_experiments.data.rasters import GDAL_OPTIONS, header_of, open_raster
@@ -178,7 +179,7 @@ def _of_s3(address: str, ask: Callable[[Any], Any]) -> Any:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError:
-        raise InputError("s3:// needs the package boto3: pip install '.[s3]'.") from None
+        raise InputError(f"s3:// needs the package boto3: {install_command('s3')}") from None
     options: dict[str, Any] = {
         "retries": {"total_max_attempts": TRIES, "mode": "standard"}, "connect_timeout": CONNECT_TIMEOUT,
         "read_timeout": CONNECT_TIMEOUT,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.extras import install_command
 
 GEO_SUFFIXES = (".geojson", ".json", ".gpkg", ".shp")
 DRIVERS = ("GeoJSON", "GPKG", "ESRI Shapefile")  # of GDAL; others can name further files or addresses
@@ -76,7 +77,7 @@ def needed(path: Path) -> Any:
     except ImportError as error:
         raise InputError(
             f"{path} holds vector labels, which need the packages pyogrio and shapely ({error}); install them with: "
-            "pip install 'dann-experiments[vector]'"
+            f"{install_command('vector')}"
         ) from None
     return pyogrio
 

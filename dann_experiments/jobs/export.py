@@ -12,6 +12,7 @@ from dann_experiments.checkpoints.trained_model import Model
 from dann_experiments.config import Config, InputError
 from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.export import ONNX, ExportConfig
+from dann_experiments.config.extras import install_command
 from dann_experiments.config.paths import local_path
 from dann_experiments.jobs.load_model import load_model
 from dann_experiments.prediction import standalone_files as files
@@ -108,5 +109,5 @@ def _check_packages() -> None:
     if missing:
         raise InputError(
             f"output is an ONNX file, which needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}: "
-            "pip install '.[export]', or give a .pt2 file."
+            f"{install_command('export')}, or name a .pt2 file as output."
         )

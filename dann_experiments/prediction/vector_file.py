@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.extras import install_command
 from dann_experiments.data.rasters import open_raster
 from dann_experiments.names import VECTOR_SUFFIXES
 from dann_experiments.prediction.partial_map import PARTIAL_SUFFIX, PartialMap
@@ -56,7 +57,7 @@ def check_packages() -> None:
     """Raise InputError if a package is missing."""
     missing = [name for name in ("pyogrio", "shapely", "pyarrow") if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"vector needs {' and '.join(missing)}: pip install 'dann-experiments[vector]'")
+        raise InputError(f"vector needs {' and '.join(missing)}: {install_command('vector')}")
 
 
 def is_placed(grid: Grid) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.extras import install_command
 from dann_experiments.tracking.store import without_secrets
 from dann_experiments.workers.pool import Ended, Key, Outcome, Pool, outcome_of
 from dann_experiments.workers.processes import STOP_SECONDS
@@ -33,7 +34,7 @@ class RayPool(Pool):
             import ray
         except ImportError:
             raise InputError(
-                "launcher is 'ray', but Ray is not installed; install it on every machine: pip install '.[ray]'."
+                f"launcher is 'ray', but Ray is not installed; install it on every machine: {install_command('ray')}"
             ) from None
         self._ray = ray
         self._joined = not ray.is_initialized()
