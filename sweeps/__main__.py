@@ -66,12 +66,12 @@ def _run(request: Request) -> int:
     named = "study" in sweep_flags or load_settings(SweepConfig, space, {}).study is not None
     defaults = {} if named else {"study": f"{space.stem}-{config_file.stem if config_file else DEFAULT}"}
     sweep = load_settings(SweepConfig, space, {**defaults, **sweep_flags})
-    if sweep.launcher == "processes":
-        prepare_workers(WORKER)
-    with uncollected():
-        from sweeps.driver import run_sweep
-
     with _how_to_go_on(sweep.study, sweep.storage):
+        if sweep.launcher == "processes":
+            prepare_workers(WORKER)
+        with uncollected():
+            from sweeps.driver import run_sweep
+
         return _finish(run_sweep(sweep, config))
 
 
@@ -92,14 +92,14 @@ def _study(request: Request) -> tuple[str, str | None, dict[str, Any], dict[str,
 
 def _resume(request: Request) -> int:
     name, storage, sweep_flags, settings = _study(request)
-    prepare_workers(WORKER)
-    with uncollected():
-        from sweeps.driver import resume_sweep
-
     if "space" in sweep_flags:
         space = settings_file(sweep_flags["space"], "--space", SPACES)
         sweep_flags["space"] = load_settings(SweepConfig, space, {}).space
     with _how_to_go_on(name, storage):
+        prepare_workers(WORKER)
+        with uncollected():
+            from sweeps.driver import resume_sweep
+
         return _finish(resume_sweep(name, storage, sweep_flags, settings))
 
 
