@@ -49,6 +49,7 @@ def losses(pretrained_place, squares):
     return run
 
 
+@pytest.mark.slow
 def test_channels_last_changes_no_more_than_last_digits(losses):
     plain, _ = losses()
     other, result = losses(trainer__channels_last=True)
@@ -60,6 +61,7 @@ def test_channels_last_changes_no_more_than_last_digits(losses):
     assert again.baseline["iou/source_val"] == pytest.approx(result.metrics["iou/source_val"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "given", "expected"),
     [("mobilenet_v2", None, {True}), ("mobilenet_v2", False, {False}), ("resnet18", None, {False})],
@@ -121,6 +123,7 @@ def test_a_compiled_network_learns_the_same(losses):
     assert after.metrics["iou/source_val"] == pytest.approx(before.metrics["iou/source_val"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_compiled_here_is_told(losses, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))

@@ -487,6 +487,7 @@ def test_the_documented_training_and_maps_of_satellite_scenes(workplace, capsys)
     assert np.argwhere(nodata).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]], "the cloud of SCL, of 20 m"
 
 
+@pytest.mark.slow
 def test_scenes_of_three_resolutions_and_polygons_go_in_and_polygons_come_out(workplace, capsys):
     """The documented example: fields as GeoJSON in another CRS, a cloud, maps as GeoPackage with a STAC item."""
     sentinel(Path("country_a"), "N0509", side=120, scl=9)

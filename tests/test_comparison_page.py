@@ -381,6 +381,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ODD)
 def test_any_comparison_can_be_drawn(kind, tmp_path, recwarn):
     odd = ODD[kind]()

@@ -89,6 +89,7 @@ def test_the_target_is_the_difference_of_photograph_and_digit(built):
     assert np.mean(dark) > 20
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(built, tmp_path):
     again = build_digits(tmp_path, seed=3)
     other = build_digits(tmp_path, seed=4)

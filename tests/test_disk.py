@@ -218,6 +218,7 @@ def assert_same(place: Place, whole: Whole) -> None:
     assert tags["mlflow.note.content"].endswith(escaped(tags["dann.alignment"]))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_to_the_end_is_one_message_and_the_run_goes_on_to_the_same_weights(place, fault, whole):
     outputs, breaks, mends = fault
     here = place(outputs)
@@ -240,6 +241,7 @@ def test_a_disk_that_is_full_to_the_end_is_one_message_and_the_run_goes_on_to_th
     assert_same(here, whole)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(place, fault, whole):
     outputs, breaks, mends = fault
     here = place(outputs)

@@ -604,13 +604,16 @@ CHECKS_OF_SWEEPS: dict[str, Callable[[Place, dict[str, str], str], None]] = {
 
 # The facts
 
+FIRST_PAGES = ("README.md", "docs/first-run.md", "docs/your-data.md")
+
 
 def runnable(kind: str) -> list[Any]:
-    """The pieces of a kind that have an example, as parameters, those shown twice under a heading once; minutes are slow."""
+    """The pieces of a kind that have an example, as parameters, those shown twice under a heading once; slow but for the
+    pages that users see first."""
     found = {(piece.document, piece.heading, piece.title): piece for piece in FOUND if piece.kind == kind}
     return [
         pytest.param(piece, piece.example, id=f"{piece.document}:{piece.title[:90]}",
-                     marks=[pytest.mark.slow] if piece.example.slow else [])
+                     marks=[pytest.mark.slow] if piece.example.slow or piece.document not in FIRST_PAGES else [])
         for piece in found.values()
         if piece.example is not None
     ]  # fmt: skip
@@ -794,6 +797,7 @@ def test_the_settings_of_the_data_page_are_compared(places):
         check(command, place.run(command), place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("piece", "example"), runnable("python"))
 def test_the_python_block_runs(piece: Piece, example: Example, places, monkeypatch):
     place = places(example.place)

@@ -303,6 +303,7 @@ def test_a_file_that_is_gone_matters_only_to_jobs_that_would_train_with_it(squar
     source_digest(settings(squares, Path("gone.pt")), DATA, read_encoder=False)
 
 
+@pytest.mark.slow
 def test_a_trained_model_needs_the_file_no_more(squares, workplace):
     file = written(state_of())
     config = settings(squares, file, trainer__max_epochs=1)

@@ -613,6 +613,7 @@ def test_the_run_s_config_yaml_gives_the_same_numbers_with_target_stats(trained,
     assert evaluate(load_config(Path(str(result.artifacts)) / "config.yaml")).metrics == result.metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

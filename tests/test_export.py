@@ -109,6 +109,7 @@ def test_bin_means_are_those_of_adaptive_pooling(bins, size):
     torch.testing.assert_close(BinMeans(*bins)(values), nn.AdaptiveAvgPool2d(bins)(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "encoder"),
     [("unet", "tu-test_resnet"), *(pytest.param(*one, marks=pytest.mark.slow) for one in NETWORKS.items())],
@@ -187,6 +188,7 @@ def test_the_command_writes_what_deepness_reads_and_makes_no_run(pretrained_plac
     assert "overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_pt2_file_runs_without_this_project_and_takes_images_of_any_size(pretrained_place, shared_runs):
     run_id = shared_runs.result("pretrain").run_id
     result = export_job(ExportConfig(f"runs:/{run_id}", output="model.pt2"))

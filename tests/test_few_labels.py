@@ -72,6 +72,7 @@ def tags(result: RunResult) -> dict[str, str]:
     return mlflow.MlflowClient(result.tracking_uri).get_run(result.run_id).data.tags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dann", "lambda_zero", "source_only"])
 def test_every_method_learns_from_the_labels_and_the_run_says_so(squares, pretrained_place, method):
     """The target's labels are turned round: a network that learns from them gets worse on the source's kind of labels."""

@@ -259,6 +259,7 @@ def test_masks_are_read_at_reduced_size_with_the_ids_that_are_in_them(tmp_path, 
             assert np.array_equal(found, plain), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_reduced_images_are_averages_of_the_pixels_whatever_copies_the_file_brings(tmp_path, factor, monkeypatch):
     values = RNG.integers(0, 255, (1, 512, 512), np.uint8)
@@ -692,6 +693,7 @@ def turned_copy(squares: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_pictures_stored_turned_train_and_predict_as_those_stored_upright(workplace, squares, shared_runs):
     turned = turned_copy(squares, workplace / "turned")
     stored_otherwise = [
@@ -723,6 +725,7 @@ def test_a_photograph_held_upright_gets_an_upright_map(pretrained_place, shared_
         assert (file.width, file.height) == (40, 64)
 
 
+@pytest.mark.slow
 def test_a_model_knows_the_unit_of_its_pixel_size(workplace):
     config = two_domains(workplace, {}, {}, **{"data.source.pixel_size": 2.0, "data.target.pixel_size": 2.0})
     result = adapt(config)
@@ -735,6 +738,7 @@ def test_a_model_knows_the_unit_of_its_pixel_size(workplace):
         predict(PredictConfig(model=f"runs:/{result.run_id}", input="near.tif", output="map.tif"))
 
 
+@pytest.mark.slow
 def test_a_training_with_images_of_all_sizes_runs_to_its_end(workplace):
     sizes_of = {"source": (20, 32, 60), "source_val": (32, 40), "target": (16, 50, 33), "target_val": (32,)}
     for name, sizes in sizes_of.items():

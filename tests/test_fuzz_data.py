@@ -428,6 +428,7 @@ def other_masks() -> Iterator[Case]:
 OTHERS = [*other_images(), *other_masks()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_a_file_that_is_something_else_is_refused_by_name(case, place, capsys):
     check(case, place, capsys)
@@ -540,6 +541,7 @@ def means_the_same_or_less(text: bytes, whole: str) -> bool:
     return all(key == "" or value is None or type(value) is type(before.get(key)) for key, value in found.items())
 
 
+@pytest.mark.slow
 def test_a_damaged_settings_file_is_refused_by_file_or_key(place, capsys):
     """Lines dropped, doubled, moved in or out; signs changed."""
     rng = np.random.default_rng(31)

@@ -45,6 +45,7 @@ def test_what_there_is_no_time_for_is_named(gpu):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_refuses():
     done = subprocess.run(COMMAND, capture_output=True, text=True, check=False)

@@ -299,6 +299,7 @@ class WeightsAfter(pl.Callback):
             self.of[trainer.global_step] = {name: value.clone() for name, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"trainer__ema_decay": 0.05}, BEST])
 def test_a_guard_that_stops_ends_the_run_with_the_last_plausible_weights(more, squares, place, caplog):
     caplog.set_level("INFO", "dann_experiments")

@@ -125,6 +125,7 @@ def test_step_zero_shows_the_warm_start(run):
     assert run.baseline["iou/source_val"] == pretrained["iou/source_val"]
 
 
+@pytest.mark.slow
 def test_the_model_loads_in_a_new_process_without_pickles_and_gives_the_same_logits(run, squares, workplace):
     folder = model_folder(run.artifacts)
     facts = json.loads((folder / "dann.json").read_text())
@@ -158,6 +159,7 @@ def test_the_model_loads_in_a_new_process_without_pickles_and_gives_the_same_log
     assert facts["class_names"] == ["ground", "square"]
 
 
+@pytest.mark.slow
 def test_pretraining_is_found_again_unless_the_network_differs_and_is_then_a_run_of_its_own(
     pretrained_place, squares, shared_runs
 ):
@@ -215,6 +217,7 @@ def nested(flat: dict[str, object]) -> dict[str, object]:
     return tree
 
 
+@pytest.mark.slow
 def test_lambda_zero_equals_dann_with_lambda_da_zero_to_the_bit(pretrained_place, squares):
     control = adapt(load_config(None, small_settings(squares, domain_adaptation__method__name="lambda_zero")))
     dann = adapt(load_config(None, small_settings(squares, domain_adaptation__method__lambda_da=0.0)))

@@ -76,6 +76,7 @@ def test_the_ladder_is_one_command(squares, workplace, capsys):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "companions", "passes"),
     [("dann", [], 2), ("lambda_zero", ["style"], 2), ("lambda_zero", ["self_training"], 4), ("source_only", [], 1)],

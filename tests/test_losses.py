@@ -195,6 +195,7 @@ def test_wrong_class_weights_are_told(settings, told):
         load_config(overrides=settings)
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_loss_its_terms_and_the_weights(squares, workplace):
     settings = small_settings(squares, loss=["cross_entropy", {"name": "dice", "weight": 2.0}], class_weights="auto")
     config = load_config(overrides={key.replace("__", "."): value for key, value in settings.items()})

@@ -323,6 +323,7 @@ def test_a_place_is_looked_at_once_in_a_process(workplace):
     assert open_store(None, "once").experiment_id == store.experiment_id
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_write_its_files_is_told(workplace, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     (workplace / "artifacts").write_text("where the server would put them")

@@ -47,6 +47,7 @@ def test_mlflow_run_adapts_in_its_own_run_and_pretrains_in_another(workplace, sq
     assert "iou/target_val" in adapted.data.metrics
 
 
+@pytest.mark.slow
 def test_wrong_input_under_mlflow_run_leaves_no_run_running(workplace, squares, monkeypatch, capfd):
     """By the function behind `mlflow run`, which starts the same command in a process."""
     (workplace / "c.yaml").write_text(yaml.safe_dump(nested(small_settings(squares))))

@@ -31,6 +31,7 @@ def one_pass(network, layers, batchnorm="separate"):
     return choose(network, resolve_taps(network, layers, 3), batchnorm, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batchnorm", ["separate", "source_only"])
 @pytest.mark.parametrize(
     ("arch", "encoder", "layers"),

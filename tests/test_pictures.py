@@ -137,6 +137,7 @@ def metrics_of(run_id: str) -> set[tuple]:
         return set(connection.execute(asked, (run_id,)))
 
 
+@pytest.mark.slow
 def test_results_are_the_same_to_the_bit_without_pictures_and_for_a_run_that_was_killed_and_resumed(
     squares, pretrained_place
 ):

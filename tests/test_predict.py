@@ -295,6 +295,7 @@ def test_finished_rows_are_not_done_again(killed):
     np.testing.assert_array_equal(found[60:], wanted[60:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["tile_size", "model", "input", "cut off"])
 def test_other_settings_start_anew_and_say_why(killed, changed, caplog, network):
     settings, _ = killed
@@ -322,6 +323,7 @@ def test_other_settings_start_anew_and_say_why(killed, changed, caplog, network)
         np.testing.assert_array_equal(read(output), read("whole.tif"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_closes_the_run_as_killed_and_keeps_what_is_done(killed):
     settings, _ = killed
     process = start(**{**settings, "overlap": 16}, output="stopped.tif", **{"tracking.run_name": "stopped"})

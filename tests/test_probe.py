@@ -41,6 +41,7 @@ def test_samples_of_one_distribution_give_one_half(images, features, draws):
     assert np.mean(accuracies(images, images, features, draws=draws)) == pytest.approx(0.5, abs=0.04)
 
 
+@pytest.mark.slow
 def test_domains_of_unequal_size_give_one_half_on_noise():
     found = accuracies(20, 200, 32, draws=20) + accuracies(200, 20, 32, draws=20)
     assert np.mean(found) == pytest.approx(0.5, abs=0.04)

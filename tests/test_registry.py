@@ -182,6 +182,7 @@ def test_a_store_that_is_not_that_of_the_process_has_its_own_registry(store, sha
     assert load_model("models:/net@champion", "target", None, store).run_id == run_id
 
 
+@pytest.mark.slow
 def test_a_server_registers_a_model(server, squares):
     settings = small_settings(squares, tracking__uri=server, tracking__registered_model_name="on_server")
     result = adapt(load_config(None, settings | {"tracking.experiment": "registry"}))
@@ -212,6 +213,7 @@ def test_a_comparison_registers_the_median_run_of_the_arm_that_helped_or_nothing
     assert version.tags["dann.verdict"] == "helped"
 
 
+@pytest.mark.slow
 def test_the_arms_of_a_comparison_are_not_registered_one_by_one(pretrained_place, squares):
     settings = small_settings(squares, tracking__registered_model_name="net")
     compare(load_config(None, settings), CompareConfig(seeds=1, workers=1))

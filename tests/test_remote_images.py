@@ -107,6 +107,7 @@ def put(client: Any, name: str, values: np.ndarray) -> None:
 # Web servers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ok", "etag", "busy", "no-head"])
 def test_a_remote_image_is_read_as_the_file_is(web, folder, way):
     local = write_raster(

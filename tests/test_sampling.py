@@ -122,6 +122,7 @@ def test_the_source_is_sampled_and_the_target_shuffled(squares):
     assert all(len(item) == 2 for item in loaders["target"].sampler)  # pyright: ignore[reportGeneralTypeIssues]
 
 
+@pytest.mark.slow
 def test_a_run_with_rare_classes_trains_and_workers_change_nothing(squares, workplace):
     results = [
         pretrain(config_of(squares, data__num_workers=workers, data__crop_size=16, pretraining__max_epochs=1))

@@ -504,6 +504,7 @@ def test_no_password_of_an_address_stays_in_a_message(address, message):
     assert "host" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -444,6 +444,7 @@ def test_a_signal_while_a_failed_run_is_closed_leaves_it_failed(store, monkeypat
     assert [item.path for item in store.client.list_artifacts(run.run_id)] == ["traceback.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_mlflow_run_ends_its_child_and_the_run_says_that_it_was_killed(workplace, signum):
     """A project whose command runs for ever in a tracked run, and says that it does."""

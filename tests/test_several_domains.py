@@ -399,6 +399,7 @@ def test_a_comparison_judges_the_mean_and_shows_each_domain(domains, workplace):
 # ---- faults that a trial found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "targets",
     [

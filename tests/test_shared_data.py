@@ -301,6 +301,7 @@ def test_a_trial_of_a_process_has_one_gpu_at_most(part):
         load_settings(SweepConfig, None, {"gpus_per_trial": part})
 
 
+@pytest.mark.slow
 def test_the_process_that_workers_are_forked_from_has_all_imported_one_thread_and_asks_no_gpu():
     code = """
 import sys, threading, torch
@@ -324,6 +325,7 @@ assert set(sys.modules) == before
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_process_that_workers_are_forked_from_stands_in_no_folder_that_may_go(tmp_path):
     code = "import os, dann_experiments.workers.preloaded; assert os.getcwd() == '/', os.getcwd()"
     path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])

@@ -215,6 +215,7 @@ def test_strict_loading_still_refuses_what_is_too_much_or_too_little(tmp_path):
         load_into(network(encoder="resnet18"), state_of(encoder="resnet34"), True, "deeper.pt", None)
 
 
+@pytest.mark.slow
 def test_the_hash_seed_of_python_decides_nothing(tmp_path):
     code = (
         f"import sys, torch; from torch import nn; from {load_into.__module__} import load_into, read_weights;"

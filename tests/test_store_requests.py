@@ -97,6 +97,7 @@ def test_a_hundred_training_steps_make_one_request_of_a_sqlite_store(workplace):
     assert 0 < sum(statement.startswith("INSERT INTO metrics") for statement, _ in sent) <= 30
 
 
+@pytest.mark.slow
 def test_a_hundred_training_steps_make_one_request_of_a_server(running_server, workplace):
     before = len(running_server.log.read_text())
     logged_steps(running_server.url, workplace / "runs", 3000)

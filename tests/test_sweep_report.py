@@ -45,6 +45,7 @@ def study_of(count: int, keys: tuple[str, ...]) -> Sweep:
     return study
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [KEYS[:2], KEYS], ids=["two settings", "six settings"])
 def test_importances_are_shown_with_the_spread_of_the_scores_and_a_warning(workplace, keys):
     study, folder = study_of(20, keys), Path("report")
@@ -58,6 +59,7 @@ def test_importances_are_shown_with_the_spread_of_the_scores_and_a_warning(workp
     assert (folder / "figures" / "importances.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [KEYS[:2], KEYS], ids=["two settings", "six settings"])
 def test_importances_of_few_trials_are_refused_with_the_reason(workplace, keys):
     study, folder = study_of(19, keys), Path("report")

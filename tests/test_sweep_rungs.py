@@ -57,6 +57,7 @@ KINDS: list[dict[str, object]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pretrained_place")
 @pytest.mark.parametrize("changed", KINDS, ids=["plain", "target_stats", "averaged weights"])
 def test_a_trial_that_is_not_pruned_is_the_same_bit_for_bit(squares, changed):
@@ -96,6 +97,7 @@ class AtTheEndOfAnEpoch(pl.Callback):
             self.found.append((self._now, monitor.metrics()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pretrained_place")
 @pytest.mark.parametrize("changed", KINDS, ids=["plain", "target_stats", "averaged weights"])
 def test_the_scores_within_an_epoch_are_those_of_a_validation(squares, changed):

@@ -83,6 +83,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> type[Training
     return Patched
 
 
+@pytest.mark.slow
 def test_a_trial_of_several_seeds_has_their_mean_each_score_and_the_spread(trainings):
     study, sweep = new_study(2, seeds_per_trial=3)
     made = trainings([0.5, 0.7, 0.3, 0.6, 0.6, 0.6])
@@ -115,6 +116,7 @@ def test_a_trial_of_one_seed_is_stored_as_ever(trainings):
     assert describe_end(trial) == "done: 0.1235"
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_worse_with_each_of_four_seeds_is_pruned_and_its_trainings_are_counted(trainings):
     study, sweep = new_study(3, seeds_per_trial=6)
     assert sweep.pruner_used == "wilcoxon"
@@ -137,6 +139,7 @@ def test_a_trial_that_is_worse_with_each_of_four_seeds_is_pruned_and_its_trainin
     assert "the mean of the seeds 0, 1, 2, 3, 4, 5" in Path("report/best_config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_seed_that_fails_fails_its_trial_and_a_retried_trial_counts_once(trainings):
     study, sweep = new_study(2, seeds_per_trial=3)
     trainings([0.5, -1.0, 0.1, 0.2, 0.3])

@@ -37,6 +37,7 @@ def draw(space: Space, number: int = 0, sampler_seed: int = 0) -> dict:
     return space.suggest(study.ask())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted((PROJECT / "sweeps").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_space_fits_the_recipes_and_says_how_to_run_it(file):
     sweep = load_settings(SweepConfig, file, {})

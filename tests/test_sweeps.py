@@ -24,6 +24,8 @@ from dann_experiments.names import Tag
 from sweeps.__main__ import main
 from sweeps.study import SOURCE_ONLY, Sweep, open_storage
 
+pytestmark = pytest.mark.slow  # a sweep of twelve trials, which most tests here look at
+
 PROJECT = Path(__file__).parents[1]
 METHOD = "domain_adaptation.method"
 GAMMA, WIDTH = f"{METHOD}.lambda_schedule.gamma", f"{METHOD}.hidden_size"

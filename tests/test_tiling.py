@@ -197,6 +197,7 @@ def test_a_network_that_says_the_same_everywhere_is_blended_to_the_last_bit():
     assert len(np.unique(probabilities[0])) == len(np.unique(probabilities[2])) == 1
 
 
+@pytest.mark.slow
 def test_a_real_network_shows_no_seams():
     """Where tiles pass into each other the blended map differs from the untiled one as rarely as within tiles."""
     torch.manual_seed(0)

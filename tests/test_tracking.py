@@ -18,6 +18,7 @@ from dann_experiments import adapt, load_config, pretrain
 from dann_experiments.tracking.store import without_secrets
 
 
+@pytest.mark.slow
 def test_a_run_on_a_server_holds_the_same_as_on_sqlite(server, workplace, squares, shared_runs):
     source = pretrain(load_config(None, small_settings(squares, tracking__uri=server)))
     result = adapt(load_config(None, small_settings(squares, tracking__uri=server)))
@@ -69,6 +70,7 @@ def clean_environment(folder: Path) -> dict[str, str]:
     return environment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )

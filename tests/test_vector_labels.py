@@ -135,6 +135,7 @@ corner = st.tuples(st.integers(-80, 560), st.integers(-80, 400)).map(
 ring = st.lists(corner, min_size=3, max_size=7, unique=True)
 
 
+@pytest.mark.slow
 @hypothesis_settings(deadline=None, max_examples=150)
 @given(
     rings=st.lists(ring, min_size=1, max_size=4),

@@ -355,6 +355,7 @@ weak_labels(load_settings(WeakLabelsConfig, None, {"rule": "excess_green", "red"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["between blocks", "before the mask gets its name"])
 def test_a_kill_leaves_no_half_mask_and_the_same_command_makes_the_whole_one(workplace, when):
     write_raster(workplace / "scene.tif", noise(60, 40), **PLACE)
@@ -370,6 +371,7 @@ def test_a_kill_leaves_no_half_mask_and_the_same_command_makes_the_whole_one(wor
     assert not Path("mask.tif.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_mask_that_the_disk_has_no_room_for_is_told_and_leaves_nothing(workplace):
     part = noise(500, 500)
     write_raster(workplace / "scene.tif", np.tile(part, (1, 5, 5)), compress="deflate")

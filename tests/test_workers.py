@@ -166,6 +166,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_driver_is_killed(workplace):
     (workplace / "driver.py").write_text(DRIVER.format(tests=str(PROJECT / "tests")))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
