@@ -17,7 +17,7 @@ from dann_experiments.command_line import Command, Option, Program, Request, qui
 from dann_experiments.config import Config, InputError, TrainingFailed, config_to_yaml, load_config
 from dann_experiments.config.comparison import NAMED_ARMS, CompareConfig
 from dann_experiments.config.export import ExportConfig
-from dann_experiments.config.imports import uncollected
+from dann_experiments.config.imports import quick_imports
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.recipes import load_or_default, report_default
@@ -50,7 +50,7 @@ def _config(request: Request, without_effect: Sequence[str] = (), but: Sequence[
 
 def _imported() -> tuple[Any, Any]:
     """Import the jobs and what prints their results."""
-    with uncollected():
+    with quick_imports():
         from dann_experiments import jobs
         from dann_experiments.reports import terminal
     return jobs, terminal
@@ -181,7 +181,7 @@ def _compare(request: Request) -> int:
         prepare_workers(
             "dann_experiments.comparison.runner"
         )  # imported once for all workers, in parallel to this process
-    with uncollected():
+    with quick_imports():
         from dann_experiments.comparison.compare import ComparisonFailed, compare
         from dann_experiments.comparison.label_curve import compare_labels
         from dann_experiments.reports import terminal

@@ -23,7 +23,7 @@ from dann_experiments.command_line import (
     quiet_libraries,
 )
 from dann_experiments.config import InputError
-from dann_experiments.config.imports import uncollected
+from dann_experiments.config.imports import quick_imports
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.recipes import DEFAULT, load_or_default, report_default, settings_file
 from dann_experiments.workers.processes import prepare_workers
@@ -69,7 +69,7 @@ def _run(request: Request) -> int:
     with _how_to_go_on(sweep.study, sweep.storage):
         if sweep.launcher == "processes":
             prepare_workers(WORKER)
-        with uncollected():
+        with quick_imports():
             from sweeps.driver import run_sweep
 
         return _finish(run_sweep(sweep, config))
@@ -97,7 +97,7 @@ def _resume(request: Request) -> int:
         sweep_flags["space"] = load_settings(SweepConfig, space, {}).space
     with _how_to_go_on(name, storage):
         prepare_workers(WORKER)
-        with uncollected():
+        with quick_imports():
             from sweeps.driver import resume_sweep
 
         return _finish(resume_sweep(name, storage, sweep_flags, settings))

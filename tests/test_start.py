@@ -74,6 +74,32 @@ def test_what_is_imported_without_collections_is_left_out_of_later_ones(monkeypa
     assert len(more) == 1000
 
 
+@pytest.mark.parametrize(
+    ("block", "after", "loaded"),
+    [
+        ("import torchmetrics", "assert 'scipy.signal' not in sys.modules", False),
+        ("import torchmetrics", "from scipy.signal import find_peaks; find_peaks([0, 1, 0])", True),
+        ("import torchmetrics, scipy.signal; scipy.signal.find_peaks([0, 1, 0])", "import scipy.signal.windows", True),
+        (
+            "import torchmetrics; from scipy.signal import find_peaks",
+            "import scipy.signal; scipy.signal.windows.hamming(3)",
+            True,
+        ),
+    ],
+)
+def test_programs_import_scipy_signal_only_if_something_uses_it(block, after, loaded):
+    code = f"""
+import sys
+from dann_experiments.config.imports import quick_imports
+with quick_imports():
+    {block}
+{after}
+assert ('scipy.signal._peak_finding' in sys.modules) == {loaded}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_commands_import_the_jobs_without_collections(monkeypatch):
     inside: list[bool] = []
 
@@ -82,7 +108,7 @@ def test_the_commands_import_the_jobs_without_collections(monkeypatch):
         inside.append(True)
         yield
 
-    monkeypatch.setattr(cli, "uncollected", watched)
+    monkeypatch.setattr(cli, "quick_imports", watched)
     jobs, _ = cli._imported()
     assert inside == [True]
     assert jobs.adapt

@@ -1,11 +1,26 @@
-"""Keeps Python's garbage collector away from the objects of imported modules: almost a million, and none of them garbage."""
+"""Makes the imports of programs quicker: no garbage collections, and no signal processing that nobody asks for.
+
+For programs alone: both change the whole process, which in a notebook is the user's.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import sys
+import types
 from collections.abc import Iterator
+from typing import Any
+
+SCIPY_SIGNAL = "scipy.signal"
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import modules in the block without collections of garbage, and `scipy.signal` only if one of them uses it."""
+    with _on_demand(SCIPY_SIGNAL), uncollected():
+        yield
 
 
 @contextlib.contextmanager
@@ -24,3 +39,34 @@ def uncollected() -> Iterator[None]:
             gc.freeze()
         if collected:
             gc.enable()
+
+
+class _OnDemand(types.ModuleType):
+    """Stands for a module that is imported when it is asked for what it does not hold itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":  # of libraries that look through all modules
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+@contextlib.contextmanager
+def _on_demand(name: str) -> Iterator[None]:
+    """Import the module `name` in the block only if something of it is used.
+
+    Torchmetrics, which Lightning needs, imports scipy.signal to put a window function back that SciPy has renamed. No code here
+    calls it, and its 450 modules take an eighth of all imports (docs/log.md).
+    """
+    if name in sys.modules:
+        yield
+        return
+    stand_in = _OnDemand(name)
+    stand_in.hamming = None  # pyright: ignore[reportAttributeAccessIssue]  (what torchmetrics looks for)
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 
-from dann_experiments.config.imports import uncollected
+from dann_experiments.config.imports import quick_imports
 
 MODULES = (
     "torch",
@@ -24,7 +24,7 @@ with contextlib.suppress(
     here = os.getcwd()
     sys.path[:] = [entry or here for entry in sys.path]
     os.chdir("/")
-with warnings.catch_warnings(), uncollected():  # the parent process shows the warnings
+with warnings.catch_warnings(), quick_imports():  # the parent process shows the warnings
     warnings.simplefilter("ignore")
     for name in MODULES:
         with contextlib.suppress(Exception):  # the worker imports it again and logs the error
