@@ -54,9 +54,9 @@ from sweeps import show
 from sweeps.cleanup import clean_up_at_start, close_runs
 from sweeps.definition import describe
 from sweeps.report import comparison, links, target_free_choice, trials_table
-from sweeps.settings import SweepConfig
+from sweeps.settings import SweepConfig, study_folder
 from sweeps.space import read_space
-from sweeps.study import SWEEP_RUNS, Sweep, open_storage, study_folder
+from sweeps.study import SWEEP_RUNS, Sweep, open_storage
 
 SIZES = (1, 100, 10_000)
 SEEDS = 5

@@ -49,8 +49,9 @@ from dann_experiments.config.parsing import load_settings  # noqa: E402
 from sweeps import SweepConfig, run_sweep  # noqa: E402
 from sweeps.driver import SweepResult, find_study  # noqa: E402
 from sweeps.sampling import build_pruner, build_sampler  # noqa: E402
+from sweeps.settings import storage_address  # noqa: E402
 from sweeps.space import read_space  # noqa: E402
-from sweeps.study import Slot, Sweep, open_storage, storage_address  # noqa: E402
+from sweeps.study import Slot, Sweep, open_storage  # noqa: E402
 
 PARTS = ("overhead", "workers", "pruning", "growth")
 CURVES = PROJECT / "docs" / "sweep_curves.csv"

@@ -2,7 +2,11 @@
 
 import sys
 
-from dann_experiments.cli import main
+from dann_experiments.environment import explain_missing
 
 if __name__ == "__main__":
+    try:
+        from dann_experiments.cli import main
+    except ModuleNotFoundError as missing:
+        sys.exit(explain_missing(missing))
     sys.exit(main())

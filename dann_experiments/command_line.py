@@ -20,6 +20,7 @@ from typing import Any
 
 from dann_experiments.config import InputError
 from dann_experiments.config.recipes import forget_default, with_origin
+from dann_experiments.environment import explain_missing
 from dann_experiments.names import Key
 
 SHORT_NAMES = {
@@ -132,6 +133,8 @@ class Program:
             return report_input(error)
         except KeyboardInterrupt:
             return 130
+        except ModuleNotFoundError as error:
+            return explain_missing(error)
         except Exception as error:
             for kind, heading in self.failures.items():
                 if isinstance(error, kind):

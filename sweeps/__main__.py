@@ -28,7 +28,7 @@ from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.recipes import DEFAULT, load_or_default, report_default, settings_file
 from dann_experiments.workers.processes import prepare_workers
 from sweeps.errors import SweepFailed
-from sweeps.settings import SweepConfig
+from sweeps.settings import SweepConfig, storage_address
 
 if TYPE_CHECKING:
     from sweeps.driver import SweepResult
@@ -109,11 +109,11 @@ def _how_to_go_on(study: str | None, storage: str | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if storage is None and not Path(storage_address(None, str(study))).exists():
+            print("Stopped before the first trial. Repeat the command to start again.", file=sys.stderr)
+            raise
         place = " and the same --storage" if storage else ""  # whose address may hold a password
-        print(
-            f"Stopped. If trials had begun, `{PROGRAM.called} resume --study {study}`{place} runs those that are missing.",
-            file=sys.stderr,
-        )
+        print(f"Stopped. `{PROGRAM.called} resume --study {study}`{place} runs the missing trials.", file=sys.stderr)
         raise
 
 

@@ -25,7 +25,7 @@ from sweeps.driver import drive, find_study, in_store, only_driver, open_workers
 from sweeps.ranking import FORGETTING, forgot, mean_forgot, order, ranked
 from sweeps.report import KEPT, baselines, config_of, label, top_trials, write_trials
 from sweeps.seeds import seeds_per_trial
-from sweeps.settings import SweepConfig
+from sweeps.settings import SweepConfig, storage_address
 from sweeps.study import (
     DEFINITION,
     SETTINGS,
@@ -35,7 +35,6 @@ from sweeps.study import (
     Sweep,
     is_journal,
     open_storage,
-    storage_address,
     superseded,
 )
 

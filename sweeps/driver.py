@@ -45,7 +45,7 @@ from sweeps.errors import SweepFailed
 from sweeps.objective import check_objective, score_source_model
 from sweeps.report import baselines, links, sweep_note, top_trials, write_report
 from sweeps.scheduler import run_trials
-from sweeps.settings import SweepConfig
+from sweeps.settings import SweepConfig, storage_address, study_folder
 from sweeps.space import Space, read_space
 from sweeps.study import (
     DEFINITION,
@@ -57,8 +57,6 @@ from sweeps.study import (
     Sweep,
     is_journal,
     open_storage,
-    storage_address,
-    study_folder,
 )
 from sweeps.worker import work
 
@@ -156,7 +154,10 @@ def resume_sweep(
 def find_study(name: str, address: str) -> Sweep:
     """Return an existing study. Raises InputError if there is none of this name at `address`."""
     if is_journal(address) and not os.path.exists(user_path(address)):
-        raise InputError(f"study {name!r}: there is no {address}; name its storage with --storage.")
+        raise InputError(
+            f"study {name!r}: there is no {address}. If it was stopped before its first trial, repeat `run`; if it has another "
+            "storage, name that with --storage."
+        )
     study = Sweep.find(open_storage(address), name)
     if study is None or study.attribute(DEFINITION) is None:
         raise InputError(f"study {name!r} is not in {without_secrets(address)}; `run` makes one.")
@@ -219,7 +220,8 @@ def _begin(
     prepared = prepare(config, store, data)
     if slots and slots[0].reference:
         log.info(
-            "The values in the settings are outside the space: their trial is run and shown, but the sampler does not see it."
+            "%s in the settings is outside the space: their trial is run and shown, but the sampler does not see it.",
+            space.outside(config),
         )
     scored_on = map(config.data.entries, (SOURCE_VAL, SOURCE_TEST, TARGET_TEST))
     study.set_attribute(SOURCE_WANTED, shared and any(scored_on))

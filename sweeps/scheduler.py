@@ -19,8 +19,8 @@ from dann_experiments.workers.processes import available_cores
 from sweeps.cleanup import Watch, give_back_trials_of, give_back_unnamed
 from sweeps.errors import SweepFailed
 from sweeps.progress import StudyProgress
-from sweeps.settings import SweepConfig
-from sweeps.study import HALT, STORAGE_ERRORS, Sweep, study_folder
+from sweeps.settings import SweepConfig, study_folder
+from sweeps.study import HALT, STORAGE_ERRORS, Sweep
 from sweeps.worker import PATIENCE_SECONDS, PAUSE_SECONDS, Task
 
 log = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dann_experiments.config import InputError, limits
@@ -123,3 +124,13 @@ class SweepConfig(PoolSettings):
                 f"objective is {self.objective!r}, a score of the held-out test set, which can no longer test what was "
                 "chosen by it. Choose by a validation metric; the report shows the test scores as well."
             )
+
+
+def storage_address(storage: str | None, study: str) -> str:
+    """Return the storage of a study: an address with a scheme, or the path of a journal file (by default in its folder)."""
+    return storage if storage is not None else str(study_folder(study) / "journal.log")
+
+
+def study_folder(study: str) -> Path:
+    """Return the folder of a study: its journal (by default), the logs of the workers, the report."""
+    return Path("studies") / study

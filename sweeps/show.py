@@ -27,7 +27,8 @@ from sweeps.report import (
     write_report,
 )
 from sweeps.seeds import seeds_done, trainings_counted
-from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep, flags_of, is_journal, storage_address, study_folder
+from sweeps.settings import storage_address, study_folder
+from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep, flags_of, is_journal
 
 if TYPE_CHECKING:
     from sweeps.confirm import Confirmation

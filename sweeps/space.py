@@ -123,6 +123,14 @@ class Space:
 
     def values_of(self, config: Config) -> dict[str, Label] | None:
         """Return the point of the space with the values of these settings; None if they are outside the space."""
+        chosen, outside = self._values_of(config)
+        return chosen if outside is None else None
+
+    def outside(self, config: Config) -> str | None:
+        """Return the first setting whose value is outside the space, with this value; None if there is none."""
+        return self._values_of(config)[1]
+
+    def _values_of(self, config: Config) -> tuple[dict[str, Label], str | None]:
         settings = config_to_dict(config)
         chosen: dict[str, Label] = {}
         for parameter in self.parameters:
@@ -134,14 +142,14 @@ class Space:
                 # True == 1 in Python, but not in a configuration
                 match = [choice for choice in distribution.choices if choice == value and type(choice) is type(value)]
                 if not match:
-                    return None
+                    return chosen, f"{parameter.key} {value}"
                 chosen[parameter.key] = match[0]
             else:
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 if not number or not distribution._contains(distribution.to_internal_repr(value)):
-                    return None
+                    return chosen, f"{parameter.key} {value}"
                 chosen[parameter.key] = value
-        return chosen
+        return chosen, None
 
     def described(self) -> dict[str, Any]:
         """Return the space as plain values, to store it with the study and to compare it later."""

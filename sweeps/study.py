@@ -16,7 +16,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
@@ -67,20 +66,10 @@ class Slot:
     retry_of: int | None = None
 
 
-def storage_address(storage: str | None, study: str) -> str:
-    """Return the storage of a study: an address with a scheme, or the path of a journal file (by default in its folder)."""
-    return storage if storage is not None else str(study_folder(study) / "journal.log")
-
-
 def flags_of(study: str, storage: str | None) -> str:
     """Return the flags that name a study on the command line."""
     place = "" if storage is None else f" --storage {shlex.quote(without_secrets(storage))}"
     return f"--study {shlex.quote(study)}{place}"
-
-
-def study_folder(study: str) -> Path:
-    """Return the folder of a study: its journal (by default), the logs of the workers, the report."""
-    return Path("studies") / study
 
 
 def is_journal(address: str) -> bool:

@@ -39,6 +39,20 @@ def test_a_source_model_that_was_trained_otherwise_is_told(pretrained_place, squ
         assert words in caplog.text
 
 
+@pytest.mark.parametrize(("seed", "newest"), [(0, False), (1, True), (7, True)])
+def test_of_several_source_models_one_of_the_same_seed_is_taken(pretrained_place, squares, monkeypatch, seed, newest):
+    """`compare` leaves one for each seed, and what `adapt` starts from does not change by it."""
+    store = open_store(None, None, for_runs=False)
+    (run,) = store.client.search_runs([store.experiment_id], f"tags.`{Tag.JOB}` = 'pretrain'")
+    digest = run.data.tags[Tag.SOURCE_DIGEST]
+    newer = store.client.create_run(store.experiment_id, tags={Tag.JOB: "pretrain", Tag.SOURCE_DIGEST: digest})
+    store.client.log_param(newer.info.run_id, "cfg.seed", "1")
+    store.client.set_terminated(newer.info.run_id)
+    monkeypatch.setattr("dann_experiments.jobs.source_model.source_digest", lambda *_: digest)
+    found = find_or_make_source_model(load_config(None, small_settings(squares) | {"seed": seed}), store, {})
+    assert found == f"runs:/{(newer if newest else run).info.run_id}/model"
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

@@ -100,6 +100,29 @@ assert ('scipy.signal._peak_finding' in sys.modules) == {loaded}
     assert done.returncode == 0, done.stderr
 
 
+def test_without_the_installed_packages_one_line_says_so():
+    command = [
+        sys.executable,
+        "-S",
+        "-m",
+        "dann_experiments",
+        "check-data",
+        "--config",
+        "digits",
+    ]  # -S: no site-packages
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 2
+    assert "is not installed for" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_libraries_report_no_leaks_at_the_end_of_a_command():
+    code = "from dann_experiments import cli; cli._imported(); import torch._dynamo"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_commands_import_the_jobs_without_collections(monkeypatch):
     inside: list[bool] = []
 

@@ -32,6 +32,7 @@ from sweeps.settings import SweepConfig
 PROJECT = Path(__file__).parents[1]
 LAYERS = [
     "names",
+    "environment",
     "config",
     "data",
     "models",

@@ -137,7 +137,7 @@ def test_ctrl_c_while_the_libraries_are_imported_says_how_to_go_on_without_a_tra
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, printed = process.communicate()
     assert process.returncode == 130
-    assert "Stopped. If trials had begun, `python -m sweeps resume --study s` runs those that are missing.\n" in printed
+    assert "Stopped before the first trial. Repeat the command to start again.\n" in printed
     assert "Traceback" not in printed  # of any process; half imported libraries may say what they leaked
 
 

@@ -5,6 +5,7 @@ For programs alone: both change the whole process, which in a notebook is the us
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -37,6 +38,7 @@ def uncollected() -> Iterator[None]:
     finally:
         if len(sys.modules) > before:
             gc.freeze()
+            atexit.register(gc.unfreeze)  # else libraries report at the end, in many lines, what is then left
         if collected:
             gc.enable()
 

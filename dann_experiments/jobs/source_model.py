@@ -18,7 +18,7 @@ from dann_experiments.jobs.pretrain import pretrain_with
 from dann_experiments.names import Job, Key, Tag
 from dann_experiments.tracking.fetch_model import digest_of_model, fetched, registered, with_whole_run_id
 from dann_experiments.tracking.run import PARAM_PREFIX
-from dann_experiments.tracking.store import Store, newest_finished
+from dann_experiments.tracking.store import Store, experiment_ids, newest_finished
 
 log = logging.getLogger(__name__)
 OF_PRETRAINING = ("seed", "loss", "class_weights", "pretraining.")
@@ -29,11 +29,16 @@ def find_or_make_source_model(
     config: Config, store: Store, digests: Mapping[str, str], resume: str | None = None
 ) -> str:
     """Return the address of the source model: `pretrained_checkpoint.path`, else the model of the newest finished pretraining run
-    with the same network settings and source data (`digests` of the sets, by name), else that of a new pretraining run. With
-    `resume` auto an unfinished pretraining run is resumed instead of a new one."""
+    with the same network settings and source data (`digests` of the sets, by name), of the same seed if there is one, else that
+    of a new pretraining run. With `resume` auto an unfinished pretraining run is resumed instead of a new one."""
     if config.domain_adaptation.pretrained_checkpoint.path is not None:
         return with_whole_run_id(config.domain_adaptation.pretrained_checkpoint.path, store)
-    run_id = newest_finished(store, {Tag.JOB: Job.PRETRAIN, Tag.SOURCE_DIGEST: source_digest(config, digests)})
+    fitting = {Tag.JOB: Job.PRETRAIN, Tag.SOURCE_DIGEST: source_digest(config, digests)}
+    places = experiment_ids(store)
+    run_id = newest_finished(
+        store, fitting, places, {f"{PARAM_PREFIX}seed": config.seed}
+    )  # `compare` leaves one for each seed
+    run_id = run_id or newest_finished(store, fitting, places)
     if run_id is None:
         log.info("No finished pretraining run has this network and source data: pretraining first, in a separate run.")
         run_id = pretrain_with(config, store, main_job=False, resume=resume).run_id
@@ -56,7 +61,8 @@ def _warn_of_other_pretraining(config: Config, store: Store, run_id: str) -> Non
     ]
     if other:
         log.warning(
-            "That run was trained with %s. To train a source model with your settings: `pretrain`; the newest one is used.",
+            "That run was trained with %s. To train a source model with your settings: `pretrain`. Of those with your seed, "
+            "the newest is used.",
             ", ".join(other),
         )  # fmt: skip
 

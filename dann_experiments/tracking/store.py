@@ -231,11 +231,20 @@ def quoted(text: str) -> str | None:
     return None if quote in text or "\\" in text else f"{quote}{text}{quote}"
 
 
-def newest_finished(store: Store, tags: Mapping[str, str], experiments: Sequence[str] | None = None) -> str | None:
-    """Return the id of the newest finished run with these tags, in any experiment of the store; None if there is none.
+def newest_finished(
+    store: Store,
+    tags: Mapping[str, str],
+    experiments: Sequence[str] | None = None,
+    params: Mapping[str, object] | None = None,
+) -> str | None:
+    """Return the id of the newest finished run with these tags and params, in any experiment of the store; None if there is none.
     `experiments`: the ids of all experiments, to save requests."""
     wanted = " and ".join(
-        [*(f"tags.`{key}` = '{value}'" for key, value in tags.items()), "attributes.status = 'FINISHED'"]
+        [
+            *(f"tags.`{key}` = '{value}'" for key, value in tags.items()),
+            *(f"params.`{key}` = '{value}'" for key, value in (params or {}).items()),
+            "attributes.status = 'FINISHED'",
+        ]
     )
     places = experiment_ids(store) if experiments is None else experiments
     run = next(found_runs(store, places, wanted, page=1), None)

@@ -30,8 +30,8 @@ MOST_GROWTH = 1.25
 """Growth of the factor between the odds of a share and of the source's, on one side, that is no change."""
 WAY_OUT = (
     "The map may be destroyed: look at the pictures of the run. If it is right, state the shares that you expect in "
-    "monitor.expected_shares; if not, leave out the weak labels or the companion, or lower its weight, lambda_da or "
-    "optimizer.lr (docs/guards.md)."
+    "monitor.expected_shares; if not, lower lambda_da or optimizer.lr, or the weight of "
+    "weak labels and companions if there are any (docs/guards.md)."
 )
 
 
