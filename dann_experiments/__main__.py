@@ -4,9 +4,10 @@ import sys
 
 from dann_experiments.environment import explain_missing
 
+try:
+    from dann_experiments.cli import main
+except ModuleNotFoundError as missing:
+    sys.exit(explain_missing(missing))
+
 if __name__ == "__main__":
-    try:
-        from dann_experiments.cli import main
-    except ModuleNotFoundError as missing:
-        sys.exit(explain_missing(missing))
     sys.exit(main())
