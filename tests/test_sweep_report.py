@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import optuna
@@ -101,3 +102,23 @@ def test_a_winner_that_is_as_good_as_the_control_does_not_beat_it(workplace):
         assert winner is not None
         assert winner.number == others[0].number
         assert contest.beats_control(table, winner) is beats
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_its_own_figures_after_those_of_a_study_were_drawn(tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    cells = [
+        "from pathlib import Path; import optuna; import matplotlib.pyplot as plt",
+        "from dann_experiments.reports.plots.study import draw_study",
+        "study = optuna.create_study(); study.optimize(lambda trial: trial.suggest_float('x', 0, 1), n_trials=3)",
+        "_ = draw_study(study, Path('figures'), 'score', {}, 'note')",
+        "assert len(list(Path('figures').glob('*.png'))) > 1; _ = plt.subplots()",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute(
+        env=environ
+    )
+    assert any("image/png" in output.get("data", {}) for output in notebook.cells[-1].outputs)

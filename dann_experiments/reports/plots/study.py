@@ -54,6 +54,8 @@ def draw_study(
     missing = dict(without or {})
     for name in missing:
         (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+    plt.draw_if_interactive()  # loads the backend: within rc_context, a notebook would show no further figures of the user
+    theirs = set(plt.get_fignums())
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     params = sorted({name for trial in complete for name in trial.params})
     for name, function in FIGURES.items():
@@ -90,7 +92,8 @@ def draw_study(
         except Exception as error:  # a figure that cannot be drawn must not fail the report
             missing[name] = " ".join(str(error).split())[:200]
         finally:
-            plt.close("all")
+            for number in set(plt.get_fignums()) - theirs:
+                plt.close(number)
             optuna.logging.set_verbosity(optuna.logging.WARNING)
     return parts, missing
 
