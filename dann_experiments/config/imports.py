@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import importlib
 import sys
 import types
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ SCIPY_SIGNAL = "scipy.signal"
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
     """Import modules in the block without collections of garbage, and `scipy.signal` only if one of them uses it."""
-    with _on_demand(SCIPY_SIGNAL), uncollected():
+    with _scipy_signal_on_demand(), uncollected():
         yield
 
 
@@ -43,32 +42,35 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-class _OnDemand(types.ModuleType):
-    """Stands for a module that is imported when it is asked for what it does not hold itself."""
+class _ScipySignal(types.ModuleType):
+    """Stands for scipy.signal, and imports it when asked for what it does not hold itself."""
+
+    hamming = None  # what torchmetrics looks for
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__path__":  # of libraries that look through all modules
             raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(importlib.import_module(self.__name__), name)
+        if sys.modules.get(SCIPY_SIGNAL) is self:
+            del sys.modules[SCIPY_SIGNAL]
+        import scipy.signal as real
+
+        return getattr(real, name)
 
 
 @contextlib.contextmanager
-def _on_demand(name: str) -> Iterator[None]:
-    """Import the module `name` in the block only if something of it is used.
+def _scipy_signal_on_demand() -> Iterator[None]:
+    """Import scipy.signal in the block only if something of it is used.
 
-    Torchmetrics, which Lightning needs, imports scipy.signal to put a window function back that SciPy has renamed. No code here
-    calls it, and its 450 modules take an eighth of all imports (docs/log.md).
+    Torchmetrics, which Lightning needs, imports it to put a window function back that SciPy has renamed. No code here calls it,
+    and its 450 modules take an eighth of all imports (docs/log.md).
     """
-    if name in sys.modules:
+    if SCIPY_SIGNAL in sys.modules:
         yield
         return
-    stand_in = _OnDemand(name)
-    stand_in.hamming = None  # pyright: ignore[reportAttributeAccessIssue]  (what torchmetrics looks for)
-    sys.modules[name] = stand_in
+    stand_in = _ScipySignal(SCIPY_SIGNAL)
+    sys.modules[SCIPY_SIGNAL] = stand_in
     try:
         yield
     finally:
-        if sys.modules.get(name) is stand_in:
-            del sys.modules[name]
+        if sys.modules.get(SCIPY_SIGNAL) is stand_in:
+            del sys.modules[SCIPY_SIGNAL]
