@@ -123,12 +123,12 @@ def _predict(request: Request) -> int:
         settings = dataclasses.replace(settings, input=inputs[0])
     config = load_config(request.options["config"]) if "config" in request.options else None
     quiet_libraries()
-    from dann_experiments.prediction.find_images import files_of_map
-
     jobs, terminal = _imported()
+    from dann_experiments.prediction.find_images import files_of_map  # imports torch, so after the others
+
     result = jobs.predict(settings, config)
     for output in result.outputs:
-        print(f"Written: {', '.join(map(str, files_of_map(output, settings.vector)))}")
+        print(f"Written: {', '.join(map(str, files_of_map(output, settings)))}")
     total = sum(result.class_pixels.values())
     for name, pixels in result.class_pixels.items():
         print(f"  {name}: {pixels / max(total, 1):.1%} of the pixels with data")

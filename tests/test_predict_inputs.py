@@ -64,6 +64,8 @@ def test_every_file_that_was_written_is_named(model, capsys):
     assert command("--model", model, "--input", "image.tif", "--output", "map.tif", *more) == 0
     written = "Written: map.tif, map_confidence.tif, map.stac.json, map.gpkg, map.qml\n"
     assert written in capsys.readouterr().out
+    assert command("--model", model, "--input", "image.tif", "--output", "map.tif", "--overwrite") == 0
+    assert "Written: map.tif, map.qml\n" in capsys.readouterr().out  # the others are of the run before
 
 
 # Which bands, which values are no data, how large a pixel is

@@ -21,7 +21,7 @@ from dann_experiments.jobs.predict_workers import Task, map_in_pool, map_scene
 from dann_experiments.jobs.prediction_model import device_of, options_of, prediction_model
 from dann_experiments.models.batchnorm import NO_BATCHNORM, has_batchnorm
 from dann_experiments.names import Job, Tag
-from dann_experiments.prediction.find_images import CONFIDENCE, PROBABILITIES, STAC, find_work
+from dann_experiments.prediction.find_images import asked_beside, find_work
 from dann_experiments.prediction.manifest import Manifest
 from dann_experiments.prediction.mapping import MapMaker, Outcome
 from dann_experiments.prediction.rasters import (
@@ -70,12 +70,9 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
     """
     from dann_experiments import __version__
 
-    beside = [PROBABILITIES] if settings.probabilities else []
-    beside += [CONFIDENCE] if settings.confidence is not None else []
-    beside += [STAC] if settings.stac else []
     if settings.stac_datetime is not None:
         times_of_text(settings.stac_datetime, "stac_datetime")  # before anything is read
-    work = find_work(settings.inputs, settings.output, beside, settings.overwrite, settings.vector)
+    work = find_work(settings.inputs, settings.output, asked_beside(settings), settings.overwrite, settings.vector)
     if settings.vector is not None:
         check_packages()
     device = device_of(settings.accelerator)

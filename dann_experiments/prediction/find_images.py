@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from dann_experiments.config import InputError
 from dann_experiments.config.paths import is_remote, local_path, local_text, remote_address, user_path
+from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.data import remote
 from dann_experiments.data.rasters import many_files
 from dann_experiments.data.samples import IMAGE_SUFFIXES
@@ -111,11 +112,21 @@ def vector_path(output: Path, vector: str) -> Path:
     return output.with_suffix(f".{vector.lower()}") if _is_format(vector) else local_path(vector, "vector")
 
 
-def files_of_map(output: Path, vector: str | None = None) -> list[Path]:
-    """Return a map and those files beside it that exist: probabilities, confidence, STAC item, polygons, and the style that QGIS
-    reads. `vector`: the setting."""
-    beside = [path_beside(output, what) for what in (PROBABILITIES, CONFIDENCE, STAC)]
-    beside += [] if vector is None else [vector_path(output, vector)]
+def asked_beside(settings: PredictConfig) -> list[str]:
+    """Return what the settings write next to each map: PROBABILITIES, CONFIDENCE, STAC."""
+    asked = {
+        PROBABILITIES: settings.probabilities,
+        CONFIDENCE: settings.confidence is not None,
+        STAC: settings.stac,
+    }
+    return [what for what, wanted in asked.items() if wanted]
+
+
+def files_of_map(output: Path, settings: PredictConfig) -> list[Path]:
+    """Return a map and the files that the settings write beside it: `asked_beside`, polygons, and the style that QGIS reads, of
+    those that exist."""
+    beside = [path_beside(output, what) for what in asked_beside(settings)]
+    beside += [] if settings.vector is None else [vector_path(output, settings.vector)]
     return [output, *(path for path in (*beside, output.with_suffix(".qml")) if path.exists())]
 
 
