@@ -133,11 +133,16 @@ def _finish(result: SweepResult) -> int:
 
 def _confirm(request: Request) -> int:
     name, storage, sweep_flags, settings = _study(request)
-    prepare_workers(WORKER)
-    from sweeps import show
-    from sweeps.confirm import confirm
+    try:
+        prepare_workers(WORKER)
+        with quick_imports():
+            from sweeps import show
+            from sweeps.confirm import confirm
 
-    show.confirmation(confirm(name, storage, sweep_flags, settings))
+        show.confirmation(confirm(name, storage, sweep_flags, settings))
+    except KeyboardInterrupt:
+        print("Stopped. Repeat the command: finished runs are reused.", file=sys.stderr)
+        raise
     return 0
 
 

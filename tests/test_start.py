@@ -101,15 +101,8 @@ assert ('scipy.signal._peak_finding' in sys.modules) == {loaded}
 
 
 def test_without_the_installed_packages_one_line_says_so():
-    command = [
-        sys.executable,
-        "-S",
-        "-m",
-        "dann_experiments",
-        "check-data",
-        "--config",
-        "digits",
-    ]  # -S: no site-packages
+    # -S: no site-packages
+    command = [sys.executable, "-S", "-m", "dann_experiments", "check-data", "--config", "digits"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode == 2
     assert "is not installed for" in done.stderr
