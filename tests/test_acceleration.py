@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import segmentation_models_pytorch as smp
 import torch
+import torch._inductor.config as inductor
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -126,8 +127,11 @@ def test_a_compiled_network_learns_the_same(losses):
 @pytest.mark.slow
 def test_a_network_that_cannot_be_compiled_here_is_told(losses, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(InputError, match=r"trainer\.compile is true, but .*; set it to false"):
+    # monkeypatch would delete the setting at its end, for this process's later compilations too
+    with (
+        inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(InputError, match=r"trainer\.compile is true, but .*; set it to false"),
+    ):
         losses(trainer__compile=True)
 
 
