@@ -34,7 +34,7 @@ from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.suggestions import SuggestLabelsConfig
 from dann_experiments.config.weak_labels import WeakLabelsConfig
-from sweeps.__main__ import PROGRAM as SWEEPS
+from sweeps.cli import PROGRAM as SWEEPS
 from sweeps.settings import SweepConfig
 
 PROJECT = DOCS.parent

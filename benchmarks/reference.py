@@ -21,7 +21,7 @@ from dann_experiments import cli, names
 from dann_experiments.command_line import SHORT_NAMES, Command, long_name
 from dann_experiments.config import Config
 from dann_experiments.names import Job
-from sweeps.__main__ import PROGRAM as SWEEPS
+from sweeps.cli import PROGRAM as SWEEPS
 
 GENERATED = "This page is generated from the code by `python -m benchmarks.reference`."
 METRICS_HEAD = f"""# Metrics of a run

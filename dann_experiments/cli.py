@@ -203,6 +203,8 @@ def _compare(request: Request) -> int:
         print(f"Report: {Path(result.artifacts) / 'report.html'}")
     print(f"Run {result.run_id}; {terminal.where_to_look(result.tracking_uri)}")
     terminal.print_views(result.tracking_uri, result.views)
+    if all(verdict.outcome != "helped" for verdict in result.comparison.verdicts):
+        print("What else to try, and when to stop: docs/which-method.md")
     return 0
 
 

@@ -6,7 +6,6 @@ such as a list of layers, is represented by its YAML text.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from torch import nn
 
 from dann_experiments.config import Config, InputError, config_to_dict, known_keys, replace
+from dann_experiments.config.nearest import meant
 from dann_experiments.config.parsing import scalar
 from dann_experiments.jobs import build
 from dann_experiments.models.taps import Tap, list_layers
@@ -218,8 +218,8 @@ def _check_key(key: Any) -> None:
     known = known_keys()
     if key not in known and not str(key).startswith("domain_adaptation.method.init_args."):
         same_name = [name for name in known if name.rpartition(".")[2] == str(key).rpartition(".")[2]]
-        nearest = same_name or difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-        raise InputError(f"space: unknown setting {key!r}; did you mean {nearest[0]!r}?")
+        near = meant(key, same_name or known, least=0.0 if same_name else 0.55)
+        raise InputError(f"space: unknown setting {key!r}{near or '; docs/settings.md lists all.'}")
     for start, reason in NOT_SEARCHED.items():
         if key.startswith(start) if start.endswith(".") else key == start:
             raise InputError(f"space: {key} cannot be searched: {reason}.")

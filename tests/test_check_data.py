@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from dann_experiments.__main__ import main
 from dann_experiments.jobs import check_data
 from dann_experiments.jobs.build import find_data
 from dann_experiments.tracking.store import open_store
-from sweeps.__main__ import main as sweeps_main
+from sweeps.cli import main as sweeps_main
 
 
 @pytest.fixture
@@ -427,6 +428,11 @@ def test_the_terminal_shows_every_set_by_its_whole_name(root, store, capsys, mon
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert "Nothing is wrong with the data." in shown
+    figure = Path(re.search(r"^Figure: (.*)$", shown, re.MULTILINE)[1])
+    assert figure.is_file()
+    tables = Path(re.search(r"^Tables: (.*)$", shown, re.MULTILINE)[1])
+    assert {path.name for path in tables.iterdir()} == {"counts.csv", "bands.csv"}
+    assert f"Run {figure.parents[2].name}; mlflow ui --backend-store-uri" in shown
 
 
 def test_a_set_without_any_mask_and_a_target_without_scores_are_fine(root, store):

@@ -60,7 +60,7 @@ from dann_experiments.config import config_to_yaml, load_config
 from dann_experiments.data.neon_trees import TILES
 from dann_experiments.data.nuclei import TIMES
 from dann_experiments.jobs import adapt
-from sweeps import __main__ as sweeps
+from sweeps import cli as sweeps
 
 FOUND = pieces()
 CLONE = [

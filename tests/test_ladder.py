@@ -65,6 +65,7 @@ def test_the_ladder_is_one_command(squares, workplace, capsys):
     assert main(["compare", "--config", "mine.yaml", "--arms", "ladder", "--seeds", "1", "--workers", "1"]) == 0
     printed = capsys.readouterr().out
     assert "What each part adds" in printed
+    assert "What else to try, and when to stop: docs/which-method.md" in printed  # one seed proves nothing
     (table,) = Path("mlruns").rglob("parts.csv")
     assert set(pd.read_csv(table)["part"]) == {
         "adversary",

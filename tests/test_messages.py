@@ -28,7 +28,7 @@ from dann_experiments.config.weak_labels import WeakLabelsConfig
 from dann_experiments.data.reading import Reading, reading_facts, reading_from_facts
 from dann_experiments.data.samples import find_samples
 from dann_experiments.jobs.predict import predict
-from sweeps.__main__ import main as sweeps_main
+from sweeps.cli import main as sweeps_main
 from sweeps.settings import SweepConfig
 
 JOBS = {

@@ -83,3 +83,9 @@ def test_an_adversary_that_hardly_acts_is_told(squares, caplog, more, told):
 def test_a_misspelled_setting_is_told_by_the_nearest_name(given, meant):
     with pytest.raises(InputError, match=f"did you mean '{meant}'"):
         load_config(None, {given: 3})
+
+
+@pytest.mark.parametrize("given", ["backbone", "gpus", "output"])
+def test_a_setting_like_no_other_gets_no_guess(given):
+    with pytest.raises(InputError, match=f"unknown setting '?{given}'?; `--help` lists all"):
+        load_config(None, {given: 3})

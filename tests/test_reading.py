@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 import rasterio
+import yaml
 from conftest import write_raster
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +16,7 @@ from PIL import Image
 from rasterio.transform import from_origin
 
 from dann_experiments.config import InputError
-from dann_experiments.data.labels import LabelMap, label_map, read_mask
+from dann_experiments.data.labels import LabelMap, VectorRules, label_map, read_mask
 from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.rasters import Window, read_header
 from dann_experiments.data.reading import (
@@ -224,6 +228,32 @@ def test_an_id_or_a_colour_that_nobody_named_is_refused_with_the_way_out(tmp_pat
     Image.fromarray(np.array([[(1, 2, 3)]], np.uint8)).save(tmp_path / "c.png")
     with pytest.raises(InputError, match=r"c\.png holds the color \(1, 2, 3\), which color_map does not name"):
         read_mask(tmp_path / "c.png", label_map(["a"], 255, None, {(0, 0, 0): "a"}, []))
+
+
+def message_of(path, stored):
+    stored.save(path)
+    labels = dataclasses.replace(LabelMap(2), settings="data.source.", vector=VectorRules(("road", "roof")))
+    with pytest.raises(InputError) as refused:
+        read_mask(path, labels)
+    return str(refused.value)
+
+
+def test_a_mask_of_unnamed_values_gives_the_line_of_settings_to_fill_in(tmp_path):
+    colours = np.array([[(0, 0, 0), (255, 0, 0), (1, 2, 3)]], np.uint8)
+    text = message_of(tmp_path / "rgb.png", Image.fromarray(colours))
+    line = re.search(r"data\.source\.color_map: (\{.*\})", text)
+    assert yaml.safe_load(line[1]) == {"0,0,0": "CLASS", "1,2,3": "CLASS", "255,0,0": "CLASS"}
+    assert "one of the classes ['road', 'roof'], or ignored, for each CLASS" in text
+    palette = Image.fromarray(np.array([[0, 1, 9]], np.uint8)).convert("P")
+    line = re.search(r"data\.source\.value_map: (\{.*\})", message_of(tmp_path / "palette.png", palette))
+    assert yaml.safe_load(line[1]) == {0: "CLASS", 1: "CLASS", 9: "CLASS"}
+
+
+def test_a_picture_in_the_place_of_a_mask_is_no_list_of_its_colours(tmp_path):
+    picture = np.arange(64 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    text = message_of(tmp_path / "picture.png", Image.fromarray(picture))
+    assert "This file has 64 values: is it a picture?" in text
+    assert "CLASS" not in text
 
 
 @pytest.mark.parametrize("dtype", ["int16", "uint16", "float32", "int32"])

@@ -10,8 +10,8 @@ from dann_experiments import adapt, load_config
 from dann_experiments.cli import main
 from dann_experiments.config.recipes import RECIPES as SHIPPED
 from dann_experiments.config.recipes import settings_file
-from sweeps.__main__ import SPACES
-from sweeps.__main__ import main as sweeps_main
+from sweeps.cli import SPACES
+from sweeps.cli import main as sweeps_main
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 ELSEWHERE = {

@@ -38,7 +38,7 @@ from dann_experiments.data.neon_trees import TILES, build_neon_trees
 from dann_experiments.jobs.load_model import load_model
 from dann_experiments.prediction.partial_map import PartialMap
 from dann_experiments.tracking.store import open_store, remember_secrets, without_secrets
-from sweeps.__main__ import main as sweeps_main
+from sweeps.cli import main as sweeps_main
 from sweeps.definition import describe, slots_of, stored_settings
 from sweeps.driver import resume_sweep
 from sweeps.objective import run_trial

@@ -24,7 +24,7 @@ from benchmarks.pages import DOCS
 from dann_experiments import CompareConfig, PredictConfig, WeakLabelsConfig, load_config
 from dann_experiments.cli import COMMANDS
 from dann_experiments.names import Job, Tag
-from sweeps.__main__ import COMMANDS as SWEEP_COMMANDS
+from sweeps.cli import COMMANDS as SWEEP_COMMANDS
 
 SHOWN = ("li", "ul", "ol", "table", "tr", "pre", "blockquote", "h2", "h3", "img", "strong", "em")
 PAGES = [*sorted(DOCS.rglob("*.md")), *(PROJECT / path for path in BESIDE if path.endswith(".md"))]

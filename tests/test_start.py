@@ -100,9 +100,9 @@ assert ('scipy.signal._peak_finding' in sys.modules) == {loaded}
     assert done.returncode == 0, done.stderr
 
 
-def test_without_the_installed_packages_one_line_says_so():
-    # -S: no site-packages
-    command = [sys.executable, "-S", "-m", "dann_experiments", "check-data", "--config", "digits"]
+@pytest.mark.parametrize("words", [("dann_experiments", "check-data", "--config", "digits"), ("sweeps", "run")])
+def test_without_the_installed_packages_one_line_says_so(words):
+    command = [sys.executable, "-S", "-m", *words]  # -S: no site-packages
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode == 2
     assert "is not installed for" in done.stderr

@@ -26,7 +26,7 @@ from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.parsing import known_keys
 from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.names import SOURCE_TRAIN
-from sweeps.__main__ import PROGRAM as SWEEPS
+from sweeps.cli import PROGRAM as SWEEPS
 from sweeps.settings import SweepConfig
 
 PROJECT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from dann_experiments.config.parsing import load_settings
 from dann_experiments.jobs import build
 from dann_experiments.names import Key
 from sweeps import space as space_module
-from sweeps.__main__ import main
+from sweeps.cli import main
 from sweeps.objective import check_objective
 from sweeps.settings import SweepConfig
 from sweeps.space import Space, label_of, read_space, read_stored, settings_of

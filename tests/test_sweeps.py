@@ -21,7 +21,7 @@ from mlflow.entities import Run
 from dann_experiments import adapt, load_config
 from dann_experiments.config import config_to_yaml
 from dann_experiments.names import Tag
-from sweeps.__main__ import main
+from sweeps.cli import main
 from sweeps.study import SOURCE_ONLY, Sweep, open_storage
 
 pytestmark = pytest.mark.slow  # a sweep of twelve trials, which most tests here look at

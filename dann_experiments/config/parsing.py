@@ -19,6 +19,7 @@ from dann_experiments.config.description import plain_values, type_name
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.label_keys import check_label_keys
 from dann_experiments.config.limits import settings_of
+from dann_experiments.config.nearest import meant
 from dann_experiments.config.paths import local_path, near_name
 from dann_experiments.config.recipes import settings_file
 from dann_experiments.config.schema import Config
@@ -261,8 +262,8 @@ def _refuse_unknown_keys(cls: type, settings: Mapping[str, Any]) -> None:
                     str(name).rpartition(".")[2], sorted(set(ends.values())), n=1, cutoff=0.75
                 )
                 alike = [other for other in known if ends[other] in close]
-                nearest = difflib.get_close_matches(key, alike or known, n=1, cutoff=0.0)
-                raise InputError(f"unknown setting {_shown(key)}; did you mean {nearest[0]!r}?")
+                near = meant(key, alike, least=0.0) if alike else meant(key, known, least=0.55)
+                raise InputError(f"unknown setting {_shown(key)}{near or '; `--help` lists all.'}")
             elif value is None and type(None) not in typing.get_args(known[key]):
                 raise InputError(f"{key} is null, but needs a value; leave it out to use its default.")
             elif any(

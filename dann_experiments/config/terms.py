@@ -4,7 +4,6 @@ defaults."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from dann_experiments.config.companions import CompanionTerm
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.loss import LossTerm
+from dann_experiments.config.nearest import meant
 
 TERMS: Mapping[str, type] = {"loss": LossTerm, "domain_adaptation.companions": CompanionTerm}
 """Settings that are lists of terms -> the class of a term."""
@@ -54,13 +54,8 @@ def _whole(term: Any, key: str, kind: type) -> Any:
         raise InputError(f"{key} is {term!r}; give a name, or a mapping such as {{name: {names[-1]}, weight: 1}}.")
     for name in mapping:
         if name not in keys:
-            raise InputError(f"{key} has the key {name!r}; a term takes {', '.join(keys)}{_meant(name, keys)}")
+            raise InputError(f"{key} has the key {name!r}; a term takes {', '.join(keys)}{meant(name, keys)}")
     name = mapping.get("name", getattr(kind, "name", None))
     if name not in names:
-        raise InputError(f"{key}.name is {name!r}; it is one of {', '.join(names)}{_meant(name, names) or '.'}")
+        raise InputError(f"{key}.name is {name!r}; it is one of {', '.join(names)}{meant(name, names) or '.'}")
     return dict(mapping)
-
-
-def _meant(name: Any, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

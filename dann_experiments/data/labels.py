@@ -11,10 +11,12 @@ import numpy as np
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.label_keys import text_of
+from dann_experiments.config.presets import IGNORED
 from dann_experiments.data.pixels import StoredLabels, colors_of, read_labels
 from dann_experiments.data.rasters import Window, changes_values, open_raster
 
 Color = tuple[int, int, int]
+MOST_NAMED = 32  # values that a message lists; more are hardly classes
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,15 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
     if len(values) == 3 and np.array_equal(values[0], values[1]) and np.array_equal(values[0], values[2]):
         values = values[:1]  # ids written as gray colors
     if len(values) != 1:
+        named = ""
+        if len(values) == 3 and values.dtype == np.uint8:
+            codes = np.unique(_codes(values)).tolist()
+            named = _to_fill_in(
+                labels, "color_map", [f'"{code >> 16},{code >> 8 & 255},{code & 255}"' for code in codes]
+            )
         raise InputError(
             f"mask {path} has {len(values)} bands; masks hold one class id per pixel, or colors that {labels.settings}color_map "
-            "names."
+            f"names.{named}"
         )
     array = values[0]
     if hidden is not None:
@@ -166,7 +174,8 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
         result[hidden] = labels.ignore_index
     if result.min(initial=0) < 0:
         wrong = int(array[result < 0].min())
-        raise InputError(f"mask {path} holds id {wrong}, {_what_is_known(labels)}")
+        named = _to_fill_in(labels, "value_map", [str(int(value)) for value in ids]) if labels.ids is None else ""
+        raise InputError(f"mask {path} holds id {wrong}, {_what_is_known(labels)}{named}")
     return result.astype(np.uint8)
 
 
@@ -179,20 +188,37 @@ def _what_is_known(labels: LabelMap) -> str:
     )
 
 
+def _to_fill_in(labels: LabelMap, setting: str, keys: Sequence[str]) -> str:
+    """Return a sentence with the line of settings that names these values of a mask, for the user to fill in; none if they are
+    so many that the file is hardly a mask."""
+    if len(keys) > MOST_NAMED:
+        return f" (This file has {len(keys)} values: is it a picture?)"
+    entries = ", ".join(f"{key}: CLASS" for key in keys)
+    names = f" {list(labels.vector.class_names)}" if labels.vector.class_names else ""
+    return (
+        f" This mask has: {labels.settings}{setting}: {{{entries}}}. Write one of the classes{names}, or {IGNORED}, for each "
+        "CLASS."
+    )
+
+
+def _codes(values: np.ndarray) -> np.ndarray:
+    """Return (h, w) int32 color codes of (3, h, w) 8 bit colors: red * 65536 + green * 256 + blue."""
+    red, green, blue = values.astype(np.int32)
+    return (red << 16) | (green << 8) | blue
+
+
 def _colors(
     path: Path, values: np.ndarray, palette: Mapping[int, Sequence[int]] | None, labels: LabelMap
 ) -> np.ndarray:
-    """Return (h, w) int32 color codes: red * 65536 + green * 256 + blue."""
+    """Return (h, w) int32 color codes (see `_codes`)."""
     if palette is not None:
-        bands = colors_of(values[0], palette).astype(np.int32)
-    elif len(values) == 3 and values.dtype == np.uint8:
-        bands = values.astype(np.int32)
-    else:
+        return _codes(colors_of(values[0], palette))
+    if len(values) != 3 or values.dtype != np.uint8:
         raise InputError(
             f"mask {path} has {len(values)} bands of {values.dtype}; with {labels.settings}color_map, masks are 8 bit RGB or "
             "have a palette."
         )
-    return (bands[0] << 16) | (bands[1] << 8) | bands[2]
+    return _codes(values)
 
 
 def _from_colors(path: Path, codes: np.ndarray, labels: LabelMap, hidden: np.ndarray | None) -> np.ndarray:

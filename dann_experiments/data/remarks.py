@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 NODATA_TAG = 42113  # TIFF tag GDAL_NODATA
 PROBLEMS_SHOWN, ALIKE_SHOWN = 20, 3
-PATH = re.compile(r"\S*[/\\]\S+")  # two problems are of one kind if they differ in the paths alone
+OF_A_FILE = re.compile(
+    r"\S*[/\\]\S+|\{.*?\}"
+)  # two problems are of one kind if they differ in paths and lists of values alone
 NOT_SQUARE = 0.01  # tolerated relative difference of a pixel's sides
 
 
@@ -96,7 +98,7 @@ class Problems:
         """Return the lines to show, and the number of problems that each stands for: a few of each kind, in the order found."""
         kinds: dict[str, list[str]] = {}
         for text in self.texts:
-            kinds.setdefault(PATH.sub("", text), []).append(text)
+            kinds.setdefault(OF_A_FILE.sub("", text), []).append(text)
         lines = []
         for texts in kinds.values():
             few = texts if len(texts) <= ALIKE_SHOWN + 1 else texts[:ALIKE_SHOWN]

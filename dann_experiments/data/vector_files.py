@@ -5,7 +5,6 @@ Letters: F features of a file, P polygons (a multipolygon is several), V distinc
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.extras import install_command
+from dann_experiments.config.nearest import meant
 
 GEO_SUFFIXES = (".geojson", ".json", ".gpkg", ".shp")
 DRIVERS = ("GeoJSON", "GPKG", "ESRI Shapefile")  # of GDAL; others can name further files or addresses
@@ -141,10 +141,9 @@ def _read(
             raise InputError(f"{path} cannot be read as vector labels: {facts['driver']} files are not read.")
         fields = [str(field) for field in facts["fields"]]
         if attribute is not None and attribute not in fields:
-            near = difflib.get_close_matches(attribute, fields, n=1, cutoff=0.5)
             raise InputError(
                 f"{_named(path, name, layer)} has no attribute {attribute!r} ({settings}label_attribute); it has "
-                f"{', '.join(map(repr, fields)) or 'none'}" + (f"; did you mean {near[0]!r}?" if near else ".")
+                f"{', '.join(map(repr, fields)) or 'none'}" + (meant(attribute, fields, least=0.5) or ".")
             )
         columns = [] if attribute is None else [attribute]
         found, ids, geometry, values = pyogrio.raw.read(

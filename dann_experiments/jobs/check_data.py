@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ from dann_experiments.jobs.identity import domain_tags, public_settings, run_nam
 from dann_experiments.names import ALL_SETS, SOURCE_TRAIN, Job, OneDomain, SetName, Tag
 from dann_experiments.reports.plots.domains import draw_domains
 from dann_experiments.tracking.run import tracked_run
-from dann_experiments.tracking.store import open_store
+from dann_experiments.tracking.store import local_artifact_folder, open_store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,6 +63,10 @@ class DataReport:
     """Index: (domain, band); columns: minimum, p2, mean, std, p98, maximum of the values as stored."""
     run_id: str | None
     """The run with the tables and the figure; None if there are problems."""
+    tracking_uri: str = field(default="", repr=False)
+    """The store's address, including a password in it; not shown in repr."""
+    artifacts: str | None = None
+    """Folder of the run's files; None if there is no run, or the folder is not on this machine."""
 
 
 @dataclass
@@ -159,9 +163,9 @@ def check_data(config: Config) -> DataReport:
     polygons, vector_remarks = vector_report({name: found.dataset for name, found in sets.items()})
     for text in vector_remarks:
         problems.remarks.add(text, text)
-    run_id = None if problems.texts else _log(config, counts, bands, statistics, shares)
+    logged = (None, "", None) if problems.texts else _log(config, counts, bands, statistics, shares)
     grids = [line for domain, mine in by_domain.items() if (line := _grid_line(domain, mine)) is not None]
-    return DataReport(problems.texts, problems.remarks.lines(), grids, polygons, counts, bands, run_id)
+    return DataReport(problems.texts, problems.remarks.lines(), grids, polygons, counts, bands, *logged)
 
 
 def _partly_remark(domain: OneDomain, sets: dict[SetName, _Set]) -> str | None:
@@ -365,7 +369,8 @@ def _log(
     bands: pd.DataFrame,
     statistics: Mapping[OneDomain, BandStatistics],
     shares: Mapping[SetName, np.ndarray],
-) -> str:
+) -> tuple[str, str, str | None]:
+    """Return the id of the new run, the store's address, and the folder of the run's files if it is on this machine."""
     store = open_store(config.tracking.uri, config.tracking.experiment)
     tags = {Tag.JOB: Job.CHECK_DATA, **domain_tags(config)}
     name, folder = run_name(Job.CHECK_DATA, config), Path(config.tracking.folder)
@@ -379,4 +384,5 @@ def _log(
         drawn: dict[str, np.ndarray] = {str(domain): found.drawn for domain, found in statistics.items()}
         by_name = {str(name): pixels for name, pixels in shares.items()}
         draw_domains(run.folder / "figures" / "domains.png", by_name, config.class_names, drawn)
-    return run.run_id
+    artifacts = local_artifact_folder(store, run.run_id)
+    return run.run_id, store.uri, None if artifacts is None else str(artifacts)

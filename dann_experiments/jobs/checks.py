@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Collection
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from dann_experiments.config import Config, InputError
+from dann_experiments.config.nearest import meant
 from dann_experiments.data.checks import absent_classes, label_map_remarks, range_of_some
 from dann_experiments.data.domain_data import DomainData
 from dann_experiments.data.image_sets import ImageSets
@@ -153,9 +153,7 @@ def _check_monitor(config: Config, labelled: Collection[SetName]) -> None:
         return
     known = metrics_to_choose_by(config.class_names, config.data.domains)
     if metric not in known:
-        near = difflib.get_close_matches(metric, known, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"monitor.metric is {metric!r}; it is one of {known}{meant or '.'}")
+        raise InputError(f"monitor.metric is {metric!r}; it is one of {known}{meant(metric, known) or '.'}")
     if metric in SCORES and SOURCE_VAL not in labelled:
         raise InputError(
             f"monitor.metric is {metric!r}, which is measured when the source is validated; add labeled images in "

@@ -277,7 +277,11 @@ def print_data_report(report: Any) -> int:
         if report.remarks
         else "Nothing is wrong with the data."
     )
-    print(f"{verdict} Tables and figure: run {report.run_id}.")
+    print(verdict)
+    if report.artifacts is not None:
+        print(f"Figure: {Path(report.artifacts) / 'figures' / 'domains.png'}")
+        print(f"Tables: {Path(report.artifacts) / 'tables'}")
+    print(f"Run {report.run_id}; {where_to_look(report.tracking_uri)}")
     return 0
 
 
