@@ -109,6 +109,8 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     with sharing(sweep, config) as decoded:
         data = find_data(config)  # reports all problems with the files before a study is created
         check_objective(sweep, config, data.labelled)
+        checks.warn_of_idle_adversary(config)  # trials warn in the log files of their workers alone
+        checks.warn_of_unused_weak_labels(config)
         slots_of(sweep, space, config)  # refuses a space without a grid before anything is opened
         refuse_unshared(sweep, "storage", address)
         with only_driver(address, sweep.study), open_workers(sweep, config) as pool:

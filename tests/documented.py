@@ -160,6 +160,8 @@ class Example:
     after: str = ""
     """A fact of the place that must be there before."""
     slow: bool = False
+    long: bool = False
+    """Takes a minute in a test; another example shows much of the same. Implies `slow`."""
     apart: bool = False
     """In processes of its own; of `mlflow run`, itself and not its entry point's command alone."""
 
@@ -236,7 +238,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     },
     ("docs/compare.md", "Did adaptation help? `compare`"): {
         "mlflow run . -e compare --env-manager local -P config=mine.yaml": Example(
-            "squares", "-P seeds=1", slow=True, apart=True
+            "squares", "-P seeds=1", long=True, apart=True
         ),
         "python -m dann_experiments compare --config mine.yaml --seeds 3 --workers 2": Example(
             "squares", instead={"seeds": "1"}, slow=True
@@ -291,7 +293,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     },
     ("docs/several-domains.md", "An example that runs"): {
         "python -m dann_experiments compare --config recipes/digits_domains.yaml --seeds 3": Example(
-            "digits", f"{FEW_ARMS} {DIGITS}", {"seeds": "1"}, slow=True
+            "digits", f"{FEW_ARMS} {DIGITS}", {"seeds": "1"}, long=True
         ),
     },
     ("recipes/digits_domains.yaml", "header"): {
@@ -362,7 +364,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     },
     ("docs/performance.md", "Switches"): {
         "python -m dann_experiments compare --config recipes/digits.yaml --arms switches.yaml": Example(
-            "digits", f"{DIGITS} --seeds 1", slow=True
+            "digits", f"{DIGITS} --seeds 1", long=True
         ),
     },
     ("docs/predict.md", "Predict: class maps of rasters of any size"): {
@@ -431,7 +433,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     },
     ("docs/results.md", "Tree crowns, Yellowstone to Florida"): {
         "python -m dann_experiments compare --config recipes/neon_trees.yaml --seeds 3": Example(
-            "trees", f"{FEW_ARMS} {TREES}", {"seeds": "1"}, after="neon_trees", slow=True
+            "trees", f"{FEW_ARMS} {TREES}", {"seeds": "1"}, after="neon_trees", long=True
         ),
     },
     ("docs/results.md", "The first trial"): {
@@ -573,6 +575,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
                 {"arms": "few.yaml", "seeds": "1"},
                 after="neon_trees",
                 slow=True,
+                long=name == "neon_soaproot",
             ),
         }
         for name in ("neon_florida", "neon_soaproot")

@@ -114,6 +114,7 @@ def test_nothing_is_assumed_of_other_devices():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_network_learns_the_same(losses):
     layer = {"domain_adaptation__method__feature_layer": "encoder.layer2", "model__encoder_name": "resnet18"}
     plain, before = losses(**layer)

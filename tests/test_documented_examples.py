@@ -609,14 +609,20 @@ FIRST_PAGES = ("README.md", "docs/first-run.md", "docs/your-data.md")
 
 def runnable(kind: str) -> list[Any]:
     """The pieces of a kind that have an example, as parameters, those shown twice under a heading once; slow but for the
-    pages that users see first."""
+    pages that users see first, and some of them long."""
     found = {(piece.document, piece.heading, piece.title): piece for piece in FOUND if piece.kind == kind}
     return [
-        pytest.param(piece, piece.example, id=f"{piece.document}:{piece.title[:90]}",
-                     marks=[pytest.mark.slow] if piece.example.slow or piece.document not in FIRST_PAGES else [])
+        pytest.param(piece, piece.example, id=f"{piece.document}:{piece.title[:90]}", marks=marks_of(piece))
         for piece in found.values()
         if piece.example is not None
-    ]  # fmt: skip
+    ]
+
+
+def marks_of(piece: Piece) -> list[pytest.MarkDecorator]:
+    example = piece.example
+    assert example is not None
+    slow = example.slow or example.long or piece.document not in FIRST_PAGES
+    return [pytest.mark.slow] * slow + [pytest.mark.long] * example.long
 
 
 def test_everything_the_documentation_shows_is_run_or_has_a_reason():

@@ -54,6 +54,7 @@ def test_without_a_gpu_it_refuses():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_part_runs_on_a_cpu(tmp_path):
     file = tmp_path / "gpu.json"
     small = ["--device", "cpu", "--small", "--seconds", "3000", "--output", str(file)]

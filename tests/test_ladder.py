@@ -63,7 +63,8 @@ def test_the_ladder_s_arms_differ_from_the_control_in_parts_alone_and_the_oracle
 def test_the_ladder_is_one_command(squares, workplace, capsys):
     Path("mine.yaml").write_text(config_to_yaml(load_config(None, small_settings(squares, trainer__max_epochs=1))))
     assert main(["compare", "--config", "mine.yaml", "--arms", "ladder", "--seeds", "1", "--workers", "1"]) == 0
-    printed = capsys.readouterr().out
+    printed, warned = capsys.readouterr()
+    assert warned.count("lambda is 0 in the only epoch") == 1  # of two arms with DANN
     assert "What each part adds" in printed
     assert "What else to try, and when to stop: docs/which-method.md" in printed  # one seed proves nothing
     (table,) = Path("mlruns").rglob("parts.csv")

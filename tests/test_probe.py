@@ -318,6 +318,15 @@ def test_each_combination_is_explained(accuracy, after, said, not_said):
         assert "200 source and 200 target" in text
 
 
+@pytest.mark.parametrize("accuracy", [0.3, 0.5, 0.75, 0.97])
+def test_no_advice_is_to_adapt_more_after_a_warning_of_harm(accuracy):
+    for after in (LOW, HIGH):
+        text = explain(accuracy, WARM, after, harmed=True)
+        assert "raise it" not in text
+        assert "lambda_da is too low" not in text
+    assert "already been harmed" in explain(0.97, WARM, HIGH, harmed=True)
+
+
 def test_a_small_change_of_the_probe_is_called_noise_and_a_large_one_is_not():
     assert "is no more than noise" in explain(0.5, Probe(0.75, 1.0, (20, 20)), Probe(0.68, 0.72, (20, 20)))
     assert "is more than noise" in explain(0.5, Probe(0.75, 1.0, (2000, 2000)), Probe(0.68, 0.72, (2000, 2000)))

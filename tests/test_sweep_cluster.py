@@ -137,6 +137,7 @@ def test_a_ray_node_that_dies_costs_no_trial(tmp_path, server, database):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_comparison_on_a_cluster_loses_no_run_when_a_ray_node_dies(tmp_path, server):
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster

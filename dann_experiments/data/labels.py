@@ -190,14 +190,14 @@ def _what_is_known(labels: LabelMap) -> str:
 
 def _to_fill_in(labels: LabelMap, setting: str, keys: Sequence[str]) -> str:
     """Return a sentence with the line of settings that names these values of a mask, for the user to fill in; none if they are
-    so many that the file is hardly a mask."""
+    so many that the file is hardly a mask. Only the window that was read counts."""
     if len(keys) > MOST_NAMED:
-        return f" (This file has {len(keys)} values: is it a picture?)"
+        return f" It holds {len(keys)} different ones: is it a picture?"
     entries = ", ".join(f"{key}: CLASS" for key in keys)
     names = f" {list(labels.vector.class_names)}" if labels.vector.class_names else ""
     return (
-        f" This mask has: {labels.settings}{setting}: {{{entries}}}. Write one of the classes{names}, or {IGNORED}, for each "
-        "CLASS."
+        f" For those found here: {labels.settings}{setting}: {{{entries}}}, with one of the classes{names}, or {IGNORED}, for "
+        "each CLASS."
     )
 
 

@@ -179,18 +179,20 @@ def _check_devices(config: Config, sets: ImageSets) -> None:
 
 
 def warn_of_idle_adversary(config: Config) -> None:
-    """Warn if lambda, which is 0 in the first epoch of a schedule by epochs, is 0 in half of the epochs or all of them."""
+    """Warn if lambda is 0 in half of the epochs or all of them (see `idle_adversary`)."""
+    _warn(idle_adversary(config))
+
+
+def idle_adversary(config: Config) -> str | None:
+    """Return a warning if lambda, which is 0 in the first epoch of a schedule by epochs, is 0 in half of the epochs or all."""
     method, epochs = config.domain_adaptation.method, config.trainer.max_epochs
     by_epochs = method.step_mode == "epoch" and method.lambda_schedule.kind != "constant"
     if method.name != "dann" or method.class_path is not None or not by_epochs or epochs > 2:
-        return
+        return None
     share = (
         "in the only epoch, so this run is its own lambda = 0 control" if epochs == 1 else "in the first of 2 epochs"
     )
-    log.warning(
-        "lambda is 0 %s (domain_adaptation.method.step_mode is epoch); set step_mode to batch, or train for more epochs.",
-        share,
-    )
+    return f"lambda is 0 {share} (domain_adaptation.method.step_mode is epoch); set step_mode to batch, or train for more epochs."
 
 
 def warn_of_unused_weak_labels(config: Config) -> None:

@@ -284,7 +284,7 @@ def with_batch_sizes(config: Config, parts: Parts) -> Config:
 
 def _log_gap(run: TrackedRun, alignment: Alignment, monitor: DomainAdaptationMonitorCallback, final_step: int) -> Gap:
     """Log the results of the probes: metrics at step 0 and `final_step`, features as a file, and an explanation in words."""
-    gap = alignment.finish(monitor.domain_accuracy.get(Metric.DOMAIN_ACCURACY_VAL))
+    gap = alignment.finish(monitor.domain_accuracy.get(Metric.DOMAIN_ACCURACY_VAL), monitor.harmed)
     run.log_metrics(gap.before, step=0)
     run.log_metrics(gap.after, step=final_step)
     log.info("%s", gap.text)

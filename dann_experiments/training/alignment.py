@@ -88,8 +88,9 @@ class Alignment:
                 domain: pooled_features(network, self._taps, loader) for domain, loader in self._loaders.items()
             }
 
-    def finish(self, domain_accuracy: float | None) -> Gap:
-        """Probe the features of both times. `domain_accuracy`: that of the run's classifier on held-out images, if any."""
+    def finish(self, domain_accuracy: float | None, harmed: bool) -> Gap:
+        """Probe the features of both times. `domain_accuracy`: that of the run's classifier on held-out images, if any; `harmed`:
+        see `explain`."""
         layer = self._tapped[-1] if self._tapped else ENCODER
         found = {when: self._probes(when) for when in self._features}
         before, after = (found.get(when, {}) for when in ("before", "after"))
@@ -100,7 +101,9 @@ class Alignment:
             if len(features.get(layer, ()))
         }
         means = [mean_probe(self._judged(probes)) for probes in (before, after)]
-        text = explain(domain_accuracy, means[0], means[1], self._adversary, self._loaders is not None, self._domains)
+        text = explain(
+            domain_accuracy, means[0], means[1], self._adversary, self._loaders is not None, self._domains, harmed
+        )
         return Gap(self._metrics(before), self._metrics(after), text, layer, features)
 
     def _probes(self, when: str) -> dict[str, Probe]:

@@ -25,13 +25,15 @@ def explain(
     adversary: bool = True,
     probed: bool = True,
     domains: int = 2,
+    harmed: bool = False,
 ) -> str:
     """Explain the results of the run's own classifier and of the probe together, as text for the run.
 
     `domain_acc_val`: balanced accuracy (0..1) of the run's own classifier on held-out images in eval mode; None for a method
     without one. `before`, `after`: probe of the warm start and of the adapted network on the same images; None if not measured.
     `adversary`: False for the lambda = 0 control, whose network gets no gradient from its classifier. `probed`: False if the
-    settings switch the probe off. `domains`: number of classes of the run's own classifier; chance is 1 / domains.
+    settings switch the probe off. `domains`: number of classes of the run's own classifier; chance is 1 / domains. `harmed`: the
+    run was warned that it forgets the source or that its target maps are implausible, so no advice may be to adapt more.
     """
     probe_sentence = _probe_sentence(before, after) if probed else NOT_PROBED
     if domain_acc_val is None:
@@ -62,6 +64,13 @@ def explain(
         finding = f"The run's own classifier is confused ({number}), {_if_confused(before, after)}"
     elif skill < ADVERSARY_WINS:
         finding = f"The run's own classifier can still distinguish some of the images ({number}): the domains are partly aligned."
+        finding += _sees_more(after)
+    elif harmed:
+        finding = (
+            f"The run's own classifier hardly errs ({number}), so the adversary wins. Yet the network has already been "
+            "harmed (see the run's warnings), which a larger lambda_da would make worse: lower discriminator_lr, or try a "
+            "method without an adversary (docs/which-method.md)."
+        )
         finding += _sees_more(after)
     else:
         finding = (

@@ -261,6 +261,11 @@ class DomainAdaptationMonitorCallback(pl.Callback):
             if findings:
                 self._let_speak(trainer, findings)
 
+    @property
+    def harmed(self) -> bool:
+        """Whether the guard has spoken, or the network forgot the source in its last validation."""
+        return self._forgetting or (self.guard is not None and self.guard.spoken)
+
     def _source_shares(self) -> np.ndarray | None:
         found = [true_shares(own.confusion) for name, own in self.latest.items() if name.startswith(DOMAINS[0])]
         return np.mean(found, 0) if found else None
