@@ -50,7 +50,12 @@ JOBS = (
     "layers",
     "config",
 )
-ONLY_NAMED = ("mlflow run", "mlflow server", "mlflow ui")  # a program that a sentence speaks of
+ONLY_NAMED = (
+    "mlflow run",
+    "mlflow server",
+    "mlflow ui",
+    "python -m dann_experiments",
+)  # a program that a sentence speaks of
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,7 @@ def digits_by_mlflow(more: str = DIGITS, **others: Any) -> Example:
 def pair(folder: str) -> Example:
     """A ladder on a pair of drawn images, with three arms and one seed."""
     more = f"{FEW_STEPS} --model.encoder_weights null --data.window_count 8"
-    return Example("pairs", more, {"arms": "few.yaml", "seeds": "1"}, after=folder, slow=True)
+    return Example("pairs", more, {"arms": "few.yaml", "seeds": "1"}, after=folder, long=True)
 
 
 ONE_RUN = {"MODEL_ID": "{model_id}", "RUN_ID": "{run}", "ID": "{run}", "NAME": "{model}"}
@@ -574,8 +579,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
                 f"{TREES} --model.encoder_weights null",
                 {"arms": "few.yaml", "seeds": "1"},
                 after="neon_trees",
-                slow=True,
-                long=name == "neon_soaproot",
+                long=True,
             ),
         }
         for name in ("neon_florida", "neon_soaproot")

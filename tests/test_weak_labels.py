@@ -650,6 +650,7 @@ def test_the_help_explains_every_setting_and_where_the_formulas_come_from(capsys
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_raster(workplace):
     script = """

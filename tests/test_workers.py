@@ -50,7 +50,7 @@ class Unsendable(Exception):
         super().__init__(f"{one} {other}")
 
 
-@pytest.fixture(params=["processes", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.fixture(params=["processes", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.long])])
 def pool(request: pytest.FixtureRequest, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     """A pool of two workers."""
     with contextlib.ExitStack() as stack:
