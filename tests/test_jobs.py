@@ -240,11 +240,14 @@ def test_two_taps_log_their_own_numbers_and_the_mean_under_the_plain_names(pretr
     assert dict(steps(result, "da/domain_loss"))[3] == pytest.approx(np.mean(both), rel=1e-5)
 
 
-def test_the_best_checkpoint_by_a_target_metric_is_tagged_and_can_be_the_model(pretrained_place, squares):
+def test_the_best_checkpoint_by_a_target_metric_is_tagged_and_can_be_the_model(pretrained_place, squares, capsys):
     settings = small_settings(
-        squares, monitor__metric="iou/target_val", monitor__final_model="best", trainer__max_epochs=3
-    )
+        squares, monitor__metric="iou/target_val", monitor__final_model="best", trainer__max_epochs=3,
+        trainer__enable_progress_bar=True,
+    )  # fmt: skip
     result = adapt(load_config(None, settings))
+    lines = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "iou/target_val " in line]
+    assert lines == ["epoch 1/3", "epoch 2/3", "epoch 3/3", "final weights"]
     assert client().get_run(result.run_id).data.tags["dann.selected_with_target_labels"] == "true"
     seen = [value for step, value in steps(result, "iou/target_val") if step > 0]
     assert result.metrics["iou/target_val"] == pytest.approx(max(seen), abs=1e-9)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
@@ -124,7 +125,8 @@ def together(loaders: Mapping[str, DataLoader]) -> CombinedLoader:
 
 
 class EpochLines(pl.Callback):
-    """Prints one line per epoch: the progress where there is no terminal to draw a bar on."""
+    """Prints one line per epoch, and one for final weights that are not those of the last epoch: the progress where there is no
+    terminal to draw a bar on."""
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         shown = [
@@ -133,4 +135,6 @@ class EpochLines(pl.Callback):
             if name in trainer.callback_metrics
         ]
         if not trainer.sanity_checking:
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  " + "  ".join(shown), flush=True)
+            after = trainer.state.fn == TrainerFn.VALIDATING  # training is over: the weights that the run ends with
+            epoch = "final weights" if after else f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            print("  ".join([epoch, *shown]), flush=True)
