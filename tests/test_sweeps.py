@@ -293,10 +293,10 @@ def test_a_changed_space_is_refused_with_the_difference(place, said):
 
 
 @pytest.mark.slow
-def test_confirm_runs_the_best_over_new_seeds_and_registers_the_best_mean(tmp_path, said):
+def test_confirm_runs_the_best_over_new_seeds_and_registers_the_best_mean(tmp_path, said, caplog):
     place = make_place(tmp_path, trainer__max_epochs=2)
-    printed = said(place, *run_words(place, "--n_trials", "3", "--workers", "1"))
-    assert printed.count("lambda is 0 in the first of 2 epochs") == 1
+    said(place, *run_words(place, "--n_trials", "3", "--workers", "1"))
+    assert caplog.text.count("lambda is 0 in the first of 2 epochs") == 1
     words = ["confirm", "--study", "s", "--confirm_top", "1", "--confirm_seeds", "2", "--model_name", "net"]
     assert "models:/net@champion" in said(place, *words, "--workers", "2")
     table = pd.read_csv(place / "studies" / "s-confirm" / "confirm.csv")
