@@ -6,6 +6,7 @@ import os
 
 # pytest-xdist starts one worker per core; more threads, here and in child processes, would only wait for each other.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read once, when NumPy and SciPy are imported
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read once, when torch is imported: its threads in child processes wait idly
 
 import dataclasses
 import gc

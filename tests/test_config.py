@@ -105,6 +105,7 @@ def test_a_wrong_setting_is_refused_by_name_with_the_way_out(key, value, message
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_wrong_number_is_refused_under_its_whole_key_wherever_it_is_set():
     for key, kind, limits in settings_of(Config):
         for number in (-(10.0**18), float("nan")) if limits else ():
@@ -150,6 +151,7 @@ json_like = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(key=st.sampled_from([*known_keys(), "trainer", "model.x", "data", ""]), value=json_like)
 def test_any_value_of_any_key_is_read_or_refused_with_an_input_error(key, value):

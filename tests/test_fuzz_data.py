@@ -576,6 +576,7 @@ def test_a_damaged_settings_file_is_refused_by_file_or_key(place, capsys):
 WRONG_FOR_ALL = [{"a": {"b": [1]}}, [[[[[]]]]]]
 
 
+@pytest.mark.slow
 def test_every_data_setting_refuses_values_of_another_kind_by_its_name(place, capsys):
     for key in (key for key in known_keys() if key.startswith("data.")):
         for value in WRONG_FOR_ALL:
@@ -636,6 +637,7 @@ WRONG = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_nonsense_in_data_settings_is_refused_by_key_or_file(place, capsys):
     for key, value, named in WRONG:
         (place / "config.yaml").write_text(config_text(place, {f"data.{key}": value}))

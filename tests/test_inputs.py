@@ -76,6 +76,7 @@ def check_settings(cases: list[inputs.Case]) -> None:
         assert len(message) < 1000 or case.wrong == "10000 letters", (case.input, case.wrong, message)
 
 
+@pytest.mark.slow
 def test_wrong_values_of_every_setting_are_taken_or_refused_by_its_name():
     check_settings(list(inputs.setting_cases())[::22])  # every key once, each with the next of 21 values
 

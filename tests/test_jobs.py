@@ -179,6 +179,7 @@ def test_pretraining_is_found_again_unless_the_network_differs_and_is_then_a_run
     assert len(new) == 2
 
 
+@pytest.mark.slow
 def test_python_command_line_and_notebook_give_the_same_metrics_to_the_bit(pretrained_place, squares, shared_runs):
     """The notebook's call is load_config(file, overrides) -> adapt, in a kernel of its own."""
     from nbclient import NotebookClient

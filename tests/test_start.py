@@ -74,6 +74,7 @@ def test_what_is_imported_without_collections_is_left_out_of_later_ones(monkeypa
     assert len(more) == 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "after", "loaded"),
     [

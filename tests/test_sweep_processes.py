@@ -126,6 +126,7 @@ def imported_by_the_fork_server(pid: int) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_libraries_are_imported_says_how_to_go_on_without_a_traceback(tmp_path):
     place = make_place(tmp_path)
     process = subprocess.Popen(

@@ -71,6 +71,7 @@ def test_a_tile_is_used_only_a_quarter_of_the_overlap_away_from_its_own_borders(
         assert tile <= axis.tile < tile + 2 * stride
 
 
+@pytest.mark.slow
 @given(axes(), axes())
 @settings(deadline=None, max_examples=100)
 def test_the_pieces_cover_the_raster_once(rows, columns):
