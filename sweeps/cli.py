@@ -51,8 +51,10 @@ def _settings(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
     keys = known_keys(SweepConfig)
     for key in request.settings:
         if "." not in key and key not in (*keys, *SHORT_NAMES, *known_keys()):
-            nearest = difflib.get_close_matches(key, [*keys, *SHORT_NAMES], n=1, cutoff=0.0)[0]
-            raise InputError(f"unknown flag --{key}; did you mean --{nearest}?")
+            near = difflib.get_close_matches(key, [*keys, *SHORT_NAMES], n=1, cutoff=0.55)
+            raise InputError(
+                f"unknown flag --{key}; " + (f"did you mean --{near[0]}?" if near else "--help lists all.")
+            )
     return {key: value for key, value in request.settings.items() if key in keys}, request.overrides(but=keys)
 
 

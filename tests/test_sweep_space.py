@@ -137,6 +137,7 @@ def test_a_wrong_space_is_refused_with_its_key(case):
     [
         (["--domain_adaptation.method.hidden_siz", "3"], "hidden_siz"),
         (["--n_trial", "3"], "did you mean --n_trials"),
+        (["--backbone", "3"], "unknown flag --backbone; --help lists all"),
         (["--n_trials", "0"], "n_trials is 0"),
         (["--n_trials", "many"], "n_trials"),
         (["--sampler", "cma"], "sampler"),
