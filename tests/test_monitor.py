@@ -247,7 +247,9 @@ def test_a_second_training_has_its_own_baseline_and_its_own_warnings(tmp_path, c
     for _ in range(2):
         trainer = trainer_of(tmp_path, 1, monitor)
         trainer.fit(Scripted([(0, 0), (5, 0)]), batches(halves(1)), batches(halves(3)))
+        assert monitor.harmed
     assert len(forgetting(caplog)) == 2
+    assert not DomainAdaptationMonitorCallback(2).harmed
 
 
 @pytest.mark.parametrize(("steps", "said"), [(0, "no baseline"), (1, "a part of validation"), (-1, None)])

@@ -108,10 +108,8 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
                 checks.refuse_test_batchnorm(cell.config, "the runs of a comparison")
         done = find_cells(cells, store)
         check_arms([cell for index, cell in enumerate(cells) if index not in done.run_ids])
-        trained = [cell.config for cell in cells if cell.job == Job.ADAPT]
-        for text in dict.fromkeys(
-            filter(None, map(checks.idle_adversary, trained))
-        ):  # runs say it in their log files alone
+        # each run warns of it, but in its log file alone
+        for text in {checks.idle_adversary(cell.config) for cell in cells if cell.job == Job.ADAPT} - {None}:
             log.warning("%s", text)
     names = [identity.domain_name(config, domain) for domain in DOMAINS]
     tags = {Tag.JOB: Job.COMPARE, Tag.SOURCE: names[0], Tag.TARGET: names[1], "seed": config.seed}

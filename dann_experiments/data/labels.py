@@ -189,8 +189,8 @@ def _what_is_known(labels: LabelMap) -> str:
 
 
 def _to_fill_in(labels: LabelMap, setting: str, keys: Sequence[str]) -> str:
-    """Return a sentence with the line of settings that names these values of a mask, for the user to fill in; none if they are
-    so many that the file is hardly a mask. Only the window that was read counts."""
+    """Return a sentence with the line of settings that names these values of a mask, for the user to fill in, or a question if
+    they are so many that the file is hardly a mask. `keys`: the values in the window that was read, as YAML."""
     if len(keys) > MOST_NAMED:
         return f" It holds {len(keys)} different ones: is it a picture?"
     entries = ", ".join(f"{key}: CLASS" for key in keys)
