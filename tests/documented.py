@@ -50,12 +50,8 @@ JOBS = (
     "layers",
     "config",
 )
-ONLY_NAMED = (
-    "mlflow run",
-    "mlflow server",
-    "mlflow ui",
-    "python -m dann_experiments",
-)  # a program that a sentence speaks of
+# programs that a sentence speaks of
+ONLY_NAMED = ("mlflow run", "mlflow server", "mlflow ui", "python -m dann_experiments")
 
 
 @dataclass(frozen=True)
