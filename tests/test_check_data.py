@@ -327,6 +327,17 @@ def test_all_problems_are_listed_in_one_go(root, capsys):
     assert len(errors.splitlines()) == 14
 
 
+def test_the_same_way_out_of_many_problems_is_printed_once(root, capsys):
+    for number in range(3):
+        colours = np.full((32, 32, 3), (0, 0, 1), np.uint8)
+        Image.fromarray(colours).save(root / "source" / "masks" / f"{number}.png")
+    assert run(root) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "has 3 bands" in line]
+    assert len(lines) == 3
+    assert ['data.source.color_map: {"0,0,1": CLASS}' in line for line in lines] == [True, False, False]
+    assert all(line.endswith(f"source/masks/{number}.png has 3 bands") for number, line in enumerate(lines) if number)
+
+
 def test_more_problems_than_training_shows_are_all_listed(root, capsys, store):
     for path in [*(root / "target" / "images").iterdir(), *(root / "source" / "masks").iterdir()]:
         path.write_bytes(b"\0")

@@ -268,8 +268,11 @@ def print_data_report(report: Any) -> int:
     if report.problems:
         count = len(report.problems)
         print(f"Error: {count} problem{'s' * (count > 1)} with the data:", file=sys.stderr)
+        said: set[str] = set()
         for problem in report.problems:
-            print(f"  - {problem}", file=sys.stderr)
+            what, _, way_out = problem.partition("; ")  # a way out is printed once, not for each of many masks
+            print(f"  - {what if way_out in said else problem}", file=sys.stderr)
+            said.add(way_out)
         return 2
     count = len(report.remarks)
     verdict = (
