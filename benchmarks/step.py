@@ -121,7 +121,13 @@ def plain_steps(config: Config, device: torch.device, tap: str) -> dict[str, Cal
 
 
 def config_of(
-    encoder: str, tap: str, root: Path, options: argparse.Namespace, side: int, classes: int = CLASSES
+    encoder: str,
+    tap: str,
+    root: Path,
+    options: argparse.Namespace,
+    side: int,
+    classes: int = CLASSES,
+    method: str = "dann",
 ) -> Config:
     """Settings of `adapt` on random images, from a network saved with random weights."""
     count = options.batch
@@ -139,6 +145,7 @@ def config_of(
         "data.target.batch_size": count,
         "data.crop_size": side,
         "data.num_workers": options.workers,
+        "domain_adaptation.method.name": method,
         "domain_adaptation.method.feature_layer": tap,
         "domain_adaptation.batchnorm": options.batchnorm,
         "domain_adaptation.pretrained_checkpoint.path": str(root / encoder),
@@ -207,7 +214,7 @@ def rows(options: argparse.Namespace) -> Iterator[str]:
             with tempfile.TemporaryDirectory() as folder, quiet():
                 root = Path(folder)
                 write_images(root, options.size, options.batch * options.block * (options.turns + WARM_UP))
-                config = config_of(encoder, TAPS[place], root, options, options.size)
+                config = config_of(encoder, TAPS[place], root, options, options.size, method=options.method)
                 found = measured(config, TAPS[place], options)
                 kept = keeps_channels_last(
                     config.trainer.channels_last,
@@ -235,6 +242,9 @@ def main() -> None:
     parser.add_argument("--channels_last", choices=["as by default", "yes", "no"], default="as by default")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batchnorm", default="separate")
+    parser.add_argument(
+        "--method", default="dann", choices=["dann", "lambda_zero"], help="ours; it has a table of its own"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="data.num_workers")
     parser.add_argument("--keep", type=Path, help="file to which the rows are added, below those of earlier commands")
@@ -256,7 +266,8 @@ def main() -> None:
     if options.write:
         size = "" if options.size == SIZE else f"_{options.size}"
         half = "" if options.precision == "32-true" else "_half"
-        put("performance.md", f"step_{options.device}{size}{half}", "\n".join([HEAD, *lines]))
+        control = "" if options.method == "dann" else "_control"
+        put("performance.md", f"step_{options.device}{size}{half}{control}", "\n".join([HEAD, *lines]))
 
 
 if __name__ == "__main__":

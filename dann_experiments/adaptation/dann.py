@@ -108,8 +108,9 @@ class DANNMethod(DomainAdaptationMethod):
             SOURCE: (outputs.source_features[layer], outputs.source_valid),
             TARGET: (outputs.target_features[layer], outputs.target_valid),
         }
-        reversed_sides = [(self.reversal(features, lambda_now), valid) for features, valid in sides.values()]
-        decided = classifier.logits_of(reversed_sides)
+        decided = classifier.logits_of(
+            [(self._reversed(features, lambda_now), valid) for features, valid in sides.values()]
+        )
         if self.domains > len(sides):
             return self._loss_of_several(classifier, decided, outputs)
         losses, accuracies = [], []
@@ -118,6 +119,10 @@ class DANNMethod(DomainAdaptationMethod):
             losses.append(loss)
             accuracies.append(accuracy)
         return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+
+    def _reversed(self, features: Tensor, lambda_now: float) -> Tensor:
+        # at lambda 0 the network would get zeros; detached, the backward pass of a target that is forwarded alone is left out
+        return self.reversal(features, lambda_now) if lambda_now else features.detach()
 
     def _loss_of_several(
         self, classifier: DomainClassifier, decided: Sequence[Tensor], outputs: StepOutputs
