@@ -24,7 +24,7 @@ import yaml
 
 from benchmarks.pages import DOCS, put
 from dann_experiments.cli import PROGRAM as DANN
-from dann_experiments.command_line import SHORT_NAMES, Command
+from dann_experiments.command_line import SCRIPTS, SHORT_NAMES, Command
 from dann_experiments.config import Config, InputError, load_config
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.description import type_name
@@ -309,11 +309,11 @@ def commands_table() -> list[str]:
     """Every command with its flags and the settings it takes."""
     lines = ["| command | flags | settings |", "|---|---|---|"]
     kinds = {kind: name for name, kind in KINDS.items()}
-    for program in (DANN, SWEEPS):
+    for script, program in zip(SCRIPTS, (DANN, SWEEPS), strict=True):
         for name, command in program.commands.items():
             settings = ", ".join(kinds[kind] for kind in command.settings.values()) or "study, storage"
             flags = ", ".join(f"`{flag}`" for flag in flags_of(command))
-            lines.append(f"| `python -m {program.name} {name}` | {flags} | {settings} |")
+            lines.append(f"| `{script} {name}` | {flags} | {settings} |")
     return lines
 
 

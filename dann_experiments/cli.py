@@ -109,9 +109,7 @@ def _print_run(result: Any) -> int:
     print(f"Look at it: {terminal.where_to_look(result.tracking_uri)}")
     terminal.print_views(result.tracking_uri, result.views)
     if result.job == Job.ADAPT:
-        print(
-            f"Map images: python -m dann_experiments predict --model runs:/{result.run_id} --input IMAGES --output MAPS"
-        )
+        print(f"Map images: dann predict --model runs:/{result.run_id} --input IMAGES --output MAPS")
         print("Did it help? `compare`, with the same settings: several seeds, a lambda = 0 control and a verdict.")
     return 0
 

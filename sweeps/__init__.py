@@ -1,4 +1,4 @@
-"""Hyperparameter search with Optuna; `python -m sweeps --help` lists the commands.
+"""Hyperparameter search with Optuna; `dann-sweep --help` lists the commands.
 
 Public names load on first use, so that importing the package costs nothing.
 """

@@ -1,4 +1,4 @@
-"""The command line: `python -m sweeps {run,resume,status,report,confirm}`.
+"""The command line: `dann-sweep {run,resume,status,report,confirm}`.
 
 Flags without dots are settings of the sweep (`--n_trials 20`) or short names of settings of `adapt` (`--max_epochs 5`);
 other settings of `adapt` have dotted names (`--optimizer.lr 1e-3`).

@@ -102,7 +102,7 @@ def confirm(
     refuse_unshared(sweep, "storage", address)
     candidates = top_trials(parent, sweep.confirm_top)
     if not candidates:
-        raise InputError(f"study {name!r} has no complete trial to confirm; `python -m sweeps status --study {name}`.")
+        raise InputError(f"study {name!r} has no complete trial to confirm; `dann-sweep status --study {name}`.")
     first = parent.attribute(DEFINITION)["config"]["seed"] + seeds_per_trial(parent)
     contest = _Contest(parent, candidates, range(first, first + sweep.confirm_seeds))
     config = study_config(parent, tracking or {})

@@ -109,7 +109,7 @@ def write_report(study: Sweep, store: Store, folder: Path) -> None:
         header = (
             f"# Trial {best.number} of study {study.name}: {study.attribute(DEFINITION)['objective']} {best.value!r}"
             f"{_over_seeds(best)}\n"
-            "# python -m dann_experiments adapt --config best_config.yaml   (in the same tracking store: the source model is "
+            "# dann adapt --config best_config.yaml   (in the same tracking store: the source model is "
             "there)\n"
         )
         note = forgetting_note(study)

@@ -48,7 +48,7 @@ def result(ended: SweepResult, store: str) -> None:
         print(f"  after: {store}")
     if ended.best is not None:
         flags = flags_of(ended.study, ended.settings.storage)
-        print(f"Next: python -m sweeps confirm {flags}   (the best again over new seeds; the best mean wins)")
+        print(f"Next: dann-sweep confirm {flags}   (the best again over new seeds; the best mean wins)")
 
 
 def print_study(study: Sweep) -> None:
@@ -110,7 +110,7 @@ def status(name: str, storage: str | None) -> None:
         if note is not None:
             print(note)
     if counts["waiting"]:
-        print(f"{counts['waiting']} waiting; `python -m sweeps resume {flags_of(name, storage)}` runs them.")
+        print(f"{counts['waiting']} waiting; `dann-sweep resume {flags_of(name, storage)}` runs them.")
     if is_journal(address):
         print(f"To watch: optuna-dashboard '{address}'")
 

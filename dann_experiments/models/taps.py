@@ -269,5 +269,5 @@ def _no_such_layer(network: nn.Module, layer: str, in_channels: int, size: int) 
     names = [info.name for info in list_layers(network, in_channels, size) if info.useful]
     return InputError(
         f"domain_adaptation.method.feature_layer names {layer!r}, which this network does not have or which gives no "
-        f"map; layers that do: {names} (`python -m dann_experiments layers` lists all)."
+        f"map; layers that do: {names} (`dann layers` lists all)."
     )

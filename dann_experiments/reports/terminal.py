@@ -381,7 +381,7 @@ def print_health(
         print(f"{path}: files of {whose} does not have yet")
     print(f"{len(closed)} runs closed, {running} are really running, {len(leftovers)} folders left.")
     if leftovers:
-        print(f"Send them: python -m dann_experiments sync --tracking.folder {leftovers[0].parent}")
+        print(f"Send them: dann sync --tracking.folder {leftovers[0].parent}")
     for model_id in lone_models:
         print(f"models:/{model_id}: its run was deleted, its files were not")
     if lone_models:

@@ -31,8 +31,8 @@ def explained_in_run(error: BaseException, run_id: str, job: str | None) -> Inpu
 def way_on(run_id: str, job: str | None) -> str:
     """Return how to go on with a job whose run `run_id` was ended."""
     if job == Job.SWEEP:
-        return "resume its study (`python -m sweeps resume`)"
-    return f"resume: python -m dann_experiments {job} --resume {run_id}" if job in _RESUMABLE else f"run {job} again"
+        return "resume its study (`dann-sweep resume`)"
+    return f"resume: dann {job} --resume {run_id}" if job in _RESUMABLE else f"run {job} again"
 
 
 def of_the_store(error: BaseException) -> bool:

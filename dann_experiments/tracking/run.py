@@ -245,7 +245,7 @@ def tracked_run(
                 why = f" ({sender.refusal})" if sender.refusal else ""
                 raise NotStored(
                     f"the run ended well, but the tracking store did not accept all of its data{why}; the rest is kept in "
-                    f"{run_folder}. When the store works again: python -m dann_experiments sync --tracking.folder {folder}"
+                    f"{run_folder}. When the store works again: dann sync --tracking.folder {folder}"
                 )
         except NotStored:  # already closed
             raise
