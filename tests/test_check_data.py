@@ -163,7 +163,8 @@ def id_outside_the_classes(root):
 
 def id_outside_the_map(root):
     named = {"data__source__value_map": {0: "ground"}}
-    return [f"source/masks/{n}.png holds id 1, but data.source.value_map knows [0]" for n in range(10)], named
+    files = [f"source/masks/{n}.png" for n in range(10)]
+    return ["masks/0.png holds id 1, but data.source.value_map knows [0]", "So do 13 other masks: ", *files], named
 
 
 def colour_outside_the_map(root):
@@ -171,7 +172,11 @@ def colour_outside_the_map(root):
         for path in (root / name / "masks").iterdir():
             Image.fromarray(np.stack([np.asarray(Image.open(path)) * 255] * 3, -1)).save(path)
     colours = {"data__source__color_map": {"0,0,0": "ground", "255,255,254": "square"}}
-    return ["source/masks/1.png holds the color (255, 255, 255), which data.source.color_map does not name"], colours
+    told = [
+        "source/masks/0.png holds the color (255, 255, 255), which data.source.color_map does not name",
+        "source_val/masks/3",
+    ]
+    return told, colours
 
 
 def mask_of_fractions(root):
@@ -319,7 +324,7 @@ def test_all_problems_are_listed_in_one_go(root, capsys):
             wanted += damage(root)
     (root / "source" / "masks" / "2.png").write_text("the mask of an image that is broken as well")
     grey(root / "source_val" / "masks" / "1.png", np.full((32, 32), 9, np.uint8))
-    wanted += ["source/masks/2.png cannot be read", "source_val/masks/1.png holds id 9"]
+    wanted += ["source/masks/2.png cannot be read", "source_val/masks/1.png"]
     assert run(root) == 2
     errors = capsys.readouterr().err
     assert [text for text in wanted if text not in errors] == []
@@ -329,13 +334,44 @@ def test_all_problems_are_listed_in_one_go(root, capsys):
 
 def test_the_same_way_out_of_many_problems_is_printed_once(root, capsys):
     for number in range(3):
-        colours = np.full((32, 32, 3), (0, 0, 1), np.uint8)
-        Image.fromarray(colours).save(root / "source" / "masks" / f"{number}.png")
+        (root / "source" / "masks" / f"{number}.png").unlink()
+        write_raster(root / "source" / "masks" / f"{number}.tif", np.full((1, 32, 32), 0.5, np.float32))
     assert run(root) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "has 3 bands" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "not whole numbers" in line]
     assert len(lines) == 3
-    assert ['data.source.color_map: {"0,0,1": CLASS}' in line for line in lines] == [True, False, False]
-    assert all(line.endswith(f"source/masks/{number}.png has 3 bands") for number, line in enumerate(lines) if number)
+    assert ["; " in line for line in lines] == [True, False, False]
+
+
+def test_values_without_a_class_are_one_problem_with_all_masks_and_all_values(root, capsys):
+    """Also those of later windows, and the ids that are classes as they are: the map to fill in must name them too."""
+    for number in range(3):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[:16, :16], mask[20:, 20:] = 7 + number, 1
+        grey(root / "source" / "masks" / f"{number}.png", mask)
+    colours = np.full((32, 32, 3), (0, 0, 1), np.uint8)
+    colours[:5] = (9, 200, 30)
+    Image.fromarray(colours).save(root / "source_val" / "masks" / "1.png")
+    assert run(root, data__window_size=16) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("Error: 2 problems with the data:\n")
+    ids, rgb = errors.splitlines()[1:]
+    assert "source/masks/0.png holds id 7" in ids
+    assert "So do 2 other masks: source/masks/1.png, source/masks/2.png." in ids
+    assert "data.source.value_map: {0: CLASS, 1: CLASS, 7: CLASS, 8: CLASS, 9: CLASS}, with one of the classes" in ids
+    assert 'data.source.color_map: {"0,0,1": CLASS, "9,200,30": CLASS}' in rgb
+    assert "other masks" not in rgb
+
+
+def test_values_that_a_map_lacks_are_listed_together(root, capsys):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:3], mask[9:12] = 1, 4
+    grey(root / "source" / "masks" / "0.png", mask)
+    assert run(root, data__source__value_map={0: "ground", 1: "square"}) == 2
+    assert "source/masks/0.png holds id 4, but data.source.value_map knows [0, 1]" in capsys.readouterr().err
+    mask[20:] = 5
+    grey(root / "source" / "masks" / "0.png", mask)
+    assert run(root, data__source__value_map={0: "ground", 1: "square"}) == 2
+    assert "Without a class: 4, 5." in capsys.readouterr().err
 
 
 def test_more_problems_than_training_shows_are_all_listed(root, capsys, store):

@@ -16,7 +16,7 @@ from PIL import Image
 from rasterio.transform import from_origin
 
 from dann_experiments.config import InputError
-from dann_experiments.data.labels import LabelMap, VectorRules, label_map, read_mask
+from dann_experiments.data.labels import LabelMap, label_map, read_mask
 from dann_experiments.data.pixels import read_pixels
 from dann_experiments.data.rasters import Window, read_header
 from dann_experiments.data.reading import (
@@ -232,7 +232,7 @@ def test_an_id_or_a_colour_that_nobody_named_is_refused_with_the_way_out(tmp_pat
 
 def message_of(path, stored):
     stored.save(path)
-    labels = dataclasses.replace(LabelMap(2), settings="data.source.", vector=VectorRules(("road", "roof")))
+    labels = dataclasses.replace(LabelMap(2), settings="data.source.", class_names=("road", "roof"))
     with pytest.raises(InputError) as refused:
         read_mask(path, labels)
     return str(refused.value)
@@ -252,7 +252,7 @@ def test_a_mask_of_unnamed_values_gives_the_line_of_settings_to_fill_in(tmp_path
 def test_a_picture_in_the_place_of_a_mask_is_no_list_of_its_colours(tmp_path):
     picture = np.arange(64 * 3, dtype=np.uint8).reshape(8, 8, 3)
     text = message_of(tmp_path / "picture.png", Image.fromarray(picture))
-    assert "It holds 64 different ones: is it a picture?" in text
+    assert "64 different ones were found here: is it a picture?" in text
     assert "CLASS" not in text
 
 

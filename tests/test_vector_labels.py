@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -50,8 +51,9 @@ DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".json": "GeoJSON", ".shp": "
 
 
 def rules(**more: Any) -> LabelMap:
-    given = {"class_names": NAMES, "attribute": "crop", "background": 0} | more
-    return LabelMap(len(given["class_names"]), vector=VectorRules(**given), settings="data.source.")
+    given = {"attribute": "crop", "background": 0} | more
+    names = given.pop("class_names", NAMES)
+    return LabelMap(len(names), vector=VectorRules(**given), settings="data.source.", class_names=names)
 
 
 def image_in(folder: Path, name: str = "image.tif", place: Affine = PLACE, crs: str | None = UTM, **more: Any) -> Path:
@@ -256,7 +258,7 @@ def test_without_an_attribute_polygons_are_the_only_other_class(fields):
 )
 def test_values_are_found_by_number_or_text(tmp_path, crops, more, ids):
     path = write_polygons(tmp_path / "f.gpkg", on_ground(SHAPES), crops)
-    labels = LabelMap(3, ids=ids, vector=rules(**more).vector)
+    labels = dataclasses.replace(rules(**more), ids=ids)
     assert (mask_in(Sample(image_in(tmp_path), path), labels) == drawn(SHAPES, [1, 2, 1])).all()
 
 
@@ -769,7 +771,7 @@ from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.labels import LabelMap, VectorRules
 from dann_experiments.data.reading import Normalization
 from dann_experiments.data.samples import Sample
-labels = LabelMap(3, vector=VectorRules(("ground", "maize", "grass"), "crop", None, 0))
+labels = LabelMap(3, vector=VectorRules("crop", None, 0), class_names=("ground", "maize", "grass"))
 mask = Path(sys.argv[2]) if len(sys.argv) > 2 else None
 data = SegmentationDataset([Sample(Path(sys.argv[1]), mask)], labels, Normalization(*[(0.0,), (1.0,)] * 2))
 masks = (data.read(index)[1] for index in range(len(data)))

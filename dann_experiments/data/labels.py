@@ -23,8 +23,6 @@ MOST_NAMED = 32  # values that a message lists; more are hardly classes
 class VectorRules:
     """How polygons become class ids (see `vector_masks`)."""
 
-    class_names: tuple[str, ...] = ()
-    """Names of all classes of the network."""
     attribute: str | None = None
     """Attribute of the features that holds their class; None = all are of one class."""
     texts: Mapping[str, int] | None = None
@@ -33,6 +31,28 @@ class VectorRules:
     """Class id of pixels outside every polygon; None = they are ignored."""
     all_touched: bool = False
     """Count every pixel that a polygon touches, not only those whose center is in it."""
+
+
+class UnnamedValues(InputError):
+    """A mask holds ids or colors that are no class."""
+
+    told: str = ""
+    """What is wrong with the first of them."""
+    setting: str = ""
+    """The map that would name them: `value_map` or `color_map`."""
+    keys: tuple[str, ...] = ()
+    """As YAML: the values in the window that was read that need a name there."""
+
+    @classmethod
+    def of(cls, told: str, labels: LabelMap, setting: str, keys: Sequence[str]) -> UnnamedValues:
+        """Return the error, whose message has the line of settings to fill in if there is no such map yet."""
+        made = cls(told if labels.has(setting) else told + to_fill_in(labels, setting, keys))
+        made.told, made.setting, made.keys = (
+            told,
+            setting,
+            tuple(keys),
+        )  # a constructor of several arguments is not pickled
+        return made
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,12 @@ class LabelMap:
     """Prefix of the settings' names in messages: `data.source.` or `data.target.`."""
     vector: VectorRules = VectorRules()
     """For masks that are polygons."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes, by id; empty = not known, and no message names them."""
+
+    def has(self, setting: str) -> bool:
+        """Return True if this map was given: `value_map` or `color_map`."""
+        return (self.ids if setting == "value_map" else self.colors) is not None
 
     def network_id(self, value: int) -> int | None:
         """Return the class id for a mask value, None if the value is unknown."""
@@ -86,6 +112,7 @@ def label_map(
         None if color_map is None else {rgb: index.get(name, ignore_index) for rgb, name in color_map.items()},
         frozenset(ignore_values),
         settings,
+        class_names=tuple(class_names),
     )
 
 
@@ -109,7 +136,7 @@ def vector_rules(
             "them, or null to ignore pixels outside every polygon."
         )
     return VectorRules(
-        tuple(class_names), attribute,
+        attribute,
         None if names is None else {text_of(key): index.get(name, ignore_index) for key, name in names.items()},
         None if background is None else index[background], all_touched,
     )  # fmt: skip
@@ -143,16 +170,13 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
     if len(values) == 3 and np.array_equal(values[0], values[1]) and np.array_equal(values[0], values[2]):
         values = values[:1]  # ids written as gray colors
     if len(values) != 1:
-        named = ""
-        if len(values) == 3 and values.dtype == np.uint8:
-            codes = np.unique(_codes(values)).tolist()
-            named = _to_fill_in(
-                labels, "color_map", [f'"{code >> 16},{code >> 8 & 255},{code & 255}"' for code in codes]
-            )
-        raise InputError(
+        told = (
             f"mask {path} has {len(values)} bands; masks hold one class id per pixel, or colors that {labels.settings}color_map "
-            f"names.{named}"
+            "names."
         )
+        if len(values) == 3 and values.dtype == np.uint8:
+            raise UnnamedValues.of(told, labels, "color_map", _color_keys(_codes(values)))
+        raise InputError(told)
     array = values[0]
     if hidden is not None:
         named = np.isin(array, list(labels.ids or ()))
@@ -174,8 +198,8 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
         result[hidden] = labels.ignore_index
     if result.min(initial=0) < 0:
         wrong = int(array[result < 0].min())
-        named = _to_fill_in(labels, "value_map", [str(int(value)) for value in ids]) if labels.ids is None else ""
-        raise InputError(f"mask {path} holds id {wrong}, {_what_is_known(labels)}{named}")
+        keys = [str(int(value)) for value, place in zip(ids, known, strict=True) if labels.ids is None or place is None]
+        raise UnnamedValues.of(f"mask {path} holds id {wrong}, {_what_is_known(labels)}", labels, "value_map", keys)
     return result.astype(np.uint8)
 
 
@@ -188,17 +212,21 @@ def _what_is_known(labels: LabelMap) -> str:
     )
 
 
-def _to_fill_in(labels: LabelMap, setting: str, keys: Sequence[str]) -> str:
-    """Return a sentence with the line of settings that names these values of a mask, for the user to fill in, or a question if
-    they are so many that the file is hardly a mask. `keys`: the values in the window that was read, as YAML."""
+def to_fill_in(labels: LabelMap, setting: str, keys: Sequence[str], where: str = "here") -> str:
+    """Return a sentence with the line of settings that names these values of masks, for the user to fill in, or a question if
+    they are so many that the files are hardly masks. `keys`: the values, as YAML; `where` they were found."""
     if len(keys) > MOST_NAMED:
-        return f" It holds {len(keys)} different ones: is it a picture?"
+        return f" {len(keys)} different ones were found {where}: is it a picture?"
     entries = ", ".join(f"{key}: CLASS" for key in keys)
-    names = f" {list(labels.vector.class_names)}" if labels.vector.class_names else ""
+    names = f" {list(labels.class_names)}" if labels.class_names else ""
     return (
-        f" For those found here: {labels.settings}{setting}: {{{entries}}}, with one of the classes{names}, or {IGNORED}, for "
+        f" For those found {where}: {labels.settings}{setting}: {{{entries}}}, with one of the classes{names}, or {IGNORED}, for "
         "each CLASS."
     )
+
+
+def _color_keys(codes: np.ndarray) -> list[str]:
+    return [f'"{code >> 16},{code >> 8 & 255},{code & 255}"' for code in np.unique(codes).tolist()]
 
 
 def _codes(values: np.ndarray) -> np.ndarray:
@@ -232,7 +260,6 @@ def _from_colors(path: Path, codes: np.ndarray, labels: LabelMap, hidden: np.nda
     if unknown.any():
         code = int(codes[unknown][0])
         color = (code >> 16, code >> 8 & 255, code & 255)
-        raise InputError(
-            f"mask {path} holds the color {color}, which {labels.settings}color_map does not name; add it."
-        )
+        told = f"mask {path} holds the color {color}, which {labels.settings}color_map does not name; add it."
+        raise UnnamedValues.of(told, labels, "color_map", _color_keys(codes[unknown]))
     return result.astype(np.uint8)

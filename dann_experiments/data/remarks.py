@@ -16,6 +16,7 @@ from dann_experiments.data.labels import LabelMap
 from dann_experiments.data.nodata import fits
 from dann_experiments.data.rasters import Header, changes_values
 from dann_experiments.data.reading import Reading
+from dann_experiments.data.unnamed import Unnamed
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -75,6 +76,8 @@ class Problems:
         self.texts: list[str] = []
         self.remarks = Remarks()
         """Remarks on what is unusual but allowed."""
+        self.unnamed = Unnamed()
+        """Values of masks that are no class, where whole masks are read."""
 
     def append(self, text: str) -> None:
         """Add a problem unless it is already listed."""

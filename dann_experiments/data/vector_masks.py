@@ -132,12 +132,12 @@ def _is_geo(sample: Sample) -> bool:
 def _only_class(labels: LabelMap, sample: Sample) -> int:
     """Return the only class besides the background, to which polygons belong if no attribute names their class."""
     rules = labels.vector
-    others = [index for index in range(len(rules.class_names)) if index != rules.background]
+    others = [index for index in range(len(labels.class_names)) if index != rules.background]
     if len(others) == 1:
         return others[0]
     raise InputError(
         f"{labels.settings}label_attribute is not set, so all polygons of {sample.mask} would be of one class, but it could be "
-        f"any of {[rules.class_names[index] for index in others]}; name the attribute that holds the class, or set "
+        f"any of {[labels.class_names[index] for index in others]}; name the attribute that holds the class, or set "
         f"{labels.settings}label_background if the other class is what lies outside the polygons."
     )
 
@@ -149,8 +149,8 @@ def _class_id(value: Value, labels: LabelMap) -> int | None:
         for text in (value.text, None if number is None else str(number)):
             if text is not None and text in rules.texts:
                 return rules.texts[text]
-    elif value.text is not None and value.text in rules.class_names:
-        return rules.class_names.index(value.text)
+    elif value.text is not None and value.text in labels.class_names:
+        return labels.class_names.index(value.text)
     if number is None or (value.text is not None and labels.ids is None):  # ids of categories are not class ids
         return None
     if rules.texts is not None and labels.ids is None:
@@ -173,7 +173,7 @@ def _unknown(positions: list[int], polygons: Polygons, labels: LabelMap, sample:
     known = (
         f"which {labels.settings}label_map does not name; add them there, with the class ignored if they count nowhere"
         if rules.texts is not None
-        else f"which are not among the classes {list(rules.class_names)}; say in {labels.settings}label_map which class they are"
+        else f"which are not among the classes {list(labels.class_names)}; say in {labels.settings}label_map which class they are"
     )
     return f"{sample.mask}: {len(ids)} features (ids {some(ids)}) have {', '.join(shown)}{more}, {known}."
 

@@ -89,7 +89,7 @@ def _unused(sets: Mapping[SetName, SegmentationDataset]) -> Iterator[str]:
 
 
 def _name_of(index: int, dataset: SegmentationDataset) -> str:
-    return IGNORED if index == dataset.labels.ignore_index else dataset.labels.vector.class_names[index]
+    return IGNORED if index == dataset.labels.ignore_index else dataset.labels.class_names[index]
 
 
 def _touching(polygons: Polygons, place: Any, box: tuple[float, float, float, float]) -> set[int]:

@@ -17,11 +17,11 @@ from dann_experiments.data.checks import absent_classes, check_sizes, labelled_p
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.domain_data import DataPlan, followed
 from dann_experiments.data.headers import read_headers
-from dann_experiments.data.labels import LabelMap, read_mask
+from dann_experiments.data.labels import LabelMap, UnnamedValues
 from dann_experiments.data.nodata import NodataBands, default_nodata_bands
 from dann_experiments.data.overlaps import shared_images
 from dann_experiments.data.pixels import read_pixels
-from dann_experiments.data.rasters import Header, Window, check_deflated, read_header
+from dann_experiments.data.rasters import Header, check_deflated
 from dann_experiments.data.reading import chosen_bands
 from dann_experiments.data.remarks import Problems
 from dann_experiments.data.samples import Sample, file_digest
@@ -29,7 +29,6 @@ from dann_experiments.data.statistics import BandStatistics, BandSums, range_rem
 from dann_experiments.data.vector_files import is_vector
 from dann_experiments.data.vector_report import vector_report
 from dann_experiments.data.virtual import addresses, files_behind, is_ours
-from dann_experiments.data.windows import default_size, grid
 from dann_experiments.jobs.build import data_plan
 from dann_experiments.jobs.checks import may_share, remarks_on_label_maps
 from dann_experiments.jobs.identity import domain_tags, public_settings, run_name
@@ -119,6 +118,8 @@ def check_data(config: Config) -> DataReport:
         if cut is not None:
             sets[name] = cut
             _read(cut, name, plan, problems)
+    for text in problems.unnamed.texts():
+        problems.append(text)
     for text, image, other, twin in shared_images(samples, functools.cache(file_digest)):
         if may_share(text, other):
             continue
@@ -283,7 +284,8 @@ def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> Non
                     values, mask, valid = dataset.read(index)
                 except InputError as error:
                     broken.add(piece.sample)
-                    problems.append(str(error))
+                    if not isinstance(error, UnnamedValues):  # which are collected over all masks
+                        problems.append(str(error))
                     _check_mask(dataset.samples[piece.sample], dataset.labels, problems)
                 else:
                     own = (slice(piece.counted_rows, None), slice(piece.counted_columns, None))
@@ -322,10 +324,7 @@ def _check_mask(sample: Sample, labels: LabelMap, problems: Problems) -> None:
     if sample.mask is None or is_vector(sample.mask):  # polygons are checked by the image that they lie on
         return
     try:
-        header = read_header(sample.mask)
-        size = default_size(header.height, header.width, None, None)
-        for piece in grid(0, Window(0, 0, header.height, header.width), size):
-            read_mask(sample.mask, labels, piece.window)
+        problems.unnamed.check(sample.mask, labels)
     except InputError as error:
         problems.append(str(error))
 

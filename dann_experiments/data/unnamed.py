@@ -1,0 +1,64 @@
+"""Collects the ids or colors that no setting names, over all masks of a domain: one problem, and one line of settings."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dann_experiments.data.labels import MOST_NAMED, LabelMap, UnnamedValues, read_mask, to_fill_in
+from dann_experiments.data.rasters import Window, read_header
+from dann_experiments.data.windows import default_size, grid
+
+
+@dataclass
+class _Masks:
+    """Masks of one domain with values that the same setting would name."""
+
+    told: str
+    labels: LabelMap
+    setting: str
+    keys: set[str] = field(default_factory=set)
+    paths: list[Path] = field(default_factory=list)
+
+    def text(self) -> str:
+        keys = sorted(self.keys, key=lambda key: [int(number) for number in re.findall(r"-?\d+", key)])
+        others = [str(Path(*path.parts[-3:])) for path in self.paths[1:]]  # with the folders of set and masks
+        more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
+        of_others = f" So do {len(others)} other masks: {', '.join(others[:MOST_NAMED])}{more}."
+        told = self.told + of_others * bool(others)
+        if not self.labels.has(self.setting):
+            return told + to_fill_in(self.labels, self.setting, keys, "in all of them" if others else "here")
+        unnamed = ", ".join(keys[:MOST_NAMED]) + f" and {len(keys) - MOST_NAMED} more" * (len(keys) > MOST_NAMED)
+        return f"{told} Without a class: {unnamed}." if others or len(keys) > 1 else told
+
+
+class Unnamed:
+    """Values of masks that are no class, by domain."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], _Masks] = {}
+
+    def check(self, path: Path, labels: LabelMap) -> None:
+        """Read a whole mask and keep its values that are no class. Raises InputError for any other problem with it."""
+        mine: _Masks | None = None
+        classes: set[str] = set()
+        header = read_header(path)
+        size = default_size(header.height, header.width, None, None)
+        for piece in grid(0, Window(0, 0, header.height, header.width), size):
+            try:
+                classes |= {str(index) for index in set(read_mask(path, labels, piece.window).ravel().tolist())}
+            except UnnamedValues as error:
+                known = _Masks(error.told, labels, error.setting)
+                mine = self._found.setdefault((labels.settings, error.setting), known)
+                mine.keys.update(error.keys)
+                if path not in mine.paths[-1:]:
+                    mine.paths.append(path)
+        if (
+            mine is not None and mine.setting == "value_map" and labels.ids is None
+        ):  # a map must name the other ids as well
+            mine.keys |= classes - {str(labels.ignore_index)}
+
+    def texts(self) -> list[str]:
+        """Return one problem per domain and setting."""
+        return [masks.text() for masks in self._found.values()]
