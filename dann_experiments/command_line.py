@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import os
 import shutil
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from dann_experiments.config import InputError
+from dann_experiments.config.nearest import meant
 from dann_experiments.config.recipes import forget_default, with_origin
 from dann_experiments.environment import explain_missing
 from dann_experiments.names import Key
@@ -207,9 +207,8 @@ class Program:
 
     def _command(self, name: str) -> Command:
         if name not in self.commands:
-            near = difflib.get_close_matches(name, self.commands, n=1)
-            meant = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"unknown command {name!r}; {meant}give one of {', '.join(self.commands)}.")
+            near = meant(name, self.commands) or ";"
+            raise InputError(f"unknown command {name!r}{near} give one of {', '.join(self.commands)}.")
         return self.commands[name]
 
 

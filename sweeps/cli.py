@@ -7,7 +7,6 @@ other settings of `adapt` have dotted names (`--optimizer.lr 1e-3`).
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from dann_experiments.command_line import (
 )
 from dann_experiments.config import InputError
 from dann_experiments.config.imports import quick_imports
+from dann_experiments.config.nearest import nearest
 from dann_experiments.config.parsing import known_keys, load_settings
 from dann_experiments.config.recipes import DEFAULT, load_or_default, report_default, settings_file
 from dann_experiments.workers.processes import prepare_workers
@@ -51,10 +51,8 @@ def _settings(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
     keys = known_keys(SweepConfig)
     for key in request.settings:
         if "." not in key and key not in (*keys, *SHORT_NAMES, *known_keys()):
-            near = difflib.get_close_matches(key, [*keys, *SHORT_NAMES], n=1, cutoff=0.55)
-            raise InputError(
-                f"unknown flag --{key}; " + (f"did you mean --{near[0]}?" if near else "--help lists all.")
-            )
+            near = nearest(key, [*keys, *SHORT_NAMES], least=0.55)
+            raise InputError(f"unknown flag --{key}; " + (f"did you mean --{near}?" if near else "--help lists all."))
     return {key: value for key, value in request.settings.items() if key in keys}, request.overrides(but=keys)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 import types
@@ -19,7 +18,7 @@ from dann_experiments.config.description import plain_values, type_name
 from dann_experiments.config.errors import InputError
 from dann_experiments.config.label_keys import check_label_keys
 from dann_experiments.config.limits import settings_of
-from dann_experiments.config.nearest import meant
+from dann_experiments.config.nearest import meant, nearest
 from dann_experiments.config.paths import local_path, near_name
 from dann_experiments.config.recipes import settings_file
 from dann_experiments.config.schema import Config
@@ -258,10 +257,8 @@ def _refuse_unknown_keys(cls: type, settings: Mapping[str, Any]) -> None:
                 walk(value or {}, f"{key}.")
             elif key not in known:
                 ends = {other: other.rpartition(".")[2] for other in known}
-                close = difflib.get_close_matches(
-                    str(name).rpartition(".")[2], sorted(set(ends.values())), n=1, cutoff=0.75
-                )
-                alike = [other for other in known if ends[other] in close]
+                close = nearest(str(name).rpartition(".")[2], sorted(set(ends.values())), least=0.75)
+                alike = [other for other in known if ends[other] == close]
                 near = meant(key, alike, least=0.0) if alike else meant(key, known, least=0.55)
                 raise InputError(f"unknown setting {_shown(key)}{near or '; `--help` lists all.'}")
             elif value is None and type(None) not in typing.get_args(known[key]):

@@ -6,13 +6,13 @@ Images alone may be at an address (`remote_address`).
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.nearest import nearest
 
 ADDRESS = re.compile(r"\s*(?:(?P<scheme>[a-z][a-z0-9+.-]+):/|/vsi(?P<handler>[a-z0-9_]+)[/?])", re.IGNORECASE)
 # also recognized with a single slash, as pathlib leaves them
@@ -53,9 +53,9 @@ def near_name(path: str | Path) -> str:
     while missing.parent != missing and not os.path.isdir(missing.parent):
         missing = missing.parent
     with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the path
-        near = difflib.get_close_matches(missing.name, sorted(os.listdir(missing.parent)), n=1)
-        if near:
-            return f" (did you mean {missing.parent / near[0]}?)"
+        near = nearest(missing.name, sorted(os.listdir(missing.parent)))
+        if near is not None:
+            return f" (did you mean {missing.parent / near}?)"
     return ""
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dann_experiments.config.errors import InputError
+from dann_experiments.config.nearest import nearest
 from dann_experiments.config.presets import IGNORED
 from dann_experiments.data.dataset import MOST_PADDED, SegmentationDataset
 from dann_experiments.data.statistics import BandSums, range_remark
@@ -44,8 +44,10 @@ def label_map_remarks(
         lacking = [name for name in class_names if name not in names]
         more = [name for name in names if name not in class_names and name != IGNORED]
         if more and domain in own_maps:
-            near = {name: difflib.get_close_matches(name, lacking or class_names, n=1) for name in more}
-            hint = "".join(f"; did you mean {found[0]!r} by {name!r}?" for name, found in near.items() if found)
+            near = {name: nearest(name, lacking or class_names) for name in more}
+            hint = "".join(
+                f"; did you mean {found!r} by {name!r}?" for name, found in near.items() if found is not None
+            )
             remarks.append(
                 f"{domain.key}: its label map names {more}, which are not among the network's classes {list(class_names)} and "
                 f"are ignored (write {IGNORED} if that is intended){hint}"
