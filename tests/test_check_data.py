@@ -608,3 +608,13 @@ def test_problems_are_errors_for_callers_of_the_function_only_in_the_report(root
     assert report.run_id is None
     with pytest.raises(InputError, match=r"target/images/2\.png"):
         find_data(load_config(None, small_settings(root)))
+
+
+def test_a_large_picture_in_the_place_of_a_mask_is_asked_about(root, capsys):
+    """Its colors are not collected: there may be millions."""
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(picture).save(root / "source" / "masks" / "0.png")
+    assert run(root) == 2
+    errors = capsys.readouterr().err
+    assert "More than 32 different ones were found here: is it a picture?" in errors
+    assert "CLASS" not in errors

@@ -41,17 +41,14 @@ class UnnamedValues(InputError):
     setting: str = ""
     """The map that would name them: `value_map` or `color_map`."""
     keys: tuple[str, ...] = ()
-    """As YAML: the values in the window that was read that need a name there."""
+    """As YAML: the values in the window that was read that need a name there; at most MOST_NAMED and one."""
 
     @classmethod
     def of(cls, told: str, labels: LabelMap, setting: str, keys: Sequence[str]) -> UnnamedValues:
         """Return the error, whose message has the line of settings to fill in if there is no such map yet."""
         made = cls(told if labels.has(setting) else told + to_fill_in(labels, setting, keys))
-        made.told, made.setting, made.keys = (
-            told,
-            setting,
-            tuple(keys),
-        )  # a constructor of several arguments is not pickled
+        # not arguments of the constructor: such an exception could not be pickled
+        made.told, made.setting, made.keys = told, setting, tuple(keys[: MOST_NAMED + 1])
         return made
 
 
@@ -216,7 +213,7 @@ def to_fill_in(labels: LabelMap, setting: str, keys: Sequence[str], where: str =
     """Return a sentence with the line of settings that names these values of masks, for the user to fill in, or a question if
     they are so many that the files are hardly masks. `keys`: the values, as YAML; `where` they were found."""
     if len(keys) > MOST_NAMED:
-        return f" {len(keys)} different ones were found {where}: is it a picture?"
+        return f" More than {MOST_NAMED} different ones were found {where}: is it a picture?"
     entries = ", ".join(f"{key}: CLASS" for key in keys)
     names = f" {list(labels.class_names)}" if labels.class_names else ""
     return (
@@ -226,7 +223,8 @@ def to_fill_in(labels: LabelMap, setting: str, keys: Sequence[str], where: str =
 
 
 def _color_keys(codes: np.ndarray) -> list[str]:
-    return [f'"{code >> 16},{code >> 8 & 255},{code & 255}"' for code in np.unique(codes).tolist()]
+    few = np.unique(codes)[: MOST_NAMED + 1].tolist()  # a picture in the place of a mask has millions
+    return [f'"{code >> 16},{code >> 8 & 255},{code & 255}"' for code in few]
 
 
 def _codes(values: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from dann_experiments.data.labels import MOST_NAMED, LabelMap, UnnamedValues, read_mask, to_fill_in
 from dann_experiments.data.rasters import Window, read_header
 from dann_experiments.data.windows import default_size, grid
@@ -29,7 +31,7 @@ class _Masks:
         told = self.told + of_others * bool(others)
         if not self.labels.has(self.setting):
             return told + to_fill_in(self.labels, self.setting, keys, "in all of them" if others else "here")
-        unnamed = ", ".join(keys[:MOST_NAMED]) + f" and {len(keys) - MOST_NAMED} more" * (len(keys) > MOST_NAMED)
+        unnamed = ", ".join(keys[:MOST_NAMED]) + " and more" * (len(keys) > MOST_NAMED)
         return f"{told} Without a class: {unnamed}." if others or len(keys) > 1 else told
 
 
@@ -42,21 +44,22 @@ class Unnamed:
     def check(self, path: Path, labels: LabelMap) -> None:
         """Read a whole mask and keep its values that are no class. Raises InputError for any other problem with it."""
         mine: _Masks | None = None
-        classes: set[str] = set()
+        classes: set[str] = set()  # ids of the windows without such values
         header = read_header(path)
         size = default_size(header.height, header.width, None, None)
         for piece in grid(0, Window(0, 0, header.height, header.width), size):
             try:
-                classes |= {str(index) for index in set(read_mask(path, labels, piece.window).ravel().tolist())}
+                classes |= {str(index) for index in np.unique(read_mask(path, labels, piece.window))}
             except UnnamedValues as error:
                 known = _Masks(error.told, labels, error.setting)
                 mine = self._found.setdefault((labels.settings, error.setting), known)
                 mine.keys.update(error.keys)
                 if path not in mine.paths[-1:]:
                     mine.paths.append(path)
-        if (
-            mine is not None and mine.setting == "value_map" and labels.ids is None
-        ):  # a map must name the other ids as well
+                if len(mine.keys) > MOST_NAMED:
+                    break
+        # the map must then name the ids as well that are classes without it
+        if mine is not None and mine.setting == "value_map" and not labels.has("value_map"):
             mine.keys |= classes - {str(labels.ignore_index)}
 
     def texts(self) -> list[str]:
