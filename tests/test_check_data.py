@@ -610,6 +610,38 @@ def test_problems_are_errors_for_callers_of_the_function_only_in_the_report(root
         find_data(load_config(None, small_settings(root)))
 
 
+def test_the_classes_of_masks_that_were_not_read_are_not_missed(root, capsys):
+    """The two masks that are left hold one class; that says nothing."""
+    for number in range(10):
+        values = np.full((32, 32), 200 if number < 8 else 0, np.uint8)
+        grey(root / "source" / "masks" / f"{number}.png", values)
+    assert run(root) == 2
+    errors = capsys.readouterr().err
+    assert "holds id 200" in errors
+    assert "to learn" not in errors
+
+
+def test_lossy_masks_are_one_problem(root, capsys):
+    for number in range(4):
+        (root / "source" / "masks" / f"{number}.png").unlink()
+        mask = np.random.default_rng(number).integers(0, 2, (32, 32)).astype(np.uint8) * 60
+        Image.fromarray(mask).save(root / "source" / "masks" / f"{number}.jpg")
+    assert run(root) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("Error: 1 problem")
+    assert "lossy compression (such as JPEG)" in errors
+    assert "So do 3 other masks: source/masks/1.jpg, source/masks/2.jpg, source/masks/3.jpg." in errors
+    assert "CLASS" not in errors
+
+
+def test_a_black_and_white_mask_of_one_bit_says_what_it_holds(root, capsys):
+    mask = np.zeros((32, 32), bool)
+    mask[:9] = True
+    Image.fromarray(mask).save(root / "source" / "masks" / "0.png")
+    assert run(root, data__source__value_map={0: "ground", 255: "square"}) == 2
+    assert "add it there (a file of one bit a pixel holds 0 and 1, not 0 and 255)" in capsys.readouterr().err
+
+
 def test_a_large_picture_in_the_place_of_a_mask_is_asked_about(root, capsys):
     """Its colors are not collected: there may be millions."""
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)

@@ -8,7 +8,8 @@ import pytest
 from conftest import small_settings
 
 from dann_experiments import InputError, load_config
-from dann_experiments.jobs.checks import warn_of_idle_adversary
+from dann_experiments.jobs.build import find_data
+from dann_experiments.jobs.checks import warn_of_a_single_step, warn_of_idle_adversary
 from dann_experiments.jobs.source_model import find_or_make_source_model
 from dann_experiments.names import Tag
 from dann_experiments.tracking.store import open_store
@@ -69,6 +70,17 @@ def test_an_adversary_that_hardly_acts_is_told(squares, caplog, more, told):
         warn_of_idle_adversary(load_config(None, small_settings(squares) | more))
     assert told in caplog.text
     assert bool(caplog.text) == bool(told)
+
+
+@pytest.mark.parametrize(("epochs", "told"), [(1, True), (2, False)])
+def test_a_training_of_one_step_is_told_to_have_no_adversary(squares, caplog, epochs, told):
+    """A schedule of lambda begins at 0: set to `batch`, as the warning above advises, it is still 0 in the only step."""
+    large = {"data.source.batch_size": 99, "data.target.batch_size": 99}
+    more = {"trainer.max_epochs": epochs, f"{METHOD}.step_mode": "batch", **large}
+    config = load_config(None, small_settings(squares) | more)
+    with caplog.at_level(logging.WARNING):
+        warn_of_a_single_step(config, find_data(config).read())
+    assert ("a single step, in which lambda is 0" in caplog.text) is told
 
 
 @pytest.mark.parametrize(

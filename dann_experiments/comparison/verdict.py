@@ -297,6 +297,11 @@ def _no_spread(difference: Interval) -> bool:
 
 
 def _seed_changed_nothing(difference: Interval, other: str) -> str:
+    if difference.mean == 0:
+        return (
+            f"all {_seeds(difference.n)} give exactly the scores of {other}: both trained alike, as they do if lambda is 0 in "
+            "every step, so there is nothing to compare."
+        )
     return (
         f"all {_seeds(difference.n)} give exactly the same difference from {other} ({_points(difference.mean)} points): the seed "
         "changed nothing, so this is one run counted several times and its spread is unknown."

@@ -39,14 +39,14 @@ class UnnamedValues(InputError):
     told: str = ""
     """What is wrong with the first of them."""
     setting: str = ""
-    """The map that would name them: `value_map` or `color_map`."""
+    """The map that would name them: `value_map` or `color_map`; "" if a name would not help."""
     keys: tuple[str, ...] = ()
     """As YAML: the values in the window that was read that need a name there; at most MOST_NAMED and one."""
 
     @classmethod
     def of(cls, told: str, labels: LabelMap, setting: str, keys: Sequence[str]) -> UnnamedValues:
         """Return the error, whose message has the line of settings to fill in if there is no such map yet."""
-        made = cls(told if labels.has(setting) else told + to_fill_in(labels, setting, keys))
+        made = cls(told if labels.has(setting) or not keys else told + to_fill_in(labels, setting, keys))
         # not arguments of the constructor: such an exception could not be pickled
         made.told, made.setting, made.keys = told, setting, tuple(keys[: MOST_NAMED + 1])
         return made
@@ -154,10 +154,11 @@ def read_mask(path: Path, labels: LabelMap, window: Window | None = None, factor
             lossy = changes_values(opened)
         if not lossy:
             raise
-        raise InputError(
+        told = (
             f"{str(error).partition(';')[0].rstrip('.')}. The file has a lossy compression (such as JPEG), which creates such "
             "values at every border; save the mask again from the original labels without loss, for example as PNG."
-        ) from None
+        )
+        raise UnnamedValues.of(told, labels, "", ()) from None
 
 
 def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarray:
@@ -196,13 +197,19 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
     if result.min(initial=0) < 0:
         wrong = int(array[result < 0].min())
         keys = [str(int(value)) for value, place in zip(ids, known, strict=True) if labels.ids is None or place is None]
-        raise UnnamedValues.of(f"mask {path} holds id {wrong}, {_what_is_known(labels)}", labels, "value_map", keys)
+        raise UnnamedValues.of(
+            f"mask {path} holds id {wrong}, {_what_is_known(labels, wrong)}", labels, "value_map", keys
+        )
     return result.astype(np.uint8)
 
 
-def _what_is_known(labels: LabelMap) -> str:
+def _what_is_known(labels: LabelMap, wrong: int) -> str:
     if labels.ids is not None:
-        return f"but {labels.settings}value_map knows {sorted(labels.ids)}; add it there, or to {labels.settings}ignore_values."
+        one_bit = " (a file of one bit a pixel holds 0 and 1, not 0 and 255)" * (wrong == 1 and 255 in labels.ids)
+        return (
+            f"but {labels.settings}value_map knows {sorted(labels.ids)}; add it there{one_bit}, or to "
+            f"{labels.settings}ignore_values."
+        )
     return (
         f"but classes go from 0 to {labels.num_classes - 1} (model.classes) and {labels.ignore_index} is ignored "
         f"(data.ignore_index); name other ids in {labels.settings}value_map, or list them in {labels.settings}ignore_values."

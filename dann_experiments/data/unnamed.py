@@ -29,6 +29,8 @@ class _Masks:
         more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
         of_others = f" So do {len(others)} other masks: {', '.join(others[:MOST_NAMED])}{more}."
         told = self.told + of_others * bool(others)
+        if not self.setting:  # names would not help
+            return told
         if not self.labels.has(self.setting):
             return told + to_fill_in(self.labels, self.setting, keys, "in all of them" if others else "here")
         unnamed = ", ".join(keys[:MOST_NAMED]) + " and more" * (len(keys) > MOST_NAMED)

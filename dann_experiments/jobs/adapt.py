@@ -16,6 +16,7 @@ from dann_experiments.jobs.checks import (
     refuse_several_processes,
     refuse_test_batchnorm,
     refuse_tta,
+    warn_of_a_single_step,
     warn_of_idle_adversary,
     warn_of_unused_weak_labels,
 )
@@ -63,6 +64,7 @@ def adapt(
         config = as_the_run(store, resume, Job.ADAPT, config)
     config = with_precision(config)
     with seeded(config):
+        warn_of_idle_adversary(config)  # before the source model is trained
         data, network = _found(config)  # before a store is created: settings that are refused leave nothing behind
         store = store or open_store(config.tracking.uri, config.tracking.experiment)
         config, parts = _prepared(config, store, data, network, AUTO if resume == AUTO else None)
@@ -70,7 +72,6 @@ def adapt(
         reseed(config.seed)  # same random numbers whether the source model was just trained or found
         parts = dataclasses.replace(parts, method=make_method(config, parts.taps))
         config = with_batch_sizes(config, parts)
-        warn_of_idle_adversary(config)
         digest = run_digest(Job.ADAPT, config, data.digests, source)
         resumed = run_to_go_on(store, Job.ADAPT, resume, digest, config)
         name = run_name(Job.ADAPT, config)
@@ -109,6 +110,7 @@ def _prepared(
     sets = checked_sets(config, data, network)
     taps = make_taps(config, network)
     parts = Parts(network, make_method(config, taps), taps, sets)  # refuses a wrong method before hours of pretraining
+    warn_of_a_single_step(config, sets)
     source_model = find_or_make_source_model(config, store, data.digests, resume_pretraining)
     if source_model == config.domain_adaptation.pretrained_checkpoint.path:
         return config, parts

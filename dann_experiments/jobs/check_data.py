@@ -79,6 +79,8 @@ class _Set:
     sums: BandSums
     class_pixels: np.ndarray
     """(256,) number of pixels per class id."""
+    complete: bool = True
+    """False if not all masks could be read, so that classes may be missing in `class_pixels`."""
     partly: int = 0
     """Number of pixels with nodata values in some of their bands, but not in all."""
 
@@ -117,6 +119,7 @@ def check_data(config: Config) -> DataReport:
         cut = _cut(plan, name, good, headers, problems)
         if cut is not None:
             sets[name] = cut
+            cut.complete = len(cut.dataset.samples) == len(found)
             _read(cut, name, plan, problems)
     for text in problems.unnamed.texts():
         problems.append(text)
@@ -129,8 +132,9 @@ def check_data(config: Config) -> DataReport:
             "an image may be in one set only, as scores on training images say little: keep it in one, for example by names."
         )
     map_remarks, names, ignored = remarks_on_label_maps(config), config.class_names, config.data.ignore_index
-    trained_on = [found.class_pixels for name, found in sets.items() if name.whole == SOURCE_TRAIN]
-    if trained_on and np.sum(trained_on, 0).any():
+    of_training = [found for name, found in sets.items() if name.whole == SOURCE_TRAIN]
+    trained_on = [found.class_pixels for found in of_training]
+    if trained_on and np.sum(trained_on, 0).any() and all(found.complete for found in of_training):
         try:
             text = absent_classes(np.sum(trained_on, 0), names, ignored, map_remarks)
             if text is not None:
@@ -296,6 +300,7 @@ def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> Non
             yield index
 
     followed(steps(), len(dataset), f"reading {name.key}", plan.show_progress)
+    found.complete &= not broken
     if not broken and not found.sums.result().pixels:
         problems.append(
             f"{name.key}: image {dataset.samples[0].image} and the others of its set have no data: every pixel is nodata "

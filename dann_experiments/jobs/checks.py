@@ -195,6 +195,23 @@ def idle_adversary(config: Config) -> str | None:
     return f"lambda is 0 {share} (domain_adaptation.method.step_mode is epoch); set step_mode to batch, or train for more epochs."
 
 
+def warn_of_a_single_step(config: Config, sets: ImageSets) -> None:
+    """Warn if training is a single step: a schedule of lambda starts at 0, and so ends there."""
+    method = config.domain_adaptation.method
+    if method.name != "dann" or method.class_path is not None or method.lambda_schedule.kind == "constant":
+        return
+    batches = max(
+        len(dataset) // min(len(dataset), getattr(config.data, role).batch_size)
+        for role, dataset in sets.training().items()
+    )
+    batches = min(batches, config.trainer.limit_train_batches or batches)
+    if batches * config.trainer.max_epochs == 1 and method.step_mode == "batch":
+        log.warning(
+            "Training is a single step, in which lambda is 0, so this run is its own lambda = 0 control; train for more epochs, "
+            "or lower data.source.batch_size and data.target.batch_size."
+        )
+
+
 def warn_of_unused_weak_labels(config: Config) -> None:
     """Warn if masks are listed as weak labels, but no companion uses them."""
     if config.data.entries(TARGET_WEAK) and not config.domain_adaptation.uses_weak_labels:

@@ -224,7 +224,8 @@ def train(
             explained = ""
             if alignment is not None:
                 alignment.measure("after", network, loop.device)
-                gap = _log_gap(run, alignment, monitor, final_step)
+                lambdas = [value for _, value in curves.numbers().get(Metric.LAMBDA, [])]
+                gap = _log_gap(run, alignment, monitor, final_step, idle=bool(lambdas) and not any(lambdas))
                 unlabelled, explained = unlabelled | gap.after, gap.text
             outcome = Outcome(
                 before=_by_set(monitor.baseline),
@@ -282,9 +283,11 @@ def with_batch_sizes(config: Config, parts: Parts) -> Config:
     return replace(config, sizes | {"trainer.auto_batch_size": False})  # the run's settings record the result
 
 
-def _log_gap(run: TrackedRun, alignment: Alignment, monitor: DomainAdaptationMonitorCallback, final_step: int) -> Gap:
+def _log_gap(
+    run: TrackedRun, alignment: Alignment, monitor: DomainAdaptationMonitorCallback, final_step: int, idle: bool
+) -> Gap:
     """Log the results of the probes: metrics at step 0 and `final_step`, features as a file, and an explanation in words."""
-    gap = alignment.finish(monitor.domain_accuracy.get(Metric.DOMAIN_ACCURACY_VAL), monitor.harmed)
+    gap = alignment.finish(monitor.domain_accuracy.get(Metric.DOMAIN_ACCURACY_VAL), monitor.harmed, idle)
     run.log_metrics(gap.before, step=0)
     run.log_metrics(gap.after, step=final_step)
     log.info("%s", gap.text)

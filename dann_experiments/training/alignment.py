@@ -88,9 +88,9 @@ class Alignment:
                 domain: pooled_features(network, self._taps, loader) for domain, loader in self._loaders.items()
             }
 
-    def finish(self, domain_accuracy: float | None, harmed: bool) -> Gap:
+    def finish(self, domain_accuracy: float | None, harmed: bool, idle: bool = False) -> Gap:
         """Probe the features of both times. `domain_accuracy`: that of the run's classifier on held-out images, if any; `harmed`:
-        see `explain`."""
+        see `explain`; `idle`: lambda was 0 in every step, so that there was no adversary."""
         layer = self._tapped[-1] if self._tapped else ENCODER
         found = {when: self._probes(when) for when in self._features}
         before, after = (found.get(when, {}) for when in ("before", "after"))
@@ -102,7 +102,13 @@ class Alignment:
         }
         means = [mean_probe(self._judged(probes)) for probes in (before, after)]
         text = explain(
-            domain_accuracy, means[0], means[1], self._adversary, self._loaders is not None, self._domains, harmed
+            domain_accuracy,
+            means[0],
+            means[1],
+            self._adversary and not idle,
+            self._loaders is not None,
+            self._domains,
+            harmed,
         )
         return Gap(self._metrics(before), self._metrics(after), text, layer, features)
 
