@@ -3,6 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip  # setuptools warns at length of every editable installation
+PORT ?= 5000
 export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
 PROJECT_RUN := PATH="$$PWD/$(BIN):$$PATH" mlflow run . --env-manager local --experiment-name digits
 
@@ -18,13 +20,13 @@ install: .venv/installed  ## make .venv and install the project
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...'; exit 2; }
 	@echo "Installing into .venv (about 6 GB with torch; minutes the first time) ..."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
 	@echo "Installing what the tests need ..."
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: .venv/installed  ## pretrain, control and DANN on the embedded digits; a table and pictures (minutes)
@@ -39,7 +41,7 @@ test-slow: .venv/installed-dev  ## the slow tests as well
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not browser"
 
 .venv/installed-browser: .venv/installed-dev
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[browser]'
 	@touch $@
 
 test-browser: .venv/installed-browser  ## open pages of MLflow and our reports in the system's Chromium; PICTURES=docs/images saves them
@@ -55,14 +57,15 @@ notebooks: .venv/installed-dev  ## run the notebooks, whose outputs `make docs` 
 
 docs: .venv/installed-dev  ## build the site from docs/ into site/; fails at dead links, anchors and pages that are out of date
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Open site/index.html in a browser."
 
 check: lint docs test  ## lint, types, the site, fast tests
 
 chaos: .venv/installed-dev  ## kill runs, servers and inputs for minutes, and write what was lost into docs/reliability.md
 	$(BIN)/python -m benchmarks.chaos --write
 
-ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_BACKEND_STORE_URI="$$MLFLOW_TRACKING_URI" $(BIN)/mlflow ui --host 127.0.0.1 --port 5000
+ui: .venv/installed  ## serve the MLflow UI on http://127.0.0.1:5000, or another PORT=5001
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_BACKEND_STORE_URI="$$MLFLOW_TRACKING_URI" $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT)
 
 clean:  ## remove the environment, caches and everything runs left behind, the MLflow store included
 	rm -rf .venv build site *.egg-info .pytest_cache .ruff_cache .hypothesis mlruns mlartifacts outputs studies lightning_logs mlflow.db*

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ def _pretrain(request: Request) -> int:
 def _adapt(request: Request) -> int:
     config = _training_config(request)
     jobs, _ = _imported()
-    return _print_run(jobs.adapt(config, resume=request.options.get("resume")))
+    return _print_run(jobs.adapt(config, resume=request.options.get("resume")), request)
 
 
 def _training_config(request: Request, without_effect: Sequence[str] = ()) -> Config:
@@ -99,7 +100,7 @@ def _evaluate(request: Request) -> int:
     return _print_run(jobs.evaluate(config))
 
 
-def _print_run(result: Any) -> int:
+def _print_run(result: Any, request: Request | None = None) -> int:
     from dann_experiments.reports import terminal
 
     title = f"{result.job} run {result.run_id}"
@@ -110,7 +111,12 @@ def _print_run(result: Any) -> int:
     terminal.print_views(result.tracking_uri, result.views)
     if result.job == Job.ADAPT:
         print(f"Map images: dann predict --model runs:/{result.run_id} --input IMAGES --output MAPS")
-        print("Did it help? `compare`, with the same settings: several seeds, a lambda = 0 control and a verdict.")
+        if result.source_run_id is not None:
+            print(f"Its source model: runs:/{result.source_run_id}")
+        given = None if request is None else request.options.get("config")
+        config = "" if given is None else f" --config {shlex.quote(str(given))}"
+        others = ", and the other settings of this command" if request is not None and request.settings else ""
+        print(f"Did it help? dann compare{config} --seeds 3{others}: source only, control and DANN, with a verdict")
     return 0
 
 

@@ -174,10 +174,11 @@ class Program:
         """Return the help of the program, which lists its commands."""
         lines = [f"usage: {self.called} COMMAND ...", "", self.purpose, "", "commands:"]
         lines += _listed({name: command.purpose for name, command in self.commands.items()})
-        about = (
-            "COMMAND --help lists every setting. Give one as --dotted.key value, for example --trainer.max_epochs 5."
-        )
-        return "\n".join([*lines, "", about, ""])
+        about = [
+            "COMMAND --help lists every setting.",
+            "Give one as --dotted.key value, for example --trainer.max_epochs 5.",
+        ]
+        return "\n".join([*lines, "", *about, ""])
 
     def help_of(self, name: str) -> str:
         """Return the help of a command: its options, short names and all its settings."""

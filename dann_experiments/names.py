@@ -175,6 +175,7 @@ class Tag:
     SOURCE = "dann.source"  # name of the source domain
     TARGET = "dann.target"  # name of the target domain
     DIGEST = "dann.digest"  # digest of settings and data, by which an equal finished run is found again
+    DATA_DIGEST = "dann.data_digest"  # digest of the images and masks of all sets, by which saved views tell data apart
     SOURCE_DIGEST = "dann.source_digest"  # digest of all that the source model depends on, by which `adapt` finds it
     ENCODER_DIGEST = "dann.encoder_digest"  # digest of the bytes of the file in `model.encoder_weights`
     SOURCE_RUN_ID = "dann.source_run_id"  # run of the model that this run started from or used

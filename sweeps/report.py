@@ -19,8 +19,10 @@ from dann_experiments.names import Metric
 from dann_experiments.reports.pages import write_page
 from dann_experiments.reports.plots.study import FIGURES, MOST_IN_CONTOUR
 from dann_experiments.reports.tables import number
+from dann_experiments.reports.terminal import ui_command
 from dann_experiments.scores.selection import SCORES as SCORES_WITHOUT_LABELS
 from dann_experiments.tracking.notes import description, link, run_page
+from dann_experiments.tracking.saved_views import address
 from dann_experiments.tracking.store import TRAINING_PAGES, Store
 from sweeps.figures import draw, importances_note, short_names
 from sweeps.objective import trial_config
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TOP = 5
+ENDED = {"complete": "complete", "pruned": "pruned", "fail": "failed", "running": "running", "waiting": "waiting"}
+"""States of trials, and the words for them."""
+BEST_CONFIG = "best_config.yaml"
 FEWEST_RANKED = 3  # the rank correlation of two trials is always 1 or -1
 SCORES = (
     Metric.SOURCE_VAL_IOU,
@@ -109,16 +114,15 @@ def write_report(study: Sweep, store: Store, folder: Path) -> None:
         header = (
             f"# Trial {best.number} of study {study.name}: {study.attribute(DEFINITION)['objective']} {best.value!r}"
             f"{_over_seeds(best)}\n"
-            "# dann adapt --config best_config.yaml   (in the same tracking store: the source model is "
-            "there)\n"
+            f"# dann adapt --config {folder / BEST_CONFIG}   (in the same tracking store: the source model is there)\n"
         )
         note = forgetting_note(study)
         header += "" if note is None else f"# {note}\n"
-        (folder / "best_config.yaml").write_text(header + config_to_yaml(config_of(study, best)))
+        (folder / BEST_CONFIG).write_text(header + config_to_yaml(config_of(study, best)))
     figures, missing = draw(study, folder / "figures", _levels(study))
     if figures:
         write_page(folder / "figures" / "study.html", "sweep.html.j2", name=study.name, figures=figures)
-    write_page(folder / "report.md", "sweep.md.j2", **_report(study, store, missing))
+    write_page(folder / "report.md", "sweep.md.j2", **_report(study, store, missing, folder))
 
 
 def _over_seeds(trial: FrozenTrial) -> str:
@@ -163,6 +167,21 @@ def passed_over_note(study: Sweep) -> str | None:
         f"{label(found).capitalize()} has the best {study.attribute(DEFINITION)['objective']}, {found.value:.4f}, but does not "
         f"count: its source IoU fell by {number(drop_of(found), digits=3)}, more than {_threshold(study)} "
         "(monitor.forgetting_threshold)."
+    )
+
+
+def below_source_note(study: Sweep) -> str | None:
+    """Return a sentence that says that no trial beats the source model; None if one does, or if that is not known."""
+    best, source = study.best(), study.attribute(SOURCE_ONLY)
+    objective = study.attribute(DEFINITION)["objective"]
+    score = None if source is None else source["scores"].get(objective)
+    if best is None or best.value is None or score is None:
+        return None
+    if best.value > score if study.maximizes else best.value < score:
+        return None
+    return (
+        f"No trial beats the source model, which has {objective} {score:.4f} without any adaptation; the best has "
+        f"{best.value:.4f}."
     )
 
 
@@ -215,7 +234,7 @@ def _control(study: Sweep) -> FrozenTrial | None:
     return next((trial for trial in baselines(study) if trial.user_attrs["role"] == "control"), None)
 
 
-def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> dict[str, Any]:
+def _report(study: Sweep, store: Store, missing: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """Return the values of the template sweep.md.j2."""
     definition, best, control = study.attribute(DEFINITION), study.best(), _control(study)
     lost = passed_over(study.ranked(), study.maximizes)
@@ -224,7 +243,10 @@ def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> dict[str,
     failed = [trial for trial in study.counted() if trial.state == TrialState.FAIL]
     return {
         "name": study.name,
-        "counts": study.counts(),
+        "counts": {word: study.counts()[state] for state, word in ENDED.items()},
+        "total": sum(study.counts().values()),
+        "best_config": folder / BEST_CONFIG,
+        "command": ui_command(store.uri),
         "direction": definition["direction"],
         "objective": definition["objective"],
         "settings": study.attribute(SETTINGS),
@@ -241,6 +263,8 @@ def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> dict[str,
         "control_value": control and control.value,
         "forgetting": forgetting_note(study),
         "passed_over": passed_over_note(study),
+        "below_source": below_source_note(study),
+        "all_shown": {trial.number for trial in study.counted()} <= {trial.number for trial in shown},
         "top": comparison(study, shown),
         "trials": comparison(study, study.counted()),
         "quality": target_free_choice(study),
@@ -251,7 +275,7 @@ def _report(study: Sweep, store: Store, missing: Mapping[str, str]) -> dict[str,
         "importances": importances_note(study),
         "contour_is_cut": len(definition["space"]) > MOST_IN_CONTOUR,
         "most_in_contour": MOST_IN_CONTOUR,
-        "links": links(store, study, shown),
+        "links": {what: address(store.uri, page) for what, page in links(store, study, shown).items()},
     }  # fmt: skip
 
 
@@ -286,7 +310,9 @@ def comparison(study: Sweep, trials: Sequence[FrozenTrial]) -> pd.DataFrame:
         found = {name: known.get("scores", {}).get(name) for name in scores}
         found[objective] = trial.value if trial.state == TrialState.COMPLETE else None
         point = point_of(study, trial)
-        values = {short: point.get(key) for key, short in names.items()}
+        # the control's lambda is 0, whatever its settings say
+        idle = "domain_adaptation.method.lambda" if known.get("role") == "control" else None
+        values = {short: None if idle and key.startswith(idle) else point.get(key) for key, short in names.items()}
         found |= {SPREAD: spread_of(trial), SEEDS: seeds_done(trial) or None, KEPT: source_kept(trial)}
         row = {"": label(trial), "state": trial.state.name.lower(), **found, **values}
         rows.append({**row, "run": str(known.get("run_id", ""))[:8]})

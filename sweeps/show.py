@@ -18,7 +18,9 @@ from sweeps.driver import SweepResult, find_study, study_config
 from sweeps.progress import describe_end
 from sweeps.ranking import ranked
 from sweeps.report import (
+    ENDED,
     baselines,
+    below_source_note,
     comparison,
     forgetting_note,
     passed_over_note,
@@ -33,19 +35,20 @@ from sweeps.study import DEFINITION, HALT, SETTINGS, Sweep, flags_of, is_journal
 if TYPE_CHECKING:
     from sweeps.confirm import Confirmation
 
-NAMES_WIDTH, CELL_WIDTH = 20, 10
+EDGES, CELL_WIDTH = 4, 10  # of a table, and of a column that holds a run's id
+FEWEST_CHOSEN_AMONG = 10  # with fewer trials, how well a score ranks them is an accident
 
 
 def result(ended: SweepResult, store: str) -> None:
     """Print the results of a sweep: the best trials next to recipe and control, and where the files are."""
     print_study(ended.sweep)
     counts = ended.sweep.counts()
-    print(", ".join(f"{counts[state]} {state}" for state in ("complete", "pruned", "fail", "waiting") if counts[state]))
+    print(", ".join(f"{counts[state]} {word}" for state, word in ENDED.items() if counts[state]))
     print(f"Report, figures, best_config.yaml, trials.csv: {ended.folder}")
+    if not store.startswith("http"):
+        print(f"Look at it: {store}")
     for what, page in ended.links.items():
         print(f"MLflow, {what}: {address(store, page)}")
-    if not store.startswith("http"):
-        print(f"  after: {store}")
     if ended.best is not None:
         flags = flags_of(ended.study, ended.settings.storage)
         print(f"Next: dann-sweep confirm {flags}   (the best again over new seeds; the best mean wins)")
@@ -54,8 +57,9 @@ def result(ended: SweepResult, store: str) -> None:
 def print_study(study: Sweep) -> None:
     """Print one column per trial, as many as fit on the terminal: recipe, control, source model and the best trials."""
     known = baselines(study)
-    width = Console().width
-    best = top_trials(study, max(1, (width - NAMES_WIDTH) // CELL_WIDTH - len(known) - 1))
+    names = [str(name) for name in comparison(study, known or top_trials(study, 1)).columns]
+    columns = (Console().width - max(map(len, names)) - EDGES) // CELL_WIDTH
+    best = top_trials(study, max(1, columns - len(known) - 1))
     shown = {trial.number: trial for trial in [*best, *known]}
     found = comparison(study, ranked(shown.values(), study.maximizes)).set_index("").T
     headings = [
@@ -66,7 +70,7 @@ def print_study(study: Sweep) -> None:
         [str(name), *(number(cell, digits=3) for cell in row)] for name, row in found.drop(index="state").iterrows()
     ]
     print_table(f"study {study.name}", ["trial", *headings], rows, SIMPLE)
-    for note in (forgetting_note(study), passed_over_note(study)):
+    for note in (forgetting_note(study), passed_over_note(study), below_source_note(study)):
         if note is not None:
             print(note)
     objective = study.attribute(DEFINITION)["objective"]
@@ -75,9 +79,9 @@ def print_study(study: Sweep) -> None:
             f"Chosen by {objective}, which uses target labels: the best of many scores is too optimistic; iou/target_test is not."
         )
     quality = target_free_choice(study)
-    if quality is not None:
+    if quality is not None and max(quality["candidates"].tolist()) >= FEWEST_CHOSEN_AMONG:
         rows = [[number(cell, digits=3) for cell in row] for row in quality.itertuples(index=False)]
-        title = f"choosing a trial without target labels, against {Metric.TARGET_VAL_IOU}"
+        title = f"how well scores without target labels choose a trial by {Metric.TARGET_VAL_IOU} (docs/selection.md)"
         print_table(title, [str(name) for name in quality.columns], rows, SIMPLE)
 
 

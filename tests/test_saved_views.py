@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 import zlib
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from dann_experiments.tracking.store import Store, open_store
 
 VIEW = View("a", "A view", [("One", [Chart("LINE", ["iou/target_val"])])], group_by=[Tag.ARM])
 EACH = [
-    *views_of_adaptation({"source": "mnist", "target": "mnist-m"}),
+    *views_of_adaptation({"source": "mnist", "target": "mnist-m"}, 32 * "a"),
     view_of_comparison("mnist → mnist-m", 4, 2, [f"{number:032x}" for number in range(8)], by_arm=True),
     view_of_sweep("a study", "select/snd", True, ["cfg.optimizer.lr", "cfg.domain_adaptation.method.lambda_da"]),
 ]
@@ -130,8 +131,12 @@ def test_what_is_grouped_is_drawn_for_all_groups_and_sections_keep_their_order()
 
 
 def test_views_of_different_domains_runs_and_studies_do_not_replace_each_other():
-    pairs = [{"source": "a", "target": "b"}, {"source": "b", "target": "a"}]
-    views = [view for pair in pairs for view in views_of_adaptation(pair)]
+    pairs = [
+        ({"source": "a", "target": "b"}, "1"),
+        ({"source": "b", "target": "a"}, "1"),
+        ({"source": "a", "target": "b"}, "2"),
+    ]
+    views = [view for pair in pairs for view in views_of_adaptation(*pair)]
     views += [view_of_comparison("t", 1, 1, runs, True) for runs in (["1"], ["2"], ["1", "2"])]
     views += [view_of_sweep(study, "iou/target_val", True, []) for study in ("one", "two")]
     assert len({view.key for view in views}) == len(views)
@@ -150,8 +155,9 @@ def test_a_comparison_is_grouped_by_arm_only_if_each_run_has_its_arm_as_a_tag(ta
 
 
 def test_a_name_that_no_filter_can_quote_is_left_out_of_it():
-    (view, _) = views_of_adaptation({"source": """a'b"c""", "target": "d"})
-    assert view.wanted == "tags.`dann.job` = 'adapt' and tags.`dann.target` = 'd' and attributes.status = 'FINISHED'"
+    (view, _) = views_of_adaptation({"source": """a'b"c""", "target": "d"}, "12")
+    named = "tags.`dann.data_digest` = '12' and tags.`dann.target` = 'd'"
+    assert view.wanted == f"tags.`dann.job` = 'adapt' and {named} and attributes.status = 'FINISHED'"
 
 
 @pytest.mark.usefixtures("pretrained_place")
@@ -173,6 +179,11 @@ def test_adapt_keeps_two_views_of_its_domains_and_prints_where_they_open(squares
         assert f"http://127.0.0.1:5000/{page}" in printed
     adapt(load_config(None, small_settings(squares, seed=1)))
     assert kept(store) == before
+    other = Path(shutil.copytree(squares, "other"))  # the same names of folders, another image
+    first, second = sorted((other / "target" / "images").iterdir())[:2]
+    second.write_bytes(first.read_bytes())
+    adapt(load_config(None, small_settings(other)))
+    assert len(kept(store)) == 2 * len(before)
 
 
 @pytest.mark.usefixtures("pretrained_place")

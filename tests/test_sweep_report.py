@@ -15,11 +15,11 @@ from dann_experiments.tracking.store import open_store
 from sweeps.confirm import _Contest
 from sweeps.definition import describe
 from sweeps.figures import importances_note
-from sweeps.report import write_report
+from sweeps.report import below_source_note, write_report
 from sweeps.sampling import build_pruner
 from sweeps.settings import SweepConfig
 from sweeps.space import read_space
-from sweeps.study import Slot, Sweep, open_storage
+from sweeps.study import SOURCE_ONLY, Slot, Sweep, open_storage
 
 KEYS = ("optimizer.lr", "optimizer.weight_decay", "trainer.gradient_clip_val", "domain_adaptation.method.lambda_da",
         "domain_adaptation.method.discriminator_lr", "domain_adaptation.method.lambda_schedule.gamma")  # fmt: skip
@@ -80,6 +80,32 @@ def test_importances_of_fifty_trials_come_without_a_warning(workplace, count, wa
     note = importances_note(study_of(count, KEYS[:2]))
     assert note.startswith(f"Importances from {count} complete trials, which scored from 0.5 to 0.54")
     assert ("hint" in note) is warned
+
+
+@pytest.mark.parametrize(("score", "told"), [(0.5401, True), (0.5399, False), (None, False)])
+def test_a_report_says_if_no_trial_beats_the_source_model(workplace, score, told):
+    """The best of the made trials has 0.54."""
+    study = study_of(5, KEYS[:2])
+    assert below_source_note(study) is None
+    study.set_attribute(SOURCE_ONLY, {"scores": {"iou/target_val": score}, "run_id": "1"})
+    assert (below_source_note(study) is not None) is told
+
+
+def test_a_report_names_the_settings_of_the_best_by_their_place_and_pages_by_their_address(workplace):
+    study = study_of(2, KEYS[3:5])
+    folder = Path("studies") / "s"
+    folder.mkdir(parents=True)
+    write_report(study, open_store(None, None, for_runs=False), folder)
+    text = (folder / "report.md").read_text()
+    assert "`dann adapt --config studies/s/best_config.yaml`" in text
+    assert "chart of all trials: http://127.0.0.1:5000/#/experiments/" in text
+    assert "## All trials" in text  # one of them waits, so they are more than the best
+    assert "3 complete, 1 waiting" in text
+    control = next(line for line in text.splitlines() if "(control)" in line).split("|")
+    columns = next(line for line in text.splitlines() if "lambda_da" in line).split("|")
+    named = {name.strip(): value.strip() for name, value in zip(columns, control, strict=True)}
+    assert named["lambda_da"] == ""
+    assert named["discriminator_lr"] != ""
 
 
 def test_a_winner_that_is_as_good_as_the_control_does_not_beat_it(workplace):

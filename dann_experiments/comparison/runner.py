@@ -87,7 +87,7 @@ def run_cells(
     missing = len(cells) - len(done.run_ids)
     threads = min(cells[0].config.threads or pool.threads, pool.threads)
     place = f"{pool.logs}, later in the run's logs" if pool.logs else "Ray's logs"
-    log.info("%d at a time, %d threads each; their output: %s", pool.count, threads, place)
+    log.info("%d at a time, threads of each: %d; their output: %s", pool.count, threads, place)
     try:
         with Progress("comparing", missing, cells[0].config.trainer.enable_progress_bar) as progress:
             _Scheduler(cells, done, store, tracking, tags, pool, decoded, progress).work()

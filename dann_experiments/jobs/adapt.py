@@ -20,7 +20,7 @@ from dann_experiments.jobs.checks import (
     warn_of_idle_adversary,
     warn_of_unused_weak_labels,
 )
-from dann_experiments.jobs.identity import domain_name, method_name, run_digest, run_name, source_digest
+from dann_experiments.jobs.identity import data_digest, domain_name, method_name, run_digest, run_name, source_digest
 from dann_experiments.jobs.precision import with_precision
 from dann_experiments.jobs.result import RunResult
 from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
@@ -79,7 +79,12 @@ def adapt(
         views = {}
         if tags is None:  # a sweep or a comparison has a view of its own for all its runs
             warn_of_unused_weak_labels(config)
-            views = write_views(store, views_of_adaptation({domain: domain_name(config, domain) for domain in DOMAINS}))
+            views = write_views(
+                store,
+                views_of_adaptation(
+                    {domain: domain_name(config, domain) for domain in DOMAINS}, all_tags[Tag.DATA_DIGEST]
+                ),
+            )
         result = tracked_training(
             Job.ADAPT, config, store, parts, name, all_tags, resumed, callbacks, source_run_id=source_run_id
         )  # fmt: skip
@@ -138,6 +143,7 @@ def _tags(config: Config, store: Store, data: DomainData, digest: str, source_ru
         Tag.METHOD: method_name(config),
         Tag.SOURCE_DIGEST: source_digest(config, data.digests, read_encoder=False),
         Tag.DIGEST: digest,
+        Tag.DATA_DIGEST: data_digest(data.digests),
         Tag.SELECTED_WITH_TARGET_LABELS: str(by_target_labels).lower(),
     }
     return tags if source_run_id is None else tags | {Tag.SOURCE_RUN_ID: source_run_id}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -45,7 +44,6 @@ from dann_experiments.training import random_states
 from dann_experiments.training.ranks import Rank
 from dann_experiments.workers.processes import available_cores, visible_gpus
 
-log = logging.getLogger(__name__)
 LARGEST_BLANK = 1024  # pixels; divisible by every network's stride
 MOST_WORKERS = 4  # per loader, if the number of workers depends on the machine
 
@@ -180,8 +178,6 @@ def make_method(config: Config, taps: Sequence[Tap]) -> DomainAdaptationMethod:
                 "add them to domain_adaptation.feature_layers."
             )
         return own
-    if method.name == "lambda_zero":
-        log.info("lambda_zero, the control: lambda is 0 throughout; lambda_da and lambda_schedule have no effect.")
     return build_method(
         method.name,
         method.layers,

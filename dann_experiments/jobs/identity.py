@@ -186,6 +186,11 @@ def as_pretrained(config: Config) -> Config:
     return config
 
 
+def data_digest(digests: Mapping[str, str]) -> str:
+    """Return 32 hex digits, the tag `dann.data_digest`: equal for equal images and masks of all sets (`digests`, by name)."""
+    return _digest(digests)
+
+
 def run_digest(job: str, config: Config, digests: Mapping[str, str], source_model: str | None = None) -> str:
     """Return 32 hex digits, the tag `dann.digest`: equal for runs of `job` that give the same numbers.
 

@@ -110,7 +110,7 @@ def predict(settings: PredictConfig, config: Config | None = None) -> PredictRes
             else:
                 pool.logs = run.folder / "logs" if settings.launcher == "processes" else None
                 log.info(
-                    "%d at a time, %d threads each; output: %s", pool.count, pool.threads, pool.logs or "Ray's logs"
+                    "%d at a time, threads of each: %d; output: %s", pool.count, pool.threads, pool.logs or "Ray's logs"
                 )
                 ends = map_in_pool(pool, _tasks(work, settings, config, store, written, model.digest), show)
             try:

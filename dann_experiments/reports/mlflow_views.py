@@ -40,15 +40,16 @@ GAME = (
 OF_SCORES, OF_GAME = SCORES[0], GAME[0]
 
 
-def views_of_adaptation(domains: Mapping[Domain, str]) -> list[View]:
+def views_of_adaptation(domains: Mapping[Domain, str], data: str) -> list[View]:
     """Return the views of an experiment with adaptation runs from one source to one target: their scores, averaged over the seeds
-    of each method, and what the domain classifier does in each run. `domains`: the names of both."""
-    wanted = [ADAPTED]
+    of each method, and what the domain classifier does in each run. `domains`: the names of both; `data`: the runs' tag
+    `dann.data_digest`, since other data may have the same names, such as those of the folders source and target."""
+    wanted = [ADAPTED, f"tags.`{Tag.DATA_DIGEST}` = '{data}'"]
     for tag, domain in ((Tag.SOURCE, domains["source"]), (Tag.TARGET, domains["target"])):
         name = quoted(domain)
         wanted += [] if name is None else [f"tags.`{tag}` = {name}"]
     pair = f"{domains['source']} → {domains['target']}"
-    key = _digest([domains["source"], domains["target"]])
+    key = _digest([domains["source"], domains["target"], data])
     return [
         View(
             key=f"dann-adaptation-{key}",
