@@ -257,6 +257,13 @@ def test_the_control_gives_the_network_the_gradient_of_the_companions_alone():
     assert logits.grad.any()
 
 
+@pytest.mark.parametrize(("companion", "learns"), [(EntropyMinimization(1.0), True), (Style(), False)])
+def test_a_companion_with_a_loss_on_target_images_gives_the_control_their_gradient(companion, learns):
+    control = LambdaZero("encoder", 4, hidden_size=8)
+    assert not control.learns_from_target
+    assert WithCompanions(control, [companion]).learns_from_target is learns
+
+
 def test_source_only_with_a_companion_uses_the_target():
     assert WithCompanions(SourceOnly(), [SelfTraining()]).uses_target
     assert not SourceOnly().uses_target

@@ -137,7 +137,6 @@ def test_the_network_feels_minus_lambda_times_the_gradient_of_the_domain_loss(la
 @EVERY_KIND
 @TAPS
 def test_at_lambda_0_no_gradient_is_computed_for_the_target(layers, kind):
-    """The control's step is a third shorter for it, where the target is forwarded alone (docs/performance.md)."""
     for lambda_now in (0.0, 0.5):
         module = make_module(layers, lambda_now, kind)
         outputs = module.step_outputs(batch_of())
@@ -146,6 +145,24 @@ def test_at_lambda_0_no_gradient_is_computed_for_the_target(layers, kind):
             features.register_hook(felt.append)
         (outputs.source_logits.sum() + module.method.loss(outputs, NOW).differentiated).backward()
         assert bool(felt) is (lambda_now > 0)
+
+
+@TAPS
+def test_the_control_forwards_the_target_without_a_graph_and_computes_what_dann_computes_at_lambda_0(layers):
+    """Such a step is shorter (docs/performance.md, The control's step)."""
+    channels = [tap.channels for tap in resolve_taps(TinyNetwork().double(), layers, 3, size=8)]
+    found = []
+    for kind in (DANNMethod, LambdaZero):
+        torch.manual_seed(1)
+        module = make_module(layers, method=kind(layers, channels, "pooled", 7, DISCRIMINATOR_LR, 0.0, None))
+        outputs = module.step_outputs(batch_of())
+        assert all(features.requires_grad is (kind is DANNMethod) for features in outputs.target_features.values())
+        share = module.method.loss(outputs, NOW)
+        (outputs.source_logits.square().mean() + share.differentiated).backward()
+        named = [*module.network.named_parameters(), *module.method.named_parameters()]
+        found.append({name: parameter.grad for name, parameter in named} | dict(module.network.named_buffers()))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
 
 
 @EVERY_KIND

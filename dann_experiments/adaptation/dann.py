@@ -146,6 +146,8 @@ class LambdaZero(DANNMethod):
     Any gain over source-only training comes from target images in BatchNorm or from more training, not from the adversary.
     """
 
+    learns_from_target = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.lambda_da = 0.0

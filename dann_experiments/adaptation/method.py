@@ -115,6 +115,8 @@ class DomainAdaptationMethod(nn.Module, ABC):
     comes with "target_logits"."""
     uses_target: bool = True
     """If False, target images are not forwarded."""
+    learns_from_target: bool = True
+    """If False, no gradient goes from the target's features into the network, and their forward pass keeps none."""
     further_passes: int = 0
     """Batches that networks take per step beside that of the source and that of the target; a run logs the sum."""
 

@@ -46,11 +46,18 @@ def forward_to_taps(network: nn.Module, images: Tensor, taps: Sequence[Tap]) -> 
 
 
 def forward_twice(
-    network: nn.Module, source_images: Tensor, target_images: Tensor, taps: Sequence[Tap], keep_statistics: bool = False
+    network: nn.Module,
+    source_images: Tensor,
+    target_images: Tensor,
+    taps: Sequence[Tap],
+    keep_statistics: bool = False,
+    learns_from_target: bool = True,
 ) -> Forwards:
-    """Forward the source, then the target; with `keep_statistics`, the target does not update BatchNorm statistics."""
+    """Forward the source, then the target; with `keep_statistics`, the target does not update BatchNorm statistics; without
+    `learns_from_target`, its features have no graph."""
     logits, source_features = forward_with_taps(network, source_images, taps)
-    with statistics_kept(network) if keep_statistics else nullcontext():
+    graph = nullcontext() if learns_from_target else torch.no_grad()
+    with graph, statistics_kept(network) if keep_statistics else nullcontext():
         return logits, source_features, forward_to_taps(network, target_images, taps)
 
 
@@ -101,13 +108,16 @@ class Passes:
     values_a_pixel: float = 0.0
     """Number of output values of those layers per image pixel."""
 
-    def __call__(self, network: nn.Module, source_images: Tensor, target_images: Tensor) -> Forwards:
-        """Run the forward passes of a training step on images (S, B, h, w) and (T, B, h, w)."""
+    def __call__(
+        self, network: nn.Module, source_images: Tensor, target_images: Tensor, learns_from_target: bool = True
+    ) -> Forwards:
+        """Run the forward passes of a training step on images (S, B, h, w) and (T, B, h, w). `learns_from_target`: see
+        `DomainAdaptationMethod`; with joint statistics the source's gradient passes the target's images, too."""
         images, taps, kept = (source_images, target_images), self.taps, self.batchnorm == "source_only"
         if self.batchnorm == "joint":
             return forward_joint(network, *images, taps, self.cut)
-        if self.cut is None or not self.pays(source_images, target_images):
-            return forward_twice(network, *images, taps, kept)
+        if not learns_from_target or self.cut is None or not self.pays(source_images, target_images):
+            return forward_twice(network, *images, taps, kept, learns_from_target)
         with by_domain(network, len(source_images), kept):
             return forward_joint(network, *images, taps, self.cut)
 

@@ -183,7 +183,9 @@ class AdaptationModule(pl.LightningModule):
             if self.passes is None:
                 self.passes = choose(self.network, self.taps, self.batchnorm, images.shape[1])
             target_images = batch["target"]["image"].to(memory_format=self.memory_format)
-            logits, source_features, target_features = self.passes(self.network, images, target_images)
+            logits, source_features, target_features = self.passes(
+                self.network, images, target_images, self.method.learns_from_target
+            )
         else:
             logits, source_features = forward_with_taps(self.network, images, self.taps)
         valid = (labels != self.ignore_index).to(images.dtype)

@@ -76,6 +76,8 @@ class WithCompanions(DomainAdaptationMethod):
         self.companions = nn.ModuleList(companions)
         self.needs = method.needs.union(*(one.needs for one in companions))
         self.uses_target = method.uses_target or any(one.uses_target for one in companions)
+        with_loss = any(isinstance(one, Companion) for one in companions)
+        self.learns_from_target = method.learns_from_target or with_loss
         self.further_passes = method.further_passes + sum(one.further_passes for one in companions)
         more = (OUTPUT_LAYER,) if "target_logits" in self.needs else ()
         self.feature_layers = tuple(dict.fromkeys((*method.feature_layers, *more)))
