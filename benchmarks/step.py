@@ -146,6 +146,8 @@ def config_of(
         "data.crop_size": side,
         "data.num_workers": options.workers,
         "domain_adaptation.method.name": method,
+        # at lambda 0, where the schedule begins, DANN computes no gradient for the target
+        "domain_adaptation.method.lambda_schedule.kind": "constant",
         "domain_adaptation.method.feature_layer": tap,
         "domain_adaptation.batchnorm": options.batchnorm,
         "domain_adaptation.pretrained_checkpoint.path": str(root / encoder),
