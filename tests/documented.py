@@ -53,7 +53,7 @@ JOBS = (
     "config",
 )
 # programs that a sentence speaks of
-ONLY_NAMED = ("mlflow run", "mlflow server", "mlflow ui", "python -m dann_experiments")
+ONLY_NAMED = ("mlflow run", "mlflow server", "mlflow ui", "mlflow gc", "python -m dann_experiments")
 
 
 @dataclass(frozen=True)
