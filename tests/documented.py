@@ -634,6 +634,7 @@ NOT_RUN: Mapping[str, str] = {
     "make test": "the suite that this test is part of",
     "make test-browser": "tests of its own, which need a Chromium; CI runs them",
     "make install": INSTALLS,
+    "make ui PORT=5001": "as `make ui`, with another port",
     "make docs": "tests/test_site.py runs its command",
     "mlflow migrate-filestore --source FOLDER --target sqlite:///mlflow.db": "run in tests/test_mlflow_habits.py, as printed",
     "make chaos": "6 to 12 minutes; CI runs a third of it, and its arguments are tested as `python -m benchmarks.chaos`",
