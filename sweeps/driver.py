@@ -105,6 +105,7 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     checks.refuse_test_batchnorm(config, "the trials of a sweep")
     config = with_precision(config)  # all trials alike
     space = read_space(sweep.space, config)
+    log.info("Looking at the settings and the data ...")
     address = storage_address(sweep.storage, sweep.study)
     with sharing(sweep, config) as decoded:
         data = find_data(config)  # reports all problems with the files before a study is created

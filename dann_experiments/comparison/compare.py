@@ -106,6 +106,7 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
             checks.refuse_tta(cell.config, "the runs of a comparison")
             if cell.arm.kind != "test_statistics":
                 checks.refuse_test_batchnorm(cell.config, "the runs of a comparison")
+        log.info("Looking at the settings and the data of %d runs ...", len(cells))
         done = find_cells(cells, store)
         check_arms([cell for index, cell in enumerate(cells) if index not in done.run_ids])
         # each run warns of it, but in its log file alone

@@ -11,7 +11,9 @@ from dann_experiments.config.errors import InputError
 from dann_experiments.config.nearest import nearest
 from dann_experiments.config.presets import IGNORED
 from dann_experiments.data.dataset import MOST_PADDED, SegmentationDataset
+from dann_experiments.data.samples import Sample
 from dann_experiments.data.statistics import BandSums, range_remark
+from dann_experiments.data.vector_files import is_vector
 from dann_experiments.names import OneDomain, SetName
 
 LOOKED_AT_FOR_RANGE = 16  # windows to check the range of values on
@@ -58,24 +60,30 @@ def label_map_remarks(
 
 
 def absent_classes(
-    class_pixels: np.ndarray, class_names: Sequence[str], ignore_index: int, map_remarks: Sequence[str]
+    class_pixels: np.ndarray,
+    class_names: Sequence[str],
+    ignore_index: int,
+    map_remarks: Sequence[str],
+    samples: Iterable[Sample],
 ) -> str | None:
     """Return a remark on classes that no mask of data.source.train contains, else None.
 
-    `class_pixels`: (256,) number of pixels per id. Raises InputError, with the remarks on label maps, if fewer than two classes
-    are present; masks of 0 and 255, for example, leave one class, as 255 is ignored by default.
+    `class_pixels`: (256,) number of pixels per id; `samples`: those of the set. Raises InputError, with the remarks on label
+    maps, if fewer than two classes are present; masks of 0 and 255, for example, leave one class, as 255 is ignored by default.
     """
     found = np.flatnonzero(class_pixels).tolist()
     classes = [value for value in found if value != ignore_index]
     if len(classes) < 2:
         ignored = f", of which {ignore_index} is ignored (data.ignore_index)" if len(classes) < len(found) else ""
         fits = len(found) == len(class_names) > 1
+        polygons = any(sample.mask is not None and is_vector(sample.mask) for sample in samples)
+        outside = " (of polygons: what is outside them in data.source.label_background)" * polygons
         example = ", ".join(f"{value}: {name}" for value, name in zip(found, class_names, strict=True)) if fits else ""
         raise InputError(
             f"data.source.train: the masks hold the ids {found}{ignored}; that leaves {len(classes)} "
             f"class{'es' * (not classes)} to learn. Write the classes as 0 to {len(class_names) - 1}, or name the masks' values "
-            f"in data.source.value_map{f' ({{{example}}})' * fits} (of polygons: what is outside them in "
-            "data.source.label_background)." + "".join(f" {text}" for text in map_remarks)
+            f"in data.source.value_map{f' ({{{example}}})' * fits}{outside}."
+            + "".join(f" {text}" for text in map_remarks)
         )
     absent = [name for index, name in enumerate(class_names) if index not in classes]
     return f"data.source.train: no mask holds the classes {absent}." if absent else None

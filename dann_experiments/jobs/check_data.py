@@ -99,6 +99,7 @@ def check_data(config: Config) -> DataReport:
     import pandas as pd
 
     plan, problems = data_plan(config, unused=True), Problems()
+    log.info("Reading all images and masks ...")
     samples: dict[str, list[Sample]] = {}
     sets: dict[SetName, _Set] = {}
     for name in (part for whole in ALL_SETS for part in plan.parts(whole)):
@@ -136,7 +137,8 @@ def check_data(config: Config) -> DataReport:
     trained_on = [found.class_pixels for found in of_training]
     if trained_on and np.sum(trained_on, 0).any() and all(found.complete for found in of_training):
         try:
-            text = absent_classes(np.sum(trained_on, 0), names, ignored, map_remarks)
+            files = [sample for found in of_training for sample in found.dataset.samples]
+            text = absent_classes(np.sum(trained_on, 0), names, ignored, map_remarks, files)
             if text is not None:
                 problems.remarks.add("absent classes", text)
         except InputError as error:

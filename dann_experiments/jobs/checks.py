@@ -49,7 +49,11 @@ def checked_sets(config: Config, data: DomainData, network: nn.Module) -> ImageS
         log.warning("%s", text)
     source = sets.labelled(SOURCE_TRAIN)
     if source is not None and source.class_pixels is not None:
-        _warn(absent_classes(source.class_pixels, config.class_names, config.data.ignore_index, map_remarks))
+        _warn(
+            absent_classes(
+                source.class_pixels, config.class_names, config.data.ignore_index, map_remarks, source.samples
+            )
+        )
     shared = shared_images({str(name): dataset.samples for name, dataset in sets.sets.items()}, data.digest_of)
     shared = [one for one in shared if not may_share(one[0], one[2])]
     if shared:

@@ -117,7 +117,10 @@ def _draw_seeds(
     for curve in curves if len(curves) > 1 and with_seeds else ():
         axis.plot(*zip(*finite(curve), strict=True), color=color, linewidth=0.7, alpha=0.4)
     steps, mean, _ = mean_curve(curves)
+    marker = "" if len(steps) > 25 else marker
+    if len(steps) == 1:  # one point is no line
+        marker = "o"
     axis.plot(
-        steps, mean, color=color, linewidth=1.8, label=label, marker="" if len(steps) > 25 else marker, markersize=3.5,
+        steps, mean, color=color, linewidth=1.8, label=label, marker=marker, markersize=3.5,
         markeredgecolor=PAPER, markeredgewidth=0.4,
     )  # fmt: skip

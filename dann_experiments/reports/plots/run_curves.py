@@ -52,4 +52,5 @@ def _plot(
         axis.plot(*zip(*points, strict=True), color=color, alpha=0.2, linewidth=0.6)
         label = f"{name} (mean of {-(-len(points) // 50)} steps)"
         points = smoothed(points, 50)
+    marker = "o" if len(points) == 1 else marker  # one point is no line
     axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=3, label=label)
