@@ -311,6 +311,14 @@ def test_dollars_in_names_are_no_formula(tmp_path):
     assert len(re.findall(r"<text[^>]*>\$x_1\$</text>", found.source)) == 2  # scores and the legend of the classes
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_two_seeds_have_no_interval_in_a_verdict(tmp_path, seeds):
+    """Student's interval of two values can be wider than all possible scores."""
+    boxes = page_of(tmp_path, example(seeds=seeds)).source.partition("<h2>Scores")[0]
+    assert ("2 seeds: too few for an interval" in boxes) is (seeds == 2)
+    assert bool(re.search(r"% interval .\d+\.\d to", boxes)) is (seeds == 3)
+
+
 def test_an_arm_without_a_probe_is_said_to_be_not_measured(comparison, tmp_path):
     gone = ("da/probe_acc", "da/a_distance")
     without = [replace(run, metrics={k: v for k, v in run.metrics.items() if k not in gone}) for run in comparison.runs]

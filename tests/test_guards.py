@@ -396,6 +396,6 @@ def test_a_comparison_has_one_note_per_arm_in_which_it_spoke_the_control_include
         for arm in ("control", "DANN", "style") for seed in (2, 1, 0)
     ]  # fmt: skip
     assert list(_doubts(runs, ["DANN", "style"])) == [
-        "The guard spoke in control, seed 1: control 1 (docs/guards.md).",
-        "The guard spoke in DANN, seeds 0, 2: DANN 0 (docs/guards.md).",
+        "The guard warned in control, seed 1: control 1 (docs/guards.md).",
+        "The guard warned in DANN, seeds 0, 2; in seed 0: DANN 0 (docs/guards.md).",
     ]

@@ -314,7 +314,8 @@ def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
     for arm in dict.fromkeys(run.arm for run in warned):  # the control's as well
         texts = {run.seed: run.tags[Tag.GUARD] for run in sorted(warned, key=lambda run: run.seed) if run.arm == arm}
         seeds, text = ", ".join(map(str, texts)), next(iter(texts.values()))
-        yield f"The guard spoke in {arm}, seed{'s' * (len(texts) > 1)} {seeds}: {text} (docs/guards.md)."
+        several = f"s {seeds}; in seed {next(iter(texts))}" if len(texts) > 1 else f" {seeds}"
+        yield f"The guard warned in {arm}, seed{several}: {text} (docs/guards.md)."
 
 
 def _table(comparison: Comparison) -> pd.DataFrame:
