@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,8 @@ def write_report(study: Sweep, store: Store, folder: Path) -> None:
         header = (
             f"# Trial {best.number} of study {study.name}: {study.attribute(DEFINITION)['objective']} {best.value!r}"
             f"{_over_seeds(best)}\n"
-            f"# dann adapt --config {folder / BEST_CONFIG}   (in the same tracking store: the source model is there)\n"
+            f"# dann adapt --config {shlex.quote(str(folder / BEST_CONFIG))}   (in the same tracking store: the source model "
+            "is there)\n"
         )
         note = forgetting_note(study)
         header += "" if note is None else f"# {note}\n"
@@ -171,7 +173,7 @@ def passed_over_note(study: Sweep) -> str | None:
 
 
 def below_source_note(study: Sweep) -> str | None:
-    """Return a sentence that says that no trial beats the source model; None if one does, or if that is not known."""
+    """Return a sentence that says that the best trial does not beat the source model; None if it does, or if unknown."""
     best, source = study.best(), study.attribute(SOURCE_ONLY)
     objective = study.attribute(DEFINITION)["objective"]
     score = None if source is None else source["scores"].get(objective)
@@ -180,8 +182,8 @@ def below_source_note(study: Sweep) -> str | None:
     if best.value > score if study.maximizes else best.value < score:
         return None
     return (
-        f"No trial beats the source model, which has {objective} {score:.4f} without any adaptation; the best has "
-        f"{best.value:.4f}."
+        f"The best trial, with {best.value:.4f}, does not beat the source model, which has {objective} {score:.4f} without any "
+        "adaptation."
     )
 
 
@@ -245,7 +247,7 @@ def _report(study: Sweep, store: Store, missing: Mapping[str, str], folder: Path
         "name": study.name,
         "counts": {word: study.counts()[state] for state, word in ENDED.items()},
         "total": sum(study.counts().values()),
-        "best_config": folder / BEST_CONFIG,
+        "best_config": shlex.quote(str(folder / BEST_CONFIG)),
         "command": ui_command(store.uri),
         "direction": definition["direction"],
         "objective": definition["objective"],

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dann_experiments.adaptation.dann import LambdaZero
+from dann_experiments.adaptation.dann import DANNMethod
 from dann_experiments.config.errors import InputError
 from dann_experiments.data.dataset import SegmentationDataset
 from dann_experiments.data.labels import label_map
@@ -95,7 +95,7 @@ def counts_of(network, name):
 def step_of(network, mode, layer):
     """One training step's forwards as the module makes them."""
     taps = resolve_taps(network, [layer], 3)
-    method = LambdaZero([layer], [tap.channels for tap in taps], "pixel", 4, 1e-3)
+    method = DANNMethod([layer], [tap.channels for tap in taps], "pixel", 4, 1e-3)
     module = AdaptationModule(network, method, taps, lambda groups: torch.optim.SGD(groups, 0.1), batchnorm=mode)
     return module.step_outputs(batch_of())
 

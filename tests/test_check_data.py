@@ -362,6 +362,20 @@ def test_values_without_a_class_are_one_problem_with_all_masks_and_all_values(ro
     assert "other masks" not in rgb
 
 
+def test_the_line_to_fill_in_names_the_ids_of_the_good_masks_and_not_those_that_are_ignored(root, capsys):
+    """A map names every id that counts. A nodata value that it names would become a class."""
+    mask = np.full((1, 32, 32), 7, np.int16)
+    mask[0, :9] = -9999
+    (root / "source" / "masks" / "0.png").unlink()
+    write_raster(root / "source" / "masks" / "0.tif", mask, nodata=-9999)
+    assert run(root) == 2
+    assert "data.source.value_map: {0: CLASS, 1: CLASS, 7: CLASS}, with" in capsys.readouterr().err
+    assert run(root, data__source__value_map={0: "ground", 1: "square"}) == 2
+    errors = capsys.readouterr().err
+    assert "0.tif holds id 7" in errors
+    assert "-9999" not in errors
+
+
 def test_values_that_a_map_lacks_are_listed_together(root, capsys):
     mask = np.zeros((32, 32), np.uint8)
     mask[:3], mask[9:12] = 1, 4

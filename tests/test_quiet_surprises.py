@@ -72,12 +72,20 @@ def test_an_adversary_that_hardly_acts_is_told(squares, caplog, more, told):
     assert bool(caplog.text) == bool(told)
 
 
-@pytest.mark.parametrize(("epochs", "told"), [(1, True), (2, False)])
-def test_a_training_of_one_step_is_told_to_have_no_adversary(squares, caplog, epochs, told):
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"trainer.max_epochs": 1}, True),
+        ({"trainer.max_epochs": 2}, False),
+        ({"trainer.max_epochs": 1, "data.source.batch_size": 1, "data.target.batch_size": 1}, False),
+        ({"trainer.max_epochs": 1, "data.source.batch_size": 1, "trainer.accumulate_grad_batches": 99}, True),
+        ({"trainer.max_epochs": 1, f"{METHOD}.lambda_schedule.kind": "constant"}, False),
+    ],
+)
+def test_a_training_of_one_step_is_told_to_have_no_adversary(squares, caplog, more, told):
     """A schedule of lambda begins at 0: set to `batch`, as the warning above advises, it is still 0 in the only step."""
     large = {"data.source.batch_size": 99, "data.target.batch_size": 99}
-    more = {"trainer.max_epochs": epochs, f"{METHOD}.step_mode": "batch", **large}
-    config = load_config(None, small_settings(squares) | more)
+    config = load_config(None, small_settings(squares) | {f"{METHOD}.step_mode": "batch", **large} | more)
     with caplog.at_level(logging.WARNING):
         warn_of_a_single_step(config, find_data(config).read())
     assert ("a single step, in which lambda is 0" in caplog.text) is told

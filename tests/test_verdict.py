@@ -288,7 +288,7 @@ def test_a_seed_that_changes_nothing_is_one_run_counted_several_times(by):
     found = verdict(shifted(by, same), shifted(0.02, OTHER))
     assert found.outcome == "no evidence"
     assert (
-        "the seed changed nothing" if by else "exactly the scores of source only: both trained alike"
+        "the seed changed nothing" if by else "exactly the scores of source only: both give the same maps"
     ) in found.reason
 
 

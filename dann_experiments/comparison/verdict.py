@@ -298,9 +298,10 @@ def _no_spread(difference: Interval) -> bool:
 
 def _seed_changed_nothing(difference: Interval, other: str) -> str:
     if difference.mean == 0:
+        alike = "both trained alike, as they do if lambda is 0 in every step, or " * (other == "the control")
         return (
-            f"all {_seeds(difference.n)} give exactly the scores of {other}: both trained alike, as they do if lambda is 0 in "
-            "every step, so there is nothing to compare."
+            f"all {_seeds(difference.n)} give exactly the scores of {other}: {alike}both give the same maps, perhaps of one "
+            "class everywhere. There is nothing to compare."
         )
     return (
         f"all {_seeds(difference.n)} give exactly the same difference from {other} ({_points(difference.mean)} points): the seed "

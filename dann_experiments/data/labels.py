@@ -196,7 +196,9 @@ def _network_ids(path: Path, stored: StoredLabels, labels: LabelMap) -> np.ndarr
         result[hidden] = labels.ignore_index
     if result.min(initial=0) < 0:
         wrong = int(array[result < 0].min())
-        keys = [str(int(value)) for value, place in zip(ids, known, strict=True) if labels.ids is None or place is None]
+        # a map names every id that counts; pixels that are ignored need no name
+        unnamed = result < 0 if labels.has("value_map") else result != labels.ignore_index
+        keys = [str(int(value)) for value in np.unique(array[unnamed])]
         raise UnnamedValues.of(
             f"mask {path} holds id {wrong}, {_what_is_known(labels, wrong)}", labels, "value_map", keys
         )

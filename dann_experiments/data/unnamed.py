@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +24,12 @@ class _Masks:
     keys: set[str] = field(default_factory=set)
     paths: list[Path] = field(default_factory=list)
 
-    def text(self) -> str:
-        keys = sorted(self.keys, key=lambda key: [int(number) for number in re.findall(r"-?\d+", key)])
+    def text(self, classes: Collection[str]) -> str:
+        """Return the problem. `classes`: ids in the domain's other masks, which a map must name as well."""
+        keys = (
+            self.keys.union(classes) if self.setting == "value_map" and not self.labels.has("value_map") else self.keys
+        )
+        keys = sorted(keys, key=lambda key: [int(number) for number in re.findall(r"-?\d+", key)])
         others = [str(Path(*path.parts[-3:])) for path in self.paths[1:]]  # with the folders of set and masks
         more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
         of_others = f" So do {len(others)} other masks: {', '.join(others[:MOST_NAMED])}{more}."
@@ -42,6 +47,7 @@ class Unnamed:
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], _Masks] = {}
+        self._classes: dict[str, set[str]] = {}
 
     def check(self, path: Path, labels: LabelMap) -> None:
         """Read a whole mask and keep its values that are no class. Raises InputError for any other problem with it."""
@@ -56,14 +62,19 @@ class Unnamed:
                 known = _Masks(error.told, labels, error.setting)
                 mine = self._found.setdefault((labels.settings, error.setting), known)
                 mine.keys.update(error.keys)
-                if path not in mine.paths[-1:]:
+                if path not in mine.paths:
                     mine.paths.append(path)
                 if len(mine.keys) > MOST_NAMED:
                     break
-        # the map must then name the ids as well that are classes without it
         if mine is not None and mine.setting == "value_map" and not labels.has("value_map"):
             mine.keys |= classes - {str(labels.ignore_index)}
 
+    def add_classes(self, labels: LabelMap, found: Iterable[int]) -> None:
+        """Note the ids of masks that can be used: a map must name them as well."""
+        self._classes.setdefault(labels.settings, set()).update(
+            str(index) for index in found if index < labels.num_classes
+        )
+
     def texts(self) -> list[str]:
         """Return one problem per domain and setting."""
-        return [masks.text() for masks in self._found.values()]
+        return [masks.text(self._classes.get(settings, ())) for (settings, _), masks in self._found.items()]

@@ -79,8 +79,6 @@ class _Set:
     sums: BandSums
     class_pixels: np.ndarray
     """(256,) number of pixels per class id."""
-    complete: bool = True
-    """False if not all masks could be read, so that classes may be missing in `class_pixels`."""
     partly: int = 0
     """Number of pixels with nodata values in some of their bands, but not in all."""
 
@@ -102,12 +100,16 @@ def check_data(config: Config) -> DataReport:
     log.info("Reading all images and masks ...")
     samples: dict[str, list[Sample]] = {}
     sets: dict[SetName, _Set] = {}
+    incomplete: set[SetName] = set()  # by what could not be read, so that classes may be missing in their counts
     for name in (part for whole in ALL_SETS for part in plan.parts(whole)):
+        known = len(problems.texts)
         try:
             found = plan.find(name, problems.append)
         except InputError as error:
             problems.append(str(error))
-            continue
+            found = None
+        if len(problems.texts) > known:
+            incomplete.add(name)
         if found is None:
             continue
         images = plan.images[name.one]
@@ -120,8 +122,10 @@ def check_data(config: Config) -> DataReport:
         cut = _cut(plan, name, good, headers, problems)
         if cut is not None:
             sets[name] = cut
-            cut.complete = len(cut.dataset.samples) == len(found)
-            _read(cut, name, plan, problems)
+        if cut is None or not _read(cut, name, plan, problems) or len(cut.dataset.samples) < len(found):
+            incomplete.add(name)
+    for found in sets.values():
+        problems.unnamed.add_classes(found.dataset.labels, np.flatnonzero(found.class_pixels))
     for text in problems.unnamed.texts():
         problems.append(text)
     for text, image, other, twin in shared_images(samples, functools.cache(file_digest)):
@@ -135,7 +139,8 @@ def check_data(config: Config) -> DataReport:
     map_remarks, names, ignored = remarks_on_label_maps(config), config.class_names, config.data.ignore_index
     of_training = [found for name, found in sets.items() if name.whole == SOURCE_TRAIN]
     trained_on = [found.class_pixels for found in of_training]
-    if trained_on and np.sum(trained_on, 0).any() and all(found.complete for found in of_training):
+    all_read = all(name.whole != SOURCE_TRAIN for name in incomplete)
+    if trained_on and np.sum(trained_on, 0).any() and all_read:
         try:
             files = [sample for found in of_training for sample in found.dataset.samples]
             text = absent_classes(np.sum(trained_on, 0), names, ignored, map_remarks, files)
@@ -272,8 +277,8 @@ def _note_stacks(name: SetName, samples: Sequence[Sample], problems: Problems) -
         problems.remarks.add(f"stacks of {name}", text)
 
 
-def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> None:
-    """Read and count every pixel of a set once; stop reading an image at its first problem."""
+def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> bool:
+    """Read and count every pixel of a set once; stop reading an image at its first problem. Return whether there was none."""
     dataset = found.dataset
     begun: set[Path] = set()
     broken: set[int] = set()
@@ -302,12 +307,12 @@ def _read(found: _Set, name: SetName, plan: DataPlan, problems: Problems) -> Non
             yield index
 
     followed(steps(), len(dataset), f"reading {name.key}", plan.show_progress)
-    found.complete &= not broken
     if not broken and not found.sums.result().pixels:
         problems.append(
             f"{name.key}: image {dataset.samples[0].image} and the others of its set have no data: every pixel is nodata "
             f"({dataset.reading.settings}nodata is {dataset.reading.nodata})."
         )
+    return not broken
 
 
 def _partly(dataset: SegmentationDataset, index: int, own: tuple[slice, slice]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection
 
 import torch
@@ -204,12 +205,11 @@ def warn_of_a_single_step(config: Config, sets: ImageSets) -> None:
     method = config.domain_adaptation.method
     if method.name != "dann" or method.class_path is not None or method.lambda_schedule.kind == "constant":
         return
-    batches = max(
-        len(dataset) // min(len(dataset), getattr(config.data, role).batch_size)
-        for role, dataset in sets.training().items()
-    )
+    shares = {role: max(len(dataset) // config.trainer.devices, 1) for role, dataset in sets.training().items()}
+    batches = max(share // min(share, getattr(config.data, role).batch_size) for role, share in shares.items())
     batches = min(batches, config.trainer.limit_train_batches or batches)
-    if batches * config.trainer.max_epochs == 1 and method.step_mode == "batch":
+    steps = math.ceil(batches / config.trainer.accumulate_grad_batches) * config.trainer.max_epochs
+    if steps == 1 and method.step_mode == "batch":
         log.warning(
             "Training is a single step, in which lambda is 0, so this run is its own lambda = 0 control; train for more epochs, "
             "or lower data.source.batch_size and data.target.batch_size."
