@@ -514,7 +514,7 @@ def test_scenes_of_three_resolutions_and_polygons_go_in_and_polygons_come_out(wo
         for line in (Path(__file__).parents[1] / "docs" / "bands-in-files.md").read_text().splitlines()
         if "--vector gpkg" in line
     )
-    words = shlex.split(command.replace("RUN_ID", run))[3:]
+    words = shlex.split(command.replace("RUN_ID", run))[1:]
     assert main([*words, "--accelerator", "cpu", "--tile_size", "64"]) == 0
     (path,) = Path("maps").rglob("*.gpkg")
     with rasterio.open(path.with_suffix(".tif")) as file:
