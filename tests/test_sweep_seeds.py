@@ -239,7 +239,7 @@ def test_each_seed_is_a_run_with_the_tags_of_its_trial_and_confirm_takes_other_s
         assert system[f"dashboard:{trial._trial_id}:note_ver"] == 2
     report = (result.folder / "report.md").read_text()
     assert "6 of 6 trainings done (2 seeds per trial)." in report
-    assert "100% of the full number of epochs" in report
+    assert "would have trained unpruned, 100% were trained" in report
     assert "means over 2 seeds each" in report or "no better than the lambda = 0 control" in report
     confirm("s", None, {"confirm_top": 1, "confirm_seeds": 1, "workers": 1})
     again = Sweep(result.sweep.storage, "s-confirm")
