@@ -261,7 +261,7 @@ def test_a_sweep_whose_best_score_forgets_the_source_is_won_by_one_that_keeps_it
     assert "Best: **trial 0 (recipe)**" in report
     assert f"Trial 2 has the best iou/target_val, {forgetful.value:.4f}, but does not count" in report
     rows = [line for line in report.splitlines() if line.startswith(("| trial 0", "| trial 2"))]
-    assert [" NO " in row for row in rows] == [False, True]  # the table of the best has all trials, so there is no other
+    assert [" NO " in row for row in rows] == [False, True]  # one table, which has all trials
     assert "lambda_da: 0.1" in (result.folder / "best_config.yaml").read_text()
     assert client.get_run(result.run_id).data.metrics["sweep/best"] == pytest.approx(kept.value)
     found = confirm("s", None, {"confirm_top": 1, "confirm_seeds": 1, "workers": 1})
