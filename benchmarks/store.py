@@ -44,10 +44,11 @@ from dann_experiments.jobs.adapt import adapt
 from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.evaluate import evaluate
 from dann_experiments.jobs.overview import overview
-from dann_experiments.jobs.resume import AUTO, run_to_go_on
+from dann_experiments.jobs.resume import run_to_go_on
 from dann_experiments.jobs.run_training import describe_run
 from dann_experiments.jobs.source_model import chosen_by_target_labels, find_or_make_source_model
 from dann_experiments.jobs.upkeep import doctor
+from dann_experiments.names import RESUME_AUTO
 from dann_experiments.tracking.run import tracked_run
 from dann_experiments.tracking.store import Store, open_store
 from sweeps import show
@@ -278,7 +279,7 @@ def questions(filled: Filled, folder: Path, statements: Statements) -> dict[str,
     return {
         "`runs`": lambda: overview(config),
         "the newest pretraining that fits": lambda: find_or_make_source_model(config, store, data.digests),
-        "`resume=auto`, nothing to go on in": lambda: run_to_go_on(store, "adapt", AUTO, "none", config),
+        "`resume=auto`, nothing to go on in": lambda: run_to_go_on(store, "adapt", RESUME_AUTO, "none", config),
         "`doctor`": lambda: doctor(config),
         f"`compare`: which of {5 * SEEDS} runs are there": lambda: find_cells(cells, store),
         f"`compare`: {len(filled.run_ids)} runs read back": lambda: [

@@ -24,13 +24,12 @@ from dann_experiments.config.prediction import PredictConfig
 from dann_experiments.config.recipes import load_or_default, report_default
 from dann_experiments.config.suggestions import SuggestLabelsConfig
 from dann_experiments.config.weak_labels import WeakLabelsConfig
-from dann_experiments.names import Job
+from dann_experiments.names import RESUME_AUTO, Job
 from dann_experiments.workers.processes import prepare_workers
 
 log = logging.getLogger(__name__)
 OF_ADAPTATION = ("source_checkpoint", "gamma", "hidden_size", "discriminator_lr", "feature_layer")
 CONFIG = Option("YAML file of settings, or a recipe's name (default: digits)", "FILE")
-AUTO = "auto"
 RESUME = Option("resume this killed run; auto: the newest of these settings, else start a new run", "RUN_ID")
 SETTINGS = {"settings (in a YAML file, or as --dotted.key value)": Config}
 
@@ -85,7 +84,7 @@ def _adapt(request: Request) -> int:
 def _training_config(request: Request, without_effect: Sequence[str] = ()) -> Config:
     """Read the settings. Those of a resumed run come from that run."""
     run_id = request.options.get("resume")
-    if run_id in (None, AUTO):
+    if run_id in (None, RESUME_AUTO):
         return _config(request, without_effect)
     quiet_libraries()
     from dann_experiments.jobs.resume import settings_to_resume
@@ -115,7 +114,7 @@ def _print_run(result: Any, request: Request | None = None) -> int:
         if result.source_run_id is not None:
             print(f"Its source model: runs:/{result.source_run_id}")
         given = None if request is None else request.options.get("config")
-        if request is not None and request.options.get("resume") not in (None, AUTO) and result.artifacts:
+        if request is not None and request.options.get("resume") not in (None, RESUME_AUTO) and result.artifacts:
             given = Path(result.artifacts) / "config.yaml"  # the settings came from the run
         config = "" if given is None else f" --config {shlex.quote(str(given))}"
         others = ", and the other settings of this command" if request is not None and request.settings else ""

@@ -124,6 +124,8 @@ TARGET_LABELLED = SetName("target", "train_labelled")
 TARGET_WEAK = SetName("target", "weak_labels")
 """The images of TARGET_TRAIN with noisy masks, for the companion weak_labels."""
 ALL_SETS = (*(SetName(domain, split) for domain in DOMAINS for split in SPLITS), TARGET_LABELLED, TARGET_WEAK)
+RESUME_AUTO = "auto"
+"""Value of `--resume` that names the newest unfinished run of the same settings."""
 SOURCE_TRAIN, SOURCE_VAL, SOURCE_TEST, TARGET_TRAIN, TARGET_VAL, TARGET_TEST, *_ = ALL_SETS
 TARGET_TRAINING = (TARGET_TRAIN, TARGET_LABELLED, TARGET_WEAK)
 """The sets of target images to train on, which may hold the same images."""

@@ -23,14 +23,14 @@ from dann_experiments.jobs.checks import (
 from dann_experiments.jobs.identity import data_digest, domain_name, method_name, run_digest, run_name, source_digest
 from dann_experiments.jobs.precision import with_precision
 from dann_experiments.jobs.result import RunResult
-from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
+from dann_experiments.jobs.resume import as_the_run, run_to_go_on
 from dann_experiments.jobs.run_training import Parts, tracked_training, with_batch_sizes
 from dann_experiments.jobs.source_model import (
     chosen_by_target_labels,
     find_or_make_source_model,
     load_source_model,
 )
-from dann_experiments.names import DOMAINS, Job, Tag
+from dann_experiments.names import DOMAINS, RESUME_AUTO, Job, Tag
 from dann_experiments.reports.mlflow_views import views_of_adaptation
 from dann_experiments.tracking.notes import escaped
 from dann_experiments.tracking.registry import register
@@ -59,7 +59,7 @@ def adapt(
         refuse_several_processes(config, "callbacks")
     refuse_tta(config, "trainings")
     refuse_test_batchnorm(config, "trainings")
-    if resume not in (None, AUTO):
+    if resume not in (None, RESUME_AUTO):
         store = open_store(config.tracking.uri, config.tracking.experiment)
         config = as_the_run(store, resume, Job.ADAPT, config)
     config = with_precision(config)
@@ -67,7 +67,7 @@ def adapt(
         warn_of_idle_adversary(config)  # before the source model is trained
         data, network = _found(config)  # before a store is created: settings that are refused leave nothing behind
         store = store or open_store(config.tracking.uri, config.tracking.experiment)
-        config, parts = _prepared(config, store, data, network, AUTO if resume == AUTO else None)
+        config, parts = _prepared(config, store, data, network, RESUME_AUTO if resume == RESUME_AUTO else None)
         source_run_id, source = load_source_model(config, network, _source_model(config), store)
         reseed(config.seed)  # same random numbers whether the source model was just trained or found
         parts = dataclasses.replace(parts, method=make_method(config, parts.taps))

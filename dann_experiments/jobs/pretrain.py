@@ -14,9 +14,9 @@ from dann_experiments.jobs.checks import checked_sets, refuse_several_processes,
 from dann_experiments.jobs.identity import as_pretrained, encoder_tags, run_digest, run_name, source_digest
 from dann_experiments.jobs.precision import with_precision
 from dann_experiments.jobs.result import RunResult
-from dann_experiments.jobs.resume import AUTO, as_the_run, run_to_go_on
+from dann_experiments.jobs.resume import as_the_run, run_to_go_on
 from dann_experiments.jobs.run_training import Parts, tracked_training
-from dann_experiments.names import PRETRAINING_SETS, SOURCE_VAL, Job, Tag
+from dann_experiments.names import PRETRAINING_SETS, RESUME_AUTO, SOURCE_VAL, Job, Tag
 from dann_experiments.tracking.store import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def pretrain(
     resume (docs/resume.md), or `auto` for the newest unfinished run with these settings, else a new one. Raises InputError for
     invalid settings or data, TrainingFailed and NotStored."""
     store = None
-    if resume not in (None, AUTO):
+    if resume not in (None, RESUME_AUTO):
         store = open_store(config.tracking.uri, config.tracking.experiment)
         config = as_the_run(store, resume, Job.PRETRAIN, config)
     config = with_precision(config)

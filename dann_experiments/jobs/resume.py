@@ -16,7 +16,7 @@ from dann_experiments.config import Config, InputError, flatten, load_config, re
 from dann_experiments.config.atomic_write import writing
 from dann_experiments.config.parsing import given_settings
 from dann_experiments.jobs.identity import as_pretrained
-from dann_experiments.names import Job, Key, Tag
+from dann_experiments.names import RESUME_AUTO, Job, Key, Tag
 from dann_experiments.tracking.deleted import is_deleted
 from dann_experiments.tracking.processes import is_elsewhere, live_process
 from dann_experiments.tracking.run import PARAM_PREFIX
@@ -31,7 +31,6 @@ from dann_experiments.tracking.store import (
 )
 
 log = logging.getLogger(__name__)
-AUTO = "auto"
 CHECKPOINTS = "checkpoints"
 """Folder in a run's folder and among its artifacts."""
 SETTINGS = "config.yaml"
@@ -83,7 +82,7 @@ def run_to_go_on(store: Store, job: str, resume: str | None, digest: str, config
     experiment. Return None for a new run. Raises InputError if the run that `resume` names has another digest."""
     if resume is None:
         return None
-    if resume != AUTO:
+    if resume != RESUME_AUTO:
         run = _unfinished(store, resume, job)
         if run.data.tags.get(Tag.DIGEST) != digest:
             raise InputError(
