@@ -30,8 +30,8 @@ install: .venv/installed  ## make .venv and install the project
 	@touch $@
 
 demo: .venv/installed  ## pretrain, control and DANN on the embedded digits; a table and pictures (minutes)
-	$(PROJECT_RUN) -e adapt -P domain_adaptation.method.name=lambda_zero
-	$(PROJECT_RUN) -e adapt
+	$(PROJECT_RUN) -e adapt -P domain_adaptation.method.name=lambda_zero -P trainer.precision=auto
+	$(PROJECT_RUN) -e adapt -P trainer.precision=auto
 	@$(BIN)/python -m dann_experiments runs --tracking.experiment digits
 
 test: .venv/installed-dev  ## every test that CI runs by default

@@ -222,6 +222,7 @@ def rows(options: argparse.Namespace) -> Iterator[str]:
                     config.trainer.channels_last,
                     build.make_network(config, with_weights=False),
                     torch.device(options.device),
+                    options.precision,
                 )
             kinds = ("source only", "floor", "floor, channels last", "ours")
             times = " | ".join(f"{1e3 * np.median(found[name]):.1f}" for name in kinds)

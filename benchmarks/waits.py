@@ -9,7 +9,7 @@ own with its own store. `--write` puts the table into docs/performance.md.
   with 16 and 32 images. 30 s a turn.
 - comparison: `compare` with source only, lambda = 0 control, DANN and oracle over `--seeds` seeds of recipes/digits.yaml, two
   processes; `--epochs` shortens its trainings. `--growth` runs this version with 1, 2 and 4 seeds as well.
-- demo: what `make demo` runs, over seeds 0, 1, ... of `--seeds`.
+- demo: what `make demo` runs, each version with its own settings, over seeds 0, 1, ... of `--seeds`, and what it scores.
 - imports: `dann --help` and `import dann_experiments` against Python's own start.
 """
 
@@ -177,31 +177,43 @@ def _digits() -> str:
 
 
 def demo(options: argparse.Namespace) -> str:
-    """Time what `make demo` runs, over seeds."""
+    """Time what `make demo` runs, over seeds, and compare what it scores."""
     rows = [
         "| seed | fa582de: clock, processor, s | now: clock, processor, s | clock, processor, now / fa582de |",
         "|---|---|---|---|",
     ]
-    control = ["--domain_adaptation.method.name", "lambda_zero"]
+    control, found = (
+        ["--domain_adaptation.method.name", "lambda_zero"],
+        dict[tuple[str, str], list[tuple[float, float]]](),
+    )
     with both() as sides:
         for seed in range(options.seeds):
-            taken = []
-            for side in sides:
-                settings = ["--seed", str(seed), "--data.embedded.folder", _digits()]
+            taken, scores = [], []
+            for side, more in zip(sides, ([], ["--trainer.precision", "auto"]), strict=True):
+                settings = ["--seed", str(seed), "--data.embedded.folder", _digits(), *more]
                 # a seed of its own source model, as in a store where nothing is
-                (side.place / "mlflow.db").rename(side.place / f"{seed}.db") if seed else None
+                (side.place / "mlflow.db").unlink(missing_ok=True)
                 parts = [
                     side.run(*COMMAND, "adapt", *control, *settings, threads=None),
                     side.run(*COMMAND, "adapt", *settings, threads=None),
                     side.run(*COMMAND, "runs", threads=None),
                 ]
                 taken.append([sum(column) for column in zip(*parts, strict=True)])
-                print(seed, side.version.name, taken[-1], side.scores(), flush=True)
+                scores.append({(method, metric): value for method, _, metric, value in side.scores()})
+                print(seed, side.version.name, taken[-1], scores[-1], flush=True)
             (first, second) = ((one[0], one[2]) for one in taken)
             rows.append(
                 f"| {seed} | {first[0]:.0f}, {first[1]:.0f} | {second[0]:.0f}, {second[1]:.0f} | "
                 f"{second[0] / first[0]:.2f}, {second[1] / first[1]:.2f} |"
             )
+            for row, value in scores[0].items():
+                found.setdefault(row, []).append((value, scores[1][row]))
+    rows += ["", "| row | score | fa582de, mean | now - fa582de, points: each seed | mean |", "|---|---|---|---|---|"]
+    for (method, metric), values in found.items():
+        points = [100 * (new - old) for old, new in values]
+        each = ", ".join(f"{one:+.1f}" for one in points)
+        mean = statistics.fmean(old for old, _ in values)
+        rows.append(f"| {method} | `{metric}` | {mean:.3f} | {each} | {statistics.fmean(points):+.1f} |")
     return "\n".join([*rows, "", _about(1)])
 
 

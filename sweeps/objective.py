@@ -108,7 +108,9 @@ def run_trial(
         refuse_stored_code(named, sweep.allowed_classes, f"trial {slot.number} of study {study.name!r}")
         study.note(slot, seed=config.seed, sampler_seed=sweep.sampler_seed, point=settings_of(point))
         tags = run_tags(sweep, study.name, slot, sweep_run_id)
-        value = mean_value(_trained(study, sweep, config, slot, trial, tags, judges_by_parts(*rule)))
+        value = mean_value(
+            _trained(study, sweep, config, slot, trial, tags, rule[-1] if judges_by_parts(*rule) else None)
+        )
         state = TrialState.COMPLETE
     except Pruned:
         state = TrialState.PRUNED
@@ -129,7 +131,7 @@ def _trained(
     slot: FrozenTrial,
     trial: optuna.Trial,
     tags: Mapping[str, str],
-    by_parts: bool,
+    parts: int | None,
 ) -> list[Training]:
     """Train with each seed and store the scores with the trial. Raises Pruned if the pruner ends it."""
     may_prune = slot.user_attrs["role"] == "search" and sweep.pruner_used != "none"
@@ -140,7 +142,7 @@ def _trained(
         seeded = replace(seeded, {"tracking.run_name": name, "tracking.registered_model_name": None})
         if sweep.seeds_per_trial == 1:
             every = sweep.report_every_n_steps
-            callback = PruningCallback(trial, sweep.objective, may_prune, threshold, every, by_parts)
+            callback = PruningCallback(trial, sweep.objective, may_prune, threshold, every, parts)
         else:
             callback = RunCallback(trial, sweep.objective, index * config.trainer.max_epochs)
         result = adapt(seeded, [callback], tags)

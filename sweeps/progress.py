@@ -6,6 +6,7 @@ import time
 
 from optuna.trial import FrozenTrial, TrialState
 
+from dann_experiments.config.durations import duration
 from dann_experiments.workers.progress import Progress
 from sweeps.ranking import drop_of, forgot
 from sweeps.seeds import seeds_done, trainings_counted
@@ -43,7 +44,7 @@ class StudyProgress(Progress):
             parts.append(f"best {best.value:.4f} (trial {best.number}{', forgot the source' if forgot(best) else ''})")
         left = self._seconds_left(counts["waiting"] + counts["running"])
         if left is not None:
-            parts.append(f"about {_duration(left)} left")
+            parts.append(f"about {duration(left)} left")
         return ", ".join(parts), done
 
     def _seconds_left(self, open_trials: int) -> float | None:
@@ -72,8 +73,3 @@ def describe_end(trial: FrozenTrial) -> str:
     if superseded(trial):
         return f"retried{role}: {trial.user_attrs.get('error')}"
     return f"FAILED{role}: {trial.user_attrs.get('error')}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{round(seconds)} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -15,7 +15,7 @@ from dann_experiments.tracking.run import EndedEarly, RunLogger
 from dann_experiments.training.side_validation import score_now
 from sweeps.dashboard import add_to_note, run_line
 from sweeps.ranking import set_forgetting
-from sweeps.sampling import PARTS, RUNGS
+from sweeps.sampling import RUNGS
 
 
 class Pruned(EndedEarly):
@@ -65,7 +65,7 @@ class PruningCallback(RunCallback):
     """Also reports `metric` to `trial` after each validation, at step = epochs done.
 
     With `every_n_steps`, the network is also scored every so many optimizer steps within an epoch, and all reports are at step =
-    optimizer steps done. With `by_parts`, reports are at step = parts of the run done, of `PARTS`, and the network is also scored
+    optimizer steps done. With `parts`, reports are at step = parts of the run done, of so many, and the network is also scored
     within an epoch where `halving` judges. Raises Pruned if the pruner decides so and `may_prune` is set; a trial that may not be
     pruned is one of those with which others are compared. The run of a pruned trial gets the tags `dann.pruned` and
     `dann.pruned_after_epochs`, the number of whole epochs. Whether its network had forgotten the source by then, by more than
@@ -79,14 +79,14 @@ class PruningCallback(RunCallback):
         may_prune: bool = True,
         forgetting_threshold: float = 0.05,
         every_n_steps: int | None = None,
-        by_parts: bool = False,
+        parts: int | None = None,
     ) -> None:
         super().__init__(trial, metric)
         self.may_prune = may_prune
         self.forgetting_threshold = forgetting_threshold
         self.every_n_steps = every_n_steps
-        self.by_parts = by_parts
-        self._within = every_n_steps is not None or by_parts  # whether it is scored within an epoch
+        self.parts = parts
+        self._within = every_n_steps is not None or parts is not None  # whether it is scored within an epoch
         self._seen = 0  # optimizer steps when the last batch ended: a skipped step does not count
         self._reported = 0  # step of the last report
 
@@ -114,14 +114,14 @@ class PruningCallback(RunCallback):
     def _due(self, trainer: pl.Trainer) -> bool:
         if self.every_n_steps is not None:
             return trainer.global_step % self.every_n_steps == 0
-        part = self._parts(trainer)
+        part = self._parts_done(trainer)
         return part > self._reported and part in RUNGS
 
-    def _parts(self, trainer: pl.Trainer) -> int:
-        return trainer.global_step * PARTS // max(int(trainer.estimated_stepping_batches), 1)
+    def _parts_done(self, trainer: pl.Trainer) -> int:
+        return trainer.global_step * (self.parts or 1) // max(int(trainer.estimated_stepping_batches), 1)
 
     def _report(self, trainer: pl.Trainer, epochs: int, values: Mapping[str, float]) -> None:
-        step = trainer.global_step if self.every_n_steps else self._parts(trainer) if self.by_parts else epochs
+        step = trainer.global_step if self.every_n_steps else self._parts_done(trainer) if self.parts else epochs
         if step <= self._reported:  # the same part of the run
             return
         self.trial.report(values[self.metric], step=step)

@@ -56,10 +56,11 @@ class SweepConfig(PoolSettings):
     """Number of seeds with which each trial is trained: seed, seed + 1, ... Its value is the mean over them, and each training is
     a run of its own."""
     pruner: Literal["median", "halving", "hyperband", "wilcoxon", "none"] | None = None
-    """Rule that stops poor trials early. halving (asynchronous successive halving): after a sixth and after half of a run, in
-    runs of fewer than 6 epochs within an epoch too, about one trial of three goes on. After each epoch: median (worse than the
-    median), hyperband (Hyperband). After each seed, with seeds_per_trial above 1: wilcoxon (Wilcoxon's signed-rank test
-    against the best trial, from the fourth seed). none: run all to the end. null = median, or wilcoxon with several seeds."""
+    """Rule that stops poor trials early. halving (asynchronous successive halving): after an eighth and three eighths of a
+    run, in runs of fewer than 8 epochs within an epoch too, about one trial of three goes on. After each epoch: median (worse
+    than the median), hyperband (Hyperband). After each seed, with seeds_per_trial above 1: wilcoxon (Wilcoxon's signed-rank
+    test against the best trial, from the fourth seed). none: run all to the end. null = median, or wilcoxon with several
+    seeds."""
     report_every_n_steps: Annotated[int | None, between(1, 10**9)] = None
     """Also score the objective on the whole validation sets every N optimizer steps within an epoch, and let the pruner judge
     by it; its steps are then optimizer steps. Results of a trial that is not pruned do not change. null = after each epoch, and

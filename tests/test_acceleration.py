@@ -106,11 +106,19 @@ def test_a_checkpoint_goes_on_in_another_memory_format(tmp_path, then):
 
 
 def test_nothing_is_assumed_of_other_devices():
-    network = nn.Conv2d(4, 4, 3, groups=4)
-    assert keeps_channels_last(None, network, torch.device("cpu"))
-    assert not keeps_channels_last(None, network, torch.device("cuda"))
-    assert keeps_channels_last(True, network, torch.device("cuda"))
-    assert not keeps_channels_last(None, nn.Conv2d(4, 4, 3, groups=2), torch.device("cpu"))
+    depthwise, other = nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert keeps_channels_last(None, depthwise, cpu, "32-true")
+    assert not keeps_channels_last(None, depthwise, gpu, "32-true")
+    assert keeps_channels_last(True, depthwise, gpu, "32-true")
+    assert not keeps_channels_last(None, other, cpu, "32-true")
+
+
+def test_half_precision_on_a_processor_keeps_channels_last():
+    network = nn.Conv2d(4, 4, 3)
+    assert keeps_channels_last(None, network, torch.device("cpu"), "bf16-mixed")
+    assert not keeps_channels_last(False, network, torch.device("cpu"), "bf16-mixed")
+    assert not keeps_channels_last(None, network, torch.device("cuda"), "bf16-mixed")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from dann_experiments.training.side_validation import score_now
 from sweeps import pruning
 from sweeps.progress import describe_end
 from sweeps.pruning import Pruned, PruningCallback
-from sweeps.sampling import build_pruner, judges_by_parts
+from sweeps.sampling import PARTS, build_pruner, judges_by_parts
 from sweeps.settings import SweepConfig
 
 
@@ -163,7 +163,12 @@ def test_reports_come_at_multiples_of_the_steps_and_after_each_epoch(squares, mo
 
 
 @pytest.mark.usefixtures("pretrained_place")
-def test_in_a_run_of_few_epochs_halving_judges_after_a_sixth_and_a_half(squares, monkeypatch):
+@pytest.mark.parametrize(("parts", "within", "reported"), [
+    (PARTS, [1, 3], [1, 3, 4, 8]),
+    (6, [2], [1, 3, 6]),  # a study of the version that counted sixths: half of the run is the end of the first epoch
+])  # fmt: skip
+def test_in_a_run_of_few_epochs_halving_judges_after_an_eighth_and_three(squares, monkeypatch, parts, within, reported):
+    """Two epochs of four steps."""
     trial, at = new_trial(build_pruner("halving", 2)), list[int]()
 
     def counted(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
@@ -171,11 +176,11 @@ def test_in_a_run_of_few_epochs_halving_judges_after_a_sixth_and_a_half(squares,
         return score_now(trainer, module)
 
     monkeypatch.setattr(pruning, "score_now", counted)
-    callback = PruningCallback(trial, Metric.TARGET_VAL_IOU, by_parts=True)
+    callback = PruningCallback(trial, Metric.TARGET_VAL_IOU, parts=parts)
     adapt(load_config(None, small_settings(squares)), [callback], {})
     found = trial.study.trials[0]
-    assert at == [2]  # of eight steps; half of the run is the end of the first epoch
-    assert sorted(found.intermediate_values) == [1, 3, 6]
+    assert at == within
+    assert sorted(found.intermediate_values) == reported
     assert {"completed_rung_0", "completed_rung_1"} <= set(found.system_attrs)
 
 
@@ -194,10 +199,11 @@ def test_a_trial_that_is_never_pruned_competes_too(squares, may_prune):
 
 
 @pytest.mark.parametrize(("epochs", "parts", "by_parts", "first"), [
+    (3, 8, True, 1), (7, 8, True, 1), (8, 8, False, 1), (15, 8, False, 1), (16, 8, False, 2),
     (3, 6, True, 1), (5, 6, True, 1), (6, 6, False, 1), (11, 6, False, 1), (12, 6, False, 2), (30, 6, False, 5),
     (3, None, False, 1), (30, None, False, 1),  # a study of an earlier version
 ])  # fmt: skip
-def test_halving_first_judges_after_a_sixth_of_a_run(epochs, parts, by_parts, first):
+def test_halving_first_judges_after_one_part_of_a_run(epochs, parts, by_parts, first):
     assert judges_by_parts("halving", epochs, None, parts) == by_parts
     study = optuna.create_study(direction="maximize", pruner=build_pruner("halving", epochs, None, parts))
     study.add_trial(optuna.create_trial(value=1.0, system_attrs={"completed_rung_0": 1.0}))

@@ -91,8 +91,8 @@ class TrainerConfig:
     (docs/performance.md)."""
     channels_last: bool | None = None
     """Store images and feature maps with the channels last. null: on a CPU, for networks with depthwise convolutions, where a
-    step then takes 0.9 of the time (docs/performance.md); on a GPU, try true with bf16-mixed. Changes the last digits of
-    results."""
+    step then takes 0.9 of the time, and with bf16-mixed (docs/performance.md); on a GPU, try true with bf16-mixed. Changes the
+    last digits of results."""
     compile: bool = False
     """Compile the network with torch.compile: a minute or more before the first step, then faster steps on a GPU (not on a
     CPU). Needs a C++ compiler. Changes the last digits of results."""
@@ -116,7 +116,7 @@ class TrainerConfig:
     limit_train_batches: Annotated[int | None, at_least(1)] = None
     """Stop each epoch after this many steps; null = never."""
     enable_progress_bar: bool = True
-    """Show progress bars."""
+    """Show progress: a bar on a terminal; elsewhere a line per epoch, and in long epochs and validations one a minute."""
     checkpoint_every_n_steps: Annotated[int | None, at_least(1)] = None
     """Save a resumable checkpoint every N optimizer steps within an epoch (docs/resume.md); null = not by steps. The end of each
     epoch is always saved."""

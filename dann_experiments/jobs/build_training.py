@@ -37,8 +37,9 @@ from dann_experiments.training.averaging import AverageWeights, TrainedWeights
 from dann_experiments.training.bad_numbers import BadNumbers
 from dann_experiments.training.checkpointing import Checkpoints
 from dann_experiments.training.curves import Curves
+from dann_experiments.training.epoch_lines import EpochLines
 from dann_experiments.training.guards import KeepsLastGood, TargetGuard
-from dann_experiments.training.loop import EpochLines, Loop
+from dann_experiments.training.loop import Loop
 from dann_experiments.training.losses import SegmentationLoss, class_weights_from
 from dann_experiments.training.module import AdaptationModule
 from dann_experiments.training.monitor import DomainAdaptationMonitorCallback, RatesAndTimes, TargetStatistics
@@ -76,7 +77,7 @@ def make_module(
         network, method, taps, optimizer_maker(optimizer, config.trainer.precision),
         LearningRates(optimizer.schedule, optimizer.warmup_steps, optimizer.power),
         config.data.ignore_index, config.domain_adaptation.batchnorm,
-        keeps_channels_last(config.trainer.channels_last, network, device),
+        keeps_channels_last(config.trainer.channels_last, network, device, config.trainer.precision),
         SegmentationLoss(config.loss, config.data.ignore_index, class_weights),
         {part: factor * optimizer.lr for part, factor in optimizer.lr_factors.items()},
         validated, list(config.data.domains), scaling,

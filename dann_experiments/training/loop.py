@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from dann_experiments.config.errors import InputError
 from dann_experiments.models.compiling import is_of_compiling
-from dann_experiments.names import CURVES
 from dann_experiments.training import ranks
 from dann_experiments.training.averaging import AverageWeights
 from dann_experiments.training.checkpointing import Checkpoints
@@ -122,19 +120,3 @@ class Loop:
 def together(loaders: Mapping[str, DataLoader]) -> CombinedLoader:
     """Combine the domains' loaders: an epoch is one pass over the larger domain; the smaller one starts again."""
     return CombinedLoader(dict(loaders), mode="max_size_cycle")
-
-
-class EpochLines(pl.Callback):
-    """Prints one line per epoch, and one for final weights that are not those of the last epoch: the progress where there is no
-    terminal to draw a bar on."""
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shown = [
-            f"{name} {float(trainer.callback_metrics[name]):.3f}"
-            for name in CURVES[:2]
-            if name in trainer.callback_metrics
-        ]
-        if not trainer.sanity_checking:
-            after = trainer.state.fn == TrainerFn.VALIDATING  # training is over: the weights that the run ends with
-            epoch = "final weights" if after else f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            print("  ".join([epoch, *shown]), flush=True)
