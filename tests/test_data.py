@@ -228,3 +228,18 @@ def test_the_command_line_says_it_in_one_message_with_exit_code_2(workplace, squ
     assert captured.err.startswith("Error: ")
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
+
+
+def test_names_as_a_number_is_the_file_of_that_name(tmp_path):
+    """YAML reads `names: 7` as a number; in a list, numbers are names."""
+    (tmp_path / "images").mkdir()
+    for name in ("7", "8"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{name}.png")
+    with pytest.raises(InputError, match=r"file of names .*7 does not exist; for a single name give a list, \[7\]\."):
+        find_samples([{"images": "images", "names": 7}], tmp_path, "data.source.train")
+    (tmp_path / "7").write_text("8\n")
+    by_file, by_list = (
+        find_samples([{"images": "images", "names": names}], tmp_path, "data.source.train") for names in (7, [7])
+    )
+    assert [one.image.stem for one in by_file] == ["8"]
+    assert [one.image.stem for one in by_list] == ["7"]

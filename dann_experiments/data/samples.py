@@ -272,10 +272,12 @@ def _paired(
 
 def _named(images: Mapping[Key, Path], names: Any, root: Path, key: str) -> dict[Key, Path]:
     """Return the images whose file name, stem or wildcard text equals one of `names` or matches it as a shell pattern."""
-    if isinstance(names, str):
-        path = under(root, names)
+    if not isinstance(names, list):  # YAML reads a text of digits as a number
+        path = under(root, str(names))
         if not is_file(path):
-            raise InputError(f"{key}: the file of names {path} does not exist.")
+            raise InputError(
+                f"{key}: the file of names {path} does not exist; for a single name give a list, [{names}]."
+            )
         names = lines_of(path, key)
     wanted = [str(name).replace("\\", "/").rpartition("/")[2] for name in names]
     there = {text for key_, image in images.items() for text in (image.name, image.stem, *key_)}
