@@ -182,10 +182,8 @@ def demo(options: argparse.Namespace) -> str:
         "| seed | fa582de: clock, processor, s | now: clock, processor, s | clock, processor, now / fa582de |",
         "|---|---|---|---|",
     ]
-    control, found = (
-        ["--domain_adaptation.method.name", "lambda_zero"],
-        dict[tuple[str, str], list[tuple[float, float]]](),
-    )
+    control = ["--domain_adaptation.method.name", "lambda_zero"]
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with both() as sides:
         for seed in range(options.seeds):
             taken, scores = [], []

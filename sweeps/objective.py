@@ -96,7 +96,8 @@ def run_trial(
     """
     started = time.monotonic()
     sampler = build_sampler(sweep, space.conditional, slot.number, sweep.n_trials or 1)
-    rule = (sweep.pruner_used, base.trainer.max_epochs, sweep.report_every_n_steps, parts_of_run(study))
+    parts = parts_of_run(study)
+    rule = (sweep.pruner_used, base.trainer.max_epochs, sweep.report_every_n_steps, parts)
     optuna_study = study.for_sampling(sampler, build_pruner(*rule))
     trial = optuna.Trial(optuna_study, slot._trial_id)
     reference = bool(slot.user_attrs["reference"])
@@ -108,9 +109,7 @@ def run_trial(
         refuse_stored_code(named, sweep.allowed_classes, f"trial {slot.number} of study {study.name!r}")
         study.note(slot, seed=config.seed, sampler_seed=sweep.sampler_seed, point=settings_of(point))
         tags = run_tags(sweep, study.name, slot, sweep_run_id)
-        value = mean_value(
-            _trained(study, sweep, config, slot, trial, tags, rule[-1] if judges_by_parts(*rule) else None)
-        )
+        value = mean_value(_trained(study, sweep, config, slot, trial, tags, parts if judges_by_parts(*rule) else None))
         state = TrialState.COMPLETE
     except Pruned:
         state = TrialState.PRUNED

@@ -130,7 +130,8 @@ def keeps_channels_last(setting: bool | None, network: nn.Module, device: torch.
     `precision` (`trainer.precision`) bf16-mixed, for all.
 
     With the channels-last memory format, a step of networks with depthwise convolutions took 0.89 to 0.98 of the time, one of
-    others 0.93 to 1.25; in bfloat16, one of plain torch 0.85 to 0.97 (docs/performance.md, docs/log.md). The default does not depend on timing, so that runs stay reproducible.
+    others 0.93 to 1.25; in bfloat16, one of plain torch 0.85 to 0.97 (docs/performance.md, docs/log.md). The default does not
+    depend on timing, so that runs stay reproducible.
     """
     if setting is not None:
         return setting

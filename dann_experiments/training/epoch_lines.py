@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,8 +38,8 @@ class EpochLines(pl.Callback):
         self._batches += 1
         if done < count and self._is_time():
             left = (self._told - self._begun) / self._batches * (count - done)
-            of_all = f" of {count}, about {duration(left)} left" if math.isfinite(count) else ""
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: batch {done}{of_all}", flush=True)
+            where = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: batch {done} of {count}"
+            print(f"{where}, about {duration(left)} left", flush=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._told = self._clock()
