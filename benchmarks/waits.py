@@ -8,7 +8,8 @@ own with its own store. `--write` puts the table into docs/performance.md.
 - small: `adapt`, 2 epochs of 8 images of 32 x 32 pixels, with all artifacts, from a source model that is there; then this version
   with 16 and 32 images. 30 s a turn.
 - comparison: `compare` with source only, lambda = 0 control, DANN and oracle over `--seeds` seeds of recipes/digits.yaml, two
-  processes; `--epochs` shortens its trainings. `--growth` runs this version with 1, 2 and 4 seeds as well.
+  processes; this version also where it may choose half precision. `--epochs` shortens the trainings. `--growth` runs this version
+  with 1, 2 and 4 seeds as well.
 - demo: what `make demo` runs, each version with its own settings, over seeds 0, 1, ... of `--seeds`, and what it scores.
 - imports: `dann --help` and `import dann_experiments` against Python's own start.
 """
@@ -136,39 +137,60 @@ def _small_recipe(folder: Path, count: int) -> Path:
 
 
 def comparison(options: argparse.Namespace) -> str:
-    """Time a comparison, and check that both versions score alike."""
-    rows = [
-        "| comparison | fa582de, s | now, s | now / fa582de | processor, s (fa582de, now) |",
-        "|---|---|---|---|---|",
-    ]
+    """Time a comparison, check that both versions score alike, and how far scores move where it may compute in half precision."""
+    rows = ["| comparison | precision | fa582de, s | now, s | now / fa582de |", "|---|---|---|---|---|"]
+    moved: dict[tuple[str, str], list[tuple[float, float]]] = {}
     alike = True
     for _ in range(options.turns):
-        with both() as sides:
-            taken = [_compared(side, options.seeds, options.epochs) for side in sides]
-            scores = [side.scores() for side in sides]
-        alike = alike and bool(scores[0]) and scores[0] == scores[1]
-        print(taken, f"{len(scores[0])} scores alike: {scores[0] == scores[1]}", flush=True)
-        rows.append(
-            f"| {options.seeds} seeds x {len(ARMS)} arms, {options.epochs or 3} epochs | {taken[0][0]:.0f} | {taken[1][0]:.0f} | "
-            f"{taken[1][0] / taken[0][0]:.2f} | {taken[0][2]:.0f}, {taken[1][2]:.0f} |"
-        )
+        with both() as (before, now), tempfile.TemporaryDirectory() as place:
+            half = Side(PROJECT, Path(place) / "half")
+            sides = {"half": (half, "auto"), "before": (before, None), "now": (now, None)}
+            taken = {
+                name: _compared(side, options.seeds, options.epochs, precision)
+                for name, (side, precision) in sides.items()
+            }
+            scores = {name: side.scores() for name, (side, _) in sides.items()}
+        alike = alike and bool(scores["now"]) and scores["now"] == scores["before"]
+        print(taken, f"{len(scores['now'])} scores alike: {scores['now'] == scores['before']}", flush=True)
+        what = f"{options.seeds} seeds x {len(ARMS)} arms, {options.epochs or 3} epochs"
+        for name, precision in (("now", "float32"), ("half", "auto")):
+            ratio = taken[name] / taken["before"]
+            rows.append(f"| {what} | {precision} | {taken['before']:.0f} | {taken[name]:.0f} | {ratio:.2f} |")
+        found = {(arm, seed, metric): value for arm, seed, metric, value in scores["half"]}
+        for arm, seed, metric, value in scores["now"]:
+            moved.setdefault((arm, metric), []).append((value, found[arm, seed, metric]))
     if options.growth:
         rows += ["", "| now, seeds | s |", "|---|---|"]
         for seeds in (1, 2, 4):
             with tempfile.TemporaryDirectory() as place:
-                rows.append(
-                    f"| {seeds} | {_compared(Side(PROJECT, Path(place) / 'now'), seeds, options.epochs)[0]:.0f} |"
-                )
-    told = f"Scores of all runs the same to the digit: {'yes' if alike else 'no'}. {_about(options.turns)}"
-    return "\n".join([*rows, "", told])
+                rows.append(f"| {seeds} | {_compared(Side(PROJECT, Path(place) / 'now'), seeds, options.epochs):.0f} |")
+    told = f"Scores of all runs in float32 the same to the digit: {'yes' if alike else 'no'}. {_about(options.turns)}"
+    return "\n".join([*rows, "", *_moved(moved, "arm", "float32", "auto"), "", told])
 
 
-def _compared(side: Side, seeds: int, epochs: int | None) -> tuple[float, float, float]:
+def _compared(side: Side, seeds: int, epochs: int | None, precision: str | None = None) -> float:
     (side.place / "arms.yaml").write_text(yaml.safe_dump({"arms": ARMS, "seeds": seeds}))
     words = ["--config", str(RECIPE), "--arms", "arms.yaml", "--workers", "2", "--data.embedded.folder", _digits()]
     if epochs:
         words += ["--trainer.max_epochs", str(epochs), "--pretraining.max_epochs", str(epochs)]
-    return side.run(*COMMAND, "compare", *words, threads=None)
+    if precision:
+        words += ["--trainer.precision", precision]
+    # the clock alone: what workers of another parent use of the processor is not counted as this process's children's
+    return side.run(*COMMAND, "compare", *words, threads=None)[0]
+
+
+def _moved(found: dict[tuple[str, str], list[tuple[float, float]]], row: str, first: str, second: str) -> list[str]:
+    """Return the table of how far each score moved from `first` to `second`, in points, by seed and on average."""
+    rows = [
+        f"| {row} | score | {first}, mean | {second} - {first}, points: each seed | mean |",
+        "|---|---|---|---|---|",
+    ]
+    for (name, metric), values in found.items():
+        points = [100 * (new - old) for old, new in values]
+        each = ", ".join(f"{one:+.1f}" for one in points)
+        mean = statistics.fmean(old for old, _ in values)
+        rows.append(f"| {name} | `{metric}` | {mean:.3f} | {each} | {statistics.fmean(points):+.1f} |")
+    return rows
 
 
 def _digits() -> str:
@@ -206,12 +228,7 @@ def demo(options: argparse.Namespace) -> str:
             )
             for row, value in scores[0].items():
                 found.setdefault(row, []).append((value, scores[1][row]))
-    rows += ["", "| row | score | fa582de, mean | now - fa582de, points: each seed | mean |", "|---|---|---|---|---|"]
-    for (method, metric), values in found.items():
-        points = [100 * (new - old) for old, new in values]
-        each = ", ".join(f"{one:+.1f}" for one in points)
-        mean = statistics.fmean(old for old, _ in values)
-        rows.append(f"| {method} | `{metric}` | {mean:.3f} | {each} | {statistics.fmean(points):+.1f} |")
+    rows += ["", *_moved(found, "row", "fa582de", "now")]
     return "\n".join([*rows, "", _about(1)])
 
 
