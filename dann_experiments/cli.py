@@ -256,7 +256,7 @@ def _layers(request: Request) -> int:
     from dann_experiments.models.taps import list_layers
     from dann_experiments.reports import terminal
 
-    network = build.make_network(config, with_weights=False)
+    network = build.make_network(config, with_weights=False, initialize=False)
     found = list_layers(network, config.model.in_channels, build.blank_size(config))
     terminal.print_table(
         f"{config.model.arch}, {config.model.encoder_name}",

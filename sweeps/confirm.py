@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dann_experiments.config import InputError, config_to_yaml
 from dann_experiments.config.untrusted import refuse_stored_code
 from dann_experiments.config.workers import RAY_ONLY
+from dann_experiments.jobs.shared_data import shared_by
 from dann_experiments.names import Metric, Tag
 from dann_experiments.reports.tables import markdown, number
 from dann_experiments.tracking.notes import escaped
@@ -21,7 +22,7 @@ from dann_experiments.tracking.store import Store, open_store
 from dann_experiments.workers.pool import refuse_unshared
 from sweeps.cleanup import clean_up_at_start
 from sweeps.definition import store_settings, stored_settings
-from sweeps.driver import drive, find_study, in_store, only_driver, open_workers, sharing, study_config
+from sweeps.driver import drive, find_study, in_store, only_driver, open_workers, study_config
 from sweeps.ranking import FORGETTING, forgot, mean_forgot, order, ranked
 from sweeps.report import KEPT, baselines, config_of, label, top_trials, write_trials
 from sweeps.seeds import seeds_per_trial
@@ -110,7 +111,7 @@ def confirm(
         named = config_of(parent, trial).domain_adaptation.method.class_path
         refuse_stored_code(named, sweep.allowed_classes, f"trial {trial.number} of study {name!r}")
     with (
-        sharing(sweep, config) as decoded,
+        shared_by(sweep.launcher, Path(config.tracking.folder)) as decoded,
         only_driver(address, name),
         open_workers(sweep, config) as pool,
     ):

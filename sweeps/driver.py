@@ -24,7 +24,7 @@ from dann_experiments.data.domain_data import DomainData
 from dann_experiments.jobs import checks, prepare
 from dann_experiments.jobs.build import find_data
 from dann_experiments.jobs.precision import with_precision
-from dann_experiments.jobs.shared_data import shared_data
+from dann_experiments.jobs.shared_data import shared_by
 from dann_experiments.names import SOURCE_TEST, SOURCE_VAL, TARGET_TEST, Job, Tag
 from dann_experiments.reports.mlflow_views import view_of_sweep
 from dann_experiments.tracking.run import PARAM_PREFIX, tracked_run
@@ -107,7 +107,7 @@ def run_sweep(sweep: SweepConfig, config: Config) -> SweepResult:
     space = read_space(sweep.space, config)
     log.info("Looking at the settings and the data ...")
     address = storage_address(sweep.storage, sweep.study)
-    with sharing(sweep, config) as decoded:
+    with shared_by(sweep.launcher, Path(config.tracking.folder)) as decoded:
         data = find_data(config)  # reports all problems with the files before a study is created
         check_objective(sweep, config, data.labelled)
         checks.warn_of_idle_adversary(config)  # trials warn in the log files of their workers alone
@@ -261,11 +261,6 @@ def _free_gpu_memory() -> None:
 def in_store(config: Config, store: Store) -> Config:
     """Return the settings with the store and experiment in use; under `mlflow run` these are those of its run."""
     return replace(config, {"tracking.uri": store.uri, "tracking.experiment": store.experiment})
-
-
-def sharing(sweep: SweepConfig, config: Config) -> contextlib.AbstractContextManager[Path | None]:
-    """Open the folder in which driver and workers share decoded data; it is None on a Ray cluster."""
-    return contextlib.nullcontext() if sweep.launcher == "ray" else shared_data(Path(config.tracking.folder))
 
 
 def open_workers(sweep: SweepConfig, config: Config) -> contextlib.AbstractContextManager[Pool]:

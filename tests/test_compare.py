@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -692,3 +693,23 @@ def test_checking_arms_draws_no_random_numbers(here):
     before = state()
     check_arms(cells)
     assert state() == before
+
+
+def test_the_workers_of_a_comparison_find_all_sets_decoded(place, tmp_path, monkeypatch):
+    found = []
+
+    class Began(Exception):
+        """The workers would begin."""
+
+    def run_cells(*arguments: Any) -> None:
+        *_, pool, decoded = arguments
+        found.extend(decoded.glob("*.json"))
+        pool.stop()
+        raise Began
+
+    monkeypatch.setattr("dann_experiments.comparison.compare.run_cells", run_cells)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Began):
+        compare(config_of(place.root, tracking__uri=f"sqlite:///{tmp_path}/mlflow.db"), settings_of(seeds=1))
+    assert len(found) == 5  # source train and val, target train, val and test
+    assert not (tmp_path / "outputs" / ".decoded").exists()

@@ -437,7 +437,9 @@ def test_notes_of_a_saved_model_come_back_as_they_were_written(tmp_path):
     assert (notes.in_channels, notes.classes) == (2, 3)
     assert list(notes.readings) == ["target"]
     assert repr(notes.readings["target"]) == repr((reading, normalisation))  # NaN is unequal to itself
+    before = torch.get_rng_state()
     built = {name: value.shape for name, value in notes.build().state_dict().items()}
+    assert torch.equal(torch.get_rng_state(), before)  # no weights are drawn that the saved ones replace
     assert built == {name: value.shape for name, value in network.state_dict().items()}
 
 

@@ -64,9 +64,10 @@ class ModelNotes:
         return self.arguments["in_channels"]
 
     def build(self) -> nn.Module:
-        """Return the network without its weights, for `load_into`. Raises InputError if it cannot be built."""
+        """Return the network with uninitialized weights: load all of them before use. Raises InputError if it cannot be built."""
         own = {name: self.arguments[name] for name in self.arguments if name not in BASIC_ARGUMENTS}
-        return build_network(self.arch, self.arguments["encoder_name"], None, self.in_channels, self.classes, own)
+        encoder = self.arguments["encoder_name"]
+        return build_network(self.arch, encoder, None, self.in_channels, self.classes, own, drawn=False)
 
 
 def default_domain(notes: ModelNotes) -> str:

@@ -16,7 +16,13 @@ from dann_experiments.config.comparison import ARM_NAMES, DEFAULT_ARMS, NAMED_AR
 from dann_experiments.config.data import OF_ALL_DOMAINS, DomainDataConfig
 from dann_experiments.config.parsing import known_keys
 from dann_experiments.jobs.build import find_data, make_method, make_taps, network_to_adapt
-from dann_experiments.jobs.checks import checked_sets
+from dann_experiments.jobs.checks import (
+    checked_sets,
+    idle_adversary,
+    refuse_auto_batch_size,
+    refuse_test_batchnorm,
+    refuse_tta,
+)
 from dann_experiments.jobs.evaluate import STATISTICS_SET
 from dann_experiments.jobs.evaluate_weak_labels import digests_of_weak_labels, find_weak_labels
 from dann_experiments.jobs.identity import run_digest
@@ -190,7 +196,8 @@ def transductive(arms: Sequence[Arm]) -> Iterator[str]:
 def check_arms(cells: Sequence[Cell]) -> None:
     """Read the data and build network and method of every adapting arm once, as its job will.
 
-    Raises InputError for wrong input, before any source model is trained.
+    Raises InputError for wrong input, before any source model is trained. Warns of adversaries that do nothing, of which the runs
+    warn in their log files alone.
     """
     checked_data, checked = set(), set()
     for cell in cells:
@@ -199,8 +206,7 @@ def check_arms(cells: Sequence[Cell]) -> None:
         checked.add(cell.arm.name)
         config = cell.config
         try:
-            with torch.random.fork_rng(devices=[]):  # the initial weights are random
-                network = network_to_adapt(config)
+            network = network_to_adapt(config, initialize=False)
             weak = config.domain_adaptation.uses_weak_labels
             key = repr((SETS[cell.job], weak, config.data, config.model, config.monitor, config.trainer.accelerator))
             if key not in checked_data:
@@ -210,6 +216,8 @@ def check_arms(cells: Sequence[Cell]) -> None:
                 make_method(config, make_taps(config, network))
         except InputError as error:
             raise _of_arm(cell.arm, error) from None
+    for text in {idle_adversary(cell.config) for cell in cells if cell.job == Job.ADAPT} - {None}:
+        log.warning("%s", text)
 
 
 def _of_arm(arm: Arm, error: InputError) -> InputError:
@@ -235,8 +243,17 @@ def cells_of(arms: Sequence[Arm], seeds: Sequence[int], config: Config, source_d
                 digest = digests.of(job, own, source if from_source else None, arm.kind == "masks")
             except InputError as error:
                 raise _of_arm(arm, error) from None
+            _refuse_in_comparisons(arm, own)
             cells.append(Cell(arm, seed, job, own, digest, from_source and given is None))
     return cells
+
+
+def _refuse_in_comparisons(arm: Arm, config: Config) -> None:
+    """Raise InputError for settings with which scores of arms cannot be compared."""
+    refuse_auto_batch_size(config, "the runs of a comparison")
+    refuse_tta(config, "the runs of a comparison")
+    if arm.kind != "test_statistics":
+        refuse_test_batchnorm(config, "the runs of a comparison")
 
 
 def _settings(arm: Arm, config: Config, seed: int) -> Config:

@@ -28,8 +28,8 @@ from dann_experiments.comparison.verdict import MIN_SEEDS, Verdict, difference_t
 from dann_experiments.config import Config, config_to_yaml, flatten
 from dann_experiments.config.comparison import CompareConfig
 from dann_experiments.config.store_names import labels_in_store
-from dann_experiments.jobs import checks, identity
-from dann_experiments.jobs.shared_data import shared_data
+from dann_experiments.jobs import identity
+from dann_experiments.jobs.shared_data import shared_by
 from dann_experiments.names import DOMAINS, Job, Metric, Tag
 from dann_experiments.reports.mlflow_views import view_of_comparison
 from dann_experiments.tracking.fetch_model import digest_of_model, fetched
@@ -96,42 +96,37 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         config = _config_of_runs(config, store, found, arms)
     else:
         refuse_unshared(settings, "tracking.uri", store.uri)
-        if len(settings.seed_list(config.seed)) < MIN_SEEDS:
+        seeds = settings.seed_list(config.seed)
+        if len(seeds) < MIN_SEEDS:
             log.warning(
                 "The verdict needs at least %d seeds; finished runs are reused when you ask for more.", MIN_SEEDS
             )
-        cells = cells_of(arms, settings.seed_list(config.seed), config, _given_source(config, store))
-        for cell in cells:
-            checks.refuse_auto_batch_size(cell.config, "the runs of a comparison")
-            checks.refuse_tta(cell.config, "the runs of a comparison")
-            if cell.arm.kind != "test_statistics":
-                checks.refuse_test_batchnorm(cell.config, "the runs of a comparison")
-        log.info("Looking at the settings and the data of %d runs ...", len(cells))
+        log.info("Looking at the settings and the data of %d runs ...", len(arms) * len(seeds))
+        cells = cells_of(arms, seeds, config, _given_source(config, store))
         done = find_cells(cells, store)
-        check_arms([cell for index, cell in enumerate(cells) if index not in done.run_ids])
-        # each run warns of it, but in its log file alone
-        for text in {checks.idle_adversary(cell.config) for cell in cells if cell.job == Job.ADAPT} - {None}:
-            log.warning("%s", text)
     names = [identity.domain_name(config, domain) for domain in DOMAINS]
     tags = {Tag.JOB: Job.COMPARE, Tag.SOURCE: names[0], Tag.TARGET: names[1], "seed": config.seed}
     name, folder = identity.run_name(Job.COMPARE, config), Path(config.tracking.folder)
-    with (
-        _pool_of(settings, config, len(cells) - len(done.run_ids)) as pool,
-        tracked_run(store, config.tracking.run_name, name, tags, folder, use_claimed=True) as run,
-    ):
+    missing = [cell for index, cell in enumerate(cells) if index not in done.run_ids]
+    with contextlib.ExitStack() as opened, contextlib.ExitStack() as sharing:
+        # the workers map what is read for the checks
+        decoded = sharing.enter_context(shared_by(settings.launcher, folder)) if missing else None
+        check_arms(missing)
+        pool = opened.enter_context(_pool_of(settings, config, len(missing)))
+        run = opened.enter_context(tracked_run(store, config.tracking.run_name, name, tags, folder, use_claimed=True))
         public = identity.public_settings(config, store.experiment)
         run.log_params(flatten(public))
         (run.folder / "config.yaml").write_text(config_to_yaml(public))
         if cells:
-            log.info("%d runs: %d exist, %d to make.", len(cells), len(done.reused), len(cells) - len(done.run_ids))
+            log.info("%d runs: %d exist, %d to make.", len(cells), len(done.reused), len(missing))
         if pool is not None:
             tracking = {**asdict(config.tracking), "uri": store.uri, "experiment": store.experiment}
             tracking["registered_model_name"] = None  # of all arms, only the best one's model is registered
             tags_of_runs = {Tag.COMPARISON: run.run_id}
             if settings.launcher == "processes":
                 pool.logs = run.folder / "logs"
-            with contextlib.nullcontext() if settings.launcher == "ray" else shared_data(folder) as decoded:
-                run_cells(cells, done, store, tracking, tags_of_runs, pool, decoded)
+            run_cells(cells, done, store, tracking, tags_of_runs, pool, decoded)
+        sharing.close()  # pictures need a few tiles only; a process that shares reads whole sets
         if cells:
             for index, cell in enumerate(cells):
                 if index in done.run_ids:

@@ -114,8 +114,7 @@ def maps_of(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
         if run_id is None:
             log.warning("%s, seed %d, has no maps: the comparison has no source model of that seed.", run.arm, run.seed)
             continue
-        with torch.random.fork_rng(devices=[]):  # a new network draws random weights
-            network, normalizations = model_of_run(run_id, list(sets), config, store)
+        network, normalizations = model_of_run(run_id, list(sets), config, store)
         if with_statistics:
             # of several target domains together, as `evaluate` has them
             images = read.joined({one: _normalized(dataset, normalizations[one]) for one, dataset in sets.items()})

@@ -159,5 +159,5 @@ def beside(folder: Path, name: str, root: Path, place: str, image: bool = False)
     name = local_text(name, place)
     slashed = name.replace("\\", "/")
     texts = dict.fromkeys((name, slashed, slashed.lstrip("/")))
-    places = [Path(base, text) for text in texts for base in (folder, root)]  # an absolute path stays as it is
-    return next((place for place in places if is_file(place)), places[0])
+    places = (Path(base, text) for text in texts for base in (folder, root))  # an absolute path stays as it is
+    return next((place for place in places if is_file(place)), Path(folder, name))

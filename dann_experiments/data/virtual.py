@@ -98,7 +98,7 @@ def all_local(path: Path) -> bool:
 
 def is_ours(path: Path) -> bool:
     """Return True for a virtual raster that this program wrote."""
-    return path.is_relative_to(cache_folder())
+    return is_virtual(path) and path.is_relative_to(cache_folder())
 
 
 def state_of(path: Path) -> tuple[int, int]:

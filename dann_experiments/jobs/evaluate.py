@@ -79,7 +79,8 @@ def evaluate(config: Config, tags: Mapping[str, str] | None = None) -> RunResult
             notes = read_model_notes(local, path)
             if notes is not None:
                 config = _with_the_models_own(config, notes)
-            network = make_network(config, with_weights=False)
+            every_weight_comes = config.domain_adaptation.pretrained_checkpoint.strict_loading
+            network = make_network(config, with_weights=False, initialize=not every_weight_comes)
             load_weights(config, network, local, path)
         if _with_target_statistics(config) and not has_batchnorm(network):
             raise InputError(

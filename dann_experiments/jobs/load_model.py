@@ -53,7 +53,7 @@ def _model_of_settings(
 ) -> Model:
     """Return the model of a checkpoint that is stored without its settings."""
     try:
-        network = make_network(config, with_weights=False)
+        network = make_network(config, with_weights=False, initialize=False)
         reading, normalization = _reading_of_settings(config, domain)
     except InputError as error:  # it names settings in the file, which are not settings of the job
         raise InputError(f"in the settings of --config: {error}") from None

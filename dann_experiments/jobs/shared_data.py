@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from dann_experiments.data import shared_cache
 from dann_experiments.tracking.processes import is_gone, process_name
@@ -40,6 +41,14 @@ def shared_data(tracking_folder: Path) -> Iterator[Path | None]:
             place.rmdir()
             if new:  # a sweep that is refused leaves nothing behind
                 place.parent.rmdir()
+
+
+def shared_by(
+    launcher: Literal["processes", "ray"], tracking_folder: Path
+) -> contextlib.AbstractContextManager[Path | None]:
+    """Open the folder that driver and workers share, as `shared_data` does; it is None on a Ray cluster, whose workers may be on
+    other machines."""
+    return contextlib.nullcontext() if launcher == "ray" else shared_data(tracking_folder)
 
 
 def _remove_left(place: Path) -> None:
