@@ -1,6 +1,6 @@
 """What do users wait for beside training steps: a small run, a comparison, the demo, the imports? Against an earlier version.
 
-    python benchmarks/waits.py {small,comparison,demo,imports} [--turns N] [--write]
+    python benchmarks/waits.py {small,comparison,demo,demo_growth,imports} [--turns N] [--write]
 
 Each is a real process from the command line, run by the version of commit fa582de and by this one in turn, each in a place of its
 own with its own store. `--write` puts the table into docs/performance.md.
@@ -11,6 +11,7 @@ own with its own store. `--write` puts the table into docs/performance.md.
   processes; this version also where it may choose half precision. `--epochs` shortens the trainings. `--growth` runs this version
   with 1, 2 and 4 seeds as well.
 - demo: what `make demo` runs, each version with its own settings, over seeds 0, 1, ... of `--seeds`, and what it scores.
+- demo_growth: the same with this version alone, at three lengths of its trainings.
 - imports: `dann --help` and `import dann_experiments` against Python's own start.
 """
 
@@ -232,6 +233,25 @@ def demo(options: argparse.Namespace) -> str:
     return "\n".join([*rows, "", _about(1)])
 
 
+def demo_growth(options: argparse.Namespace) -> str:
+    """Time what `make demo` runs with this version, at three lengths of its trainings."""
+    rows = ["| epochs of each training | clock, s | processor, s |", "|---|---|---|"]
+    control = ["--domain_adaptation.method.name", "lambda_zero"]
+    for epochs in (1, 2, 3):
+        length = ["--trainer.max_epochs", str(epochs), "--pretraining.max_epochs", str(epochs)]
+        settings = ["--data.embedded.folder", _digits(), "--trainer.precision", "auto", *length]
+        with tempfile.TemporaryDirectory() as place:
+            side = Side(PROJECT, Path(place) / "now")
+            parts = [
+                side.run(*COMMAND, *words, threads=None)
+                for words in (["adapt", *control, *settings], ["adapt", *settings], ["runs"])
+            ]
+        clock, _, processor = (sum(column) for column in zip(*parts, strict=True))
+        print(epochs, clock, processor, flush=True)
+        rows.append(f"| {epochs} | {clock:.0f} | {processor:.0f} |")
+    return "\n".join([*rows, "", _about(1)])
+
+
 def imports(options: argparse.Namespace) -> str:
     """Time the start of the program."""
     commands = {
@@ -271,7 +291,8 @@ def _about(turns: int) -> str:
 
 
 WAITS: dict[str, Callable[[argparse.Namespace], str]] = {
-    "small": small, "comparison": comparison, "demo": demo, "imports": imports,
+    "small": small, "comparison": comparison, "demo": demo, "demo_growth": demo_growth,
+    "imports": imports,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import pytorch_lightning as pl
 import segmentation_models_pytorch as smp
 import torch
 import torch._inductor.config as inductor
+from mlflow import MlflowClient
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -70,8 +71,12 @@ def test_channels_last_changes_no_more_than_last_digits(losses):
 def test_depthwise_convolutions_are_computed_channels_last_on_a_cpu(losses, encoder, given, expected):
     network = {"model__arch": "unet", "model__encoder_name": encoder, "model__encoder_weights": None}
     few = {"trainer__limit_train_batches": 1, "pretraining__max_epochs": 1}
-    seen, _ = losses(**network, **few, trainer__channels_last=given, domain_adaptation__method__feature_layer="encoder")
+    seen, result = losses(
+        **network, **few, trainer__channels_last=given, domain_adaptation__method__feature_layer="encoder"
+    )
     assert seen.channels_last == expected
+    tag = MlflowClient(result.tracking_uri).get_run(result.run_id).data.tags["dann.memory_format"]
+    assert tag == ("channels_last" if expected == {True} else "contiguous")
 
 
 @pytest.mark.parametrize("then", [False, True])

@@ -213,6 +213,8 @@ def train(
             alignment.measure("before", network, loop.device)
         if checkpoint is None:
             run.log_metrics({Metric.PASSES: float(loop.module.passes_per_step)}, step=0)
+        last = loop.module.memory_format == torch.channels_last
+        run.set_tags({Tag.MEMORY_FORMAT: "channels_last" if last else "contiguous"})
         with closing(loop.checkpoints):  # however training ends, rename its files to last and best
             ranks.wait()
             loop.run(checkpoint)
