@@ -249,7 +249,7 @@ def demo_growth(options: argparse.Namespace) -> str:
         clock, _, processor = (sum(column) for column in zip(*parts, strict=True))
         print(epochs, clock, processor, flush=True)
         rows.append(f"| {epochs} | {clock:.0f} | {processor:.0f} |")
-    return "\n".join([*rows, "", _about(1)])
+    return "\n".join([*rows, "", _about(1, None)])
 
 
 def imports(options: argparse.Namespace) -> str:
@@ -285,9 +285,10 @@ def _all(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _about(turns: int) -> str:
+def _about(turns: int, against: str | None = BEFORE) -> str:
+    commit = f" against commit {against}," if against else ""
     load = f"load of the machine {os.getloadavg()[1]:.1f}"
-    return f"{turns} turn(s), against commit {BEFORE}, {load}. {circumstances('torch', 'mlflow', 'matplotlib')}"
+    return f"{turns} turn(s),{commit} {load}. {circumstances('torch', 'mlflow', 'matplotlib')}"
 
 
 WAITS: dict[str, Callable[[argparse.Namespace], str]] = {

@@ -192,7 +192,7 @@ class Tag:
     BATCHNORM = "dann.batchnorm"  # target_stats if an evaluation used BatchNorm statistics of the target
     TARGET_LABELS = "dann.target_labels"  # number of labeled target images in training
     CLASS_WEIGHTS = "dann.class_weights"  # weights of the classes in the losses
-    MEMORY_FORMAT = "dann.memory_format"  # channels_last or contiguous: what `trainer.channels_last` came to on this machine
+    MEMORY_FORMAT = "dann.memory_format"  # channels_last or contiguous: what `trainer.channels_last` came to
     COMPANIONS = "dann.companions"  # companions of the method
     WEAK_LABELS = "dann.weak_labels"  # true if training or scores used weak target labels
     TTA = "dann.tta"  # copies of each image that an evaluation averaged (setting `tta`)
