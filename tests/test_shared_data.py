@@ -93,7 +93,7 @@ def test_images_are_decoded_once_and_every_item_is_the_same(squares, tmp_path, r
     config = load_config(None, small_settings(squares))
     alone = read_sets(config)
     assert len(reads) == IMAGES
-    with shared_data(tmp_path / "outputs"):
+    with shared_data(tmp_path / "several" / "new" / "outputs"):
         first = read_sets(config)
         assert len(reads) == 2 * IMAGES
         second = read_sets(config)
@@ -102,7 +102,13 @@ def test_images_are_decoded_once_and_every_item_is_the_same(squares, tmp_path, r
         assert same(alone, second)
         assert second.sets[SOURCE_TRAIN].memory.bytes_left == alone.sets[SOURCE_TRAIN].memory.bytes_left
     assert same(first, second)  # the folder is gone, what is mapped is not
-    assert not (tmp_path / "outputs").exists()
+    assert not (tmp_path / "several").exists()
+
+
+def test_without_a_folder_that_can_be_made_nothing_is_shared(tmp_path):
+    with shared_data(tmp_path / ("long" * 100)) as folder:
+        assert folder is None
+        assert shared_cache.in_use() is None
 
 
 def test_a_process_that_finds_small_files_decoded_opens_none_of_them(squares, tmp_path, monkeypatch):

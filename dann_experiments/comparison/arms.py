@@ -196,8 +196,7 @@ def transductive(arms: Sequence[Arm]) -> Iterator[str]:
 def check_arms(cells: Sequence[Cell]) -> None:
     """Read the data and build network and method of every adapting arm once, as its job will.
 
-    Raises InputError for wrong input, before any source model is trained. Warns of adversaries that do nothing, of which the runs
-    warn in their log files alone.
+    Raises InputError for wrong input, before any source model is trained.
     """
     checked_data, checked = set(), set()
     for cell in cells:
@@ -206,7 +205,8 @@ def check_arms(cells: Sequence[Cell]) -> None:
         checked.add(cell.arm.name)
         config = cell.config
         try:
-            network = network_to_adapt(config, initialize=False)
+            with torch.random.fork_rng(devices=[]):  # some encoders draw random numbers all the same
+                network = network_to_adapt(config, initialize=False)
             weak = config.domain_adaptation.uses_weak_labels
             key = repr((SETS[cell.job], weak, config.data, config.model, config.monitor, config.trainer.accelerator))
             if key not in checked_data:
@@ -216,6 +216,10 @@ def check_arms(cells: Sequence[Cell]) -> None:
                 make_method(config, make_taps(config, network))
         except InputError as error:
             raise _of_arm(cell.arm, error) from None
+
+
+def warn_of_idle(cells: Sequence[Cell]) -> None:
+    """Warn of adversaries that do nothing in all or half of the epochs; each run warns as well, but in its log file alone."""
     for text in {idle_adversary(cell.config) for cell in cells if cell.job == Job.ADAPT} - {None}:
         log.warning("%s", text)
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from dann_experiments.comparison.arms import NO_CONTROL, arms_of, cells_of, check_arms, transductive
+from dann_experiments.comparison.arms import NO_CONTROL, arms_of, cells_of, check_arms, transductive, warn_of_idle
 from dann_experiments.comparison.choice import choice_of
 from dann_experiments.comparison.collect import PROBES, arms_of_runs, config_of, read_run, with_probe_of_the_start
 from dann_experiments.comparison.evidence import feature_clouds, panels
@@ -104,6 +104,7 @@ def compare(config: Config, settings: CompareConfig | None = None) -> Comparison
         log.info("Looking at the settings and the data of %d runs ...", len(arms) * len(seeds))
         cells = cells_of(arms, seeds, config, _given_source(config, store))
         done = find_cells(cells, store)
+        warn_of_idle(cells)
     names = [identity.domain_name(config, domain) for domain in DOMAINS]
     tags = {Tag.JOB: Job.COMPARE, Tag.SOURCE: names[0], Tag.TARGET: names[1], "seed": config.seed}
     name, folder = identity.run_name(Job.COMPARE, config), Path(config.tracking.folder)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from torch import nn
 
@@ -46,7 +47,8 @@ def panels(config: Config, store: Store, run_of_arm: Mapping[str, str]) -> list[
             return []
         albums: dict[str, Album] = {}
         for arm, run_id in run_of_arm.items():
-            network, normalizations = model_of_run(run_id, list(shown), config, store)
+            with torch.random.fork_rng(devices=[]):  # some encoders draw random numbers when they are built
+                network, normalizations = model_of_run(run_id, list(shown), config, store)
             own = {
                 one: dataset.with_normalization(normalizations[one] or dataset.normalization)
                 for one, dataset in shown.items()

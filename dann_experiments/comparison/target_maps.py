@@ -114,7 +114,8 @@ def maps_of(config: Config, store: Store, arms: Sequence[Arm], runs: Sequence[Ar
         if run_id is None:
             log.warning("%s, seed %d, has no maps: the comparison has no source model of that seed.", run.arm, run.seed)
             continue
-        network, normalizations = model_of_run(run_id, list(sets), config, store)
+        with torch.random.fork_rng(devices=[]):  # some encoders draw random numbers when they are built
+            network, normalizations = model_of_run(run_id, list(sets), config, store)
         if with_statistics:
             # of several target domains together, as `evaluate` has them
             images = read.joined({one: _normalized(dataset, normalizations[one]) for one, dataset in sets.items()})

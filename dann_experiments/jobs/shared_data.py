@@ -21,10 +21,10 @@ def shared_data(tracking_folder: Path) -> Iterator[Path | None]:
     """Provide a folder of this process below `tracking_folder`, which its workers share; the process itself uses it in the block,
     too. Provide None, and share nothing, if it cannot be made. Remove folders that ended processes of this machine left."""
     place = tracking_folder.resolve() / PLACE
-    new = not place.parent.exists()
-    _remove_left(place)
     folder = place / process_name().replace("/", "_")
     try:
+        new = [place, *(one for one in place.parents if not one.exists())]
+        _remove_left(place)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / OWNER).write_text(process_name())
     except OSError as error:
@@ -38,9 +38,8 @@ def shared_data(tracking_folder: Path) -> Iterator[Path | None]:
         shared_cache.share(None)
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # other processes may have folders there
-            place.rmdir()
-            if new:  # a sweep that is refused leaves nothing behind
-                place.parent.rmdir()
+            for one in new:  # a sweep that is refused leaves nothing behind
+                one.rmdir()
 
 
 def shared_by(
