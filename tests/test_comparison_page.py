@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from markupsafe import escape
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from dann_experiments.comparison import report
@@ -25,6 +26,7 @@ from dann_experiments.config.comparison import KIND_WORDS, KINDS
 from dann_experiments.reports.colors import IGNORED_COLOR, TEAL, class_colors, paint
 from dann_experiments.reports.images import tile_iou
 from dann_experiments.reports.plots import features
+from dann_experiments.reports.plots.arm_curves import arm_curves_figure
 from dann_experiments.reports.plots.features import project
 from dann_experiments.reports.plots.rows import Row, rows_figure
 from dann_experiments.reports.plots.series import mean_curve, smoothed
@@ -387,6 +389,16 @@ ODD = {
     "long names": lambda: example(names=("a very long name " * 12,), title="a long title " * 20),
     "names beyond the font": lambda: changed(example(names=("适应",)), title="都市 -> 农村"),
 }
+
+
+@pytest.mark.parametrize("last", [786, 9_900, 99_000])
+def test_no_number_below_the_training_curves_is_cut(last):
+    histories = {name: [[(0, 0.4), (last, 0.7)]] for name in ("iou/source_val", "iou/target_val", "da/lambda")}
+    figure = arm_curves_figure(histories, (40, 95, last), 1.0)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # the last number stands at the right end of the axis
+    drawn = figure.get_tightbbox(canvas.get_renderer())
+    assert 0 <= drawn.x0 < drawn.x1 <= figure.get_figwidth()
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def arm_curves_figure(
     has_lambda = bool(histories.get(Metric.LAMBDA))
     has_accuracy = bool(histories.get(Metric.DOMAIN_ACCURACY) or histories.get(Metric.DOMAIN_ACCURACY_VAL))
     heights = [3.0] + [0.9] * has_lambda + [1.4] * has_accuracy
-    figure = new_figure(5.0, sum(heights) + 0.7, (0.52, 0.05, 0.25, 0.42), hspace=0.17)
+    figure = new_figure(5.0, sum(heights) + 0.7, (0.52, 0.2, 0.25, 0.42), hspace=0.17)  # right: half of a number below
     axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     for domain in DOMAINS:
         color = DOMAIN_COLORS[domain]
@@ -63,7 +63,7 @@ def arm_curves_figure(
     axes[-1].set_xlabel("optimizer step")
     for axis in axes:
         axis.grid(axis="y")
-        axis.yaxis.set_label_coords(-0.37 / 4.43, 0.5)
+        axis.yaxis.set_label_coords(-0.37 / 4.28, 0.5)
     return figure
 
 
