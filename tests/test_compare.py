@@ -31,7 +31,8 @@ from dann_experiments import DomainAdaptationMethod, InputError, RunResult, adap
 from dann_experiments.__main__ import main
 from dann_experiments.comparison.arms import arms_of, cells_of, check_arms
 from dann_experiments.comparison.collect import arms_of_runs
-from dann_experiments.comparison.compare import ComparisonResult, _given_source, _table, compare
+from dann_experiments.comparison.compare import ComparisonResult, _doubts, _given_source, _table, compare
+from dann_experiments.comparison.result import ArmRun
 from dann_experiments.comparison.runner import finished_run
 from dann_experiments.config import Config, config_to_yaml, replace
 from dann_experiments.config.comparison import CompareConfig
@@ -713,3 +714,14 @@ def test_the_workers_of_a_comparison_find_all_sets_decoded(place, tmp_path, monk
         compare(config_of(place.root, tracking__uri=f"sqlite:///{tmp_path}/mlflow.db"), settings_of(seeds=1))
     assert len(found) == 5  # source train and val, target train, val and test
     assert not (tmp_path / "outputs" / ".decoded").exists()
+
+
+@pytest.mark.parametrize(
+    ("at_the_end", "said"), [({"select/source_kept": 0.0}, "forgot the source"), ({}, "forgot the source"),
+    ({"select/source_kept": 1.0}, "in between, but not at the end")],
+)  # fmt: skip
+def test_a_run_that_came_back_to_the_source_is_not_said_to_have_forgotten_it(at_the_end, said):
+    run = ArmRun("DANN", 0, "a", at_the_end, {}, {"dann.forgot_source": "true"}, False)
+    (note,) = _doubts([run], ["DANN"])
+    assert said in note
+    assert ("forgot" in note.partition(":")[0]) == (at_the_end.get("select/source_kept") != 1)
