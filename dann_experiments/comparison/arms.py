@@ -242,12 +242,12 @@ def cells_of(arms: Sequence[Arm], seeds: Sequence[int], config: Config, source_d
         for arm in sorted(arms, key=lambda arm: arm.kind != "source_only"):
             job = Job.EVALUATE if arm.kind == "source_only" and given is not None else JOBS[arm.kind]
             own = _settings(arm, config, seed)
+            _refuse_in_comparisons(arm, own)  # before files are read
             from_source = job != Job.PRETRAIN and arm.kind != "masks"
             try:
                 digest = digests.of(job, own, source if from_source else None, arm.kind == "masks")
             except InputError as error:
                 raise _of_arm(arm, error) from None
-            _refuse_in_comparisons(arm, own)
             cells.append(Cell(arm, seed, job, own, digest, from_source and given is None))
     return cells
 
