@@ -205,7 +205,6 @@ def demo(options: argparse.Namespace) -> str:
         "| seed | fa582de: clock, processor, s | now: clock, processor, s | clock, processor, now / fa582de |",
         "|---|---|---|---|",
     ]
-    control = ["--domain_adaptation.method.name", "lambda_zero"]
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with both() as sides:
         for seed in range(options.seeds):
@@ -214,15 +213,10 @@ def demo(options: argparse.Namespace) -> str:
                 settings = ["--seed", str(seed), "--data.embedded.folder", _digits(), *more]
                 # a seed of its own source model, as in a store where nothing is
                 (side.place / "mlflow.db").unlink(missing_ok=True)
-                parts = [
-                    side.run(*COMMAND, "adapt", *control, *settings, threads=None),
-                    side.run(*COMMAND, "adapt", *settings, threads=None),
-                    side.run(*COMMAND, "runs", threads=None),
-                ]
-                taken.append([sum(column) for column in zip(*parts, strict=True)])
+                taken.append(_demo(side, settings))
                 scores.append({(method, metric): value for method, _, metric, value in side.scores()})
                 print(seed, side.version.name, taken[-1], scores[-1], flush=True)
-            (first, second) = ((one[0], one[2]) for one in taken)
+            first, second = taken
             rows.append(
                 f"| {seed} | {first[0]:.0f}, {first[1]:.0f} | {second[0]:.0f}, {second[1]:.0f} | "
                 f"{second[0] / first[0]:.2f}, {second[1] / first[1]:.2f} |"
@@ -233,20 +227,22 @@ def demo(options: argparse.Namespace) -> str:
     return "\n".join([*rows, "", _about(1)])
 
 
+def _demo(side: Side, settings: Sequence[str]) -> tuple[float, float]:
+    """Run the commands of `make demo`; return their seconds by the clock and of the processor."""
+    control = ["--domain_adaptation.method.name", "lambda_zero"]
+    commands = (["adapt", *control, *settings], ["adapt", *settings], ["runs"])
+    clock, _, processor = zip(*(side.run(*COMMAND, *words, threads=None) for words in commands), strict=True)
+    return sum(clock), sum(processor)
+
+
 def demo_growth(options: argparse.Namespace) -> str:
     """Time what `make demo` runs with this version, at three lengths of its trainings."""
     rows = ["| epochs of each training | clock, s | processor, s |", "|---|---|---|"]
-    control = ["--domain_adaptation.method.name", "lambda_zero"]
     for epochs in (1, 2, 3):
         length = ["--trainer.max_epochs", str(epochs), "--pretraining.max_epochs", str(epochs)]
         settings = ["--data.embedded.folder", _digits(), "--trainer.precision", "auto", *length]
         with tempfile.TemporaryDirectory() as place:
-            side = Side(PROJECT, Path(place) / "now")
-            parts = [
-                side.run(*COMMAND, *words, threads=None)
-                for words in (["adapt", *control, *settings], ["adapt", *settings], ["runs"])
-            ]
-        clock, _, processor = (sum(column) for column in zip(*parts, strict=True))
+            clock, processor = _demo(Side(PROJECT, Path(place) / "now"), settings)
         print(epochs, clock, processor, flush=True)
         rows.append(f"| {epochs} | {clock:.0f} | {processor:.0f} |")
     return "\n".join([*rows, "", _about(1, None)])
