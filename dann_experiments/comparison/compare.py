@@ -302,14 +302,13 @@ def _doubts(runs: Sequence[ArmRun], adapted: Sequence[str]) -> Iterator[str]:
     if len(commits) > 1:
         yield f"The runs were made with {len(commits)} versions of the code: {', '.join(sorted(commits))}."
     fell = [run for run in runs if run.tags.get(Tag.FORGOT_SOURCE) == "true" and run.arm in adapted]
-    came_back = [run for run in fell if run.metrics.get(Metric.SOURCE_KEPT) == 1]
-    for some, what in (
-        ([run for run in fell if run not in came_back], "forgot the source: iou/source_val fell by more than"),
-        (came_back, "lost much of the source in between, but not at the end: iou/source_val once fell by more than"),
+    for came_back, what in (
+        (False, "forgot the source: iou/source_val fell by more than"),
+        (True, "lost much of the source in between, but not at the end: iou/source_val once fell by more than"),
     ):
-        if some:
-            names = ", ".join(dict.fromkeys(run.arm for run in some))
-            yield f"Runs of {names} {what} monitor.forgetting_threshold."
+        arms = dict.fromkeys(run.arm for run in fell if (run.metrics.get(Metric.SOURCE_KEPT) == 1) == came_back)
+        if arms:
+            yield f"Runs of {', '.join(arms)} {what} monitor.forgetting_threshold."
     warned = [run for run in runs if Tag.GUARD in run.tags]
     for arm in dict.fromkeys(run.arm for run in warned):  # the control's as well
         texts = {run.seed: run.tags[Tag.GUARD] for run in sorted(warned, key=lambda run: run.seed) if run.arm == arm}
